@@ -1,0 +1,13 @@
+"""Errors meant for users: one line that says what, where and what to do. The command line exits with 2 on them."""
+
+
+class UserError(Exception):
+    """Bad input or configuration. The message is complete: no traceback is shown with it."""
+
+
+class DataError(UserError):
+    """A corpus, shard or example cannot be used as it is."""
+
+
+class ConfigError(UserError):
+    """One or more settings are wrong; the message lists them all."""

@@ -1,0 +1,277 @@
+"""Tiny models that the project makes itself, saved as Hugging Face folders: real ones load by the very same calls.
+
+`make_encoder` and `make_llm` pre-train the demo's models in seconds on one thread. Neither ever sees a label beside an
+utterance: the encoder learns which word sounds and how the pitch moves, the language model learns to read and to copy.
+`random_hubert` and `random_whisper` are untrained, for tests.
+
+Shape letters: B batch, F encoder frames, T tokens, N samples.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+from data import synthetic
+from data.schema import SAMPLE_RATE
+
+VERSION = "1"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
+
+WINDOW_SECONDS = 1  # the encoder always sees this much, padded with silence; no synthetic clip is longer
+FRAMES = WINDOW_SECONDS * 50
+HOP = SAMPLE_RATE // 50  # samples an encoder frame
+PITCH_BINS = 8
+IGNORE = -100  # cross_entropy's mark for positions without a target
+
+# Words of ordinary English that get a token of their own beside the corpus's: bytes cover the rest.
+COMMON = """the of and a to in is you that it he was for on are as with his they I at be this have from or one had by
+word but not what all were we when your can said there use an each which she do how their if will up other about out
+many then them these so some her would make like him into time has look two more write go see number no way could people
+my than first been call who its now find long down day did get come made may part over new sound take only little work
+know place year live me back give most very after thing our just name good sentence man think say great where help
+through much before line right too mean old any same tell boy follow came want show also around form three small
+feel today week talk need well"""
+STRUCTURE = ("client", "therapist", "label", "word")  # stand at the start of a line
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+def make_encoder(folder: Path) -> None:
+    """Log-mel Whisper-style encoder, 2 layers of 64, pre-trained to name word, pitch and tone of every frame."""
+    with _fixed(seed=1):
+        extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=WINDOW_SECONDS)
+        model = WhisperModel(_whisper_config(width=64, layers=2, mels=64))
+        _pretrain_encoder(model.encoder, extractor)
+    model.eval().save_pretrained(folder)
+    extractor.save_pretrained(folder)
+
+
+def make_llm(folder: Path) -> None:
+    """Llama, 3 layers of 96, pre-trained as a plain language model on dialogues, copies and single words."""
+    tokenizer = _tokenizer()
+    with _fixed(seed=2):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=96,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                initializer_range=0.06,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        _pretrain_llm(model, tokenizer)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- encoder
+
+
+def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
+    """An encoder with the smallest decoder there can be: Whisper checkpoints have one, ours is never called."""
+    return WhisperConfig(
+        d_model=width,
+        num_mel_bins=mels,
+        encoder_layers=layers,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=2 * width,
+        max_source_positions=FRAMES,
+        decoder_layers=1,
+        decoder_attention_heads=1,
+        decoder_ffn_dim=1,
+        max_target_positions=1,
+        vocab_size=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    )
+
+
+def _pretrain_encoder(
+    encoder: nn.Module, extractor: WhisperFeatureExtractor, *, clips: int = 600, steps: int = 300, batch: int = 8
+) -> list[float]:
+    """Frame-wise cross-entropies of word, pitch bin and tone, summed. Returns the losses."""
+    mels, targets = _frames(extractor, clips)
+    head = nn.Linear(64, len(synthetic.WORDS) + PITCH_BINS + 2)
+    parameters = [*(p for p in encoder.parameters() if p.requires_grad), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        rows = torch.randint(clips, (batch,))
+        logits = head(encoder(mels[rows]).last_hidden_state).flatten(0, 1)
+        parts = logits.split([len(synthetic.WORDS), PITCH_BINS, 2], dim=-1)
+        loss = sum(
+            (F.cross_entropy(part, targets[rows, :, k].flatten(), ignore_index=IGNORE) for k, part in enumerate(parts)),
+            start=torch.zeros(()),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _frames(extractor: WhisperFeatureExtractor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-mels (count, mels, 2 * FRAMES) and the word, pitch bin and tone of each frame (count, FRAMES, 3)."""
+    audio, targets = [], torch.full((count, FRAMES, 3), IGNORE)
+    for row, clip in enumerate(synthetic.clips(count, seed=0)):
+        audio.append(clip.audio.astype(np.float32) / 32768)
+        frames = min(FRAMES, len(clip.audio) // HOP)
+        middle = np.arange(frames) * HOP + HOP // 2
+        pitch = np.clip(np.log2(clip.f0[middle] / 75) * 5, 0, PITCH_BINS - 1).astype(np.int64)
+        columns = (clip.words_at[middle], pitch, np.full(frames, int(clip.rise)))
+        targets[row, :frames] = torch.from_numpy(np.stack(columns, axis=1))
+    mels = extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+    return mels, targets
+
+
+# --- language model
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges make one token of every listed word with its leading space."""
+    prompt_words = {word for prompt in synthetic.PROMPTS for word in prompt.split()}
+    words = sorted({*synthetic.WORDS, *synthetic.LABELS, *prompt_words, *COMMON.split()})
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,  # never reached: merging ends when every word is one token
+        min_frequency=1,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator([*STRUCTURE, *(f" {word}" for word in words)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def _pretrain_llm(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int = 200, batch: int = 16, lr: float = 3e-3
+) -> list[float]:
+    """Next-token loss over whole documents. Returns the losses."""
+    rng = np.random.default_rng(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        rows = [[token for piece in _document(rng) for token in tokenizer.encode(piece)] for _ in range(batch)]
+        ids_BT = nn.utils.rnn.pad_sequence(
+            [torch.tensor([tokenizer.bos_token_id, *row, tokenizer.eos_token_id]) for row in rows],
+            batch_first=True,
+            padding_value=tokenizer.pad_token_id,
+        )
+        target_BT = ids_BT.masked_fill(ids_BT == tokenizer.pad_token_id, IGNORE)
+        loss = model(input_ids=ids_BT, labels=target_BT, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _document(rng: np.random.Generator) -> list[str]:
+    """Pieces, tokenised one by one as prompts are: a dialogue that ends in a copy of its last turn or of its key word.
+
+    Labels occur as documents of their own, so that "label:" and the label words are known, but never after a turn.
+    """
+    if rng.random() < 0.1:
+        return ["label:", f" {rng.choice(synthetic.LABELS)}"]
+    pieces = []
+    if rng.random() < 0.5:
+        pieces.append(f"therapist: {rng.choice(synthetic.PROMPTS)}\n")
+    words = synthetic.utterance(rng).words
+    key = next(word for word in words if word not in synthetic.FILLERS)
+    said = " " + " ".join(words)
+    pieces += ["client:", said]
+    pieces += ["\nword:", f" {key}"] if rng.random() < 0.5 else ["\nclient:", said]
+    return pieces
+
+
+# --- random models for tests
+
+
+def random_hubert(folder: Path, norm: Literal["layer", "group"]) -> None:
+    """Untrained HuBERT of either normalisation, laid out as the large ("layer") and base ("group") checkpoints are."""
+    layer = norm == "layer"
+    with _fixed(seed=3):
+        config = HubertConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            conv_dim=(16,) * 7,
+            conv_bias=layer,
+            feat_extract_norm=norm,
+            do_stable_layer_norm=layer,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+        )
+        model = HubertModel(config)
+        _perturb_norms(model)
+    model.eval().save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=layer).save_pretrained(folder)
+
+
+def random_whisper(folder: Path) -> None:
+    """Untrained Whisper with the window of `make_encoder`."""
+    with _fixed(seed=4):
+        model = WhisperModel(_whisper_config(width=32, layers=2, mels=40))
+        _perturb_norms(model)
+    model.eval().save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
+
+
+def _perturb_norms(model: nn.Module) -> None:
+    """Fresh norms scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                module.weight.add_(0.3 * torch.randn_like(module.weight))
+                module.bias.add_(0.3 * torch.randn_like(module.bias))
+
+
+@contextmanager
+def _fixed(seed: int) -> Iterator[None]:
+    """Same weights on every call: one thread (sums in one order), a seed of our own, and the caller's state kept."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,83 @@
+"""The embedded defaults: the synthetic corpus and the tiny models, made on first use and cached by their version."""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from data import synthetic
+from data.errors import ConfigError
+from data.prepare import prepare
+from model import tiny
+from sweep.config import Config
+
+PREFIX = "builtin:"
+
+
+def _make_corpus(folder: Path) -> None:
+    prepare(synthetic.corpus(), folder, fractions=(0.64, 0.18, 0.18))
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "synthetic": _make_corpus,
+    "tiny-whisper": tiny.make_encoder,
+    "tiny-llama": tiny.make_llm,
+}
+KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
+
+
+def cache_folder() -> Path:
+    """Where made things are kept: $SWEEP_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
+    return Path(os.environ.get("SWEEP_CACHE", default))
+
+
+def resolve(config: Config) -> Config:
+    """Replace built-in names by folders, making what is not there yet.
+
+    Raises:
+        ConfigError: there is no built-in of that name.
+    """
+    named = {key: value for key in KEYS if (value := _get(config, key)).startswith(PREFIX)}
+    for key, value in named.items():
+        if value.removeprefix(PREFIX) not in MAKERS:
+            known = ", ".join(PREFIX + name for name in MAKERS)
+            raise ConfigError(f"{key}: {value!r} is not built in; use one of {known}, or a path")
+    folders = {key: _folder(value.removeprefix(PREFIX)) for key, value in named.items()}
+    missing = {value.removeprefix(PREFIX) for key, value in named.items() if not folders[key].exists()}
+    _make_all(sorted(missing))
+    return config.with_values({key: str(folder) for key, folder in folders.items()})
+
+
+def _get(config: Config, key: str) -> str:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return str(value)
+
+
+def _folder(name: str) -> Path:
+    return cache_folder() / f"{name}-{synthetic.VERSION}.{tiny.VERSION}"
+
+
+def _make_all(names: list[str]) -> None:
+    """Make several at once, each in a process of its own: they are independent, and use one thread each."""
+    if not names:
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for result in [pool.submit(_make, name) for name in names]:
+            result.result()
+
+
+def _make(name: str) -> None:
+    folder = _folder(name)
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        MAKERS[name](unfinished)
+        if not folder.exists():
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

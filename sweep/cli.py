@@ -1,0 +1,293 @@
+"""The command line. Exit codes: 0 done, 1 infrastructure, 2 bad input or settings, 75 unfinished (run it again)."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from data.errors import UserError
+
+if TYPE_CHECKING:
+    from data.schema import Conversation, Corpus
+    from sweep.config import Config
+    from sweep.ledger import Ledger
+
+DONE, INFRASTRUCTURE, BAD_INPUT, UNFINISHED = 0, 1, 2, 75
+
+app = typer.Typer(
+    help="Hyperparameter sweeps for speech LLMs: start, resume, look, reproduce.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+prepare_app = typer.Typer(help="Turn a corpus into Arrow shards.", no_args_is_help=True)
+app.add_typer(prepare_app, name="prepare")
+console = Console()
+
+SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting: key=value, dotted; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
+OutOption = Annotated[Path, typer.Option(help="New folder for the shards.")]
+SeedOption = Annotated[int, typer.Option(help="Of the split.")]
+
+
+def main() -> None:
+    """Run the command line; problems of the user's are one message, without a traceback."""
+    # Libraries talk on import and load; what matters to a user is said by this program.
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+@prepare_app.command("annomi")
+def prepare_annomi(
+    csv: Annotated[Path, typer.Option(help="AnnoMI-simple.csv")],
+    out: OutOption,
+    audio: Annotated[Path | None, typer.Option(help="Folder with <transcript_id>.wav (or .flac, .mp3, …).")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """AnnoMI-simple; without --audio the corpus is text only."""
+    from data.importers.annomi import read_annomi
+
+    _prepare(read_annomi(csv, audio), out, (0.7, 0.15, 0.15), seed)
+
+
+@prepare_app.command("synthetic")
+def prepare_synthetic(
+    out: OutOption,
+    sessions: Annotated[int, typer.Option(min=3, help="Dialogues to make.")] = 48,
+    seed: SeedOption = 0,
+) -> None:
+    """Synthetic dialogues whose labels hang on words and on pitch."""
+    from data import synthetic
+
+    _prepare(synthetic.corpus(sessions=sessions, seed=seed), out, (0.64, 0.18, 0.18), seed)
+
+
+def _prepare(corpus: "Corpus", out: Path, fractions: tuple[float, float, float], seed: int) -> None:
+    from data.prepare import prepare
+
+    def progress(conversations: "list[Conversation]") -> Any:
+        return track(conversations, "sessions", console=console, disable=not console.is_terminal)
+
+    shards = prepare(corpus, out, fractions=fractions, seed=seed, track=progress)
+    manifest = shards.manifest
+    table = Table(title=f"{manifest.corpus} → {out} (fingerprint {manifest.fingerprint})", title_justify="left")
+    for name in ("split", "turns", "hours of sound", *manifest.labels):
+        table.add_column(name.replace("_", " "), justify="left" if name == "split" else "right")
+    for split, turns in manifest.turns.items():
+        counts = [str(manifest.label_counts[split][label]) for label in manifest.labels]
+        table.add_row(split, str(turns), f"{manifest.hours[split]:.2f}", *counts)
+    console.print(table)
+    if manifest.findings:
+        examples = {finding.code: finding for finding in reversed(corpus.findings)}
+        findings = Table(title=f"findings (all of them: {out / 'findings.jsonl'})", title_justify="left")
+        for name in ("code", "count", "for example"):
+            findings.add_column(name, justify="right" if name == "count" else "left")
+        for code, count in manifest.findings.items():
+            example = examples[code]
+            findings.add_row(code, str(count), f"{example.where}, {example.utterance}: {example.message}")
+        console.print(findings)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A preset's name, or a YAML file.")],
+    set_: SetOption = [],  # noqa: B006 — Typer's way
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; larger than before extends.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/<name> by default.")] = None,
+) -> None:
+    """Start a sweep, or go on where it was: the same command for both."""
+    from sweep import config as configuration
+
+    overrides = [*set_, *([f"search.trials={trials}"] if trials is not None else [])]
+    loaded = configuration.load(config, overrides)
+    sys.exit(_run(loaded, out or Path("runs") / loaded.name))
+
+
+def _run(config: "Config", folder: Path) -> int:
+    from sweep.config import claim_folder
+    from sweep.display import Display
+    from sweep.run import Busy, Driver, locked
+    from sweep.tracking import is_shipped
+
+    try:
+        with locked(folder):
+            claim_folder(config, folder)
+            driver = Driver(config, folder, console.print)
+            if driver.left() or not is_shipped(folder):
+                with Display(console, config, folder) as display:
+                    driver.say = display.say
+                    _attempt(driver, display.say)
+            return _conclude(driver)
+    except Busy as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INFRASTRUCTURE
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on where it was ({folder})")
+        return UNFINISHED
+
+
+def _attempt(driver: Any, say: Any) -> None:
+    from sweep.tracking import Tracker
+
+    say("corpus and models: made on first use, then cached" if _uses_builtins(driver.config) else "checking the corpus")
+    resolved = driver.resolve()
+    tracker = Tracker(driver.config, driver.folder, driver.data_tags(resolved))
+    tracker.start()
+    try:
+        if driver.left():
+            say("starting Ray")
+            driver.execute(resolved)
+    finally:
+        say("sending the last results to MLflow")
+        if not tracker.finish():
+            say(
+                f"[red]MLflow at {tracker.uri} did not take everything[/red] ({tracker.error}); run the same command again"
+            )
+
+
+def _uses_builtins(config: "Config") -> bool:
+    return "builtin:" in config.model_dump_json()
+
+
+def _conclude(driver: Any) -> int:
+    """Show what came out and choose the exit code."""
+    from sweep.results import leaderboard_table
+    from sweep.tracking import ui_command
+
+    entries = driver.ledger.entries()
+    console.print(leaderboard_table(driver.config, driver.folder, entries))
+    if driver.left():
+        console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
+        return UNFINISHED
+    best = driver.ledger.best()
+    if best is None:
+        reasons = "; ".join(sorted({entry.why for entry in entries}))
+        print(f"error: no trial was completed ({reasons})", file=sys.stderr)
+        return INFRASTRUCTURE
+    _print_best(driver.ledger, driver.folder)
+    console.print(f"MLflow UI:  {ui_command(driver.folder)}", soft_wrap=True, highlight=False)
+    return DONE
+
+
+def _print_best(ledger: "Ledger", folder: Path) -> None:
+    best = ledger.best()
+    assert best is not None
+    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
+    console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
+    for key, value in best.params.items():
+        console.print(f"  {key}: {value}", highlight=False)
+    source = os.path.relpath(folder / "config.yaml")
+    console.print(f"again:      sweep train {source} {sets}", soft_wrap=True, highlight=False)
+    console.print(f"on test:    sweep evaluate {os.path.relpath(folder)} --split test", soft_wrap=True, highlight=False)
+
+
+def _open(folder: Path) -> "Ledger":
+    from sweep import config as configuration
+    from sweep.ledger import Ledger
+
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` makes one under runs/")
+    return Ledger.read(folder, configuration.load(str(path)))
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
+    """Every trial and its state, also while the sweep runs."""
+    from sweep.results import entry_json, leaderboard_table
+    from sweep.tracking import mlflow_run_id
+
+    ledger = _open(folder)
+    config, entries = ledger.config, ledger.entries()
+    if not as_json:
+        console.print(leaderboard_table(config, folder, entries))
+        return
+    content = {
+        "sweep": config.name,
+        "objective": config.search.metric,
+        "direction": config.search.direction,
+        "target_trials": config.search.trials,
+        "trials": [entry_json(entry, mlflow_run_id(folder, entry.number)) for entry in entries],
+    }
+    print(json.dumps(content, indent=1))
+
+
+@app.command()
+def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
+    """The best complete trial, and how to have it again."""
+    from sweep.results import entry_json
+    from sweep.tracking import mlflow_run_id
+
+    ledger = _open(folder)
+    entry = ledger.best()
+    if entry is None:
+        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
+    if as_json:
+        config = ledger.trial_config(entry).model_dump(mode="json")
+        print(json.dumps({**entry_json(entry, mlflow_run_id(folder, entry.number)), "config": config}, indent=1))
+    else:
+        _print_best(ledger, folder)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A preset's name, or a YAML file.")],
+    set_: SetOption = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder of the trial; runs/<name>-train by default.")] = None,
+) -> None:
+    """One trial in this process, without Ray: the same training, bit for bit."""
+    from sweep import builtin
+    from sweep import config as configuration
+    from sweep.run import check_inputs
+    from sweep.trial import run_trial
+
+    loaded = configuration.load(config, set_).with_values({"search.space": {}, "search.points": []})
+    folder = out or Path("runs") / f"{loaded.name}-train"
+    resolved = builtin.resolve(loaded)
+    check_inputs(resolved)
+    configuration.claim_folder(loaded, folder)
+
+    def report(epoch: int, metrics: dict[str, Any]) -> None:
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
+        console.print(f"epoch {epoch}/{loaded.train.epochs}  {shown}", soft_wrap=True, highlight=False)
+
+    run_trial(resolved, folder, report, "local")
+    console.print(f"checkpoint: {folder / 'checkpoint.pt'}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="Folder of a sweep (its best trial), of a trial, or a checkpoint.pt.")],
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Utterances at once; changes no result.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a split with a trained model."""
+    from sweep.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(source, split, batch_size)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(title=f"{split} split, {result['n']} utterances", title_justify="left")
+    for name in ("label", "precision", "recall", "f1", "support"):
+        table.add_column(name, justify="left" if name == "label" else "right")
+    for label, row in result["per_label"].items():
+        table.add_row(label, *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")), f"{row['support']:.0f}")
+    console.print(table)
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float))
+    console.print(shown, highlight=False)

@@ -1,0 +1,232 @@
+"""The configuration of a sweep: one typed tree, read from YAML and dotted overrides; all its problems in one error."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, Field, ValidationError
+
+from data.config import DataConfig, Section
+from data.errors import ConfigError
+from model.config import Count, ModelConfig, TrainConfig
+from sweep.space import Axis, SearchConfig
+
+SEARCHABLE = ("seed", "data.history", "model.", "train.")
+
+
+class ResourceConfig(Section):
+    """What a trial occupies."""
+
+    workers: Count = Field(1, description="Ray Train workers of a trial; the result does not depend on it.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of a worker; whole ones are threads.")
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a worker; may be a fraction.")
+    slots: Count | None = Field(None, description="Trials at the same time; by default as many as the cluster holds.")
+
+
+class Config(Section):
+    """Everything that decides a sweep; `search.space` varies it from trial to trial."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        ..., description="Of the sweep: its folder under runs/ and its MLflow experiment."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of initialisation, batch plan and search.")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+    resources: ResourceConfig = ResourceConfig()
+
+    def with_values(self, values: Mapping[str, Any]) -> "Config":
+        """A copy with dotted keys replaced, validated.
+
+        Raises:
+            ConfigError: a key is unknown or a value breaks a rule.
+        """
+        tree = self.model_dump()
+        for key, value in values.items():
+            *path, leaf = key.split(".")
+            section = tree
+            for name in path:
+                section = section.setdefault(name, {})
+            section[leaf] = value
+        return parse(tree, "trial")
+
+
+def parse(tree: Mapping[str, Any], source: str) -> Config:
+    """Validate a tree of plain values.
+
+    Raises:
+        ConfigError: lists every problem, each with the key, the value, the rule and what to do.
+    """
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise _error(source, [_problem(detail) for detail in error.errors()]) from None
+    problems = config.model.problems()
+    if problems:
+        raise _error(source, problems)
+    return config
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a preset or a YAML file, apply `key=value` overrides, and check the whole, the search space included.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or lists every problem of its content.
+    """
+    path = _find(name)
+    try:
+        tree: Any = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"{path}: holds no mapping of settings; see the presets for the form")
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    config = parse(plain, str(path))
+    problems = list(_space_problems(config))
+    if problems:
+        raise _error(str(path), problems)
+    return config
+
+
+def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a section by its dotted key."""
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
+    return found
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the project."""
+    folder = resources.files("sweep") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `load` reads back."""
+    text: str = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def write(config: Config, path: Path) -> None:
+    """Write the configuration as YAML, complete or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+    unfinished.write_text(dump(config), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def claim_folder(config: Config, folder: Path) -> None:
+    """Write the configuration into a new folder, or check that it is the one that started there.
+
+    Raises:
+        ConfigError: the folder belongs to other settings; the number of trials and slots may change.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        before, after = flat(load(str(path))), flat(config)
+        changed = [
+            key for key in after if before[key] != after[key] and key not in ("search.trials", "resources.slots")
+        ]
+        if changed:
+            listed = "; ".join(f"{key}: {before[key]!r} → {after[key]!r}" for key in changed)
+            raise ConfigError(f"{folder}: started with other settings ({listed}); use --out for a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(config, path)
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in presets():
+        return Path(str(resources.files("sweep") / "presets" / f"{name}.yaml"))
+    near = get_close_matches(name, presets(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{name}: no such file, and no preset of that name (presets: {', '.join(presets())}){hint}")
+
+
+def _space_problems(config: Config) -> Iterable[str]:
+    """Axes that lie outside the configuration, or whose values it would refuse."""
+    leaves = set(flat(config))
+    for key, axis in config.search.space.items():
+        where = f"search.space.{key}"
+        if key not in leaves or not key.startswith(SEARCHABLE):
+            near = get_close_matches(key, sorted(leaf for leaf in leaves if leaf.startswith(SEARCHABLE)), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{where}: no setting that a search may vary has this name{hint}"
+            continue
+        for condition in axis.when:
+            if condition not in leaves:
+                yield f"{where}.when.{condition}: no such setting"
+        for value in axis.extremes():
+            yield from _refusals(config, where, {key: value})
+    for number, point in enumerate(config.search.points):
+        for key, value in point.items():
+            space = config.search.space.get(key)
+            if space is None:
+                yield f"search.points[{number}].{key}: not an axis of search.space; add the axis or remove the key"
+            elif not space.contains(value):
+                yield f"search.points[{number}].{key}: {value!r} lies outside its axis; {space.describe()}"
+
+
+def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:
+    tree = config.model_dump(exclude={"search"})
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        section = tree
+        for name in path:
+            section = section[name]
+        section[leaf] = value
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        for detail in error.errors():
+            yield f"{where}: the axis holds {detail['input']!r}: {_rule(detail)}"
+
+
+def _error(source: str, problems: Sequence[str]) -> ConfigError:
+    unique = list(dict.fromkeys(problems))
+    count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
+    return ConfigError("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in unique)]))
+
+
+def _problem(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "list[")))
+    if detail["type"] == "extra_forbidden":
+        *path, leaf = detail["loc"]
+        known = _fields(path)
+        near = get_close_matches(str(leaf), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{key}: missing; add it"
+    return f"{key}: {detail['input']!r}: {_rule(detail)}"
+
+
+def _rule(detail: Any) -> str:
+    text = str(detail["msg"]).removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
+
+
+def _fields(path: Sequence[Any]) -> list[str]:
+    section: Any = Config
+    for name in path:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field is not None else Axis
+    return list(getattr(section, "model_fields", {}))

@@ -1,0 +1,61 @@
+"""`sweep evaluate`: a checkpoint on a split, in this process, from the shards on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.schema import SPLITS
+from model import checkpoint
+from model.evaluate import evaluate
+from model.metrics import per_label, summarise
+from sweep import builtin
+from sweep import config as configuration
+from sweep.ledger import Ledger, trial_folder
+from sweep.trial import build
+
+
+def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dict[str, Any]:
+    """Predict a split.
+
+    Args:
+        source: a sweep's folder (its best trial), a trial's folder, or a checkpoint file beside its config.yaml.
+        split: train, val or test.
+        batch_size: utterances computed at once; by default as many as `train.token_budget` allows.
+
+    Returns:
+        `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
+    folder = _trial_folder(source)
+    config = builtin.resolve(configuration.load(str(folder / "config.yaml")))
+    state = checkpoint.load(folder / "checkpoint.pt")
+    model, data = build(config, "local", (split,))
+    checkpoint.load_tensors(model, state["tensors"])
+    records, loss = evaluate(model, data, split, config.train.token_budget, batch_size)
+    labels, roles = data.shards.manifest.labels, data.shards.manifest.roles
+    predictions = [
+        {
+            "id": record.id,
+            "label": record.label,
+            "prediction": record.prediction,
+            "scores": dict(zip(labels, record.scores, strict=True)),
+        }
+        for record in records
+    ]
+    metrics = {**summarise(records, labels, roles), "loss": loss}
+    return {"n": len(records), **metrics, "per_label": per_label(records, labels), "predictions": predictions}
+
+
+def _trial_folder(source: Path) -> Path:
+    if source.is_file():
+        source = source.parent
+    if not (source / "config.yaml").exists():
+        raise UserError(f"{source}: neither a sweep, a trial nor a checkpoint beside its config.yaml; see runs/")
+    if (source / "checkpoint.pt").exists():
+        return source
+    ledger = Ledger.read(source, configuration.load(str(source / "config.yaml")))
+    best = ledger.best()
+    if best is None:
+        raise UserError(f"{source}: no trial is complete yet; name a trial's folder, or finish the sweep")
+    return trial_folder(source, best.number)

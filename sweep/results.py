@@ -1,0 +1,122 @@
+"""What a sweep found, as rows, tables and JSON: the leaderboard, the best trial, the state of every trial."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from model.metrics import Record, accuracy_interval
+from sweep.config import Config
+from sweep.ledger import Entry, trial_folder
+
+ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
+
+
+def ranked(config: Config, entries: Sequence[Entry]) -> list[Entry]:
+    """Complete trials first, best first; then the others by how far they came."""
+    sign = -1 if config.search.direction == "maximize" else 1
+
+    def key(entry: Entry) -> tuple[int, int, float, int]:
+        reached = 0 if entry.state == "COMPLETE" else -len(entry.curve)
+        return ORDER.index(entry.state), reached, sign * (entry.value if entry.value is not None else 0), entry.number
+
+    return sorted(entries, key=key)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The predictions of a trial's last evaluation; empty if there was none."""
+    path = folder / "predictions.json"
+    if not path.exists():
+        return []
+    return [Record(**{**row, "scores": tuple(row["scores"])}) for row in json.loads(path.read_text())]
+
+
+def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the leaderboard; accuracies on named subsets carry their 95 % interval."""
+    names = short_names(list(config.search.space))
+    subsets = sorted({key for entry in entries for key in entry.metrics if _is_subset(key, entry)})
+    metric = config.search.metric
+    others = [name for name in ("macro_f1", "accuracy") if name != metric]
+    header = ["#", "state", metric, *others, *subsets, *names.values(), "epochs", "steps", "note"]
+    rows = []
+    for entry in ranked(config, entries):
+        records = read_records(trial_folder(folder, entry.number))
+        scores = [_number(entry.metrics.get(name)) for name in others]
+        scores += [_with_interval(entry, name, records) for name in subsets]
+        params = [_cell(entry.params.get(key, "")) for key in names]
+        progress = [f"{len(entry.curve)}/{config.train.epochs}", str(entry.steps)]
+        note = entry.why if entry.state in ("PRUNED", "FAIL") else ""
+        rows.append([str(entry.number), entry.state, _number(entry.value), *scores, *params, *progress, note])
+    return header, rows
+
+
+def _is_subset(key: str, entry: Entry) -> bool:
+    return key.startswith("accuracy_") and f"macro_f1_{key.removeprefix('accuracy_')}" not in entry.metrics
+
+
+def _with_interval(entry: Entry, name: str, records: Sequence[Record]) -> str:
+    subset = name.removeprefix("accuracy_")
+    own = [record for record in records if record.subset == subset]
+    if name not in entry.metrics or not own:
+        return ""
+    low, high = accuracy_interval(own)
+    return f"{entry.metrics[name]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
+    """For a terminal."""
+    header, rows = leaderboard_rows(config, folder, entries)
+    table = Table(
+        title=f"{config.name}: trials by {config.search.metric} on the validation split", title_justify="left"
+    )
+    for name in header:
+        numeric = name not in ("state", "note")
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for place, row in enumerate(rows):
+        table.add_row(*row, style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
+    return table
+
+
+def leaderboard_markdown(config: Config, folder: Path, entries: Sequence[Entry]) -> str:
+    """For MLflow's note."""
+    header, rows = leaderboard_rows(config, folder, entries)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def entry_json(entry: Entry, run_id: str | None) -> dict[str, Any]:
+    """A trial in the form that scripts rely on."""
+    return {
+        "number": entry.number,
+        "state": entry.state,
+        "params": entry.params,
+        "value": entry.value,
+        "metrics": entry.metrics,
+        "steps": entry.steps,
+        "mlflow_run_id": run_id,
+    }
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest endings of dotted keys that still tell them apart."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        for size in range(1, len(parts) + 1):
+            ending = ".".join(parts[-size:])
+            if sum(f".{other}".endswith(f".{ending}") for other in keys) == 1:
+                break
+        names[key] = ending
+    return names
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else ""
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2e}" if isinstance(value, float) else str(value)

@@ -1,0 +1,149 @@
+"""The search: its axes, the points it must contain, and how losers end early."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import Field, model_validator
+
+from data.config import Section
+from model.config import Count
+
+Scalar = bool | int | float | str | None
+
+
+class Sampler(Protocol):
+    """The part of an Optuna trial that draws values."""
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+
+
+class Axis(Section):
+    """The values of one setting: a list of choices, or a range (of whole numbers if both ends are whole)."""
+
+    choices: list[Scalar] | None = Field(None, description="The values themselves; a bare list is short for this.")
+    low: int | float | None = Field(None, description="Lower end of a range, included.")
+    high: int | float | None = Field(None, description="Upper end of a range, included.")
+    step: int | float | None = Field(None, description="Distance between values of a range.")
+    log: bool = Field(False, description="Sample the range on a logarithmic scale.")
+    when: dict[str, list[Scalar]] = Field(
+        {}, description="Only vary this setting in trials in which others have one of these values."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"choices": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.choices is not None:
+            if not self.choices or len(set(map(repr, self.choices))) < len(self.choices):
+                raise ValueError("choices must be a list of different values, at least one")
+            if (self.low, self.high, self.step, self.log) != (None, None, None, False):
+                raise ValueError("give either choices, or low and high")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give a list of choices, or low and high")
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a logarithmic range needs low above 0 and has no step")
+        return self
+
+    def extremes(self) -> list[Any]:
+        """The values that decide whether all of the axis is allowed."""
+        return list(self.choices) if self.choices is not None else [self.low, self.high]
+
+    def contains(self, value: Any) -> bool:
+        """Whether a value lies on the axis."""
+        if self.choices is not None:
+            return value in self.choices
+        assert self.low is not None
+        assert self.high is not None
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def describe(self) -> str:
+        """The axis in words."""
+        return f"choose from {self.choices}" if self.choices is not None else f"choose from {self.low} to {self.high}"
+
+    def suggest(self, key: str, sampler: Sampler) -> Any:
+        """Draw a value."""
+        if self.choices is not None:
+            return sampler.suggest_categorical(key, self.choices)
+        low, high = self.low, self.high
+        if isinstance(low, int) and isinstance(high, int):
+            return sampler.suggest_int(key, low, high, step=int(self.step or 1), log=self.log)
+        assert low is not None
+        assert high is not None
+        step = None if self.step is None else float(self.step)
+        return sampler.suggest_float(key, float(low), float(high), step=step, log=self.log)
+
+
+class PruningConfig(Section):
+    """Asynchronous successive halving (Li et al., 2020, arXiv 1810.05934) over the epochs."""
+
+    first_epoch: Count = Field(2, description="First epoch after which a trial may end; later ones double.")
+    keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that goes on at each.")
+    after_trials: Count = Field(4, description="Trials that must have reached an epoch before one is ended there.")
+
+
+class SearchConfig(Section):
+    """What is searched, for how long, and by which number."""
+
+    trials: Count = Field(12, description="Trials in all, those that fail included; `--trials` raises it later.")
+    metric: Literal["macro_f1", "accuracy", "weighted_f1", "loss"] = Field(
+        "macro_f1", description="On the validation split, after a trial's last epoch."
+    )
+    pruning: PruningConfig | None = Field(PruningConfig(), description="null: every trial trains to its end.")
+    startup_trials: Count = Field(6, description="Trials drawn at random before the sampler (TPE) learns from them.")
+    space: dict[str, Axis] = Field({}, description="Axes by the dotted key of the setting.")
+    points: list[dict[str, Scalar]] = Field([], description="Trials to run first: values for some or all axes.")
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """Of the metric."""
+        return "minimize" if self.metric == "loss" else "maximize"
+
+    def suggest(self, sampler: Sampler, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Draw a value for every axis whose condition holds.
+
+        Args:
+            sampler: an Optuna trial; asked again, it gives the same values.
+            base: settings by dotted key, for conditions on settings that are not axes.
+        """
+        values: dict[str, Any] = {}
+        for key, axis in self.space.items():
+            if all(values.get(other, base.get(other)) in allowed for other, allowed in axis.when.items()):
+                values[key] = axis.suggest(key, sampler)
+        return values
+
+
+def better(one: float, other: float, direction: str) -> bool:
+    """Whether `one` beats `other`; NaN never does."""
+    if math.isnan(one) or math.isnan(other):
+        return not math.isnan(one)
+    return one > other if direction == "maximize" else one < other
+
+
+def prune(own: float, peers: list[float], direction: str, config: PruningConfig) -> bool:
+    """Whether a trial with the value `own` ends at this epoch.
+
+    Args:
+        own: its value at the epoch.
+        peers: values of all trials at the same epoch, its own included.
+        direction: maximize or minimize.
+        config: rule of the halving.
+    """
+    if len(peers) < config.after_trials:
+        return False
+    ahead = sum(better(peer, own, direction) for peer in peers)
+    return ahead >= max(1, math.floor(len(peers) * config.keep))
+
+
+def is_rung(epoch: int, config: PruningConfig) -> bool:
+    """Whether trials are compared after this epoch (counted from 1)."""
+    ratio = epoch / config.first_epoch
+    return ratio >= 1 and math.log2(ratio).is_integer()

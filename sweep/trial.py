@@ -1,0 +1,42 @@
+"""One trial: from its configuration to a trained, evaluated model. Runs in a slot's worker, or plainly in a process."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.shards import Shards
+from model.checkpoint import seed_everything
+from model.evaluate import TrialData
+from model.speech_llm import SpeechLLM
+from model.train import Report, fit
+from sweep.config import Config
+
+
+@functools.lru_cache(maxsize=2)
+def open_shards(folder: str) -> Shards:
+    """The corpus, opened once per process."""
+    return Shards(folder)
+
+
+def build(config: Config, reader: str, splits: Sequence[str]) -> tuple[SpeechLLM, TrialData]:
+    """The model of a trial as it is before training, and its data.
+
+    Args:
+        config: with paths in place of built-in names.
+        reader: "ray" or "local".
+        splits: those that will be read.
+    """
+    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    seed_everything(config.seed)
+    shards = open_shards(config.data.shards)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SpeechLLM(config.model, shards.manifest.labels, device)
+    return model, TrialData.open(shards, model, config.data.history, reader, splits)
+
+
+def run_trial(config: Config, folder: Path, report: Report, reader: str) -> None:
+    """Train a trial to its end, or on from its checkpoint in `folder`."""
+    model, data = build(config, reader, ("train", "val"))
+    fit(model, data, config.train, config.seed, folder, report)
