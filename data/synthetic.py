@@ -34,7 +34,7 @@ PROMPTS = (
     "go on",
 )
 
-CONTOUR = 1.6  # end-to-end ratio of pitch, and of loudness squared, of a rising clip; falling is its inverse
+CONTOUR = 1.6  # pitch at the end over pitch at the start of a rising clip, amplitude its square; falling: the inverse
 RISING = {"change": True, "sustain": False}  # the tone that decides an ambiguous turn
 THERAPIST_SECONDS = 1.5  # what a therapist's turn takes on the clock; it has no sound
 

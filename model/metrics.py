@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
 RESAMPLES = 1000
@@ -71,6 +70,8 @@ def accuracy_interval(records: Sequence[Record], seed: int = 0) -> tuple[float, 
 
     With a single conversation nothing can be resampled, and the interval is the widest possible.
     """
+    from scipy.stats import bootstrap
+
     sessions = sorted({record.conversation for record in records})
     if len(sessions) < 2:
         return 0.0, 1.0

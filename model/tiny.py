@@ -1,13 +1,11 @@
 """Tiny models that the project makes itself, saved as Hugging Face folders: real ones load by the very same calls.
 
 `make_encoder` and `make_llm` pre-train the demo's models in seconds on one thread. Neither ever sees a label beside an
-utterance: the encoder learns which word sounds and how the pitch moves, the language model learns to read and to copy.
+utterance: the encoder learns which word sounds and how the pitch moves, the language model learns to find key words.
 `random_hubert` and `random_whisper` are untrained, for tests.
-
-Shape letters: B batch, F encoder frames, T tokens, N samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -50,21 +48,19 @@ through much before line right too mean old any same tell boy follow came want s
 feel today week talk need well"""
 STRUCTURE = ("client", "therapist", "label", "word")  # stand at the start of a line
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-
 
 def make_encoder(folder: Path) -> None:
     """Log-mel Whisper-style encoder, 2 layers of 64, pre-trained to name word, pitch and tone of every frame."""
     with _fixed(seed=1):
         extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=WINDOW_SECONDS)
         model = WhisperModel(_whisper_config(width=64, layers=2, mels=64))
-        _pretrain_encoder(model.encoder, extractor)
+        _pretrain_encoder(model, extractor)
     model.eval().save_pretrained(folder)
     extractor.save_pretrained(folder)
 
 
 def make_llm(folder: Path) -> None:
-    """Llama, 3 layers of 96, pre-trained as a plain language model on dialogues, copies and single words."""
+    """Llama, 3 layers of 96, pre-trained as a plain language model on dialogues that end in a key word."""
     tokenizer = _tokenizer()
     with _fixed(seed=2):
         model = LlamaForCausalLM(
@@ -74,21 +70,15 @@ def make_llm(folder: Path) -> None:
                 intermediate_size=256,
                 num_hidden_layers=3,
                 num_attention_heads=4,
-                num_key_value_heads=4,
                 max_position_embeddings=2048,
                 tie_word_embeddings=True,
                 initializer_range=0.06,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             )
         )
         _pretrain_llm(model, tokenizer)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-# --- encoder
 
 
 def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
@@ -113,31 +103,20 @@ def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
     )
 
 
-def _pretrain_encoder(
-    encoder: nn.Module, extractor: WhisperFeatureExtractor, *, clips: int = 600, steps: int = 300, batch: int = 8
-) -> list[float]:
+def _pretrain_encoder(model: WhisperModel, extractor: WhisperFeatureExtractor, *, clips: int = 600) -> list[float]:
     """Frame-wise cross-entropies of word, pitch bin and tone, summed. Returns the losses."""
     mels, targets = _frames(extractor, clips)
-    head = nn.Linear(64, len(synthetic.WORDS) + PITCH_BINS + 2)
-    parameters = [*(p for p in encoder.parameters() if p.requires_grad), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    losses = []
-    for _ in range(steps):
-        rows = torch.randint(clips, (batch,))
-        logits = head(encoder(mels[rows]).last_hidden_state).flatten(0, 1)
-        parts = logits.split([len(synthetic.WORDS), PITCH_BINS, 2], dim=-1)
-        loss = sum(
-            (F.cross_entropy(part, targets[rows, :, k].flatten(), ignore_index=IGNORE) for k, part in enumerate(parts)),
-            start=torch.zeros(()),
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+    sizes = [len(synthetic.WORDS), PITCH_BINS, 2]
+    head = nn.Linear(model.config.d_model, sum(sizes))
+
+    def loss() -> Tensor:
+        rows = torch.randint(clips, (8,))
+        logits = head(model.encoder(mels[rows]).last_hidden_state).flatten(0, 1).split(sizes, dim=-1)
+        goals = targets[rows].flatten(0, 1).unbind(-1)
+        parts = [F.cross_entropy(logit, goal, ignore_index=IGNORE) for logit, goal in zip(logits, goals, strict=True)]
+        return torch.stack(parts).sum()
+
+    return _optimise([*model.encoder.parameters(), *head.parameters()], loss, steps=300)
 
 
 def _frames(extractor: WhisperFeatureExtractor, count: int) -> tuple[Tensor, Tensor]:
@@ -148,13 +127,9 @@ def _frames(extractor: WhisperFeatureExtractor, count: int) -> tuple[Tensor, Ten
         frames = min(FRAMES, len(clip.audio) // HOP)
         middle = np.arange(frames) * HOP + HOP // 2
         pitch = np.clip(np.log2(clip.f0[middle] / 75) * 5, 0, PITCH_BINS - 1).astype(np.int64)
-        columns = (clip.words_at[middle], pitch, np.full(frames, int(clip.rise)))
+        columns = clip.words_at[middle], pitch, np.full(frames, clip.rise)
         targets[row, :frames] = torch.from_numpy(np.stack(columns, axis=1))
-    mels = extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
-    return mels, targets
-
-
-# --- language model
+    return extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"], targets
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -162,66 +137,63 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     prompt_words = {word for prompt in synthetic.PROMPTS for word in prompt.split()}
     words = sorted({*synthetic.WORDS, *synthetic.LABELS, *prompt_words, *COMMON.split()})
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,  # never reached: merging ends when every word is one token
-        min_frequency=1,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     core.train_from_iterator([*STRUCTURE, *(f" {word}" for word in words)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def _pretrain_llm(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int = 200, batch: int = 16, lr: float = 3e-3
-) -> list[float]:
+def _pretrain_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[float]:
     """Next-token loss over whole documents. Returns the losses."""
     rng = np.random.default_rng(2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    losses = []
-    for _ in range(steps):
-        rows = [[token for piece in _document(rng) for token in tokenizer.encode(piece)] for _ in range(batch)]
+
+    def loss() -> Tensor:
+        rows = [[token for piece in _document(rng) for token in tokenizer.encode(piece)] for _ in range(16)]
         ids_BT = nn.utils.rnn.pad_sequence(
             [torch.tensor([tokenizer.bos_token_id, *row, tokenizer.eos_token_id]) for row in rows],
             batch_first=True,
             padding_value=tokenizer.pad_token_id,
         )
-        target_BT = ids_BT.masked_fill(ids_BT == tokenizer.pad_token_id, IGNORE)
-        loss = model(input_ids=ids_BT, labels=target_BT, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        targets_BT = ids_BT.masked_fill(ids_BT == tokenizer.pad_token_id, IGNORE)
+        return model(input_ids=ids_BT, labels=targets_BT, use_cache=False).loss  # type: ignore[no-any-return]
+
+    return _optimise(list(model.parameters()), loss, steps=200)
 
 
 def _document(rng: np.random.Generator) -> list[str]:
-    """Pieces, tokenised one by one as prompts are: a dialogue that ends in a copy of its last turn or of its key word.
+    """Pieces, tokenised one by one as prompts are: a dialogue and the key word of its last turn.
 
     Labels occur as documents of their own, so that "label:" and the label words are known, but never after a turn.
     """
     if rng.random() < 0.1:
         return ["label:", f" {rng.choice(synthetic.LABELS)}"]
-    pieces = []
-    if rng.random() < 0.5:
-        pieces.append(f"therapist: {rng.choice(synthetic.PROMPTS)}\n")
+    before = [f"therapist: {rng.choice(synthetic.PROMPTS)}\n"] if rng.random() < 0.5 else []
     words = synthetic.utterance(rng).words
     key = next(word for word in words if word not in synthetic.FILLERS)
-    said = " " + " ".join(words)
-    pieces += ["client:", said]
-    pieces += ["\nword:", f" {key}"] if rng.random() < 0.5 else ["\nclient:", said]
-    return pieces
+    return [*before, "client:", f" {' '.join(words)}", "\nword:", f" {key}"]
 
 
-# --- random models for tests
+def _optimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, steps: int) -> list[float]:
+    """Minimise a loss that draws its own batch at every call. Returns its values."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    values = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        values.append(value.item())
+    return values
 
 
 def random_hubert(folder: Path, norm: Literal["layer", "group"]) -> None:
@@ -255,13 +227,13 @@ def random_whisper(folder: Path) -> None:
     WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
 
 
+@torch.no_grad()
 def _perturb_norms(model: nn.Module) -> None:
     """Fresh norms scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-                module.weight.add_(0.3 * torch.randn_like(module.weight))
-                module.bias.add_(0.3 * torch.randn_like(module.bias))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.weight.add_(0.3 * torch.randn_like(module.weight))
+            module.bias.add_(0.3 * torch.randn_like(module.bias))
 
 
 @contextmanager

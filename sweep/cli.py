@@ -154,9 +154,7 @@ def _attempt(driver: Any, say: Any) -> None:
     finally:
         say("sending the last results to MLflow")
         if not tracker.finish():
-            say(
-                f"[red]MLflow at {tracker.uri} did not take everything[/red] ({tracker.error}); run the same command again"
-            )
+            say(f"[red]MLflow at {tracker.uri} lacks some results[/red] ({tracker.error}); give the command again")
 
 
 def _uses_builtins(config: "Config") -> bool:

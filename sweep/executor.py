@@ -1,5 +1,6 @@
 """The ledger as Ray Tune sees it: a searcher that hands out its trials and a scheduler that reports back to it."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ class LedgerSearcher(Searcher):
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tell the ledger about an epoch; True when the trial ends here."""
-        return self.ledger.report(self.numbers[trial_id], result["epoch"], result["metrics"])
+        return self.ledger.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is persistent."""

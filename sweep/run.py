@@ -11,7 +11,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,6 @@ Say = Callable[[str], None]
 
 class Busy(Exception):  # noqa: N818
     """Another process runs this sweep."""
-
-
-@dataclass
-class Job:
-    """What a worker needs to know of a trial; travels as a plain dictionary."""
-
-    number: int
-    folder: str
-    config: dict[str, Any]
-    reader: str
-
-
-def fit_job(job: dict[str, Any], report: Callable[[int, dict[str, Any]], None]) -> None:
-    """Run a trial inside a slot's worker."""
-    from sweep.trial import run_trial
-
-    run_trial(Config.model_validate(job["config"]), Path(job["folder"]), report, job["reader"])
 
 
 @contextlib.contextmanager
@@ -97,6 +79,9 @@ class Driver:
 
     def execute(self, resolved: Config) -> None:
         """Run the trials that are left. Returns early, in an orderly way, on Ctrl-C or SIGTERM."""
+        # Read when Ray is imported: the driver shows progress and failures itself, and the ledger keeps every result.
+        os.environ.update(RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR", RAY_AIR_NEW_OUTPUT="0")
+        os.environ.update(TUNE_DISABLE_STRICT_METRIC_CHECKING="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
         import ray
         import ray.tune
 
@@ -114,7 +99,9 @@ class Driver:
                 "resources_per_worker": _worker_resources(resolved),
             }
             tuner = ray.tune.Tuner(
-                ray.tune.with_resources(slot_class(fit_job, scaling, str(ray_folder)), {"CPU": 0, "memory": 1}),
+                ray.tune.with_resources(
+                    slot_class("sweep.trial:fit_job", scaling, str(ray_folder)), {"CPU": 0, "memory": 1}
+                ),
                 tune_config=ray.tune.TuneConfig(
                     search_alg=searcher,
                     scheduler=LedgerScheduler(searcher),
@@ -154,8 +141,11 @@ class Driver:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
         configuration.write(trial_config(self.config, values), folder / "config.yaml")
-        config = trial_config(resolved, values)
-        return vars(Job(number, str(folder), config.model_dump(mode="json"), choose_reader(resolved)))
+        return {
+            "folder": str(folder),
+            "config": trial_config(resolved, values).model_dump(mode="json"),
+            "reader": choose_reader(resolved),
+        }
 
 
 def check_inputs(resolved: Config) -> None:
@@ -199,15 +189,12 @@ def local_or_remote_ray(config: Config) -> Iterator[None]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    # The driver reports the trials' failures itself, and the ledger keeps every result.
-    os.environ.update(TUNE_DISABLE_STRICT_METRIC_CHECKING="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"env_vars": variables}, **quiet)
     else:
         port = free_port()
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         variables["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         ray.init(
             include_dashboard=True,

@@ -7,6 +7,7 @@ nothing, so a kill or a server that is away costs no point and doubles none.
 
 import io
 import json
+import logging
 import os
 import threading
 import time
@@ -95,6 +96,7 @@ class Tracker(threading.Thread):
             return
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
         client = MlflowClient(self.uri)
         experiment = client.get_experiment_by_name(self.config.name)
         if experiment is None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,3 +41,8 @@ def run_trial(config: Config, folder: Path, report: Report, reader: str) -> None
     """Train a trial to its end, or on from its checkpoint in `folder`."""
     model, data = build(config, reader, ("train", "val"))
     fit(model, data, config.train, config.seed, folder, report)
+
+
+def fit_job(job: dict[str, Any], report: Report) -> None:
+    """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial."""
+    run_trial(Config.model_validate(job["config"]), Path(job["folder"]), report, job["reader"])

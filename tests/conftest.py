@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests: tiny models in Hugging Face folders and small prepared corpora, made once a session."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import synthetic
+from data.examples import Example
+from data.prepare import prepare
+from data.schema import SAMPLE_RATE
+from data.shards import Shards
+from model import tiny
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
+LABELS = ("change", "sustain", "neutral")
+ENCODERS = ("hubert-layer", "hubert-group", "whisper")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with untrained encoders and an untrained LLM; loaded by `from_pretrained` like any other."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.random_hubert(folder / "hubert-layer", "layer")
+    tiny.random_hubert(folder / "hubert-group", "group")
+    tiny.random_whisper(folder / "whisper")
+    tiny.random_llm(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Nine synthetic dialogues of eight turns."""
+    folder = tmp_path_factory.mktemp("corpus") / "shards"
+    return prepare(synthetic.corpus(sessions=9, turns=8, seed=3), folder)
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Eight ragged examples, from the shortest clip that is allowed (0.1 s) to one over several encoder windows."""
+    rng = np.random.default_rng(5)
+    seconds = (0.1, 0.35, 0.7, 1.0, 1.6, 2.4, 3.1, 5.3)
+    words = "i really want to stop it now and then maybe so".split()
+    return [
+        Example(
+            id=f"c/{place}",
+            conversation=f"c{place % 3}",
+            speaker="client",
+            label=LABELS[place % 3],
+            subset=None,
+            text=" ".join(words[: 1 + place]),
+            history=tuple(("therapist", " ".join(words[turn:])) for turn in range(place % 4)),
+            pcm=(rng.standard_normal(round(length * SAMPLE_RATE)) * (500 + 900 * place) + 200).astype("<i2"),
+        )
+        for place, length in enumerate(seconds)
+    ]
