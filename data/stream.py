@@ -10,6 +10,7 @@ Batches = Sequence[Sequence[int]]  # rows of the index, by batch
 Source = Callable[[Batches], Iterator[list[Example]]]
 
 STEPS_PER_TASK = 16  # batches a Ray read task emits: few enough to start fast, enough to pay for the task
+READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
 PREFETCH = 4  # batches fetched ahead of the training step
 
 
@@ -37,7 +38,8 @@ def ray_source(shards: Shards, history: int, sound: bool) -> Source:
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
-        dataset = ray.data.read_datasource(_plan_datasource(shards, history, sound, batches), num_cpus=0)
+        source = _plan_datasource(shards, history, sound, batches)
+        dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS)
         for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH):
             yield from from_arrow(table)
 

@@ -55,7 +55,7 @@ class WaveEncoder(SpeechEncoder):
         # SpecAugment and layer drop would draw from global generators in an order that depends on the batch.
         model.config.apply_spec_augment = False
         model.config.layerdrop = 0.0
-        model.freeze_feature_encoder()
+        model.feature_extractor._freeze_parameters()
         first = model.feature_extractor.conv_layers[0]
         self.norm = None
         if model.config.feat_extract_norm == "group":

@@ -63,22 +63,36 @@ def make_llm(folder: Path) -> None:
     """Llama, 3 layers of 96, pre-trained as a plain language model on dialogues that end in a key word."""
     tokenizer = _tokenizer()
     with _fixed(seed=2):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=96,
-                intermediate_size=256,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                initializer_range=0.06,
-                **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-            )
-        )
+        model = _llama(tokenizer, width=96, layers=3)
         _pretrain_llm(model, tokenizer)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def random_llm(folder: Path) -> None:
+    """Untrained Llama with the tokenizer of `make_llm`."""
+    tokenizer = _tokenizer()
+    with _fixed(seed=5):
+        model = _llama(tokenizer, width=32, layers=2)
+        _perturb_norms(model)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _llama(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=256,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            initializer_range=0.06,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        )
+    )
 
 
 def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:

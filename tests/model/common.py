@@ -11,10 +11,10 @@ from model.speech_llm import SpeechLLM
 from tests.conftest import LABELS
 
 
-def settings(models: Path, encoder: str = "hubert-layer", **changed: Any) -> ModelConfig:
+def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelConfig:
     tree: dict[str, Any] = {
         "modality": "text+speech",
-        "encoder": {"path": str(models / encoder), "trainable": True},
+        "encoder": {"path": str(models / kind), "trainable": True},
         "adapter": {"pool": 8, "stride": 4},
         "llm": {"path": str(models / "llm")},
         "lora": {"rank": 4, "dropout": 0.0},
@@ -24,10 +24,10 @@ def settings(models: Path, encoder: str = "hubert-layer", **changed: Any) -> Mod
     return ModelConfig.model_validate(tree | changed)
 
 
-def build(models: Path, encoder: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:
+def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:
     """A model whose LoRA update is not the zero it starts as, so that it takes part in the test."""
     seed_everything(seed)
-    model = SpeechLLM(settings(models, encoder, **changed), LABELS)
+    model = SpeechLLM(settings(models, kind, **changed), LABELS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
