@@ -68,9 +68,10 @@ def confusion(records: Sequence[Record], labels: Sequence[str]) -> np.ndarray:
 def accuracy_interval(records: Sequence[Record], seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the accuracy, bootstrapped by conversation: utterances of one are not independent.
 
-    With a single conversation nothing can be resampled, and the interval is the widest possible.
+    Where every prediction is right, or none is, resampling gives no width, and the exact binomial interval (Clopper and
+    Pearson, 1934) stands in. With a single conversation nothing can be resampled: the interval is the widest possible.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import binomtest, bootstrap
 
     sessions = sorted({record.conversation for record in records})
     if len(sessions) < 2:
@@ -80,6 +81,10 @@ def accuracy_interval(records: Sequence[Record], seed: int = 0) -> tuple[float, 
     for record in records:
         right[place[record.conversation]] += record.label == record.prediction
         total[place[record.conversation]] += 1
+
+    if right.sum() in (0, len(records)):
+        exact = binomtest(int(right.sum()), len(records)).proportion_ci()
+        return float(exact.low), float(exact.high)
 
     def accuracy(chosen: np.ndarray, axis: int) -> np.ndarray:
         share: np.ndarray = right[chosen].sum(axis) / total[chosen].sum(axis)

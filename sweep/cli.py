@@ -29,7 +29,8 @@ app = typer.Typer(
 )
 prepare_app = typer.Typer(help="Turn a corpus into Arrow shards.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
-console = Console()
+# Into a file or a pipe, tables keep the width of a wide terminal.
+console = Console(width=None if sys.stdout.isatty() else 132)
 
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting: key=value, dotted; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
@@ -168,6 +169,9 @@ def _conclude(driver: Any) -> int:
 
     entries = driver.ledger.entries()
     console.print(leaderboard_table(driver.config, driver.folder, entries))
+    for entry in entries:
+        if entry.state == "FAIL":
+            console.print(f"trial {entry.number} failed: {entry.why}", soft_wrap=True, markup=False)
     if driver.left():
         console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
         return UNFINISHED
@@ -188,9 +192,9 @@ def _print_best(ledger: "Ledger", folder: Path) -> None:
     console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
-    source = os.path.relpath(folder / "config.yaml")
-    console.print(f"again:      sweep train {source} {sets}", soft_wrap=True, highlight=False)
-    console.print(f"on test:    sweep evaluate {os.path.relpath(folder)} --split test", soft_wrap=True, highlight=False)
+    where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    console.print(f"again:      sweep train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False)
+    console.print(f"on test:    sweep evaluate {where} --split test", soft_wrap=True, highlight=False)
 
 
 def _open(folder: Path) -> "Ledger":

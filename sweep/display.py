@@ -54,7 +54,9 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line with the time since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self.started:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(
+            f"[dim]{time.monotonic() - self.started:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     def _follow(self) -> None:
         while not self.ended.wait(self.every):

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from model.metrics import Record, accuracy_interval
@@ -39,16 +41,15 @@ def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> 
     subsets = sorted({key for entry in entries for key in entry.metrics if _is_subset(key, entry)})
     metric = config.search.metric
     others = [name for name in ("macro_f1", "accuracy") if name != metric]
-    header = ["#", "state", metric, *others, *subsets, *names.values(), "epochs", "steps", "note"]
+    header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *names.values()]
     rows = []
     for entry in ranked(config, entries):
         records = read_records(trial_folder(folder, entry.number))
         scores = [_number(entry.metrics.get(name)) for name in others]
         scores += [_with_interval(entry, name, records) for name in subsets]
         params = [_cell(entry.params.get(key, "")) for key in names]
-        progress = [f"{len(entry.curve)}/{config.train.epochs}", str(entry.steps)]
-        note = entry.why if entry.state in ("PRUNED", "FAIL") else ""
-        rows.append([str(entry.number), entry.state, _number(entry.value), *scores, *params, *progress, note])
+        state = entry.state if entry.state == "COMPLETE" else f"{entry.state} {len(entry.curve)}/{config.train.epochs}"
+        rows.append([str(entry.number), state, _number(entry.value), *scores, *params])
     return header, rows
 
 
@@ -62,28 +63,37 @@ def _with_interval(entry: Entry, name: str, records: Sequence[Record]) -> str:
     if name not in entry.metrics or not own:
         return ""
     low, high = accuracy_interval(own)
-    return f"{entry.metrics[name]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{entry.metrics[name]:.2f} [{low:.2f},{high:.2f}]"
 
 
 def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
     """For a terminal."""
     header, rows = leaderboard_rows(config, folder, entries)
+    subsets = any("[" in cell for row in rows for cell in row)
+    note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if subsets else "")
     table = Table(
-        title=f"{config.name}: trials by {config.search.metric} on the validation split", title_justify="left"
+        title=f"{config.name}: trials by {config.search.metric}",
+        caption=note,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for name in header:
-        numeric = name not in ("state", "note")
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "left" if name == "state" else "right"
+        table.add_column(name.replace("_", "\n"), justify=justify, no_wrap=True)
     for place, row in enumerate(rows):
-        table.add_row(*row, style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
+        table.add_row(*map(escape, row), style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
     return table
 
 
 def leaderboard_markdown(config: Config, folder: Path, entries: Sequence[Entry]) -> str:
     """For MLflow's note."""
     header, rows = leaderboard_rows(config, folder, entries)
+    reasons = [f"- trial {entry.number}: {entry.why}" for entry in entries if entry.state in ("PRUNED", "FAIL")]
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *reasons])
 
 
 def entry_json(entry: Entry, run_id: str | None) -> dict[str, Any]:

@@ -196,7 +196,9 @@ def local_or_remote_ray(config: Config) -> Iterator[None]:
         port = free_port()
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
-        os.environ["RAY_num_workers_soft_limit"] = "64"
+        os.environ["RAY_num_workers_soft_limit"] = "64"  # noqa: SIM112 — Ray spells it so
+        # A slot is a handful of small processes: start them at once, without a warning for each.
+        os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
         variables["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         ray.init(
             include_dashboard=True,

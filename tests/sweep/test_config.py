@@ -1,0 +1,198 @@
+"""Settings: every problem in one error that names key, value and rule; files, overrides, and the sweep's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import ConfigError
+from sweep import config as configuration
+from sweep.config import claim_folder, dump, load, presets, write
+
+BAD = """
+name: "a b"
+sede: 1
+data: {histroy: 2, reader: rya}
+model: {modality: sound, lora: {rank: 0, targets: 3}}
+train: {epochs: a, learning_rate: .nan, momentum_of_all: 1}
+search:
+  trials: 0
+  space:
+    train.epochs: {low: 4, high: 2}
+    train.warmup: {low: 0.0, high: 0.5, log: true}
+    model.cls: [none, none]
+    model.lora.rank: {chioces: [1]}
+    data.history: {low: 1}
+    model.lora.alpha: {choices: [1], low: 2}
+"""
+PROBLEMS = """
+name: 'a b': string should match pattern
+sede: unknown key; did you mean 'seed'?
+data.histroy: unknown key; did you mean 'history'?
+data.reader: 'rya': input should be 'ray', 'local' or 'auto'
+model.modality: 'sound': input should be 'text', 'speech' or 'text+speech'
+model.lora.rank: 0: input should be greater than or equal to 1
+model.lora.targets: 3: input should be a valid list
+model.lora.targets: 3: input should be 'all-linear'
+train.epochs: 'a': input should be a valid integer
+train.learning_rate: nan: input should be a finite number
+train.momentum_of_all: unknown key; known here: epochs, batch_size, learning_rate
+search.trials: 0: input should be greater than or equal to 1
+search.space.train.epochs: {'low': 4, 'high': 2}: low (4) must be below high (2)
+search.space.train.warmup: {'low': 0.0, 'high': 0.5, 'log': True}: a logarithmic range needs low above 0
+search.space.model.cls: ['none', 'none']: choices must be a list of different values
+search.space.model.lora.rank.chioces: unknown key; did you mean 'choices'?
+search.space.data.history: {'low': 1}: give a list of choices, or low and high
+search.space.model.lora.alpha: {'choices': [1], 'low': 2}: give either choices, or low and high
+""".strip().splitlines()
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Any:
+    """Writes a YAML file, returns its name."""
+
+    def write_text(text: str | bytes) -> str:
+        path = tmp_path / "sweep.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    return write_text
+
+
+def problems(name: str, *overrides: str) -> list[str]:
+    """The lines of the error, its heading first."""
+    with pytest.raises(ConfigError) as error:
+        load(name, overrides)
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines()]
+
+
+def test_all_problems_come_in_one_error(yaml: Any) -> None:
+    heading, *found = problems(name := yaml(BAD))
+    assert heading == f"{name}: {len(PROBLEMS)} problems"
+    missing = [start for start in PROBLEMS if sum(line.startswith(start) for line in found) != 1]
+    assert (missing, len(found)) == ([], len(PROBLEMS))
+
+
+AXES = [
+    (
+        "train.learnng_rate: [1]",
+        ": no setting that a search may vary has this name; did you mean 'train.learning_rate'?",
+    ),
+    ("resources.workers: [1]", ": no setting that a search may vary has this name"),
+    ("model.llm: [1]", ": no setting that a search may vary has this name; did you mean 'model.llm.path'?"),
+    ("train.epochs: [2, 0]", ": the axis holds 0: input should be greater than or equal to 1"),
+    ("train.epochs: [2, a]", ": the axis holds 'a': input should be a valid integer, unable to parse"),
+    ("train.learning_rate: {low: -1.0, high: 1.0}", ": the axis holds -1.0: input should be greater than 0"),
+    ("train.warmup: {low: 0.0, high: 1.0}", ": the axis holds 1.0: input should be less than 1"),
+    ("model.cls: {choices: [none], when: {model.modalty: [text]}}", ".when.model.modalty: no such setting"),
+]
+
+
+@pytest.mark.parametrize(("axis", "problem"), AXES)
+def test_an_axis_must_fit_the_configuration(axis: str, problem: str, yaml: Any) -> None:
+    found = problems(yaml(f"name: a\nsearch: {{space: {{seed: [1, 2], {axis}}}}}"))
+    assert len(found) == 2, found
+    assert found[1].startswith(f"search.space.{axis.partition(':')[0]}{problem}")
+
+
+def test_a_point_must_lie_on_its_axes(yaml: Any) -> None:
+    space = "{model.lora.rank: [2, 8], train.warmup: {low: 0.1, high: 0.5}, model.cls: [none, after]}"
+    points = "[{model.lora.rank: 2, train.warmup: 0.1}, {model.lora.rank: 3, train.warmup: 0.6, train.epochs: 4}]"
+    assert problems(yaml(f"name: a\nsearch: {{space: {space}, points: {points}}}"))[1:] == [
+        "search.points[1].model.lora.rank: 3 lies outside its axis; choose from [2, 8]",
+        "search.points[1].train.warmup: 0.6 lies outside its axis; choose from 0.1 to 0.5",
+        "search.points[1].train.epochs: not an axis of search.space; add the axis or remove the key",
+    ]
+
+
+@pytest.mark.xfail(strict=True, reason="sweep/space.py: such an axis passes, and breaks the sweep when it is asked")
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "train.epochs: {low: 1, high: 4, step: -1}",
+        "train.epochs: {low: 1, high: 4, step: 0.5}",
+        "train.epochs: {low: 1.0, high: 4.0}",
+        "model.adapter.stride: [16]",
+    ],
+)
+def test_an_axis_that_can_only_fail_is_refused(axis: str, yaml: Any) -> None:
+    problems(yaml(f"name: a\nsearch: {{space: {{{axis}}}}}"))
+
+
+def test_a_missing_file_names_the_presets() -> None:
+    assert problems("demmo") == [
+        f"demmo: no such file, and no preset of that name (presets: {', '.join(presets())}); did you mean 'demo'?"
+    ]
+    assert "did you mean" not in problems("/nowhere/entirely-else.yaml")[0]
+
+
+def test_a_yaml_error_names_file_and_line(yaml: Any) -> None:
+    name = yaml("name: a\ndata:\n  history: [1\ntrain: {}\n")
+    assert problems(name)[0].startswith(f"{name}:4: not valid YAML (")
+    assert problems(yaml("name: a\nname: b\n"))[0].startswith(f"{name}:2: not valid YAML (found duplicate key name)")
+    assert problems(yaml("- a\n"))[0] == f"{name}: holds no mapping of settings; see the presets for the form"
+    assert problems(yaml("name: ${nowhere}\n"))[0].startswith(f"{name}: Interpolation key 'nowhere' not found")
+
+
+@pytest.mark.xfail(strict=True, reason="sweep/config.py, load: these errors of the reader are not caught")
+@pytest.mark.parametrize("content", [b"3", b"name: \xe9", b"name: a\x01b"])
+def test_a_file_that_is_no_yaml_text_at_all_is_a_config_error(content: bytes, yaml: Any) -> None:
+    problems(yaml(content))
+
+
+def test_overrides(yaml: Any) -> None:
+    name = yaml("name: a\ntrain: {epochs: 3}")
+    changed = load(name, ["train.learning_rate=1e-3", "train.epochs=7", "model.lora.targets=[a,b]", "data.history=0"])
+    assert (changed.train.learning_rate, changed.train.epochs, changed.data.history) == (0.001, 7, 0)
+    assert changed.model.lora.targets == ["a", "b"]
+    assert problems(name, "train.epochs") == ["--set train.epochs: write it as key=value, e.g. --set train.epochs=3"]
+    assert problems(name, "train.epoch=3", "nmae=b")[1:] == [
+        "train.epoch: unknown key; did you mean 'epochs'?",
+        "nmae: unknown key; did you mean 'name'?",
+    ]
+    assert problems(name, "train.epochs=x")[1].startswith("train.epochs: 'x': input should be a valid integer")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_reads_back_as_it_was_dumped(preset: str, yaml: Any) -> None:
+    config = load(preset)
+    assert load(yaml(dump(config))) == config
+
+
+def test_rules_across_settings(yaml: Any) -> None:
+    found = problems(yaml("name: a\nmodel: {adapter: {pool: 4, stride: 5}, lora: {enabled: false}, modality: text}"))
+    assert found[1].startswith("model.adapter.stride: 5 is larger than model.adapter.pool (4)")
+    assert found[2].startswith("model.lora.enabled: false leaves nothing to train")
+    assert len(found) == 3
+    rest = "{lora: {enabled: false}, adapter: {trainable: false}, "
+    for learns in ("modality: text, cls: after", "end_of_audio: learned", "encoder: {trainable: true}"):
+        load(yaml(f"name: a\nmodel: {rest}{learns}}}"))
+    for learns in ("modality: text, end_of_audio: learned", "modality: text, encoder: {trainable: true}"):
+        assert len(problems(yaml(f"name: a\nmodel: {rest}{learns}}}"))) == 2, learns
+
+
+def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> None:
+    config, folder = load("demo"), tmp_path / "sweep"
+    claim_folder(config, folder)
+    claim_folder(load("demo", ["search.trials=40", "resources.slots=3"]), folder)
+    assert load(str(folder / "config.yaml")).search.trials == 40
+    before = (folder / "config.yaml").read_bytes()
+    for override, shown in {
+        "train.epochs=9": "train.epochs: 4 → 9",
+        "resources.workers=2": "resources.workers: 1 → 2",
+        "search.startup_trials=2": "search.startup_trials: 6 → 2",
+        "seed=1": "seed: 0 → 1",
+    }.items():
+        with pytest.raises(ConfigError, match=f"started with other settings \\({shown}\\); use --out"):
+            claim_folder(load("demo", [override]), folder)
+    assert (folder / "config.yaml").read_bytes() == before
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(load("demo"), path := tmp_path / "config.yaml")
+    before = path.read_bytes()
+    monkeypatch.setattr(configuration, "dump", lambda config: "\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        write(load("demo"), path)
+    assert path.read_bytes() == before
