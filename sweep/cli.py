@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -181,7 +182,7 @@ def _conclude(driver: Any) -> int:
         print(f"error: no trial was completed ({reasons})", file=sys.stderr)
         return INFRASTRUCTURE
     _print_best(driver.ledger, driver.folder)
-    console.print(f"MLflow UI:  {ui_command(driver.folder)}", soft_wrap=True, highlight=False)
+    console.print(f"MLflow UI:  {ui_command(driver.folder, _program('mlflow'))}", soft_wrap=True, highlight=False)
     return DONE
 
 
@@ -193,8 +194,18 @@ def _print_best(ledger: "Ledger", folder: Path) -> None:
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
     where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    console.print(f"again:      sweep train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False)
-    console.print(f"on test:    sweep evaluate {where} --split test", soft_wrap=True, highlight=False)
+    console.print(
+        f"again:      {_program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
+    )
+    console.print(f"on test:    {_program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
+
+
+def _program(name: str) -> str:
+    """How a program of this environment is called from here."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _open(folder: Path) -> "Ledger":

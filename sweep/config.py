@@ -216,7 +216,8 @@ def _problem(detail: Any) -> str:
         return f"{key}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it"
-    return f"{key}: {detail['input']!r}: {_rule(detail)}"
+    value = "" if isinstance(detail["input"], dict) else f"{detail['input']!r}: "  # the rule names what is wrong in it
+    return f"{key}: {value}{_rule(detail)}"
 
 
 def _rule(detail: Any) -> str:

@@ -52,11 +52,12 @@ class Ledger:
         for leftover in folder.glob(f"{FILE}.lock*"):
             leftover.unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))),
-            study_name=config.name,
-            direction=config.search.direction,
-            load_if_exists=True,
+        storage = _storage(path)
+        known = optuna.get_all_study_names(storage)  # asking first, so that opening a finished sweep writes nothing
+        study = (
+            optuna.load_study(study_name=config.name, storage=storage)
+            if config.name in known
+            else optuna.create_study(study_name=config.name, storage=storage, direction=config.search.direction)
         )
         return cls(folder, config, study)
 
@@ -71,8 +72,7 @@ class Ledger:
         if not path.exists():
             raise UserError(f"{folder}: no trial has started yet; start with `sweep run`")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-        return cls(folder, config, optuna.load_study(storage=storage, study_name=config.name))
+        return cls(folder, config, optuna.load_study(study_name=config.name, storage=_storage(path)))
 
     def ask(self, busy: Sequence[int], target: int) -> tuple[int, dict[str, Any]] | None:
         """The next trial to run: one that a former attempt left unfinished, else a new one.
@@ -181,6 +181,10 @@ def trial_config(config: Config, values: dict[str, Any]) -> Config:
 def trial_folder(folder: Path, number: int) -> Path:
     """Where a trial of the sweep in `folder` keeps its checkpoint, curves and predictions."""
     return folder / "trials" / f"{number:04d}"
+
+
+def _storage(path: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
 def _entry(trial: FrozenTrial) -> Entry:

@@ -44,7 +44,8 @@ def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> 
     header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *names.values()]
     rows = []
     for entry in ranked(config, entries):
-        records = read_records(trial_folder(folder, entry.number))
+        # A running trial's predictions may be of a later epoch than its last report.
+        records = [] if entry.state == "RUNNING" else read_records(trial_folder(folder, entry.number))
         scores = [_number(entry.metrics.get(name)) for name in others]
         scores += [_with_interval(entry, name, records) for name in subsets]
         params = [_cell(entry.params.get(key, "")) for key in names]
@@ -60,8 +61,10 @@ def _is_subset(key: str, entry: Entry) -> bool:
 def _with_interval(entry: Entry, name: str, records: Sequence[Record]) -> str:
     subset = name.removeprefix("accuracy_")
     own = [record for record in records if record.subset == subset]
-    if name not in entry.metrics or not own:
+    if name not in entry.metrics:
         return ""
+    if not own:
+        return f"{entry.metrics[name]:.2f}"
     low, high = accuracy_interval(own)
     return f"{entry.metrics[name]:.2f} [{low:.2f},{high:.2f}]"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -102,10 +103,27 @@ class SearchConfig(Section):
     space: dict[str, Axis] = Field({}, description="Axes by the dotted key of the setting.")
     points: list[dict[str, Scalar]] = Field([], description="Trials to run first: values for some or all axes.")
 
+    @model_validator(mode="after")
+    def _no_circle(self) -> Self:
+        try:
+            self.order()
+        except CycleError as error:
+            raise ValueError(f"the conditions of {', '.join(error.args[1][1:])} form a circle; remove one") from None
+        return self
+
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
         """Of the metric."""
         return "minimize" if self.metric == "loss" else "maximize"
+
+    def order(self) -> list[str]:
+        """The axes in the order of drawing: an axis comes after those that its condition names.
+
+        Raises:
+            CycleError: axes depend on each other in a circle.
+        """
+        needs = {key: [other for other in axis.when if other in self.space] for key, axis in self.space.items()}
+        return list(TopologicalSorter(needs).static_order())
 
     def suggest(self, sampler: Sampler, base: Mapping[str, Any]) -> dict[str, Any]:
         """Draw a value for every axis whose condition holds.
@@ -115,7 +133,8 @@ class SearchConfig(Section):
             base: settings by dotted key, for conditions on settings that are not axes.
         """
         values: dict[str, Any] = {}
-        for key, axis in self.space.items():
+        for key in self.order():
+            axis = self.space[key]
             if all(values.get(other, base.get(other)) in allowed for other, allowed in axis.when.items()):
                 values[key] = axis.suggest(key, sampler)
         return values

@@ -29,19 +29,15 @@ def tracking_uri(folder: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
 
 
-def ui_command(folder: Path) -> str:
+def ui_command(folder: Path, program: str = "mlflow") -> str:
     """What a person types to look at the runs."""
     uri = tracking_uri(folder)
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"
+    database = uri.removeprefix("sqlite:///")
     here = Path.cwd()
-    database = folder.absolute().parent / "mlflow.db"
-    shown = database.relative_to(here) if database.is_relative_to(here) else database
-    return f"{_mlflow_program()} server --backend-store-uri sqlite:///{shown} --host 127.0.0.1 --port 5000"
-
-
-def _mlflow_program() -> str:
-    return ".venv/bin/mlflow" if Path(".venv/bin/mlflow").exists() else "mlflow"
+    shown = Path(database).relative_to(here) if Path(database).is_relative_to(here) else database
+    return f"{program} server --backend-store-uri sqlite:///{shown} --host 127.0.0.1 --port 5000"
 
 
 def mlflow_run_id(folder: Path, number: int) -> str | None:
@@ -102,7 +98,8 @@ class Tracker(threading.Thread):
         if experiment is None:
             store = self.folder.parent / "mlartifacts" / self.config.name
             location = store.as_uri() if self.uri.startswith("sqlite:") else None
-            self.experiment = client.create_experiment(self.config.name, artifact_location=location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens on the runs, not on traces
+            self.experiment = client.create_experiment(self.config.name, artifact_location=location, tags=kind)
         else:
             self.experiment = experiment.experiment_id
         self.parent = self._find(client, self.key, self.folder.name, {f"data.{k}": v for k, v in self.data.items()})
@@ -130,7 +127,10 @@ class Tracker(threading.Thread):
             ended = [entry for entry in entries if entry.state != "RUNNING"]
             # SCHEDULED: not finished, and nobody works on it until the command is given again.
             finished = len(ended) >= self.config.search.trials
-            self.client.update_run(self.parent, status="FINISHED" if finished else "SCHEDULED")
+            if finished:
+                self.client.set_terminated(self.parent, "FINISHED")
+            else:
+                self.client.update_run(self.parent, status="SCHEDULED")
             _write_state(self.folder, {"run_id": self.parent, "ended": finished})
 
     def _sync_trial(self, entry: Entry, last: bool) -> None:

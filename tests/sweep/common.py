@@ -1,0 +1,108 @@
+"""Small sweeps and commands for the tests of this folder, run by hand and without Ray."""
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep.cli import main
+from sweep.config import Config, parse
+from sweep.ledger import Ledger
+
+POINTS = [{"model.lora.rank": 2, "train.learning_rate": 3e-3, "model.modality": "text"}, {"model.lora.rank": 16}]
+SPACE = {
+    "model.modality": ["speech", "text"],
+    "model.lora.rank": [2, 8, 16],
+    "train.learning_rate": {"low": 5e-4, "high": 1e-2, "log": True},
+    "model.encoder.trainable": {"choices": [False, True], "when": {"model.modality": ["speech"]}},
+}
+Asked = tuple[int, dict[str, Any]]
+
+
+def settings(**search: Any) -> Config:
+    own = {"trials": 9, "startup_trials": 4, "space": SPACE, "points": POINTS, "pruning": None}
+    return parse({"name": "test", "train": {"epochs": 4}, "search": own | search}, "test")
+
+
+def pruned(**search: Any) -> Config:
+    return settings(pruning={"first_epoch": 2, "after_trials": 4}, **search)
+
+
+def ask(ledger: Ledger, count: int) -> list[Asked]:
+    """Start trials that run at the same time."""
+    found: list[Asked] = []
+    for _ in range(count):
+        asked = ledger.ask([number for number, _ in found], 99)
+        assert asked is not None
+        found.append(asked)
+    return found
+
+
+def report(ledger: Ledger, number: int, *values: float) -> list[bool]:
+    """Epochs from the first on, as a trial reports them, also when it goes on after a kill."""
+    name = ledger.config.search.metric
+    epochs = enumerate(values, start=1)
+    return [ledger.report(number, epoch, {name: value, "steps": 10 * epoch}) for epoch, value in epochs]
+
+
+def play(ledger: Ledger, target: int) -> Iterator[Asked]:
+    """Run trials one after another to their ends; each value is a function of the number."""
+    while (asked := ledger.ask([], target)) is not None:
+        number = asked[0]
+        if not any(report(ledger, number, *(number * 7 % 5 + epoch for epoch in range(4)))):
+            ledger.complete(number)
+        yield asked
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def sweep(*args: object) -> Outcome:
+    """Run a command in this process: importing torch costs seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["sweep", *map(str, args)])
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONWARNINGS"):
+            patch.setenv(name, os.environ.get(name, ""))  # which main() sets for good
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder, with its content."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def refused(here: Path, *args: object) -> str:
+    """The one error of a command that must leave the folder as it was."""
+    before = tree(here)
+    outcome = sweep(*args)
+    assert tree(here) == before
+    assert outcome.out == ""
+    return complaint(outcome)
+
+
+def complaint(outcome: Outcome) -> str:
+    """The one error of a command that ended with the code for bad input."""
+    assert outcome.code == 2
+    start, message = outcome.err.split("error: ")
+    assert (start, "Traceback" in message) == ("", False)
+    return message

@@ -1,0 +1,95 @@
+"""Fixtures of this folder: a place to give commands in, and a sweep for the tracker."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from transformers.utils.logging import disable_progress_bar
+
+from data.shards import Shards
+from sweep.ledger import Ledger, trial_folder
+from sweep.run import Driver
+from tests.sweep.common import ask, report, sweep
+from tests.sweep.tracked import CONFIG, append
+
+COLUMNS = (
+    "transcript_id,video_url,utterance_id,interlocutor,timestamp,utterance_text,client_talk_type,"
+    "main_therapist_behaviour"
+)
+CSV = {
+    "no-column.csv": "transcript_id,utterance_id\n1,0\n",
+    "label.csv": f"{COLUMNS}\n1,v,0,client,00:00:01,hi,change,\n1,v,1,client,00:00:02,hi,chnge,\n",
+    "few.csv": f"{COLUMNS}\n1,v,0,client,00:00:01,hi,change,\n",
+}
+
+
+@pytest.fixture(scope="session")
+def place(models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings, CSV files and a folder that is taken."""
+    model = {"encoder": {"path": str(models / "hubert-group")}, "llm": {"path": str(models / "llm")}}
+    data = {"shards": str(corpus.folder), "history": 2, "reader": "local"}
+    train = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}
+    good: dict[str, Any] = {"name": "t", "data": data, "model": model | {"modality": "text+speech"}, "train": train}
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "good.yaml").write_text(json.dumps(good))
+    (folder / "axis.yaml").write_text(json.dumps(good | {"search": {"space": {"train.epoch": [1]}}}))
+    for name, content in CSV.items():
+        (folder / name).write_text(content)
+    (folder / "taken").mkdir()
+    (folder / "taken/note").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "trial"
+    assert sweep("train", place / "good.yaml", "--out", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a test: a copy of `place`."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    disable_progress_bar()  # as main() does before transformers is imported
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Driver, "execute", lambda *_: pytest.fail("Ray would start"))
+    return tmp_path
+
+
+@pytest.fixture
+def trial(here: Path, trained: Path) -> Path:
+    """The folder of a trained trial, in the working folder."""
+    return Path(shutil.copytree(trained, here / "trial"))
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one costs seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a sweep with a complete, a pruned, a failed and a running trial."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, tmp_path)
+    (folder := tmp_path / "sweep").mkdir()
+    ledger = Ledger.open(folder, CONFIG)
+    ask(ledger, 4)
+    report(ledger, 0, 0.9, 0.8)
+    ledger.complete(0)
+    assert report(ledger, 1, 0.1) == [True]
+    ledger.fail(2, "lost")
+    append(folder, 0, (16, 1000.25, 0.5), (32, 1001.5, 0.75))
+    append(folder, 1, (16, 1002.0, 0.1))
+    append(folder, 3, (16, 1003.0, nan), (32, 1004.0, 0.4))
+    record = {"id": "c/1", "conversation": "c", "speaker": "client", "subset": None, "label": "change"}
+    record |= {"prediction": "neutral", "scores": [-3.0, -2.0, -1.0]}
+    (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps([record, record | {"id": "c/3"}]))
+    return folder

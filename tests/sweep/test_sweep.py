@@ -1,0 +1,233 @@
+"""A whole sweep under Ray, killed in the middle: the same command again ends it as if nothing had happened.
+
+One sweep carries all the checks, since starting Ray is what costs: two slots, Ray Data as the reader, four kinds of
+trials, MLflow on SQLite. Every trial is then trained again by itself, without Ray, and must be equal bit for bit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from data import synthetic
+from data.prepare import prepare
+
+TRIALS = 7
+SAME = {"model.modality": "speech", "model.lora.rank": 4, "train.learning_rate": 3e-3, "model.cls": "none"}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def settings(models: Path, shards: Path) -> dict[str, Any]:
+    return {
+        "name": "kill",
+        "seed": 3,
+        "data": {"shards": str(shards), "history": 1, "reader": "ray"},
+        "model": {
+            "encoder": {"path": str(models / "whisper")},
+            "llm": {"path": str(models / "llm")},
+            "lora": {"dropout": 0.1},
+        },
+        "train": {"epochs": 3, "batch_size": 8, "checkpoint_steps": 5},
+        "search": {
+            "trials": TRIALS - 2,
+            "startup_trials": 3,
+            "pruning": {"first_epoch": 1, "after_trials": 4},
+            "space": {
+                "model.modality": ["speech", "text"],
+                "model.lora.rank": [2, 4],
+                "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+                "model.encoder.trainable": {"choices": [False, True], "when": {"model.modality": ["speech"]}},
+                "model.cls": ["none", "before", "after"],
+            },
+            # The same configuration as first and later trial: nothing may remain of those in between.
+            "points": [
+                {**SAME, "model.encoder.trainable": False},
+                {**SAME, "model.modality": "text"},
+                {**SAME, "model.encoder.trainable": True},
+                {**SAME, "train.learning_rate": 9e-3, "model.encoder.trainable": True, "model.cls": "after"},
+                {**SAME, "model.encoder.trainable": False},
+            ],
+        },
+    }
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "sweep", *map(str, words)]
+
+
+def sweep_json(*words: str | Path) -> Any:
+    return json.loads(subprocess.run(command(*words, "--json"), check=True, capture_output=True, text=True).stdout)
+
+
+def kill_everything(process: subprocess.Popen[bytes]) -> None:
+    """The driver, its Ray processes and workers, at once and without a word."""
+    root = psutil.Process(process.pid)
+    tree = [root, *root.children(recursive=True)]
+    for member in tree:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(tree, timeout=30)
+    process.wait(30)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a sweep that was killed -9 once, stopped with SIGTERM once, and then extended and ended."""
+    root = tmp_path_factory.mktemp("sweep")
+    shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), root / "shards")
+    (root / "kill.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    folder = root / "runs" / "kill"
+    run = command("run", root / "kill.yaml", "--out", folder)
+
+    def curves() -> int:
+        return sum(path.read_text().count("accuracy") for path in folder.glob("trials/*/metrics.jsonl"))
+
+    def start(*more: str) -> subprocess.Popen[bytes]:
+        log = (root / "log.txt").open("ab")
+        return subprocess.Popen([*run, *more], env=environment, stdout=log, stderr=log)
+
+    first = start()
+    wait_for(lambda: curves() >= 5, first, 240)
+    kill_everything(first)
+    (root / "killed.json").write_text(json.dumps(sweep_json("status", folder)))
+
+    second = start()
+    before = curves()
+    wait_for(lambda: curves() > before + 1, second, 240)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(120) == 75, (root / "log.txt").read_text()[-3000:]
+    (root / "stopped.json").write_text(json.dumps(sweep_json("status", folder)))
+
+    third = start("--trials", str(TRIALS))
+    assert third.wait(400) == 0, (root / "log.txt").read_text()[-3000:]
+    yield folder
+
+
+def test_every_trial_ended_once_and_kept_what_it_was(finished: Path) -> None:
+    after = sweep_json("status", finished)
+    assert after.keys() == {"sweep", "objective", "direction", "target_trials", "trials"}
+    assert [trial["number"] for trial in after["trials"]] == list(range(TRIALS))
+    assert {trial["state"] for trial in after["trials"]} <= {"COMPLETE", "PRUNED"}
+    for name in ("killed", "stopped"):
+        before = json.loads((finished.parents[1] / f"{name}.json").read_text())
+        assert any(trial["state"] == "RUNNING" for trial in before["trials"]), f"{name}: nothing was in flight"
+        for old, new in zip(before["trials"], after["trials"], strict=False):
+            assert old["params"] == new["params"]
+            if old["state"] != "RUNNING":
+                assert {**old, "mlflow_run_id": None} == {**new, "mlflow_run_id": None}
+
+
+def test_every_trial_equals_the_same_configuration_trained_by_itself(finished: Path, tmp_path: Path) -> None:
+    """First or later in its slot, in either slot, killed or not, fed by Ray Data or from the local shards."""
+    from sweep import config as configuration
+    from sweep.trial import run_trial
+
+    digests = {}
+    for trial in sweep_json("status", finished)["trials"]:
+        number = trial["number"]
+        state = torch.load(finished / "trials" / f"{number:04d}" / "checkpoint.pt", weights_only=True)
+        digests[number] = state["digest"]
+        epochs = state["progress"]["epoch"]
+        assert (epochs == 3) == (trial["state"] == "COMPLETE")
+        config = configuration.load(str(finished / "trials" / f"{number:04d}" / "config.yaml"))
+
+        class EnoughError(Exception):
+            pass
+
+        def report(epoch: int, metrics: dict[str, Any], last: int = epochs) -> None:
+            if epoch == last:
+                raise EnoughError
+
+        with pytest.raises(EnoughError):
+            run_trial(config, tmp_path / str(number), report, "local")
+        alone = torch.load(tmp_path / str(number) / "checkpoint.pt", weights_only=True)
+        assert alone["digest"] == state["digest"], f"trial {number}"
+        pairs = zip(alone["progress"]["history"], state["progress"]["history"], strict=True)
+        assert all({**one[1], "seconds": 0} == {**two[1], "seconds": 0} for one, two in pairs)
+    if epochs_of(finished, 0) == epochs_of(finished, 4):
+        assert digests[0] == digests[4]
+    assert len(set(digests.values())) >= TRIALS - 2
+
+
+def epochs_of(folder: Path, number: int) -> int:
+    state = torch.load(folder / "trials" / f"{number:04d}" / "checkpoint.pt", weights_only=True)
+    return int(state["progress"]["epoch"])
+
+
+def test_mlflow_has_one_parent_and_one_run_a_trial(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("kill")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "FINISHED"
+    trials = sweep_json("status", finished)["trials"]
+    assert len(runs) == TRIALS + 1
+    expected = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}
+    for trial in trials:
+        run = client.get_run(trial["mlflow_run_id"])
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == expected[trial["state"]]
+        assert run.data.params == {key: str(value) for key, value in trial["params"].items()}
+        points = client.get_metric_history(run.info.run_id, "macro_f1")
+        assert len({point.step for point in points}) == len(points)
+        assert [point.value for point in sorted(points, key=lambda point: point.step)][-1] == trial["value"]
+        artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert artifacts >= {"config.yaml", "confusion_matrix.png", "predictions.json"}
+
+
+def test_the_best_trial_can_be_had_again_and_evaluated(finished: Path) -> None:
+    best = sweep_json("best", finished)
+    assert best["config"]["model"]["lora"]["rank"] == best["params"]["model.lora.rank"]
+    complete = [trial for trial in sweep_json("status", finished)["trials"] if trial["state"] == "COMPLETE"]
+    assert best["value"] == max(trial["value"] for trial in complete)
+    found = sweep_json("evaluate", finished, "--split", "val")
+    assert found["macro_f1"] == pytest.approx(best["value"], abs=1e-9)
+
+
+def test_a_finished_sweep_stays_as_it_is(finished: Path) -> None:
+    """A finished sweep starts no Ray; its ledger is not touched."""
+    journal = (finished / "study.journal").read_bytes()
+    again = subprocess.run(
+        command("run", finished.parents[1] / "kill.yaml", "--out", finished, "--trials", str(TRIALS)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "starting Ray" not in again.stdout
+    assert (finished / "study.journal").read_bytes() == journal
+    refused = subprocess.run(
+        command("run", finished.parents[1] / "kill.yaml", "--out", finished, "--set", "train.epochs=9"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "train.epochs: 3 → 9" in refused.stderr
+
+
+def test_nothing_is_left_running(finished: Path) -> None:
+    for process in psutil.process_iter(["cmdline"]):
+        assert str(finished) not in " ".join(process.info["cmdline"] or [])

@@ -1,0 +1,149 @@
+"""The tracker beside a sweep: while trials write, when the server is away, when a sweep grows, and what it never tells."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sweep.ledger import Ledger, trial_folder
+from sweep.tracking import Tracker, is_shipped, mlflow_run_id, tracking_uri, ui_command
+from tests.sweep.common import ask, report
+from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, track
+
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.05)
+
+
+def test_points_arrive_while_a_trial_runs(folder: Path) -> None:
+    tracker = Tracker(CONFIG, folder, DATA, every=0.02)
+    tracker.start()
+    wait_for(lambda: mlflow_run_id(folder, 3) is not None and len(curve(folder, 3)) == 2)
+    append(folder, 3, (48, 1005.0, 0.3))
+    wait_for(lambda: len(curve(folder, 3)) == 3)
+    wait_for(lambda: runs(folder)[1][3].info.status == "RUNNING")
+    assert runs(folder)[0].info.status == "RUNNING"
+    assert tracker.is_alive()
+    assert tracker.finish(60)
+    parent, children = runs(folder)
+    assert (parent.info.status, children[3].info.status) == ("SCHEDULED", "SCHEDULED")
+    assert not tracker.is_alive()
+
+
+def test_half_a_line_waits_for_its_other_half(folder: Path) -> None:
+    line = json.dumps({"time": 1005.0, "step": 48, "values": {"loss": 0.25}}) + "\n"
+    path = trial_folder(folder, 3) / "metrics.jsonl"
+    for part, points in ((line[:30], 2), (line[30:-1], 2), (line[-1], 3)):
+        with path.open("a") as file:
+            file.write(part)
+        track(folder)
+        assert len(curve(folder, 3)) == points, part
+    assert curve(folder, 3)[2] == (48, 1005.0, 0.25)
+
+
+def test_a_server_that_is_away_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(CONFIG, folder, DATA, every=0.05)
+    tracker.start()
+    wait_for(lambda: tracker.error is not None)
+    started = time.monotonic()
+    assert tracker.finish(0.2) is False
+    assert time.monotonic() - started < 5
+    assert tracker.error is not None
+    assert "127.0.0.1" in tracker.error
+    assert len(tracker.error.splitlines()) == 1
+    assert (mlflow_run_id(folder, 0), is_shipped(folder)) == (None, False)
+    monkeypatch.setattr(tracker, "_connect", sys.exit)  # it would try for ever
+    tracker.join(10)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    track(folder)
+    assert [len(curve(folder, number)) for number in (0, 1, 3)] == [2, 1, 2]
+
+
+def test_a_server_that_fails_between_two_requests_doubles_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every first attempt at a request is lost: half of them before, half of them after the server has done its part."""
+    from mlflow import MlflowClient
+
+    seen: set[tuple[str, ...]] = set()
+
+    def flaky(name: str, after: bool) -> None:
+        original = getattr(MlflowClient, name)
+
+        def call(self: MlflowClient, *args: object, **kwargs: object) -> object:
+            key = (name, str(args[0]), str(kwargs.keys()))
+            first, _ = key not in seen, seen.add(key)
+            result = original(self, *args, **kwargs) if after or not first else None
+            if first:
+                raise ConnectionError(name)
+            return result
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for place, name in enumerate(("create_run", "log_batch", "log_text", "log_table", "set_tag", "set_terminated")):
+        flaky(name, after=place < 3)
+    track(folder)
+    _, children = runs(folder)
+    assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "SCHEDULED"]
+    assert curve(folder, 0) == [(16, 1000.25, 0.5), (32, 1001.5, 0.75)]
+    assert len(children[0].data.params) == len(Ledger.read(folder, CONFIG).entries()[0].params)
+
+
+def test_a_sweep_that_grows_gets_more_runs(folder: Path) -> None:
+    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
+    ledger.complete(3)
+    track(folder)
+    first, before = runs(folder)
+    assert (first.info.status, is_shipped(folder)) == ("FINISHED", True)
+    more = CONFIG.with_values({"search.trials": 5})
+    ask(ledger := Ledger.open(folder, more), 1)
+    track(folder, more)
+    assert (runs(folder)[0].info.status, is_shipped(folder)) == ("SCHEDULED", False)
+    ledger.fail(4, "lost")
+    track(folder, more)
+    parent, after = runs(folder)
+    assert parent.info.run_id == first.info.run_id
+    assert (parent.info.status, is_shipped(folder)) == ("FINISHED", True)
+    assert [run.to_dictionary() for run in after[:4]] == [run.to_dictionary() for run in before]
+    assert after[4].info.status == "FAILED"
+
+
+def test_two_sweeps_of_a_name_stay_apart(folder: Path) -> None:
+    (other := folder.with_name("other")).mkdir()
+    ask(Ledger.open(other, CONFIG), 1)
+    track(folder)
+    track(other)
+    assert mlflow_run_id(other, 0) not in {None, mlflow_run_id(folder, 0)}
+
+
+def test_no_secret_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, f"very-{name.lower()}-indeed")
+    track(folder)
+    told = b"".join(path.read_bytes() for path in folder.parent.rglob("*") if path.is_file())
+    assert CONFIG.name.encode() in told
+    assert b"macro_f1" in told
+    assert [name for name in SECRETS if os.environ[name].encode() in told] == []
+
+
+def test_where_runs_go_and_how_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(Path("runs/a")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert "mlflow server --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1" in ui_command(Path("runs/a"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert (tracking_uri(Path("runs/a")), ui_command(Path("runs/a"))) == (
+        "http://server:5000",
+        "open http://server:5000",
+    )

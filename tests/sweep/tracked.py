@@ -1,0 +1,47 @@
+"""A sweep as MLflow shows it, for the tests of the tracker."""
+
+import json
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from sweep.config import Config
+from sweep.ledger import trial_folder
+from sweep.tracking import Tracker, mlflow_run_id, tracking_uri
+from tests.sweep.common import settings
+
+DATA = {"corpus": "synthetic", "fingerprint": "f00d", "labels": "change,sustain,neutral"}
+CONFIG = settings(trials=4, pruning={"first_epoch": 1, "after_trials": 2})
+Point = tuple[int, float, float]  # step, seconds, value
+
+
+def append(folder: Path, number: int, *points: Point) -> None:
+    """What a trial writes after an epoch."""
+    path = trial_folder(folder, number) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for step, seconds, value in points:
+            file.write(json.dumps({"time": seconds, "step": step, "values": {"loss": value, "f1": 1 - value}}) + "\n")
+
+
+def track(folder: Path, config: Config = CONFIG) -> None:
+    """A driver that has nothing to run."""
+    tracker = Tracker(config, folder, DATA, every=0.05)
+    tracker.start()
+    assert tracker.finish(60), tracker.error
+
+
+def runs(folder: Path) -> tuple[Run, list[Run]]:
+    """The parent, and its children by trial number."""
+    client = MlflowClient(tracking_uri(folder))
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = sorted((run for run in found if run is not parent), key=lambda run: int(run.data.tags["sweep.trial"]))
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
+    return parent, children
+
+
+def curve(folder: Path, number: int, name: str = "loss") -> list[Point]:
+    history = MlflowClient(tracking_uri(folder)).get_metric_history(mlflow_run_id(folder, number), name)
+    return sorted((point.step, point.timestamp / 1000, point.value) for point in history)

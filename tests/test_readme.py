@@ -1,0 +1,73 @@
+"""The README: its commands run as they stand, its file tree is the project's, and its demo shows what it promises."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_annomi import record, write
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """The `sweep …` lines of the README's shell blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("sweep ")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_runs(tmp_path: Path) -> None:
+    """From the demo's sweep to one over a corpus with sound, as a newcomer would type them."""
+    write(tmp_path, sessions=12).rename(tmp_path / "AnnoMI-simple.csv")
+    record(tmp_path / "recordings", sessions=12)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    said = {}
+    for words in commands():
+        run = [sys.executable, "-m", *words]
+        found = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, f"{shlex.join(words)}\n{found.stdout[-2000:]}\n{found.stderr[-2000:]}"
+        said[shlex.join(words)] = found.stdout
+    assert len(said) >= 8
+    status = json.loads(said["sweep status runs/demo --json"])
+    assert len(status["trials"]) == status["target_trials"] >= 8
+
+    def best(modality: str) -> float:
+        complete = [trial for trial in status["trials"] if trial["state"] == "COMPLETE"]
+        own = [trial for trial in complete if trial["params"]["model.modality"] == modality]
+        return max(trial["metrics"]["accuracy_ambiguous"] for trial in own)
+
+    # Text cannot know: half of these items have either label. With some 110 items, five standard errors are 0.24.
+    assert best("text") < 0.7
+    assert best("speech") > 0.9
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z]+)`?", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_file_tree_is_true() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    layers = ("data/", "model/", "sweep/")
+    real = {name for name in tracked if name.startswith(layers) and not name.endswith("__init__.py")}
+    listed = set(re.findall(r"^\| `([^`]+\.(?:py|yaml))` \|", README, flags=re.MULTILINE))
+    assert listed == real
+
+
+def test_the_options_of_the_table_exist() -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", "sweep", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for verb in set(re.findall(r"^\| `sweep (\w+)", README, flags=re.MULTILINE)):
+        assert f" {verb} " in helped
