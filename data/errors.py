@@ -11,3 +11,9 @@ class DataError(UserError):
 
 class ConfigError(UserError):
     """One or more settings are wrong; the message lists them all."""
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, for a message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import ipc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data.errors import DataError
+from data.errors import DataError, reason
 from data.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA
 
 ROWS_PER_BATCH = 64  # of an IPC record batch; 16 to 256 read equally fast
@@ -193,5 +193,4 @@ def _read_table(path: Path) -> pa.Table:
     try:
         return ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a readable Arrow file ({reason}); prepare the corpus again") from None
+        raise DataError(f"{path}: not a readable Arrow file ({reason(error)}); prepare the corpus again") from None

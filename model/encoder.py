@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-from data.errors import ConfigError
+from data.errors import ConfigError, reason
 from data.schema import SAMPLE_RATE
 
 
@@ -148,6 +148,24 @@ ENCODERS: dict[str, type[SpeechEncoder]] = {
 }
 
 
+def encoder_kind(path: str) -> str:
+    """The model type of an encoder, read from its configuration alone.
+
+    Raises:
+        ConfigError: there is no configuration, or the kind is not known to be independent of its batch.
+    """
+    try:
+        kind: str = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.encoder.path: cannot load an encoder from {path}: {reason(error)}") from None
+    if kind not in ENCODERS:
+        raise ConfigError(
+            f"model.encoder.path: {path} is a {kind} model, which is not known to give a clip the same frames in "
+            f"every batch; use one of {', '.join(ENCODERS)}"
+        )
+    return kind
+
+
 @functools.lru_cache(maxsize=2)
 def load_encoder(path: str, device: str) -> SpeechEncoder:
     """Load an encoder once per process; trials share its frozen weights.
@@ -157,21 +175,12 @@ def load_encoder(path: str, device: str) -> SpeechEncoder:
         device: e.g. "cpu" or "cuda".
 
     Raises:
-        ConfigError: nothing can be loaded from there, or the kind is not known to be independent of its batch.
+        ConfigError: nothing can be loaded from there, or see `encoder_kind`.
     """
+    kind = encoder_kind(path)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in ENCODERS:
-            raise ConfigError(
-                f"model.encoder.path: {path} is a {kind} model, which is not known to give a clip the same frames in "
-                f"every batch; use one of {', '.join(ENCODERS)}"
-            )
         extractor = AutoFeatureExtractor.from_pretrained(path)
         model = AutoModel.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.encoder.path: cannot load an encoder from {path}: {_first_line(error)}") from None
+        raise ConfigError(f"model.encoder.path: cannot load an encoder from {path}: {reason(error)}") from None
     return ENCODERS[kind](model, extractor).to(device).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

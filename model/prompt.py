@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, reason
 from data.examples import Example
 from model.config import ModelConfig
 
@@ -42,8 +42,7 @@ def load_vocabulary(path: str) -> Vocabulary:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason}") from None
+        raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.llm.path: the tokenizer of {path} has no EOS token, which ends every label; set one")
     return Vocabulary(tokenizer)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from data.audio import waveform
-from data.errors import ConfigError
+from data.errors import ConfigError, reason
 from data.examples import Example
 from model.adapter import PoolLinear, clip_list
 from model.config import LoraSettings, ModelConfig
-from model.encoder import SpeechEncoder, load_encoder
+from model.encoder import SpeechEncoder, encoder_kind, load_encoder
 from model.prompt import CLIP, CLS, END, IGNORE, Prompter, label_trie, load_vocabulary
 
 
@@ -218,18 +218,39 @@ def load_llm(path: str, dtype: str, device: str) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.llm.path: cannot load a causal LM from {path}: {reason}") from None
+        raise ConfigError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
     return model.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
-def _with_lora(llm: nn.Module, settings: LoraSettings) -> Any:
+def check_model(config: ModelConfig) -> None:
+    """What can be known to be wrong with a model from its folders, without loading weights.
+
+    Raises:
+        ConfigError: encoder, tokenizer or LLM cannot be found, or a LoRA target matches nothing.
+    """
+    load_vocabulary(config.llm.path)
+    if config.hears:
+        encoder_kind(config.encoder.path)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm.path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.llm.path: no causal LM at {config.llm.path}: {reason(error)}") from None
+    if config.lora.enabled:
+        _check_targets(skeleton, config.lora)
+
+
+def _check_targets(llm: nn.Module, settings: LoraSettings) -> None:
     known = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
     unknown = [] if settings.targets == "all-linear" else [name for name in settings.targets if name not in known]
     if unknown:
         raise ConfigError(
             f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(known))}"
         )
+
+
+def _with_lora(llm: nn.Module, settings: LoraSettings) -> Any:
+    _check_targets(llm, settings)
     return get_peft_model(
         llm,
         LoraConfig(

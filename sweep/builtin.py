@@ -11,7 +11,7 @@ from data import synthetic
 from data.errors import ConfigError
 from data.prepare import prepare
 from model import tiny
-from sweep.config import Config
+from sweep.config import Config, flat
 
 PREFIX = "builtin:"
 
@@ -34,28 +34,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SWEEP_CACHE", default))
 
 
+def missing(config: Config) -> list[str]:
+    """Built-in inputs of a configuration that are not made yet.
+
+    Raises:
+        ConfigError: there is no built-in of that name.
+    """
+    return sorted({name for name in _named(config).values() if not _folder(name).exists()})
+
+
 def resolve(config: Config) -> Config:
     """Replace built-in names by folders, making what is not there yet.
 
     Raises:
         ConfigError: there is no built-in of that name.
     """
-    named = {key: value for key in KEYS if (value := _get(config, key)).startswith(PREFIX)}
-    for key, value in named.items():
-        if value.removeprefix(PREFIX) not in MAKERS:
-            known = ", ".join(PREFIX + name for name in MAKERS)
-            raise ConfigError(f"{key}: {value!r} is not built in; use one of {known}, or a path")
-    folders = {key: _folder(value.removeprefix(PREFIX)) for key, value in named.items()}
-    missing = {value.removeprefix(PREFIX) for key, value in named.items() if not folders[key].exists()}
-    _make_all(sorted(missing))
-    return config.with_values({key: str(folder) for key, folder in folders.items()})
+    _make_all(missing(config))
+    return config.with_values({key: str(_folder(name)) for key, name in _named(config).items()})
 
 
-def _get(config: Config, key: str) -> str:
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return str(value)
+def _named(config: Config) -> dict[str, str]:
+    """The settings that name a built-in, and which."""
+    settings = flat(config)
+    named = {key: settings[key].removeprefix(PREFIX) for key in KEYS if settings[key].startswith(PREFIX)}
+    for key, name in named.items():
+        if name not in MAKERS:
+            known = ", ".join(PREFIX + other for other in MAKERS)
+            raise ConfigError(f"{key}: {PREFIX}{name} is not built in; use one of {known}, or a path")
+    return named
 
 
 def _folder(name: str) -> Path:

@@ -126,13 +126,17 @@ def _run(config: "Config", folder: Path) -> int:
     from sweep.tracking import is_shipped
 
     try:
+        # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
+        # unless there is something left to do.
+        resolved = None if (folder / "config.yaml").exists() else _resolve(config)
         with locked(folder):
             claim_folder(config, folder)
             driver = Driver(config, folder, console.print)
             if driver.left() or not is_shipped(folder):
+                resolved = resolved or _resolve(config)
                 with Display(console, config, folder) as display:
                     driver.say = display.say
-                    _attempt(driver, display.say)
+                    _attempt(driver, resolved)
             return _conclude(driver)
     except Busy as error:
         print(f"error: {error}", file=sys.stderr)
@@ -142,11 +146,21 @@ def _run(config: "Config", folder: Path) -> int:
         return UNFINISHED
 
 
-def _attempt(driver: Any, say: Any) -> None:
+def _resolve(config: "Config") -> "Config":
+    from sweep.builtin import missing
+    from sweep.run import resolve_inputs
+
+    new = missing(config)
+    if new:
+        console.print(f"making {', '.join(new)}: once, then cached")
+    with console.status("checking corpus and models"):
+        return resolve_inputs(config)
+
+
+def _attempt(driver: Any, resolved: "Config") -> None:
     from sweep.tracking import Tracker
 
-    say("corpus and models: made on first use, then cached" if _uses_builtins(driver.config) else "checking the corpus")
-    resolved = driver.resolve()
+    say = driver.say
     tracker = Tracker(driver.config, driver.folder, driver.data_tags(resolved))
     tracker.start()
     try:
@@ -157,10 +171,6 @@ def _attempt(driver: Any, say: Any) -> None:
         say("sending the last results to MLflow")
         if not tracker.finish():
             say(f"[red]MLflow at {tracker.uri} lacks some results[/red] ({tracker.error}); give the command again")
-
-
-def _uses_builtins(config: "Config") -> bool:
-    return "builtin:" in config.model_dump_json()
 
 
 def _conclude(driver: Any) -> int:
@@ -263,15 +273,12 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the trial; runs/<name>-train by default.")] = None,
 ) -> None:
     """One trial in this process, without Ray: the same training, bit for bit."""
-    from sweep import builtin
     from sweep import config as configuration
-    from sweep.run import check_inputs
     from sweep.trial import run_trial
 
     loaded = configuration.load(config, set_).with_values({"search.space": {}, "search.points": []})
     folder = out or Path("runs") / f"{loaded.name}-train"
-    resolved = builtin.resolve(loaded)
-    check_inputs(resolved)
+    resolved = _resolve(loaded)
     configuration.claim_folder(loaded, folder)
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 
 from data.config import DataConfig, Section
-from data.errors import ConfigError
+from data.errors import ConfigError, reason
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.space import Axis, SearchConfig
 
@@ -95,7 +95,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: {reason(error)}") from None
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: not a YAML file of settings ({reason(error)}); see the presets for the form"
+        ) from None
     config = parse(plain, str(path))
     problems = list(_space_problems(config))
     if problems:
@@ -174,8 +178,8 @@ def _space_problems(config: Config) -> Iterable[str]:
         for condition in axis.when:
             if condition not in leaves:
                 yield f"{where}.when.{condition}: no such setting"
-        for value in axis.extremes():
-            yield from _refusals(config, where, {key: value})
+        refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
+        yield from refused or _refusals(config, where, {key: axis.inside()})
     for number, point in enumerate(config.search.points):
         for key, value in point.items():
             space = config.search.space.get(key)
@@ -194,10 +198,15 @@ def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[st
             section = section[name]
         section[leaf] = value
     try:
-        Config.model_validate(tree)
+        changed = Config.model_validate(tree)
     except ValidationError as error:
         for detail in error.errors():
             yield f"{where}: the axis holds {detail['input']!r}: {_rule(detail)}"
+        return
+    # Rules over several settings are judged here only if no other axis could mend them.
+    if len(config.search.space) == 1:
+        for problem in changed.model.problems():
+            yield f"{where}: {problem}"
 
 
 def _error(source: str, problems: Sequence[str]) -> ConfigError:
@@ -216,8 +225,9 @@ def _problem(detail: Any) -> str:
         return f"{key}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it"
-    value = "" if isinstance(detail["input"], dict) else f"{detail['input']!r}: "  # the rule names what is wrong in it
-    return f"{key}: {value}{_rule(detail)}"
+    given = detail["input"]
+    section = isinstance(given, dict) and any(isinstance(value, dict) for value in given.values())
+    return f"{key}: {_rule(detail)}" if section else f"{key}: {given!r}: {_rule(detail)}"
 
 
 def _rule(detail: Any) -> str:

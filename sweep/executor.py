@@ -7,6 +7,7 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from data.errors import UserError
 from sweep.ledger import Ledger
 
 MakeJob = Callable[[int, dict[str, Any]], dict[str, Any]]
@@ -29,12 +30,16 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        asked = self.ledger.ask(list(self.numbers.values()), self.ledger.config.search.trials)
-        if asked is None:
-            return Searcher.FINISHED
-        number, values = asked
-        self.numbers[trial_id] = number
-        return {"job": self.make_job(number, values)}
+        while (asked := self.ledger.ask(list(self.numbers.values()), self.ledger.config.search.trials)) is not None:
+            number, values = asked
+            try:
+                job = self.make_job(number, values)
+            except UserError as error:  # values that are allowed one by one and not together
+                self.ledger.fail(number, str(error))
+                continue
+            self.numbers[trial_id] = number
+            return {"job": job}
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self.numbers.pop(trial_id, None)

@@ -4,11 +4,13 @@ Ray Tune executes and MLflow shows, but what was asked, reported and decided sta
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -16,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data.errors import UserError
 from sweep.config import Config, flat
-from sweep.space import is_rung, prune
+from sweep.space import better, is_rung, prune
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 FILE = "study.journal"
@@ -48,9 +50,12 @@ class Ledger:
     def open(cls, folder: Path, config: Config) -> "Ledger":
         """Open or create the ledger for writing; only the holder of the folder's lock may do this."""
         path = folder / FILE
-        # Nobody else writes, so a lock file here is what a killed driver left.
+        # Nobody else writes, so a lock file here is what a killed driver left, and so is half a line at the end.
         for leftover in folder.glob(f"{FILE}.lock*"):
             leftover.unlink(missing_ok=True)
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = _storage(path)
         known = optuna.get_all_study_names(storage)  # asking first, so that opening a finished sweep writes nothing
@@ -87,6 +92,7 @@ class Ledger:
         trials = self.study.get_trials(deepcopy=False)
         orphans = [trial for trial in trials if trial.state == TrialState.RUNNING and trial.number not in busy]
         if orphans:
+            self._seed(orphans[0].number)
             trial = Trial(self.study, orphans[0]._trial_id)
         elif sum(trial.state != TrialState.WAITING for trial in trials) < target:
             trial = self._new(trials)
@@ -98,16 +104,20 @@ class Ledger:
         queued = sum("fixed_params" in trial.system_attrs for trial in trials)
         for point in self.config.search.points[queued:]:
             self.study.enqueue_trial(point)
-        # Derived from what was asked so far, so that a resumed search draws neither the same values again nor others
-        # than the count of its trials decides.
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+        self._seed(min(waiting, default=len(trials)))
+        return self.study.ask()
+
+    def _seed(self, number: int) -> None:
+        """A sampler of the trial's own, so that a resumed search draws what an uninterrupted one would."""
         self.study.sampler = optuna.samplers.TPESampler(
-            seed=self.config.seed * 10_000 + len(trials),
+            seed=int(np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]),
             n_startup_trials=self.config.search.startup_trials,
             constant_liar=True,
             multivariate=True,
             group=True,
         )
-        return self.study.ask()
 
     def report(self, number: int, epoch: int, metrics: dict[str, Any]) -> bool:
         """Note an epoch of a running trial; epochs known already change nothing.
@@ -123,8 +133,9 @@ class Ledger:
         if epoch not in frozen.intermediate_values:
             trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
-        rule = search.pruning
-        if rule is None or epoch >= self.config.train.epochs or not is_rung(epoch, rule):
+        rule, last = search.pruning, frozen.params.get("train.epochs", self.config.train.epochs)
+        passed = epoch < max(frozen.intermediate_values, default=0)  # told again after a resume: decided already
+        if rule is None or passed or epoch >= last or not is_rung(epoch, rule):
             return False
         peers = [
             other.intermediate_values[epoch]
@@ -133,7 +144,7 @@ class Ledger:
         ]
         if not prune(value, peers, search.direction, rule):
             return False
-        place = 1 + sum(peer > value if search.direction == "maximize" else peer < value for peer in peers)
+        place = 1 + sum(better(peer, value, search.direction) for peer in peers)
         trial.set_user_attr("why", f"pruned at epoch {epoch}: {place}. of {len(peers)} by {search.metric}")
         self.study.tell(number, state=TrialState.PRUNED)
         return True

@@ -1,6 +1,7 @@
 """What a sweep found, as rows, tables and JSON: the leaderboard, the best trial, the state of every trial."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -105,8 +106,8 @@ def entry_json(entry: Entry, run_id: str | None) -> dict[str, Any]:
         "number": entry.number,
         "state": entry.state,
         "params": entry.params,
-        "value": entry.value,
-        "metrics": entry.metrics,
+        "value": _finite(entry.value),
+        "metrics": {name: _finite(value) for name, value in entry.metrics.items()},
         "steps": entry.steps,
         "mlflow_run_id": run_id,
     }
@@ -123,6 +124,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
                 break
         names[key] = ending
     return names
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.errors import UserError
+from data.examples import has_sound, targets
+from model.speech_llm import check_model
 from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
@@ -68,14 +70,6 @@ class Driver:
         """What names the corpus in MLflow."""
         manifest = open_shards(resolved.data.shards).manifest
         return {"corpus": manifest.corpus, "fingerprint": manifest.fingerprint, "labels": ",".join(manifest.labels)}
-
-    def resolve(self) -> Config:
-        """Make what is built in, and check the corpus and every distinct model before anything starts."""
-        resolved = builtin.resolve(self.config)
-        shards = open_shards(resolved.data.shards)
-        shards.verify()
-        check_inputs(resolved)
-        return resolved
 
     def execute(self, resolved: Config) -> None:
         """Run the trials that are left. Returns early, in an orderly way, on Ctrl-C or SIGTERM."""
@@ -148,15 +142,19 @@ class Driver:
         }
 
 
-def check_inputs(resolved: Config) -> None:
-    """Load what the trials will load, for a clear error before any of them starts.
+def resolve_inputs(config: Config) -> Config:
+    """Make what is built in, and look at corpus and models, for a clear error before anything starts.
+
+    Returns:
+        The configuration with paths in place of built-in names.
 
     Raises:
-        UserError: a split is empty, or the corpus has no sound and an axis wants it.
+        UserError: a shard is missing or corrupt, a split empty, a model not to be found, or the corpus has no sound
+            and an axis wants it.
     """
-    from data.examples import has_sound, targets
-
+    resolved = builtin.resolve(config)
     shards = open_shards(resolved.data.shards)
+    shards.verify()
     for split in ("train", "val"):
         targets(shards, split)
     axis = resolved.search.space.get("model.modality")
@@ -166,6 +164,8 @@ def check_inputs(resolved: Config) -> None:
             f"{shards.folder}: model.modality {' / '.join(map(str, wanted))} needs sound and this corpus is text only; "
             "use --set model.modality=text, or prepare the corpus with --audio"
         )
+    check_model(resolved.model)
+    return resolved
 
 
 def choose_reader(config: Config) -> str:

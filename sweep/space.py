@@ -52,11 +52,25 @@ class Axis(Section):
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("a logarithmic range needs low above 0 and has no step")
+        if self.step is not None and (self.step <= 0 or (self._whole and not isinstance(self.step, int))):
+            raise ValueError(f"step ({self.step}) must be above 0, and whole where low and high are")
         return self
 
+    @property
+    def _whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
     def extremes(self) -> list[Any]:
-        """The values that decide whether all of the axis is allowed."""
+        """The values that decide whether all of the axis is allowed, together with `inside`."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
+
+    def inside(self) -> Any:
+        """A value between the extremes: one that a setting for whole numbers refuses, if the range holds such."""
+        if self.choices is not None or self._whole:
+            return self.extremes()[0]
+        assert self.low is not None
+        assert self.high is not None
+        return self.low + 0.381966 * (self.high - self.low)
 
     def contains(self, value: Any) -> bool:
         """Whether a value lies on the axis."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import nan
 from pathlib import Path
 from typing import Any
 

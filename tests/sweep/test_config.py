@@ -105,7 +105,6 @@ def test_a_point_must_lie_on_its_axes(yaml: Any) -> None:
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="sweep/space.py: such an axis passes, and breaks the sweep when it is asked")
 @pytest.mark.parametrize(
     "axis",
     [
@@ -134,7 +133,6 @@ def test_a_yaml_error_names_file_and_line(yaml: Any) -> None:
     assert problems(yaml("name: ${nowhere}\n"))[0].startswith(f"{name}: Interpolation key 'nowhere' not found")
 
 
-@pytest.mark.xfail(strict=True, reason="sweep/config.py, load: these errors of the reader are not caught")
 @pytest.mark.parametrize("content", [b"3", b"name: \xe9", b"name: a\x01b"])
 def test_a_file_that_is_no_yaml_text_at_all_is_a_config_error(content: bytes, yaml: Any) -> None:
     problems(yaml(content))

@@ -47,7 +47,6 @@ def test_nobody_is_pruned_at_his_last_epoch(tmp_path: Path) -> None:
     assert not any(report(ledger, number, value, value)[-1] for number, value in enumerate((0.9, 0.8, 0.7, 0.1, 0.0)))
 
 
-@pytest.mark.xfail(strict=True, reason="Ledger.report compares with the sweep's epochs, not with the trial's")
 def test_nobody_is_pruned_at_his_last_epoch_when_epochs_are_searched(tmp_path: Path) -> None:
     axis = {"train.epochs": [2, 4]}
     ledger = Ledger.open(tmp_path, pruned(space=axis, points=[{"train.epochs": 4}] * 3 + [{"train.epochs": 2}]))
@@ -115,7 +114,6 @@ def test_nan_is_kept_and_pruned_like_the_worst_value(tmp_path: Path) -> None:
     assert isnan(first.metrics["macro_f1"])
 
 
-@pytest.mark.xfail(strict=True, reason="Ledger.report counts who is ahead with `>`, which NaN never loses")
 def test_nan_is_not_called_the_first(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path, pruned())
     ask(ledger, 4)
@@ -153,7 +151,6 @@ def test_looking_on_while_another_writes(tmp_path: Path) -> None:
     assert (tmp_path / f"{FILE}.lock").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="Ledger.open leaves the torn line, and the next one is appended to it")
 def test_half_a_line_at_the_end_of_the_journal_does_no_harm(tmp_path: Path) -> None:
     ask(Ledger.open(tmp_path, settings()), 1)
     with (tmp_path / FILE).open("ab") as file:

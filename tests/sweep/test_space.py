@@ -92,7 +92,6 @@ def test_all_conditions_must_hold() -> None:
     assert draw(space, model__modality="text", model__encoder__trainable=True) == {"model.modality": "text"}
 
 
-@pytest.mark.xfail(strict=True, reason="SearchConfig.suggest looks at the configuration's value instead")
 def test_a_condition_on_a_later_axis_is_obeyed_or_refused() -> None:
     space = {
         "model.end_of_audio": {"choices": ["none"], "when": SPEECH},
