@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Bad input or configuration. The message is complete: no traceback is shown with it."""
 
+    in_every_worker = False  # whether all workers of a trial raise it at the same step
+
 
 class DataError(UserError):
     """A corpus, shard or example cannot be used as it is."""

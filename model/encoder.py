@@ -29,6 +29,10 @@ class SpeechEncoder(nn.Module):
         """The number of frames that a clip of `n_samples` at 16 kHz yields."""
         raise NotImplementedError
 
+    def cost(self, n_samples: int) -> int:
+        """The number of frames that are computed for them."""
+        return self.frames(n_samples)
+
     def forward(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Encode clips.
 
@@ -110,11 +114,17 @@ class MelEncoder(SpeechEncoder):
         encoder = model.get_encoder()
         super().__init__(encoder, extractor)
         encoder.layerdrop = 0.0
+        for convolution in (encoder.conv1, encoder.conv2):
+            convolution.requires_grad_(False)
         self.window: int = extractor.n_samples  # samples
         self.samples_per_frame: int = extractor.hop_length * 2  # the second convolution halves the mel rate
 
     def frames(self, n_samples: int) -> int:
         return -(-n_samples // self.samples_per_frame)
+
+    def cost(self, n_samples: int) -> int:
+        windows = -(-n_samples // self.window)  # each is computed whole
+        return windows * self.frames(self.window)
 
     def forward(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         pieces = [clip[start : start + self.window] for clip in clips for start in range(0, len(clip), self.window)]

@@ -31,6 +31,7 @@ class TrialData:
     history: int
     rows: dict[str, list[int]]
     costs: dict[str, list[int]]
+    dropped_turns: int  # turns of history that no prompt had room for, over all splits
 
     @classmethod
     def open(cls, shards: Shards, model: SpeechLLM, history: int, reader: str, splits: Sequence[str]) -> "TrialData":
@@ -46,12 +47,15 @@ class TrialData:
             )
         rows = {split: targets(shards, split) for split in splits}
         samples = shards.columns["n_samples"]
-        costs = {
-            split: [model.cost(read_example(shards, row, history, sound=False), samples[row]) for row in rows[split]]
-            for split in splits
-        }
+        costs: dict[str, list[int]] = {split: [] for split in splits}
+        dropped = 0
+        for split in splits:
+            for row in rows[split]:
+                prompt = model.prompter.prompt(read_example(shards, row, history, sound=False))
+                costs[split].append(model.cost(prompt, samples[row]))
+                dropped += prompt.dropped_turns
         source = SOURCES[reader](shards, history, model.config.hears)
-        return cls(shards, source, history, rows, costs)
+        return cls(shards, source, history, rows, costs, dropped)
 
     def read(self, split: str, batches: Sequence[Sequence[int]]) -> Iterator[list[Example]]:
         """Examples by batch; `batches` hold positions in `rows[split]`."""

@@ -20,7 +20,7 @@ from data.examples import Example
 from model.adapter import PoolLinear, clip_list
 from model.config import LoraSettings, ModelConfig
 from model.encoder import SpeechEncoder, encoder_kind, load_encoder
-from model.prompt import CLIP, CLS, END, IGNORE, Prompter, label_trie, load_vocabulary
+from model.prompt import CLIP, CLS, END, IGNORE, Prompt, Prompter, label_trie, load_vocabulary
 
 
 class SpeechLLM(nn.Module):
@@ -37,7 +37,6 @@ class SpeechLLM(nn.Module):
         self.prompter = Prompter(load_vocabulary(config.llm.path), config)
         self.answers = {label: self.prompter.answer(label) for label in self.labels}
         self.trie = label_trie(list(self.answers.values()))
-        self.dropped_turns = 0
 
         llm = shared_view(load_llm(config.llm.path, config.llm.dtype, device))
         self.llm = _with_lora(llm, config.lora) if config.lora.enabled else llm
@@ -77,10 +76,9 @@ class SpeechLLM(nn.Module):
             self.llm.eval()
         return self
 
-    def cost(self, example: Example, n_samples: int) -> int:
+    def cost(self, prompt: Prompt, n_samples: int) -> int:
         """Tokens and encoder frames of an example: what planning and memory go by. Needs no audio."""
-        tokens = len(self.prompter.prompt(example).ids)
-        return tokens + (self.encoder.frames(n_samples) if self.encoder is not None else 0)
+        return len(prompt.ids) + (self.encoder.cost(n_samples) if self.encoder is not None else 0)
 
     def loss(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
         """Next-token loss of the answers.
@@ -154,9 +152,7 @@ class SpeechLLM(nn.Module):
         clips = self._clips(examples) if self.encoder is not None else [None] * len(examples)
         sequences = []
         for example, clip in zip(examples, clips, strict=True):
-            prompt = self.prompter.prompt(example)
-            self.dropped_turns += prompt.dropped_turns
-            sequences.append(self._embed(prompt.ids, clip))
+            sequences.append(self._embed(self.prompter.prompt(example).ids, clip))
         return sequences
 
     def _clips(self, examples: Sequence[Example]) -> list[Tensor]:

@@ -29,6 +29,8 @@ LOG_EVERY = 10  # optimizer steps between two points of the training curve
 class NonFiniteError(UserError):
     """The loss or a gradient is not a finite number; the update was not made."""
 
+    in_every_worker = True  # it is looked for after the sums over workers
+
 
 @dataclass
 class Progress:
@@ -40,7 +42,7 @@ class Progress:
     examples: int = 0
     loss_sum: float = 0.0  # of this epoch
     loss_count: int = 0
-    seconds: float = 0.0  # of training and evaluation, over all attempts
+    seconds: float = 0.0  # of training and evaluation, in the epochs that were finished
     history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # what was reported, by epoch
 
 
@@ -74,8 +76,8 @@ class Trainer:
         shares = [share(step, self.rank, self.world) for step in steps]
         self.model.train()
         for step, own, examples in zip(steps, shares, self.data.read("train", shares), strict=True):
-            self._optimizer_step(examples, [self.data.costs["train"][position] for position in own])
             self.state.examples += len(step)
+            self._optimizer_step(examples, [self.data.costs["train"][position] for position in own])
             if self.state.total_steps % self.config.checkpoint_steps == 0:
                 self.save()
 
@@ -116,12 +118,12 @@ class Trainer:
             parameter.grad = part.view_as(parameter)
         return float(sums[0]), int(sums[1])
 
-    def finish_epoch(self, seconds: float) -> dict[str, Any]:
+    def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report."""
         records, loss = evaluate(self.model, self.data, "val", self.config.token_budget)
         manifest, state = self.data.shards.manifest, self.state
         state.epoch, state.step = state.epoch + 1, 0
-        state.seconds += seconds
+        state.seconds += time.monotonic() - started
         metrics: dict[str, Any] = {
             **summarise(records, manifest.labels, manifest.roles),
             "loss": loss,
@@ -129,6 +131,7 @@ class Trainer:
             "epoch": state.epoch,
             "steps": state.total_steps,
             "seconds": state.seconds,
+            "dropped_turns": self.data.dropped_turns,
         }
         state.loss_sum, state.loss_count = 0.0, 0
         state.history.append((state.epoch, metrics))
@@ -152,6 +155,7 @@ class Trainer:
                 "generators": generators,
                 "progress": {name: getattr(self.state, name) for name in Progress.__dataclass_fields__},
                 "plan_hash": self.plan_hash,
+                "fingerprint": self.data.shards.manifest.fingerprint,
                 "digest": checkpoint.digest(checkpoint.trained_tensors(self.model)),
             }
             checkpoint.save(self.path, state)
@@ -211,7 +215,7 @@ def fit(model: SpeechLLM, data: TrialData, config: TrainConfig, seed: int, folde
     while trainer.state.epoch < config.epochs:
         started = time.monotonic()
         trainer.train_epoch()
-        metrics = trainer.finish_epoch(time.monotonic() - started)
+        metrics = trainer.finish_epoch(started)
         report(trainer.state.epoch, metrics)
 
 

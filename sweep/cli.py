@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -100,7 +102,7 @@ def _prepare(corpus: "Corpus", out: Path, fractions: tuple[float, float, float],
             findings.add_column(name, justify="right" if name == "count" else "left")
         for code, count in manifest.findings.items():
             example = examples[code]
-            findings.add_row(code, str(count), f"{example.where}, {example.utterance}: {example.message}")
+            findings.add_row(code, str(count), escape(f"{example.where}, {example.utterance}: {example.message}"))
         console.print(findings)
 
 
@@ -125,6 +127,9 @@ def _run(config: "Config", folder: Path) -> int:
     from sweep.run import Busy, Driver, locked
     from sweep.tracking import is_shipped
 
+    # A batch system ends jobs with SIGTERM; Tune and this program end in an orderly way on SIGINT.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    shipped = True
     try:
         # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
         # unless there is something left to do.
@@ -136,8 +141,8 @@ def _run(config: "Config", folder: Path) -> int:
                 resolved = resolved or _resolve(config)
                 with Display(console, config, folder) as display:
                     driver.say = display.say
-                    _attempt(driver, resolved)
-            return _conclude(driver)
+                    shipped = _attempt(driver, resolved)
+            return _conclude(driver, shipped)
     except Busy as error:
         print(f"error: {error}", file=sys.stderr)
         return INFRASTRUCTURE
@@ -157,10 +162,12 @@ def _resolve(config: "Config") -> "Config":
         return resolve_inputs(config)
 
 
-def _attempt(driver: Any, resolved: "Config") -> None:
+def _attempt(driver: Any, resolved: "Config") -> bool:
+    """Run what is left; whether MLflow took everything."""
     from sweep.tracking import Tracker
 
     say = driver.say
+    driver.bind(resolved)
     tracker = Tracker(driver.config, driver.folder, driver.data_tags(resolved))
     tracker.start()
     try:
@@ -169,11 +176,13 @@ def _attempt(driver: Any, resolved: "Config") -> None:
             driver.execute(resolved)
     finally:
         say("sending the last results to MLflow")
-        if not tracker.finish():
-            say(f"[red]MLflow at {tracker.uri} lacks some results[/red] ({tracker.error}); give the command again")
+        shipped = tracker.finish()
+        if not shipped:
+            say(f"[red]MLflow lacks some results[/red] ({escape(str(tracker.error))}); give the same command again")
+    return shipped
 
 
-def _conclude(driver: Any) -> int:
+def _conclude(driver: Any, shipped: bool) -> int:
     """Show what came out and choose the exit code."""
     from sweep.results import leaderboard_table
     from sweep.tracking import ui_command
@@ -193,7 +202,7 @@ def _conclude(driver: Any) -> int:
         return INFRASTRUCTURE
     _print_best(driver.ledger, driver.folder)
     console.print(f"MLflow UI:  {ui_command(driver.folder, _program('mlflow'))}", soft_wrap=True, highlight=False)
-    return DONE
+    return DONE if shipped else UNFINISHED
 
 
 def _print_best(ledger: "Ledger", folder: Path) -> None:
@@ -274,7 +283,7 @@ def train(
 ) -> None:
     """One trial in this process, without Ray: the same training, bit for bit."""
     from sweep import config as configuration
-    from sweep.trial import run_trial
+    from sweep.trial import available_device, run_trial
 
     loaded = configuration.load(config, set_).with_values({"search.space": {}, "search.points": []})
     folder = out or Path("runs") / f"{loaded.name}-train"
@@ -285,7 +294,7 @@ def train(
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
         console.print(f"epoch {epoch}/{loaded.train.epochs}  {shown}", soft_wrap=True, highlight=False)
 
-    run_trial(resolved, folder, report, "local")
+    run_trial(resolved, folder, report, "local", available_device())
     console.print(f"checkpoint: {folder / 'checkpoint.pt'}", highlight=False)
 
 

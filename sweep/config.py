@@ -24,7 +24,7 @@ SEARCHABLE = ("seed", "data.history", "model.", "train.")
 class ResourceConfig(Section):
     """What a trial occupies."""
 
-    workers: Count = Field(1, description="Ray Train workers of a trial; the result does not depend on it.")
+    workers: Count = Field(1, description="Ray Train workers of a trial; without dropout the result is the same.")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of a worker; whole ones are threads.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a worker; may be a fraction.")
     slots: Count | None = Field(None, description="Trials at the same time; by default as many as the cluster holds.")

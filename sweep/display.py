@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sweep.config import Config
-from sweep.ledger import FILE, Entry, Ledger
+from sweep.ledger import FILE, Entry, Ledger, is_drawn
 from sweep.results import short_names
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
@@ -33,7 +34,7 @@ class Display:
         self.task = self.progress.add_task("starting", total=config.search.trials)
         self.names = short_names(list(config.search.space))
         self.seen: dict[int, str] = {}
-        self.epochs: dict[int, int] = {}
+        self.ledger: Ledger | None = None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True, name="display")
         self.started = time.monotonic()
@@ -64,8 +65,8 @@ class Display:
                 self._update()
 
     def _update(self) -> None:
-        ledger = Ledger.read(self.folder, self.config)
-        entries = ledger.entries()
+        self.ledger = ledger = self.ledger or Ledger.read(self.folder, self.config)
+        entries = [entry for entry in ledger.entries() if is_drawn(self.folder, entry)]
         for entry in entries:
             self._tell(entry)
         done = sum(entry.state != "RUNNING" for entry in entries)
@@ -82,12 +83,12 @@ class Display:
             params = ", ".join(f"{name} {entry.params[key]}" for key, name in self.names.items() if key in entry.params)
             verb = f"goes on after epoch {epoch}" if epoch and entry.state == "RUNNING" else "starts"
             if entry.state == "RUNNING":
-                self.say(f"trial {entry.number} [cyan]{verb}[/cyan]: {_short(params)}")
+                self.say(f"trial {entry.number} [cyan]{verb}[/cyan]: {escape(_short(params))}")
                 return
         if entry.state not in (known, "RUNNING"):
             value = "" if entry.value is None else f"{self.config.search.metric} {entry.value:.3f}, "
             style = STYLE[entry.state]
-            self.say(f"trial {entry.number} [{style}]{entry.state}[/{style}]: {value}{entry.why}")
+            self.say(f"trial {entry.number} [{style}]{entry.state}[/{style}]: {value}{escape(entry.why)}")
 
 
 def _short(params: str) -> str:

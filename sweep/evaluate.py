@@ -11,7 +11,7 @@ from model.metrics import per_label, summarise
 from sweep import builtin
 from sweep import config as configuration
 from sweep.ledger import Ledger, trial_folder
-from sweep.trial import build
+from sweep.trial import available_device, build
 
 
 def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dict[str, Any]:
@@ -27,10 +27,16 @@ def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dic
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
-    folder = _trial_folder(source)
+    path = _checkpoint(source)
+    folder = path.parent
     config = builtin.resolve(configuration.load(str(folder / "config.yaml")))
-    state = checkpoint.load(folder / "checkpoint.pt")
-    model, data = build(config, "local", (split,))
+    state = checkpoint.load(path)
+    model, data = build(config, "local", (split,), available_device())
+    if state["fingerprint"] != data.shards.manifest.fingerprint:
+        raise UserError(
+            f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
+            f"{data.shards.manifest.fingerprint}: their splits may differ; put the former shards back"
+        )
     checkpoint.load_tensors(model, state["tensors"])
     records, loss = evaluate(model, data, split, config.train.token_budget, batch_size)
     labels, roles = data.shards.manifest.labels, data.shards.manifest.roles
@@ -47,15 +53,17 @@ def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dic
     return {"n": len(records), **metrics, "per_label": per_label(records, labels), "predictions": predictions}
 
 
-def _trial_folder(source: Path) -> Path:
-    if source.is_file():
-        source = source.parent
-    if not (source / "config.yaml").exists():
+def _checkpoint(source: Path) -> Path:
+    folder = source.parent if source.is_file() else source
+    if not (folder / "config.yaml").exists():
         raise UserError(f"{source}: neither a sweep, a trial nor a checkpoint beside its config.yaml; see runs/")
-    if (source / "checkpoint.pt").exists():
+    if source.is_file() and source.name != "config.yaml":
         return source
+    source = folder
+    if (source / "checkpoint.pt").exists():
+        return source / "checkpoint.pt"
     ledger = Ledger.read(source, configuration.load(str(source / "config.yaml")))
     best = ledger.best()
     if best is None:
         raise UserError(f"{source}: no trial is complete yet; name a trial's folder, or finish the sweep")
-    return trial_folder(source, best.number)
+    return trial_folder(source, best.number) / "checkpoint.pt"

@@ -134,8 +134,8 @@ class Ledger:
             trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
         rule, last = search.pruning, frozen.params.get("train.epochs", self.config.train.epochs)
-        passed = epoch < max(frozen.intermediate_values, default=0)  # told again after a resume: decided already
-        if rule is None or passed or epoch >= last or not is_rung(epoch, rule):
+        decided = epoch <= frozen.user_attrs.get("passed", 0)  # told again after a resume
+        if rule is None or decided or epoch >= last or not is_rung(epoch, rule):
             return False
         peers = [
             other.intermediate_values[epoch]
@@ -143,11 +143,27 @@ class Ledger:
             if epoch in other.intermediate_values
         ]
         if not prune(value, peers, search.direction, rule):
+            trial.set_user_attr("passed", epoch)
             return False
         place = 1 + sum(better(peer, value, search.direction) for peer in peers)
         trial.set_user_attr("why", f"pruned at epoch {epoch}: {place}. of {len(peers)} by {search.metric}")
         self.study.tell(number, state=TrialState.PRUNED)
         return True
+
+    def bind(self, fingerprint: str) -> None:
+        """Hold the sweep to one corpus.
+
+        Raises:
+            UserError: it was started on another one.
+        """
+        known = self.study.user_attrs.get("fingerprint")
+        if known is None:
+            self.study.set_user_attr("fingerprint", fingerprint)
+        elif known != fingerprint:
+            raise UserError(
+                f"{self.folder}: started on the corpus {known}, and data.shards is now {fingerprint}; "
+                "put the former shards back, or use --out for a new sweep"
+            )
 
     def complete(self, number: int) -> None:
         """The trial trained to its end; its value is that of its last epoch."""
@@ -187,6 +203,11 @@ class Ledger:
 def trial_config(config: Config, values: dict[str, Any]) -> Config:
     """The configuration that reproduces a trial of a sweep by itself."""
     return config.with_values({**values, "search.space": {}, "search.points": []})
+
+
+def is_drawn(folder: Path, entry: Entry) -> bool:
+    """Whether all values of a trial are known: they are drawn one by one, and readers may look in between."""
+    return entry.state != "RUNNING" or (trial_folder(folder, entry.number) / "config.yaml").exists()
 
 
 def trial_folder(folder: Path, number: int) -> Path:

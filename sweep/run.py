@@ -61,6 +61,10 @@ class Driver:
         self.say = say
         self.ledger = Ledger.open(self.folder, config)
 
+    def bind(self, resolved: Config) -> None:
+        """Hold the sweep to its corpus."""
+        self.ledger.bind(open_shards(resolved.data.shards).manifest.fingerprint)
+
     def left(self) -> int:
         """Trials that are not in a final state yet."""
         ended = sum(entry.state != "RUNNING" for entry in self.ledger.entries())
@@ -177,7 +181,10 @@ def choose_reader(config: Config) -> str:
 
 @contextlib.contextmanager
 def local_or_remote_ray(config: Config) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own on loopback."""
+    """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own.
+
+    Its dashboard is on loopback; its other ports, which Ray opens on all interfaces, want the token that Ray makes.
+    """
     import ray
 
     # Every Ray process gets these. The address is needed by Train's placement-group cleaner, which otherwise gives up
@@ -201,6 +208,7 @@ def local_or_remote_ray(config: Config) -> Iterator[None]:
         os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
         variables["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         ray.init(
+            address="local",
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             dashboard_port=free_port(),
@@ -208,13 +216,10 @@ def local_or_remote_ray(config: Config) -> Iterator[None]:
             runtime_env={"env_vars": variables},
             **quiet,
         )
-    previous = signal.getsignal(signal.SIGTERM)
-    # Tune ends in an orderly way on SIGINT; a batch system sends SIGTERM.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `ray.init` put its own in place
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
 
 

@@ -16,7 +16,7 @@ import ray
 import ray.train
 import ray.tune
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from sweep.mailbox import Mailbox
 
 
@@ -26,9 +26,6 @@ class Stopped(Exception):  # noqa: N818 — not an error
 
 def serve(slot: dict[str, Any]) -> None:
     """Train loop of every worker of a slot: one trial after another in the same process, over the same base weights."""
-    # Imported here and not by the processes around the workers, which need no torch.
-    module, name = slot["fit"].split(":")
-    fit = getattr(importlib.import_module(module), name)
     mailbox, context, seen = slot["mailbox"], ray.train.get_context(), 0
     rank, alone = context.get_world_rank(), context.get_world_size() == 1
     while (current := ray.get(mailbox.next.remote(seen, rank))) is not None:
@@ -39,16 +36,23 @@ def serve(slot: dict[str, Any]) -> None:
                 raise Stopped
 
         try:
-            fit(job, report)
+            # Imported here and not by the processes around the workers, which need no torch.
+            module, name = slot["fit"].split(":")
+            getattr(importlib.import_module(module), name)(job, report)
             if rank == 0:
                 ray.get(mailbox.done.remote(seen))
         except Stopped:
             pass
-        except UserError as error:  # the same in every worker and every attempt: the trial's own fault
-            ray.get(mailbox.fail.remote(seen, str(error), final=True))
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            ray.get(mailbox.fail.remote(seen, why, final=alone))
+            cause = getattr(error, "cause", None) or error  # Ray wraps what a read task raised
+            if isinstance(cause, UserError):
+                ray.get(mailbox.fail.remote(seen, str(cause), final=True))
+                if alone or cause.in_every_worker:
+                    continue
+                raise  # the other workers still wait for this one: only a new group gets them out
+            lost = isinstance(error, ray.exceptions.RayError)  # infrastructure: worth another start
+            why = f"{type(cause).__name__}: {reason(cause)}"
+            ray.get(mailbox.fail.remote(seen, why, final=alone and not lost))
             raise
 
 
@@ -80,7 +84,7 @@ class Slot(ray.tune.Trainable):
                 run_config=ray.train.RunConfig(
                     name=f"slot-{uuid.uuid4().hex[:8]}",
                     storage_path=self.storage,
-                    failure_config=ray.train.FailureConfig(max_failures=-1),
+                    failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
                 ),
             ).fit()
         except BaseException as error:  # told to Tune by step(): this thread has nobody to raise to

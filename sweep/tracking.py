@@ -15,9 +15,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sweep.config import Config, dump
-from sweep.ledger import Entry, Ledger, trial_config, trial_folder
+from sweep.ledger import FILE, Entry, Ledger, is_drawn, trial_config, trial_folder
 from sweep.results import leaderboard_markdown, read_records
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -32,11 +33,11 @@ def tracking_uri(folder: Path) -> str:
 def ui_command(folder: Path, program: str = "mlflow") -> str:
     """What a person types to look at the runs."""
     uri = tracking_uri(folder)
-    if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    database = uri.removeprefix("sqlite:///")
-    here = Path.cwd()
-    shown = Path(database).relative_to(here) if Path(database).is_relative_to(here) else database
+    if not uri.startswith("sqlite:///"):
+        place = urlsplit(uri)  # without user and password: they are nobody's to print
+        return f"open {place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}"
+    database = Path(uri.removeprefix("sqlite:///"))
+    shown = database.relative_to(Path.cwd()) if database.is_relative_to(Path.cwd()) else database
     return f"{program} server --backend-store-uri sqlite:///{shown} --host 127.0.0.1 --port 5000"
 
 
@@ -62,6 +63,8 @@ class Tracker(threading.Thread):
         self.ended = threading.Event()
         self.error: str | None = None
         self.complete = False
+        self.ledger: Ledger | None = None
+        self.known: dict[str, str] = {}  # status that MLflow shows, by run
 
     def finish(self, timeout: float = 120.0) -> bool:
         """Ship what is left; False when the server did not take it all within `timeout` seconds."""
@@ -105,6 +108,7 @@ class Tracker(threading.Thread):
         self.parent = self._find(client, self.key, self.folder.name, {f"data.{k}": v for k, v in self.data.items()})
         client.update_run(self.parent, status="RUNNING")
         client.log_text(self.parent, dump(self.config), "config.yaml")
+        _write_state(self.folder, {"run_id": self.parent, "ended": False})
         self.client = client
 
     def _find(self, client: Any, key: str, name: str, tags: dict[str, str]) -> str:
@@ -116,9 +120,10 @@ class Tracker(threading.Thread):
         return str(run.info.run_id)
 
     def _sync(self, last: bool) -> None:
-        if not (self.folder / "study.journal").exists():
+        if not (self.folder / FILE).exists():
             return
-        entries = Ledger.read(self.folder, self.config).entries()
+        self.ledger = self.ledger or Ledger.read(self.folder, self.config)
+        entries = [entry for entry in self.ledger.entries() if is_drawn(self.folder, entry)]
         for entry in entries:
             self._sync_trial(entry, last)
         if last:
@@ -143,7 +148,10 @@ class Tracker(threading.Thread):
         self._ship(folder / "metrics.jsonl", state, lambda: _write_state(folder, state))
         run_id = state["run_id"]
         if entry.state == "RUNNING":
-            self.client.update_run(run_id, status="SCHEDULED" if last else "RUNNING")
+            status = "SCHEDULED" if last else "RUNNING"
+            if self.known.get(run_id) != status:
+                self.client.update_run(run_id, status=status)
+                self.known[run_id] = status
             return
         self._artifacts(run_id, entry, folder)
         for name, value in {"state": entry.state, "why": entry.why}.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.errors import UserError
 from data.shards import Shards
 from model.checkpoint import seed_everything
 from model.evaluate import TrialData
@@ -21,28 +22,38 @@ def open_shards(folder: str) -> Shards:
     return Shards(folder)
 
 
-def build(config: Config, reader: str, splits: Sequence[str]) -> tuple[SpeechLLM, TrialData]:
+def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tuple[SpeechLLM, TrialData]:
     """The model of a trial as it is before training, and its data.
 
     Args:
         config: with paths in place of built-in names.
         reader: "ray" or "local".
         splits: those that will be read.
+        device: "cpu" or "cuda".
     """
     torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     seed_everything(config.seed)
     shards = open_shards(config.data.shards)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SpeechLLM(config.model, shards.manifest.labels, device)
     return model, TrialData.open(shards, model, config.data.history, reader, splits)
 
 
-def run_trial(config: Config, folder: Path, report: Report, reader: str) -> None:
+def available_device() -> str:
+    """The device of a process that nobody shares out devices to."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_trial(config: Config, folder: Path, report: Report, reader: str, device: str) -> None:
     """Train a trial to its end, or on from its checkpoint in `folder`."""
-    model, data = build(config, reader, ("train", "val"))
+    model, data = build(config, reader, ("train", "val"), device)
     fit(model, data, config.train, config.seed, folder, report)
 
 
 def fit_job(job: dict[str, Any], report: Report) -> None:
     """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial."""
-    run_trial(Config.model_validate(job["config"]), Path(job["folder"]), report, job["reader"])
+    config = Config.model_validate(job["config"])
+    # A worker that asked for no GPU may see those of others.
+    device = "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
+    run_trial(config, Path(job["folder"]), report, job["reader"], device)

@@ -63,12 +63,21 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             f"{path}:1: missing column(s) {', '.join(missing)}; the file has {', '.join(present) or 'none'}"
         )
     start = reader.line_num + 1
-    for row in reader:
+    for row in _parsed(path, reader):
         where = f"{path.name}:{start}"
         if any(row[name] is None for name in needed):
             raise DataError(f"{where}: the row has fewer cells than the header; mend or remove it")
         yield where, row
         start = reader.line_num + 1
+
+
+def _parsed(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(
+            f"{path.name}:{reader.line_num}: not readable as CSV ({error}); look for an open quote"
+        ) from None
 
 
 def _conversations(path: Path, findings: list[Finding]) -> Iterator[Conversation]:

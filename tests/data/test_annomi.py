@@ -112,6 +112,13 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         read_annomi(path)
 
 
+def test_an_open_quote_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace('"well, 1"', '"well, 1', 1) + "x" * 200_000, encoding="utf-8")
+    with pytest.raises(DataError, match=r"annomi\.csv:\d+: "):
+        read_annomi(path)
+
+
 def test_bytes_that_are_not_utf8_are_named_with_line_and_byte(tmp_path: Path) -> None:
     path = write(tmp_path)
     content = path.read_bytes().split(b"\n")

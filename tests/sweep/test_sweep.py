@@ -160,7 +160,7 @@ def test_every_trial_equals_the_same_configuration_trained_by_itself(finished: P
                 raise EnoughError
 
         with pytest.raises(EnoughError):
-            run_trial(config, tmp_path / str(number), report, "local")
+            run_trial(config, tmp_path / str(number), report, "local", "cpu")
         alone = torch.load(tmp_path / str(number) / "checkpoint.pt", weights_only=True)
         assert alone["digest"] == state["digest"], f"trial {number}"
         pairs = zip(alone["progress"]["history"], state["progress"]["history"], strict=True)
