@@ -131,6 +131,7 @@ def test_a_sweep_that_grows_gets_more_runs(folder: Path) -> None:
 def test_two_sweeps_of_a_name_stay_apart(folder: Path) -> None:
     (other := folder.with_name("other")).mkdir()
     ask(Ledger.open(other, CONFIG), 1)
+    append(other, 0)
     track(folder)
     track(other)
     assert mlflow_run_id(other, 0) not in {None, mlflow_run_id(folder, 0)}
