@@ -44,13 +44,17 @@ def missing(config: Config) -> list[str]:
 
 
 def resolve(config: Config) -> Config:
-    """Replace built-in names by folders, making what is not there yet.
+    """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones.
+
+    Workers run in folders of their own, where a relative path leads nowhere.
 
     Raises:
         ConfigError: there is no built-in of that name.
     """
     _make_all(missing(config))
-    return config.with_values({key: str(_folder(name)) for key, name in _named(config).items()})
+    settings = flat(config)
+    local = {key: str(Path(settings[key]).absolute()) for key in KEYS if Path(settings[key]).exists()}
+    return config.with_values(local | {key: str(_folder(name)) for key, name in _named(config).items()})
 
 
 def _named(config: Config) -> dict[str, str]:

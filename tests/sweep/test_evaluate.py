@@ -1,6 +1,7 @@
 """`train`, `evaluate`, `status` and `best`: what they print for scripts, and that no batch size changes a result."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from data.schema import SPLITS
+from data.shards import Shards
 from model import checkpoint
-from sweep.config import claim_folder
+from sweep import builtin
+from sweep.config import claim_folder, parse
 from sweep.ledger import Ledger
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep, tree
@@ -163,3 +166,12 @@ def test_a_value_that_is_not_finite_leaves_the_json_valid(here: Path) -> None:
 def test_evaluating_a_sweep_takes_its_best_trial(here: Path) -> None:
     a_sweep(here)
     assert complaint(sweep("evaluate", "s")).startswith("s/trials/0000/config.yaml: no such file")
+
+
+def test_local_paths_hold_in_any_folder(here: Path, corpus: Shards) -> None:
+    """Ray's workers do not run where the command was given."""
+    shutil.copytree(corpus.folder, here / "mine")
+    model = {"llm": {"path": "an/id"}, "encoder": {"path": "mine"}}
+    resolved = builtin.resolve(parse({"name": "x", "data": {"shards": "mine"}, "model": model}, "x"))
+    assert resolved.data.shards == str(here / "mine")
+    assert resolved.model.llm.path == "an/id"

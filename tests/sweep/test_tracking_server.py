@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -18,6 +19,29 @@ from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, track
 SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY")
 
 
+@pytest.fixture
+def begin() -> Iterator[Any]:
+    """Starts a tracker; none outlives its test."""
+    begun: list[Tracker] = []
+
+    def tracker(folder: Path, every: float) -> Tracker:
+        begun.append(Tracker(CONFIG, folder, DATA, every))
+        begun[-1].start()
+        return begun[-1]
+
+    yield tracker
+    for each in begun:
+        stop(each)
+
+
+def stop(tracker: Tracker) -> None:
+    """End a tracker that may be trying for ever."""
+    tracker._connect = sys.exit
+    tracker.ended.set()
+    tracker.join(10)
+    assert not tracker.is_alive()
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
@@ -25,9 +49,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_points_arrive_while_a_trial_runs(folder: Path) -> None:
-    tracker = Tracker(CONFIG, folder, DATA, every=0.02)
-    tracker.start()
+def test_points_arrive_while_a_trial_runs(begin: Any, folder: Path) -> None:
+    tracker = begin(folder, 0.02)
     wait_for(lambda: mlflow_run_id(folder, 3) is not None and len(curve(folder, 3)) == 2)
     append(folder, 3, (48, 1005.0, 0.3))
     wait_for(lambda: len(curve(folder, 3)) == 3)
@@ -51,11 +74,10 @@ def test_half_a_line_waits_for_its_other_half(folder: Path) -> None:
     assert curve(folder, 3)[2] == (48, 1005.0, 0.25)
 
 
-def test_a_server_that_is_away_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_costs_nothing(begin: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker(CONFIG, folder, DATA, every=0.05)
-    tracker.start()
+    tracker = begin(folder, 0.05)
     wait_for(lambda: tracker.error is not None)
     started = time.monotonic()
     assert tracker.finish(0.2) is False
@@ -64,15 +86,14 @@ def test_a_server_that_is_away_costs_nothing(folder: Path, monkeypatch: pytest.M
     assert "127.0.0.1" in tracker.error
     assert len(tracker.error.splitlines()) == 1
     assert (mlflow_run_id(folder, 0), is_shipped(folder)) == (None, False)
-    monkeypatch.setattr(tracker, "_connect", sys.exit)  # it would try for ever
-    tracker.join(10)
+    stop(tracker)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     track(folder)
     assert [len(curve(folder, number)) for number in (0, 1, 3)] == [2, 1, 2]
 
 
 def test_a_server_that_fails_between_two_requests_doubles_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first request of each kind is lost: for half of the kinds after the server has done its part."""
     seen: set[tuple[str, ...]] = set()
@@ -92,8 +113,7 @@ def test_a_server_that_fails_between_two_requests_doubles_nothing(
 
     for place, name in enumerate(("create_run", "log_batch", "log_text", "log_table", "set_tag", "set_terminated")):
         flaky(name, after=place < 3)
-    tracker = Tracker(CONFIG, folder, DATA, every=0.001)
-    tracker.start()
+    tracker = begin(folder, 0.001)
     assert tracker.finish(60), tracker.error
     assert {name for name, *_ in seen} == {
         "create_run",
