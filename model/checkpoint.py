@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError, reason
+from data.errors import UserError
 
 
 class CheckpointError(UserError):
@@ -70,8 +70,8 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train first, or name another trial") from None
     except Exception as error:
-        detail = reason(error)
-        raise CheckpointError(f"{path}: damaged checkpoint ({detail}); remove it to start this trial again") from None
+        kind = type(error).__name__  # its text advises to load without the safeguards
+        raise CheckpointError(f"{path}: damaged checkpoint ({kind}); remove it to start this trial again") from None
     if not isinstance(state, dict) or not {"tensors", "progress"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a trial; name the checkpoint.pt of one")
     return state

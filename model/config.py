@@ -92,7 +92,9 @@ class TrainConfig(Section):
     epochs: Count = Field(5, description="Passes over the training split; each ends with an evaluation and a report.")
     batch_size: Count = Field(16, description="Utterances in an optimizer step, over all workers.")
     learning_rate: Positive = Field(1e-3, description="Peak of AdamW's learning rate.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="AdamW's decoupled weight decay."
+    )
     warmup: Fraction = Field(0.1, description="Share of the steps with a rising rate; afterwards it falls to zero.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     token_budget: Count = Field(

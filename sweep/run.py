@@ -141,7 +141,7 @@ class Driver:
         configuration.write(trial_config(self.config, values), folder / "config.yaml")
         return {
             "folder": str(folder),
-            "config": trial_config(resolved, values).model_dump(mode="json"),
+            "config": builtin.resolve(trial_config(self.config, values)).model_dump(mode="json"),
             "reader": choose_reader(resolved),
         }
 

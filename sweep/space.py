@@ -78,7 +78,8 @@ class Axis(Section):
             return value in self.choices
         assert self.low is not None
         assert self.high is not None
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (isinstance(value, int) or not self._whole) and self.low <= value <= self.high
 
     def describe(self) -> str:
         """The axis in words."""

@@ -62,7 +62,8 @@ def test_axes_draw_by_kind() -> None:
 
 def test_the_ends_of_an_axis_belong_to_it() -> None:
     whole, part = Axis(low=1, high=4), Axis(choices=[1, "x", None])
-    assert [value for value in (0, 1, 2.5, 4, 4.1, nan, "2", None) if whole.contains(value)] == [1, 2.5, 4]
+    assert [value for value in (0, 1, True, 2.5, 4, 4.1, nan, "2", None) if whole.contains(value)] == [1, 4]
+    assert Axis(low=1.0, high=4).contains(2.5)
     assert [value for value in (1, "x", None, 2, "None") if part.contains(value)] == [1, "x", None]
     assert (whole.extremes(), part.extremes()) == ([1, 4], [1, "x", None])
 
