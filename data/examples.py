@@ -1,92 +1,129 @@
-"""From turns to examples: which turns are classified, and what dialogue each one is read with."""
+"""From items to examples: the dialogue that is read, the clip that is heard, the answer that is expected."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from data.config import DataConfig
 from data.errors import DataError
 from data.shards import Shards
+from data.tasks import TASKS, Item, answer, heard_row, last_read
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One utterance to classify, with the dialogue before it."""
+    """One item of a task as the model gets it."""
 
-    id: str
+    id: str  # of the item's turn, or of the session that is rated
+    task: str
     conversation: str
-    speaker: str
-    label: str
+    speaker: str  # role of the item's turn
+    answer: str
     subset: str | None
-    text: str
-    history: tuple[tuple[str, str], ...]  # (speaker, text), oldest first
-    pcm: np.ndarray | None  # int16 mono at 16 kHz; None: read as text only
+    turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
+    heard: int | None  # place in `turns` of the one that has a clip
+    pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only
 
 
 EXAMPLE_TYPE = pa.struct(
     [
         ("id", pa.string()),
+        ("task", pa.string()),
         ("conversation", pa.string()),
         ("speaker", pa.string()),
-        ("label", pa.string()),
+        ("answer", pa.string()),
         ("subset", pa.string()),
-        ("text", pa.string()),
-        ("history", pa.list_(pa.list_(pa.string()))),
+        ("turns", pa.list_(pa.list_(pa.string()))),
+        ("heard", pa.int32()),
         ("pcm", pa.large_binary()),
     ]
 )
 
 
-def targets(shards: Shards, split: str) -> list[int]:
-    """Rows of a split that are classified: labelled turns, and where the corpus has sound, those with a clip.
+def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool) -> Example:
+    """The example of an item: the last `config.history` turns before the last one that may be read, and, if `sound`,
+    the clip of the last turn that has one, however far back it is."""
+    columns, (name, row) = shards.columns, item
+    task = TASKS[name]
+    last, heard = last_read(task, row), heard_row(shards, task, row)
+    first = max(shards.sessions[row][0], last - config.history)
+    first = first if heard is None else min(first, heard)
+    texts = [columns["text"][other] for other in range(first, last + 1)]
+    if config.last_text == "omitted":
+        texts[(last if heard is None else heard) - first] = ""
+    session = task.answer == "quality"
+    return Example(
+        id=columns["conversation" if session else "id"][row],
+        task=name,
+        conversation=columns["conversation"][row],
+        speaker=columns["speaker"][row],
+        answer=answer(shards, item),
+        subset=columns["subset"][row] if task.answer == "label" and task.reads == "turn" else None,
+        turns=tuple(zip(columns["speaker"][first : last + 1], texts, strict=True)),
+        heard=None if heard is None else heard - first,
+        pcm=_clip(shards, heard, config) if sound and heard is not None else None,
+    )
 
-    The same rows for every modality, so that text and speech are measured on the same items.
+
+def clip_samples(shards: Shards, item: Item, config: DataConfig) -> int:
+    """Samples of the clip that is heard for an item, 0 without one; needs no audio."""
+    heard = heard_row(shards, TASKS[item[0]], item[1])
+    if heard is None:
+        return 0
+    samples: int = shards.columns["n_samples"][_source(shards, heard, config)]
+    return samples
+
+
+def _source(shards: Shards, row: int, config: DataConfig) -> int:
+    """The row whose clip is heard in place of a row's own.
 
     Raises:
-        DataError: the split holds none.
+        DataError: there is no other clip to shuffle with.
     """
+    source = _shuffled(shards)[row] if config.sound == "shuffled" else row
+    if config.sound == "shuffled" and source == row:
+        split, role = (shards.columns[name][row] for name in ("split", "speaker"))
+        raise DataError(
+            f"data.sound: shuffled needs two clips of a role in a split, and the {split} split of {shards.folder} has "
+            f"one of the {role}; use zeroed, or a larger corpus"
+        )
+    return source
+
+
+@lru_cache(maxsize=2)
+def _shuffled(shards: Shards) -> dict[int, int]:
+    """By row with a clip: another one of the same role and split. The same pairs in every trial."""
     columns = shards.columns
-    audible = has_sound(shards)
-    rows = [
-        row
-        for row in range(len(columns["id"]))
-        if columns["split"][row] == split
-        and columns["label"][row] is not None
-        and (columns["n_samples"][row] > 0 or not audible)
-    ]
-    if not rows:
-        raise DataError(f"{shards.folder}: the {split} split has no labelled utterance; choose another split or corpus")
-    return rows
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, samples in enumerate(columns["n_samples"]):
+        if samples > 0:
+            groups.setdefault((columns["split"][row], columns["speaker"][row]), []).append(row)
+    rng = np.random.default_rng(zlib.crc32(shards.manifest.fingerprint.encode()))
+    pairs: dict[int, int] = {}
+    for _, rows in sorted(groups.items()):
+        order = rng.permutation(rows).tolist()
+        pairs |= dict(zip(order, order[1:] + order[:1], strict=True))  # a circle: nobody keeps his own
+    return pairs
 
 
-def has_sound(shards: Shards) -> bool:
-    """Whether any turn of the corpus has a clip."""
-    return any(hours > 0 for hours in shards.manifest.hours.values())
+def _clip(shards: Shards, row: int, config: DataConfig) -> np.ndarray:
+    clip = np.frombuffer(shards.pcm(_source(shards, row, config)) or b"", "<i2")
+    if config.sound == "zeroed":
+        return np.zeros_like(clip)
+    return _noisy(clip, config.snr_db, shards.columns["id"][row]) if config.sound == "noisy" else clip
 
 
-def read_example(shards: Shards, row: int, history: int, sound: bool) -> Example:
-    """The example of a row, with at most `history` turns before it and, if `sound`, its clip."""
-    columns = shards.columns
-    conversation = columns["conversation"][row]
-    first = max(0, row - history)
-    before = tuple(
-        (columns["speaker"][other], columns["text"][other])
-        for other in range(first, row)
-        if columns["conversation"][other] == conversation
-    )
-    clip = shards.pcm(row) if sound else None
-    return Example(
-        id=columns["id"][row],
-        conversation=conversation,
-        speaker=columns["speaker"][row],
-        label=columns["label"][row],
-        subset=columns["subset"][row],
-        text=columns["text"][row],
-        history=before,
-        pcm=None if clip is None else np.frombuffer(clip, "<i2"),
-    )
+def _noisy(clip: np.ndarray, snr_db: float, utterance: str) -> np.ndarray:
+    """White noise at a ratio to the clip's own power; drawn from the utterance's id, so always the same."""
+    power = np.mean(np.square(clip, dtype=np.float64))
+    noise = np.random.default_rng(zlib.crc32(utterance.encode())).standard_normal(len(clip))
+    mixed: np.ndarray = np.round(clip + noise * np.sqrt(power / 10 ** (snr_db / 10)))
+    return mixed.clip(-32768, 32767).astype("<i2")
 
 
 def to_arrow(batches: Sequence[Sequence[Example]]) -> pa.Table:
@@ -108,6 +145,6 @@ def from_arrow(table: pa.Table) -> list[list[Example]]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    row["history"] = tuple(map(tuple, row["history"]))
+    row["turns"] = tuple(map(tuple, row["turns"]))
     row["pcm"] = None if row["pcm"] is None else np.frombuffer(row["pcm"], "<i2")
     return Example(**row)

@@ -13,7 +13,7 @@ import numpy as np
 
 from data import audio
 from data.errors import DataError
-from data.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Conversation, Corpus, Finding, Turn, flag
+from data.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Conversation, Corpus, Finding, Turn, flag, split_label
 from data.shards import Manifest, Shards, ShardWriter
 from data.split import split_groups
 
@@ -83,7 +83,7 @@ def _write(
             turns[split] += 1
             seconds[split] += len(turn.audio) / SAMPLE_RATE if turn.audio is not None else 0.0
             if turn.label is not None:
-                labels[split][turn.label] += 1
+                labels[split].update(split_label(turn.label))
             turn.audio = None  # written: a long corpus must not stay in memory
     shards, content = writer.close()
     manifest = Manifest(
@@ -93,6 +93,7 @@ def _write(
         sample_rate=SAMPLE_RATE,
         labels=corpus.labels,
         roles=corpus.roles,
+        qualities=corpus.qualities,
         split_seed=seed,
         split_fractions=fractions,
         shards=shards,
@@ -153,6 +154,7 @@ def _row(turn: Turn, conversation: Conversation, split: str) -> dict[str, Any]:
         "text": turn.text,
         "label": turn.label,
         "subset": turn.subset,
+        "quality": conversation.quality,
         "t_start": turn.start,
         "t_end": turn.end,
         "n_samples": 0 if turn.audio is None else len(turn.audio),

@@ -1,4 +1,4 @@
-"""The vocabulary of a corpus: turns, conversations, findings, and the Arrow schema (version 1) of turns in shards."""
+"""The vocabulary of a corpus: turns, conversations, findings, and the Arrow schema (version 2) of turns in shards."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 SAMPLE_RATE = 16_000  # Hz, of all audio in shards
 SPLITS = ("train", "val", "test")
+JOIN = "+"  # between the labels of a turn that has several
 
 
 @dataclass(slots=True)
@@ -20,7 +21,7 @@ class Turn:
     index: int  # position in its conversation, from 0
     speaker: str  # role, e.g. "client"
     text: str
-    label: str | None = None  # None: context only
+    label: str | None = None  # None: context only; several are joined with JOIN
     start: float | None = None  # s in the recording
     end: float | None = None  # s in the recording
     subset: str | None = None  # a named part of the corpus with its own accuracy, e.g. "ambiguous"
@@ -37,6 +38,7 @@ class Conversation:
     group: str  # what a split must never cut: the video, or the person
     turns: list[Turn]
     recording: Path | None = None
+    quality: str | None = None  # label of the whole session
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,22 @@ def flag(turn: Turn, findings: list[Finding], code: str, message: str) -> None:
 
 @dataclass(slots=True)
 class Corpus:
-    """What an importer returns. `labels` is ordered (its index is the class); `roles` says who may carry which."""
+    """What an importer returns. `labels` and `qualities` are ordered (the index is the class).
+
+    `roles` says who may carry which label; the tasks know the roles "client" and "therapist".
+    """
 
     name: str
     labels: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
     conversations: Iterable[Conversation]
     findings: list[Finding] = field(default_factory=list)
+    qualities: tuple[str, ...] = ()
+
+
+def split_label(label: str) -> tuple[str, ...]:
+    """The labels that a turn carries."""
+    return tuple(label.split(JOIN))
 
 
 def _word() -> pa.DataType:
@@ -81,6 +92,7 @@ TURN_SCHEMA = pa.schema(
         pa.field("text", pa.large_string(), nullable=False),
         pa.field("label", _word()),
         pa.field("subset", _word()),
+        pa.field("quality", _word()),  # of the session
         pa.field("t_start", pa.float64()),
         pa.field("t_end", pa.float64()),
         pa.field("n_samples", pa.int32(), nullable=False),  # 0: no sound

@@ -7,6 +7,7 @@ DIR/findings.jsonl     every finding of the preparation, one a line
 """
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Manifest(BaseModel):
     sample_rate: int
     labels: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
+    qualities: tuple[str, ...]  # of whole sessions
     split_seed: int
     split_fractions: tuple[float, float, float]
     shards: tuple[ShardInfo, ...]
@@ -111,7 +113,7 @@ class ShardWriter:
 def _digest(row: dict[str, Any]) -> bytes:
     """Content hash of one turn: all that a model or a metric can see of it."""
     audio = hashlib.sha256(row["audio"] or b"").hexdigest()
-    keys = ("id", "conversation", "group", "index", "split", "speaker", "text", "label", "subset", "t_start", "t_end")
+    keys = "id conversation group index split speaker text label subset quality t_start t_end".split()
     return hashlib.sha256(json.dumps([[row[key] for key in keys], audio]).encode()).digest()
 
 
@@ -164,6 +166,15 @@ class Shards:
     def columns(self) -> dict[str, list[Any]]:
         """The index as Python lists: a few MB for ten thousand turns, and quick to look up."""
         return {name: self.index[name].to_pylist() for name in self.index.column_names}
+
+    @cached_property
+    def sessions(self) -> list[range]:
+        """By row: the rows of its conversation, which lie together."""
+        found: list[range] = []
+        for _, run in itertools.groupby(self.columns["conversation"]):
+            rows = range(len(found), len(found) + len(list(run)))
+            found += [rows] * len(rows)
+        return found
 
     @cached_property
     def _audio(self) -> list[pa.ChunkedArray]:

@@ -4,6 +4,9 @@ Half of the client turns can be labelled from their words. In the other half, th
 nothing and the label is the tone of voice: pitch and loudness rise over the clip for "change" and fall for "sustain".
 Clear turns have a contour too, at random, so a model has to hear the word before it may trust the tone. Ceilings by
 construction: words alone 0.75 of all turns and 0.50 of the ambiguous ones; speech 1.0 of both.
+
+A good therapist's reply follows from the label of the client's turn, a poor one's from nothing; who uses which replies
+tells the quality of the session.
 """
 
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import numpy as np
 
 from data.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 
-VERSION = "1"  # part of every cache key: raise it when a clip, a word or a text changes
+VERSION = "2"  # part of every cache key: raise it when a clip, a word or a text changes
 NAME = "synthetic"
 LABELS = ("change", "sustain", "neutral")
 
@@ -33,6 +36,10 @@ PROMPTS = (
     "what would help you",
     "go on",
 )
+
+QUALITIES = ("high", "low")
+REPLIES = {"change": PROMPTS[1], "sustain": PROMPTS[4], "neutral": PROMPTS[2]}  # of a good therapist
+POOR_REPLIES = (PROMPTS[0], PROMPTS[3], PROMPTS[5])
 
 CONTOUR = 1.6  # pitch at the end over pitch at the start of a rising clip, amplitude its square; falling: the inverse
 RISING = {"change": True, "sustain": False}  # the tone that decides an ambiguous turn
@@ -78,7 +85,7 @@ def corpus(*, sessions: int = 48, turns: int = 60, seed: int = 0) -> Corpus:
     Any session is the same whatever the number of others: its randomness comes from (seed, session) only.
     """
     conversations = [_conversation(session, turns, seed) for session in range(sessions)]
-    return Corpus(name=NAME, labels=LABELS, roles={"client": LABELS}, conversations=conversations)
+    return Corpus(NAME, LABELS, {"client": LABELS}, conversations, qualities=QUALITIES)
 
 
 def clips(count: int, *, seed: int = 0) -> Iterator[Clip]:
@@ -123,19 +130,26 @@ def _conversation(session: int, turns: int, seed: int) -> Conversation:
     rng = np.random.default_rng((seed, _CORPUS_STREAM, session))
     name = f"c{session:03d}"
     voice = _voice(rng)
+    quality = str(rng.choice(QUALITIES))
     spoken: list[Turn] = []
     clock = 0.0
     for index in range(turns):
-        turn = _client(f"{name}/{index}", index, voice, rng) if index % 2 else _therapist(f"{name}/{index}", index, rng)
+        identity = f"{name}/{index}"
+        if index % 2:
+            turn = _client(identity, index, voice, rng)
+        else:
+            asked = spoken[-1].label if spoken and quality == "high" else None
+            turn = _therapist(identity, index, asked, rng)
         seconds = THERAPIST_SECONDS if turn.audio is None else len(turn.audio) / SAMPLE_RATE
         turn.start, turn.end = round(clock, 3), round(clock + seconds, 3)
         clock += seconds
         spoken.append(turn)
-    return Conversation(id=name, group=name, turns=spoken)
+    return Conversation(id=name, group=name, turns=spoken, quality=quality)
 
 
-def _therapist(name: str, index: int, rng: np.random.Generator) -> Turn:
-    return Turn(id=name, index=index, speaker="therapist", text=str(rng.choice(PROMPTS)))
+def _therapist(name: str, index: int, heard: str | None, rng: np.random.Generator) -> Turn:
+    text = str(rng.choice(POOR_REPLIES)) if heard is None else REPLIES[heard]
+    return Turn(id=name, index=index, speaker="therapist", text=text)
 
 
 def _client(name: str, index: int, voice: Voice, rng: np.random.Generator) -> Turn:

@@ -1,35 +1,106 @@
-"""Encoder frames → LLM embeddings: average pooling, then one linear layer (arXiv 2406.05968 uses the same pooling)."""
+"""Encoder frames → LLM embeddings: a window of frames becomes one vector, which is projected to the LLM's width.
 
+Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the LLM, W frames a window.
+"""
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.errors import ConfigError
+from model.config import AdapterConfig
 
-class PoolLinear(nn.Module):
-    """Average `pool` frames every `stride` frames, then map to the LLM's width.
 
-    Only windows that lie inside a clip count, so its neighbours in the batch cannot change its embeddings. A clip
-    shorter than one window is filled with zero frames to exactly one.
+class Adapter(nn.Module):
+    """Only windows that lie inside a clip count, so its neighbours in the batch cannot change its embeddings.
+
+    A clip shorter than one window is filled with zero frames to exactly one. Average pooling with a linear layer is
+    the adapter of arXiv 2406.05968, stacked frames with a linear layer or an MLP that of arXiv 2402.08846.
     """
 
-    def __init__(self, width_in: int, width_out: int, pool: int, stride: int) -> None:
+    def __init__(self, width_in: int, width_out: int, config: AdapterConfig) -> None:
         super().__init__()
-        self.pool, self.stride = pool, stride
-        self.linear = nn.Linear(width_in, width_out)
+        self.config = config
+        self.conv = nn.Conv1d(width_in, width_in, config.window, config.stride) if config.kind == "conv" else None
+        width = width_in * config.window if config.kind == "stack" else width_in
+        self.linear: nn.Module = nn.Linear(width, config.hidden or width_out)
+        self.out = nn.Linear(config.hidden, width_out) if config.hidden else None
 
-    def embeddings(self, n_frames: Tensor) -> Tensor:
-        """How many embeddings clips of `n_frames` frames give."""
-        return ((n_frames - self.pool).clamp(min=0) // self.stride) + 1
+    def embeddings(self, n_frames: int) -> int:
+        """How many embeddings a clip of `n_frames` frames gives."""
+        return max(0, n_frames - self.config.window) // self.config.stride + 1
 
-    def forward(self, frames_BFD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """frames_BFD (zero beyond lengths_B) → embeddings_BTE and their lengths_B."""
-        missing = self.pool - frames_BFD.shape[1]
+    def forward(self, frames_BFD: Tensor, lengths_B: Tensor) -> list[Tensor]:
+        """frames_BFD, zero beyond lengths_B → the embeddings of each clip, [T_i, E]."""
+        missing = self.config.window - frames_BFD.shape[1]
         if missing > 0:
             frames_BFD = F.pad(frames_BFD, (0, 0, 0, missing))
-        pooled_BDT = F.avg_pool1d(frames_BFD.transpose(1, 2), self.pool, self.stride)
-        return self.linear(pooled_BDT.transpose(1, 2)), self.embeddings(lengths_B)
+        hidden = self.linear(self._reduce(frames_BFD))
+        embeddings_BTE = hidden if self.out is None else self.out(F.gelu(hidden))
+        return [row[: self.embeddings(length)] for row, length in zip(embeddings_BTE, lengths_B.tolist(), strict=True)]
+
+    def _reduce(self, frames_BFD: Tensor) -> Tensor:
+        window, stride = self.config.window, self.config.stride
+        frames_BDF = frames_BFD.transpose(1, 2)
+        if self.conv is not None:
+            return F.gelu(self.conv(frames_BDF)).transpose(1, 2)
+        if self.config.kind == "stack":
+            return frames_BDF.unfold(2, window, stride).permute(0, 2, 3, 1).flatten(2)  # [B, T, W * D]
+        return F.avg_pool1d(frames_BDF, window, stride).transpose(1, 2)
 
 
-def clip_list(values_BTE: Tensor, lengths_B: Tensor) -> list[Tensor]:
-    """A padded batch as a list of its unpadded rows."""
-    return [row[:length] for row, length in zip(torch.unbind(values_BTE), lengths_B.tolist(), strict=True)]
+def load_adapter(adapter: Adapter, path: str, partial: bool) -> tuple[set[str], str]:
+    """Fill an adapter from a file of tensors; names may carry the prefix "adapter.", as those of a checkpoint.pt do.
+
+    Returns:
+        The names that were matched; and what was matched, missing and unexpected, in one line.
+
+    Raises:
+        ConfigError: the file cannot be read, a tensor has another shape, or, unless `partial`, one is left out.
+    """
+    tensors = _read_tensors(Path(path))
+    prefixed = {name: value for name, value in tensors.items() if name.startswith("adapter.")}
+    if prefixed:
+        tensors = {name.removeprefix("adapter."): value for name, value in prefixed.items()}
+    own = adapter.state_dict()
+    matched = set(own.keys() & tensors.keys())
+    for name in sorted(matched):
+        if own[name].shape != tensors[name].shape:
+            raise ConfigError(
+                f"model.adapter.init_from: {name} is {list(tensors[name].shape)} in {path}, and this adapter needs "
+                f"{list(own[name].shape)}; use the adapter's own encoder, LLM, kind and window"
+            )
+    missing, unexpected = sorted(own.keys() - matched), sorted(tensors.keys() - matched)
+    said = (
+        f"{len(matched)} of {len(own)} tensors matched; missing: {', '.join(missing) or 'none'}; "
+        f"unexpected: {', '.join(unexpected) or 'none'}"
+    )
+    if not matched or ((missing or unexpected) and not partial):
+        raise ConfigError(
+            f"model.adapter.init_from: {path}: {said}; use a file of this adapter"
+            + (", or allow it with model.adapter.init_partial=true" if matched else "")
+        )
+    adapter.load_state_dict({name: tensors[name] for name in matched}, strict=False)
+    return matched, f"{path}: {said}"
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors or torch file; nothing in it is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"model.adapter.init_from: {path}: no such file") from None
+    except Exception as error:
+        raise ConfigError(
+            f"model.adapter.init_from: {path}: not a file of tensors ({type(error).__name__}); use safetensors, or a "
+            "state_dict saved by torch.save"
+        ) from None
+    content = content.get("tensors", content) if isinstance(content, dict) else {}
+    named = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
+FILE = "checkpoint.pt"
+
 
 class CheckpointError(UserError):
     """A checkpoint cannot be used with this configuration, or cannot be read."""
@@ -37,6 +39,82 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def restore(model: Any, state: dict[str, Any]) -> None:
+    """Put a trial's tensors into its model, which must stand on the same parents.
+
+    Raises:
+        CheckpointError: see `load_tensors`; or a parent has changed since.
+    """
+    if len(model.parents) != len(state["parents"]):
+        raise CheckpointError(
+            f"the checkpoint belongs to another configuration: it stands on {len(state['parents'])} former trials, and "
+            f"model.init_from gives {len(model.parents)}"
+        )
+    for now, then in zip(model.parents, state["parents"], strict=True):
+        if now["digest"] != then["digest"]:
+            raise CheckpointError(
+                f"{now['path']}: has changed since this trial was started from it; put the former checkpoint back"
+            )
+    load_tensors(model, state["tensors"])
+
+
+def chain(source: str) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    """What a former trial knows: the tensors that it trained, over those of the trials that it had started from.
+
+    Args:
+        source: folder of the trial, or its checkpoint file.
+
+    Returns:
+        Tensors by name, and the links of the chain ("path" and "digest"), oldest first.
+
+    Raises:
+        CheckpointError: a link is missing, damaged, or has changed since it was started from.
+    """
+    path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+    state = load(path)
+    tensors: dict[str, Tensor] = {}
+    links: list[dict[str, str]] = state["parents"]
+    for link in links:
+        parent = load(Path(link["path"]))
+        if parent["digest"] != link["digest"]:
+            raise CheckpointError(
+                f"{link['path']}: has changed since {path} was started from it; put the former checkpoint back"
+            )
+        tensors |= parent["tensors"]
+    own = {"path": str(path.absolute()), "digest": state["digest"]}
+    return tensors | state["tensors"], [*links, own]
+
+
+def start_from(model: nn.Module, tensors: dict[str, Tensor], source: str, partial: bool) -> tuple[set[str], str]:
+    """Copy a former trial's tensors into the model.
+
+    Returns:
+        The names that were matched, and the report in one line.
+
+    Raises:
+        CheckpointError: a tensor has another shape here or, unless `partial`, no place.
+    """
+    own = dict(model.named_parameters())
+    matched = own.keys() & tensors.keys()
+    unexpected = sorted(tensors.keys() - matched)
+    said = f"{source}: {len(matched)} of {len(tensors)} tensors matched; left out: {', '.join(unexpected) or 'none'}"
+    if not matched or (unexpected and not partial):
+        raise CheckpointError(
+            f"model.init_from: {said}; use the settings of that trial"
+            + (", or allow it with model.init_partial=true" if matched else "")
+        )
+    for name in sorted(matched):
+        if own[name].shape != tensors[name].shape:
+            raise CheckpointError(
+                f"model.init_from: {name} is {list(tensors[name].shape)} in {source} and {list(own[name].shape)} here; "
+                "use the settings of that trial"
+            )
+    with torch.no_grad():
+        for name in matched:
+            own[name].copy_(tensors[name])
+    return set(matched), said
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -72,7 +150,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         kind = type(error).__name__  # its text advises to load without the safeguards
         raise CheckpointError(f"{path}: damaged checkpoint ({kind}); remove it to start this trial again") from None
-    if not isinstance(state, dict) or not {"tensors", "progress"} <= state.keys():
+    if not isinstance(state, dict) or not {"tensors", "progress", "parents"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a trial; name the checkpoint.pt of one")
     return state
 

@@ -1,29 +1,39 @@
 """Settings of the model and of its training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from data.config import Section
+from data.config import Section, Weight
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class EncoderConfig(Section):
-    """The speech encoder: HuBERT, wav2vec 2.0, WavLM or Whisper."""
+    """The speech encoder: HuBERT, wav2vec 2.0, WavLM, wav2vec2-conformer, w2v-BERT or Whisper."""
 
     path: str = Field("builtin:tiny-whisper", description="Hugging Face id or folder, or builtin:tiny-whisper.")
-    trainable: bool = Field(False, description="Train the encoder's transformer; its convolutions stay frozen.")
+    dtype: Dtype = Field("float32", description="Of its weights; one that trains keeps float32.")
+    dropout: Fraction = Field(0.0, description="Everywhere in it, if it trains; draws follow how a step is cut.")
+    spec_augment: Fraction = Field(
+        0.0, description="Share of a clip's frames that are masked in training, if the encoder trains."
+    )
 
 
 class AdapterConfig(Section):
-    """Average pooling over encoder frames, then one linear layer to the LLM's width."""
+    """From encoder frames to LLM embeddings: windows of frames are reduced to one vector, which is then projected."""
 
-    pool: Count = Field(8, description="Frames averaged to one embedding.")
+    kind: Literal["pool", "stack", "conv"] = Field(
+        "pool", description="pool: average of the window. stack: its frames side by side. conv: a convolution."
+    )
+    window: Count = Field(8, description="Frames that make one embedding.")
     stride: Count = Field(4, description="Frames between two embeddings (50 frames/s / 4 = 12.5 embeddings/s).")
-    trainable: bool = Field(True, description="Train the linear layer; a frozen one keeps its random weights.")
+    hidden: Annotated[int, Field(ge=0)] = Field(0, description="Width of an MLP's hidden layer; 0: one linear layer.")
+    init_from: str | None = Field(None, description="Weights: a safetensors file, a torch file, or a checkpoint.pt.")
+    init_partial: bool = Field(False, description="Allow that tensors of init_from or of the adapter are left out.")
 
 
 class LoraSettings(Section):
@@ -32,74 +42,170 @@ class LoraSettings(Section):
     enabled: bool = Field(True, description="Off: the LLM stays exactly as it is.")
     rank: Count = Field(8, description="Rank r of the update.")
     alpha: Positive = Field(32, description="Scale: the update is multiplied by alpha / rank.")
+    alpha_ratio: Positive | None = Field(None, description="alpha / rank, in place of alpha: the scale at any rank.")
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
     targets: list[str] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get an update."
     )
+    rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Learn magnitude and direction apart (arXiv 2402.09353).")
 
 
 class LLMConfig(Section):
     """The language model that reads the dialogue."""
 
     path: str = Field("builtin:tiny-llama", description="Hugging Face id or folder, or builtin:tiny-llama.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the frozen weights.")
-    max_text_tokens: Count = Field(512, description="Longer prompts lose their oldest turns, which is counted.")
+    dtype: Dtype = Field("float32", description="Of the frozen weights.")
+    max_text_tokens: Count = Field(
+        512, description="Text tokens of a prompt, at most; longer ones lose their oldest turns, which is counted."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
+
+
+class PromptConfig(Section):
+    """How a dialogue is written. `sweep inspect` shows the result."""
+
+    format: Literal["plain", "chat"] = Field("plain", description="chat: in the tokenizer's own chat template.")
+    instruction: str | None = Field(
+        None, description="Stands before the dialogue. task: what the task says. Otherwise your own words; null: none."
+    )
+    roles: dict[str, str] = Field({}, description="Names for the roles of the corpus, e.g. {client: Patient}.")
+    separator: str = Field("\n", description="After every turn, e.g. a line break or ' [SEP] '.")
+    order: Literal["text-sound", "sound-text"] = Field(
+        "text-sound", description="Of the heard turn's words and embeddings, where it is both read and heard."
+    )
+    history_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Tokens of the turns before the last one, at most; null: as many as fit."
+    )
 
 
 class ModelConfig(Section):
     """A speech LLM: encoder → adapter → LLM with LoRA."""
 
     modality: Literal["text", "speech", "text+speech"] = Field(
-        "speech", description="How the current utterance is read; the turns before it are always text."
+        "speech", description="How the last turn with sound is read; all other turns are text."
+    )
+    trainable: str = Field(
+        "adapter+lora+tokens",
+        description="The parts that train, joined with +: encoder, adapter, lora, tokens (the learned vectors), llm, "
+        "or patterns of parameter names such as encoder.*.layers.11.*; `sweep inspect` shows what they match.",
     )
     encoder: EncoderConfig = EncoderConfig()
     adapter: AdapterConfig = AdapterConfig()
     llm: LLMConfig = LLMConfig()
     lora: LoraSettings = LoraSettings()
+    prompt: PromptConfig = PromptConfig()
     end_of_audio: Literal["none", "learned"] = Field(
         "none", description="A learned vector after the clip's embeddings."
     )
     cls: Literal["none", "before", "after"] = Field(
-        "none", description="A learned [CLS] vector before the label, or between the label and EOS."
+        "none", description="A learned [CLS] vector before the answer, or between the answer and EOS."
     )
+    init_from: str | None = Field(
+        None, description="A former trial (its folder, or a checkpoint.pt) whose trained tensors this one starts from."
+    )
+    init_partial: bool = Field(False, description="Allow that some tensors of init_from have no place in this model.")
+    precision: Dtype = Field("float32", description="bfloat16: mixed precision (autocast), in training and scoring.")
+    priors: Literal["as-is", "balanced"] = Field(
+        "as-is", description="balanced: label scores are divided by the labels' shares in training."
+    )
+    max_new_tokens: Count = Field(64, description="Of a generated reply; longer ones are cut and counted as run-on.")
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _join(cls, value: Any) -> Any:
+        return "+".join(map(str, value)) if isinstance(value, list) else value
 
     @property
     def hears(self) -> bool:
-        """Whether the utterance's sound is part of the input."""
+        """Whether sound is part of the input."""
         return self.modality != "text"
+
+    @property
+    def patterns(self) -> list[str]:
+        """The parts or patterns of `trainable`."""
+        return [part.strip() for part in self.trainable.split("+") if part.strip()]
 
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
         found = []
-        if self.adapter.stride > self.adapter.pool:
+        if self.adapter.stride > self.adapter.window:
             found.append(
-                f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.pool "
-                f"({self.adapter.pool}), so frames would be skipped; lower it"
+                f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.window "
+                f"({self.adapter.window}), so frames would be skipped; lower it"
             )
-        learned = self.cls != "none" or (self.hears and self.end_of_audio != "none")
-        heard = self.hears and (self.encoder.trainable or self.adapter.trainable)
-        if not (self.lora.enabled or learned or heard):
+        if not self.patterns:
+            found.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")
+        if "encoder" in self.trainable and self.encoder.dtype != "float32":
             found.append(
-                "model.lora.enabled: false leaves nothing to train in this configuration; "
-                "turn on LoRA, model.cls, or with speech the adapter or the encoder"
+                f"model.encoder.dtype: {self.encoder.dtype} is for an encoder that stays frozen; set float32 and "
+                "model.precision=bfloat16, or take the encoder out of model.trainable"
+            )
+        if self.encoder.spec_augment and "encoder" not in self.trainable:
+            found.append(
+                f"model.encoder.spec_augment: {self.encoder.spec_augment} has no effect on an encoder that stays "
+                "frozen; set 0, or add encoder to model.trainable"
+            )
+        if self.encoder.dropout and "encoder" not in self.trainable:
+            found.append(
+                f"model.encoder.dropout: {self.encoder.dropout} has no effect on an encoder that stays frozen; set 0, "
+                "or add encoder to model.trainable"
             )
         return found
+
+
+class LossConfig(Section):
+    """What is minimised at the positions that predict the answer. A weight of 0 costs nothing."""
+
+    next_token: Weight = Field(1.0, description="Cross-entropy of the answer's tokens.")
+    distillation: Weight = Field(
+        0.0, description="Divergence from the same LLM reading the transcript (arXiv 2406.05968)."
+    )
+    temperature: Positive = Field(1.0, description="Of the distillation; the loss is multiplied by its square.")
+    hidden: Weight = Field(0.0, description="Mean squared distance of the last hidden states to that reader's.")
+
+
+class LearningRates(Section):
+    """Peaks for parts that shall differ from train.learning_rate."""
+
+    encoder: Positive | None = None
+    adapter: Positive | None = None
+    lora: Positive | None = None
+    tokens: Positive | None = None
 
 
 class TrainConfig(Section):
     """How a trial is trained."""
 
     epochs: Count = Field(5, description="Passes over the training split; each ends with an evaluation and a report.")
-    batch_size: Count = Field(16, description="Utterances in an optimizer step, over all workers.")
+    patience: Count | None = Field(
+        None, description="End after so many epochs without a lower validation loss; null: never early."
+    )
+    batch_size: Count = Field(16, description="Items in an optimizer step, over all workers.")
     learning_rate: Positive = Field(1e-3, description="Peak of AdamW's learning rate.")
+    learning_rates: LearningRates = LearningRates()
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="After the warm-up: down to zero, in a line or half a wave, or constant."
+    )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="AdamW's decoupled weight decay."
     )
-    warmup: Fraction = Field(0.1, description="Share of the steps with a rising rate; afterwards it falls to zero.")
+    warmup: Fraction = Field(0.1, description="Share of the steps with a rising rate.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    losses: LossConfig = LossConfig()
+    class_weights: Literal["equal", "balanced"] = Field(
+        "equal", description="balanced: an item's loss counts with the inverse of its label's share in training."
+    )
     token_budget: Count = Field(
         16_384,
         description="Tokens and encoder frames computed at once (longest x count). Memory depends on it; the result "
         "does not, in fp32 and without dropout, whose draws follow the cut.",
     )
     checkpoint_steps: Count = Field(500, description="Optimizer steps between checkpoints within an epoch.")
+
+    def problems(self) -> list[str]:
+        """As in ModelConfig."""
+        losses = self.losses
+        if losses.next_token + losses.distillation + losses.hidden == 0:
+            return ["train.losses: all weights are 0, so there is nothing to minimise; raise one"]
+        return []

@@ -1,19 +1,23 @@
 """The examples of a trial, and predictions over a whole split: identical however the split is batched."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from data.config import DataConfig
 from data.errors import UserError
-from data.examples import Example, has_sound, read_example, targets
+from data.examples import Example, clip_samples, read_example
 from data.plan import micro_batches, share
 from data.shards import Shards
 from data.stream import SOURCES, Source
+from data.tasks import Item, has_sound, items
+from model.config import LossConfig
+from model.losses import answer_losses
 from model.metrics import Record
+from model.score import decide, generate, label_scores
 from model.speech_llm import SpeechLLM
 
 
@@ -23,97 +27,138 @@ def world() -> tuple[int, int]:
 
 
 @dataclass
+class SplitData:
+    """The items of a split, and by item what planning needs to know."""
+
+    items: list[Item] = field(default_factory=list)
+    costs: list[int] = field(default_factory=list)  # tokens and encoder frames
+    predicted: list[int] = field(default_factory=list)  # tokens of the answer
+    answers: list[str] = field(default_factory=list)
+
+
+@dataclass
 class TrialData:
-    """The examples of a trial: rows of the index by split, what each costs, and where batches come from."""
+    """The examples of a trial, by split, and where batches of them come from."""
 
     shards: Shards
     source: Source
-    history: int
-    rows: dict[str, list[int]]
-    costs: dict[str, list[int]]
+    splits: dict[str, SplitData]
     dropped_turns: int  # turns of history that no prompt had room for, over all splits
+    short_clips: int  # clips that were filled up to one window of the adapter
 
     @classmethod
-    def open(cls, shards: Shards, model: SpeechLLM, history: int, reader: str, splits: Sequence[str]) -> "TrialData":
+    def open(
+        cls, shards: Shards, model: SpeechLLM, config: DataConfig, splits: Sequence[str], reader: str = "local"
+    ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
 
         Raises:
-            DataError: a split is empty, or the model needs sound and the corpus has none.
+            UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
+                has none.
         """
         if model.config.hears and not has_sound(shards):
             raise UserError(
                 f"{shards.folder}: model.modality {model.config.modality!r} needs sound and this corpus is text only; "
                 "use model.modality=text, or prepare the corpus with --audio"
             )
-        rows = {split: targets(shards, split) for split in splits}
-        samples = shards.columns["n_samples"]
-        costs: dict[str, list[int]] = {split: [] for split in splits}
-        dropped = 0
+        found = cls(shards, SOURCES[reader](shards, config, model.config.hears), {}, 0, 0)
         for split in splits:
-            for row in rows[split]:
-                prompt = model.prompter.prompt(read_example(shards, row, history, sound=False))
-                costs[split].append(model.cost(prompt, samples[row]))
-                dropped += prompt.dropped_turns
-        source = SOURCES[reader](shards, history, model.config.hears)
-        return cls(shards, source, history, rows, costs, dropped)
+            own = found.splits[split] = SplitData()
+            for item in (item for task in model.tasks for item in items(shards, task, split)):
+                example = read_example(shards, item, config, sound=False)
+                measure = model.measure(example, clip_samples(shards, item, config))
+                own.items.append(item)
+                own.costs.append(measure.cost)
+                own.predicted.append(measure.predicted)
+                own.answers.append(example.answer)
+                found.dropped_turns += measure.dropped_turns
+                found.short_clips += measure.short_clip
+        return found
 
     def read(self, split: str, batches: Sequence[Sequence[int]]) -> Iterator[list[Example]]:
-        """Examples by batch; `batches` hold positions in `rows[split]`."""
-        rows = self.rows[split]
-        return self.source([[rows[position] for position in batch] for batch in batches])
+        """Examples by batch; `batches` hold positions in the split's items."""
+        chosen = self.splits[split].items
+        return self.source([[chosen[position] for position in batch] for batch in batches])
 
 
 @torch.no_grad()
 def evaluate(
     model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None
-) -> tuple[list[Record], float]:
+) -> list[Record]:
     """Predict a whole split, over all workers.
 
     Args:
-        batch_size: utterances computed together; by default as many as fit in `token_budget`.
+        batch_size: items computed together; by default as many as fit in `token_budget`.
 
     Returns:
-        One record per utterance in the order of the index, and the mean loss (nats per predicted token).
+        One record per item, in order.
     """
     rank, workers = world()
-    positions = share(range(len(data.rows[split])), rank, workers)
-    costs = [data.costs[split][position] for position in positions]
-    if batch_size is None:
-        batches = [[positions[place] for place in part] for part in micro_batches(costs, token_budget)]
-    else:
-        batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
+    own = data.splits[split]
+    batches: list[list[int]] = []
+    for task in model.tasks:
+        positions = share([place for place, item in enumerate(own.items) if item[0] == task], rank, workers)
+        if batch_size is None:
+            parts = micro_batches([own.costs[position] for position in positions], token_budget)
+            batches += [[positions[place] for place in part] for part in parts]
+        else:
+            batches += [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
     model.eval()
     found: list[tuple[int, Record]] = []
-    total, count = 0.0, 0
     for batch, examples in zip(batches, data.read(split, batches), strict=True):
-        scores_BK = model.score(examples)
-        lengths = [len(model.trie.paths[model.labels.index(example.label)]) for example in examples]
-        truth = torch.tensor([model.labels.index(example.label) for example in examples], device=scores_BK.device)
-        total -= scores_BK.double().gather(1, truth[:, None]).sum().item()
-        count += sum(lengths)
-        found += [
-            (position, _record(example, scores_K, model))
-            for position, example, scores_K in zip(batch, examples, scores_BK, strict=True)
-        ]
-    return _gather(found, total, count, workers)
+        found += zip(batch, predict(model, examples), strict=True)
+    if workers > 1:
+        everybody: list[Any] = [None] * workers
+        dist.all_gather_object(everybody, found)
+        found = [item for part in everybody for item in part]
+    return [record for _, record in sorted(found, key=lambda item: item[0])]
 
 
-def _record(example: Example, scores_K: Tensor, model: SpeechLLM) -> Record:
+def predict(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
+    """The records of examples of one task."""
+    return (_label_records if model.tasks[examples[0].task].labels else _text_records)(model, examples)
+
+
+def _label_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
+    task = examples[0].task
+    labels = model.tasks[task].labels
+    scores_BK = label_scores(model, examples)
+    decided_BK = decide(model, task, scores_BK)
+    losses = [
+        -float(row[labels.index(example.answer)])
+        if example.answer in labels
+        # A set of labels that training does not hold: nobody can choose it, but its words have a probability.
+        else float(answer_losses(model, [example], LossConfig()).next_token_B)
+        for row, example in zip(scores_BK, examples, strict=True)
+    ]
+    return [
+        _record(
+            model,
+            example,
+            prediction=labels[int(decided_K.argmax())],
+            scores=tuple(decided_K.tolist()),
+            loss=loss,
+        )
+        for example, decided_K, loss in zip(examples, decided_BK, losses, strict=True)
+    ]
+
+
+def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
+    losses = answer_losses(model, examples, LossConfig()).next_token_B.tolist()
+    return [
+        _record(model, example, prediction=reply.text, scores=(), loss=loss, ended=reply.ended)
+        for example, reply, loss in zip(examples, generate(model, examples), losses, strict=True)
+    ]
+
+
+def _record(model: SpeechLLM, example: Example, **said: Any) -> Record:
     return Record(
         id=example.id,
+        task=example.task,
         conversation=example.conversation,
         speaker=example.speaker,
         subset=example.subset,
-        label=example.label,
-        prediction=model.labels[int(scores_K.argmax())],
-        scores=tuple(scores_K.tolist()),
+        label=example.answer,
+        tokens=model.answer(example).predicted,
+        **said,
     )
-
-
-def _gather(found: list[tuple[int, Record]], total: float, count: int, workers: int) -> tuple[list[Record], float]:
-    if workers > 1:
-        parts: list[Any] = [None] * workers
-        dist.all_gather_object(parts, (found, total, count))
-        found = [item for part, _, _ in parts for item in part]
-        total, count = sum(part[1] for part in parts), sum(part[2] for part in parts)
-    return [record for _, record in sorted(found, key=lambda item: item[0])], total / count

@@ -1,44 +1,80 @@
-"""Metrics of label tasks, from one record per utterance: nothing here depends on how utterances were batched."""
+"""Metrics of all tasks, from one record an item: nothing here depends on how items were batched."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from data.schema import JOIN, split_label
 
 RESAMPLES = 1000
+BINS = 15  # of the confidence, for the calibration error
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the model said about one utterance."""
+    """What the model said about one item."""
 
     id: str
+    task: str
     conversation: str
     speaker: str
     subset: str | None
-    label: str
+    label: str  # the true answer: a label, or a text
     prediction: str
-    scores: tuple[float, ...]  # log-probability of each label, in the order of the label set
+    scores: tuple[float, ...]  # log-probability of each label, in the order of the task's labels; empty for texts
+    loss: float  # nats over the tokens of the true answer
+    tokens: int  # of the true answer, EOS included
+    ended: bool = True  # a generated text ended by EOS
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON and tables."""
         return asdict(self)
 
 
-def summarise(records: Sequence[Record], labels: Sequence[str], roles: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """Accuracy, macro- and weighted F1, overall, by role and by named subset.
+def summarise(
+    records: Sequence[Record], labels: Mapping[str, Sequence[str]], roles: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """The metrics of every task.
 
-    F1 is over the declared label set, so a label that never occurs and is never predicted counts as 0 in the macro
-    average, and a prediction outside a role's labels counts against that role.
+    Args:
+        records: of all tasks.
+        labels: by task, its labels in order; none for a task whose answer is text.
+        roles: who may carry which label.
 
     Returns:
-        `accuracy`, `macro_f1`, `weighted_f1`, then the first two as `…_<role>` where a corpus has several roles, and
-        `accuracy_<subset>`.
+        Those of the first task by their names, those of the others as `<task>/<name>`. All tasks have `loss` (nats a
+        token); see `label_metrics` and `text_metrics` for the others.
     """
-    found = {"accuracy": _accuracy(records), **_f1(records, labels)}
-    present = [role for role in roles if any(record.speaker == role for record in records)]
+    found: dict[str, float] = {}
+    for place, (task, known) in enumerate(labels.items()):
+        own = [record for record in records if record.task == task]
+        values = {"loss": sum(record.loss for record in own) / sum(record.tokens for record in own)}
+        values |= label_metrics(own, known, roles) if known else text_metrics(own)
+        found |= {name if place == 0 else f"{task}/{name}": value for name, value in values.items()}
+    return found
+
+
+def label_metrics(
+    records: Sequence[Record], labels: Sequence[str], roles: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Accuracy, macro- and weighted F1, overall, by role and by named subset, and the calibration error.
+
+    F1 is over the declared label set, so a label that never occurs and is never predicted counts as 0 in the macro
+    average, and a prediction outside a role's labels counts against that role. Where turns have several labels, F1 is
+    over the single ones and accuracy asks for the whole set.
+
+    Returns:
+        `accuracy`, `macro_f1`, `weighted_f1`, then the first two as `…_<role>` where a corpus has several roles,
+        `accuracy_<subset>`, and `ece`.
+    """
+    found = {"accuracy": _accuracy(records), **_f1(records, labels), "ece": calibration_error(records)}
+    speakers = {record.speaker for record in records}
+    present = [role for role in roles if role in speakers and not set(labels).isdisjoint(roles[role])]
     for role in present if len(present) > 1 else []:
         own = [record for record in records if record.speaker == role]
         found[f"accuracy_{role}"] = _accuracy(own)
@@ -48,14 +84,53 @@ def summarise(records: Sequence[Record], labels: Sequence[str], roles: dict[str,
     return found
 
 
+def text_metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Of generated texts against the true ones.
+
+    Returns:
+        `perplexity` of the true texts, corpus `bleu` (Papineni et al., 2002; 0 to 100), mean `rouge_l` (F-measure; Lin,
+        2004), and the health of decoding: the shares `eos_rate`, `run_on` (cut at the limit) and `empty`.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    said, truth = [record.prediction for record in records], [record.label for record in records]
+    rouge = RougeScorer(["rougeL"])
+    ended = sum(record.ended for record in records) / len(records)
+    return {
+        "perplexity": math.exp(min(700.0, sum(r.loss for r in records) / sum(r.tokens for r in records))),
+        "bleu": float(sacrebleu.corpus_bleu(said, [truth]).score),
+        "rouge_l": float(np.mean([rouge.score(*pair)["rougeL"].fmeasure for pair in zip(truth, said, strict=True)])),
+        "eos_rate": ended,
+        "run_on": 1 - ended,
+        "empty": sum(not text for text in said) / len(said),
+    }
+
+
+def calibration_error(records: Sequence[Record]) -> float:
+    """Expected calibration error with bins of equal width (Guo et al., 2017, arXiv 1706.04599, equation 3).
+
+    The confidence is the predicted label's probability among the labels.
+    """
+    scores = np.array([record.scores for record in records])
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    confidence = shares.max(1) / shares.sum(1)
+    right = np.array([record.label == record.prediction for record in records], dtype=float)
+    # Bins are open to the left, as in the paper.
+    bins = np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+    gaps = np.bincount(bins, right - confidence, BINS)
+    return float(np.abs(gaps).sum() / len(records))
+
+
 def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and support of each label."""
-    truth, said = _pairs(records)
-    columns = precision_recall_fscore_support(truth, said, labels=list(labels), average=None, zero_division=0)
+    """Precision, recall, F1 and support of each single label."""
+    single = _single(labels)
+    truth, said = _indicators(records, single)
+    columns = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     return {
         label: {name: float(column[place]) for name, column in zip(names, columns, strict=True)}
-        for place, label in enumerate(labels)
+        for place, label in enumerate(single)
     }
 
 
@@ -104,15 +179,27 @@ def _pairs(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     return [record.label for record in records], [record.prediction for record in records]
 
 
+def _single(labels: Sequence[str]) -> list[str]:
+    return [label for label in labels if JOIN not in label]
+
+
+def _indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """[item, label]: whether the turn has the label, and whether the model said so. Labels beyond `single` are wrong
+    answers and nobody's class."""
+    binarizer = MultiLabelBinarizer(classes=list(single))
+    known = set(single)
+    columns = [[known & set(split_label(text)) for text in side] for side in _pairs(records)]
+    truth, said = (binarizer.fit_transform(column) for column in columns)
+    return truth, said
+
+
 def _accuracy(records: Sequence[Record]) -> float:
     return float(accuracy_score(*_pairs(records)))
 
 
 def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
-    truth, said = _pairs(records)
-    means = {}
-    for average in ("macro", "weighted"):
-        means[f"{average}_f1"] = float(
-            precision_recall_fscore_support(truth, said, labels=list(labels), average=average, zero_division=0)[2]
-        )
-    return means
+    truth, said = _indicators(records, _single(labels))
+    return {
+        f"{average}_f1": float(precision_recall_fscore_support(truth, said, average=average, zero_division=0)[2])
+        for average in ("macro", "weighted")
+    }

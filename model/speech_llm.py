@@ -1,65 +1,118 @@
-"""The speech LLM: clips and dialogue in one sequence of embeddings, read by a causal LM with LoRA; labels are scored.
+"""The speech LLM: clips and dialogue in one sequence of embeddings, read by a causal language model with LoRA.
 
-Legend: B examples, T positions of the padded sequence, E width of the LLM, V vocabulary, K labels, N trie nodes,
-L positions whose logits are needed.
+Legend: B examples, T positions of the padded sequence, E width of the LLM.
 """
 
-import copy
-import functools
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.audio import waveform
-from data.errors import ConfigError, reason
+from data.errors import ConfigError, DataError
 from data.examples import Example
-from model.adapter import PoolLinear, clip_list
-from model.config import LoraSettings, ModelConfig
-from model.encoder import SpeechEncoder, encoder_kind, load_encoder
-from model.prompt import CLIP, CLS, END, IGNORE, Prompt, Prompter, label_trie, load_vocabulary
+from data.tasks import AnswerSet
+from model import checkpoint
+from model.adapter import Adapter, load_adapter
+from model.config import ModelConfig
+from model.encoder import SpeechEncoder, load_encoder, time_mask
+from model.llm import adapted_llm, own_tensors, shared_view
+from model.parts import check_loaded, part_of, trained_names
+from model.prompt import CLIP, CLS, END, Answer, LabelTrie, Prompter, label_trie, load_vocabulary, written
 
 
 class SpeechLLM(nn.Module):
-    """Scores the labels of utterances that are read as text, as sound, or both.
+    """A model for one or several tasks on dialogues whose last turns are read as text, as sound, or both.
 
     The encoder and the LLM of a process are loaded once; each instance has its own module tree over their frozen
     weights, so instances can be trained one after another without a trace of the former.
+
+    Args:
+        config: of the model.
+        answers: by task, what may be answered.
+        device: "cpu", "cuda", or "meta": all but the weights, to check a configuration and to count parameters.
+
+    Raises:
+        ConfigError: a part cannot be loaded, does not fit the others, or is frozen without ever having been loaded.
     """
 
-    def __init__(self, config: ModelConfig, labels: Sequence[str], device: str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, answers: Mapping[str, AnswerSet], device: str = "cpu") -> None:
         super().__init__()
         self.config = config
-        self.labels = tuple(labels)
+        self.tasks = dict(answers)
         self.prompter = Prompter(load_vocabulary(config.llm.path), config)
-        self.answers = {label: self.prompter.answer(label) for label in self.labels}
-        self.trie = label_trie(list(self.answers.values()))
+        self.answers: dict[str, dict[str, Answer]] = {}
+        self.tries: dict[str, LabelTrie] = {}
+        for task, known in answers.items():
+            self.answers[task] = self.prompter.label_answers(task, known.labels)
+            self.tries[task] = label_trie(list(self.answers[task].values()))
 
-        llm = shared_view(load_llm(config.llm.path, config.llm.dtype, device))
-        self.llm = _with_lora(llm, config.lora) if config.lora.enabled else llm
+        self.place = device  # as the base models were loaded: torch names it otherwise ("cuda:0")
+        self.llm = adapted_llm(config.llm, config.lora, device)
         embedding = self.llm.get_input_embeddings().weight
+        self._check_vocabulary(len(embedding))
         self.encoder: SpeechEncoder | None = None
-        self.adapter: PoolLinear | None = None
+        self.adapter: Adapter | None = None
+        fixed: set[str] = set()
         if config.hears:
-            encoder = load_encoder(config.encoder.path, device)
-            own = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
-            self.encoder = shared_view(encoder, own if config.encoder.trainable else set())
-            pooling = (config.adapter.pool, config.adapter.stride)
-            self.adapter = PoolLinear(encoder.width, embedding.shape[1], *pooling).to(device)
-            self.adapter.requires_grad_(config.adapter.trainable)
+            encoder = load_encoder(config.encoder.path, device, config.encoder.dtype)
+            fixed = {f"encoder.{name}" for name, tensor in encoder.named_parameters() if not tensor.requires_grad}
+            self.encoder = shared_view(encoder)
+            self.encoder.set_dropout(config.encoder.dropout)
+            self.adapter = Adapter(encoder.width, embedding.shape[1], config.adapter).to(device)
         self.end_of_audio = self._vector(embedding, config.hears and config.end_of_audio == "learned")
         self.cls = self._vector(embedding, config.cls != "none")
+        self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
+        self.parents: list[dict[str, str]] = []
+        self._load(trained_names(self, config.patterns, fixed))
+        self.augment = (0, 0)  # seed and epoch, from which every clip's SpecAugment follows
 
     @staticmethod
     def _vector(embedding: Tensor, wanted: bool) -> nn.Parameter | None:
         """A learned embedding that starts at the scale of the LLM's own."""
         if not wanted:
             return None
-        start = torch.randn(embedding.shape[1]) * embedding.float().std().item()
-        return nn.Parameter(start.to(embedding.device))
+        start = torch.randn(embedding.shape[1])
+        scale = 1.0 if embedding.is_meta else embedding.float().std().item()
+        return nn.Parameter((start * scale).to(embedding.device))
+
+    def _check_vocabulary(self, rows: int) -> None:
+        size = len(self.prompter.vocabulary.tokenizer)
+        if size > rows:
+            raise ConfigError(
+                f"model.llm.path: the tokenizer of {self.config.llm.path} has {size} tokens and the LLM embeds {rows}; "
+                "use the tokenizer that belongs to it"
+            )
+
+    def _load(self, trained: set[str]) -> None:
+        """Fill what shall start from files, and let the chosen parameters train."""
+        loaded: set[str] = set()
+        if self.adapter is not None and self.config.adapter.init_from is not None:
+            path = self.config.adapter.init_from
+            names, self.sources["adapter"] = load_adapter(self.adapter, path, self.config.adapter.init_partial)
+            loaded |= {f"adapter.{name}" for name in names}
+        tensors: dict[str, Tensor] = {}
+        if self.config.init_from is not None:
+            tensors, self.parents = checkpoint.chain(self.config.init_from)
+        own_tensors(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
+        if self.config.init_from is not None:
+            names, said = checkpoint.start_from(self, tensors, self.config.init_from, self.config.init_partial)
+            loaded |= names
+            self.sources |= {part_of(name): said for name in names}
+        self.trained_parts = {part_of(name) for name in trained}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trained)
+            if name in trained and part_of(name) == "llm" and parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"model.llm.dtype: {self.config.llm.dtype} is for weights that stay frozen, and model.trainable "
+                    f"names {name}; set float32 and model.precision=bfloat16"
+                )
+        check_loaded(self, loaded)
 
     @property
     def device(self) -> torch.device:
@@ -70,114 +123,111 @@ class SpeechLLM(nn.Module):
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except parts that are frozen: their dropout stays off."""
         super().train(mode)
-        if self.encoder is not None and not self.config.encoder.trainable:
+        if self.encoder is not None and "encoder" not in self.trained_parts:
             self.encoder.eval()
-        if not self.config.lora.enabled:
+        if not self.trained_parts & {"lora", "llm"}:
             self.llm.eval()
+            for module in self.llm.modules():  # whose own flag decides whether they keep their activations
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = mode and self.config.llm.gradient_checkpointing
         return self
 
-    def cost(self, prompt: Prompt, n_samples: int) -> int:
-        """Tokens and encoder frames of an example: what planning and memory go by. Needs no audio."""
-        return len(prompt.ids) + (self.encoder.cost(n_samples) if self.encoder is not None else 0)
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, if the configuration asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def loss(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
-        """Next-token loss of the answers.
+    def answer(self, example: Example) -> Answer:
+        """The tokens of an example's answer."""
+        return self.prompter.answer(written(example.task, example.answer))
 
-        Returns:
-            The sum of the negative log-probabilities (nats) of the label tokens and EOS, and their number.
+    def measure(self, example: Example, n_samples: int) -> "Measure":
+        """What an example will take. Needs no audio.
+
+        Args:
+            example: may be read without its clip.
+            n_samples: of the clip.
+
+        Raises:
+            DataError: it is longer than the LLM's positions reach, or than model.llm.max_text_tokens.
         """
-        answers = [self.answers[example.label] for example in examples]
-        sequences = [
-            torch.cat([prompt, self._embed(answer.inputs)])
-            for prompt, answer in zip(self._prompts(examples), answers, strict=True)
-        ]
-        embeddings_BTE, mask_BT, positions_BT = pad_left(sequences)
-        kept = max(len(answer.targets) for answer in answers)
-        logits_BLV = self.llm(
-            inputs_embeds=embeddings_BTE,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            use_cache=False,
-            logits_to_keep=kept,
-        ).logits
-        rows = [[IGNORE] * (kept - len(answer.targets)) + list(answer.targets) for answer in answers]
-        targets_BL = torch.tensor(rows, device=self.device)
-        total = nn.functional.cross_entropy(
-            logits_BLV.float().flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORE, reduction="sum"
+        prompt, answer = self.prompter.prompt(example), self.answer(example)
+        text, frames, clip = len(prompt.ids) + len(answer.inputs), 0, 0
+        longest = max((len(known.inputs) for known in self.answers[example.task].values()), default=0)
+        positions = len(prompt.ids) + max(len(answer.inputs), longest or self.config.max_new_tokens)
+        if CLIP in prompt.ids:
+            assert self.encoder is not None
+            assert self.adapter is not None
+            frames = self.encoder.frames(n_samples)
+            clip = self.adapter.embeddings(frames)
+            positions += clip - 1  # in place of the placeholder
+        reach = getattr(self.llm.config, "max_position_embeddings", None)
+        if reach is not None and positions > reach:
+            raise DataError(
+                f"utterance {example.id}: prompt and answer take up to {positions} positions ({clip} of them sound), "
+                f"and {self.config.llm.path} has {reach}; lower model.llm.max_text_tokens, raise model.adapter.stride, "
+                "or cut the clip"
+            )
+        return Measure(
+            cost=text + (self.encoder.cost(n_samples) if self.encoder is not None and clip else 0),
+            predicted=answer.predicted,
+            dropped_turns=prompt.dropped_turns,
+            short_clip=0 < frames < self.config.adapter.window,
         )
-        return total, sum(target != IGNORE for row in rows for target in row)
 
-    @torch.no_grad()
-    def score(self, examples: Sequence[Example]) -> Tensor:
-        """Log-probability (nats) of every label string followed by EOS.
-
-        The prompt is read once; then one forward pass over the trie of all labels scores them together.
-
-        Returns:
-            scores_BK, in the order of `labels`.
-        """
-        embeddings_BTE, mask_BT, positions_BT = pad_left(self._prompts(examples))
-        cache = DynamicCache(config=self.llm.config)
-        first_B1V = self.llm(
-            inputs_embeds=embeddings_BTE,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        batch, nodes = len(examples), len(self.trie.nodes)
-        ancestors_NN = torch.tensor(self.trie.ancestors, device=self.device)
-        seen = torch.cat(
-            [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
-        )  # [B, N, T+N]
-        lowest = torch.finfo(embeddings_BTE.dtype).min
-        bias = torch.zeros(seen.shape, dtype=embeddings_BTE.dtype, device=self.device).masked_fill(~seen, lowest)
-        depth_N = ancestors_NN.sum(-1) - 1
-        rest_BNV = self.llm(
-            inputs_embeds=self._embed(self.trie.nodes).expand(batch, -1, -1),
-            attention_mask=bias[:, None],
-            position_ids=mask_BT.sum(-1, keepdim=True) + depth_N,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        logp_BNV = torch.cat([first_B1V, rest_BNV], dim=1).float().log_softmax(-1)
-        columns = [
-            torch.stack([logp_BNV[:, node + 1, target] for node, target in path]).sum(0) for path in self.trie.paths
-        ]
-        return torch.stack(columns, dim=1)
-
-    def _prompts(self, examples: Sequence[Example]) -> list[Tensor]:
+    def prompts(self, examples: Sequence[Example]) -> list[Tensor]:
         """The unpadded prompt embeddings of each example, [T_i, E]."""
-        clips = self._clips(examples) if self.encoder is not None else [None] * len(examples)
-        sequences = []
-        for example, clip in zip(examples, clips, strict=True):
-            sequences.append(self._embed(self.prompter.prompt(example).ids, clip))
-        return sequences
+        ids = [self.prompter.prompt(example).ids for example in examples]
+        hearing = [place for place, row in enumerate(ids) if CLIP in row]
+        clips = dict(zip(hearing, self.clips([examples[place] for place in hearing]), strict=True)) if hearing else {}
+        return [self.embed(row, clips.get(place)) for place, row in enumerate(ids)]
 
-    def _clips(self, examples: Sequence[Example]) -> list[Tensor]:
+    def clips(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The embeddings of each example's clip."""
         assert self.encoder is not None
         assert self.adapter is not None
         waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
-        assert len(waves) == len(examples), "targets() selects utterances with sound"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.encoder.trainable):
-            frames_BFD, lengths_B = self.encoder(waves)
-        return clip_list(*self.adapter(frames_BFD, lengths_B))
+        assert len(waves) == len(examples), "items() selects utterances with sound"
+        learns = self.encoder.training and "encoder" in self.trained_parts
+        masks = self._masks(examples, waves) if learns and self.config.encoder.spec_augment else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.trained_parts):
+            frames_BFD, lengths_B = self.encoder(waves, masks)
+        embedded: list[Tensor] = self.adapter(frames_BFD.float(), lengths_B)
+        return embedded
 
-    def _embed(self, ids: Sequence[int], clip_TE: Tensor | None = None) -> Tensor:
+    def _masks(self, examples: Sequence[Example], waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """SpecAugment (arXiv 1904.08779), drawn for each utterance by itself, whatever it is batched with."""
+        assert self.encoder is not None
+        return [
+            time_mask(
+                self.encoder.frames(len(wave)),
+                self.config.encoder.spec_augment,
+                np.random.default_rng([*self.augment, zlib.crc32(example.id.encode())]),
+            )
+            for example, wave in zip(examples, waves, strict=True)
+        ]
+
+    def embed(self, ids: Sequence[int], clip_TE: Tensor | None = None) -> Tensor:
         """Token ids and placeholders → embeddings [T, E]; the clip's placeholder becomes as many as it has."""
         tokens = torch.tensor(ids, device=self.device)
         embedded: Tensor = self.llm.get_input_embeddings()(tokens.clamp(min=0))
-        vectors = {CLIP: clip_TE, END: self.end_of_audio, CLS: self.cls}
+        vectors: dict[int, Any] = {CLIP: clip_TE, END: self.end_of_audio, CLS: self.cls}
         pieces, start = [], 0
         for place, token in enumerate(ids):
             if token >= 0:
                 continue
-            vector = vectors[token]
-            assert vector is not None
-            pieces += [embedded[start:place], vector.to(embedded.dtype).reshape(-1, embedded.shape[1])]
+            pieces += [embedded[start:place], vectors[token].to(embedded.dtype).reshape(-1, embedded.shape[1])]
             start = place + 1
         return torch.cat([*pieces, embedded[start:]])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Of an example, for planning and for what is counted."""
+
+    cost: int  # tokens and encoder frames to compute
+    predicted: int  # tokens of the answer, EOS included
+    dropped_turns: int  # turns of history that did not fit
+    short_clip: bool  # filled up with silence to one window of the adapter
 
 
 def pad_left(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,70 +240,3 @@ def pad_left(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     width = embeddings_BTE.shape[1]
     mask_BT = (torch.arange(width, device=lengths_B.device) >= width - lengths_B[:, None]).long()
     return embeddings_BTE, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
-
-
-def shared_view(base: Any, own: frozenset[str] | set[str] = frozenset()) -> Any:
-    """A copy of a module tree that shares the frozen tensors of `base`; those named in `own` are cloned and train.
-
-    Modules, hooks and flags are fresh, so that nothing done to the copy (LoRA layers, `requires_grad`) stays behind.
-    """
-    memo: dict[int, Any] = {}
-    for name, parameter in base.named_parameters():
-        data = parameter.detach().clone() if name in own else parameter.detach()
-        memo[id(parameter)] = nn.Parameter(data, requires_grad=name in own)
-    return copy.deepcopy(base, memo)
-
-
-@functools.lru_cache(maxsize=1)
-def load_llm(path: str, dtype: str, device: str) -> nn.Module:
-    """Load a causal language model once per process, frozen.
-
-    Raises:
-        ConfigError: nothing can be loaded from `path`, an id or a folder in Hugging Face format.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
-    return model.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
-
-
-def check_model(config: ModelConfig) -> None:
-    """What can be known to be wrong with a model from its folders, without loading weights.
-
-    Raises:
-        ConfigError: encoder, tokenizer or LLM cannot be found, or a LoRA target matches nothing.
-    """
-    load_vocabulary(config.llm.path)
-    if config.hears:
-        encoder_kind(config.encoder.path)
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm.path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.llm.path: no causal LM at {config.llm.path}: {reason(error)}") from None
-    if config.lora.enabled:
-        _check_targets(skeleton, config.lora)
-
-
-def _check_targets(llm: nn.Module, settings: LoraSettings) -> None:
-    known = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [] if settings.targets == "all-linear" else [name for name in settings.targets if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(known))}"
-        )
-
-
-def _with_lora(llm: nn.Module, settings: LoraSettings) -> Any:
-    _check_targets(llm, settings)
-    return get_peft_model(
-        llm,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.targets,
-        ),
-    )

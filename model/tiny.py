@@ -2,13 +2,11 @@
 
 `make_encoder` and `make_llm` pre-train the demo's models in seconds on one thread. Neither ever sees a label beside an
 utterance: the encoder learns which word sounds and how the pitch moves, the language model learns to find key words.
-`random_hubert` and `random_whisper` are untrained, for tests.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +14,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    HubertConfig,
-    HubertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Wav2Vec2FeatureExtractor,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
@@ -65,16 +60,6 @@ def make_llm(folder: Path) -> None:
     with _fixed(seed=2):
         model = _llama(tokenizer, width=96, layers=3)
         _pretrain_llm(model, tokenizer)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def random_llm(folder: Path) -> None:
-    """Untrained Llama with the tokenizer of `make_llm`."""
-    tokenizer = _tokenizer()
-    with _fixed(seed=5):
-        model = _llama(tokenizer, width=32, layers=2)
-        _perturb_norms(model)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -208,46 +193,6 @@ def _optimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, ste
         schedule.step()
         values.append(value.item())
     return values
-
-
-def random_hubert(folder: Path, norm: Literal["layer", "group"]) -> None:
-    """Untrained HuBERT of either normalisation, laid out as the large ("layer") and base ("group") checkpoints are."""
-    layer = norm == "layer"
-    with _fixed(seed=3):
-        config = HubertConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            conv_dim=(16,) * 7,
-            conv_bias=layer,
-            feat_extract_norm=norm,
-            do_stable_layer_norm=layer,
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-        )
-        model = HubertModel(config)
-        _perturb_norms(model)
-    model.eval().save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=layer).save_pretrained(folder)
-
-
-def random_whisper(folder: Path) -> None:
-    """Untrained Whisper with the window of `make_encoder`."""
-    with _fixed(seed=4):
-        model = WhisperModel(_whisper_config(width=32, layers=2, mels=40))
-        _perturb_norms(model)
-    model.eval().save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
-
-
-@torch.no_grad()
-def _perturb_norms(model: nn.Module) -> None:
-    """Fresh norms scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            module.weight.add_(0.3 * torch.randn_like(module.weight))
-            module.bias.add_(0.3 * torch.randn_like(module.bias))
 
 
 @contextmanager

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
+from data.config import TaskWeights
 from data.errors import UserError
 from data.examples import Example
 from data.plan import micro_batches, plan, plan_hash, share
 from model import checkpoint
 from model.config import TrainConfig
 from model.evaluate import TrialData, evaluate, world
-from model.metrics import summarise
+from model.losses import answer_losses
+from model.metrics import Record, summarise
+from model.parts import part_of
 from model.speech_llm import SpeechLLM
 
 Report = Callable[[int, dict[str, Any]], None]
@@ -40,8 +43,7 @@ class Progress:
     step: int = 0  # optimizer steps done in this epoch
     total_steps: int = 0
     examples: int = 0
-    loss_sum: float = 0.0  # of this epoch
-    loss_count: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)  # of this epoch: loss → [sum, predicted tokens]
     seconds: float = 0.0  # of training and evaluation, in the epochs that were finished
     history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # what was reported, by epoch
 
@@ -49,47 +51,91 @@ class Progress:
 class Trainer:
     """The loop of `fit`, with its optimizer, schedule and state."""
 
-    def __init__(self, model: SpeechLLM, data: TrialData, config: TrainConfig, seed: int, folder: Path) -> None:
+    def __init__(
+        self, model: SpeechLLM, data: TrialData, config: TrainConfig, tasks: TaskWeights, seed: int, folder: Path
+    ) -> None:
         self.model, self.data, self.config, self.seed, self.folder = model, data, config, seed, folder
+        self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
         self.rank, self.world = world()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
-        )
-        steps = config.epochs * math.ceil(len(data.rows["train"]) / config.batch_size)
-        self.schedule = get_linear_schedule_with_warmup(self.optimizer, round(config.warmup * steps), steps)
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay, foreach=False)
+        self.train = data.splits["train"]
+        steps = config.epochs * math.ceil(len(self.train.items) / config.batch_size)
+        kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        self.schedule = get_scheduler(kind, self.optimizer, round(config.warmup * steps), steps)
+        self.importance = self._importance()
         self.state = Progress()
         self.plan_hash = plan_hash(
-            data.costs["train"], data.shards.manifest.fingerprint, batch_size=config.batch_size, seed=seed
+            self.train.costs, data.shards.manifest.fingerprint, batch_size=config.batch_size, seed=seed
         )
 
     @property
     def path(self) -> Path:
         """Where the checkpoint of this trial is."""
-        return self.folder / "checkpoint.pt"
+        return self.folder / checkpoint.FILE
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """One group of parameters for every learning rate that the configuration tells apart."""
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                own = getattr(self.config.learning_rates, part_of(name), None)
+                groups.setdefault(own or self.config.learning_rate, []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+    def _importance(self) -> list[float]:
+        """By training item: how much its tokens count within its task, 1 on average where classes are balanced."""
+        found = []
+        for (task, _), answer in zip(self.train.items, self.train.answers, strict=True):
+            known = self.model.tasks[task]
+            balanced = self.config.class_weights == "balanced" and answer in known.labels
+            present = sum(count > 0 for count in known.counts)
+            count = known.counts[known.labels.index(answer)] if balanced else 1
+            found.append(sum(known.counts) / (present * count) if balanced else 1.0)
+        return found
 
     def train_epoch(self) -> None:
         """The rest of the current epoch."""
-        steps = plan(
-            self.data.costs["train"], batch_size=self.config.batch_size, seed=self.seed, epoch=self.state.epoch
-        )[self.state.step :]
+        config, state = self.config, self.state
+        self.model.augment = (self.seed, state.epoch)
+        steps = plan(self.train.costs, batch_size=config.batch_size, seed=self.seed, epoch=state.epoch)[state.step :]
         shares = [share(step, self.rank, self.world) for step in steps]
         self.model.train()
         for step, own, examples in zip(steps, shares, self.data.read("train", shares), strict=True):
-            self.state.examples += len(step)
-            self._optimizer_step(examples, [self.data.costs["train"][position] for position in own])
-            if self.state.total_steps % self.config.checkpoint_steps == 0:
+            state.examples += len(step)
+            self._optimizer_step(step, own, examples)
+            if state.total_steps % config.checkpoint_steps == 0:
                 self.save()
 
-    def _optimizer_step(self, examples: Sequence[Example], costs: Sequence[int]) -> None:
-        total, count = 0.0, 0
-        for part in micro_batches(costs, self.config.token_budget):
-            loss, predicted = self.model.loss([examples[place] for place in part])
+    def _factors(self, step: Sequence[int]) -> dict[int, float]:
+        """By position of a step: what the sum of its losses is multiplied by.
+
+        Each task counts with its weight times its mean loss per token, over the whole step: the divisors follow from
+        the plan, so they are the same for every worker and every cut into micro-batches.
+        """
+        totals: dict[str, float] = {}
+        for position in step:
+            task = self.train.items[position][0]
+            tokens = self.importance[position] * self.train.predicted[position]
+            totals[task] = totals.get(task, 0.0) + tokens
+        return {
+            position: self.task_weights[task] * self.importance[position] / totals[task]
+            for position, task in ((position, self.train.items[position][0]) for position in step)
+        }
+
+    def _optimizer_step(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> None:
+        factors, total, sums = self._factors(step), 0.0, self._no_sums()
+        for part in micro_batches([self.train.costs[position] for position in own], self.config.token_budget):
+            losses = answer_losses(self.model, [examples[place] for place in part], self.config.losses)
+            factor_B = torch.tensor([factors[own[place]] for place in part], device=self.model.device)
+            loss = (losses.weighted(self.config.losses) * factor_B).sum()
             loss.backward()
-            total, count = total + loss.item(), count + predicted
-        total, count = self._sum_over_workers(total, count)
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / count
+            total += loss.item()
+            for name, values_B in losses.parts().items():
+                for place, value, count in zip(part, values_B.tolist(), losses.count_B, strict=True):
+                    entry = sums[f"{examples[place].task}/{name}"]
+                    entry[0], entry[1] = entry[0] + value, entry[1] + count
+        total, sums = self._sum_over_workers(total, sums)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise NonFiniteError(
@@ -99,47 +145,93 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._note(total, sums)
+
+    def _no_sums(self) -> dict[str, list[float]]:
+        """[sum, count] of every loss of every task, in an order that all workers share."""
+        losses = self.config.losses
+        names = ["next_token"] + [name for name in ("distillation", "hidden") if getattr(losses, name) > 0]
+        return {f"{task}/{name}": [0.0, 0.0] for task in self.model.tasks for name in names}
+
+    def _note(self, total: float, sums: dict[str, list[float]]) -> None:
+        """Count a step that was made."""
         state = self.state
         state.step, state.total_steps = state.step + 1, state.total_steps + 1
-        state.loss_sum, state.loss_count = state.loss_sum + total, state.loss_count + count
+        for name, (value, count) in sums.items():
+            entry = state.sums.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + value, entry[1] + count
         if state.total_steps % LOG_EVERY == 0:
-            self._log({"train_loss_step": total / count, "learning_rate": self.schedule.get_last_lr()[0]})
+            self._log({"train_loss_step": total, "learning_rate": self.schedule.get_last_lr()[0]})
 
-    def _sum_over_workers(self, total: float, count: int) -> tuple[float, int]:
-        """Sum the gradients of all workers in place, and (loss, number of predicted tokens)."""
+    def _sum_over_workers(self, total: float, sums: dict[str, list[float]]) -> tuple[float, dict[str, list[float]]]:
+        """Sum the gradients of all workers in place, and what was counted."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if self.world == 1:
-            return total, count
-        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        sums = torch.tensor([total, count], dtype=torch.float64, device=self.model.device)
-        dist.all_reduce(sums)
-        vector = torch.cat([gradient.flatten() for gradient in flat])
+            return total, sums
+        numbers = [total, *(number for pair in sums.values() for number in pair)]
+        flat = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(flat)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        vector = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(vector)
-        for parameter, part in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
-        return float(sums[0]), int(sums[1])
+        for gradient, part in zip(gradients, vector.split([own.numel() for own in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        values = iter(flat.tolist())
+        return next(values), {name: [next(values), next(values)] for name in sums}
 
     def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report."""
-        records, loss = evaluate(self.model, self.data, "val", self.config.token_budget)
-        manifest, state = self.data.shards.manifest, self.state
+        records = evaluate(self.model, self.data, "val", self.config.token_budget)
+        state = self.state
         state.epoch, state.step = state.epoch + 1, 0
         state.seconds += time.monotonic() - started
         metrics: dict[str, Any] = {
-            **summarise(records, manifest.labels, manifest.roles),
-            "loss": loss,
-            "train_loss": state.loss_sum / state.loss_count,
+            **self._measure(records),
+            **self._train_losses(),
             "epoch": state.epoch,
             "steps": state.total_steps,
             "seconds": state.seconds,
             "dropped_turns": self.data.dropped_turns,
+            "short_clips": self.data.short_clips,
         }
-        state.loss_sum, state.loss_count = 0.0, 0
+        state.sums = {}
         state.history.append((state.epoch, metrics))
         self._log({name: value for name, value in metrics.items() if name not in ("epoch", "steps")})
         if self.rank == 0:
-            _write_json(self.folder / "predictions.json", [record.as_dict() for record in records])
+            labels = {task: known.labels for task, known in self.model.tasks.items()}
+            content = {"labels": labels, "records": [record.as_dict() for record in records]}
+            _write_json(self.folder / "predictions.json", content)
         self.save()
         return metrics
+
+    def _measure(self, records: Sequence[Record]) -> dict[str, float]:
+        """Validation metrics; with several tasks also the weighted sum of their losses."""
+        labels = {task: known.labels for task, known in self.model.tasks.items()}
+        found = summarise(records, labels, self.data.shards.manifest.roles)
+        if len(labels) > 1:
+            names = ["loss", *(f"{task}/loss" for task in list(labels)[1:])]
+            weights = [self.task_weights[task] for task in labels]
+            found["total_loss"] = sum(weight * found[name] for weight, name in zip(weights, names, strict=True))
+        return found
+
+    def _train_losses(self) -> dict[str, float]:
+        """Mean per token over the epoch, of every loss by itself."""
+        first = next(iter(self.model.tasks))
+        found = {}
+        for name, (value, count) in self.state.sums.items():
+            shown = name.removesuffix("/next_token").removeprefix(first).strip("/")
+            found[f"train_loss/{shown}".rstrip("/")] = value / count
+        return found
+
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or validation loss has not fallen for `patience` of them."""
+        if self.state.epoch >= self.config.epochs:
+            return True
+        if self.config.patience is None or not self.state.history:
+            return False
+        losses = [metrics.get("total_loss", metrics["loss"]) for _, metrics in self.state.history]
+        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def save(self) -> None:
         """Write the checkpoint; generators of every worker are in it."""
@@ -157,6 +249,7 @@ class Trainer:
                 "plan_hash": self.plan_hash,
                 "fingerprint": self.data.shards.manifest.fingerprint,
                 "digest": checkpoint.digest(checkpoint.trained_tensors(self.model)),
+                "parents": self.model.parents,
             }
             checkpoint.save(self.path, state)
         if self.world > 1:
@@ -175,7 +268,7 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{self.path}: made on other data or with another batch size or seed; use another folder"
             )
-        checkpoint.load_tensors(self.model, state["tensors"])
+        checkpoint.restore(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         checkpoint.restore_generators(state["generators"][min(self.rank, len(state["generators"]) - 1)])
@@ -192,13 +285,22 @@ class Trainer:
                 os.close(descriptor)
 
 
-def fit(model: SpeechLLM, data: TrialData, config: TrainConfig, seed: int, folder: Path, report: Report) -> None:
+def fit(
+    model: SpeechLLM,
+    data: TrialData,
+    config: TrainConfig,
+    tasks: TaskWeights,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> None:
     """Train a model to the end, or on from the checkpoint in `folder`.
 
     Args:
         model: freshly made under `seed`.
         data: with the splits train and val.
         config: of the training.
+        tasks: weights of the model's tasks.
         seed: of the batch plan.
         folder: gets checkpoint.pt, metrics.jsonl (the curves) and predictions.json (of the last evaluation).
         report: called with (epoch, metrics) after every epoch, also again for those before a resume; it may raise to
@@ -208,11 +310,11 @@ def fit(model: SpeechLLM, data: TrialData, config: TrainConfig, seed: int, folde
         NonFiniteError: before an update with a loss or gradient that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, data, config, seed, folder)
+    trainer = Trainer(model, data, config, tasks, seed, folder)
     trainer.resume()
     for epoch, metrics in list(trainer.state.history):
         report(epoch, metrics)
-    while trainer.state.epoch < config.epochs:
+    while not trainer.is_over():
         started = time.monotonic()
         trainer.train_epoch()
         metrics = trainer.finish_epoch(started)

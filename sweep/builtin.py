@@ -26,6 +26,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "tiny-llama": tiny.make_llm,
 }
 KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
+FILES = (*KEYS, "model.init_from", "model.adapter.init_from")
 
 
 def cache_folder() -> Path:
@@ -53,7 +54,9 @@ def resolve(config: Config) -> Config:
     """
     _make_all(missing(config))
     settings = flat(config)
-    local = {key: str(Path(settings[key]).absolute()) for key in KEYS if Path(settings[key]).exists()}
+    local = {
+        key: str(Path(settings[key]).absolute()) for key in FILES if settings[key] and Path(settings[key]).exists()
+    }
     return config.with_values(local | {key: str(_folder(name)) for key, name in _named(config).items()})
 
 

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from data.errors import UserError
+from sweep.cli_prepare import console, prepare_app
 
 if TYPE_CHECKING:
-    from data.schema import Conversation, Corpus
+    from model.speech_llm import SpeechLLM
     from sweep.config import Config
     from sweep.ledger import Ledger
 
@@ -30,15 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-prepare_app = typer.Typer(help="Turn a corpus into Arrow shards.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
-# Into a file or a pipe, tables keep the width of a wide terminal.
-console = Console(width=None if sys.stdout.isatty() else 132)
 
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting: key=value, dotted; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
-OutOption = Annotated[Path, typer.Option(help="New folder for the shards.")]
-SeedOption = Annotated[int, typer.Option(help="Of the split.")]
 
 
 def main() -> None:
@@ -53,57 +47,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-
-
-@prepare_app.command("annomi")
-def prepare_annomi(
-    csv: Annotated[Path, typer.Option(help="AnnoMI-simple.csv")],
-    out: OutOption,
-    audio: Annotated[Path | None, typer.Option(help="Folder with <transcript_id>.wav (or .flac, .mp3, …).")] = None,
-    seed: SeedOption = 0,
-) -> None:
-    """AnnoMI-simple; without --audio the corpus is text only."""
-    from data.importers.annomi import read_annomi
-
-    _prepare(read_annomi(csv, audio), out, (0.7, 0.15, 0.15), seed)
-
-
-@prepare_app.command("synthetic")
-def prepare_synthetic(
-    out: OutOption,
-    sessions: Annotated[int, typer.Option(min=3, help="Dialogues to make.")] = 48,
-    seed: SeedOption = 0,
-) -> None:
-    """Synthetic dialogues whose labels hang on words and on pitch."""
-    from data import synthetic
-
-    _prepare(synthetic.corpus(sessions=sessions, seed=seed), out, (0.64, 0.18, 0.18), seed)
-
-
-def _prepare(corpus: "Corpus", out: Path, fractions: tuple[float, float, float], seed: int) -> None:
-    from data.prepare import prepare
-
-    def progress(conversations: "list[Conversation]") -> Any:
-        return track(conversations, "sessions", console=console, disable=not console.is_terminal)
-
-    shards = prepare(corpus, out, fractions=fractions, seed=seed, track=progress)
-    manifest = shards.manifest
-    table = Table(title=f"{manifest.corpus} → {out} (fingerprint {manifest.fingerprint})", title_justify="left")
-    for name in ("split", "turns", "hours of sound", *manifest.labels):
-        table.add_column(name.replace("_", " "), justify="left" if name == "split" else "right")
-    for split, turns in manifest.turns.items():
-        counts = [str(manifest.label_counts[split][label]) for label in manifest.labels]
-        table.add_row(split, str(turns), f"{manifest.hours[split]:.2f}", *counts)
-    console.print(table)
-    if manifest.findings:
-        examples = {finding.code: finding for finding in reversed(corpus.findings)}
-        findings = Table(title=f"findings (all of them: {out / 'findings.jsonl'})", title_justify="left")
-        for name in ("code", "count", "for example"):
-            findings.add_column(name, justify="right" if name == "count" else "left")
-        for code, count in manifest.findings.items():
-            example = examples[code]
-            findings.add_row(code, str(count), escape(f"{example.where}, {example.utterance}: {example.message}"))
-        console.print(findings)
 
 
 @app.command()
@@ -153,13 +96,26 @@ def _run(config: "Config", folder: Path) -> int:
 
 def _resolve(config: "Config") -> "Config":
     from sweep.builtin import missing
-    from sweep.run import resolve_inputs
+    from sweep.inputs import resolve_inputs
 
     new = missing(config)
     if new:
         console.print(f"making {', '.join(new)}: once, then cached")
     with console.status("checking corpus and models"):
-        return resolve_inputs(config)
+        resolved = resolve_inputs(config)
+        _show_model(resolved)
+    return resolved
+
+
+def _show_model(config: "Config") -> "SpeechLLM":
+    from sweep.inputs import skeleton
+    from sweep.inspect import notes, parts_table
+
+    model = skeleton(config)
+    console.print(parts_table(model, config))
+    for note in notes(model):
+        console.print(note, markup=False, highlight=False)
+    return model
 
 
 def _attempt(driver: Any, resolved: "Config") -> bool:
@@ -299,24 +255,46 @@ def train(
 
 
 @app.command()
+def inspect(
+    config: Annotated[str, typer.Argument(help="A preset's name, or a YAML file.")],
+    set_: SetOption = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="train, val or test")] = "train",
+    example: Annotated[str | None, typer.Option(help="Id of an utterance or session; by default the first.")] = None,
+) -> None:
+    """The parts of the model and what trains, and examples exactly as the model reads them. Loads no weights."""
+    from sweep import builtin
+    from sweep import config as configuration
+    from sweep.inspect import lines
+
+    resolved = builtin.resolve(configuration.load(config, set_))
+    for line in lines(_show_model(resolved), resolved, split, example):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Folder of a sweep (its best trial), of a trial, or a checkpoint.pt.")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Utterances at once; changes no result.")] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", help="data.key=value: the same model under a control, e.g. data.sound=zeroed.")
+    ] = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
     """Predict a split with a trained model."""
     from sweep.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(source, split, batch_size)
+    result = evaluate_checkpoint(source, split, batch_size, set_)
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    table = Table(title=f"{split} split, {result['n']} utterances", title_justify="left")
-    for name in ("label", "precision", "recall", "f1", "support"):
-        table.add_column(name, justify="left" if name == "label" else "right")
-    for label, row in result["per_label"].items():
-        table.add_row(label, *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")), f"{row['support']:.0f}")
-    console.print(table)
+    for task, labels in result["per_label"].items():
+        table = Table(title=f"{task}: {split} split", title_justify="left")
+        for name in ("label", "precision", "recall", "f1", "support"):
+            table.add_column(name, justify="left" if name == "label" else "right")
+        for label, row in labels.items():
+            numbers = (f"{row[name]:.3f}" for name in ("precision", "recall", "f1"))
+            table.add_row(label, *numbers, f"{row['support']:.0f}")
+        console.print(table)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float))
     console.print(shown, highlight=False)

@@ -13,12 +13,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 
-from data.config import DataConfig, Section
+from data.config import DataConfig, Section, TaskWeights
 from data.errors import ConfigError, reason
+from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.space import Axis, SearchConfig
 
-SEARCHABLE = ("seed", "data.history", "model.", "train.")
+SEARCHABLE = ("seed", "data.history", "data.sound", "data.snr_db", "data.last_text", "tasks.", "model.", "train.")
+
+LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
+TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
 
 
 class ResourceConfig(Section):
@@ -38,10 +42,25 @@ class Config(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of initialisation, batch plan and search.")
     data: DataConfig = DataConfig()
+    tasks: TaskWeights = TaskWeights()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     resources: ResourceConfig = ResourceConfig()
+
+    def problems(self) -> list[str]:
+        """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
+        found = self.model.problems() + self.train.problems()
+        tasks = self.tasks.active()
+        if not tasks:
+            return [*found, "tasks: all weights are 0, so there is nothing to learn; raise one"]
+        known = metric_names(tasks)
+        if self.search.metric not in known:
+            found.append(
+                f"search.metric: {self.search.metric!r} is no metric of the task{'s'[: len(tasks) - 1]} "
+                f"{', '.join(tasks)}; choose from {', '.join(known)}"
+            )
+        return found
 
     def with_values(self, values: Mapping[str, Any]) -> "Config":
         """A copy with dotted keys replaced, validated.
@@ -59,6 +78,15 @@ class Config(Section):
         return parse(tree, "trial")
 
 
+def metric_names(tasks: Sequence[str]) -> list[str]:
+    """What a search over these tasks may go by; metrics of the first task have no prefix."""
+    names = ["total_loss"] if len(tasks) > 1 else []
+    for place, task in enumerate(tasks):
+        own = TEXT_METRICS if TASKS[task].answer == "text" else LABEL_METRICS
+        names += [name if place == 0 else f"{task}/{name}" for name in own]
+    return names
+
+
 def parse(tree: Mapping[str, Any], source: str) -> Config:
     """Validate a tree of plain values.
 
@@ -69,7 +97,11 @@ def parse(tree: Mapping[str, Any], source: str) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise _error(source, [_problem(detail) for detail in error.errors()]) from None
-    problems = config.model.problems()
+    tasks = config.tasks.active()
+    if tasks and "metric" not in config.search.model_fields_set:
+        chosen = "macro_f1" if "macro_f1" in metric_names(tasks) else "loss"
+        config = config.model_copy(update={"search": config.search.model_copy(update={"metric": chosen})})
+    problems = config.problems()
     if problems:
         raise _error(source, problems)
     return config
@@ -190,7 +222,7 @@ def _space_problems(config: Config) -> Iterable[str]:
 
 
 def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:
-    tree = config.model_dump(exclude={"search"})
+    tree = config.model_dump(exclude={"search": {"space", "points"}})
     for key, value in values.items():
         *path, leaf = key.split(".")
         section = tree
@@ -205,7 +237,7 @@ def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[st
         return
     # Rules over several settings are judged here only if no other axis could mend them.
     if len(config.search.space) == 1:
-        for problem in changed.model.problems():
+        for problem in changed.problems():
             yield f"{where}: {problem}"
 
 

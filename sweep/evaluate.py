@@ -1,5 +1,6 @@
 """`sweep evaluate`: a checkpoint on a split, in this process, from the shards on disk."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,28 @@ from sweep.ledger import Ledger, trial_folder
 from sweep.trial import available_device, build
 
 
-def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Predict a split.
 
     Args:
         source: a sweep's folder (its best trial), a trial's folder, or a checkpoint file beside its config.yaml.
         split: train, val or test.
-        batch_size: utterances computed at once; by default as many as `train.token_budget` allows.
+        batch_size: items computed at once; by default as many as `train.token_budget` allows.
+        overrides: settings of the data as key=value, for controls: the trained model under another sound or history.
 
     Returns:
-        `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label.
+        `n`, the metrics, `per_label` by task, and `predictions` with the log-probability of every label.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
     path = _checkpoint(source)
     folder = path.parent
-    config = builtin.resolve(configuration.load(str(folder / "config.yaml")))
+    other = [override for override in overrides if not override.startswith(("data.", "train.token_budget="))]
+    if other:
+        raise UserError(f"--set {other[0]}: only data.* can be changed for a trained model")
+    config = builtin.resolve(configuration.load(str(folder / "config.yaml"), overrides))
     state = checkpoint.load(path)
     model, data = build(config, "local", (split,), available_device())
     if state["fingerprint"] != data.shards.manifest.fingerprint:
@@ -37,20 +44,26 @@ def evaluate_checkpoint(source: Path, split: str, batch_size: int | None) -> dic
             f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
             f"{data.shards.manifest.fingerprint}: their splits may differ; put the former shards back"
         )
-    checkpoint.load_tensors(model, state["tensors"])
-    records, loss = evaluate(model, data, split, config.train.token_budget, batch_size)
-    labels, roles = data.shards.manifest.labels, data.shards.manifest.roles
+    checkpoint.restore(model, state)
+    records = evaluate(model, data, split, config.train.token_budget, batch_size)
+    labels = {task: known.labels for task, known in model.tasks.items()}
     predictions = [
         {
             "id": record.id,
+            "task": record.task,
             "label": record.label,
             "prediction": record.prediction,
-            "scores": dict(zip(labels, record.scores, strict=True)),
+            "scores": dict(zip(labels[record.task], record.scores, strict=True)),
         }
         for record in records
     ]
-    metrics = {**summarise(records, labels, roles), "loss": loss}
-    return {"n": len(records), **metrics, "per_label": per_label(records, labels), "predictions": predictions}
+    metrics = summarise(records, labels, data.shards.manifest.roles)
+    tables = {
+        task: per_label([record for record in records if record.task == task], known)
+        for task, known in labels.items()
+        if known
+    }
+    return {"n": len(records), **metrics, "per_label": tables, "predictions": predictions}
 
 
 def _checkpoint(source: Path) -> Path:

@@ -14,6 +14,7 @@ from model.metrics import Record, accuracy_interval
 from sweep.config import Config
 from sweep.ledger import Entry, trial_folder
 
+SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
 
 
@@ -28,12 +29,17 @@ def ranked(config: Config, entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=key)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The predictions of a trial's last evaluation; empty if there was none."""
+def read_predictions(folder: Path) -> dict[str, tuple[list[str], list[Record]]]:
+    """By task, the labels and the predictions of a trial's last evaluation; empty if there was none."""
     path = folder / "predictions.json"
     if not path.exists():
-        return []
-    return [Record(**{**row, "scores": tuple(row["scores"])}) for row in json.loads(path.read_text())]
+        return {}
+    content = json.loads(path.read_text())
+    records = [Record(**{**row, "scores": tuple(row["scores"])}) for row in content["records"]]
+    return {
+        task: (labels, [record for record in records if record.task == task])
+        for task, labels in content["labels"].items()
+    }
 
 
 def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
@@ -41,12 +47,14 @@ def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> 
     names = short_names(list(config.search.space))
     subsets = sorted({key for entry in entries for key in entry.metrics if _is_subset(key, entry)})
     metric = config.search.metric
-    others = [name for name in ("macro_f1", "accuracy") if name != metric]
+    known = {name for entry in entries for name in entry.metrics}
+    others = [name for name in SHOWN if name != metric and name in known]
     header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *names.values()]
     rows = []
     for entry in ranked(config, entries):
         # A running trial's predictions may be of a later epoch than its last report.
-        records = [] if entry.state == "RUNNING" else read_records(trial_folder(folder, entry.number))
+        said = {} if entry.state == "RUNNING" else read_predictions(trial_folder(folder, entry.number))
+        records = next(iter(said.values()), ([], []))[1]
         scores = [_number(entry.metrics.get(name)) for name in others]
         scores += [_with_interval(entry, name, records) for name in subsets]
         params = [_cell(entry.params.get(key, "")) for key in names]

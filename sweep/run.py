@@ -17,8 +17,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.errors import UserError
-from data.examples import has_sound, targets
-from model.speech_llm import check_model
 from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
@@ -88,7 +86,7 @@ class Driver:
 
         ray_folder = self.folder / "ray"
         shutil.rmtree(ray_folder, ignore_errors=True)  # Tune's and Train's own state: the ledger replaces it
-        with local_or_remote_ray(resolved):
+        with local_or_remote_ray():
             slots = self._slots(resolved, ray.cluster_resources())
             searcher = LedgerSearcher(self.ledger, lambda number, values: self._job(resolved, number, values))
             scaling = {
@@ -138,38 +136,13 @@ class Driver:
     def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
-        configuration.write(trial_config(self.config, values), folder / "config.yaml")
+        config = trial_config(self.config, values)
+        configuration.write(config, folder / "config.yaml")
         return {
             "folder": str(folder),
-            "config": builtin.resolve(trial_config(self.config, values)).model_dump(mode="json"),
+            "config": builtin.resolve(config).model_dump(mode="json"),
             "reader": choose_reader(resolved),
         }
-
-
-def resolve_inputs(config: Config) -> Config:
-    """Make what is built in, and look at corpus and models, for a clear error before anything starts.
-
-    Returns:
-        The configuration with paths in place of built-in names.
-
-    Raises:
-        UserError: a shard is missing or corrupt, a split empty, a model not to be found, or the corpus has no sound
-            and an axis wants it.
-    """
-    resolved = builtin.resolve(config)
-    shards = open_shards(resolved.data.shards)
-    shards.verify()
-    for split in ("train", "val"):
-        targets(shards, split)
-    axis = resolved.search.space.get("model.modality")
-    wanted = [resolved.model.modality] if axis is None else axis.extremes()
-    if any(modality != "text" for modality in wanted) and not has_sound(shards):
-        raise UserError(
-            f"{shards.folder}: model.modality {' / '.join(map(str, wanted))} needs sound and this corpus is text only; "
-            "use --set model.modality=text, or prepare the corpus with --audio"
-        )
-    check_model(resolved.model)
-    return resolved
 
 
 def choose_reader(config: Config) -> str:
@@ -180,7 +153,7 @@ def choose_reader(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def local_or_remote_ray(config: Config) -> Iterator[None]:
+def local_or_remote_ray() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own.
 
     Its dashboard is on loopback; its other ports, which Ray opens on all interfaces, want the token that Ray makes.

@@ -110,8 +110,9 @@ class SearchConfig(Section):
     """What is searched, for how long, and by which number."""
 
     trials: Count = Field(12, description="Trials in all, those that fail included; `--trials` raises it later.")
-    metric: Literal["macro_f1", "accuracy", "weighted_f1", "loss"] = Field(
-        "macro_f1", description="On the validation split, after a trial's last epoch."
+    metric: str = Field(
+        "macro_f1",
+        description="On the validation split, after a trial's last epoch; of the first task, or as <task>/<metric>.",
     )
     pruning: PruningConfig | None = Field(PruningConfig(), description="null: every trial trains to its end.")
     startup_trials: Count = Field(6, description="Trials drawn at random before the sampler (TPE) learns from them.")
@@ -129,7 +130,7 @@ class SearchConfig(Section):
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
         """Of the metric."""
-        return "minimize" if self.metric == "loss" else "maximize"
+        return "minimize" if self.metric.endswith(("loss", "perplexity", "ece")) else "maximize"
 
     def order(self) -> list[str]:
         """The axes in the order of drawing: an axis comes after those that its condition names.

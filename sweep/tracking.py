@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from sweep.config import Config, dump
 from sweep.ledger import FILE, Entry, Ledger, is_drawn, trial_config, trial_folder
-from sweep.results import leaderboard_markdown, read_records
+from sweep.results import leaderboard_markdown, read_predictions
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 CHUNK = 1000  # metrics a request may hold
@@ -193,17 +193,17 @@ class Tracker(threading.Thread):
 
     def _artifacts(self, run_id: str, entry: Entry, folder: Path) -> None:
         self.client.log_text(run_id, dump(trial_config(self.config, entry.params)), "config.yaml")
-        records = read_records(folder)
-        if not records:
-            return
-        labels = self.data["labels"].split(",")
-        self.client.log_image(run_id, confusion_picture(records, labels), "confusion_matrix.png")
-        if "predictions.json" not in {file.path for file in self.client.list_artifacts(run_id)}:  # log_table appends
-            columns = ("id", "conversation", "speaker", "label", "prediction")
-            table = {name: [getattr(record, name) for record in records] for name in columns}
-            for place, label in enumerate(labels):
-                table[f"score {label}"] = [record.scores[place] for record in records]
-            self.client.log_table(run_id, table, "predictions.json")
+        present = {file.path for file in self.client.list_artifacts(run_id)}
+        for place, (task, (labels, records)) in enumerate(read_predictions(folder).items()):
+            where = "" if place == 0 else f"{task}_"  # as metrics: those of the first task have no prefix
+            if labels:
+                self.client.log_image(run_id, confusion_picture(records, labels), f"{where}confusion_matrix.png")
+            if f"{where}predictions.json" not in present:  # log_table appends
+                columns = ("id", "conversation", "speaker", "label", "prediction")
+                table = {name: [getattr(record, name) for record in records] for name in columns}
+                for number, label in enumerate(labels):
+                    table[f"score {label}"] = [record.scores[number] for record in records]
+                self.client.log_table(run_id, table, f"{where}predictions.json")
 
 
 def confusion_picture(records: Sequence[Any], labels: Sequence[str]) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from data.errors import UserError
 from data.shards import Shards
+from data.tasks import answer_sets
 from model.checkpoint import seed_everything
 from model.evaluate import TrialData
 from model.speech_llm import SpeechLLM
@@ -31,11 +32,13 @@ def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tu
         splits: those that will be read.
         device: "cpu" or "cuda".
     """
+    # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
+    torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     seed_everything(config.seed)
     shards = open_shards(config.data.shards)
-    model = SpeechLLM(config.model, shards.manifest.labels, device)
-    return model, TrialData.open(shards, model, config.data.history, reader, splits)
+    model = SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), device)
+    return model, TrialData.open(shards, model, config.data, splits, reader)
 
 
 def available_device() -> str:
@@ -46,7 +49,7 @@ def available_device() -> str:
 def run_trial(config: Config, folder: Path, report: Report, reader: str, device: str) -> None:
     """Train a trial to its end, or on from its checkpoint in `folder`."""
     model, data = build(config, reader, ("train", "val"), device)
-    fit(model, data, config.train, config.seed, folder, report)
+    fit(model, data, config.train, config.tasks, config.seed, folder, report)
 
 
 def fit_job(job: dict[str, Any], report: Report) -> None:

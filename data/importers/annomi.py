@@ -20,7 +20,8 @@ ROLES = {
     "therapist": ("other", "question", "reflection", "therapist_input"),
 }
 LABEL_COLUMN = {"client": "client_talk_type", "therapist": "main_therapist_behaviour"}
-COLUMNS = ("transcript_id", "video_url", "utterance_id", "interlocutor", "timestamp", "utterance_text")
+QUALITIES = ("high", "low")  # of a session
+COLUMNS = ("transcript_id", "mi_quality", "video_url", "utterance_id", "interlocutor", "timestamp", "utterance_text")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus")
 
 
@@ -40,7 +41,7 @@ def read_annomi(csv_path: Path, audio: Path | None = None) -> Corpus:
     if audio is not None:
         _attach(conversations, audio, findings)
     labels = tuple(label for group in ROLES.values() for label in group)
-    return Corpus("annomi", labels, ROLES, conversations, findings)
+    return Corpus("annomi", labels, ROLES, conversations, findings, QUALITIES)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -89,7 +90,16 @@ def _conversations(path: Path, findings: list[Finding]) -> Iterator[Conversation
             raise DataError(f"{where}: utterance {turn.id} stands already at {seen[turn.id]}; remove one of them")
         seen[turn.id] = where
         session = row["transcript_id"].strip()
-        conversation = sessions.setdefault(session, Conversation(session, row["video_url"].strip(), []))
+        quality = row["mi_quality"].strip().lower()
+        if quality not in QUALITIES:
+            raise DataError(f"{where}: mi_quality {quality!r} is unknown; known: {', '.join(QUALITIES)}")
+        new = Conversation(session, row["video_url"].strip(), [], quality=quality)
+        conversation = sessions.setdefault(session, new)
+        if quality != conversation.quality:
+            raise DataError(
+                f"{where}: mi_quality {quality!r}, and transcript {session} began with {conversation.quality!r}; a "
+                "session has one quality"
+            )
         conversation.turns.append(turn)
     for conversation in sessions.values():
         conversation.turns.sort(key=lambda turn: turn.index)

@@ -1,0 +1,127 @@
+"""What a configuration makes of a corpus before any training: the model's parts, and examples as it reads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from data.errors import UserError
+from data.examples import Example, clip_samples, read_example
+from data.schema import SAMPLE_RATE
+from data.tasks import Item, items
+from model.parts import parts
+from model.prompt import CLIP, CLS, END, IGNORE, shared_beginnings
+from model.speech_llm import SpeechLLM
+from sweep.config import Config
+from sweep.trial import open_shards
+
+
+def parts_table(model: SpeechLLM, config: Config) -> Table:
+    """The parts of a model: how many parameters they have, how many train, and at what peak rate."""
+    table = Table(title="parts of the model", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("part", "parameters", "trained", "learning rate", "from"):
+        table.add_column(name, justify="left" if name in ("part", "from") else "right")
+    rows = parts(model)
+    for part in rows:
+        rate = getattr(config.train.learning_rates, part.name, None) or config.train.learning_rate
+        shown = f"{rate:.2e}" if part.trained else "frozen"
+        source = Path(part.loaded).name if Path(part.loaded).is_dir() else part.loaded or "new"
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", shown, escape(source))
+    total, trained = sum(part.parameters for part in rows), sum(part.trained for part in rows)
+    table.add_row("all", f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", "", style="bold")
+    return table
+
+
+def notes(model: SpeechLLM) -> list[str]:
+    """What a person should know about the labels."""
+    return [
+        f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
+        for task, answers in model.answers.items()
+        for short, long in shared_beginnings(answers)
+    ]
+
+
+def choose(config: Config, task: str, split: str, wanted: str | None) -> Item | None:
+    """The first item of a task, or the one with this id; None if this task has no such item.
+
+    Raises:
+        DataError: the split has nothing for the task.
+    """
+    shards = open_shards(config.data.shards)
+    names = {"quality": "conversation"}
+    for item in items(shards, task, split):
+        if wanted in (None, shards.columns[names.get(task, "id")][item[1]]):
+            return item
+    return None
+
+
+def example_lines(model: SpeechLLM, config: Config, item: Item) -> list[str]:
+    """An example as the model reads it: the sequence, then the tokens that the loss is over.
+
+    Placeholders of vectors stand in brackets; ⏎ is a line break.
+    """
+    shards = open_shards(config.data.shards)
+    example = read_example(shards, item, config.data, sound=False)
+    samples = clip_samples(shards, item, config.data)
+    measure, prompt, answer = model.measure(example, samples), model.prompter.prompt(example), model.answer(example)
+    clip = _clip(model, samples) if CLIP in prompt.ids else ""
+    targets = [_token(model, target) for target in answer.targets if target != IGNORE]
+    return [
+        f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
+        f"  reads     {_text(model, prompt.ids, clip)}",
+        f"  answers   {_text(model, answer.inputs, clip)}",
+        f"  loss over {' | '.join(targets)}",
+        f"  {_counts(prompt.ids, measure.predicted, prompt.dropped_turns, example)}",
+    ]
+
+
+def _counts(ids: Sequence[int], predicted: int, dropped: int, example: Example) -> str:
+    words = f"{sum(token >= 0 for token in ids)} text tokens, {predicted} predicted"
+    return f"{words}, {len(example.turns) - dropped} turns, {dropped} dropped"
+
+
+def _clip(model: SpeechLLM, samples: int) -> str:
+    assert model.encoder is not None
+    assert model.adapter is not None
+    frames = model.encoder.frames(samples)
+    seconds = samples / SAMPLE_RATE
+    return f"[sound: {seconds:.2f} s → {frames} frames → {model.adapter.embeddings(frames)} embeddings]"
+
+
+def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
+    """Token ids as text, each run of tokens decoded together."""
+    vectors = {CLIP: clip, END: "[END]", CLS: "[CLS]"}
+    pieces: list[str] = []
+    run: list[int] = []
+    for token in (*ids, None):
+        if token is not None and token >= 0:
+            run.append(token)
+            continue
+        pieces.append(model.prompter.vocabulary.tokenizer.decode(run))
+        run = []
+        if token is not None:
+            pieces.append(vectors[token])
+    return "".join(pieces).replace("\n", "⏎")
+
+
+def _token(model: SpeechLLM, token: int) -> str:
+    text = model.prompter.vocabulary.tokenizer.decode([token]).replace("\n", "⏎")
+    return f"{text!r} {token}"
+
+
+def lines(model: SpeechLLM, config: Config, split: str, wanted: str | None) -> list[str]:
+    """Examples of every task.
+
+    Raises:
+        UserError: no task has an item with the wanted id.
+    """
+    found = [(task, choose(config, task, split, wanted)) for task in model.tasks]
+    chosen = [item for _, item in found if item is not None]
+    if not chosen:
+        raise UserError(
+            f"--example {wanted}: the {split} split has no such item for {', '.join(model.tasks)}; ids are listed in "
+            "predictions.json of a trial, e.g. c003/7"
+        )
+    return [line for item in chosen for line in example_lines(model, config, item)]
