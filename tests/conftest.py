@@ -12,12 +12,12 @@ from data.examples import Example
 from data.prepare import prepare
 from data.schema import SAMPLE_RATE
 from data.shards import Shards
-from model import tiny
+from tests import tiny_models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
 LABELS = ("change", "sustain", "neutral")
-ENCODERS = ("hubert-layer", "hubert-group", "whisper")
+ENCODERS = tuple(tiny_models.ENCODERS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,10 +29,8 @@ def one_thread() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with untrained encoders and an untrained LLM; loaded by `from_pretrained` like any other."""
     folder = tmp_path_factory.mktemp("models")
-    tiny.random_hubert(folder / "hubert-layer", "layer")
-    tiny.random_hubert(folder / "hubert-group", "group")
-    tiny.random_whisper(folder / "whisper")
-    tiny.random_llm(folder / "llm")
+    for name, make in tiny_models.MODELS.items():
+        make(folder / name)
     return folder
 
 
@@ -52,12 +50,16 @@ def examples() -> list[Example]:
     return [
         Example(
             id=f"c/{place}",
+            task="classify",
             conversation=f"c{place % 3}",
             speaker="client",
-            label=LABELS[place % 3],
+            answer=LABELS[place % 3],
             subset=None,
-            text=" ".join(words[: 1 + place]),
-            history=tuple(("therapist", " ".join(words[turn:])) for turn in range(place % 4)),
+            turns=(
+                *(("therapist", " ".join(words[turn:])) for turn in range(place % 4)),
+                ("client", " ".join(words[: 1 + place])),
+            ),
+            heard=place % 4,
             pcm=(rng.standard_normal(round(length * SAMPLE_RATE)) * (500 + 900 * place) + 200).astype("<i2"),
         )
         for place, length in enumerate(seconds)

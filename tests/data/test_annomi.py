@@ -1,14 +1,19 @@
 """AnnoMI-simple: times, labels and recordings, on files made here and, when it is at hand, on the real one."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from data.config import DataConfig
 from data.errors import DataError
+from data.examples import read_example
 from data.importers.annomi import read_annomi
 from data.prepare import prepare
+from data.schema import SPLITS
+from data.tasks import items
 from tests.conftest import SHARED
 
 HEADER = (
@@ -22,6 +27,10 @@ def row(session: int, number: int, stamp: str, label: str | None = None) -> str:
     if number % 2:
         return f'{session},high,t,video{session},x,{number},client,{stamp},"well, {number}",n/a,{label or "change"}'
     return f"{session},high,t,video{session},x,{number},therapist,{stamp},so {number}?,{label or 'question'},n/a"
+
+
+def low(line: str) -> str:
+    return line.replace(",high,", ",low,")
 
 
 def write(folder: Path, sessions: int = 5, **changed: str) -> Path:
@@ -56,6 +65,18 @@ def test_ends_are_the_next_starts_and_odd_times_are_counted(tmp_path: Path) -> N
         ("W_TS_ZERO", "0/1"),
     ]
     assert all(finding.where.startswith("annomi.csv:") for finding in corpus.findings)
+
+
+def test_the_quality_of_a_session_comes_with_every_turn(tmp_path: Path) -> None:
+    changed = {f"at{place}": low(row(1, place - 7, STAMPS[place - 7])) for place in range(7, 14)}
+    shards = prepare(read_annomi(write(tmp_path, **changed)), tmp_path / "shards")
+    assert shards.manifest.qualities == ("high", "low")
+    pairs = set(zip(shards.columns["conversation"], shards.columns["quality"], strict=True))
+    assert pairs == {("0", "high"), ("1", "low"), ("2", "high"), ("3", "high"), ("4", "high")}
+    own = [
+        read_example(shards, item, DataConfig(), False) for split in SPLITS for item in items(shards, "quality", split)
+    ]
+    assert {example.id: example.answer for example in own} == dict(pairs)
 
 
 def test_unreadable_times_cost_the_sound_of_two_turns_and_no_text(tmp_path: Path) -> None:
@@ -95,6 +116,8 @@ def test_without_audio_the_corpus_is_text_only(tmp_path: Path) -> None:
         (row(0, 1, "00:00:02", "question"), "unknown client label 'question'"),
         (row(0, 0, "00:00:02"), "stands already at"),
         (row(0, 1, "00:00:02").replace(",client,", ",clinet,"), "interlocutor 'clinet'"),
+        (row(0, 1, "00:00:02").replace(",high,", ",hihg,"), "mi_quality 'hihg' is unknown; known: high, low"),
+        (low(row(0, 1, "00:00:02")), "mi_quality 'low', and transcript 0 began with 'high'"),
         ("0,high,t", "fewer cells"),
     ],
 )
@@ -108,7 +131,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, line: str, said: 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("transcript_id,utterance_id\n0,0\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"other\.csv:1: missing column\(s\) video_url, interlocutor"):
+    with pytest.raises(DataError, match=r"other\.csv:1: missing column\(s\) mi_quality, video_url, interlocutor"):
         read_annomi(path)
 
 
@@ -153,5 +176,6 @@ def test_the_real_corpus_has_its_known_counts(tmp_path: Path) -> None:
     assert len(conversations) == 133
     assert len({conversation.group for conversation in conversations}) == 119
     assert sum(turn.end is not None for turn in turns) == 8_300
+    assert Counter(conversation.quality for conversation in conversations) == {"high": 110, "low": 23}
     found = prepare(corpus, tmp_path / "shards").manifest.findings
     assert found == {"W_TS_FORMAT": 1, "W_TS_OPEN": 133, "W_TS_ORDER": 10, "W_TS_ZERO": 1256}

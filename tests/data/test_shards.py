@@ -9,10 +9,13 @@ import pytest
 
 from data import shards as shards_module
 from data import synthetic
+from data.config import DataConfig
 from data.errors import DataError
-from data.examples import read_example, targets
+from data.examples import read_example
 from data.prepare import prepare
 from data.shards import Shards
+from data.tasks import items
+from tests.data.common import same
 
 
 def small(seed: int = 1) -> object:
@@ -38,14 +41,15 @@ def test_the_fingerprint_names_content_and_not_sharding(tmp_path: Path, monkeypa
     many = prepare(small(), tmp_path / "many")
     assert len(many.manifest.shards) > len(one.manifest.shards)
     assert many.manifest.fingerprint == one.manifest.fingerprint
-    rows = targets(one, "train")
-    assert rows == targets(many, "train")
-    for row in rows:
-        first, second = (read_example(shards, row, 3, True) for shards in (one, many))
-        assert np.array_equal(first.pcm, second.pcm)
-        assert first.history == second.history
+    found = items(one, "classify", "train")
+    assert found == items(many, "classify", "train")
+    for item in found:
+        assert same(*(read_example(shards, item, DataConfig(history=3), True) for shards in (one, many)))
     other = prepare(small(seed=2), tmp_path / "other")
-    assert other.manifest.fingerprint != one.manifest.fingerprint
+    made = small()
+    made.conversations[0].quality = None
+    unrated = prepare(made, tmp_path / "unrated")
+    assert len({shards.manifest.fingerprint for shards in (one, other, unrated)}) == 3
 
 
 def test_a_corrupt_shard_is_named(tmp_path: Path, corpus: Shards) -> None:
@@ -67,6 +71,15 @@ def test_a_corrupt_shard_is_named(tmp_path: Path, corpus: Shards) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"shard-00000\.arrow: the shard is missing"):
         Shards(folder).verify()
+
+
+def test_shards_of_another_version_are_refused(tmp_path: Path, corpus: Shards) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(corpus.folder, folder)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"schema_version": "2"', '"schema_version": "1"'))
+    with pytest.raises(DataError, match=r"written as \(version, Hz\) \('1', 16000\).*prepare the corpus again"):
+        Shards(folder)
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

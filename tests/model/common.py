@@ -1,38 +1,57 @@
 """Models for the tests of this folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.examples import Example
+from data.tasks import AnswerSet
 from model.checkpoint import seed_everything
 from model.config import ModelConfig
 from model.speech_llm import SpeechLLM
 from tests.conftest import LABELS
 
+ANSWERS = {
+    "classify": AnswerSet(LABELS, (5, 3, 2)),
+    "response": AnswerSet(),
+    "forecast": AnswerSet(LABELS, (5, 3, 2)),
+}
+
 
 def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelConfig:
     tree: dict[str, Any] = {
         "modality": "text+speech",
-        "encoder": {"path": str(models / kind), "trainable": True},
-        "adapter": {"pool": 8, "stride": 4},
+        "trainable": "encoder+adapter+lora+tokens",
+        "encoder": {"path": str(models / kind)},
         "llm": {"path": str(models / "llm")},
         "lora": {"rank": 4, "dropout": 0.0},
         "end_of_audio": "learned",
         "cls": "before",
+        "max_new_tokens": 6,
     }
     return ModelConfig.model_validate(tree | changed)
 
 
 def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:
-    """A model whose LoRA update is not the zero it starts as, so that it takes part in the test."""
+    """A model for three tasks whose LoRA update is not the zero it starts as, so that it takes part in the test."""
     seed_everything(seed)
-    model = SpeechLLM(settings(models, kind, **changed), LABELS)
+    model = SpeechLLM(settings(models, kind, **changed), ANSWERS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def replies(examples: list[Example]) -> list[Example]:
+    """The same dialogues, to be answered with texts of different lengths."""
+    words = "well then tell me what you think about it now".split()
+    return [
+        replace(example, task="response", speaker="therapist", answer=" ".join(words[: 1 + int(example.id[2:])]))
+        for example in examples
+    ]
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:

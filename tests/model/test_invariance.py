@@ -1,178 +1,227 @@
 """The same number at any batch size, order and padding: every stage of the model, in fp32, to a relative 1e-5.
 
-The reference is each example computed alone. Each fault that is known to break this is also put back, one at a time,
-to show that these tests would notice.
+The reference is each example computed alone. `test_mutations.py` puts back the faults that are known to break this, one
+at a time, and shows that these tests notice.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
 
-from data.audio import waveform
+from data.config import DataConfig, TaskWeights
 from data.examples import Example
-from model import encoder as encoder_module
-from model import speech_llm
-from model.adapter import clip_list
+from data.plan import share
+from data.shards import Shards
+from data.tasks import answer_sets
+from model.checkpoint import seed_everything
+from model.config import LossConfig, TrainConfig
+from model.evaluate import TrialData, evaluate
+from model.losses import answer_losses
+from model.metrics import summarise
+from model.score import generate, label_scores
 from model.speech_llm import SpeechLLM
+from model.train import Trainer
 from tests.conftest import ENCODERS
-from tests.model.common import build, close
+from tests.model.common import build, close, replies, settings
 
 SIZES = (1, 2, 3, 8)
-
-
-def batches(items: Sequence[Example], size: int, order: Sequence[int]) -> list[list[int]]:
-    return [list(order[start : start + size]) for start in range(0, len(items), size)]
-
-
 ORDERS: dict[str, list[int]] = {
     "given": list(range(8)),
     "reversed": list(range(8))[::-1],
     "shuffled": np.random.default_rng(1).permutation(8).tolist(),
 }
+LOSSES = LossConfig(distillation=0.5, temperature=2.0, hidden=0.5)
+TASKS = TaskWeights(classify=1.0, forecast=0.5, response=0.3)
+Compute = Callable[[list[Example]], Sequence[Any]]
 
 
-def by_example(
-    compute: Callable[[list[Example]], Sequence[Tensor]], examples: list[Example], size: int, order: list[int]
-) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
+def batches(items: Sequence[Any], size: int, order: Sequence[int]) -> list[list[int]]:
+    return [list(order[start : start + size]) for start in range(0, len(items), size)]
+
+
+def by_example(compute: Compute, examples: list[Example], size: int, order: list[int]) -> list[Any]:
+    found: dict[int, Any] = {}
     for batch in batches(examples, size, order):
         found |= dict(zip(batch, compute([examples[place] for place in batch]), strict=True))
     return [found[place] for place in range(len(examples))]
 
 
-def frames(model: SpeechLLM) -> Callable[[list[Example]], list[Tensor]]:
-    assert model.encoder is not None
-    return lambda part: clip_list(*model.encoder([waveform(example.pcm) for example in part]))
+def losses(model: SpeechLLM, part: list[Example]) -> list[Tensor]:
+    return list(torch.stack(list(answer_losses(model, part, LOSSES).parts().values()), dim=1))
 
 
-def embeddings(model: SpeechLLM) -> Callable[[list[Example]], list[Tensor]]:
-    return lambda part: list(model._clips(part))
-
-
-def prompts(model: SpeechLLM) -> Callable[[list[Example]], list[Tensor]]:
-    return lambda part: list(model._prompts(part))
-
-
-def scores(model: SpeechLLM) -> Callable[[list[Example]], list[Tensor]]:
-    return lambda part: list(model.score(part))
-
-
-STAGES = {"encoder": frames, "adapter": embeddings, "prompt": prompts, "scores": scores}
-
-
-def invariant(stage: str, model: SpeechLLM, examples: list[Example]) -> bool:
-    compute = STAGES[stage](model)
-    with torch.no_grad():
-        alone = by_example(compute, examples, 1, ORDERS["given"])
-        return all(
-            one.shape == other.shape and close(one, other)
-            for size in SIZES
-            for order in ORDERS.values()
-            for one, other in zip(by_example(compute, examples, size, order), alone, strict=True)
-        )
-
-
-@pytest.fixture(params=ENCODERS)
-def model(request: pytest.FixtureRequest, models: Path) -> SpeechLLM:
-    return build(models, request.param)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_depends_on_its_own_example_only(stage: str, model: SpeechLLM, examples: list[Example]) -> None:
-    assert invariant(stage, model, examples)
-
-
-@pytest.mark.parametrize("cls", ["none", "before", "after"])
-@pytest.mark.parametrize("modality", ["text", "speech", "text+speech"])
-def test_scores_are_invariant_in_every_variant(cls: str, modality: str, models: Path, examples: list[Example]) -> None:
-    assert invariant("scores", build(models, cls=cls, modality=modality), examples)
-
-
-def loss_and_gradient(model: SpeechLLM, examples: list[Example], parts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    model.zero_grad()
-    total, count = torch.zeros(()), 0
-    for part in parts:
-        loss, predicted = model.loss([examples[place] for place in part])
-        loss.backward()
-        total, count = total + loss.detach(), count + predicted
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradient = torch.cat([(parameter.grad / count).flatten() for parameter in trained if parameter.grad is not None])
-    return total / count, gradient
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("order", ORDERS)
-def test_loss_and_gradient_do_not_depend_on_the_cut(
-    size: int, order: str, model: SpeechLLM, examples: list[Example]
-) -> None:
-    loss, gradient = loss_and_gradient(model, examples, [[place] for place in range(8)])
-    again, gradient_again = loss_and_gradient(model, examples, batches(examples, size, ORDERS[order]))
-    assert close(again, loss)
-    assert close(gradient_again, gradient)
-    assert gradient.abs().max() > 0
-
-
-def no_encoder_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import HubertModel
-
-    forward = HubertModel.forward
-    monkeypatch.setattr(
-        HubertModel, "forward", lambda self, values, attention_mask=None: forward(self, values, attention_mask=None)
-    )
-
-
-def unmasked_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module.MaskedGroupNorm, "forward", torch.nn.GroupNorm.forward)
-
-
-def default_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    pad_left = speech_llm.pad_left
-
-    def without(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings_BTE, mask_BT, positions_BT = pad_left(sequences)
-        return embeddings_BTE, mask_BT, torch.arange(mask_BT.shape[1]).expand_as(positions_BT)
-
-    monkeypatch.setattr(speech_llm, "pad_left", without)
-
-
-def no_llm_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    pad_left = speech_llm.pad_left
-
-    def without(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings_BTE, mask_BT, positions_BT = pad_left(sequences)
-        return embeddings_BTE, torch.ones_like(mask_BT), positions_BT
-
-    monkeypatch.setattr(speech_llm, "pad_left", without)
-
-
-def padding_reaches_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech_llm, "clip_list", lambda values_BTE, lengths_B: list(torch.unbind(values_BTE)))
-
-
-FAULTS = {
-    "no encoder mask": (no_encoder_mask, "hubert-layer", "encoder"),
-    "unmasked group norm": (unmasked_group_norm, "hubert-group", "encoder"),
-    "no mask in the LLM": (no_llm_mask, "hubert-layer", "scores"),
-    "padded embeddings in the sequence": (padding_reaches_the_adapter, "hubert-layer", "scores"),
+STAGES: dict[str, Callable[[SpeechLLM], Compute]] = {
+    "clips": lambda model: model.clips,
+    "prompts": lambda model: model.prompts,
+    "scores": lambda model: lambda part: list(label_scores(model, part)),
+    "losses": lambda model: lambda part: losses(model, part),
+    "losses of replies": lambda model: lambda part: losses(model, replies(part)),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_is_put_back_is_noticed(
-    fault: str, models: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+@torch.no_grad()
+def check_stage(stage: str, model: SpeechLLM, examples: list[Example], tolerance: float = 1e-5) -> None:
+    compute = STAGES[stage](model)
+    alone = by_example(compute, examples, 1, ORDERS["given"])
+    for size in SIZES:
+        for order in ORDERS.values():
+            for one, other in zip(by_example(compute, examples, size, order), alone, strict=True):
+                assert one.shape == other.shape
+                assert close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_each_stage_depends_on_its_own_example_only(
+    kind: str, stage: str, models: Path, examples: list[Example]
 ) -> None:
-    put_back, encoder, stage = FAULTS[fault]
-    model = build(models, encoder)
-    put_back(monkeypatch)
-    assert not invariant(stage, model, examples)
+    check_stage(stage, build(models, kind), examples)
 
 
-def test_wrong_positions_are_noticed(models: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotary positions are relative, so a shift alone is harmless; between the prompt and its labels it is not."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "text": {"modality": "text"},
+    "speech": {"modality": "speech", "cls": "after"},
+    "sound before words": {"prompt": {"order": "sound-text"}, "cls": "none"},
+    "stacked frames, MLP": {"adapter": {"kind": "stack", "window": 4, "stride": 4, "hidden": 16}},
+    "convolution": {"adapter": {"kind": "conv", "window": 5, "stride": 3}},
+    "DoRA": {"lora": {"rank": 2, "dora": True, "dropout": 0.0}},
+    "encoder frozen": {"trainable": "adapter+lora+tokens"},
+    "LoRA off": {"lora": {"enabled": False}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_depends_on_its_own_example_only(variant: str, models: Path, examples: list[Example]) -> None:
+    model = build(models, **VARIANTS[variant])
+    for stage in ("scores", "losses of replies"):
+        check_stage(stage, model, examples)
+
+
+def test_generated_texts_depend_on_their_own_example_only(models: Path, examples: list[Example]) -> None:
     model = build(models)
-    default_positions(monkeypatch)
-    assert not invariant("scores", model, examples)
+    alone = by_example(lambda part: generate(model, part), replies(examples), 1, ORDERS["given"])
+    assert len({reply.text for reply in alone}) > 1
+    for size in SIZES:
+        for order in ORDERS.values():
+            assert by_example(lambda part: generate(model, part), replies(examples), size, order) == alone
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 16])
+def test_metrics_do_not_depend_on_the_batch_size(batch_size: int, models: Path, corpus: Shards) -> None:
+    model = trial_model(models, corpus)
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("val",))
+    labels = {task: known.labels for task, known in model.tasks.items()}
+    alone, together = (
+        summarise(evaluate(model, data, "val", 10**6, size), labels, corpus.manifest.roles) for size in (1, batch_size)
+    )
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_frozen_encoder_is_the_same_in_training(models: Path, examples: list[Example]) -> None:
+    """Its dropout is off, and so are SpecAugment, layer drop and statistics of the batch."""
+    for kind in ("hubert-layer", "conformer-relative"):
+        model = build(models, kind, trainable="adapter+lora+tokens")
+        still = model.clips(examples)
+        model.train()
+        assert all(torch.equal(one, other) for one, other in zip(model.clips(examples), still, strict=True))
+
+
+def trial_model(models: Path, corpus: Shards, kind: str = "hubert-layer") -> SpeechLLM:
+    seed_everything(3)
+    model = SpeechLLM(settings(models, kind), answer_sets(corpus, TASKS.active()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def one_step(
+    models: Path, corpus: Shards, cut: list[list[int]] | None, rank: int = 0, world: int = 1, kind: str = "hubert-layer"
+) -> dict[str, Tensor]:
+    """Gradients (clipped) and weights after one optimizer step over eight items of three tasks.
+
+    Args:
+        cut: the micro-batches, as places in the step; None: as the token budget has it.
+    """
+    model = trial_model(models, corpus, kind)
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("train",))
+    config = TrainConfig(learning_rate=1e-3, warmup=0, losses=LOSSES, class_weights="balanced")
+    trainer = Trainer(model, data, config, TASKS, 0, corpus.folder)
+    model.train()
+    items = data.splits["train"].items
+    step = [[item[0] for item in items].index(task) + place for place in range(8) for task in model.tasks][:8]
+    own = share(step, rank, world)
+    (examples,) = data.read("train", [own])
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        found.update({f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    with pytest.MonkeyPatch.context() as patch:
+        if cut is not None:
+            patch.setattr("model.train.micro_batches", lambda costs, budget: cut)
+        trainer._optimizer_step(step, own, examples)
+    found |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return found | {"losses": torch.tensor([value for pair in trainer.state.sums.values() for value in pair])}
+
+
+def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Losses, gradients (relative to the largest of all: some vanish) and weights.
+
+    AdamW divides a gradient by its own size, so where the true one is zero (keys' biases, for example) a weight moves by
+    noise: weights are compared where the gradient is above that.
+    """
+    assert one.keys() == other.keys()
+    assert close(one["losses"], other["losses"])
+    gradients = [name for name in other if name.startswith("gradient of ")]
+    largest = max(float(other[name].abs().max()) for name in gradients)
+    assert largest > 0
+    for name in gradients:
+        assert float((one[name] - other[name]).abs().max()) <= 1e-5 * largest, name
+        weight = name.replace("gradient of", "weight")
+        clear = other[name].abs() > 1e-3 * largest
+        assert float(((one[weight] - other[weight]) * clear).abs().max()) <= 1e-5 * float(other[weight].abs().max())
+
+
+def every_cut(size: int) -> list[list[list[int]]]:
+    """All ways to cut places 0 … size - 1 into consecutive micro-batches."""
+    borders = chain.from_iterable(combinations(range(1, size), count) for count in range(size))
+    return [[list(range(*pair)) for pair in zip((0, *cut), (*cut, size), strict=True)] for cut in borders]
+
+
+@pytest.mark.parametrize("kind", ["hubert-layer", "hubert-group", "w2v-bert", "whisper"])
+def test_a_step_does_not_depend_on_how_it_is_cut(kind: str, models: Path, corpus: Shards) -> None:
+    alone = one_step(models, corpus, [[place] for place in range(8)], kind=kind)
+    for size in SIZES:
+        for order in ORDERS.values():
+            check_equal(one_step(models, corpus, batches(order, size, order), kind=kind), alone)
+
+
+def test_a_step_does_not_depend_on_any_accumulation_split(models: Path, corpus: Shards) -> None:
+    """All 128 ways to cut the eight items of a step."""
+    alone = one_step(models, corpus, [[place] for place in range(8)])
+    for cut in every_cut(8):
+        check_equal(one_step(models, corpus, cut), alone)
+
+
+def worker(rank: int, models: Path, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+    torch.save(one_step(models, Shards(folder), None, rank, 2), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_step_does_not_depend_on_the_number_of_workers(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    alone = one_step(models, corpus, None)
+    multiprocessing.spawn(worker, (models, corpus.folder, tmp_path), nprocs=2)
+    for rank in range(2):
+        check_equal(torch.load(tmp_path / f"{rank}.pt"), alone)

@@ -1,65 +1,275 @@
-"""Metrics: equal to scikit-learn's on the same predictions, over the declared labels, overall and in parts."""
+"""Metrics: equal to those of the tools everybody knows on the same predictions, or to a slow explicit computation."""
+
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
 
-from model.metrics import Record, accuracy_interval, confusion, per_label, summarise
+from model.metrics import BINS, Record, accuracy_interval, calibration_error, confusion, per_label, summarise
 
 LABELS = ("change", "neutral", "sustain", "question", "other")
 ROLES = {"client": ("change", "neutral", "sustain"), "therapist": ("question", "other")}
+SETS = (*LABELS, "change+neutral", "change+sustain", "other+question")
+TEXTS = ("tell me more", "what would help you", "go on", "how was the week", "well then")
 
 
-def records(count: int = 200, seed: int = 0) -> list[Record]:
+def record(label: str, prediction: str, **changed: object) -> Record:
+    made = Record("u", "classify", "c", "client", None, label, prediction, (0.0,), 1.0, 2)
+    return replace(made, **changed)
+
+
+def records(count: int = 200, seed: int = 0, sets: bool = False) -> list[Record]:
+    """Predictions that are right in six of ten cases, each with scores of which it has the best."""
     rng = np.random.default_rng(seed)
+    known = SETS if sets else LABELS
     made = []
     for place in range(count):
         role = str(rng.choice(list(ROLES)))
-        label = str(rng.choice(ROLES[role]))
-        said = label if rng.random() < 0.6 else str(rng.choice(LABELS))
-        subset = "hard" if place % 4 == 0 else None
-        made.append(Record(f"u{place}", f"c{place % 11}", role, subset, label, said, tuple(rng.random(5).tolist())))
+        label = str(rng.choice([one for one in known if set(one.split("+")) <= set(ROLES[role])]))
+        said = label if rng.random() < 0.6 else str(rng.choice(known))
+        scores = np.log(rng.dirichlet(np.ones(len(known))))
+        best, place_of = int(scores.argmax()), known.index(said)
+        scores[[best, place_of]] = scores[[place_of, best]]
+        made.append(
+            record(
+                label,
+                said,
+                id=f"u{place}",
+                conversation=f"c{place % 11}",
+                speaker=role,
+                subset="hard" if place % 4 == 0 else None,
+                scores=tuple(scores.tolist()),
+                loss=float(rng.random() * 5),
+                tokens=int(rng.integers(1, 9)),
+            )
+        )
     return made
 
 
-def test_metrics_equal_scikit_learns() -> None:
+def texts(count: int = 40, seed: int = 0) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    return [
+        record(
+            str(rng.choice(TEXTS)),
+            str(rng.choice([*TEXTS, "tell me", "what would help", ""])),
+            id=f"u{place}",
+            task="response",
+            speaker="therapist",
+            scores=(),
+            loss=float(rng.random() * 9),
+            tokens=int(rng.integers(1, 9)),
+            ended=bool(rng.random() < 0.7),
+        )
+        for place in range(count)
+    ]
+
+
+def summary(rows: list[Record], labels: tuple[str, ...] = LABELS) -> dict[str, float]:
+    return summarise(rows, {"classify": labels}, ROLES)
+
+
+def pairs(rows: list[Record]) -> tuple[list[str], list[str]]:
+    return [row.label for row in rows], [row.prediction for row in rows]
+
+
+def test_metrics_of_single_labels_equal_scikit_learns() -> None:
     rows = records()
-    truth, said = [row.label for row in rows], [row.prediction for row in rows]
-    found = summarise(rows, LABELS, ROLES)
+    truth, said = pairs(rows)
+    found = summary(rows)
     assert found["accuracy"] == accuracy_score(truth, said)
     for name in ("macro", "weighted"):
         assert found[f"{name}_f1"] == pytest.approx(f1_score(truth, said, labels=list(LABELS), average=name))
-    client = [row for row in rows if row.speaker == "client"]
-    expected = f1_score(
-        [row.label for row in client],
-        [row.prediction for row in client],
-        labels=list(ROLES["client"]),
-        average="macro",
-    )
-    assert found["macro_f1_client"] == pytest.approx(expected)
-    hard = [row for row in rows if row.subset == "hard"]
-    assert found["accuracy_hard"] == pytest.approx(np.mean([row.label == row.prediction for row in hard]))
-    assert confusion(rows, LABELS).sum() == len(rows)
-    assert per_label(rows, LABELS)["change"]["support"] == truth.count("change")
+    for role, own_labels in ROLES.items():
+        own = [row for row in rows if row.speaker == role]
+        expected = f1_score(*pairs(own), labels=list(own_labels), average="macro")
+        assert found[f"macro_f1_{role}"] == pytest.approx(expected)
+        assert found[f"accuracy_{role}"] == accuracy_score(*pairs(own))
+    assert found["accuracy_hard"] == accuracy_score(*pairs([row for row in rows if row.subset == "hard"]))
+    assert (confusion(rows, LABELS) == confusion_matrix(truth, said, labels=list(LABELS))).all()
+    report = classification_report(truth, said, labels=list(LABELS), output_dict=True)
+    for label, row in per_label(rows, LABELS).items():
+        assert row["f1"] == pytest.approx(report[label]["f1-score"])
+        assert {name: row[name] for name in ("precision", "recall", "support")} == pytest.approx(
+            {name: report[label][name] for name in ("precision", "recall", "support")}
+        )
+
+
+def test_metrics_of_several_labels_equal_scikit_learns() -> None:
+    """F1 over the single labels; accuracy asks for the whole set."""
+    rows = records(sets=True)
+    truth, said = pairs(rows)
+    found = summary(rows, SETS)
+    binarizer = MultiLabelBinarizer(classes=list(LABELS))
+    indicators = [binarizer.fit_transform([text.split("+") for text in side]) for side in (truth, said)]
+    for name in ("macro", "weighted"):
+        assert found[f"{name}_f1"] == pytest.approx(f1_score(*indicators, average=name, zero_division=0))
+    assert found["accuracy"] == accuracy_score(*indicators)
+    client = np.array([row.speaker == "client" for row in rows])
+    own = [side[client][:, :3] for side in indicators]
+    assert found["macro_f1_client"] == pytest.approx(f1_score(*own, average="macro", zero_division=0))
+    assert per_label(rows, SETS).keys() == set(LABELS)
+    assert per_label(rows, SETS)["change"]["support"] == indicators[0][:, 0].sum()
+    assert (confusion(rows, SETS) == confusion_matrix(truth, said, labels=list(SETS))).all()
 
 
 def test_a_label_that_never_occurs_counts_in_the_macro_average() -> None:
-    rows = [Record("a", "c", "client", None, "change", "change", (0.0,))] * 3
-    assert summarise(rows, ("change", "neutral"), {"client": ("change", "neutral")})["macro_f1"] == 0.5
+    rows = [record("change", "change", scores=(0.0, -1.0))] * 3
+    found = summarise(rows, {"classify": ("change", "neutral")}, {"client": ("change", "neutral")})
+    assert found["macro_f1"] == 0.5
+    assert found["weighted_f1"] == 1.0
+
+
+@pytest.mark.parametrize("sets", [False, True])
+def test_a_prediction_outside_the_labels_is_wrong_and_never_a_class(sets: bool) -> None:
+    """And a truth that training does not know as a set is one that nobody can find."""
+    known = SETS if sets else LABELS
+    rows = records(sets=sets)
+    odd = [replace(row, prediction="nonsense") if place % 5 == 0 else row for place, row in enumerate(rows)]
+    truth, said = pairs(odd)
+    found = summary(odd, known)
+    assert found["accuracy"] == np.mean([one == other for one, other in zip(truth, said, strict=True)])
+    assert found["accuracy"] < summary(rows, known)["accuracy"]
+    if not sets:
+        expected = f1_score(truth, said, labels=list(LABELS), average="macro")
+        assert found["macro_f1"] == pytest.approx(expected)
+        assert expected > f1_score(truth, said, average="macro", zero_division=0)  # with a class of its own
+    assert per_label(odd, known).keys() == set(LABELS)
+    assert confusion(odd, known).shape == (len(known), len(known))
+    assert 0 <= found["ece"] <= 1
+
+
+def test_a_role_without_labels_of_the_task_has_no_metrics_of_its_own() -> None:
+    """Who happens to speak last says nothing about the quality of a session."""
+    rows = [
+        record("high", said, task="quality", speaker=speaker, scores=(0.0, -1.0))
+        for said in ("high", "low")
+        for speaker in ROLES
+    ]
+    found = summarise(rows, {"quality": ("high", "low")}, ROLES)
+    assert found["accuracy"] == 0.5
+    assert not [name for name in found if "client" in name or "therapist" in name]
+
+
+def slow_calibration_error(rows: list[Record]) -> float:
+    """Guo et al., equation 3: |accuracy - confidence| of every bin ((m - 1) / M, m / M], by its share."""
+    total = 0.0
+    for number in range(BINS):
+        inside = []
+        for row in rows:
+            shares = [math.exp(score) for score in row.scores]
+            confidence = max(shares) / sum(shares)
+            if number / BINS < confidence <= (number + 1) / BINS:
+                inside.append((confidence, row.label == row.prediction))
+        if inside:
+            accuracy = sum(right for _, right in inside) / len(inside)
+            confidence = sum(one for one, _ in inside) / len(inside)
+            total += len(inside) / len(rows) * abs(accuracy - confidence)
+    return total
+
+
+def test_the_calibration_error_equals_the_explicit_sum() -> None:
+    rows = records()
+    assert calibration_error(rows) == pytest.approx(slow_calibration_error(rows))
+    assert summary(rows)["ece"] == calibration_error(rows)
+    shifted = [replace(row, scores=tuple(score - 800 for score in row.scores)) for row in rows]  # exp would be zero
+    assert calibration_error(shifted) == pytest.approx(calibration_error(rows))
+
+
+def test_the_calibration_error_is_zero_where_confidence_is_accuracy() -> None:
+    def rows(confidence: float, right: int, count: int) -> list[Record]:
+        scores = (math.log(confidence), math.log(1 - confidence))
+        return [record("change" if place < right else "neutral", "change", scores=scores) for place in range(count)]
+
+    assert calibration_error(rows(0.75, 3, 4) + rows(0.6, 6, 10)) == pytest.approx(0)
+    assert calibration_error(rows(0.75, 0, 4)) == pytest.approx(0.75)
+    assert calibration_error(rows(0.75, 3, 4) + rows(0.6, 10, 10)) == pytest.approx(0.4 * 10 / 14)
+    certain = [record("change", "change", scores=(0.0, -1e4))]
+    assert calibration_error(certain) == 0
+
+
+def test_metrics_of_texts_equal_the_tools_own() -> None:
+    rows = texts()
+    found = summarise(rows, {"response": ()}, ROLES)
+    truth, said = pairs(rows)
+    assert found["bleu"] == sacrebleu.corpus_bleu(said, [truth]).score > 0
+    scorer = RougeScorer(["rougeL"])
+    scores = [
+        scorer.score(target, prediction)["rougeL"].fmeasure for target, prediction in zip(truth, said, strict=True)
+    ]
+    assert found["rouge_l"] == pytest.approx(np.mean(scores))
+    nats, tokens = sum(row.loss for row in rows), sum(row.tokens for row in rows)
+    assert found["loss"] == pytest.approx(nats / tokens)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / tokens))
+    assert found["eos_rate"] == np.mean([row.ended for row in rows])
+    assert found["run_on"] == pytest.approx(1 - found["eos_rate"])
+    assert found["empty"] == said.count("") / len(rows) > 0
+    assert found.keys() == {"loss", "perplexity", "bleu", "rouge_l", "eos_rate", "run_on", "empty"}
+
+
+def test_replies_that_are_right_have_the_best_scores() -> None:
+    rows = [replace(row, prediction=row.label, ended=True) for row in texts()]
+    found = summarise(rows, {"response": ()}, ROLES)
+    assert found["bleu"] == pytest.approx(100)
+    assert (found["rouge_l"], found["eos_rate"], found["run_on"], found["empty"]) == (1, 1, 0, 0)
+    hopeless = [replace(row, loss=1e6) for row in rows]
+    assert math.isfinite(summarise(hopeless, {"response": ()}, ROLES)["perplexity"])
+
+
+def test_the_first_task_speaks_without_a_prefix() -> None:
+    rows, spoken, later = records(), texts(), [replace(row, task="forecast") for row in records(seed=1)]
+    labels = {"classify": LABELS, "forecast": LABELS, "response": ()}
+    found = summarise([*spoken, *later, *rows], labels, ROLES)
+    expected = summary(rows)
+    expected |= {f"forecast/{name}": value for name, value in summarise(later, {"forecast": LABELS}, ROLES).items()}
+    expected |= {f"response/{name}": value for name, value in summarise(spoken, {"response": ()}, ROLES).items()}
+    assert found == expected
+
+
+def test_the_loss_is_the_mean_over_tokens() -> None:
+    rows = [record("change", "change", loss=3.0, tokens=1), record("change", "change", loss=1.0, tokens=7)]
+    assert summarise(rows, {"classify": ("change",)}, {})["loss"] == 0.5
 
 
 def test_the_order_of_records_changes_nothing() -> None:
     rows = records()
     shuffled = [rows[place] for place in np.random.default_rng(1).permutation(len(rows))]
-    assert summarise(rows, LABELS, ROLES) == summarise(shuffled, LABELS, ROLES)
+    assert summary(rows) == pytest.approx(summary(shuffled), rel=1e-12)
     assert accuracy_interval(rows) == accuracy_interval(shuffled)
 
 
-def test_the_interval_holds_the_accuracy_and_widens_with_fewer_sessions() -> None:
+def test_the_interval_holds_the_accuracy() -> None:
     rows = records(400)
-    accuracy = summarise(rows, LABELS, ROLES)["accuracy"]
     low, high = accuracy_interval(rows)
-    assert low < accuracy < high
-    few = [row for row in rows if row.conversation in ("c0", "c1", "c2")]
-    assert np.subtract(*accuracy_interval(few)[::-1]) > high - low
-    assert accuracy_interval([row for row in rows if row.conversation == "c0"]) == (0.0, 1.0)
+    assert low < summary(rows)["accuracy"] < high
+
+
+def test_the_interval_is_as_wide_as_the_number_of_sessions_makes_it() -> None:
+    """Half of the sessions are right, and the items within one always agree."""
+
+    def width(sessions: int, items: int) -> float:
+        low, high = accuracy_interval(
+            [
+                record("change", "change" if session % 2 else "neutral", conversation=f"c{session}")
+                for session in range(sessions)
+                for _ in range(items)
+            ]
+        )
+        return high - low
+
+    assert width(40, 1) == width(40, 9)
+    assert width(40, 9) == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
+    assert width(10, 9) == pytest.approx(2 * width(40, 9), rel=0.15)
+    assert accuracy_interval([row for row in records() if row.conversation == "c0"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_where_all_are_right_or_none_is_the_interval_is_exact(right: bool) -> None:
+    rows = [replace(row, prediction=row.label if right else "nonsense") for row in records(30)]
+    width = 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
+    expected = (1 - width, 1.0) if right else (0.0, width)
+    assert accuracy_interval(rows) == pytest.approx(expected)

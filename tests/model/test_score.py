@@ -1,50 +1,218 @@
-"""Label scores: the trie gives what a plain forward pass for each label gives, and the loss is their negative."""
+"""Scores and replies: the trie gives what a plain pass for each label gives, decoding what a loop without cache gives.
 
+Every reference reads one unpadded example.
+"""
+
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data.examples import Example
+from data.tasks import AnswerSet
+from model.config import LossConfig
+from model.evaluate import predict
+from model.losses import answer_losses
 from model.prompt import CLS, IGNORE, Answer, label_trie
+from model.score import Reply, decide, generate, label_scores
 from model.speech_llm import SpeechLLM, pad_left
-from tests.model.common import build, close
+from tests.conftest import LABELS
+from tests.model.common import build, close, replies, settings
+
+SETS = AnswerSet((*LABELS, "change+neutral", "change+sustain"), (5, 3, 2, 1, 0))
 
 
-def naive(model: SpeechLLM, example: Example) -> torch.Tensor:
-    """One forward pass over prompt and answer for every label."""
-    found = []
-    (prompt,) = model._prompts([example])
-    for label in model.labels:
-        answer = model.answers[label]
-        sequence = torch.cat([prompt, model._embed(answer.inputs)])
-        logits = model.llm(inputs_embeds=sequence[None], use_cache=False).logits[0, len(prompt) - 1 :].log_softmax(-1)
-        found.append(sum(logits[place, token] for place, token in enumerate(answer.targets) if token != IGNORE))
-    return torch.stack(found)
+def next_logits(model: SpeechLLM, prompt_TE: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Logits after the prompt and each further token, from one pass without cache or mask."""
+    sequence = torch.cat([prompt_TE, model.embed(tokens)]) if tokens else prompt_TE
+    logits: torch.Tensor = model.llm(inputs_embeds=sequence[None], use_cache=False).logits[0, len(prompt_TE) - 1 :]
+    return logits
+
+
+def naive_score(model: SpeechLLM, example: Example, answer: Answer) -> torch.Tensor:
+    (prompt,) = model.prompts([example])
+    logp = next_logits(model, prompt, list(answer.inputs)).log_softmax(-1)
+    return torch.stack([logp[place, token] for place, token in enumerate(answer.targets) if token != IGNORE]).sum()
+
+
+@pytest.mark.parametrize("task", ["classify", "forecast"])
+@pytest.mark.parametrize("cls", ["none", "before", "after"])
+@torch.no_grad()
+def test_the_trie_scores_like_a_pass_for_each_label(cls: str, task: str, models: Path, examples: list[Example]) -> None:
+    model = SpeechLLM(settings(models, cls=cls), {"classify": SETS, "forecast": AnswerSet(LABELS, (5, 3, 2))})
+    asked = [replace(example, task=task) for example in examples]
+    scores_BK = label_scores(model.eval(), asked)
+    assert scores_BK.shape == (8, len(model.tasks[task].labels))
+    for row, example in enumerate(asked):
+        expected = [naive_score(model, example, answer) for answer in model.answers[task].values()]
+        assert close(scores_BK[row], torch.stack(expected))
 
 
 @pytest.mark.parametrize("cls", ["none", "before", "after"])
-def test_the_trie_scores_like_a_pass_for_each_label(cls: str, models: Path, examples: list[Example]) -> None:
-    model = build(models, cls=cls)
-    with torch.no_grad():
-        scores_BK = model.score(examples)
-        for row, example in enumerate(examples):
-            assert close(scores_BK[row], naive(model, example))
-
-
-@pytest.mark.parametrize("cls", ["none", "before", "after"])
+@torch.no_grad()
 def test_the_loss_is_the_negative_score_of_the_label(cls: str, models: Path, examples: list[Example]) -> None:
     model = build(models, cls=cls)
-    with torch.no_grad():
-        loss, count = model.loss(examples)
-        truth = torch.tensor([model.labels.index(example.label) for example in examples])
-        assert close(-loss, model.score(examples).gather(1, truth[:, None]).sum())
-    assert count == sum(len(model.trie.paths[index]) for index in truth)
+    losses = answer_losses(model, examples, LossConfig())
+    truth = torch.tensor([LABELS.index(example.answer) for example in examples])
+    assert close(-losses.next_token_B, label_scores(model, examples).gather(1, truth[:, None])[:, 0])
+    assert losses.count_B == [len(model.tries["classify"].paths[index]) for index in truth]
 
 
+@torch.no_grad()
 def test_scores_are_log_probabilities_of_strings(models: Path, examples: list[Example]) -> None:
+    assert label_scores(build(models), examples).exp().sum(-1).max() < 1.0
+
+
+@torch.no_grad()
+def test_balanced_priors_divide_scores_by_the_shares_in_training(models: Path, examples: list[Example]) -> None:
+    """And leave the loss as it is."""
+    plain, balanced = build(models), build(models, priors="balanced")
+    scores_BK = label_scores(plain, examples)
+    assert torch.equal(label_scores(balanced, examples), scores_BK)
+    assert decide(plain, "classify", scores_BK) is scores_BK
+    shares = torch.tensor([6, 4, 3]) / 13  # of the counts 5, 3, 2 and one of each
+    assert close(decide(balanced, "classify", scores_BK), scores_BK - shares.log())
+    for one, other in zip(predict(plain, examples), predict(balanced, examples), strict=True):
+        assert one.loss == other.loss
+        assert other.scores == pytest.approx([a - b for a, b in zip(one.scores, shares.log().tolist(), strict=True)])
+        assert other.prediction == LABELS[max(range(3), key=other.scores.__getitem__)]
+
+
+@torch.no_grad()
+def test_balanced_priors_change_what_is_predicted(models: Path, examples: list[Example]) -> None:
+    """A label that training never held keeps a share."""
+    config = settings(models, priors="balanced")
+    model = SpeechLLM(config, {"classify": AnswerSet(LABELS, (0, 10**9, 10**9))}).eval()
+    assert {record.prediction for record in predict(model, examples)} == {"change"}
+    assert all(torch.tensor(record.scores).isfinite().all() for record in predict(model, examples))
+
+
+@torch.no_grad()
+def test_a_set_of_labels_that_training_lacks_is_wrong_but_has_a_loss(models: Path, examples: list[Example]) -> None:
+    model = build(models)
+    odd = replace(examples[0], answer="sustain+neutral")
+    first, second = predict(model, [odd, examples[1]])
+    assert first.prediction in LABELS
+    assert first.loss == pytest.approx(-naive_score(model, odd, model.answer(odd)).item(), rel=1e-5)
+    assert first.tokens == model.answer(odd).predicted
+    assert second.loss == pytest.approx(predict(model, [examples[1]])[0].loss, rel=1e-5)
+
+
+def naive_reply(model: SpeechLLM, example: Example, limit: int, eos: int) -> tuple[list[int], bool]:
+    """Greedy, one token at a time, everything computed anew for each."""
+    (prompt,) = model.prompts([example])
+    tokens: list[int] = []
+    while len(tokens) < limit:
+        token = int(next_logits(model, prompt, tokens)[-1].argmax())
+        if token == eos:
+            return tokens, True
+        tokens.append(token)
+    return tokens, False
+
+
+def expected_replies(model: SpeechLLM, examples: list[Example]) -> list[Reply]:
+    tokenizer, limit = model.prompter.vocabulary.tokenizer, model.config.max_new_tokens
+    found = [naive_reply(model, example, limit, tokenizer.eos_token_id) for example in examples]
+    return [Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended) for tokens, ended in found]
+
+
+@pytest.fixture(scope="module")
+def stopping(models: Path, tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> Path:
+    """The LLM with another EOS: a token that it says in the middle of one reply and not in all of them."""
+    model, asked = build(models), replies(examples)
     with torch.no_grad():
-        assert build(models).score(examples).exp().sum(-1).max() < 1.0
+        said = [naive_reply(model, example, 6, -1)[0] for example in asked]
+    middle = {token for tokens in said for token in tokens[1:-1] if token not in tokens[:1]}
+    eos = next(token for token in sorted(middle) if not all(token in tokens for tokens in said))
+    folder = tmp_path_factory.mktemp("llm") / "stopping"
+    shutil.copytree(models / "llm", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    assert tokenizer.eos_token_id == eos
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("modality", ["text", "speech", "text+speech"])
+@torch.no_grad()
+def test_replies_are_greedy(modality: str, models: Path, examples: list[Example]) -> None:
+    model, asked = build(models, modality=modality), replies(examples)
+    found = generate(model, asked)
+    assert found == expected_replies(model, asked)
+    assert len({reply.text for reply in found}) > 1
+
+
+@torch.no_grad()
+def test_a_reply_stops_at_eos_and_is_counted_when_it_runs_on(
+    models: Path, stopping: Path, examples: list[Example]
+) -> None:
+    model, asked = build(models, llm={"path": str(stopping)}), replies(examples)
+    found = generate(model, asked)
+    assert found == expected_replies(model, asked)
+    assert {reply.ended for reply in found} == {True, False}
+    records = predict(model, asked)
+    assert [(record.prediction, record.ended) for record in records] == [(reply.text, reply.ended) for reply in found]
+
+
+@torch.no_grad()
+def test_eos_as_the_last_token_that_is_allowed_ends_a_reply(
+    models: Path, stopping: Path, examples: list[Example]
+) -> None:
+    whole, asked = build(models, llm={"path": str(stopping)}), replies(examples)
+    eos = whole.prompter.vocabulary.tokenizer.eos_token_id
+    said = [naive_reply(whole, example, 6, eos) for example in asked]
+    place = next(place for place, (_, ended) in enumerate(said) if ended)
+    length = len(said[place][0])
+    for limit, ended in ((length + 1, True), (length, False)):
+        model = build(models, llm={"path": str(stopping)}, max_new_tokens=limit)
+        (reply,) = generate(model, [asked[place]])
+        assert reply.ended is ended
+
+
+@torch.no_grad()
+def test_replies_do_not_depend_on_the_batch(models: Path, stopping: Path, examples: list[Example]) -> None:
+    model, asked = build(models, llm={"path": str(stopping)}), replies(examples)
+    together = generate(model, asked)
+    assert [generate(model, [example])[0] for example in asked] == together
+    assert generate(model, asked[::-1]) == together[::-1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_k": 0},
+        {"repetition_penalty": 3.0},
+        {"encoder_repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "length_penalty": 4.0},
+        {"min_new_tokens": 6},
+        {"max_length": 3},
+        {"suppress_tokens": list(range(3, 200))},
+        {"begin_suppress_tokens": list(range(3, 200))},
+        {"bad_words_ids": [[token] for token in range(3, 200)]},
+        {"forced_bos_token_id": 7, "forced_eos_token_id": 8},
+        {"sequence_bias": [[[9], 50.0]]},
+        {"exponential_decay_length_penalty": [1, 9.0]},
+        {"eos_token_id": list(range(3, 200))},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+@torch.no_grad()
+def test_the_folders_generation_config_changes_nothing(
+    changed: dict[str, Any], models: Path, tmp_path: Path, stopping: Path, examples: list[Example]
+) -> None:
+    asked = replies(examples)
+    expected = generate(build(models, llm={"path": str(stopping)}), asked)
+    folder = tmp_path / "own"
+    shutil.copytree(stopping, folder)
+    (folder / "generation_config.json").write_text(json.dumps(changed))
+    assert generate(build(models, llm={"path": str(folder)}), asked) == expected
 
 
 def test_the_trie_merges_beginnings_and_keeps_prefix_labels_apart() -> None:

@@ -1,53 +1,83 @@
-"""Training: resumed equals uninterrupted bit for bit; steps do not depend on micro-batches or workers."""
+"""Training: resumed equals uninterrupted bit for bit; steps do not depend on micro-batches or workers; trials start
+from one another."""
 
 import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
-from data.examples import targets
+from data.config import DataConfig, TaskWeights
+from data.errors import ConfigError
+from data.examples import Example
 from data.shards import Shards
+from data.tasks import answer_sets, items
 from model import checkpoint
 from model.checkpoint import CheckpointError, digest, seed_everything, trained_tensors
-from model.config import ModelConfig, TrainConfig
+from model.config import LearningRates, LossConfig, ModelConfig, TrainConfig
 from model.encoder import load_encoder
 from model.evaluate import TrialData, evaluate
-from model.speech_llm import SpeechLLM, load_llm
+from model.parts import part_of
+from model.speech_llm import SpeechLLM
 from model.train import NonFiniteError, Trainer, fit
-from tests.model.common import close, settings
+from tests.model.common import build, close, settings
 
 CONFIG = TrainConfig(epochs=2, batch_size=5, learning_rate=3e-3, checkpoint_steps=3)
+NEW = "adapter+lora+tokens"
+ONE, TWO = TaskWeights(), TaskWeights(classify=1.0, response=0.5)
+DROPOUT = {"rank": 4, "dropout": 0.2}
 
 
 class KilledError(Exception):
     pass
 
 
-def start(models: Path, shards: Shards, config: ModelConfig | None = None) -> tuple[SpeechLLM, TrialData]:
-    seed_everything(7)
-    dropout = {"rank": 4, "dropout": 0.2}
-    model = SpeechLLM(config or settings(models, "whisper", lora=dropout), shards.manifest.labels)
-    return model, TrialData.open(shards, model, 2, "local", ("train", "val"))
+@dataclass(frozen=True)
+class Trial:
+    """What a test trains."""
+
+    kind: str = "whisper"
+    model: dict[str, Any] = field(default_factory=dict)
+    tasks: TaskWeights = ONE
+    train: TrainConfig = CONFIG
+    seed: int = 7
+
+    def config(self, models: Path) -> ModelConfig:
+        changed = {"trainable": NEW} | self.model
+        encoder = {"path": str(models / self.kind)} | changed.get("encoder", {})
+        return settings(models, self.kind, **changed | {"encoder": encoder})
+
+    def start(self, models: Path, shards: Shards) -> tuple[SpeechLLM, TrialData]:
+        seed_everything(self.seed)
+        model = SpeechLLM(self.config(models), answer_sets(shards, self.tasks.active()))
+        return model, TrialData.open(shards, model, DataConfig(history=2), ("train", "val"))
+
+    def trainer(self, models: Path, shards: Shards, folder: Path) -> Trainer:
+        return Trainer(*self.start(models, shards), self.train, self.tasks, self.seed, folder)
+
+    def run(self, models: Path, shards: Shards, folder: Path, report: Callable[..., None] | None = None) -> SpeechLLM:
+        model, data = self.start(models, shards)
+        fit(model, data, self.train, self.tasks, self.seed, folder, report or (lambda epoch, metrics: None))
+        return model
 
 
-def run(
-    models: Path, shards: Shards, folder: Path, config: TrainConfig = CONFIG, own: ModelConfig | None = None
-) -> SpeechLLM:
-    model, data = start(models, shards, own)
-    fit(model, data, config, 7, folder, lambda epoch, metrics: None)
-    return model
+def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """What was reported, but for the clock."""
+    state = checkpoint.load(folder / "checkpoint.pt")
+    return [(epoch, {**metrics, "seconds": 0}) for epoch, metrics in state["progress"]["history"]]
 
 
-@pytest.mark.parametrize("steps", [2, 4, 7])
-def test_a_killed_run_resumes_bit_for_bit(
-    steps: int, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout on, killed within the first epoch before and after a checkpoint, and within the second."""
-    whole = run(models, corpus, tmp_path / "whole")
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the process end before a further step."""
     taken = 0
     original = Trainer._optimizer_step
 
@@ -59,133 +89,453 @@ def test_a_killed_run_resumes_bit_for_bit(
         original(self, *args)
 
     monkeypatch.setattr(Trainer, "_optimizer_step", step)
+
+
+RESUMED = {
+    "lora-dropout": Trial(model={"lora": DROPOUT}),
+    "encoder-dropout-specaugment": Trial(
+        "hubert-group",
+        {"trainable": f"encoder+{NEW}", "encoder": {"dropout": 0.1, "spec_augment": 0.3}, "lora": DROPOUT},
+    ),
+    "two-tasks-cosine": Trial(
+        model={"lora": DROPOUT},
+        tasks=TWO,
+        train=CONFIG.model_copy(
+            update={"schedule": "cosine", "learning_rates": LearningRates(adapter=1e-3), "batch_size": 9}
+        ),
+    ),
+    "distillation": Trial(model={"lora": DROPOUT}, train=CONFIG.model_copy(update={"losses": LossConfig(hidden=0.2)})),
+}
+
+
+@pytest.fixture(scope="module", params=RESUMED)
+def whole(
+    request: pytest.FixtureRequest, models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trial, Path]:
+    """A trial that nothing interrupted, and its folder."""
+    trial, folder = RESUMED[request.param], tmp_path_factory.mktemp("whole")
+    trial.run(models, corpus, folder)
+    assert history(folder)[-1][1]["steps"] >= 8
+    return trial, folder
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Weights, optimizer, schedule, generators and everything that was reported."""
+    states = [checkpoint.load(folder / "checkpoint.pt") for folder in (one, other)]
+    for state in states:
+        state["progress"] = {**state["progress"], "seconds": 0, "history": 0}
+    return equal(*states) and history(one) == history(other)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """To the bit, whatever contains the tensors."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7])
+def test_a_killed_run_resumes_bit_for_bit(
+    steps: int,
+    whole: tuple[Trial, Path],
+    models: Path,
+    corpus: Shards,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed within the first epoch before, at and after a checkpoint, and later on."""
+    trial, folder = whole
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, steps)
+        trial.run(models, corpus, tmp_path)
+    trial.run(models, corpus, tmp_path)
+    assert same_end(tmp_path, folder)
+
+
+def test_a_run_that_is_killed_again_and_again_resumes_bit_for_bit(
+    whole: tuple[Trial, Path], models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, folder = whole
+    for _ in range(10):
+        try:
+            with monkeypatch.context() as patch:
+                kill_after(patch, 3)
+                trial.run(models, corpus, tmp_path)
+        except KilledError:
+            continue
+        break
+    assert same_end(tmp_path, folder)
+
+
+def test_a_run_that_ends_while_it_reports_is_reported_again(
+    whole: tuple[Trial, Path], models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    def stop(epoch: int, metrics: dict[str, Any]) -> None:
+        raise KilledError
+
+    trial, folder = whole
     with pytest.raises(KilledError):
-        run(models, corpus, tmp_path / "killed")
-    monkeypatch.setattr(Trainer, "_optimizer_step", original)
-    resumed = run(models, corpus, tmp_path / "killed")
-    assert digest(trained_tensors(resumed)) == digest(trained_tensors(whole))
-    histories = [
-        checkpoint.load(tmp_path / name / "checkpoint.pt")["progress"]["history"] for name in ("whole", "killed")
-    ]
-    for (epoch, one), (again, other) in zip(*histories, strict=True):
-        assert epoch == again
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+        trial.run(models, corpus, tmp_path, stop)
+    epochs: list[int] = []
+    trial.run(models, corpus, tmp_path, lambda epoch, metrics: epochs.append(epoch))
+    assert epochs == [1, 2]
+    assert same_end(tmp_path, folder)
+
+
+def test_the_generators_matter_to_what_is_resumed(models: Path, corpus: Shards) -> None:
+    """Otherwise the tests above would hold without dropout, too."""
+    trial = RESUMED["encoder-dropout-specaugment"]
+    model, data = trial.start(models, corpus)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    (examples,) = data.read("train", [[0, 1, 2]])
+
+    @torch.no_grad()
+    def moves(compute: Callable[[], Tensor]) -> bool:
+        one, other = compute(), compute()
+        return not torch.equal(one, other)
+
+    def heard() -> Tensor:
+        return torch.cat(model.clips(examples))
+
+    def said() -> Tensor:
+        logits: Tensor = model.llm(input_ids=torch.tensor([[1, 5, 9]])).logits
+        return logits
+
+    model.train()
+    assert moves(heard)
+    assert moves(said)
+    model.eval()
+    assert not moves(heard)
+    assert not moves(said)
 
 
 def test_a_step_does_not_depend_on_micro_batches(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    config = settings(models, "whisper")
-    one = run(models, corpus, tmp_path / "one", CONFIG.model_copy(update={"token_budget": 1}), config)
-    many = run(models, corpus, tmp_path / "many", CONFIG.model_copy(update={"token_budget": 10**6}), config)
-    for name, tensor in trained_tensors(one).items():
-        assert close(trained_tensors(many)[name], tensor, 1e-3), name  # AdamW divides by small second moments
-    losses = [checkpoint.load(tmp_path / name / "checkpoint.pt")["progress"]["history"] for name in ("one", "many")]
-    assert losses[0][0][1]["train_loss"] == pytest.approx(losses[1][0][1]["train_loss"], rel=1e-5)
+    for name, budget in (("one", 1), ("many", 10**6)):
+        Trial(tasks=TWO, train=CONFIG.model_copy(update={"token_budget": budget})).run(models, corpus, tmp_path / name)
+    one, many = (checkpoint.load(tmp_path / name / "checkpoint.pt")["tensors"] for name in ("one", "many"))
+    for name, tensor in one.items():
+        assert close(many[name], tensor, 1e-3), name  # AdamW divides by small second moments
+    losses = [history(tmp_path / name) for name in ("one", "many")]
+    for name in ("train_loss", "train_loss/response"):
+        assert losses[0][0][1][name] == pytest.approx(losses[1][0][1][name], rel=1e-5)
+
+
+SHARED_BY_WORKERS = {"one": Trial(), "two": Trial(tasks=TWO, train=CONFIG.model_copy(update={"batch_size": 9}))}
 
 
 def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
-    run(models, Shards(folder), out / "trial", own=settings(models, "whisper"))
+    for name, trial in SHARED_BY_WORKERS.items():
+        trial.run(models, Shards(folder), out / "together" / name)
     dist.destroy_process_group()
 
 
 def test_two_workers_train_what_one_trains(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    run(models, corpus, tmp_path / "one", own=settings(models, "whisper"))
+    """Also where a step leaves a worker without an item, or without one of a task."""
     multiprocessing.spawn(worker, (2, models, corpus.folder, tmp_path), nprocs=2)
-    one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "trial"))
-    for (_, alone), (_, together) in zip(one["progress"]["history"], two["progress"]["history"], strict=True):
-        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
-        assert alone["train_loss"] == pytest.approx(together["train_loss"], rel=1e-5)
-        assert alone["accuracy"] == together["accuracy"]
-    ids = [
-        [row["id"] for row in json.loads((tmp_path / name / "predictions.json").read_text())]
-        for name in ("one", "trial")
-    ]
-    assert ids[0] == ids[1]
+    for name, trial in SHARED_BY_WORKERS.items():
+        trial.run(models, corpus, tmp_path / "alone" / name)
+        folders = [tmp_path / how / name for how in ("alone", "together")]
+        for (_, alone), (_, together) in zip(*map(history, folders), strict=True):
+            assert alone.keys() == together.keys()
+            for key, value in alone.items():
+                tight = key.startswith("train_loss") or isinstance(value, int)
+                assert together[key] == pytest.approx(value, rel=1e-5 if tight else 1e-4), key
+        ids = [
+            [row["id"] for row in json.loads((folder / "predictions.json").read_text())["records"]]
+            for folder in folders
+        ]
+        assert ids[0] == ids[1]
+    assert "response/bleu" in history(tmp_path / "together" / "two")[0][1]
 
 
-def test_frozen_weights_are_shared_and_stay_as_they_were(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    llm = load_llm(str(models / "llm"), "float32", "cpu")
-    encoder = load_encoder(str(models / "whisper"), "cpu")
-    before = [tensor.clone() for base in (llm, encoder) for tensor in base.parameters()]
-    versions = [tensor._version for base in (llm, encoder) for tensor in base.parameters()]
-    model = run(models, corpus, tmp_path)
-    assert [tensor._version for base in (llm, encoder) for tensor in base.parameters()] == versions
-    assert all(
-        torch.equal(tensor, old)
-        for tensor, old in zip((t for base in (llm, encoder) for t in base.parameters()), before, strict=True)
-    )
-    assert model.llm.get_input_embeddings().weight.data_ptr() == llm.get_input_embeddings().weight.data_ptr()
+RATES = TrainConfig(epochs=2, batch_size=5, learning_rate=1e-3, learning_rates=LearningRates(encoder=1e-5, lora=4e-4))
 
 
-def test_exactly_what_the_configuration_names_is_trained(models: Path, corpus: Shards) -> None:
-    def parts(**changed: Any) -> set[str]:
-        model = SpeechLLM(settings(models, "hubert-layer", **changed), corpus.manifest.labels)
-        return {name.split(".")[0] for name in trained_tensors(model)}
-
-    assert parts() == {"encoder", "adapter", "llm", "end_of_audio", "cls"}
-    assert parts(encoder={"path": str(models / "hubert-layer"), "trainable": False}) == {
-        "adapter",
-        "llm",
-        "end_of_audio",
-        "cls",
-    }
-    assert parts(modality="text", cls="none") == {"llm"}
-    assert parts(modality="speech", lora={"enabled": False}, cls="none", end_of_audio="none") == {"encoder", "adapter"}
-    model = SpeechLLM(settings(models, "hubert-layer"), corpus.manifest.labels)
-    assert not any("feature_extractor" in name for name in trained_tensors(model))
-
-
-def test_frozen_parts_keep_their_dropout_off(models: Path, corpus: Shards) -> None:
-    model, _ = start(models, corpus, settings(models, "whisper", encoder={"path": str(models / "whisper")}))
-    model.train()
-    assert model.encoder is not None
-    assert not any(module.training for module in model.encoder.modules())
-    assert model.llm.training
+def test_parts_learn_at_their_own_rates(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """Every trained parameter once; a part that is not named at the common rate."""
+    trial = Trial("hubert-layer", {"trainable": f"encoder+{NEW}+llm.*.layers.1.mlp.*"}, train=RATES)
+    trainer = trial.trainer(models, corpus, tmp_path)
+    groups = trainer.optimizer.param_groups
+    rates = {id(tensor): group["initial_lr"] for group in groups for tensor in group["params"]}
+    expected = {"encoder": 1e-5, "lora": 4e-4, "adapter": 1e-3, "tokens": 1e-3, "llm": 1e-3}
+    names = {name: tensor for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
+    assert {part_of(name) for name in names} == expected.keys()
+    assert {name: rates[id(tensor)] for name, tensor in names.items()} == {n: expected[part_of(n)] for n in names}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(names)
+    for _ in range(3):
+        trainer.schedule.step()
+    factors = [group["lr"] / group["initial_lr"] for group in groups]
+    assert factors == pytest.approx([factors[0]] * 3)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(
-    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_part_that_barely_learns_barely_moves(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    rates = CONFIG.model_copy(update={"learning_rates": LearningRates(lora=1e-12)})
+    trial = Trial(train=rates)
+    start = {name: tensor.clone() for name, tensor in trained_tensors(trial.start(models, corpus)[0]).items()}
+    moved = {name: (tensor - start[name]).abs().max() for name, tensor in _trained(trial, models, corpus, tmp_path)}
+    assert max(value for name, value in moved.items() if "lora_" in name) < 1e-9
+    assert min(value for name, value in moved.items() if name.startswith("adapter.")) > 1e-4
+
+
+def _trained(trial: Trial, models: Path, corpus: Shards, folder: Path) -> list[tuple[str, Tensor]]:
+    return list(trained_tensors(trial.run(models, corpus, folder)).items())
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_rate_follows_its_schedule(
+    schedule: str, warmup: float, models: Path, corpus: Shards, tmp_path: Path
 ) -> None:
-    model, data = start(models, corpus)
+    config = CONFIG.model_copy(update={"schedule": schedule, "warmup": warmup, "learning_rate": 0.5})
+    trainer = Trial(train=config).trainer(models, corpus, tmp_path)
+    steps = 2 * math.ceil(len(items(corpus, "classify", "train")) / 5)
+    rising = round(warmup * steps)
+    assert rising >= 2 or not warmup
+    found, expected = [], []
+    for step in range(steps):
+        found.append(trainer.schedule.get_last_lr()[0])
+        share = (step - rising) / (steps - rising)
+        falling = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1.0}[schedule]
+        expected.append(0.5 * (step / rising if step < rising else falling))
+        trainer.optimizer.step()
+        trainer.schedule.step()
+    assert found == pytest.approx(expected)
+
+
+def test_weights_decay_apart_from_the_gradient(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"weight_decay": 0.5, "warmup": 0.0, "learning_rate": 0.1})
+    trainer = Trial(train=config).trainer(models, corpus, tmp_path)
+    before = {name: tensor.clone() for name, tensor in trained_tensors(trainer.model).items()}
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    for name, tensor in trained_tensors(trainer.model).items():
+        assert close(tensor, before[name] * (1 - 0.1 * 0.5), 1e-6) or not before[name].any()
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "over"),
+    [
+        ([3.0, 2.0, 1.0], 1, False),
+        ([3.0, 2.0, 2.0], 1, True),
+        ([3.0, 2.0, 2.5], 2, False),
+        ([3.0, 2.0, 2.5, 2.1], 2, True),
+        ([3.0, 2.0, 2.5, 1.9], 2, False),
+        ([3.0, 2.0, 2.5, 2.1], None, False),
+        ([], 1, False),
+        ([3.0, 2.0, 1.0, 0.9, 0.8], None, True),
+    ],
+)
+def test_patience_counts_epochs_without_a_lower_loss(
+    losses: Sequence[float], patience: int | None, over: bool, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    trainer = Trial(train=TrainConfig(epochs=5, patience=patience)).trainer(models, corpus, tmp_path)
+    trainer.state.history = [(place + 1, {"loss": loss}) for place, loss in enumerate(losses)]
+    trainer.state.epoch = len(losses)
+    assert trainer.is_over() is over
+    # With several tasks it is their weighted sum that must fall.
+    trainer.state.history = [(place + 1, {"loss": -place, "total_loss": loss}) for place, loss in enumerate(losses)]
+    assert trainer.is_over() is over
+
+
+@pytest.mark.parametrize("tasks", [ONE, TWO], ids=["one", "two"])
+def test_patience_ends_a_run_which_resumes_as_ended(
+    tasks: TaskWeights, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate so small that nothing changes."""
+    train = TrainConfig(epochs=9, patience=2, batch_size=16, learning_rate=1e-37)
+    trial = Trial(train=train, tasks=tasks)
+    epochs: list[tuple[int, float]] = []
+    trial.run(models, corpus, tmp_path, lambda epoch, metrics: epochs.append((epoch, metrics["loss"])))
+    assert [epoch for epoch, _ in epochs] == [1, 2, 3]
+    again: list[tuple[int, float]] = []
+    kill_after(monkeypatch, 0)
+    trial.run(models, corpus, tmp_path, lambda epoch, metrics: again.append((epoch, metrics["loss"])))
+    assert again == epochs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    value: float, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    model, data = Trial().start(models, corpus)
+    with torch.no_grad():
+        model.cls[0] = value
     before = digest(trained_tensors(model))
-    original = SpeechLLM.loss
-    monkeypatch.setattr(SpeechLLM, "loss", lambda self, part: (original(self, part)[0] * float("nan"), 1))
-    with pytest.raises(
-        NonFiniteError, match=r"non-finite loss at step 1, learning rate .*; lower train\.learning_rate"
-    ):
-        fit(model, data, CONFIG, 7, tmp_path, lambda epoch, metrics: None)
+    expected = r"^non-finite loss at step 1, learning rate .*; lower train\.learning_rate$"
+    with pytest.raises(NonFiniteError, match=expected):
+        fit(model, data, CONFIG, ONE, 7, tmp_path, lambda epoch, metrics: None)
     assert digest(trained_tensors(model)) == before
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    model, data = Trial().start(models, corpus)
+    steps = 0
+
+    def explode(gradient: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return gradient * (float("inf") if steps == 3 else 1.0)
+
+    model.cls.register_hook(explode)
+    with pytest.raises(NonFiniteError, match=r"^non-finite gradient at step 3, learning rate"):
+        fit(model, data, CONFIG.model_copy(update={"token_budget": 10**6}), ONE, 7, tmp_path, lambda *report: None)
+    assert all(tensor.isfinite().all() for tensor in trained_tensors(model).values())
+
+
+@pytest.fixture
+def calm(models: Path, tmp_path: Path) -> Path:
+    """A HuBERT without dropout, so that its masks are all that is drawn."""
+    shutil.copytree(models / "hubert-layer", tmp_path / "calm")
+    path = tmp_path / "calm" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: 0.0 if "dropout" in name else value for name, value in config.items()}))
+    return tmp_path / "calm"
+
+
+def augmented(models: Path, folder: Path, share: float = 0.3) -> SpeechLLM:
+    model = build(models, encoder={"path": str(folder), "spec_augment": share}, modality="speech")
+    model.augment = (7, 2)
+    return model.train()
+
+
+@torch.no_grad()
+def test_masks_do_not_depend_on_the_batch(models: Path, calm: Path, examples: list[Example]) -> None:
+    """Nor do the embeddings of masked clips."""
+    model = augmented(models, calm)
+    together = model.clips(examples)
+    for place, example in enumerate(examples):
+        assert close(model.clips([example])[0], together[place])
+    for one, other in zip(model.clips(examples[::-1]), together[::-1], strict=True):
+        assert close(one, other)
+
+
+@torch.no_grad()
+def test_masks_follow_from_seed_epoch_and_utterance(models: Path, calm: Path, examples: list[Example]) -> None:
+    model = augmented(models, calm)
+    long = examples[-1]
+
+    def masks(seed: int, epoch: int, example: Example = long) -> list[bool]:
+        model.augment = (seed, epoch)
+        return model._masks([example], [np.zeros(len(long.pcm), np.float32)])[0].tolist()
+
+    assert masks(7, 2) == masks(7, 2)
+    assert 0 < sum(masks(7, 2)) < len(masks(7, 2))
+    others = [masks(8, 2), masks(7, 3), masks(7, 2, examples[0])]
+    assert all(other != masks(7, 2) for other in others)
+
+
+@torch.no_grad()
+def test_frames_are_masked_in_training_only(models: Path, calm: Path, examples: list[Example]) -> None:
+    def clips(model: SpeechLLM) -> Tensor:
+        return torch.cat(model.clips(examples))
+
+    plain = clips(augmented(models, calm, share=0.0))
+    masked = augmented(models, calm)
+    assert not close(clips(masked), plain, 1e-2)
+    assert close(clips(masked.eval()), plain)
+
+
+def test_every_epoch_has_masks_of_its_own(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    trial = Trial(train=TrainConfig(epochs=3, batch_size=64))
+    model, data = trial.start(models, corpus)
+    fit(model, data, trial.train, ONE, 7, tmp_path, lambda epoch, metrics: seen.append(model.augment))
+    assert seen == [(7, 0), (7, 1), (7, 2)]
+
+
+def test_an_epoch_reports_every_task(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    losses = LossConfig(distillation=0.5)
+    trial = Trial(tasks=TWO, train=TrainConfig(epochs=1, batch_size=9, losses=losses))
+    reports: list[dict[str, Any]] = []
+    trial.run(models, corpus, tmp_path, lambda epoch, metrics: reports.append(metrics))
+    (found,) = reports
+    assert found["total_loss"] == pytest.approx(1.0 * found["loss"] + 0.5 * found["response/loss"])
+    names = {"train_loss", "train_loss/distillation", "train_loss/response", "train_loss/response/distillation"}
+    assert {name for name in found if name.startswith("train_loss")} == names
+    assert {"accuracy", "macro_f1", "ece", "response/bleu", "response/perplexity", "response/run_on"} <= found.keys()
+    assert (found["epoch"], found["short_clips"]) == (1, 0)
+    written = json.loads((tmp_path / "predictions.json").read_text())
+    assert written["labels"] == {"classify": ["change", "sustain", "neutral"], "response": []}
+    tasks = [record["task"] for record in written["records"]]
+    expected = {task: len(items(corpus, task, "val")) for task in ("classify", "response")}
+    assert {task: tasks.count(task) for task in expected} == expected
+    assert found["steps"] == math.ceil(sum(len(items(corpus, task, "train")) for task in expected) / 9)
+
+
+def test_the_training_loss_is_the_mean_over_the_epochs_tokens(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """At a rate so small that the model is the same all through an epoch."""
+    trial = Trial(train=TrainConfig(epochs=2, batch_size=5, learning_rate=1e-37))
+    model, data = trial.start(models, corpus)
+    expected = []
+
+    def compare(epoch: int, metrics: dict[str, Any]) -> None:
+        records = evaluate(model, data, "train", 10**6)
+        expected.append(sum(record.loss for record in records) / sum(record.tokens for record in records))
+        with torch.no_grad():
+            model.cls.mul_(30)
+
+    fit(model, data, trial.train, ONE, 7, tmp_path, compare)
+    found = [metrics["train_loss"] for _, metrics in history(tmp_path)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(found[0] - found[1]) > 1e-2
+
+
+def test_dropped_turns_are_reported(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    trial = Trial(model={"prompt": {"history_tokens": 0}}, train=TrainConfig(epochs=1, batch_size=64))
+    trial.run(models, corpus, tmp_path)
+    rows = [row for split in ("train", "val") for _, row in items(corpus, "classify", split)]
+    dropped = sum(min(2, row - corpus.sessions[row][0]) for row in rows)
+    assert history(tmp_path)[0][1]["dropped_turns"] == dropped > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 def test_predictions_do_not_depend_on_the_batch_size(batch_size: int, models: Path, corpus: Shards) -> None:
-    model, data = start(models, corpus)
-    reference, loss = evaluate(model, data, "val", 10**6)
-    records, again = evaluate(model, data, "val", 10**6, batch_size)
-    assert [record.id for record in records] == [record.id for record in reference]
-    assert [record.prediction for record in records] == [record.prediction for record in reference]
-    assert again == pytest.approx(loss, rel=1e-6)
+    model, data = Trial(tasks=TWO).start(models, corpus)
+    reference = evaluate(model, data, "val", 10**6)
+    records = evaluate(model, data, "val", 10**6, batch_size)
+    for name in ("id", "task", "prediction", "label", "tokens", "ended"):
+        assert [getattr(record, name) for record in records] == [getattr(record, name) for record in reference]
+    assert [record.loss for record in records] == pytest.approx([record.loss for record in reference], rel=1e-5)
+    assert [record.id for record in records] == [
+        corpus.columns["id"][row] for task in ("classify", "response") for _, row in items(corpus, task, "val")
+    ]
 
 
 def test_checkpoints_hold_what_trains_and_refuse_another_model(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    model = run(models, corpus, tmp_path, TrainConfig(epochs=1, batch_size=8))
+    train = TrainConfig(epochs=1, batch_size=8)
+    model = Trial(train=train).run(models, corpus, tmp_path)
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["tensors"].keys() == trained_tensors(model).keys()
-    other, _ = start(models, corpus, settings(models, "whisper", lora={"rank": 2}))
+    assert state["digest"] == digest(state["tensors"]) == digest(trained_tensors(model))
+    other, _ = Trial(model={"lora": {"rank": 2}}).start(models, corpus)
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
         checkpoint.load_tensors(other, state["tensors"])
-    with pytest.raises(CheckpointError, match="other data or with another batch size or seed"):
-        run(models, corpus, tmp_path, TrainConfig(epochs=1, batch_size=4))
+    for changed in (Trial(train=train, seed=8), Trial(train=train.model_copy(update={"batch_size": 4}))):
+        with pytest.raises(CheckpointError, match="other data or with another batch size or seed"):
+            changed.run(models, corpus, tmp_path)
 
 
 def test_damaged_checkpoints_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        checkpoint.load(tmp_path / "checkpoint.pt")
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+        checkpoint.load(path)
+    path.write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match="damaged checkpoint") as error:
-        checkpoint.load(tmp_path / "checkpoint.pt")
+        checkpoint.load(path)
     assert "\n" not in str(error.value)
+    torch.save({"model": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a trial"):
+        checkpoint.load(path)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
@@ -200,9 +550,196 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_the_log_is_appended_line_by_line(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    run(models, corpus, tmp_path, TrainConfig(epochs=3, batch_size=4))
+    Trial(train=TrainConfig(epochs=3, batch_size=4)).run(models, corpus, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     step, epoch = (next(line for line in lines if name in line["values"]) for name in ("train_loss_step", "accuracy"))
     assert step["values"].keys() == {"train_loss_step", "learning_rate"}
-    assert epoch["step"] == len(targets(corpus, "train"))
+    assert epoch["step"] == len(items(corpus, "classify", "train"))
+
+
+# Trials that start from one another.
+
+SHORT = TrainConfig(epochs=1, batch_size=8, learning_rate=3e-3, checkpoint_steps=1)
+FIRST = Trial(model={"trainable": "adapter+tokens", "lora": {"enabled": False}}, train=SHORT)
+SECOND = partial(Trial, train=SHORT, seed=8)
+
+
+@pytest.fixture(scope="module")
+def first(models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trial that trained adapter and learned vectors alone."""
+    folder = tmp_path_factory.mktemp("first")
+    FIRST.run(models, corpus, folder)
+    return folder
+
+
+@pytest.fixture
+def own_first(first: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be changed."""
+    return Path(shutil.copytree(first, tmp_path / "first"))
+
+
+def second(source: Path, **changed: Any) -> Trial:
+    """One that starts from another and trains LoRA alone."""
+    return SECOND(model={"trainable": "lora", "init_from": str(source)} | changed)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = checkpoint.load(folder / "checkpoint.pt")["tensors"]
+    return tensors
+
+
+def link(folder: Path) -> dict[str, str]:
+    path = folder / "checkpoint.pt"
+    return {"path": str(path), "digest": checkpoint.load(path)["digest"]}
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint.pt"])
+def test_a_second_stage_stands_on_the_first(
+    name: str, first: Path, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    before = tensors_of(first)
+    assert before.keys() == {"adapter.linear.weight", "adapter.linear.bias", "end_of_audio", "cls"}
+    trial = second(first / name)
+    model, data = trial.start(models, corpus)
+    assert model.parents == [link(first)]
+    assert model.sources["adapter"] == f"{first / name}: 4 of 4 tensors matched; left out: none"
+    fit(model, data, trial.train, ONE, trial.seed, tmp_path, lambda epoch, metrics: None)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[key], tensor) and not own[key].requires_grad for key, tensor in before.items())
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["parents"] == [link(first)]
+    assert all("lora_" in key for key in state["tensors"])
+    assert any(tensor.any() for key, tensor in state["tensors"].items() if "lora_B" in key)
+
+
+def test_a_second_stage_is_evaluated_from_its_checkpoint(
+    first: Path, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    second(first).run(models, corpus, tmp_path)
+    model, data = SECOND(model=second(first).model, seed=99).start(models, corpus)  # all else random is loaded
+    checkpoint.restore(model, checkpoint.load(tmp_path / "checkpoint.pt"))
+    written = json.loads((tmp_path / "predictions.json").read_text())["records"]
+    records = [record.as_dict() | {"scores": list(record.scores)} for record in evaluate(model, data, "val", 16_384)]
+    assert records == written
+
+
+def test_a_second_stage_resumes_bit_for_bit(
+    first: Path, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = second(first, lora=DROPOUT)
+    trial.run(models, corpus, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, 2)
+        trial.run(models, corpus, tmp_path / "killed")
+    trial.run(models, corpus, tmp_path / "killed")
+    assert same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_third_stage_knows_both_before_it(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    second(first).run(models, corpus, tmp_path / "second")
+    third = SECOND(model={"trainable": NEW, "init_from": str(tmp_path / "second")})
+    model, _ = third.start(models, corpus)
+    own = dict(model.named_parameters())
+    expected = tensors_of(first) | tensors_of(tmp_path / "second")
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
+    assert trained_tensors(model).keys() == expected.keys()
+    third.run(models, corpus, tmp_path / "third")
+    parents = checkpoint.load(tmp_path / "third" / "checkpoint.pt")["parents"]
+    assert parents == [link(first), link(tmp_path / "second")]
+    fourth, _ = second(tmp_path / "third").start(models, corpus)
+    assert len(fourth.parents) == 3
+    assert torch.equal(fourth.adapter.linear.weight, tensors_of(tmp_path / "third")["adapter.linear.weight"])
+
+
+def test_a_parent_that_has_changed_is_refused(own_first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """By those that start from its child, and by the child itself."""
+    child = second(own_first)
+    child.run(models, corpus, tmp_path / "second")
+    grandchild = second(tmp_path / "second")
+    grandchild.start(models, corpus)
+    (own_first / "checkpoint.pt").unlink()
+    Trial(model=FIRST.model, train=SHORT, seed=1).run(models, corpus, own_first)
+    expected = rf"^{own_first}/checkpoint\.pt: has changed since .* put the former checkpoint back$"
+    with pytest.raises(CheckpointError, match=expected):
+        grandchild.start(models, corpus)
+    with pytest.raises(CheckpointError, match=expected):
+        child.run(models, corpus, tmp_path / "second")
+    (own_first / "checkpoint.pt").unlink()
+    with pytest.raises(CheckpointError, match=rf"^{own_first}/checkpoint\.pt: no such checkpoint"):
+        grandchild.start(models, corpus)
+
+
+def test_a_trial_is_not_resumed_with_other_parents(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    SECOND(model={"init_from": str(first)}).run(models, corpus, tmp_path)
+    with pytest.raises(CheckpointError, match=r"another configuration: it stands on 1 former trials, and model\.init"):
+        SECOND().run(models, corpus, tmp_path)
+
+
+def test_tensors_without_a_place_are_refused_unless_allowed(first: Path, models: Path, corpus: Shards) -> None:
+    with pytest.raises(CheckpointError) as error:
+        second(first, cls="none").start(models, corpus)
+    said = f"{first}: 3 of 4 tensors matched; left out: cls"
+    assert str(error.value) == (
+        f"model.init_from: {said}; use the settings of that trial, or allow it with model.init_partial=true"
+    )
+    model, _ = second(first, cls="none", init_partial=True).start(models, corpus)
+    assert model.sources["adapter"] == said
+    assert torch.equal(model.adapter.linear.weight, tensors_of(first)["adapter.linear.weight"])
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_trial_of_which_nothing_fits_is_refused(partial: bool, first: Path, models: Path, corpus: Shards) -> None:
+    deaf = {"modality": "text", "cls": "none", "end_of_audio": "none", "init_partial": partial}
+    with pytest.raises(CheckpointError, match=r"0 of 4 tensors matched; .*; use the settings of that trial$"):
+        second(first, **deaf).start(models, corpus)
+
+
+def test_another_shape_is_named(first: Path, models: Path, corpus: Shards) -> None:
+    stacked = {"kind": "stack", "window": 2, "stride": 2}
+    with pytest.raises(CheckpointError) as error:
+        second(first, adapter=stacked, init_partial=True).start(models, corpus)
+    assert str(error.value) == (
+        f"model.init_from: adapter.linear.weight is [32, 32] in {first} and [32, 64] here; use the settings of that "
+        "trial"
+    )
+
+
+def test_what_no_stage_ever_trained_is_refused(first: Path, models: Path, corpus: Shards) -> None:
+    with pytest.raises(ConfigError, match=r"lora is frozen and was never loaded") as error:
+        second(first, trainable="adapter+tokens").start(models, corpus)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_trial_is_one_line(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint; train first") as error:
+            second(source).start(models, corpus)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "hubert-group"])
+def test_an_encoder_that_a_former_stage_trained_is_used_and_the_shared_one_stays(
+    kind: str, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    base = load_encoder(str(models / kind), "cpu", "float32")
+    before = {name: tensor.clone() for name, tensor in base.named_parameters()}
+    versions = [tensor._version for tensor in base.parameters()]
+    stage = {"trainable": "encoder+adapter+tokens", "lora": {"enabled": False}}
+    Trial(kind, stage, train=SHORT).run(models, corpus, tmp_path / "first")
+    trial = SECOND(kind, {"trainable": "lora", "init_from": str(tmp_path / "first")})
+    model, data = trial.start(models, corpus)
+    learnt = {name: tensor for name, tensor in tensors_of(tmp_path / "first").items() if name.startswith("encoder.")}
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name], tensor) and not own[name].requires_grad for name, tensor in learnt.items())
+    assert any(not torch.equal(tensor, before[name.removeprefix("encoder.")]) for name, tensor in learnt.items())
+    (examples,) = data.read("val", [[0, 1]])
+    plain, _ = SECOND(kind, {"trainable": NEW}).start(models, corpus)
+    plain.adapter.load_state_dict(model.adapter.state_dict())
+    with torch.no_grad():
+        assert not close(torch.cat(model.eval().clips(examples)), torch.cat(plain.eval().clips(examples)), 1e-3)
+    frozen = {name: tensor.clone() for name, tensor in own.items() if name.startswith("encoder.")}
+    fit(model, data, SHORT, ONE, 8, tmp_path / "second", lambda epoch, metrics: None)
+    assert all(torch.equal(own[name], tensor) for name, tensor in frozen.items())
+    assert [tensor._version for tensor in base.parameters()] == versions
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_parameters())

@@ -15,13 +15,23 @@ import pytest
 from sweep.cli import main
 from sweep.config import Config, parse
 from sweep.ledger import Ledger
+from tests.conftest import LABELS
 
+FROZEN, TUNED = "adapter+lora+tokens", "encoder+adapter+lora+tokens"
 POINTS = [{"model.lora.rank": 2, "train.learning_rate": 3e-3, "model.modality": "text"}, {"model.lora.rank": 16}]
 SPACE = {
     "model.modality": ["speech", "text"],
     "model.lora.rank": [2, 8, 16],
     "train.learning_rate": {"low": 5e-4, "high": 1e-2, "log": True},
-    "model.encoder.trainable": {"choices": [False, True], "when": {"model.modality": ["speech"]}},
+    "model.trainable": {"choices": [FROZEN, TUNED], "when": {"model.modality": ["speech"]}},
+}
+# As a trial writes them: of a code and of a reply.
+SAID = {"conversation": "c", "speaker": "client", "subset": None, "loss": 1.0, "tokens": 2, "ended": True}
+CODE = SAID | {"task": "classify", "label": "change", "prediction": "neutral", "scores": [-3.0, -2.0, -1.0]}
+REPLY = SAID | {"task": "response", "label": "go on", "prediction": "tell me more", "scores": []}
+PREDICTIONS = {
+    "labels": {"classify": LABELS, "response": []},
+    "records": [CODE | {"id": "c/1"}, CODE | {"id": "c/3"}, REPLY | {"id": "c/2"}],
 }
 Asked = tuple[int, dict[str, Any]]
 

@@ -13,17 +13,17 @@ from transformers.utils.logging import disable_progress_bar
 from data.shards import Shards
 from sweep.ledger import Ledger, trial_folder
 from sweep.run import Driver
-from tests.sweep.common import ask, report, sweep
+from tests.sweep.common import PREDICTIONS, ask, report, sweep
 from tests.sweep.tracked import CONFIG, append
 
 COLUMNS = (
-    "transcript_id,video_url,utterance_id,interlocutor,timestamp,utterance_text,client_talk_type,"
+    "transcript_id,mi_quality,video_url,utterance_id,interlocutor,timestamp,utterance_text,client_talk_type,"
     "main_therapist_behaviour"
 )
 CSV = {
     "no-column.csv": "transcript_id,utterance_id\n1,0\n",
-    "label.csv": f"{COLUMNS}\n1,v,0,client,00:00:01,hi,change,\n1,v,1,client,00:00:02,hi,chnge,\n",
-    "few.csv": f"{COLUMNS}\n1,v,0,client,00:00:01,hi,change,\n",
+    "label.csv": f"{COLUMNS}\n1,high,v,0,client,00:00:01,hi,change,\n1,high,v,1,client,00:00:02,hi,chnge,\n",
+    "few.csv": f"{COLUMNS}\n1,high,v,0,client,00:00:01,hi,change,\n",
 }
 
 
@@ -90,7 +90,5 @@ def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     append(folder, 0, (16, 1000.25, 0.5), (32, 1001.5, 0.75))
     append(folder, 1, (16, 1002.0, 0.1))
     append(folder, 3, (16, 1003.0, nan), (32, 1004.0, 0.4))
-    record = {"id": "c/1", "conversation": "c", "speaker": "client", "subset": None, "label": "change"}
-    record |= {"prediction": "neutral", "scores": [-3.0, -2.0, -1.0]}
-    (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps([record, record | {"id": "c/3"}]))
+    (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(PREDICTIONS))
     return folder

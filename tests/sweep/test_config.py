@@ -12,9 +12,10 @@ from sweep.config import claim_folder, dump, load, presets, write
 BAD = """
 name: "a b"
 sede: 1
-data: {histroy: 2, reader: rya}
-model: {modality: sound, lora: {rank: 0, targets: 3}}
-train: {epochs: a, learning_rate: .nan, momentum_of_all: 1}
+data: {histroy: 2, reader: rya, sound: loud}
+tasks: {clasify: 1, forecast: -1, response: .inf}
+model: {modality: sound, lora: {rank: 0, targets: 3}, adapter: {pool: 8}, encoder: {trainable: true}}
+train: {epochs: a, learning_rate: .nan, momentum_of_all: 1, losses: {next_token: -1}, schedule: step}
 search:
   trials: 0
   space:
@@ -30,13 +31,21 @@ name: 'a b': string should match pattern
 sede: unknown key; did you mean 'seed'?
 data.histroy: unknown key; did you mean 'history'?
 data.reader: 'rya': input should be 'ray', 'local' or 'auto'
+data.sound: 'loud': input should be 'recorded', 'zeroed', 'shuffled' or 'noisy'
+tasks.clasify: unknown key; did you mean 'classify'?
+tasks.forecast: -1: input should be greater than or equal to 0
+tasks.response: inf: input should be a finite number
+model.adapter.pool: unknown key; known here: kind, window, stride, hidden, init_from, init_partial
+model.encoder.trainable: unknown key; known here: path, dtype
 model.modality: 'sound': input should be 'text', 'speech' or 'text+speech'
 model.lora.rank: 0: input should be greater than or equal to 1
 model.lora.targets: 3: input should be a valid list
 model.lora.targets: 3: input should be 'all-linear'
 train.epochs: 'a': input should be a valid integer
 train.learning_rate: nan: input should be a finite number
-train.momentum_of_all: unknown key; known here: epochs, batch_size, learning_rate
+train.losses.next_token: -1: input should be greater than or equal to 0
+train.schedule: 'step': input should be 'linear', 'cosine' or 'constant'
+train.momentum_of_all: unknown key; known here: epochs, patience, batch_size
 search.trials: 0: input should be greater than or equal to 1
 search.space.train.epochs: {'low': 4, 'high': 2}: low (4) must be below high (2)
 search.space.train.warmup: {'low': 0.0, 'high': 0.5, 'log': True}: a logarithmic range needs low above 0
@@ -157,16 +166,81 @@ def test_a_preset_reads_back_as_it_was_dumped(preset: str, yaml: Any) -> None:
     assert load(yaml(dump(config))) == config
 
 
-def test_rules_across_settings(yaml: Any) -> None:
-    found = problems(yaml("name: a\nmodel: {adapter: {pool: 4, stride: 5}, lora: {enabled: false}, modality: text}"))
-    assert found[1].startswith("model.adapter.stride: 5 is larger than model.adapter.pool (4)")
-    assert found[2].startswith("model.lora.enabled: false leaves nothing to train")
-    assert len(found) == 3
-    rest = "{lora: {enabled: false}, adapter: {trainable: false}, "
-    for learns in ("modality: text, cls: after", "end_of_audio: learned", "encoder: {trainable: true}"):
-        load(yaml(f"name: a\nmodel: {rest}{learns}}}"))
-    for learns in ("modality: text, end_of_audio: learned", "modality: text, encoder: {trainable: true}"):
-        assert len(problems(yaml(f"name: a\nmodel: {rest}{learns}}}"))) == 2, learns
+RULES = {
+    "model: {adapter: {window: 4, stride: 5}}": """
+model.adapter.stride: 5 is larger than model.adapter.window (4), so frames would be skipped; lower it""",
+    "model: {trainable: ' + '}": "model.trainable: ' + ' names no part; name one, e.g. adapter+lora",
+    "model: {trainable: []}": "model.trainable: '' names no part; name one, e.g. adapter+lora",
+    "model: {encoder: {spec_augment: 0.1}}": """
+model.encoder.spec_augment: 0.1 has no effect on an encoder that stays frozen; set 0, or add encoder to model.trainable
+""",
+    "model: {trainable: encoder+lora, encoder: {dtype: bfloat16}}": """
+model.encoder.dtype: bfloat16 is for an encoder that stays frozen; set float32 and model.precision=bfloat16, or take the
+encoder out of model.trainable""",
+    "train: {losses: {next_token: 0}}": """
+train.losses: all weights are 0, so there is nothing to minimise; raise one""",
+    "tasks: {classify: 0}": "tasks: all weights are 0, so there is nothing to learn; raise one",
+    "search: {metric: bleu}": """
+search.metric: 'bleu' is no metric of the task classify; choose from macro_f1, accuracy, weighted_f1, loss, ece""",
+    "tasks: {classify: 0, response: 1}\nsearch: {metric: macro_f1}": """
+search.metric: 'macro_f1' is no metric of the task response; choose from loss, perplexity, bleu, rouge_l""",
+    "tasks: {response: 1}\nsearch: {metric: bleu}": """
+search.metric: 'bleu' is no metric of the tasks classify, response; choose from total_loss, macro_f1, accuracy,
+weighted_f1, loss, ece, response/loss, response/perplexity, response/bleu, response/rouge_l""",
+}
+
+
+def one_line(rule: str) -> str:
+    return " ".join(rule.split())
+
+
+@pytest.mark.parametrize("settings", RULES)
+def test_a_rule_over_several_settings_is_one_line(settings: str, yaml: Any) -> None:
+    assert problems(yaml(f"name: a\n{settings}"))[1:] == [one_line(RULES[settings])]
+
+
+def test_rules_over_several_settings_come_together(yaml: Any) -> None:
+    broken = [settings for settings in RULES if settings.startswith(("train", "search"))]
+    assert problems(yaml("\n".join(["name: a", *broken])))[1:] == [one_line(RULES[settings]) for settings in broken]
+
+
+def test_a_list_of_parts_is_joined(yaml: Any) -> None:
+    config = load(yaml("name: a\nmodel: {trainable: [encoder, lora]}"), ["model.encoder.spec_augment=0.1"])
+    assert (config.model.trainable, config.model.patterns) == ("encoder+lora", ["encoder", "lora"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "metric"),
+    [
+        ("{}", "macro_f1"),
+        ("{classify: 0, forecast: 1}", "macro_f1"),
+        ("{classify: 0, response: 1}", "loss"),
+        ("{classify: 0, response: 1, quality: 1}", "loss"),
+        ("{response: 1}", "macro_f1"),
+    ],
+)
+def test_the_default_metric_is_one_of_the_first_task(tasks: str, metric: str, yaml: Any) -> None:
+    config = load(yaml(f"name: a\ntasks: {tasks}\nsearch: {{space: {{train.warmup: [0.1, 0.2]}}}}"))
+    assert config.search.metric == metric
+    assert load(yaml(dump(config))) == config
+    assert config.with_values({"seed": 3}).search.metric == metric
+
+
+def test_an_axis_of_tasks_must_keep_the_metric(yaml: Any) -> None:
+    space = "search: {metric: forecast/macro_f1, space: {tasks.forecast: [1, 0]}}"
+    assert problems(yaml(f"name: a\ntasks: {{forecast: 1}}\n{space}"))[1:] == [
+        "search.space.tasks.forecast: search.metric: 'forecast/macro_f1' is no metric of the task classify; choose "
+        "from macro_f1, accuracy, weighted_f1, loss, ece"
+    ]
+
+
+def test_controls_and_task_weights_can_be_searched_and_the_corpus_cannot(yaml: Any) -> None:
+    axes = (
+        "data.sound: [recorded, zeroed], data.snr_db: [0, 10], data.last_text: [given, omitted], tasks.forecast: [1, 2]"
+    )
+    assert len(load(yaml(f"name: a\nsearch: {{space: {{{axes}}}}}")).search.space) == 4
+    for axis in ("data.shards: [a, b]", "data.reader: [ray, local]"):
+        assert "no setting that a search may vary" in problems(yaml(f"name: a\nsearch: {{space: {{{axis}}}}}"))[1]
 
 
 def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> None:

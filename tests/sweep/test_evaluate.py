@@ -10,10 +10,12 @@ import torch
 
 from data.schema import SPLITS
 from data.shards import Shards
+from data.tasks import items
 from model import checkpoint
 from sweep import builtin
 from sweep.config import claim_folder, parse
 from sweep.ledger import Ledger
+from sweep.results import read_predictions
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep, tree
 
@@ -37,12 +39,13 @@ def evaluate(source: Path, *args: object) -> dict[str, Any]:
 def test_the_json_holds_what_is_promised(trial: Path) -> None:
     result = evaluate(trial)
     assert result.keys() >= {"n", "accuracy", "macro_f1", "weighted_f1", "per_label", "predictions"}
-    assert result["n"] == len(result["predictions"]) == sum(row["support"] for row in result["per_label"].values())
-    assert tuple(result["per_label"]) == LABELS
-    for row in result["per_label"].values():
+    table = result["per_label"]["classify"]
+    assert result["n"] == len(result["predictions"]) == sum(row["support"] for row in table.values())
+    assert (list(result["per_label"]), tuple(table)) == (["classify"], LABELS)
+    for row in table.values():
         assert row.keys() == {"precision", "recall", "f1", "support"}
     for row in result["predictions"]:
-        assert row.keys() == {"id", "label", "prediction", "scores"}
+        assert row.keys() == {"id", "task", "label", "prediction", "scores"}
         assert tuple(row["scores"]) == LABELS
         assert row["prediction"] == max(row["scores"], key=row["scores"].get)
     hits = [row["label"] == row["prediction"] for row in result["predictions"]]
@@ -71,8 +74,73 @@ def test_it_repeats_the_last_epochs_evaluation(trial: Path) -> None:
     assert shared >= {"accuracy", "macro_f1", "weighted_f1", "loss"}
     assert {name: result[name] for name in shared} == pytest.approx({name: metrics[name] for name in shared}, rel=1e-6)
     written = json.loads((trial / "predictions.json").read_text())
-    assert [row["id"] for row in written] == [row["id"] for row in result["predictions"]]
-    assert [row["prediction"] for row in written] == [row["prediction"] for row in result["predictions"]]
+    assert written["labels"] == {"classify": list(LABELS)}
+    for row, again in zip(written["records"], result["predictions"], strict=True):
+        assert {name: row[name] for name in ("id", "task", "label", "prediction")}.items() <= again.items()
+
+
+WEIGHTS = {"client_talk": 0.5, "forecast": 0.25, "response": 2, "quality": 1}
+ANSWERS = {"client_talk": LABELS, "forecast": LABELS, "response": (), "quality": ("high", "low")}
+
+
+@pytest.fixture(scope="module")
+def several(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trial of several tasks."""
+    folder = tmp_path_factory.mktemp("several") / "trial"
+    changed = {"tasks.classify": 0} | {f"tasks.{task}": weight for task, weight in WEIGHTS.items()}
+    changed |= {"model.modality": "text", "model.max_new_tokens": 3, "train.epochs": 1, "search.metric": "total_loss"}
+    options = [f"--set={key}={value}" for key, value in changed.items()]
+    assert sweep("train", place / "good.yaml", *options, "--out", folder).code == 0
+    return folder
+
+
+def test_several_tasks_stand_side_by_side(several: Path, corpus: Shards) -> None:
+    result = evaluate(several)
+    tasks = [row["task"] for row in result["predictions"]]
+    sizes = {task: len(items(corpus, task, "val")) for task in WEIGHTS}
+    assert {task: tasks.count(task) for task in sizes} == sizes
+    assert result["n"] == sum(sizes.values())
+    for row in result["predictions"]:
+        assert tuple(row["scores"]) == ANSWERS[row["task"]]
+    assert {task: tuple(table) for task, table in result["per_label"].items()} == {
+        task: labels for task, labels in ANSWERS.items() if labels
+    }
+    for task, table in result["per_label"].items():
+        assert sum(row["support"] for row in table.values()) == sizes[task]
+    assert {"macro_f1", "forecast/ece", "response/bleu", "response/perplexity", "quality/accuracy"} <= result.keys()
+    shown = sweep("evaluate", several, "--split", "val").out
+    assert all(word in shown for word in ("forecast: val split", "quality: val split", "response/bleu"))
+
+
+def test_the_total_loss_weighs_the_tasks(several: Path) -> None:
+    result = evaluate(several)
+    _, metrics = checkpoint.load(several / "checkpoint.pt")["progress"]["history"][-1]
+    losses = {task: result[f"{task}/loss" if task != "client_talk" else "loss"] for task in WEIGHTS}
+    total = sum(weight * losses[task] for task, weight in WEIGHTS.items())
+    assert metrics["total_loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_predictions_are_read_back_by_task(several: Path) -> None:
+    said = read_predictions(several)
+    assert {task: tuple(labels) for task, (labels, _) in said.items()} == ANSWERS
+    for task, (labels, records) in said.items():
+        assert {(record.task, len(record.scores)) for record in records} == {(task, len(labels))}
+    assert read_predictions(several / "nowhere") == {}
+
+
+def test_a_trained_model_is_judged_under_a_control(trial: Path) -> None:
+    heard, silent = (evaluate(trial, f"--set=data.sound={sound}") for sound in ("recorded", "zeroed"))
+    assert heard == evaluate(trial)
+    assert [row["id"] for row in silent["predictions"]] == [row["id"] for row in heard["predictions"]]
+    pairs = zip(silent["predictions"], heard["predictions"], strict=True)
+    assert all(one["scores"] != other["scores"] for one, other in pairs)
+
+
+def test_nothing_but_the_data_of_a_trained_model_can_be_changed(trial: Path) -> None:
+    for override in ("model.cls=after", "train.epochs=1", "tasks.forecast=1"):
+        message = refused(trial, "evaluate", "trial", "--set", "data.sound=zeroed", "--set", override)
+        assert message.startswith(f"--set {override}: only data.* can be changed")
+    assert "data.sound: 'loud': input should be" in refused(trial, "evaluate", "trial", "--set", "data.sound=loud")
 
 
 def test_every_split_can_be_read_and_shown(trial: Path) -> None:
@@ -90,9 +158,9 @@ def test_training_a_finished_trial_changes_nothing(trial: Path) -> None:
     outcome = sweep("train", "good.yaml", "--out", "trial")
     assert (outcome.code, tree(trial)) == (0, before)
     assert "epoch 2/2" in outcome.out
-    assert refused(trial, "train", "good.yaml", "--out", "trial", "--set", "seed=3").startswith(
-        "trial: started with other settings (seed: 0 → 3)"
-    )
+    other = complaint(sweep("train", "good.yaml", "--out", "trial", "--set", "seed=3"))
+    assert other.startswith("trial: started with other settings (seed: 0 → 3)")
+    assert tree(trial) == before
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_error(trial: Path) -> None:

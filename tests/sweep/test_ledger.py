@@ -33,7 +33,7 @@ def test_points_first_then_drawn_then_nothing(tmp_path: Path) -> None:
     assert found[0][1] == POINTS[0]
     assert found[1][1]["model.lora.rank"] == 16
     assert len({repr(params) for _, params in found[2:]}) == 7, "drawn values repeat"
-    assert all(("model.encoder.trainable" in values) == (values["model.modality"] == "speech") for _, values in found)
+    assert all(("model.trainable" in values) == (values["model.modality"] == "speech") for _, values in found)
     assert ledger.ask([], 9) is None
 
 

@@ -8,6 +8,7 @@ import pytest
 from data.errors import ConfigError
 from sweep.config import flat, parse
 from sweep.space import Axis, PruningConfig, SearchConfig, better, is_rung, prune
+from tests.sweep.common import FROZEN, TUNED
 
 SPEECH = {"model.modality": ["speech", "text+speech"]}
 RULE = PruningConfig(first_epoch=2, keep=0.5, after_trials=4)
@@ -81,16 +82,16 @@ def test_a_condition_may_name_a_setting_that_is_no_axis() -> None:
 
 
 def test_all_conditions_must_hold() -> None:
-    conditions = SPEECH | {"model.encoder.trainable": [True]}
+    conditions = SPEECH | {"model.trainable": [TUNED]}
     space = search(
         model__modality=["text", "speech"],
-        model__encoder__trainable={"choices": [False, True], "when": SPEECH},
+        model__trainable={"choices": [FROZEN, TUNED], "when": SPEECH},
         train__warmup={"low": 0.1, "high": 0.5, "when": conditions},
     )
-    assert "train.warmup" in draw(space, model__modality="speech", model__encoder__trainable=True)
-    assert "train.warmup" not in draw(space, model__modality="speech", model__encoder__trainable=False)
-    # The encoder's axis is not drawn for text, so its setting is the configuration's: false.
-    assert draw(space, model__modality="text", model__encoder__trainable=True) == {"model.modality": "text"}
+    assert "train.warmup" in draw(space, model__modality="speech", model__trainable=TUNED)
+    assert "train.warmup" not in draw(space, model__modality="speech", model__trainable=FROZEN)
+    # The axis of what trains is not drawn for text, so its setting is the configuration's, without the encoder.
+    assert draw(space, model__modality="text", model__trainable=TUNED) == {"model.modality": "text"}
 
 
 def test_a_condition_on_a_later_axis_is_obeyed_or_refused() -> None:
@@ -116,6 +117,13 @@ def test_a_number_beats_nan_and_nan_beats_nothing() -> None:
     assert better(2, 1, "maximize")
     assert not better(2, 1, "minimize")
     assert better(1, 2, "minimize")
+
+
+def test_losses_and_errors_shall_be_small() -> None:
+    small = ("loss", "total_loss", "forecast/loss", "perplexity", "response/perplexity", "ece", "quality/ece")
+    large = ("macro_f1", "accuracy", "weighted_f1", "forecast/macro_f1", "bleu", "response/rouge_l")
+    for metric in small + large:
+        assert SearchConfig(metric=metric).direction == ("minimize" if metric in small else "maximize"), metric
 
 
 def test_pruning_keeps_the_better_share() -> None:

@@ -21,6 +21,7 @@ import yaml
 
 from data import synthetic
 from data.prepare import prepare
+from tests.sweep.common import FROZEN, TUNED
 
 TRIALS = 7
 SAME = {"model.modality": "speech", "model.lora.rank": 4, "train.learning_rate": 3e-3, "model.cls": "none"}
@@ -32,6 +33,7 @@ def settings(models: Path, shards: Path) -> dict[str, Any]:
         "name": "kill",
         "seed": 3,
         "data": {"shards": str(shards), "history": 1, "reader": "ray"},
+        "tasks": {"forecast": 0.5},
         "model": {
             "encoder": {"path": str(models / "whisper")},
             "llm": {"path": str(models / "llm")},
@@ -46,16 +48,16 @@ def settings(models: Path, shards: Path) -> dict[str, Any]:
                 "model.modality": ["speech", "text"],
                 "model.lora.rank": [2, 4],
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
-                "model.encoder.trainable": {"choices": [False, True], "when": {"model.modality": ["speech"]}},
+                "model.trainable": {"choices": [FROZEN, TUNED], "when": {"model.modality": ["speech"]}},
                 "model.cls": ["none", "before", "after"],
             },
             # The same configuration as first and later trial: nothing may remain of those in between.
             "points": [
-                {**SAME, "model.encoder.trainable": False},
+                {**SAME, "model.trainable": FROZEN},
                 {**SAME, "model.modality": "text"},
-                {**SAME, "model.encoder.trainable": True},
-                {**SAME, "train.learning_rate": 9e-3, "model.encoder.trainable": True, "model.cls": "after"},
-                {**SAME, "model.encoder.trainable": False},
+                {**SAME, "model.trainable": TUNED},
+                {**SAME, "train.learning_rate": 9e-3, "model.trainable": TUNED, "model.cls": "after"},
+                {**SAME, "model.trainable": FROZEN},
             ],
         },
     }
@@ -100,21 +102,21 @@ def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = root / "runs" / "kill"
     run = command("run", root / "kill.yaml", "--out", folder)
 
-    def curves() -> int:
-        return sum(path.read_text().count("accuracy") for path in folder.glob("trials/*/metrics.jsonl"))
+    def epochs() -> int:
+        return sum(path.read_text().count('"macro_f1"') for path in folder.glob("trials/*/metrics.jsonl"))
 
     def start(*more: str) -> subprocess.Popen[bytes]:
         log = (root / "log.txt").open("ab")
         return subprocess.Popen([*run, *more], env=environment, stdout=log, stderr=log)
 
     first = start()
-    wait_for(lambda: curves() >= 5, first, 240)
+    wait_for(lambda: epochs() >= 2, first, 240)
     kill_everything(first)
     (root / "killed.json").write_text(json.dumps(sweep_json("status", folder)))
 
     second = start()
-    before = curves()
-    wait_for(lambda: curves() > before + 1, second, 240)
+    before = epochs()
+    wait_for(lambda: epochs() > before, second, 240)
     second.send_signal(signal.SIGTERM)
     assert second.wait(120) == 75, (root / "log.txt").read_text()[-3000:]
     (root / "stopped.json").write_text(json.dumps(sweep_json("status", folder)))
@@ -195,7 +197,8 @@ def test_mlflow_has_one_parent_and_one_run_a_trial(finished: Path) -> None:
         assert len({point.step for point in points}) == len(points)
         assert [point.value for point in sorted(points, key=lambda point: point.step)][-1] == trial["value"]
         artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert artifacts >= {"config.yaml", "confusion_matrix.png", "predictions.json"}
+        pictures = {"confusion_matrix.png", "forecast_confusion_matrix.png"}
+        assert artifacts >= {"config.yaml", "predictions.json", "forecast_predictions.json", *pictures}
 
 
 def test_the_best_trial_can_be_had_again_and_evaluated(finished: Path) -> None:
@@ -205,6 +208,7 @@ def test_the_best_trial_can_be_had_again_and_evaluated(finished: Path) -> None:
     assert best["value"] == max(trial["value"] for trial in complete)
     found = sweep_json("evaluate", finished, "--split", "val")
     assert found["macro_f1"] == pytest.approx(best["value"], abs=1e-9)
+    assert found["forecast/macro_f1"] == pytest.approx(best["metrics"]["forecast/macro_f1"], abs=1e-9)
 
 
 def test_a_finished_sweep_stays_as_it_is(finished: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from sweep.config import dump
 from sweep.ledger import Ledger, trial_config
 from sweep.tracking import is_shipped, mlflow_run_id
+from tests.conftest import LABELS
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, track
 
@@ -58,14 +59,18 @@ def test_artifacts(folder: Path) -> None:
     parent, children = runs(folder)
     assert artifacts(folder, parent)["config.yaml"].read_text() == dump(CONFIG)
     found = artifacts(folder, children[0])
-    assert found.keys() == {"config.yaml", "confusion_matrix.png", "predictions.json"}
+    names = {"config.yaml", "confusion_matrix.png", "predictions.json", "response_predictions.json"}
+    assert found.keys() == names, "the first task has no prefix, and a text no confusion matrix"
     params = Ledger.read(folder, CONFIG).entries()[0].params
     assert found["config.yaml"].read_text() == dump(trial_config(CONFIG, params))
     assert Image.open(found["confusion_matrix.png"]).format == "PNG"
     table = json.loads(found["predictions.json"].read_text())
     assert table["columns"][:5] == ["id", "conversation", "speaker", "label", "prediction"]
     assert [row[0] for row in table["data"]] == ["c/1", "c/3"]
+    assert table["columns"][5:] == [f"score {label}" for label in LABELS]
     assert table["data"][0][5:] == [-3.0, -2.0, -1.0]
+    replies = json.loads(found["response_predictions.json"].read_text())
+    assert replies["data"] == [["c/2", "c", "client", "go on", "tell me more"]]
     assert artifacts(folder, children[2]).keys() == {"config.yaml"}
 
 
@@ -93,7 +98,9 @@ def test_a_second_driver_makes_no_run_and_doubles_no_point(lost: str, folder: Pa
     assert (parent.info.status, children[3].info.status, is_shipped(folder)) == ("FINISHED", "FINISHED", True)
     assert curve(folder, 0) == [(16, 1000.25, 0.5), (32, 1001.5, 0.75)]
     assert curve(folder, 3)[1:] == [(32, 1004.0, 0.4), (48, 2001.0, 0.3)]
-    assert len(json.loads(artifacts(folder, children[0])["predictions.json"].read_text())["data"]) == 2
+    found = artifacts(folder, children[0])
+    assert len(json.loads(found["predictions.json"].read_text())["data"]) == 2
+    assert len(json.loads(found["response_predictions.json"].read_text())["data"]) == 1
 
 
 def test_a_finished_sweep_is_left_as_it_is(folder: Path) -> None:

@@ -1,0 +1,89 @@
+"""What each option costs: CPU time of an optimizer step of the demo's models, relative to the reference, in one run.
+
+    python -m tests.bench.steps
+
+Variants are timed in turns, so that a change of the machine's load hits all of them; the median over the rounds counts.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data.plan import plan
+from model.checkpoint import seed_everything
+from model.train import Trainer
+from sweep import builtin
+from sweep import config as configuration
+from sweep.trial import build
+
+STEPS, ROUNDS = 3, 7
+VARIANTS: dict[str, list[str]] = {
+    "reference: speech, frozen encoder, LoRA rank 8": [],
+    "text": ["model.modality=text", "model.trainable=lora"],
+    "text+speech": ["model.modality=text+speech"],
+    "encoder trains": ["model.trainable=encoder+adapter+lora+tokens"],
+    "encoder trains, SpecAugment": [
+        "model.trainable=encoder+adapter+lora+tokens",
+        "model.encoder.spec_augment=0.1",
+    ],
+    "LoRA off": ["model.lora.enabled=false"],
+    "LoRA rank 64": ["model.lora.rank=64"],
+    "DoRA": ["model.lora.dora=true"],
+    "adapter: stacked frames, MLP": ["model.adapter.kind=stack", "model.adapter.hidden=96"],
+    "adapter: convolution": ["model.adapter.kind=conv"],
+    "[CLS] and end of audio": ["model.cls=before", "model.end_of_audio=learned"],
+    "gradient checkpointing": ["model.llm.gradient_checkpointing=true"],
+    "bfloat16 autocast": ["model.precision=bfloat16"],
+    "distillation": ["train.losses.distillation=1"],
+    "distillation and hidden states": ["train.losses.distillation=1", "train.losses.hidden=1"],
+    "four items at once": ["train.token_budget=400"],
+    "three tasks": ["tasks.forecast=1", "tasks.response=1"],
+}
+
+
+def trainer(overrides: list[str]) -> Trainer:
+    """A trainer on the demo's corpus."""
+    base = ["model.trainable=adapter+lora+tokens", "search.space={}", "search.points=[]"]
+    config = builtin.resolve(configuration.load("demo", [*base, *overrides]))
+    seed_everything(0)
+    model, data = build(config, "local", ("train",), "cpu")
+    return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
+
+
+def seconds(made: Trainer, first: int) -> float:
+    """CPU seconds a step, over STEPS steps."""
+    made.model.train()
+    steps = plan(made.train.costs, batch_size=made.config.batch_size, seed=0, epoch=first)[:STEPS]
+    batches = list(made.data.read("train", steps))
+    started = time.process_time()
+    for step, examples in zip(steps, batches, strict=True):
+        made._optimizer_step(step, step, examples)
+    return (time.process_time() - started) / STEPS
+
+
+def main() -> None:
+    """Print the table."""
+    made = {name: trainer(overrides) for name, overrides in VARIANTS.items()}
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(ROUNDS + 1):
+        for name, own in made.items():
+            taken = seconds(own, number)
+            if number:  # the first round warms up
+                times[name].append(taken)
+    reference = next(iter(times))
+    table = Table(title=f"CPU time of a step of {made[reference].config.batch_size} items, one thread")
+    for column in ("variant", "ms", "ratio"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, taken in times.items():
+        ratio = statistics.median(one / other for one, other in zip(taken, times[reference], strict=True))
+        table.add_row(name, f"{1000 * statistics.median(taken):.0f}", f"{ratio:.2f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Corpora written in a word a turn, in which every text and every clip tells which turn it belongs to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.examples import Example
+from data.prepare import prepare
+from data.schema import Conversation, Corpus, Turn, split_label
+from data.shards import Shards
+
+ROLES = {"client": ("change", "neutral"), "therapist": ("other", "question", "reflection")}
+LABELS = ("change", "neutral", "other", "question", "reflection")
+
+
+def text(session: int, index: int) -> str:
+    return f"session {session} turn {index}"
+
+
+def clip(session: int, index: int) -> np.ndarray:
+    """Noise: no two turns have the same, or one of the same length."""
+    noise = np.random.default_rng((session, index)).standard_normal(2000 + 100 * session + index)
+    return (noise * 1000).astype(np.int16)
+
+
+def turns(dialogue: str, session: int) -> list[Turn]:
+    """A dialogue such as "T:question C:change! C": role, label, and ! for a clip."""
+    found = []
+    for index, word in enumerate(dialogue.split()):
+        role, _, label = word.removesuffix("!").partition(":")
+        turn = Turn(f"{session}/{index}", index, {"C": "client", "T": "therapist"}[role], text(session, index))
+        turn.label, turn.audio = label or None, clip(session, index) if word.endswith("!") else None
+        found.append(turn)
+    return found
+
+
+def corpus(dialogues: Sequence[str], qualities: Sequence[str | None] = ("high",)) -> Corpus:
+    """A session for every dialogue; qualities go round."""
+    conversations = [
+        Conversation(
+            f"s{session}", f"g{session}", turns(dialogue, session), quality=qualities[session % len(qualities)]
+        )
+        for session, dialogue in enumerate(dialogues)
+    ]
+    labels = {label for one in conversations for turn in one.turns if turn.label for label in split_label(turn.label)}
+    assert labels <= set(LABELS)
+    return Corpus("hand", LABELS, ROLES, conversations, qualities=("high", "low"))
+
+
+def make(folder: Path, dialogue: str, sessions: int = 6, **changed: Any) -> Shards:
+    """Shards of a corpus whose sessions go alike: four of six are for training, one each for val and test."""
+    return prepare(corpus([dialogue] * sessions, **changed), folder)
+
+
+def same(one: Example, other: Example) -> bool:
+    names = [name for name in Example.__slots__ if name != "pcm"]
+    return all(getattr(one, name) == getattr(other, name) for name in names) and (
+        one.pcm is other.pcm is None or np.array_equal(one.pcm, other.pcm)
+    )

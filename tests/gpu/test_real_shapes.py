@@ -1,0 +1,158 @@
+"""The real shapes, Llama-3.2-3B and HuBERT-large, with random weights on a GPU: the same labels in bf16 at any batch size,
+and what a step takes. Run with `pytest -m gpu -s tests/gpu`; the same functions run on tiny models everywhere."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, HubertConfig, LlamaConfig
+
+from data.examples import Example
+from data.schema import SAMPLE_RATE
+from model import encoder as encoder_module
+from model import llm as llm_module
+from model.checkpoint import seed_everything
+from model.config import LossConfig, ModelConfig
+from model.losses import answer_losses
+from model.score import label_scores
+from model.speech_llm import SpeechLLM
+from tests.conftest import LABELS
+from tests.model.common import ANSWERS
+
+LLAMA_3B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131_072,
+    tie_word_embeddings=True,
+)
+HUBERT_LARGE = HubertConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    conv_bias=True,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def clips(count: int, longest: float) -> list[Example]:
+    """Dialogues of one to four turns, the last one heard, from 0.2 s to `longest` seconds."""
+    rng = np.random.default_rng(7)
+    words = "i really want to stop it now and then maybe so".split()
+    return [
+        Example(
+            id=f"c/{place}",
+            task="classify",
+            conversation="c",
+            speaker="client",
+            answer=LABELS[place % 3],
+            subset=None,
+            turns=(*(("therapist", " ".join(rng.choice(words, 9))) for _ in range(place % 4)), ("client", "maybe")),
+            heard=place % 4,
+            pcm=(rng.standard_normal(int(rng.uniform(0.2, longest) * SAMPLE_RATE)) * 3000).astype("<i2"),
+        )
+        for place in range(count)
+    ]
+
+
+def build(models: Path, device: str, **changed: Any) -> SpeechLLM:
+    seed_everything(0)
+    tree: dict[str, Any] = {
+        "modality": "text+speech",
+        "encoder": {"path": str(models / "hubert-layer"), "dtype": "bfloat16"},
+        "llm": {"path": str(models / "llm"), "dtype": "bfloat16"},
+        "lora": {"rank": 8, "targets": "all-linear", "dropout": 0.0},
+    }
+    return SpeechLLM(ModelConfig.model_validate(tree | changed), {"classify": ANSWERS["classify"]}, device)
+
+
+@torch.no_grad()
+def label_agreement(model: SpeechLLM, examples: list[Example], size: int) -> tuple[float, float]:
+    """Share of examples with the same label alone and in batches; and the share of the commonest label.
+
+    Scores are compared with their means taken out: with random weights one label would win everywhere.
+    """
+    model.eval()
+    alone = torch.cat([label_scores(model, [example]) for example in examples])
+    batched = torch.cat(
+        [label_scores(model, examples[start : start + size]) for start in range(0, len(examples), size)]
+    )
+    one, other = (scores_BK - alone.mean(0) for scores_BK in (alone, batched))
+    commonest = one.argmax(-1).bincount().max().item() / len(examples)
+    return (one.argmax(-1) == other.argmax(-1)).float().mean().item(), commonest
+
+
+def test_tiny_models_choose_the_same_labels_in_bf16(models: Path) -> None:
+    agreement, commonest = label_agreement(build(models, "cpu"), clips(120, 2.0), 8)
+    assert agreement >= 0.99
+    assert commonest < 0.8
+
+
+@pytest.fixture
+def real_shapes(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Loads models of the real shapes with random weights, made on the GPU: files of them would take minutes."""
+
+    def random(kind: Any, config: Any) -> Any:
+        def load(path: str, dtype: torch.dtype, **rest: Any) -> Any:
+            with torch.device("cuda"):
+                torch.manual_seed(1)
+                model = kind.from_config(config, dtype=dtype)
+            return (model, {"missing_keys": []}) if rest.get("output_loading_info") else model
+
+        return load
+
+    monkeypatch.setattr(llm_module.AutoModelForCausalLM, "from_pretrained", random(AutoModelForCausalLM, LLAMA_3B))
+    monkeypatch.setattr(encoder_module.AutoModel, "from_pretrained", random(AutoModel, HUBERT_LARGE))
+    original = AutoConfig.from_pretrained
+    shapes = {str(models / "llm"): LLAMA_3B, str(models / "hubert-layer"): HUBERT_LARGE}
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **rest: shapes.get(path) or original(path, **rest))
+    yield models
+    llm_module.load_llm.cache_clear()
+    encoder_module.load_encoder.cache_clear()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_real_shapes_choose_the_same_labels_in_bf16(real_shapes: Path) -> None:
+    agreement, commonest = label_agreement(build(real_shapes, "cuda"), clips(200, 15.0), 8)
+    print(f"labels alone and in batches of 8: {agreement:.1%} equal, commonest {commonest:.1%}")
+    assert agreement >= 0.99
+    assert commonest < 0.8
+
+
+def training_step(model: SpeechLLM, examples: list[Example]) -> tuple[float, float]:
+    """Seconds of forward and backward over a micro-batch, and the peak of memory in GiB."""
+    model.train()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    answer_losses(model, examples, LossConfig()).next_token_B.sum().backward()
+    torch.cuda.synchronize()
+    model.zero_grad()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("trains_encoder", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_the_real_shapes_fits(checkpointing: bool, trains_encoder: bool, real_shapes: Path) -> None:
+    encoder = {"path": str(real_shapes / "hubert-layer"), "dtype": "float32" if trains_encoder else "bfloat16"}
+    llm = {"path": str(real_shapes / "llm"), "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+    trained = "encoder+adapter+lora+tokens" if trains_encoder else "adapter+lora+tokens"
+    model = build(real_shapes, "cuda", encoder=encoder, llm=llm, trainable=trained, precision="bfloat16")
+    examples = clips(8, 15.0)
+    seconds, memory = [training_step(model, examples) for _ in range(4)][-1]
+    print(f"checkpointing {checkpointing}, encoder trains {trains_encoder}: {seconds:.2f} s, {memory:.1f} GiB")
+    assert memory < 40

@@ -1,0 +1,121 @@
+"""Untrained tiny models of every kind, saved as Hugging Face folders: real ones load by the very same calls.
+
+Laid out as the published checkpoints are: "layer" like the large ones (normalisation in every convolution), "group"
+like the base ones (over time, in the first).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    PreTrainedModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
+    Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+from model.tiny import WINDOW_SECONDS, _fixed, _llama, _tokenizer, _whisper_config
+
+Norm = Literal["layer", "group"]
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def random_wave(
+    folder: Path, model: type[PreTrainedModel], config: type[Any], norm: Norm, seed: int, **changed: Any
+) -> None:
+    """Untrained encoder of the wav2vec 2.0 family, of either normalisation."""
+    layer = norm == "layer"
+    settings = {
+        **SMALL,
+        "conv_dim": (16,) * 7,
+        "conv_bias": layer,
+        "feat_extract_norm": norm,
+        "do_stable_layer_norm": layer,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+    }
+    _save(folder, lambda: model(config(**settings | changed)), seed)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=layer).save_pretrained(folder)
+
+
+random_hubert = partial(random_wave, model=HubertModel, config=HubertConfig, seed=3)
+random_wav2vec2 = partial(random_wave, model=Wav2Vec2Model, config=Wav2Vec2Config, seed=6)
+random_wavlm = partial(random_wave, model=WavLMModel, config=WavLMConfig, seed=7)
+
+
+def random_conformer(folder: Path, positions: str | None, norm: Norm = "layer") -> None:
+    """Untrained wav2vec2-conformer with relative, rotary or no position embeddings."""
+    changed = {"position_embeddings_type": positions, "conv_depthwise_kernel_size": 15}
+    random_wave(folder, Wav2Vec2ConformerModel, Wav2Vec2ConformerConfig, norm, seed=8, **changed)
+
+
+def random_w2v_bert(folder: Path, positions: str | None = "relative_key") -> None:
+    """Untrained w2v-BERT over 20 mel bands."""
+    config = Wav2Vec2BertConfig(
+        **SMALL, feature_projection_input_dim=40, conv_depthwise_kernel_size=15, position_embeddings_type=positions
+    )
+    _save(folder, lambda: Wav2Vec2BertModel(config), seed=9)
+    SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20).save_pretrained(folder)
+
+
+def random_whisper(folder: Path) -> None:
+    """Untrained Whisper with the window of `make_encoder`."""
+    _save(folder, lambda: WhisperModel(_whisper_config(width=32, layers=2, mels=40)), seed=4)
+    WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
+
+
+def random_llm(folder: Path) -> None:
+    """Untrained Llama with the tokenizer of `make_llm`."""
+    tokenizer = _tokenizer()
+    _save(folder, lambda: _llama(tokenizer, width=32, layers=2), seed=5)
+    tokenizer.save_pretrained(folder)
+
+
+ENCODERS: dict[str, Callable[[Path], None]] = {
+    "hubert-layer": partial(random_hubert, norm="layer"),
+    "hubert-group": partial(random_hubert, norm="group"),
+    "wav2vec2-layer": partial(random_wav2vec2, norm="layer"),
+    "wav2vec2-group": partial(random_wav2vec2, norm="group"),
+    "wavlm-layer": partial(random_wavlm, norm="layer"),
+    "wavlm-group": partial(random_wavlm, norm="group"),
+    "conformer-relative": partial(random_conformer, positions="relative"),
+    "conformer-rotary": partial(random_conformer, positions="rotary"),
+    "w2v-bert": random_w2v_bert,
+    "whisper": random_whisper,
+}
+MODELS: dict[str, Callable[[Path], None]] = {**ENCODERS, "llm": random_llm}
+
+
+def _save(folder: Path, make: Callable[[], Any], seed: int) -> None:
+    with _fixed(seed):
+        model = make()
+        _perturb_norms(model)
+    model.eval().save_pretrained(folder)
+
+
+@torch.no_grad()
+def _perturb_norms(model: nn.Module) -> None:
+    """Fresh norms scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):
+            module.weight.add_(0.3 * torch.randn_like(module.weight))
+            module.bias.add_(0.3 * torch.randn_like(module.bias))
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.add_(0.3 * torch.randn_like(module.running_mean))
+            module.running_var.mul_(torch.exp(0.3 * torch.randn_like(module.running_var)))
