@@ -46,6 +46,9 @@ def prepare(
     sizes: Counter[str] = Counter()
     for conversation in conversations:
         sizes[conversation.group] += sum(turn.label is not None for turn in conversation.turns)
+    if not sizes.total():  # nothing to classify: replies or sessions may still be learnt
+        for conversation in conversations:
+            sizes[conversation.group] += len(conversation.turns)
     splits = split_groups(sizes, fractions, seed)
 
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")

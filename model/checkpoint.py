@@ -73,7 +73,10 @@ def chain(source: str) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
         CheckpointError: a link is missing, damaged, or has changed since it was started from.
     """
     path = Path(source) / FILE if Path(source).is_dir() else Path(source)
-    state = load(path)
+    try:
+        state = load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.init_from: {error}") from None
     tensors: dict[str, Tensor] = {}
     links: list[dict[str, str]] = state["parents"]
     for link in links:

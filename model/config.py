@@ -9,6 +9,7 @@ from data.config import Section, Weight
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+NEW_PARTS = ("adapter", "lora", "tokens")  # they start at random: a pretrained model does not hold them
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -86,9 +87,10 @@ class ModelConfig(Section):
         "speech", description="How the last turn with sound is read; all other turns are text."
     )
     trainable: str = Field(
-        "adapter+lora+tokens",
+        "new",
         description="The parts that train, joined with +: encoder, adapter, lora, tokens (the learned vectors), llm, "
-        "or patterns of parameter names such as encoder.*.layers.11.*; `sweep inspect` shows what they match.",
+        "new (for adapter+lora+tokens), or patterns of parameter names such as encoder.*.layers.11.*; `sweep inspect` "
+        "shows what they match.",
     )
     encoder: EncoderConfig = EncoderConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -124,7 +126,8 @@ class ModelConfig(Section):
     @property
     def patterns(self) -> list[str]:
         """The parts or patterns of `trainable`."""
-        return [part.strip() for part in self.trainable.split("+") if part.strip()]
+        parts = [part.strip() for part in self.trainable.split("+") if part.strip()]
+        return [name for part in parts for name in (NEW_PARTS if part == "new" else (part,))]
 
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""

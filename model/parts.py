@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from data.errors import ConfigError
+from model.config import NEW_PARTS
 
 PARTS = ("encoder", "adapter", "lora", "tokens", "llm")
-NEW_PARTS = ("adapter", "lora", "tokens")  # they start at random: a pretrained model does not hold them
 
 
 def part_of(name: str) -> str:

@@ -107,15 +107,18 @@ def _resolve(config: "Config") -> "Config":
     return resolved
 
 
-def _show_model(config: "Config") -> "SpeechLLM":
-    from sweep.inputs import skeleton
+def _show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
+    """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
+    from sweep.inputs import first_trial, skeleton
     from sweep.inspect import notes, parts_table
 
+    config = first_trial(resolved)
     model = skeleton(config)
-    console.print(parts_table(model, config))
+    which = ", first trial" if resolved.search.space else ""
+    console.print(parts_table(model, config, f"parts of the model{which}"))
     for note in notes(model):
         console.print(note, markup=False, highlight=False)
-    return model
+    return model, config
 
 
 def _attempt(driver: Any, resolved: "Config") -> bool:
@@ -267,7 +270,7 @@ def inspect(
     from sweep.inspect import lines
 
     resolved = builtin.resolve(configuration.load(config, set_))
-    for line in lines(_show_model(resolved), resolved, split, example):
+    for line in lines(*_show_model(resolved), split, example):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -212,6 +212,7 @@ def _space_problems(config: Config) -> Iterable[str]:
                 yield f"{where}.when.{condition}: no such setting"
         refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
         yield from refused or _refusals(config, where, {key: axis.inside()})
+    yield from _first_task_problems(config)
     for number, point in enumerate(config.search.points):
         for key, value in point.items():
             space = config.search.space.get(key)
@@ -219,6 +220,25 @@ def _space_problems(config: Config) -> Iterable[str]:
                 yield f"search.points[{number}].{key}: not an axis of search.space; add the axis or remove the key"
             elif not space.contains(value):
                 yield f"search.points[{number}].{key}: {value!r} lies outside its axis; {space.describe()}"
+
+
+def _first_task_problems(config: Config) -> Iterable[str]:
+    """Axes under which metrics without a prefix would speak of different tasks in different trials."""
+    for key, axis in config.search.space.items():
+        if not key.startswith("tasks.") or any(not isinstance(value, int | float) for value in axis.extremes()):
+            continue
+        weights = config.tasks.model_dump()
+        first = {
+            next(iter(TaskWeights(**{**weights, key.removeprefix("tasks."): value}).active()), None)
+            for value in axis.extremes()
+            if value >= 0
+        }
+        if len(first) > 1:
+            named = " or ".join(sorted(str(task) for task in first))
+            yield (
+                f"search.space.{key}: its values make {named} the first task, of which metrics without a prefix speak, "
+                "so trials could not be compared; leave 0 out, or search another task's weight"
+            )
 
 
 def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:

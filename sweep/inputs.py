@@ -39,6 +39,13 @@ def resolve_inputs(config: Config) -> Config:
     return resolved
 
 
+def first_trial(config: Config) -> Config:
+    """The configuration of a trial that the search may draw: its first point, or the first value of every axis."""
+    points = config.search.points
+    drawn = config.search.suggest(_Chooser(points[0] if points else {}), flat(config))
+    return builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
+
+
 def skeleton(config: Config) -> SpeechLLM:
     """The model of a configuration without its weights.
 

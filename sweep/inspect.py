@@ -18,16 +18,17 @@ from sweep.config import Config
 from sweep.trial import open_shards
 
 
-def parts_table(model: SpeechLLM, config: Config) -> Table:
+def parts_table(model: SpeechLLM, config: Config, title: str) -> Table:
     """The parts of a model: how many parameters they have, how many train, and at what peak rate."""
-    table = Table(title="parts of the model", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "parameters", "trained", "learning rate", "from"):
         table.add_column(name, justify="left" if name in ("part", "from") else "right")
     rows = parts(model)
     for part in rows:
         rate = getattr(config.train.learning_rates, part.name, None) or config.train.learning_rate
         shown = f"{rate:.2e}" if part.trained else "frozen"
-        source = Path(part.loaded).name if Path(part.loaded).is_dir() else part.loaded or "new"
+        source = part.loaded or "new"
+        source = Path(source).name if Path(source).is_dir() else source
         table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", shown, escape(source))
     total, trained = sum(part.parameters for part in rows), sum(part.trained for part in rows)
     table.add_row("all", f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", "", style="bold")

@@ -190,3 +190,10 @@ def test_sets_of_labels_are_answers_if_they_occur_in_training(tmp_path: Path) ->
     for split in SPLITS:
         single = [label for pair in own[split] for label in split_label(pair)] + ["question"] * len(own[split])
         assert shards.manifest.label_counts[split] == {label: single.count(label) for label in LABELS}
+
+
+def test_a_corpus_without_labels_can_be_split_for_replies(tmp_path: Path) -> None:
+    shards = make(tmp_path / "shards", "C! T C! T", sessions=9)
+    assert all(items(shards, "response", split) for split in ("train", "val", "test"))
+    with pytest.raises(DataError, match="nothing for the task classify"):
+        items(shards, "classify", "train")

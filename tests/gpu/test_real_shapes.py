@@ -1,5 +1,5 @@
-"""The real shapes, Llama-3.2-3B and HuBERT-large, with random weights on a GPU: the same labels in bf16 at any batch size,
-and what a step takes. Run with `pytest -m gpu -s tests/gpu`; the same functions run on tiny models everywhere."""
+"""The real shapes, Llama-3.2-3B and HuBERT-large, with random weights on a GPU: the same labels in bf16 at any batch
+size, and what a step takes. Run with `pytest -m gpu -s tests/gpu`; the same functions run on tiny models everywhere."""
 
 import time
 from collections.abc import Iterator

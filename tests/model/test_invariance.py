@@ -177,8 +177,8 @@ def one_step(
 def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Losses, gradients (relative to the largest of all: some vanish) and weights.
 
-    AdamW divides a gradient by its own size, so where the true one is zero (keys' biases, for example) a weight moves by
-    noise: weights are compared where the gradient is above that.
+    AdamW divides a gradient by its own size, so where the true one is zero (keys' biases, for example) a weight moves
+    by noise: weights are compared where the gradient is above that.
     """
     assert one.keys() == other.keys()
     assert close(one["losses"], other["losses"])

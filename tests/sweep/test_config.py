@@ -268,3 +268,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UnicodeEncodeError):
         write(load("demo"), path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("values", ["[0, 1]", "[1, 0, 0.5]"])
+def test_an_axis_must_not_change_what_metrics_without_a_prefix_speak_of(values: str) -> None:
+    axis = [f"search.space={{tasks.classify: {values}}}", "search.points=[]", "tasks.forecast=1"]
+    with pytest.raises(ConfigError, match=r"search\.space\.tasks\.classify: its values make classify or forecast the"):
+        load("demo", axis)
+    load("demo", ["search.space={tasks.forecast: [0, 1]}", "search.points=[]"])
