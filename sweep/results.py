@@ -146,4 +146,6 @@ def _number(value: Any) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.2e}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"

@@ -200,6 +200,20 @@ def test_what_is_left_out_is_said_and_must_be_allowed(form: str, tmp_path: Path)
     assert torch.equal(own.out.weight, before["out.weight"])
 
 
+@pytest.mark.parametrize(
+    ("source", "own", "said"),
+    [
+        ("conv", "pool", "2 of 2 tensors matched; missing: none; unexpected: conv.bias, conv.weight"),
+        ("pool", "conv", "2 of 4 tensors matched; missing: conv.bias, conv.weight; unexpected: none"),
+    ],
+)
+def test_neither_more_nor_less_goes_unsaid(source: str, own: str, said: str, tmp_path: Path) -> None:
+    path = str(saved(adapter(source), tmp_path, "safetensors"))
+    with pytest.raises(ConfigError, match=said):
+        load_adapter(adapter(own), path, partial=False)
+    assert load_adapter(adapter(own), path, partial=True)[1] == f"{path}: {said}"
+
+
 @pytest.mark.parametrize("partial", [True, False])
 def test_a_file_of_which_nothing_fits_is_refused(partial: bool, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"

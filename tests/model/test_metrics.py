@@ -188,6 +188,7 @@ def test_the_calibration_error_is_zero_where_confidence_is_accuracy() -> None:
     assert calibration_error(rows(0.75, 3, 4) + rows(0.6, 6, 10)) == pytest.approx(0)
     assert calibration_error(rows(0.75, 0, 4)) == pytest.approx(0.75)
     assert calibration_error(rows(0.75, 3, 4) + rows(0.6, 10, 10)) == pytest.approx(0.4 * 10 / 14)
+    assert calibration_error(rows(0.9, 5, 5) + rows(0.99, 0, 5)) == pytest.approx((0.1 + 0.99) / 2)  # the last two bins
     certain = [record("change", "change", scores=(0.0, -1e4))]
     assert calibration_error(certain) == 0
 

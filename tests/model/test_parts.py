@@ -1,11 +1,13 @@
 """Parts: what trains is what the configuration names, and nothing else is ever written to."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.config import DataConfig, TaskWeights
@@ -345,3 +347,26 @@ def test_the_table_says_where_weights_come_from(models: Path) -> None:
         "lora": "",
         "tokens": "",
     }
+
+
+def test_an_llm_without_all_of_its_weights_is_refused(models: Path, tmp_path: Path) -> None:
+    """Random ones would stand in for them."""
+    folder = Path(shutil.copytree(models / "llm", tmp_path / "llm"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = tensors.pop(name)
+
+    def message() -> str:
+        with pytest.raises(ConfigError) as error:
+            load_llm.__wrapped__(str(folder), "float32", "cpu")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert (
+        message() == f"model.llm.path: {folder} lacks 1 of the LLM's tensors ({name}, ...); use a complete checkpoint"
+    )
+    save_file(tensors | {name: whole[:3]}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert message().startswith(f"model.llm.path: cannot load a causal LM from {folder}: ")
+    (folder / "model.safetensors").write_bytes(b"half a file")
+    assert message().startswith(f"model.llm.path: cannot load a causal LM from {folder}: ")

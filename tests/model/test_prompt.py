@@ -152,6 +152,13 @@ def test_history_tokens_limits_the_turns_before_the_last(
     assert own.prompt(example).dropped_turns == 2 - kept.count("\n")
 
 
+def test_both_limits_hold(models: Path, example: Example) -> None:
+    full = len(prompter(models, **BARE).prompt(example).ids)
+    for history, text, dropped in ((full, full, 0), (full, full - 1, 1), (0, full, 2)):
+        own = prompter(models, **BARE, prompt={"history_tokens": history}, llm={"max_text_tokens": text})
+        assert own.prompt(example).dropped_turns == dropped
+
+
 def test_a_turn_that_is_heard_is_never_dropped(models: Path, reply: Example) -> None:
     rest = "client: well so[CLIP][END]\ntherapist: go on\nclient: maybe\ntherapist:[CLS]"
     own = prompter(models, prompt={"history_tokens": 0})
