@@ -1,5 +1,7 @@
 """Errors meant for users: one line that says what, where and what to do. The command line exits with 2 on them."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad input or configuration. The message is complete: no traceback is shown with it."""
@@ -13,6 +15,13 @@ class DataError(UserError):
 
 class ConfigError(UserError):
     """One or more settings are wrong; the message lists them all."""
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    known = sorted(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return (", ".join(known[:most]) or "none") + more
 
 
 def reason(error: BaseException) -> str:

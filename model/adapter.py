@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import ConfigError
+from data.errors import ConfigError, listed
 from model.config import AdapterConfig
 
 
@@ -74,11 +74,8 @@ def load_adapter(adapter: Adapter, path: str, partial: bool) -> tuple[set[str], 
                 f"model.adapter.init_from: {name} is {list(tensors[name].shape)} in {path}, and this adapter needs "
                 f"{list(own[name].shape)}; use the adapter's own encoder, LLM, kind and window"
             )
-    missing, unexpected = sorted(own.keys() - matched), sorted(tensors.keys() - matched)
-    said = (
-        f"{len(matched)} of {len(own)} tensors matched; missing: {', '.join(missing) or 'none'}; "
-        f"unexpected: {', '.join(unexpected) or 'none'}"
-    )
+    missing, unexpected = own.keys() - matched, tensors.keys() - matched
+    said = f"{len(matched)} of {len(own)} tensors matched; missing: {listed(missing)}; unexpected: {listed(unexpected)}"
     if not matched or ((missing or unexpected) and not partial):
         raise ConfigError(
             f"model.adapter.init_from: {path}: {said}; use a file of this adapter"

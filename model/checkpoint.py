@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data.errors import UserError, listed
 
 FILE = "checkpoint.pt"
 
@@ -90,6 +90,16 @@ def chain(source: str) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
     return tensors | state["tensors"], [*links, own]
 
 
+def placed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that this model has for them: LoRA moves the weights of an LLM into wrappers."""
+
+    def bare(name: str) -> str:
+        return name.replace("base_model.model.", "").replace(".base_layer", "")
+
+    own = {bare(name): name for name, _ in model.named_parameters()}
+    return {own.get(bare(name), name): tensor for name, tensor in tensors.items()}
+
+
 def start_from(model: nn.Module, tensors: dict[str, Tensor], source: str, partial: bool) -> tuple[set[str], str]:
     """Copy a former trial's tensors into the model.
 
@@ -101,8 +111,8 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor], source: str, partia
     """
     own = dict(model.named_parameters())
     matched = own.keys() & tensors.keys()
-    unexpected = sorted(tensors.keys() - matched)
-    said = f"{source}: {len(matched)} of {len(tensors)} tensors matched; left out: {', '.join(unexpected) or 'none'}"
+    unexpected = tensors.keys() - matched
+    said = f"{source}: {len(matched)} of {len(tensors)} tensors matched; left out: {listed(unexpected)}"
     if not matched or (unexpected and not partial):
         raise CheckpointError(
             f"model.init_from: {said}; use the settings of that trial"

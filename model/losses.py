@@ -5,8 +5,9 @@ All of them are sums, one an example; what they are divided by is decided over a
 Legend: B examples, L kept positions, V vocabulary, P predicted tokens of all examples, E width.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -88,18 +89,25 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
 
 @torch.no_grad()
 def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read:
-    """The base LLM on the transcript: no sound, no learned vectors, no LoRA."""
-    plain = {"modality": "text", "cls": "none", "end_of_audio": "none"}
+    """The base LLM on the transcript of the turns that the model reads: no sound, no learned vectors, no LoRA."""
+    unlimited = model.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})  # turns are chosen already
+    prompt = model.config.prompt.model_copy(update={"history_tokens": None})
+    plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
     prompter = Prompter(model.prompter.vocabulary, model.config.model_copy(update=plain))
     llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
     inputs = llm.get_input_embeddings()  # type: ignore[operator]
     answers = [prompter.answer(written(example.task, example.answer)) for example in examples]
     sequences = [
-        inputs(torch.tensor([*prompter.prompt(example).ids, *answer.inputs], device=model.device))
+        inputs(torch.tensor([*prompter.prompt(_read_by(model, example)).ids, *answer.inputs], device=model.device))
         for example, answer in zip(examples, answers, strict=True)
     ]
     with model.autocast():
         return _read(llm, sequences, answers, hidden)
+
+
+def _read_by(model: SpeechLLM, example: Example) -> Example:
+    """The example without the turns that the model has no room for."""
+    return replace(example, turns=example.turns[model.prompter.prompt(example).dropped_turns :])
 
 
 def _read(llm: torch.nn.Module, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:

@@ -98,7 +98,8 @@ class SpeechLLM(nn.Module):
             loaded |= {f"adapter.{name}" for name in names}
         tensors: dict[str, Tensor] = {}
         if self.config.init_from is not None:
-            tensors, self.parents = checkpoint.chain(self.config.init_from)
+            former, self.parents = checkpoint.chain(self.config.init_from)
+            tensors = checkpoint.placed(self, former)
         own_tensors(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
         if self.config.init_from is not None:
             names, said = checkpoint.start_from(self, tensors, self.config.init_from, self.config.init_partial)

@@ -141,6 +141,22 @@ def test_the_teacher_reads_the_words_and_not_the_sound(models: Path, examples: l
     assert not close(one, other, 1e-3)
 
 
+def test_the_teacher_reads_the_turns_of_the_student(models: Path, examples: list[Example]) -> None:
+    """The words of the heard turn are beyond the student's limit, and no reason to drop a turn or to stop."""
+    example = next(example for example in examples if len(example.turns) > 2)
+    speech = {"modality": "speech", "cls": "none", "end_of_audio": "none"}
+    roomy = build(models, **speech)
+    cut = replace(example, turns=example.turns[1:], heard=len(example.turns) - 2)
+    tokens = sum(token >= 0 for token in roomy.prompter.prompt(cut).ids)
+    tight = build(models, **speech, llm={"path": str(models / "llm"), "max_text_tokens": tokens})
+    assert tight.prompter.prompt(example).dropped_turns == 1
+    config = LossConfig(next_token=0, distillation=1)
+    found, expected = (answer_losses(*pair, config) for pair in ((tight, [example]), (roomy, [cut])))
+    assert found.distillation_B is not None
+    assert expected.distillation_B is not None
+    assert close(found.distillation_B, expected.distillation_B)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[Any]:
     """A list that grows with every call of a module's forward."""
     calls: list[Any] = []

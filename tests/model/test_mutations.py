@@ -21,7 +21,7 @@ from data.shards import Shards
 from model import evaluate, losses, metrics, parts, score, speech_llm, train
 from model.metrics import Record
 from model.speech_llm import SpeechLLM, pad_left
-from tests.model import test_invariance, test_metrics, test_parts, test_train
+from tests.model import test_invariance, test_metrics, test_parts, test_resume
 from tests.model.common import build
 
 Patch = pytest.MonkeyPatch
@@ -224,7 +224,7 @@ def stage(name: str, kind: str = "hubert-layer") -> tuple[Callable[..., None], C
 
 def killed(use: Fixtures) -> dict[str, Any]:
     """A run killed between two checkpoints of its first epoch, beside one that was not."""
-    trial, folder = test_train.RESUMED["lora-dropout"], use.tmp_path / "whole"
+    trial, folder = test_resume.RESUMED["lora-dropout"], use.tmp_path / "whole"
     trial.run(use.models, use.corpus, folder)
     own = {"models": use.models, "corpus": use.corpus, "tmp_path": use.tmp_path / "killed"}
     return {"steps": 4, "whole": (trial, folder), "monkeypatch": pytest.MonkeyPatch(), **own}
@@ -285,9 +285,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], Callable[[
         test_parts.test_what_would_stay_random_is_refused,
         frozen_end_of_audio,
     ),
-    "schedule not restored": (schedule_not_restored, test_train.test_a_killed_run_resumes_bit_for_bit, killed),
-    "data order not restored": (data_order_not_restored, test_train.test_a_killed_run_resumes_bit_for_bit, killed),
-    "generators not restored": (generators_not_restored, test_train.test_a_killed_run_resumes_bit_for_bit, killed),
+    "schedule not restored": (schedule_not_restored, test_resume.test_a_killed_run_resumes_bit_for_bit, killed),
+    "data order not restored": (data_order_not_restored, test_resume.test_a_killed_run_resumes_bit_for_bit, killed),
+    "generators not restored": (generators_not_restored, test_resume.test_a_killed_run_resumes_bit_for_bit, killed),
 }
 
 

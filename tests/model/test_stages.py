@@ -1,0 +1,218 @@
+"""Trials that start from one another: what is loaded, what is kept, what is refused."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.errors import ConfigError
+from data.shards import Shards
+from model import checkpoint
+from model.checkpoint import CheckpointError, trained_tensors
+from model.config import TrainConfig
+from model.encoder import load_encoder
+from model.evaluate import evaluate
+from model.train import fit
+from tests.model.common import close
+from tests.model.trials import DROPOUT, NEW, ONE, KilledError, Trial, kill_after, same_end
+
+SHORT = TrainConfig(epochs=1, batch_size=8, learning_rate=3e-3, checkpoint_steps=1)
+FIRST = Trial(model={"trainable": "adapter+tokens", "lora": {"enabled": False}}, train=SHORT)
+SECOND = partial(Trial, train=SHORT, seed=8)
+
+
+@pytest.fixture(scope="module")
+def first(models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trial that trained adapter and learned vectors alone."""
+    folder = tmp_path_factory.mktemp("first")
+    FIRST.run(models, corpus, folder)
+    return folder
+
+
+@pytest.fixture
+def own_first(first: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be changed."""
+    return Path(shutil.copytree(first, tmp_path / "first"))
+
+
+def second(source: Path, **changed: Any) -> Trial:
+    """One that starts from another and trains LoRA alone."""
+    return SECOND(model={"trainable": "lora", "init_from": str(source)} | changed)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = checkpoint.load(folder / "checkpoint.pt")["tensors"]
+    return tensors
+
+
+def link(folder: Path) -> dict[str, str]:
+    path = folder / "checkpoint.pt"
+    return {"path": str(path), "digest": checkpoint.load(path)["digest"]}
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint.pt"])
+def test_a_second_stage_stands_on_the_first(
+    name: str, first: Path, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    before = tensors_of(first)
+    assert before.keys() == {"adapter.linear.weight", "adapter.linear.bias", "end_of_audio", "cls"}
+    trial = second(first / name)
+    model, data = trial.start(models, corpus)
+    assert model.parents == [link(first)]
+    assert model.sources["adapter"] == f"{first / name}: 4 of 4 tensors matched; left out: none"
+    fit(model, data, trial.train, ONE, trial.seed, tmp_path, lambda epoch, metrics: None)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[key], tensor) and not own[key].requires_grad for key, tensor in before.items())
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["parents"] == [link(first)]
+    assert all("lora_" in key for key in state["tensors"])
+    assert any(tensor.any() for key, tensor in state["tensors"].items() if "lora_B" in key)
+
+
+def test_a_second_stage_is_evaluated_from_its_checkpoint(
+    first: Path, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    second(first).run(models, corpus, tmp_path)
+    model, data = SECOND(model=second(first).model, seed=99).start(models, corpus)  # all else random is loaded
+    checkpoint.restore(model, checkpoint.load(tmp_path / "checkpoint.pt"))
+    written = json.loads((tmp_path / "predictions.json").read_text())["records"]
+    records = [record.as_dict() | {"scores": list(record.scores)} for record in evaluate(model, data, "val", 16_384)]
+    assert records == written
+
+
+def test_a_second_stage_resumes_bit_for_bit(
+    first: Path, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = second(first, lora=DROPOUT)
+    trial.run(models, corpus, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, 2)
+        trial.run(models, corpus, tmp_path / "killed")
+    trial.run(models, corpus, tmp_path / "killed")
+    assert same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_third_stage_knows_both_before_it(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    second(first).run(models, corpus, tmp_path / "second")
+    third = SECOND(model={"trainable": NEW, "init_from": str(tmp_path / "second")})
+    model, _ = third.start(models, corpus)
+    own = dict(model.named_parameters())
+    expected = tensors_of(first) | tensors_of(tmp_path / "second")
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
+    assert trained_tensors(model).keys() == expected.keys()
+    third.run(models, corpus, tmp_path / "third")
+    parents = checkpoint.load(tmp_path / "third" / "checkpoint.pt")["parents"]
+    assert parents == [link(first), link(tmp_path / "second")]
+    fourth, _ = second(tmp_path / "third").start(models, corpus)
+    assert len(fourth.parents) == 3
+    assert torch.equal(fourth.adapter.linear.weight, tensors_of(tmp_path / "third")["adapter.linear.weight"])
+
+
+def test_a_parent_that_has_changed_is_refused(own_first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """By those that start from its child, and by the child itself."""
+    child = second(own_first)
+    child.run(models, corpus, tmp_path / "second")
+    grandchild = second(tmp_path / "second")
+    grandchild.start(models, corpus)
+    (own_first / "checkpoint.pt").unlink()
+    Trial(model=FIRST.model, train=SHORT, seed=1).run(models, corpus, own_first)
+    expected = rf"^{own_first}/checkpoint\.pt: has changed since .* put the former checkpoint back$"
+    with pytest.raises(CheckpointError, match=expected):
+        grandchild.start(models, corpus)
+    with pytest.raises(CheckpointError, match=expected):
+        child.run(models, corpus, tmp_path / "second")
+    (own_first / "checkpoint.pt").unlink()
+    with pytest.raises(CheckpointError, match=rf"^{own_first}/checkpoint\.pt: no such checkpoint"):
+        grandchild.start(models, corpus)
+
+
+def test_a_trial_is_not_resumed_with_other_parents(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    SECOND(model={"init_from": str(first)}).run(models, corpus, tmp_path)
+    with pytest.raises(CheckpointError, match=r"another configuration: it stands on 1 former trials, and model\.init"):
+        SECOND().run(models, corpus, tmp_path)
+
+
+def test_tensors_without_a_place_are_refused_unless_allowed(first: Path, models: Path, corpus: Shards) -> None:
+    with pytest.raises(CheckpointError) as error:
+        second(first, cls="none").start(models, corpus)
+    said = f"{first}: 3 of 4 tensors matched; left out: cls"
+    assert str(error.value) == (
+        f"model.init_from: {said}; use the settings of that trial, or allow it with model.init_partial=true"
+    )
+    model, _ = second(first, cls="none", init_partial=True).start(models, corpus)
+    assert model.sources["adapter"] == said
+    assert torch.equal(model.adapter.linear.weight, tensors_of(first)["adapter.linear.weight"])
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_trial_of_which_nothing_fits_is_refused(partial: bool, first: Path, models: Path, corpus: Shards) -> None:
+    deaf = {"modality": "text", "cls": "none", "end_of_audio": "none", "init_partial": partial}
+    with pytest.raises(CheckpointError, match=r"0 of 4 tensors matched; .*; use the settings of that trial$"):
+        second(first, **deaf).start(models, corpus)
+
+
+def test_another_shape_is_named(first: Path, models: Path, corpus: Shards) -> None:
+    stacked = {"kind": "stack", "window": 2, "stride": 2}
+    with pytest.raises(CheckpointError) as error:
+        second(first, adapter=stacked, init_partial=True).start(models, corpus)
+    assert str(error.value) == (
+        f"model.init_from: adapter.linear.weight is [32, 32] in {first} and [32, 64] here; use the settings of that "
+        "trial"
+    )
+
+
+def test_what_no_stage_ever_trained_is_refused(first: Path, models: Path, corpus: Shards) -> None:
+    with pytest.raises(ConfigError, match=r"lora is frozen and was never loaded") as error:
+        second(first, trainable="adapter+tokens").start(models, corpus)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_trial_is_one_line(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint; train first") as error:
+            second(source).start(models, corpus)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "hubert-group"])
+def test_an_encoder_that_a_former_stage_trained_is_used_and_the_shared_one_stays(
+    kind: str, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    base = load_encoder(str(models / kind), "cpu", "float32")
+    before = {name: tensor.clone() for name, tensor in base.named_parameters()}
+    versions = [tensor._version for tensor in base.parameters()]
+    stage = {"trainable": "encoder+adapter+tokens", "lora": {"enabled": False}}
+    Trial(kind, stage, train=SHORT).run(models, corpus, tmp_path / "first")
+    trial = SECOND(kind, {"trainable": "lora", "init_from": str(tmp_path / "first")})
+    model, data = trial.start(models, corpus)
+    learnt = {name: tensor for name, tensor in tensors_of(tmp_path / "first").items() if name.startswith("encoder.")}
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name], tensor) and not own[name].requires_grad for name, tensor in learnt.items())
+    assert any(not torch.equal(tensor, before[name.removeprefix("encoder.")]) for name, tensor in learnt.items())
+    (examples,) = data.read("val", [[0, 1]])
+    plain, _ = SECOND(kind, {"trainable": NEW}).start(models, corpus)
+    plain.adapter.load_state_dict(model.adapter.state_dict())
+    with torch.no_grad():
+        assert not close(torch.cat(model.eval().clips(examples)), torch.cat(plain.eval().clips(examples)), 1e-3)
+    frozen = {name: tensor.clone() for name, tensor in own.items() if name.startswith("encoder.")}
+    fit(model, data, SHORT, ONE, 8, tmp_path / "second", lambda epoch, metrics: None)
+    assert all(torch.equal(own[name], tensor) for name, tensor in frozen.items())
+    assert [tensor._version for tensor in base.parameters()] == versions
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_parameters())
+
+
+def test_lora_stands_on_an_llm_that_a_former_stage_trained(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    whole = Trial(model={"trainable": "llm+adapter+tokens", "lora": {"enabled": False}}, train=SHORT)
+    whole.run(models, corpus, tmp_path)
+    own = dict(second(tmp_path).start(models, corpus)[0].named_parameters())
+    name = "layers.0.self_attn.q_proj"
+    trained = tensors_of(tmp_path)[f"llm.model.{name}.weight"]
+    assert torch.equal(own[f"llm.base_model.model.model.{name}.base_layer.weight"], trained)
+    assert torch.equal(
+        own["llm.base_model.model.model.embed_tokens.weight"], tensors_of(tmp_path)["llm.model.embed_tokens.weight"]
+    )

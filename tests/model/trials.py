@@ -1,0 +1,99 @@
+"""Trials for the tests of training: what is trained, and by what it is known afterwards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.config import DataConfig, TaskWeights
+from data.shards import Shards
+from data.tasks import answer_sets
+from model import checkpoint
+from model.checkpoint import seed_everything
+from model.config import ModelConfig, TrainConfig
+from model.evaluate import TrialData
+from model.speech_llm import SpeechLLM
+from model.train import Trainer, fit
+from tests.model.common import settings
+
+CONFIG = TrainConfig(epochs=2, batch_size=5, learning_rate=3e-3, checkpoint_steps=3)
+NEW = "adapter+lora+tokens"
+ONE, TWO = TaskWeights(), TaskWeights(classify=1.0, response=0.5)
+DROPOUT = {"rank": 4, "dropout": 0.2}
+
+
+class KilledError(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a test trains."""
+
+    kind: str = "whisper"
+    model: dict[str, Any] = field(default_factory=dict)
+    tasks: TaskWeights = ONE
+    train: TrainConfig = CONFIG
+    seed: int = 7
+
+    def config(self, models: Path) -> ModelConfig:
+        changed = {"trainable": NEW} | self.model
+        encoder = {"path": str(models / self.kind)} | changed.get("encoder", {})
+        return settings(models, self.kind, **changed | {"encoder": encoder})
+
+    def start(self, models: Path, shards: Shards) -> tuple[SpeechLLM, TrialData]:
+        seed_everything(self.seed)
+        model = SpeechLLM(self.config(models), answer_sets(shards, self.tasks.active()))
+        return model, TrialData.open(shards, model, DataConfig(history=2), ("train", "val"))
+
+    def trainer(self, models: Path, shards: Shards, folder: Path) -> Trainer:
+        return Trainer(*self.start(models, shards), self.train, self.tasks, self.seed, folder)
+
+    def run(self, models: Path, shards: Shards, folder: Path, report: Callable[..., None] | None = None) -> SpeechLLM:
+        model, data = self.start(models, shards)
+        fit(model, data, self.train, self.tasks, self.seed, folder, report or (lambda epoch, metrics: None))
+        return model
+
+
+def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """What was reported, but for the clock."""
+    state = checkpoint.load(folder / "checkpoint.pt")
+    return [(epoch, {**metrics, "seconds": 0}) for epoch, metrics in state["progress"]["history"]]
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the process end before a further step."""
+    taken = 0
+    original = Trainer._optimizer_step
+
+    def step(self: Trainer, *args: Any) -> None:
+        nonlocal taken
+        if taken == steps:
+            raise KilledError
+        taken += 1
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Weights, optimizer, schedule, generators and everything that was reported."""
+    states = [checkpoint.load(folder / "checkpoint.pt") for folder in (one, other)]
+    for state in states:
+        state["progress"] = {**state["progress"], "seconds": 0, "history": 0}
+    return equal(*states) and history(one) == history(other)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """To the bit, whatever contains the tensors."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
