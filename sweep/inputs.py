@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data.errors import UserError
-from data.tasks import answer_sets, has_sound, items
+from data.tasks import answer_sets, has_sound
+from model.evaluate import TrialData
 from model.speech_llm import SpeechLLM
 from sweep import builtin
 from sweep.config import Config, flat
@@ -22,21 +23,27 @@ def resolve_inputs(config: Config) -> Config:
         The configuration with paths in place of built-in names.
 
     Raises:
-        UserError: a shard is missing or corrupt, a split has nothing for a task, a model is not to be found or does not
-            fit its settings, or the corpus has no sound and an axis wants it.
+        UserError: a shard is missing or corrupt, a split has nothing for a task, an example does not fit, a model is
+            not to be found or does not fit its settings, or the corpus has no sound and an axis wants it.
     """
     resolved = builtin.resolve(config)
     shards = open_shards(resolved.data.shards)
     shards.verify()
     _check_sound(resolved, has_sound(shards))
+    measured = set()
     for values in _structures(resolved):
         changed = builtin.resolve(resolved.with_values(values | {"search.space": {}, "search.points": []}))
-        tasks = changed.tasks.active()
-        for task in tasks:
-            for split in ("train", "val"):
-                items(shards, task, split)
-        skeleton(changed)
+        model = skeleton(changed)
+        if (lengths := _lengths(changed)) not in measured:
+            measured.add(lengths)
+            TrialData.open(shards, model, changed.data, ("train", "val"))
     return resolved
+
+
+def _lengths(config: Config) -> str:
+    """The settings that decide how long an example is: others need not be measured anew."""
+    lora = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
+    return repr((config.model.model_dump(exclude=lora), config.tasks.active()))
 
 
 def first_trial(config: Config) -> Config:

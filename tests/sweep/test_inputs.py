@@ -25,7 +25,7 @@ WRONG = [
     ("model.llm.path", "/nowhere", "model.llm.path: cannot load a tokenizer from /nowhere"),
     ("model.encoder.path", "/nowhere", "model.encoder.path: cannot load an encoder from /nowhere"),
     ("model.adapter.init_from", "/nowhere.pt", "model.adapter.init_from: /nowhere.pt: no such file"),
-    ("model.init_from", "/nowhere", "/nowhere: no such checkpoint"),
+    ("model.init_from", "/nowhere", "model.init_from: /nowhere: no such checkpoint"),
     ("model.prompt.format", "chat", "model.prompt.format: the tokenizer of "),
     ("tasks.therapist_behaviour", 1, "{shards}: the train split has nothing for the task therapist_behaviour"),
 ]
