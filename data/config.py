@@ -17,7 +17,9 @@ class DataConfig(Section):
     """Which corpus is read, and how."""
 
     shards: str = Field("builtin:synthetic", description="Folder made by `sweep prepare`, or builtin:synthetic.")
-    history: Annotated[int, Field(ge=0)] = Field(10, description="Turns of dialogue before the last one, at most.")
+    history: Annotated[int, Field(ge=0)] = Field(
+        10, description="Turns of dialogue before the last one, at most, or back to the one heard."
+    )
     reader: Literal["ray", "local", "auto"] = Field(
         "ray",
         description="ray: Ray Data, any number of nodes. local: memory-mapped, for shards on the node's own disk. "

@@ -13,7 +13,18 @@ import numpy as np
 
 from data import audio
 from data.errors import DataError
-from data.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Conversation, Corpus, Finding, Turn, flag, split_label
+from data.schema import (
+    JOIN,
+    SAMPLE_RATE,
+    SCHEMA_VERSION,
+    SPLITS,
+    Conversation,
+    Corpus,
+    Finding,
+    Turn,
+    flag,
+    split_label,
+)
 from data.shards import Manifest, Shards, ShardWriter
 from data.split import split_groups
 
@@ -50,6 +61,7 @@ def prepare(
         for conversation in conversations:
             sizes[conversation.group] += len(conversation.turns)
     splits = split_groups(sizes, fractions, seed)
+    _check_labels(corpus, conversations)
 
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
@@ -62,6 +74,21 @@ def prepare(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return Shards(out)
+
+
+def _check_labels(corpus: Corpus, conversations: Iterable[Conversation]) -> None:
+    """Labels are declared; those of a turn stand in the order of the declaration."""
+    known = {label: place for place, label in enumerate(corpus.labels)}
+    for label in known:
+        if JOIN in label:
+            raise DataError(f"label {label!r} contains {JOIN!r}, which joins the labels of one turn; rename it")
+    for turn in (turn for conversation in conversations for turn in conversation.turns if turn.label is not None):
+        own = split_label(turn.label or "")
+        if not set(own) <= known.keys():
+            raise DataError(
+                f"{turn.where or turn.id}: utterance {turn.id} has the label {turn.label!r}; known: {', '.join(known)}"
+            )
+        turn.label = JOIN.join(sorted(set(own), key=lambda label: known[label]))
 
 
 def _write(

@@ -10,7 +10,7 @@ import pyarrow as pa
 SCHEMA_VERSION = "2"
 SAMPLE_RATE = 16_000  # Hz, of all audio in shards
 SPLITS = ("train", "val", "test")
-JOIN = "+"  # between the labels of a turn that has several
+JOIN = "|"  # between the labels of a turn that has several
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,37 +58,65 @@ def restore(model: Any, state: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{now['path']}: has changed since this trial was started from it; put the former checkpoint back"
             )
+    for setting, now in model.files.items():
+        if state["files"].get(setting) != now:
+            raise CheckpointError(
+                f"{setting}: its file has changed since this trial was started; put the former one back"
+            )
     load_tensors(model, state["tensors"])
 
 
-def chain(source: str) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    """What a former trial knows: the tensors that it trained, over those of the trials that it had started from.
+@dataclass(frozen=True)
+class Former:
+    """What a former trial knows."""
+
+    tensors: dict[str, Tensor]  # what it trained, over what the trials trained that it had started from
+    links: list[dict[str, str]]  # "path" and "digest" of these trials, oldest first, itself last
+    meaning: dict[str, str]  # see SpeechLLM.meaning
+    fingerprint: str  # of its corpus
+
+
+def chain(source: str) -> Former:
+    """Read a former trial and those that it had started from.
 
     Args:
         source: folder of the trial, or its checkpoint file.
-
-    Returns:
-        Tensors by name, and the links of the chain ("path" and "digest"), oldest first.
 
     Raises:
         CheckpointError: a link is missing, damaged, or has changed since it was started from.
     """
     path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+    if not path.exists():
+        raise CheckpointError(f"model.init_from: {source}: no such checkpoint; train it first, or name another trial")
     try:
         state = load(path)
+        tensors: dict[str, Tensor] = {}
+        for link in state["parents"]:
+            parent = load(Path(link["path"]))
+            if parent["digest"] != link["digest"]:
+                raise CheckpointError(
+                    f"{link['path']}: has changed since {path} was started from it; put the former checkpoint back"
+                )
+            tensors |= parent["tensors"]
     except CheckpointError as error:
-        raise CheckpointError(f"model.init_from: {error}") from None
-    tensors: dict[str, Tensor] = {}
-    links: list[dict[str, str]] = state["parents"]
-    for link in links:
-        parent = load(Path(link["path"]))
-        if parent["digest"] != link["digest"]:
-            raise CheckpointError(
-                f"{link['path']}: has changed since {path} was started from it; put the former checkpoint back"
-            )
-        tensors |= parent["tensors"]
+        why = str(error).replace("remove it to start this trial again", "name another trial")
+        raise CheckpointError(f"model.init_from: {why}") from None
     own = {"path": str(path.absolute()), "digest": state["digest"]}
-    return tensors | state["tensors"], [*links, own]
+    return Former(tensors | state["tensors"], [*state["parents"], own], state["meaning"], state["fingerprint"])
+
+
+def check_meaning(former: Former, here: dict[str, str], parts: set[str]) -> None:
+    """Refuse loaded parts that mean something else in this model.
+
+    Raises:
+        CheckpointError: names the first one.
+    """
+    for part in sorted(parts & here.keys()):
+        if former.meaning[part] != here[part]:
+            raise CheckpointError(
+                f"model.init_from: {former.links[-1]['path']} has {part} with {former.meaning[part]}, and this model "
+                f"with {here[part]}; use the settings of that trial"
+            )
 
 
 def placed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +192,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         kind = type(error).__name__  # its text advises to load without the safeguards
         raise CheckpointError(f"{path}: damaged checkpoint ({kind}); remove it to start this trial again") from None
-    if not isinstance(state, dict) or not {"tensors", "progress", "parents"} <= state.keys():
+    if not isinstance(state, dict) or not {"tensors", "progress", "parents", "files", "meaning"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a trial; name the checkpoint.pt of one")
     return state
 

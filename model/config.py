@@ -45,9 +45,15 @@ class LoraSettings(Section):
     alpha: Positive = Field(32, description="Scale: the update is multiplied by alpha / rank.")
     alpha_ratio: Positive | None = Field(None, description="alpha / rank, in place of alpha: the scale at any rank.")
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
-    targets: list[str] | Literal["all-linear"] = Field(
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get an update."
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
     rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732).")
     dora: bool = Field(False, description="Learn magnitude and direction apart (arXiv 2402.09353).")
 
@@ -75,6 +81,14 @@ class PromptConfig(Section):
     order: Literal["text-sound", "sound-text"] = Field(
         "text-sound", description="Of the heard turn's words and embeddings, where it is both read and heard."
     )
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("brackets make a list in YAML; quote them, as in ' [SEP] '")
+        return value
+
     history_tokens: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Tokens of the turns before the last one, at most; null: as many as fit."
     )
@@ -182,7 +196,9 @@ class TrainConfig(Section):
 
     epochs: Count = Field(5, description="Passes over the training split; each ends with an evaluation and a report.")
     patience: Count | None = Field(
-        None, description="End after so many epochs without a lower validation loss; null: never early."
+        None,
+        description="End after so many epochs without a lower validation loss; null: never early. The weights and "
+        "metrics of the last epoch count.",
     )
     batch_size: Count = Field(16, description="Items in an optimizer step, over all workers.")
     learning_rate: Positive = Field(1e-3, description="Peak of AdamW's learning rate.")
@@ -205,6 +221,11 @@ class TrainConfig(Section):
         "does not, in fp32 and without dropout, whose draws follow the cut.",
     )
     checkpoint_steps: Count = Field(500, description="Optimizer steps between checkpoints within an epoch.")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the base LLM has to read the transcript."""
+        return self.losses.distillation + self.losses.hidden > 0
 
     def problems(self) -> list[str]:
         """As in ModelConfig."""

@@ -8,17 +8,19 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from data.errors import UserError
+from data.errors import ConfigError, UserError
 from data.examples import Example, clip_samples, read_example
 from data.plan import micro_batches, share
 from data.shards import Shards
 from data.stream import SOURCES, Source
 from data.tasks import Item, has_sound, items
 from model.config import LossConfig
-from model.losses import answer_losses
+from model.losses import answer_losses, teacher_cost
 from model.metrics import Record
 from model.score import decide, generate, label_scores
 from model.speech_llm import SpeechLLM
+
+LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
 
 
 def world() -> tuple[int, int]:
@@ -48,9 +50,19 @@ class TrialData:
 
     @classmethod
     def open(
-        cls, shards: Shards, model: SpeechLLM, config: DataConfig, splits: Sequence[str], reader: str = "local"
+        cls,
+        shards: Shards,
+        model: SpeechLLM,
+        config: DataConfig,
+        splits: Sequence[str],
+        reader: str = "local",
+        *,
+        teacher: bool = False,
     ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
+
+        Args:
+            teacher: whether the losses of the training split need the base LLM's reading, too.
 
         Raises:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
@@ -61,6 +73,7 @@ class TrialData:
                 f"{shards.folder}: model.modality {model.config.modality!r} needs sound and this corpus is text only; "
                 "use model.modality=text, or prepare the corpus with --audio"
             )
+        _check_roles(shards, model)
         found = cls(shards, SOURCES[reader](shards, config, model.config.hears), {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
@@ -68,7 +81,8 @@ class TrialData:
                 example = read_example(shards, item, config, sound=False)
                 measure = model.measure(example, clip_samples(shards, item, config))
                 own.items.append(item)
-                own.costs.append(measure.cost)
+                taught = teacher_cost(model, example) if teacher and split == "train" else 0
+                own.costs.append(measure.cost + taught)
                 own.predicted.append(measure.predicted)
                 own.answers.append(example.answer)
                 found.dropped_turns += measure.dropped_turns
@@ -79,6 +93,16 @@ class TrialData:
         """Examples by batch; `batches` hold positions in the split's items."""
         chosen = self.splits[split].items
         return self.source([[chosen[position] for position in batch] for batch in batches])
+
+
+def _check_roles(shards: Shards, model: SpeechLLM) -> None:
+    """Raises ConfigError for a renamed role that nobody in the corpus has."""
+    speakers = set(shards.columns["speaker"])
+    unknown = sorted(model.config.prompt.roles.keys() - speakers)
+    if unknown:
+        raise ConfigError(
+            f"model.prompt.roles.{unknown[0]}: the corpus has no such role; its roles are {', '.join(sorted(speakers))}"
+        )
 
 
 @torch.no_grad()
@@ -100,7 +124,8 @@ def evaluate(
         positions = share([place for place, item in enumerate(own.items) if item[0] == task], rank, workers)
         if batch_size is None:
             parts = micro_batches([own.costs[position] for position in positions], token_budget)
-            batches += [[positions[place] for place in part] for part in parts]
+            chosen = [[positions[place] for place in part] for part in parts]
+            batches += [piece for batch in chosen for piece in _within_memory(model, task, own, batch)]
         else:
             batches += [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
     model.eval()
@@ -112,6 +137,14 @@ def evaluate(
         dist.all_gather_object(everybody, found)
         found = [item for part in everybody for item in part]
     return [record for _, record in sorted(found, key=lambda item: item[0])]
+
+
+def _within_memory(model: SpeechLLM, task: str, own: SplitData, batch: list[int]) -> list[list[int]]:
+    """Cut a batch so that its logits, of which every label or token of an answer needs some, stay within LOGITS."""
+    rows = len(model.tries[task].nodes) + 1
+    rows = max([rows, *(own.predicted[position] for position in batch)])
+    size = max(1, LOGITS // (rows * model.llm.get_input_embeddings().num_embeddings))
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def predict(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:

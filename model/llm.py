@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, reason
 from model.config import LLMConfig, LoraSettings
@@ -56,32 +58,49 @@ def adapted_llm(config: LLMConfig, lora: LoraSettings, device: str) -> Any:
         ConfigError: see `load_llm`, or a LoRA target matches nothing.
     """
     llm = shared_view(load_llm(config.path, config.dtype, device))
+    if not {"inputs_embeds", "position_ids", "logits_to_keep"} <= inspect.signature(llm.forward).parameters.keys():
+        raise ConfigError(
+            f"model.llm.path: {config.path} is a {llm.config.model_type} model, which takes no positions or no "
+            "embeddings, so padding could not be kept out; use one like Llama, Qwen, Gemma or Mistral"
+        )
     if config.gradient_checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
     return _with_lora(llm, lora) if lora.enabled else llm
 
 
 def _with_lora(llm: nn.Module, settings: LoraSettings) -> Any:
-    known = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
+    known = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     unknown = [] if settings.targets == "all-linear" else [name for name in settings.targets if name not in known]
     if unknown:
         raise ConfigError(
             f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(known))}"
         )
     ratio = settings.alpha_ratio
-    adapted = get_peft_model(
-        llm,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha if ratio is None else ratio * settings.rank,
-            lora_dropout=settings.dropout,
-            target_modules=settings.targets,
-            use_rslora=settings.rslora,
-            use_dora=settings.dora,
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha if ratio is None else ratio * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
     )
-    return adapted.requires_grad_(False)
+    try:
+        return get_peft_model(llm, config).requires_grad_(False)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.targets: {settings.targets} cannot be adapted in this LLM ({reason(error)}); choose among "
+            f"{', '.join(sorted(known))}"
+        ) from None
+
+
+def reach(llm: Any) -> int | None:
+    """The longest sequence that the model reads as a whole; None where nothing is said."""
+    config = llm.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        limits.append(getattr(config, "sliding_window", None))  # beyond it, scores and losses would see other tokens
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def shared_view(base: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import DataError
 from data.examples import Example
 from model.config import LossConfig
 from model.llm import load_llm
@@ -22,7 +23,7 @@ from model.speech_llm import SpeechLLM, pad_left
 
 @dataclass
 class Losses:
-    """Sums over the predicted tokens of each example, with gradients; None for a loss of weight 0."""
+    """Sums over the predicted tokens of each example; without gradient, or None, for a loss of weight 0."""
 
     count_B: list[int]  # predicted tokens
     next_token_B: Tensor  # nats
@@ -67,8 +68,8 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
             for prompt, answer in zip(model.prompts(examples), answers, strict=True)
         ]
         read = _read(model.llm, sequences, answers, hidden=config.hidden > 0)
-    logp_PV = read.logits_PV.log_softmax(-1)
-    nll_P = -logp_PV.gather(1, read.targets_P[:, None])[:, 0]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.next_token > 0):  # at 0 it is shown, at no cost
+        nll_P = F.cross_entropy(read.logits_PV, read.targets_P, reduction="none")
     found = Losses([answer.predicted for answer in answers], _by_example(nll_P, read, len(examples)))
     if config.distillation or config.hidden:
         teacher = _teach(model, examples, hidden=config.hidden > 0)
@@ -90,10 +91,7 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
 @torch.no_grad()
 def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read:
     """The base LLM on the transcript of the turns that the model reads: no sound, no learned vectors, no LoRA."""
-    unlimited = model.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})  # turns are chosen already
-    prompt = model.config.prompt.model_copy(update={"history_tokens": None})
-    plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
-    prompter = Prompter(model.prompter.vocabulary, model.config.model_copy(update=plain))
+    prompter = _teacher_prompter(model)
     llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
     inputs = llm.get_input_embeddings()  # type: ignore[operator]
     answers = [prompter.answer(written(example.task, example.answer)) for example in examples]
@@ -105,9 +103,34 @@ def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read
         return _read(llm, sequences, answers, hidden)
 
 
+def _teacher_prompter(model: SpeechLLM) -> Prompter:
+    """Writes the transcript; turns are chosen already."""
+    unlimited = model.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
+    prompt = model.config.prompt.model_copy(update={"history_tokens": None})
+    plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
+    return Prompter(model.prompter.vocabulary, model.config.model_copy(update=plain))
+
+
 def _read_by(model: SpeechLLM, example: Example) -> Example:
     """The example without the turns that the model has no room for."""
     return replace(example, turns=example.turns[model.prompter.prompt(example).dropped_turns :])
+
+
+def teacher_cost(model: SpeechLLM, example: Example) -> int:
+    """Tokens that the teacher reads for an example.
+
+    Raises:
+        DataError: they are more than the LLM reads at once.
+    """
+    prompt = _teacher_prompter(model).prompt(_read_by(model, example))
+    tokens = len(prompt.ids) + len(model.answer(example).inputs)
+    if model.reach is not None and tokens > model.reach:
+        raise DataError(
+            f"utterance {example.id}: its transcript takes {tokens} tokens, which the teacher of train.losses reads, "
+            f"and {model.config.llm.path} reads {model.reach} at once; lower data.history, or set distillation and "
+            "hidden to 0"
+        )
+    return tokens
 
 
 def _read(llm: torch.nn.Module, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:

@@ -126,7 +126,7 @@ def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dic
     """Precision, recall, F1 and support of each single label."""
     single = _single(labels)
     truth, said = _indicators(records, single)
-    columns = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
+    columns = precision_recall_fscore_support(truth, said, labels=range(len(single)), average=None, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     return {
         label: {name: float(column[place]) for name, column in zip(names, columns, strict=True)}
@@ -186,7 +186,8 @@ def _single(labels: Sequence[str]) -> list[str]:
 def _indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """[item, label]: whether the turn has the label, and whether the model said so. Labels beyond `single` are wrong
     answers and nobody's class."""
-    binarizer = MultiLabelBinarizer(classes=list(single))
+    # A column that is always empty: scikit-learn takes a matrix of one column for another kind of problem.
+    binarizer = MultiLabelBinarizer(classes=[*single, JOIN])
     known = set(single)
     columns = [[known & set(split_label(text)) for text in side] for side in _pairs(records)]
     truth, said = (binarizer.fit_transform(column) for column in columns)
@@ -198,8 +199,10 @@ def _accuracy(records: Sequence[Record]) -> float:
 
 
 def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
-    truth, said = _indicators(records, _single(labels))
+    single = _single(labels)
+    truth, said = _indicators(records, single)
+    own = {"labels": range(len(single)), "zero_division": 0}
     return {
-        f"{average}_f1": float(precision_recall_fscore_support(truth, said, average=average, zero_division=0)[2])
+        f"{average}_f1": float(precision_recall_fscore_support(truth, said, average=average, **own)[2])
         for average in ("macro", "weighted")
     }

@@ -61,9 +61,11 @@ def check_loaded(model: nn.Module, loaded: set[str]) -> None:
         if part_of(name) in NEW_PARTS and not parameter.requires_grad and name not in loaded:
             part = part_of(name)
             source = "model.adapter.init_from or model.init_from" if part == "adapter" else "model.init_from"
+            without = {"lora": "model.lora.enabled=false", "tokens": "model.cls=none and model.end_of_audio=none"}
+            other = f", or leave it out with {without[part]}" if part in without else ""
             raise ConfigError(
                 f"model.trainable: {part} is frozen and was never loaded, so {name} would stay random; add {part} to "
-                f"model.trainable, or load it with {source}"
+                f"model.trainable, load it with {source}{other}"
             )
 
 

@@ -44,6 +44,7 @@ class Vocabulary:
 
     tokenizer: Any
     _cache: dict[str, list[int]] = field(default_factory=dict)
+    _frames: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a segment, without special tokens: one that is spelt out in a transcript is plain text."""
@@ -58,6 +59,8 @@ class Vocabulary:
         Raises:
             ConfigError: the template refuses the messages (some know no system role), or loses the dialogue.
         """
+        if instruction in self._frames:
+            return self._frames[instruction]
         messages = [{"role": "system", "content": instruction}] if instruction else []
         try:
             text = self.tokenizer.apply_chat_template(
@@ -73,7 +76,9 @@ class Vocabulary:
                 f"model.prompt.format: the chat template of {self.tokenizer.name_or_path} does not take this prompt: "
                 f"{reason(error)}; use plain, or model.prompt.instruction=null"
             ) from None
-        return tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        start, end = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        self._frames[instruction] = start, end
+        return start, end
 
 
 @functools.lru_cache(maxsize=2)
@@ -85,7 +90,12 @@ def load_vocabulary(path: str) -> Vocabulary:
         raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.llm.path: the tokenizer of {path} has no EOS token, which ends every answer; set one")
-    return Vocabulary(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
+    if not vocabulary.ids("label"):
+        raise ConfigError(
+            f"model.llm.path: the tokenizer of {path} gives no tokens; use a complete folder of the model"
+        )
+    return vocabulary
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,20 @@ from model import checkpoint
 from model.adapter import Adapter, load_adapter
 from model.config import ModelConfig
 from model.encoder import SpeechEncoder, load_encoder, time_mask
-from model.llm import adapted_llm, own_tensors, shared_view
+from model.llm import adapted_llm, own_tensors, reach, shared_view
 from model.parts import check_loaded, part_of, trained_names
-from model.prompt import CLIP, CLS, END, Answer, LabelTrie, Prompter, label_trie, load_vocabulary, written
+from model.prompt import (
+    CLIP,
+    CLS,
+    END,
+    Answer,
+    LabelTrie,
+    Prompter,
+    label_trie,
+    load_vocabulary,
+    shared_beginnings,
+    written,
+)
 
 
 class SpeechLLM(nn.Module):
@@ -51,9 +62,16 @@ class SpeechLLM(nn.Module):
         for task, known in answers.items():
             self.answers[task] = self.prompter.label_answers(task, known.labels)
             self.tries[task] = label_trie(list(self.answers[task].values()))
+            alike = shared_beginnings(self.answers[task])
+            if config.cls == "after" and alike:
+                raise ConfigError(
+                    f"model.cls: after cannot tell {alike[0][0]!r} from {alike[0][1]!r}, which begin with the same "
+                    f"tokens (tasks.{task}): nothing is predicted where the first one ends; use before or none"
+                )
 
         self.place = device  # as the base models were loaded: torch names it otherwise ("cuda:0")
         self.llm = adapted_llm(config.llm, config.lora, device)
+        self.reach = reach(self.llm)
         embedding = self.llm.get_input_embeddings().weight
         self._check_vocabulary(len(embedding))
         self.encoder: SpeechEncoder | None = None
@@ -69,6 +87,7 @@ class SpeechLLM(nn.Module):
         self.cls = self._vector(embedding, config.cls != "none")
         self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
         self.parents: list[dict[str, str]] = []
+        self.files: dict[str, str] = {}  # digests of what else was loaded, by setting
         self._load(trained_names(self, config.patterns, fixed))
         self.augment = (0, 0)  # seed and epoch, from which every clip's SpecAugment follows
 
@@ -96,16 +115,25 @@ class SpeechLLM(nn.Module):
             path = self.config.adapter.init_from
             names, self.sources["adapter"] = load_adapter(self.adapter, path, self.config.adapter.init_partial)
             loaded |= {f"adapter.{name}" for name in names}
+            if not any(name.startswith("adapter.") for name in trained) and not self.adapter.linear.weight.is_meta:
+                self.files["model.adapter.init_from"] = checkpoint.digest(self.adapter.state_dict())
         tensors: dict[str, Tensor] = {}
         if self.config.init_from is not None:
-            former, self.parents = checkpoint.chain(self.config.init_from)
-            tensors = checkpoint.placed(self, former)
+            former = checkpoint.chain(self.config.init_from)
+            tensors, self.parents = checkpoint.placed(self, former.tensors), former.links
         own_tensors(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
         if self.config.init_from is not None:
             names, said = checkpoint.start_from(self, tensors, self.config.init_from, self.config.init_partial)
             loaded |= names
+            checkpoint.check_meaning(former, self.meaning(), {part_of(name) for name in names})
+            said += f"; trained on corpus {former.fingerprint}"
             self.sources |= {part_of(name): said for name in names}
         self.trained_parts = {part_of(name) for name in trained}
+        if "encoder" in self.trained_parts and self.config.encoder.dtype != "float32":
+            raise ConfigError(
+                f"model.encoder.dtype: {self.config.encoder.dtype} is for an encoder that stays frozen, and "
+                f"model.trainable ({self.config.trainable}) trains it; set float32 and model.precision=bfloat16"
+            )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained and part_of(name) == "llm" and parameter.dtype != torch.float32:
@@ -114,6 +142,16 @@ class SpeechLLM(nn.Module):
                     f"names {name}; set float32 and model.precision=bfloat16"
                 )
         check_loaded(self, loaded)
+
+    def meaning(self) -> dict[str, str]:
+        """By part, settings without which its tensors would mean something else in another model."""
+        adapter, lora = self.config.adapter, self.config.lora
+        ratio = lora.alpha_ratio or lora.alpha / lora.rank
+        scale = ratio * lora.rank**0.5 if lora.rslora else ratio
+        return {
+            "adapter": f"kind {adapter.kind}, window {adapter.window}, stride {adapter.stride}",
+            "lora": f"scale {scale:.6g}, DoRA {lora.dora}",
+        }
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +199,11 @@ class SpeechLLM(nn.Module):
             frames = self.encoder.frames(n_samples)
             clip = self.adapter.embeddings(frames)
             positions += clip - 1  # in place of the placeholder
-        reach = getattr(self.llm.config, "max_position_embeddings", None)
-        if reach is not None and positions > reach:
+        if self.reach is not None and positions > self.reach:
             raise DataError(
                 f"utterance {example.id}: prompt and answer take up to {positions} positions ({clip} of them sound), "
-                f"and {self.config.llm.path} has {reach}; lower model.llm.max_text_tokens, raise model.adapter.stride, "
-                "or cut the clip"
+                f"and {self.config.llm.path} reads {self.reach} at once; lower model.llm.max_text_tokens, raise "
+                "model.adapter.stride, or cut the clip"
             )
         return Measure(
             cost=text + (self.encoder.cost(n_samples) if self.encoder is not None and clip else 0),

@@ -111,13 +111,13 @@ class Trainer:
         """By position of a step: what the sum of its losses is multiplied by.
 
         Each task counts with its weight times its mean loss per token, over the whole step: the divisors follow from
-        the plan, so they are the same for every worker and every cut into micro-batches.
+        the plan, so they are the same for every worker and every cut into micro-batches. Class weights, 1 on average
+        over the corpus, are no part of the divisors: in a step of one item they would cancel.
         """
-        totals: dict[str, float] = {}
+        totals: dict[str, int] = {}
         for position in step:
             task = self.train.items[position][0]
-            tokens = self.importance[position] * self.train.predicted[position]
-            totals[task] = totals.get(task, 0.0) + tokens
+            totals[task] = totals.get(task, 0) + self.train.predicted[position]
         return {
             position: self.task_weights[task] * self.importance[position] / totals[task]
             for position, task in ((position, self.train.items[position][0]) for position in step)
@@ -231,7 +231,8 @@ class Trainer:
         if self.config.patience is None or not self.state.history:
             return False
         losses = [metrics.get("total_loss", metrics["loss"]) for _, metrics in self.state.history]
-        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+        best = min(range(len(losses)), key=lambda place: (not math.isfinite(losses[place]), losses[place]))
+        return len(losses) - 1 - best >= self.config.patience
 
     def save(self) -> None:
         """Write the checkpoint; generators of every worker are in it."""
@@ -250,6 +251,8 @@ class Trainer:
                 "fingerprint": self.data.shards.manifest.fingerprint,
                 "digest": checkpoint.digest(checkpoint.trained_tensors(self.model)),
                 "parents": self.model.parents,
+                "files": self.model.files,
+                "meaning": self.model.meaning(),
             }
             checkpoint.save(self.path, state)
         if self.world > 1:

@@ -265,11 +265,18 @@ def inspect(
     example: Annotated[str | None, typer.Option(help="Id of an utterance or session; by default the first.")] = None,
 ) -> None:
     """The parts of the model and what trains, and examples exactly as the model reads them. Loads no weights."""
+    from data.schema import SPLITS
+    from data.tasks import has_sound
     from sweep import builtin
     from sweep import config as configuration
+    from sweep.inputs import check_sound
     from sweep.inspect import lines
+    from sweep.trial import open_shards
 
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
     resolved = builtin.resolve(configuration.load(config, set_))
+    check_sound(resolved, has_sound(open_shards(resolved.data.shards)))
     for line in lines(*_show_model(resolved), split, example):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -121,8 +121,14 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+            try:
+                tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+            except (yaml.YAMLError, OmegaConfBaseException) as error:
+                raise ConfigError(
+                    f"--set {override}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
+                ) from None
         plain: Any = OmegaConf.to_container(tree, resolve=True)
+        _fix_axes(plain, [override.partition("=")[0] for override in overrides])
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
@@ -137,6 +143,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise _error(str(path), problems)
     return config
+
+
+def _fix_axes(tree: Any, keys: Sequence[str]) -> None:
+    """A setting that is given on the command line is no axis any more."""
+    search = tree.get("search") if isinstance(tree, dict) else None
+    if not isinstance(search, dict):
+        return
+    points = search.get("points")
+    for axes in (search.get("space"), *(points if isinstance(points, list) else ())):
+        if isinstance(axes, dict):
+            for key in keys:
+                axes.pop(key, None)
 
 
 def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ is built without weights, so that a mistake is one line now and not a failed tri
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.errors import UserError
+from data.errors import ConfigError, UserError
 from data.tasks import answer_sets, has_sound
 from model.evaluate import TrialData
 from model.speech_llm import SpeechLLM
@@ -29,14 +29,17 @@ def resolve_inputs(config: Config) -> Config:
     resolved = builtin.resolve(config)
     shards = open_shards(resolved.data.shards)
     shards.verify()
-    _check_sound(resolved, has_sound(shards))
+    check_sound(resolved, has_sound(shards))
     measured = set()
     for values in _structures(resolved):
-        changed = builtin.resolve(resolved.with_values(values | {"search.space": {}, "search.points": []}))
+        try:
+            changed = builtin.resolve(resolved.with_values(values | {"search.space": {}, "search.points": []}))
+        except ConfigError:
+            continue  # values that are allowed one by one and not together: should they be drawn, the trial says so
         model = skeleton(changed)
         if (lengths := _lengths(changed)) not in measured:
             measured.add(lengths)
-            TrialData.open(shards, model, changed.data, ("train", "val"))
+            TrialData.open(shards, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
     return resolved
 
 
@@ -63,7 +66,8 @@ def skeleton(config: Config) -> SpeechLLM:
     return SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), "meta")
 
 
-def _check_sound(config: Config, audible: bool) -> None:
+def check_sound(config: Config, audible: bool) -> None:
+    """Raise a UserError where a modality needs sound and the corpus has none."""
     axis = config.search.space.get("model.modality")
     wanted = [config.model.modality] if axis is None else axis.extremes()
     if any(modality != "text" for modality in wanted) and not audible:

@@ -38,7 +38,7 @@ def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tu
     seed_everything(config.seed)
     shards = open_shards(config.data.shards)
     model = SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), device)
-    return model, TrialData.open(shards, model, config.data, splits, reader)
+    return model, TrialData.open(shards, model, config.data, splits, reader, teacher=config.train.teaches)
 
 
 def available_device() -> str:

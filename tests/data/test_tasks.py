@@ -167,12 +167,12 @@ def test_labels_that_nobody_can_hear_are_no_items(tmp_path: Path) -> None:
 
 
 PAIRS = [
-    "question+reflection",
-    "other+question",
-    "neutral+question",
-    "change+question",
-    "change+other",
-    "change+neutral",
+    "question|reflection",
+    "other|question",
+    "neutral|question",
+    "change|question",
+    "change|other",
+    "change|neutral",
 ]
 
 
@@ -197,3 +197,21 @@ def test_a_corpus_without_labels_can_be_split_for_replies(tmp_path: Path) -> Non
     assert all(items(shards, "response", split) for split in ("train", "val", "test"))
     with pytest.raises(DataError, match="nothing for the task classify"):
         items(shards, "classify", "train")
+
+
+@pytest.mark.parametrize("label", ["unheard-of", "question|unheard-of"])
+def test_labels_must_be_declared(label: str, tmp_path: Path) -> None:
+    spoken = corpus(["C:change! T:question!"] * 6)
+    spoken.conversations[3].turns[1].label = label
+    with pytest.raises(DataError, match=r"utterance 3/1 has the label '.*unheard-of'; known: change, neutral, other"):
+        prepare(spoken, tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_labels_stand_in_the_order_of_their_declaration(tmp_path: Path) -> None:
+    spoken = corpus(["C:change! T:reflection|other|other!"] * 6)
+    shards = prepare(spoken, tmp_path / "shards")
+    assert set(shards.columns["label"]) == {"change", "other|reflection"}
+    spoken.labels = (*LABELS, "a|b")
+    with pytest.raises(DataError, match=r"label 'a\|b' contains '\|'"):
+        prepare(spoken, tmp_path / "again")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
 from data.config import DataConfig, TaskWeights
+from data.errors import DataError
 from data.examples import Example
 from data.shards import Shards
 from data.tasks import answer_sets
@@ -290,7 +291,7 @@ def expected_objective(setup: Setup, weigh: Callable[[str], float]) -> Tensor:
             logits, _, targets = student_rows(made.model, example)
             nll.append(F.cross_entropy(logits, targets, reduction="none"))
             shares.append(torch.full((len(targets),), weigh(example.answer)))
-        total = total + weight * (torch.cat(nll) * torch.cat(shares)).sum() / torch.cat(shares).sum()
+        total = total + weight * (torch.cat(nll) * torch.cat(shares)).mean()
     return total
 
 
@@ -335,10 +336,10 @@ def test_a_step_minimises_the_weighted_mean_of_each_task(
 
 
 @pytest.mark.parametrize("tasks", [TaskWeights(), TaskWeights(classify=1.0, response=2.0)], ids=["one", "two"])
-def test_balanced_classes_weigh_as_in_a_weighted_cross_entropy(
+def test_balanced_classes_weigh_as_scikit_learn_has_it(
     tasks: TaskWeights, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weighted mean of `torch.nn.CrossEntropyLoss(weight)`, with the weights that scikit-learn calls balanced."""
+    """They are no part of the divisor, or they would cancel in a step of one item."""
     setup = trainer(models, corpus, tmp_path, tasks, class_weights="balanced")
     own = setup[0].data.splits["train"]
     truth = [answer for (task, _), answer in zip(own.items, own.answers, strict=True) if task == "classify"]
@@ -363,3 +364,15 @@ def test_auxiliary_losses_are_part_of_the_step(
     objective = losses.weighted(ALL).sum() / sum(losses.count_B)
     assert loss == pytest.approx(objective.item(), rel=1e-5)
     assert close(gradient, gradient_of(setup, objective), 1e-4)
+
+
+def test_a_transcript_beyond_the_teachers_reach_is_told_before_training(models: Path, corpus: Shards) -> None:
+    """The words of the heard turn are read by the teacher alone."""
+    model = SpeechLLM(settings(models, modality="speech"), answer_sets(corpus, ["classify"]), "meta")
+    plain = TrialData.open(corpus, model, DataConfig(history=2), ("train",))
+    taught = TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)
+    costs = zip(taught.splits["train"].costs, plain.splits["train"].costs, strict=True)
+    assert all(with_teacher > alone for with_teacher, alone in costs)
+    model.reach = 20
+    with pytest.raises(DataError, match=r"utterance c\d+/\d+: .* reads 20 at once"):
+        TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)

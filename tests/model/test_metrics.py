@@ -14,7 +14,7 @@ from model.metrics import BINS, Record, accuracy_interval, calibration_error, co
 
 LABELS = ("change", "neutral", "sustain", "question", "other")
 ROLES = {"client": ("change", "neutral", "sustain"), "therapist": ("question", "other")}
-SETS = (*LABELS, "change+neutral", "change+sustain", "other+question")
+SETS = (*LABELS, "change|neutral", "change|sustain", "other|question")
 TEXTS = ("tell me more", "what would help you", "go on", "how was the week", "well then")
 
 
@@ -30,7 +30,7 @@ def records(count: int = 200, seed: int = 0, sets: bool = False) -> list[Record]
     made = []
     for place in range(count):
         role = str(rng.choice(list(ROLES)))
-        label = str(rng.choice([one for one in known if set(one.split("+")) <= set(ROLES[role])]))
+        label = str(rng.choice([one for one in known if set(one.split("|")) <= set(ROLES[role])]))
         said = label if rng.random() < 0.6 else str(rng.choice(known))
         scores = np.log(rng.dirichlet(np.ones(len(known))))
         best, place_of = int(scores.argmax()), known.index(said)
@@ -105,7 +105,7 @@ def test_metrics_of_several_labels_equal_scikit_learns() -> None:
     truth, said = pairs(rows)
     found = summary(rows, SETS)
     binarizer = MultiLabelBinarizer(classes=list(LABELS))
-    indicators = [binarizer.fit_transform([text.split("+") for text in side]) for side in (truth, said)]
+    indicators = [binarizer.fit_transform([text.split("|") for text in side]) for side in (truth, said)]
     for name in ("macro", "weighted"):
         assert found[f"{name}_f1"] == pytest.approx(f1_score(*indicators, average=name, zero_division=0))
     assert found["accuracy"] == accuracy_score(*indicators)
@@ -274,3 +274,12 @@ def test_where_all_are_right_or_none_is_the_interval_is_exact(right: bool) -> No
     width = 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
     expected = (1 - width, 1.0) if right else (0.0, width)
     assert accuracy_interval(rows) == pytest.approx(expected)
+
+
+def test_a_role_with_a_single_label_is_measured_like_any_other() -> None:
+    """scikit-learn takes a matrix of one column for a binary problem."""
+    rows = [record("note", said, speaker="therapist", scores=(0.0, -1.0)) for said in ("note", "note", "change")]
+    found = per_label(rows, ("note",))["note"]
+    truth, said = pairs(rows)
+    assert found["f1"] == pytest.approx(f1_score(truth, said, labels=["note"], average=None)[0]) == pytest.approx(0.8)
+    assert (found["support"], found["recall"]) == (3, pytest.approx(2 / 3))

@@ -1,5 +1,6 @@
 """Parts: what trains is what the configuration names, and nothing else is ever written to."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from data.config import DataConfig, TaskWeights
 from data.errors import ConfigError
@@ -149,7 +151,7 @@ def test_what_would_stay_random_is_refused(changed: dict[str, Any], part: str, n
         make(models, **changed)
     message = str(error.value)
     assert message.startswith(f"model.trainable: {part} is frozen and was never loaded, so ")
-    assert f"{name} would stay random; add {part} to model.trainable, or load it with" in message
+    assert f"{name} would stay random; add {part} to model.trainable, load it with" in message
     assert ("model.adapter.init_from or" in message) == (part == "adapter")
     assert "\n" not in message
 
@@ -370,3 +372,23 @@ def test_an_llm_without_all_of_its_weights_is_refused(models: Path, tmp_path: Pa
     assert message().startswith(f"model.llm.path: cannot load a causal LM from {folder}: ")
     (folder / "model.safetensors").write_bytes(b"half a file")
     assert message().startswith(f"model.llm.path: cannot load a causal LM from {folder}: ")
+
+
+def test_llms_that_take_no_positions_are_refused(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "llm", tmp_path / "bloom")
+    size = json.loads((models / "llm" / "config.json").read_text())["vocab_size"]
+    BloomForCausalLM(BloomConfig(vocab_size=size, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "bloom"
+    )
+    with pytest.raises(ConfigError, match=r"model\.llm\.path: .* is a bloom model, which takes no positions"):
+        make(models, llm={"path": str(tmp_path / "bloom")})
+
+
+def test_a_sliding_window_is_the_reach_of_an_llm(models: Path, tmp_path: Path) -> None:
+    """Beyond it, losses and label scores would see different tokens."""
+    shutil.copytree(models / "llm", tmp_path / "mistral")
+    size = json.loads((models / "llm" / "config.json").read_text())["vocab_size"]
+    shape = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=12)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+    assert make(models, llm={"path": str(tmp_path / "mistral")}).reach == 12

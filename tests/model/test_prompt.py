@@ -194,17 +194,17 @@ def test_the_answer_ends_with_eos_and_cls_may_stand_before_it(models: Path) -> N
 
 def test_answers_are_written_as_words(models: Path) -> None:
     assert answer_text("classify", "follow_neutral") == "follow neutral"
-    assert answer_text("classify", "change+giving_info") == "change, giving info"
+    assert answer_text("classify", "change|giving_info") == "change, giving info"
     assert answer_text("response", " well+then \n go_on ") == "well+then go_on"
     own = prompter(models)
-    answers = own.label_answers("classify", ("change", "sustain", "change+sustain"))
+    answers = own.label_answers("classify", ("change", "sustain", "change|sustain"))
     texts = [shown(own, list(answer.inputs)) for answer in answers.values()]
     assert texts == [" change", " sustain", " change, sustain"]
 
 
 def test_labels_that_begin_alike_are_found(models: Path) -> None:
-    answers = prompter(models, cls="after").label_answers("classify", ("change", "sustain", "change+sustain"))
-    assert shared_beginnings(answers) == [("change", "change+sustain")]
+    answers = prompter(models, cls="after").label_answers("classify", ("change", "sustain", "change|sustain"))
+    assert shared_beginnings(answers) == [("change", "change|sustain")]
     assert shared_beginnings({label: answers[label] for label in ("change", "sustain")}) == []
 
 
@@ -370,7 +370,7 @@ def test_what_the_llm_cannot_reach_is_refused(
 
     assert measured(needed) == whole.answer(asked).predicted
     with pytest.raises(
-        DataError, match=rf"utterance {asked.id}: .* up to {needed} positions .* has {needed - 1};"
+        DataError, match=rf"utterance {asked.id}: .* up to {needed} positions .* reads {needed - 1} at once;"
     ) as e:
         measured(needed - 1)
     assert "\n" not in str(e.value)

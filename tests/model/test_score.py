@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from data.errors import ConfigError
 from data.examples import Example
 from data.tasks import AnswerSet
 from model.config import LossConfig
@@ -22,9 +23,9 @@ from model.prompt import CLS, IGNORE, Answer, label_trie
 from model.score import Reply, decide, generate, label_scores
 from model.speech_llm import SpeechLLM, pad_left
 from tests.conftest import LABELS
-from tests.model.common import build, close, replies, settings
+from tests.model.common import ANSWERS, build, close, replies, settings
 
-SETS = AnswerSet((*LABELS, "change+neutral", "change+sustain"), (5, 3, 2, 1, 0))
+SETS = AnswerSet((*LABELS, "change|neutral", "change|sustain"), (5, 3, 2, 1, 0))
 
 
 def next_logits(model: SpeechLLM, prompt_TE: torch.Tensor, tokens: list[int]) -> torch.Tensor:
@@ -44,7 +45,8 @@ def naive_score(model: SpeechLLM, example: Example, answer: Answer) -> torch.Ten
 @pytest.mark.parametrize("cls", ["none", "before", "after"])
 @torch.no_grad()
 def test_the_trie_scores_like_a_pass_for_each_label(cls: str, task: str, models: Path, examples: list[Example]) -> None:
-    model = SpeechLLM(settings(models, cls=cls), {"classify": SETS, "forecast": AnswerSet(LABELS, (5, 3, 2))})
+    known = ANSWERS["classify"] if cls == "after" else SETS
+    model = SpeechLLM(settings(models, cls=cls), {"classify": known, "forecast": AnswerSet(LABELS, (5, 3, 2))})
     asked = [replace(example, task=task) for example in examples]
     scores_BK = label_scores(model.eval(), asked)
     assert scores_BK.shape == (8, len(model.tasks[task].labels))
@@ -239,3 +241,10 @@ def test_padding_is_on_the_left_with_positions_that_start_at_the_text() -> None:
     assert embeddings_BTE[:, :, 0].tolist() == [[0, 0, 1, 1], [2, 2, 2, 2]]
     assert mask_BT.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert positions_BT.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def test_cls_after_labels_that_begin_alike_is_refused(models: Path) -> None:
+    """Nothing would be predicted where the shorter one ends, so it would always win."""
+    with pytest.raises(ConfigError, match=r"model\.cls: after cannot tell 'change' from 'change\|neutral'"):
+        SpeechLLM(settings(models, cls="after"), {"classify": SETS})
+    SpeechLLM(settings(models, cls="before"), {"classify": SETS})

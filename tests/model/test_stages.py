@@ -50,6 +50,10 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def corpus_of(shards: Shards) -> str:
+    return f"trained on corpus {shards.manifest.fingerprint}"
+
+
 def link(folder: Path) -> dict[str, str]:
     path = folder / "checkpoint.pt"
     return {"path": str(path), "digest": checkpoint.load(path)["digest"]}
@@ -64,7 +68,7 @@ def test_a_second_stage_stands_on_the_first(
     trial = second(first / name)
     model, data = trial.start(models, corpus)
     assert model.parents == [link(first)]
-    assert model.sources["adapter"] == f"{first / name}: 4 of 4 tensors matched; left out: none"
+    assert model.sources["adapter"] == f"{first / name}: 4 of 4 tensors matched; left out: none; {corpus_of(corpus)}"
     fit(model, data, trial.train, ONE, trial.seed, tmp_path, lambda epoch, metrics: None)
     own = dict(model.named_parameters())
     assert all(torch.equal(own[key], tensor) and not own[key].requires_grad for key, tensor in before.items())
@@ -121,13 +125,13 @@ def test_a_parent_that_has_changed_is_refused(own_first: Path, models: Path, cor
     grandchild.start(models, corpus)
     (own_first / "checkpoint.pt").unlink()
     Trial(model=FIRST.model, train=SHORT, seed=1).run(models, corpus, own_first)
-    expected = rf"^{own_first}/checkpoint\.pt: has changed since .* put the former checkpoint back$"
+    expected = rf"{own_first}/checkpoint\.pt: has changed since .* put the former checkpoint back$"
     with pytest.raises(CheckpointError, match=expected):
         grandchild.start(models, corpus)
     with pytest.raises(CheckpointError, match=expected):
         child.run(models, corpus, tmp_path / "second")
     (own_first / "checkpoint.pt").unlink()
-    with pytest.raises(CheckpointError, match=rf"^{own_first}/checkpoint\.pt: no such checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"{own_first}/checkpoint\.pt: no such checkpoint"):
         grandchild.start(models, corpus)
 
 
@@ -145,7 +149,7 @@ def test_tensors_without_a_place_are_refused_unless_allowed(first: Path, models:
         f"model.init_from: {said}; use the settings of that trial, or allow it with model.init_partial=true"
     )
     model, _ = second(first, cls="none", init_partial=True).start(models, corpus)
-    assert model.sources["adapter"] == said
+    assert model.sources["adapter"] == f"{said}; {corpus_of(corpus)}"
     assert torch.equal(model.adapter.linear.weight, tensors_of(first)["adapter.linear.weight"])
 
 
@@ -174,7 +178,9 @@ def test_what_no_stage_ever_trained_is_refused(first: Path, models: Path, corpus
 
 def test_a_missing_trial_is_one_line(models: Path, corpus: Shards, tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(CheckpointError, match=r"no such checkpoint; train first") as error:
+        with pytest.raises(
+            CheckpointError, match=r"^model\.init_from: .*: no such checkpoint; train it first, or name another trial$"
+        ) as error:
             second(source).start(models, corpus)
         assert "\n" not in str(error.value)
 
@@ -216,3 +222,31 @@ def test_lora_stands_on_an_llm_that_a_former_stage_trained(models: Path, corpus:
     assert torch.equal(
         own["llm.base_model.model.model.embed_tokens.weight"], tensors_of(tmp_path)["llm.model.embed_tokens.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"trainable": "lora", "adapter": {"window": 4, "stride": 4}}, "adapter"),
+        ({"trainable": "adapter+tokens+lora", "lora": {"rank": 4, "alpha": 4}}, "lora"),
+    ],
+)
+def test_tensors_that_would_mean_something_else_are_refused(
+    changed: dict[str, Any], part: str, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    """Shapes alone would let them through: another window, another scale."""
+    Trial(model={"trainable": NEW}, train=SHORT).run(models, corpus, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"model\.init_from: .* has {part} with .*, and this model with .*;"):
+        second(tmp_path, **changed).start(models, corpus)
+
+
+def test_a_frozen_adapters_file_must_not_change(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    file = tmp_path / "adapter.pt"
+    weights = {name: value for name, value in tensors_of(first).items() if name.startswith("adapter.")}
+    torch.save(weights, file)
+    trial = Trial(model={"trainable": "lora+tokens", "adapter": {"init_from": str(file)}}, train=SHORT)
+    trial.run(models, corpus, tmp_path / "trial")
+    trial.run(models, corpus, tmp_path / "trial")
+    torch.save({name: value + 1 for name, value in weights.items()}, file)
+    with pytest.raises(CheckpointError, match=r"model\.adapter\.init_from: its file has changed"):
+        trial.run(models, corpus, tmp_path / "trial")

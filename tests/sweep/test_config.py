@@ -276,3 +276,25 @@ def test_an_axis_must_not_change_what_metrics_without_a_prefix_speak_of(values: 
     with pytest.raises(ConfigError, match=r"search\.space\.tasks\.classify: its values make classify or forecast the"):
         load("demo", axis)
     load("demo", ["search.space={tasks.forecast: [0, 1]}", "search.points=[]"])
+
+
+def test_a_setting_given_on_the_command_line_is_no_axis_any_more() -> None:
+    config = load("demo", ["model.cls=after", "model.modality=text+speech"])
+    assert (config.model.cls, config.model.modality) == ("after", "text+speech")
+    assert not {"model.cls", "model.modality"} & config.search.space.keys()
+    assert all("model.cls" not in point for point in config.search.points)
+    assert {"model.lora.rank", "model.trainable"} <= config.search.space.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.trainable=*", r"--set model\.trainable=\*: not a value in YAML .*; quote it"),
+        ("model.prompt.separator=[SEP]", "brackets make a list in YAML; quote them"),
+        ("model.lora.targets=[]", r"model\.lora\.targets"),
+    ],
+)
+def test_a_value_that_yaml_reads_otherwise_is_explained(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("demo", [override])
+    assert load("demo", ["model.lora.targets=q_proj"]).model.lora.targets == ["q_proj"]
