@@ -146,15 +146,20 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _fix_axes(tree: Any, keys: Sequence[str]) -> None:
-    """A setting that is given on the command line is no axis any more."""
-    search = tree.get("search") if isinstance(tree, dict) else None
-    if not isinstance(search, dict):
-        return
-    points = search.get("points")
-    for axes in (search.get("space"), *(points if isinstance(points, list) else ())):
-        if isinstance(axes, dict):
-            for key in keys:
-                axes.pop(key, None)
+    """A setting that is given on the command line is no axis any more; points with another value of it fall away."""
+    search: Any = tree.get("search") if isinstance(tree, dict) else None
+    space = search.get("space") if isinstance(search, dict) else None
+    for key in keys if isinstance(space, dict) else ():
+        if space.pop(key, None) is None or not isinstance(search.get("points"), list):
+            continue
+        value: Any = tree
+        for name in key.split("."):
+            value = value[name]
+        points = [point for point in search["points"] if not isinstance(point, dict) or point.get(key, value) == value]
+        search["points"] = [
+            {name: own for name, own in point.items() if name != key} if isinstance(point, dict) else point
+            for point in points
+        ]
 
 
 def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:

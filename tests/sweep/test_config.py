@@ -279,11 +279,14 @@ def test_an_axis_must_not_change_what_metrics_without_a_prefix_speak_of(values: 
 
 
 def test_a_setting_given_on_the_command_line_is_no_axis_any_more() -> None:
-    config = load("demo", ["model.cls=after", "model.modality=text+speech"])
-    assert (config.model.cls, config.model.modality) == ("after", "text+speech")
-    assert not {"model.cls", "model.modality"} & config.search.space.keys()
-    assert all("model.cls" not in point for point in config.search.points)
-    assert {"model.lora.rank", "model.trainable"} <= config.search.space.keys()
+    config = load("demo", ["model.lora.rank=8", "model.modality=speech"])
+    assert (config.model.lora.rank, config.model.modality) == (8, "speech")
+    assert not {"model.lora.rank", "model.modality"} & config.search.space.keys()
+    assert {"model.cls", "model.trainable"} <= config.search.space.keys()
+    (point,) = config.search.points  # the other one is for text
+    assert point["model.end_of_audio"] == "none"
+    assert not {"model.lora.rank", "model.modality"} & point.keys()
+    assert load("demo", ["model.cls=after"]).search.points == []
 
 
 @pytest.mark.parametrize(
