@@ -148,8 +148,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 def _fix_axes(tree: Any, keys: Sequence[str]) -> None:
     """A setting that is given on the command line is no axis any more; points with another value of it fall away."""
     search: Any = tree.get("search") if isinstance(tree, dict) else None
-    space = search.get("space") if isinstance(search, dict) else None
-    for key in keys if isinstance(space, dict) else ():
+    space: Any = search.get("space") if isinstance(search, dict) else None
+    if not isinstance(space, dict):
+        return
+    for key in keys:
         if space.pop(key, None) is None or not isinstance(search.get("points"), list):
             continue
         value: Any = tree
