@@ -143,6 +143,11 @@ class ModelConfig(Section):
         parts = [part.strip() for part in self.trainable.split("+") if part.strip()]
         return [name for part in parts for name in (NEW_PARTS if part == "new" else (part,))]
 
+    @property
+    def _may_train_encoder(self) -> bool:
+        """Whether a pattern names it, or begins with a wildcard; what it matches is known with the model."""
+        return any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
+
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
         found = []
@@ -153,17 +158,17 @@ class ModelConfig(Section):
             )
         if not self.patterns:
             found.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")
-        if "encoder" in self.trainable and self.encoder.dtype != "float32":
+        if "encoder" in self.patterns and self.encoder.dtype != "float32":
             found.append(
                 f"model.encoder.dtype: {self.encoder.dtype} is for an encoder that stays frozen; set float32 and "
                 "model.precision=bfloat16, or take the encoder out of model.trainable"
             )
-        if self.encoder.spec_augment and "encoder" not in self.trainable:
+        if self.encoder.spec_augment and not self._may_train_encoder:
             found.append(
                 f"model.encoder.spec_augment: {self.encoder.spec_augment} has no effect on an encoder that stays "
                 "frozen; set 0, or add encoder to model.trainable"
             )
-        if self.encoder.dropout and "encoder" not in self.trainable:
+        if self.encoder.dropout and not self._may_train_encoder:
             found.append(
                 f"model.encoder.dropout: {self.encoder.dropout} has no effect on an encoder that stays frozen; set 0, "
                 "or add encoder to model.trainable"

@@ -5,7 +5,6 @@ All of them are sums, one an example; what they are divided by is decided over a
 Legend: B examples, L kept positions, V vocabulary, P predicted tokens of all examples, E width.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from data.errors import DataError
 from data.examples import Example
 from model.config import LossConfig
 from model.llm import load_llm
-from model.prompt import IGNORE, Answer, Prompter, written
+from model.prompt import IGNORE, Answer, written
 from model.speech_llm import SpeechLLM, pad_left
 
 
@@ -91,7 +90,7 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
 @torch.no_grad()
 def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read:
     """The base LLM on the transcript of the turns that the model reads: no sound, no learned vectors, no LoRA."""
-    prompter = _teacher_prompter(model)
+    prompter = model.transcriber
     llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
     inputs = llm.get_input_embeddings()  # type: ignore[operator]
     answers = [prompter.answer(written(example.task, example.answer)) for example in examples]
@@ -101,14 +100,6 @@ def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read
     ]
     with model.autocast():
         return _read(llm, sequences, answers, hidden)
-
-
-def _teacher_prompter(model: SpeechLLM) -> Prompter:
-    """Writes the transcript; turns are chosen already."""
-    unlimited = model.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
-    prompt = model.config.prompt.model_copy(update={"history_tokens": None})
-    plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
-    return Prompter(model.prompter.vocabulary, model.config.model_copy(update=plain))
 
 
 def _read_by(model: SpeechLLM, example: Example) -> Example:
@@ -122,7 +113,7 @@ def teacher_cost(model: SpeechLLM, example: Example) -> int:
     Raises:
         DataError: they are more than the LLM reads at once.
     """
-    prompt = _teacher_prompter(model).prompt(_read_by(model, example))
+    prompt = model.transcriber.prompt(_read_by(model, example))
     tokens = len(prompt.ids) + len(model.answer(example).inputs)
     if model.reach is not None and tokens > model.reach:
         raise DataError(

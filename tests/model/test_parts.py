@@ -392,3 +392,12 @@ def test_a_sliding_window_is_the_reach_of_an_llm(models: Path, tmp_path: Path) -
     config = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=12)
     MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
     assert make(models, llm={"path": str(tmp_path / "mistral")}).reach == 12
+
+
+def test_a_wildcard_that_trains_the_encoder_counts_as_training_it(models: Path) -> None:
+    encoder = {"path": str(models / "hubert-layer")}
+    with pytest.raises(ConfigError, match=r"model\.encoder\.dtype: bfloat16 is for an encoder that stays frozen"):
+        make(models, trainable="*", encoder=encoder | {"dtype": "bfloat16"})
+    config = settings(models, trainable="*", encoder=encoder | {"spec_augment": 0.1})
+    assert config.problems() == []
+    assert settings(models, trainable="lora", encoder=encoder | {"spec_augment": 0.1}).problems() != []
