@@ -1,7 +1,11 @@
 """Recordings to clips: decode, mix down, resample and cut; all time arithmetic goes through whole samples."""
 
+import io
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,21 +13,26 @@ from data.errors import DataError
 from data.schema import SAMPLE_RATE
 
 MIN_SAMPLES = SAMPLE_RATE // 10  # a clip under 0.1 s holds no speech
-TOLERANCE = 0.05  # s: an end this little past the recording is rounding, not a fault
+
+
+_BLOCK = 60  # s of a recording that are decoded at once: an hour in stereo would fill a gigabyte
+_CONTEXT = 1  # s on both sides of a block that resampling may look at; its kernel needs a few ms
+_CANCELLED = 0.06  # power of the mix over that of the louder channel: 12 dB below
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Mono samples at SAMPLE_RATE, and what the file was before."""
+    """Samples at SAMPLE_RATE, and what the file was before."""
 
-    pcm: np.ndarray  # int16 [n_samples]
+    pcm: np.ndarray  # int16 [n_channels, n_samples]; one channel if mixed down
     source_rate: int  # Hz
     source_channels: int
+    broken: np.ndarray  # times (s) of samples that were NaN or infinite, in order; they are 0 in `pcm`
 
     @property
     def duration(self) -> float:
         """Length in seconds."""
-        return len(self.pcm) / SAMPLE_RATE
+        return float(self.pcm.shape[1] / SAMPLE_RATE)
 
 
 def samples(seconds: float) -> int:
@@ -31,47 +40,104 @@ def samples(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE)
 
 
-def read_recording(path: Path) -> Recording:
-    """Decode a whole file (any format soundfile reads), mix it down and resample it.
+def read_recording(path: Path, *, separate: bool = False) -> Recording:
+    """Decode a whole file (any format soundfile reads), block by block, and resample it.
+
+    Args:
+        path: of the file.
+        separate: keep the channels apart. Otherwise they are mixed down: the mean, or the loudest one where the
+            channels cancel each other out.
 
     Raises:
-        DataError: the file cannot be decoded, is empty, or holds NaN or infinite samples.
+        DataError: the file cannot be decoded.
     """
     import soundfile
 
     try:
-        signal, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            if separate or file.channels == 1:
+                return _decode(file, lambda block: block)
+            power = np.zeros(1 + file.channels)
+
+            def mix(block: np.ndarray) -> np.ndarray:
+                mono: np.ndarray = block.mean(axis=1, keepdims=True)
+                power[:] += np.square(np.concatenate([mono, block], axis=1), dtype=np.float64).sum(axis=0)
+                return mono
+
+            mixed = _decode(file, mix)
+            if power[0] >= _CANCELLED * power[1:].max():
+                return mixed
+            loudest = int(power[1:].argmax())
+            file.seek(0)
+            return _decode(file, lambda block: block[:, [loudest]])
     except (soundfile.LibsndfileError, OSError) as error:
         raise DataError(f"{path}: not readable as audio ({error}); convert it to WAV or FLAC") from None
-    if len(signal) == 0:
-        raise DataError(f"{path}: the recording is empty")
-    mono = _mix_down(signal)
-    if not np.isfinite(mono).all():
-        raise DataError(f"{path}: the recording holds NaN or infinite samples; export it again")
-    return Recording(_pcm16(_resample(mono, rate)), rate, signal.shape[1])
 
 
-def _mix_down(signal: np.ndarray) -> np.ndarray:
-    """Mean of the channels [n, channels] → [n]; the loudest one when they cancel each other out."""
-    mono = signal.mean(axis=1)
-    energy = (signal**2).mean(axis=0)
-    cancelled = (mono**2).mean() < 0.06 * energy.max()  # 12 dB below the louder channel
-    return np.ascontiguousarray(signal[:, int(energy.argmax())] if cancelled else mono)
+def _decode(file: Any, pick: Callable[[np.ndarray], np.ndarray]) -> Recording:
+    """Read an open file in overlapping blocks; what lies in two of them is taken from the one that sees more around it.
+
+    Args:
+        file: a `soundfile.SoundFile` at its start.
+        pick: [n, channels] → [n, those that are kept].
+    """
+    rate, parts, broken = file.samplerate, [], []
+    overlap = 2 * _CONTEXT * rate
+    blocks = file.blocks(_BLOCK * rate + overlap, overlap, dtype="float32", always_2d=True)
+    for number, block in enumerate(blocks):
+        bad = ~np.isfinite(block).all(axis=1)
+        if bad.any():
+            broken.append(number * _BLOCK + np.flatnonzero(bad) / rate)
+            block[bad] = 0
+        resampled = _resample(pick(block).T, rate)
+        last = file.tell() >= file.frames
+        end = resampled.shape[1] if last else (_BLOCK + _CONTEXT) * SAMPLE_RATE
+        parts.append(_pcm16(resampled[:, _CONTEXT * SAMPLE_RATE if number else 0 : end]))
+    pcm = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.int16)
+    return Recording(pcm, rate, file.channels, np.concatenate(broken) if broken else np.empty(0))
 
 
-def _resample(mono: np.ndarray, rate: int) -> np.ndarray:
+def _resample(signal: np.ndarray, rate: int) -> np.ndarray:
+    """[channels, n] → [channels, n x SAMPLE_RATE / rate]."""
     if rate == SAMPLE_RATE:
-        return mono
+        return signal
     import torch
     import torchaudio.functional
 
-    resampled: np.ndarray = torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE).numpy()
+    contiguous = torch.from_numpy(np.ascontiguousarray(signal))
+    resampled: np.ndarray = torchaudio.functional.resample(contiguous, rate, SAMPLE_RATE).numpy()
     return resampled
 
 
 def _pcm16(signal: np.ndarray) -> np.ndarray:
     pcm: np.ndarray = (np.clip(signal, -1.0, 1.0) * 32767.0).round().astype("<i2")
     return pcm
+
+
+def encode(pcm: np.ndarray, codec: str) -> bytes:
+    """int16 samples → bytes of a codec: pcm16 (little endian) or flac (lossless)."""
+    if codec == "pcm16":
+        return pcm.astype("<i2").tobytes()
+    import soundfile
+
+    sink = io.BytesIO()
+    soundfile.write(sink, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return sink.getvalue()
+
+
+def decode(content: bytes | memoryview, codec: str) -> np.ndarray:
+    """The inverse of `encode`; not a copy for pcm16."""
+    if codec == "pcm16":
+        return np.frombuffer(content, "<i2")
+    import soundfile
+
+    pcm: np.ndarray = soundfile.read(io.BytesIO(content), dtype="int16")[0]
+    return pcm
+
+
+def checksum(content: bytes | memoryview) -> int:
+    """CRC-32 of stored bytes."""
+    return zlib.crc32(content)
 
 
 def waveform(pcm: np.ndarray) -> np.ndarray:

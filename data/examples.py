@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data.augment import Draw, augmented, with_noise
 from data.config import DataConfig
 from data.errors import DataError
 from data.shards import Shards
@@ -45,9 +46,17 @@ EXAMPLE_TYPE = pa.struct(
 )
 
 
-def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool) -> Example:
+def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
     """The example of an item: the last `config.history` turns before the last one that may be read, and, if `sound`,
-    the clip of the last turn that has one, however far back it is."""
+    the clip of the last turn that has one, however far back it is.
+
+    Args:
+        shards: the corpus.
+        item: of a task.
+        config: how it is read.
+        sound: whether the clip is read.
+        draw: in training, of the epoch: the clip is augmented. None: it is not.
+    """
     columns, (name, row) = shards.columns, item
     task = TASKS[name]
     last, heard = last_read(task, row), heard_row(shards, task, row)
@@ -66,12 +75,12 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool) ->
         subset=columns["subset"][row] if task.answer == "label" and task.reads == "turn" else None,
         turns=tuple(zip(columns["speaker"][first : last + 1], texts, strict=True)),
         heard=None if heard is None else heard - first,
-        pcm=_clip(shards, heard, config) if sound and heard is not None else None,
+        pcm=_clip(shards, heard, config, draw) if sound and heard is not None else None,
     )
 
 
 def clip_samples(shards: Shards, item: Item, config: DataConfig) -> int:
-    """Samples of the clip that is heard for an item, 0 without one; needs no audio."""
+    """Samples of the clip that is heard for an item, before augmentation; 0 without one. Needs no audio."""
     heard = heard_row(shards, TASKS[item[0]], item[1])
     if heard is None:
         return 0
@@ -103,7 +112,7 @@ def _shuffled(shards: Shards) -> dict[int, int]:
     for row, samples in enumerate(columns["n_samples"]):
         if samples > 0:
             groups.setdefault((columns["split"][row], columns["speaker"][row]), []).append(row)
-    rng = np.random.default_rng(zlib.crc32(shards.manifest.fingerprint.encode()))
+    rng = np.random.default_rng(zlib.crc32(shards.fingerprint.encode()))
     pairs: dict[int, int] = {}
     for _, rows in sorted(groups.items()):
         order = rng.permutation(rows).tolist()
@@ -111,19 +120,18 @@ def _shuffled(shards: Shards) -> dict[int, int]:
     return pairs
 
 
-def _clip(shards: Shards, row: int, config: DataConfig) -> np.ndarray:
-    clip = np.frombuffer(shards.pcm(_source(shards, row, config)) or b"", "<i2")
+def _clip(shards: Shards, row: int, config: DataConfig, draw: Draw | None) -> np.ndarray:
+    """What is heard for a row. A control comes last, so it is what it says: silence stays silence."""
+    source = _source(shards, row, config)
+    clip = shards.pcm(source)
+    assert clip is not None  # `heard_row` chose a row with sound
+    if draw is not None:
+        clip = augmented(clip, config.augment, draw, shards.columns["id"][source])
     if config.sound == "zeroed":
         return np.zeros_like(clip)
-    return _noisy(clip, config.snr_db, shards.columns["id"][row]) if config.sound == "noisy" else clip
-
-
-def _noisy(clip: np.ndarray, snr_db: float, utterance: str) -> np.ndarray:
-    """White noise at a ratio to the clip's own power; drawn from the utterance's id, so always the same."""
-    power = np.mean(np.square(clip, dtype=np.float64))
-    noise = np.random.default_rng(zlib.crc32(utterance.encode())).standard_normal(len(clip))
-    mixed: np.ndarray = np.round(clip + noise * np.sqrt(power / 10 ** (snr_db / 10)))
-    return mixed.clip(-32768, 32767).astype("<i2")
+    if config.sound == "noisy":  # drawn from the utterance's id, so always the same
+        return with_noise(clip, config.snr_db, np.random.default_rng(zlib.crc32(shards.columns["id"][row].encode())))
+    return clip
 
 
 def to_arrow(batches: Sequence[Sequence[Example]]) -> pa.Table:

@@ -1,35 +1,74 @@
 """The batch plan: which utterances make up which optimizer step. A pure function, so a run can resume anywhere.
 
 A step's utterances do not depend on how many workers train or how much memory they have: the step is dealt to the
-workers (`share`), and each worker cuts its part into micro-batches that fit (`micro_batches`).
+workers (`share`), each worker cuts its part into micro-batches that fit (`micro_batches`), and the encoder takes the
+clips of a micro-batch in groups of nearly equal length (`groups`). So little is padded, and no result depends on it.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-POOL = 50  # batches sorted by length together: padding falls to a few percent while the order stays random
+POOL = 200  # batches sorted together: enough to find utterances that are alike in both costs
+PADDING = 0.015  # share of what is computed together that may be padding ...
+SPARED = 32  # ... or so many positions, which cost less than to compute in two parts
 
 
-def plan(costs: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Steps of one epoch; every position of `costs` appears exactly once.
+class Cost(NamedTuple):
+    """What an utterance costs to compute."""
 
-    Positions are shuffled, sorted by cost inside pools, cut into steps of `batch_size` and the steps shuffled again.
+    tokens: int  # positions of the LLM, those of the sound included
+    frames: int = 0  # of the encoder
+
+
+def plan(
+    costs: Sequence[Cost], *, batch_size: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+) -> list[list[int]]:
+    """Steps of one epoch; without weights, every position of `costs` appears exactly once.
+
+    Positions are shuffled; inside pools they are sorted by tokens, cut into slices, and each slice sorted by frames.
+    So the utterances of a step are alike in both. The steps are shuffled again.
 
     Args:
-        costs: of each utterance, what it costs to compute (frames or tokens), to put similar ones together.
+        costs: of each utterance, as it is stored: augmentation may change it.
         batch_size: utterances in an optimizer step; the last step of the epoch may be smaller.
         seed: of the run.
         epoch: from 0.
+        weights: of each utterance: as many as there are are drawn with replacement, with probabilities in proportion.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(costs))
-    cost = np.asarray(costs)
-    pools = np.split(order, range(batch_size * POOL, len(order), batch_size * POOL))
-    ordered = np.concatenate([pool[np.argsort(cost[pool], kind="stable")] for pool in pools])
+    rounds = [rng.permutation(len(costs))] if weights is None else _drawn(rng, weights)
+    size = batch_size * POOL
+    pools = [pool for order in rounds for pool in np.split(order, range(size, len(order), size))]
+    ordered = np.concatenate([_alike(pool, costs, batch_size) for pool in pools])
     steps = [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
     return [steps[index] for index in rng.permutation(len(steps))]
+
+
+def _drawn(rng: np.random.Generator, weights: Sequence[float]) -> list[np.ndarray]:
+    """Positions drawn with replacement, dealt to as many rounds as one of them has copies, in random order.
+
+    No round holds a position twice: sorted by cost, all copies of it would end up in one step.
+    """
+    share = np.asarray(weights) / np.sum(weights)
+    drawn = np.sort(rng.choice(len(share), len(share), p=share))
+    copy = np.arange(len(drawn)) - np.searchsorted(drawn, drawn)
+    count = int(copy.max()) + 1
+    place = (rng.integers(count, size=len(share))[drawn] + copy) % count
+    return [rng.permutation(drawn[place == number]) for number in range(count)]
+
+
+def _alike(pool: np.ndarray, costs: Sequence[Cost], batch_size: int) -> np.ndarray:
+    """The pool in an order in which neighbours have similar costs."""
+    tokens, frames = np.asarray([costs[position] for position in pool], dtype=int).reshape(-1, 2).T
+    by_tokens = np.argsort(tokens, kind="stable")
+    size = batch_size * max(1, round((len(pool) / batch_size) ** 0.5))  # as many slices as batches in a slice
+    slices = np.split(by_tokens, range(size, len(pool), size))
+    order = np.concatenate([part[np.argsort(frames[part], kind="stable")] for part in slices])
+    alike: np.ndarray = pool[order]
+    return alike
 
 
 def share(step: Sequence[int], rank: int, world: int) -> list[int]:
@@ -37,23 +76,45 @@ def share(step: Sequence[int], rank: int, world: int) -> list[int]:
     return list(step[rank::world])
 
 
-def micro_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a batch, given by the cost of its items, so that longest x count of each part stays within `budget`.
+def micro_batches(costs: Sequence[Cost], budget: int) -> list[list[int]]:
+    """Cut a batch, given by the costs of its items, into parts of similar tokens with longest x count within `budget`.
 
     An item that is over the budget by itself makes a part of its own.
     """
-    order = sorted(range(len(costs)), key=lambda item: costs[item])
+
+    def fits(part: Sequence[int]) -> bool:
+        longest = max(costs[item].tokens for item in part) + max(costs[item].frames for item in part)
+        return longest * len(part) <= budget
+
+    return _cut([cost.tokens for cost in costs], fits)
+
+
+def groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Cut clips, given by their lengths in frames, into groups that are padded and encoded together."""
+    return _cut(lengths, lambda part: True)
+
+
+def _cut(lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+    """Parts in order of length, each as large as `fits` and the limit on padding allow."""
     parts: list[list[int]] = []
-    for item in order:
-        if parts and costs[item] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(item)
+    total = 0  # of the lengths in the last part
+    for item in sorted(range(len(lengths)), key=lambda item: lengths[item]):
+        longer = [*parts[-1], item] if parts else []
+        computed = len(longer) * lengths[item]
+        total += lengths[item]
+        if longer and computed - total <= max(SPARED, PADDING * computed) and fits(longer):
+            parts[-1] = longer
         else:
             parts.append([item])
+            total = lengths[item]
     return parts
 
 
-def plan_hash(costs: Sequence[int], fingerprint: str, batch_size: int, seed: int) -> str:
+def plan_hash(
+    costs: Sequence[Cost], fingerprint: str, batch_size: int, seed: int, weights: Sequence[float] | None = None
+) -> str:
     """Names all epochs of a plan: a checkpoint of another plan must not be resumed."""
     content = hashlib.sha256(f"{fingerprint} {batch_size} {seed} {len(costs)} ".encode())
     content.update(np.asarray(costs, dtype="<i8").tobytes())
+    content.update(np.asarray(weights or (), dtype="<f8").tobytes())
     return content.hexdigest()[:16]

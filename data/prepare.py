@@ -1,195 +1,279 @@
-"""Corpus → shards: cut the clips, check them, split by group, write, and publish the folder in one rename."""
+"""Corpus → shards: check, cut, split by group, write; the manifest comes last and makes the folder a corpus.
 
+Shards are named by what they were made from. So the same command after a kill uses those that are there, and sessions
+that are added to a corpus are all that is written.
+"""
+
+import dataclasses
+import hashlib
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from data import audio
-from data.errors import DataError
-from data.schema import (
-    JOIN,
-    SAMPLE_RATE,
-    SCHEMA_VERSION,
-    SPLITS,
-    Conversation,
-    Corpus,
-    Finding,
-    Turn,
-    flag,
-    split_label,
+from data.corpus_config import CorpusConfig
+from data.errors import DataError, UserError
+from data.findings import Finding
+from data.jobs import Job, conversation_key, serially, shard_jobs
+from data.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Corpus, is_rejected, split_label
+from data.shards import (
+    FINDINGS,
+    INDEX_SCHEMA,
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    ShardInfo,
+    Shards,
+    describe_shard,
+    to_bytes,
 )
-from data.shards import Manifest, Shards, ShardWriter
-from data.split import split_groups
+from data.split import split_conversations
+from data.store import Store
+from data.validate import Aligner, check, failure
 
-Track = Callable[[list[Conversation]], Iterable[Conversation]]
+Run = Callable[[Sequence[Job]], Iterator[ShardFile]]
 
 
 def prepare(
     corpus: Corpus,
-    out: Path,
+    out: Path | str,
+    config: CorpusConfig | None = None,
     *,
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
-    seed: int = 0,
-    track: Track = lambda conversations: conversations,
+    align: Aligner | None = None,
+    run: Run = serially,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Shards:
-    """Write a corpus as shards into the new folder `out`; it appears complete or not at all.
+    """Write a corpus as shards into `out`, or add to those that an earlier call with the same settings left there.
 
     Args:
-        corpus: what an importer returned.
-        out: must not exist yet, or be empty.
-        fractions: shares of train, val and test, of the labelled turns.
-        seed: of the split.
-        track: wraps the list of conversations, to show progress.
+        corpus: what an importer returned; it is used up.
+        out: a folder or the URL of a store.
+        config: how it is checked, split and stored.
+        align: refines the times of turns; has a `key` that names it.
+        run: makes the shards, in parallel if you like.
+        progress: told the number of sessions that are done, and of all.
 
     Raises:
-        DataError: `out` is taken, a split would be empty, or a recording cannot be used.
+        BuildError: the corpus must not become shards: ids that conflict, leaks, too many rejected rows.
+        DataError: `out` holds something else, or a split would be empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists already; remove it, or choose another folder with --out")
-    conversations = list(corpus.conversations)
-    sizes: Counter[str] = Counter()
-    for conversation in conversations:
-        sizes[conversation.group] += sum(turn.label is not None for turn in conversation.turns)
-    if not sizes.total():  # nothing to classify: replies or sessions may still be learnt
-        for conversation in conversations:
-            sizes[conversation.group] += len(conversation.turns)
-    splits = split_groups(sizes, fractions, seed)
-    _check_labels(corpus, conversations)
-
-    unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    config, store = config or CorpusConfig(), Store(out)
+    earlier = _earlier(store, corpus, config)
+    fresh = not store.names()
+    dealt = {} if earlier is None else _dealt(earlier)
+    check(corpus)
+    _refuse_rejects(corpus, config)
+    split_conversations(corpus.conversations, config.split, before=dealt)  # whether it can be split at all
     try:
-        _write(corpus, conversations, splits, unfinished, fractions, seed, track)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        keys = {one.id: conversation_key(one, config, align) for one in corpus.conversations}
+        files = _reusable(store, earlier, keys)
+        done = {name for file in files for name in file.info.conversations}
+        total, finished = len(keys), len(done)
+        progress(finished, total)
+        for made in run(
+            shard_jobs([one for one in corpus.conversations if one.id not in done], store, keys, config, align)
+        ):
+            files.append(made)
+            finished += len(made.info.conversations)
+            progress(finished, total)
+        _publish(store, corpus, config, files, dealt)
+    except UserError:
+        if fresh:
+            store.remove()  # nothing that looks begun is left by a corpus that cannot be used
         raise
     return Shards(out)
 
 
-def _check_labels(corpus: Corpus, conversations: Iterable[Conversation]) -> None:
-    """Labels are declared; those of a turn stand in the order of the declaration."""
-    known = {label: place for place, label in enumerate(corpus.labels)}
-    for label in known:
-        if JOIN in label:
-            raise DataError(f"label {label!r} contains {JOIN!r}, which joins the labels of one turn; rename it")
-    for turn in (turn for conversation in conversations for turn in conversation.turns if turn.label is not None):
-        own = split_label(turn.label or "")
-        if not set(own) <= known.keys():
-            raise DataError(
-                f"{turn.where or turn.id}: utterance {turn.id} has the label {turn.label!r}; known: {', '.join(known)}"
-            )
-        turn.label = JOIN.join(sorted(set(own), key=lambda label: known[label]))
+def _earlier(store: Store, corpus: Corpus, config: CorpusConfig) -> Shards | None:
+    """What an earlier call left in the folder, if it can be added to.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    names = store.names()
+    if MANIFEST not in names:
+        if any(not name.startswith(("shard-", "index-", ".")) for name in names):
+            raise DataError(f"{store.place}: exists already and is no corpus; choose another folder with --out")
+        return None
+    shards = Shards(store.place)
+    before, after = (
+        json.loads(one.model_dump_json(exclude={"max_rejected"})) for one in (shards.manifest.config, config)
+    )
+    if shards.manifest.corpus != corpus.name or before != after:
+        changed = [f"{key}: {before[key]!r} → {after[key]!r}" for key in after if before[key] != after[key]]
+        what = "; ".join(changed) or f"format: {shards.manifest.corpus} → {corpus.name}"
+        raise DataError(f"{store.place}: was prepared otherwise ({what}); remove it, or choose another --out")
+    return shards
 
 
-def _write(
-    corpus: Corpus,
-    conversations: list[Conversation],
-    splits: dict[str, str],
-    folder: Path,
-    fractions: tuple[float, float, float],
-    seed: int,
-    track: Track,
+def _dealt(earlier: Shards) -> dict[str, str | int]:
+    """The split or fold of every conversation."""
+    columns = earlier.columns
+    which = "fold" if earlier.manifest.config.split.folds else "split"
+    return dict(zip(columns["conversation"], columns[which], strict=True))
+
+
+def _reusable(store: Store, earlier: Shards | None, keys: Mapping[str, str]) -> list[ShardFile]:
+    """Shards in the folder all of whose conversations are still as they were."""
+    known = {} if earlier is None else {shard.name: place for place, shard in enumerate(earlier.manifest.shards)}
+    found: list[ShardFile] = []
+    taken: set[str] = set()
+    for name in (name for name in store.names() if name.startswith("shard-")):
+        file = _described(store, name, earlier, known.get(name))
+        own = {} if file is None else file.info.conversations
+        if file is not None and not own.keys() & taken and all(keys.get(one) == key for one, key in own.items()):
+            found.append(file)
+            taken |= own.keys()
+    return found
+
+
+def _described(store: Store, name: str, earlier: Shards | None, place: int | None) -> ShardFile | None:
+    """A shard of the folder; one of an earlier manifest is not read again but for its findings."""
+    try:
+        with store.open(name) as file:
+            if earlier is None or place is None:
+                return describe_shard(name, file.read_buffer())
+            info = earlier.manifest.shards[place]
+            return ShardFile.known(info, earlier.index.filter(pc.equal(earlier.index["shard"], place)), file)
+    except (DataError, OSError):
+        return None  # torn by a kill: it is made again
+
+
+def _publish(
+    store: Store, corpus: Corpus, config: CorpusConfig, files: Sequence[ShardFile], dealt: Mapping[str, str | int]
 ) -> None:
-    writer = ShardWriter(folder)
-    turns: Counter[str] = Counter()
-    seconds: dict[str, float] = dict.fromkeys(SPLITS, 0.0)
-    labels: dict[str, Counter[str]] = defaultdict(Counter)
-    for conversation in track(conversations):
-        split = splits[conversation.group]
-        if conversation.recording is not None:
-            cut_clips(conversation, corpus.findings)
-        writer.write([_row(turn, conversation, split) for turn in conversation.turns])
+    """Put the index together, split, and write the manifest."""
+    files = sorted(files, key=lambda file: min(file.info.conversations))  # they arrive as they are done
+    lines = {turn.id: turn.where for conversation in corpus.conversations for turn in conversation.turns}
+    for finding in (finding for file in files for finding in file.findings):
+        corpus.findings.append(dataclasses.replace(finding, where=lines.get(finding.utterance, finding.where)))
+    rows = pa.concat_tables([file.index for file in files]).unify_dictionaries()
+    _learn(corpus, rows)
+    _refuse_rejects(corpus, config)
+    places = split_conversations(corpus.conversations, config.split, before=dealt, shared=_shared_sound(corpus, rows))
+    conversations = rows["conversation"].to_pylist()
+    shard_of = {name: number for number, file in enumerate(files) for name in file.info.conversations}
+    for column, values in {
+        "group": [places[name].group for name in conversations],
+        "split": [places[name].split for name in conversations],
+        "fold": [places[name].fold for name in conversations],
+        "shard": [shard_of[name] for name in conversations],
+        "where": [lines[turn] for turn in rows["id"].to_pylist()],
+    }.items():
+        field = INDEX_SCHEMA.field(column)
+        rows = rows.append_column(field, pa.array(values, field.type))
+    # By name, not by place in the files: equal content has equal rows, however it is sharded.
+    index = (
+        rows.select(INDEX_SCHEMA.names)
+        .cast(INDEX_SCHEMA)
+        .sort_by([("conversation", "ascending"), ("index", "ascending")])
+    )
+    manifest = _manifest(corpus, config, index, [file.info for file in files], content := to_bytes(index))
+    store.write(manifest.index, content)
+    told = "".join(json.dumps(finding.as_dict()) + "\n" for finding in corpus.findings)
+    store.write(FINDINGS, told.encode())
+    store.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
+    named = {manifest.index, *(shard.name for shard in manifest.shards)}
+    for name in store.names():
+        if name.startswith(("shard-", "index-")) and name not in named:
+            store.delete(name)
+
+
+def _learn(corpus: Corpus, rows: pa.Table) -> None:
+    """Tell the turns here what was found about them where they were cut."""
+    found = dict(zip(*(rows[name].to_pylist() for name in ("id", "flags")), strict=True))
+    for conversation in corpus.conversations:
         for turn in conversation.turns:
-            turns[split] += 1
-            seconds[split] += len(turn.audio) / SAMPLE_RATE if turn.audio is not None else 0.0
-            if turn.label is not None:
-                labels[split].update(split_label(turn.label))
-            turn.audio = None  # written: a long corpus must not stay in memory
-    shards, content = writer.close()
-    manifest = Manifest(
+            turn.flags = tuple(found[turn.id].split())
+            if is_rejected(turn.flags):
+                turn.label = None
+
+
+def _refuse_rejects(corpus: Corpus, config: CorpusConfig) -> None:
+    """Raise a BuildError where more rows are rejected than is allowed."""
+    turns = [turn for conversation in corpus.conversations for turn in conversation.turns]
+    rejected = {turn.id for turn in turns if is_rejected(turn.flags)}
+    if not turns:
+        raise DataError(f"the {corpus.name} corpus has no turns; is this the right source?")
+    if len(rejected) > config.max_rejected * len(turns):
+        share = f"{len(rejected)} of {len(turns)} rows are rejected ({len(rejected) / len(turns):.1%})"
+        own = [
+            finding for finding in corpus.findings if finding.utterance in rejected and finding.code.startswith("E_")
+        ]
+        raise failure(
+            own,
+            f"{share}, and {config.max_rejected:.1%} are allowed: mend the rows, or raise max_rejected",
+            "F_REJECTED",
+        )
+
+
+def _shared_sound(corpus: Corpus, rows: pa.Table) -> list[tuple[str, str]]:
+    """Pairs of conversations that hold the same sound; those of different groups are findings."""
+    silent = {turn.id for one in corpus.conversations for turn in one.turns if "W_SILENT" in turn.flags}
+    owners: dict[str, dict[str, None]] = defaultdict(dict)
+    columns = (rows[name].to_pylist() for name in ("id", "conversation", "audio_hash", "recording_hash"))
+    for turn, conversation, *hashes in zip(*columns, strict=True):
+        for sound in hashes:
+            if sound and turn not in silent:
+                owners[sound][conversation] = None
+    pairs = Counter(pair for known in owners.values() for pair in pairwise(sorted(known)))
+    by_id = {one.id: one for one in corpus.conversations}
+    for (one, other), count in pairs.items():
+        if by_id[one].group != by_id[other].group:
+            message = f"{count} clip{'s' if count > 1 else ''} equal to the sample in {other} and {one}"
+            where = by_id[other].turns[0].where
+            corpus.findings.append(Finding("W_AUDIO_SHARED", where, other, message))
+    return list(pairs)
+
+
+def _manifest(
+    corpus: Corpus, config: CorpusConfig, index: pa.Table, shards: Sequence[ShardInfo], content: pa.Buffer
+) -> Manifest:
+    folds = config.split.folds
+    parts: Sequence[str] = SPLITS if folds is None else [str(number) for number in range(folds)]
+    columns = {name: index[name].to_pylist() for name in index.column_names}
+    places = [str(place) for place in columns["split" if folds is None else "fold"]]
+    sessions = dict(zip(columns["conversation"], places, strict=True))
+    turns, seconds = Counter(places), Counter[str]()
+    labels: dict[str, Counter[str]] = defaultdict(Counter)
+    for place, samples, label in zip(places, columns["n_samples"], columns["label"], strict=True):
+        seconds[place] += samples / SAMPLE_RATE
+        labels[place].update(split_label(label) if label is not None else ())
+    digest = hashlib.sha256(bytes(content)).hexdigest()
+    return Manifest(
         schema_version=SCHEMA_VERSION,
         corpus=corpus.name,
-        fingerprint=content[:16],
+        fingerprint=_fingerprint(corpus, columns),
         sample_rate=SAMPLE_RATE,
         labels=corpus.labels,
         roles=corpus.roles,
         qualities=corpus.qualities,
-        split_seed=seed,
-        split_fractions=fractions,
-        shards=shards,
-        turns={split: turns[split] for split in SPLITS},
-        hours={split: seconds[split] / 3600 for split in SPLITS},
-        label_counts={split: {label: labels[split][label] for label in corpus.labels} for split in SPLITS},
+        config=config,
+        index=f"index-{digest[:16]}.arrow",
+        index_sha256=digest,
+        shards=tuple(shards),
+        sessions={part: sum(place == part for place in sessions.values()) for part in parts},
+        turns={part: turns[part] for part in parts},
+        hours={part: seconds[part] / 3600 for part in parts},
+        label_counts={part: {label: labels[part][label] for label in corpus.labels} for part in parts},
+        rejected=sum(is_rejected(flags.split()) for flags in columns["flags"]),
         findings=dict(sorted(Counter(finding.code for finding in corpus.findings).items())),
     )
-    with (folder / "findings.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(finding)) + "\n" for finding in corpus.findings)
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
 
 
-def cut_clips(conversation: Conversation, findings: list[Finding]) -> None:
-    """Give every turn with a start and an end its samples, and note what is odd about them."""
-    assert conversation.recording is not None
-    recording = audio.read_recording(conversation.recording)
-    name = conversation.recording.name
-    if recording.source_channels > 1:
-        message = f"{recording.source_channels} channels mixed down to one"
-        findings.append(Finding("W_STEREO", name, conversation.id, message))
-    if recording.source_rate != SAMPLE_RATE:
-        message = f"resampled from {recording.source_rate} Hz to {SAMPLE_RATE} Hz"
-        findings.append(Finding("W_RESAMPLED", name, conversation.id, message))
-    for turn in conversation.turns:
-        if turn.start is not None and turn.end is not None:
-            _cut(turn, recording, findings)
+CONTENT = (
+    "id conversation group index split fold speaker text label votes subset quality t_start t_end audio_hash".split()
+)
 
 
-def _cut(turn: Turn, recording: audio.Recording, findings: list[Finding]) -> None:
-    assert turn.start is not None
-    assert turn.end is not None
-    span = f"{turn.start:.2f}-{turn.end:.2f} s, recording {recording.duration:.2f} s"
-    late = turn.end - recording.duration
-    if late > audio.TOLERANCE:
-        flag(turn, findings, "E_TS_RANGE", f"ends after the recording ({span}); kept as text, without sound")
-        return
-    if late > 0:
-        flag(turn, findings, "W_TS_CLAMPED", f"ends just after the recording ({span}); cut at its end")
-    clip = recording.pcm[audio.samples(turn.start) : audio.samples(turn.end)]
-    if len(clip) < audio.MIN_SAMPLES:
-        flag(turn, findings, "E_TOO_SHORT", f"shorter than 0.1 s ({span}); kept as text, without sound")
-        return
-    if not np.any(clip):
-        flag(turn, findings, "W_SILENT", f"digital silence ({span}); kept")
-    turn.audio = clip
-
-
-def _row(turn: Turn, conversation: Conversation, split: str) -> dict[str, Any]:
-    peak, rms_db = (None, None) if turn.audio is None else audio.level(turn.audio)
-    return {
-        "id": turn.id,
-        "conversation": conversation.id,
-        "group": conversation.group,
-        "index": turn.index,
-        "split": split,
-        "speaker": turn.speaker,
-        "text": turn.text,
-        "label": turn.label,
-        "subset": turn.subset,
-        "quality": conversation.quality,
-        "t_start": turn.start,
-        "t_end": turn.end,
-        "n_samples": 0 if turn.audio is None else len(turn.audio),
-        "audio": None if turn.audio is None else turn.audio.astype("<i2").tobytes(),
-        "peak": peak,
-        "rms_db": rms_db,
-        "flags": " ".join(turn.flags),
-    }
+def _fingerprint(corpus: Corpus, columns: Mapping[str, Sequence[Any]]) -> str:
+    """Hash of all that a model or a metric can see of the corpus; the order of labels is part of it."""
+    rows = zip(*(columns[name] for name in CONTENT), strict=True)
+    digests = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in rows)
+    head = json.dumps([corpus.labels, corpus.roles, corpus.qualities]).encode()
+    return hashlib.sha256(head + b"".join(digests)).hexdigest()[:16]

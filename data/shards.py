@@ -1,43 +1,60 @@
-"""Arrow shards of a prepared corpus: written once, then memory-mapped by everybody.
+"""Arrow shards of a prepared corpus: written once, then memory-mapped, or read from a store, by everybody.
 
-DIR/manifest.json      what the corpus is: fingerprint, labels, shards with their hashes, splits, findings by code
-DIR/index.arrow        every turn without its audio, and the shard that holds it
-DIR/shard-00000.arrow  the turns with their audio (uncompressed IPC: any row is read in microseconds)
-DIR/findings.jsonl     every finding of the preparation, one a line
+manifest.json           what the corpus is; it is written last, so a folder without one is unfinished
+index-<hash>.arrow      every turn without its audio, and where its audio lies: shard, offset and length in bytes
+shard-<hash>.arrow      the turns of some conversations with their audio (uncompressed IPC: any row is one read)
+findings.jsonl          every finding of the preparation, one a line
+report.html             the same for people
 """
 
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import ipc
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data import audio
+from data.corpus_config import CorpusConfig
 from data.errors import DataError, reason
+from data.findings import Finding
 from data.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA
+from data.split import fold_split
+from data.store import Store
 
 ROWS_PER_BATCH = 64  # of an IPC record batch; 16 to 256 read equally fast
-SHARD_BYTES = 64 << 20
-INDEX_SCHEMA = TURN_SCHEMA.remove(TURN_SCHEMA.get_field_index("audio")).append(
-    pa.field("shard", pa.int32(), nullable=False)
+MANIFEST, FINDINGS = "manifest.json", "findings.jsonl"
+_PLACE = [pa.field("offset", pa.int64(), nullable=False), pa.field("length", pa.int64(), nullable=False)]
+SHARD_INDEX_SCHEMA = pa.schema([*TURN_SCHEMA.remove(TURN_SCHEMA.get_field_index("audio")), *_PLACE])
+INDEX_SCHEMA = pa.schema(
+    [
+        *SHARD_INDEX_SCHEMA,
+        pa.field("group", pa.string(), nullable=False),  # what the split did not cut
+        pa.field("split", pa.dictionary(pa.int16(), pa.string())),  # null where there are folds
+        pa.field("fold", pa.int16()),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("where", pa.string(), nullable=False),  # file:line of the source
+    ]
 )
+FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9a-f]+\.arrow$")]  # a manifest must not lead out of its folder
 
 
 class ShardInfo(BaseModel):
     """One shard file of the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
+    name: FileName
     rows: int
     bytes: int
+    hours: float  # of usable sound
     sha256: str
+    conversations: dict[str, str]  # id → key of what it was made from
 
 
 class Manifest(BaseModel):
@@ -51,121 +68,197 @@ class Manifest(BaseModel):
     labels: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
     qualities: tuple[str, ...]  # of whole sessions
-    split_seed: int
-    split_fractions: tuple[float, float, float]
+    config: CorpusConfig  # how it was prepared
+    index: FileName
+    index_sha256: str
     shards: tuple[ShardInfo, ...]
-    turns: dict[str, int]  # by split
-    hours: dict[str, float]  # of usable sound, by split
-    label_counts: dict[str, dict[str, int]]  # split → label → turns
+    sessions: dict[str, int]  # by split, or by fold
+    turns: dict[str, int]
+    hours: dict[str, float]  # of usable sound
+    label_counts: dict[str, dict[str, int]]  # split or fold → label → turns
+    rejected: int  # turns
     findings: dict[str, int]  # by code
 
 
-class ShardWriter:
-    """Writes turns in order into shards of about SHARD_BYTES and the index; `close` returns the shards' hashes."""
+class ShardFile:
+    """A shard as it was written: its entry in the manifest, its part of the index, and what was found in it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards: list[ShardInfo] = []
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
-        self._index: list[dict[str, Any]] = []
-        self._digests: list[bytes] = []
+    def __init__(self, info: ShardInfo, index: pa.Table, findings: list[Finding]) -> None:
+        self.info, self.index, self.findings = info, index, findings
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add the turns of one conversation; they share a shard."""
-        for row in rows:
-            row["crc32"] = zlib.crc32(row["audio"] or b"")
-            self._digests.append(_digest(row))
-            self._bytes += len(row["audio"] or b"")
-        self._rows.extend(rows)
-        if self._bytes >= SHARD_BYTES:
-            self._flush()
+    @classmethod
+    def known(cls, info: ShardInfo, index: pa.Table, file: pa.NativeFile) -> "ShardFile":
+        """A shard of a manifest: of the file itself only the findings are read."""
+        return cls(info, index.select(SHARD_INDEX_SCHEMA.names).cast(SHARD_INDEX_SCHEMA), _said(ipc.open_file(file))[0])
 
-    def close(self) -> tuple[tuple[ShardInfo, ...], str]:
-        """Finish the files.
+    def to_arrow(self) -> pa.Table:
+        """One row, the form in which it crosses processes."""
+        said = {"info": self.info.model_dump_json(), "findings": _findings_json(self.findings)}
+        return pa.Table.from_pylist([{**said, "index": to_bytes(self.index).to_pybytes()}])
 
-        Returns:
-            The shards, and the content's sha256.
-        """
-        self._flush()
-        # One table, written at once: dictionaries must not change inside an IPC file.
-        self._write("index.arrow", pa.Table.from_pylist(self._index, INDEX_SCHEMA))
-        return tuple(self.shards), hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        number = len(self.shards)
-        path = self._write(f"shard-{number:05d}.arrow", pa.Table.from_pylist(self._rows, TURN_SCHEMA))
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        self.shards.append(ShardInfo(name=path.name, rows=len(self._rows), bytes=len(content), sha256=digest))
-        self._index.extend({**row, "audio": None, "shard": number} for row in self._rows)
-        self._rows, self._bytes = [], 0
-
-    def _write(self, name: str, table: pa.Table) -> Path:
-        path = self.folder / name
-        with ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
-        return path
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> "ShardFile":
+        """The inverse of `to_arrow`."""
+        [row] = table.to_pylist()
+        findings = [Finding.from_dict(finding) for finding in json.loads(row["findings"])]
+        return cls(ShardInfo.model_validate_json(row["info"]), ipc.open_file(row["index"]).read_all(), findings)
 
 
-def _digest(row: dict[str, Any]) -> bytes:
-    """Content hash of one turn: all that a model or a metric can see of it."""
-    audio = hashlib.sha256(row["audio"] or b"").hexdigest()
-    keys = "id conversation group index split speaker text label subset quality t_start t_end".split()
-    return hashlib.sha256(json.dumps([[row[key] for key in keys], audio]).encode()).digest()
+def _findings_json(findings: Sequence[Finding]) -> str:
+    return json.dumps([finding.as_dict() for finding in findings])
+
+
+def encode_shard(
+    name: str, rows: Sequence[dict[str, Any]], conversations: dict[str, str], findings: Sequence[Finding]
+) -> tuple[pa.Buffer, ShardFile]:
+    """The bytes of a shard, and what there is to know about it.
+
+    Args:
+        name: of the file.
+        rows: by TURN_SCHEMA; `audio` in the corpus' codec.
+        conversations: id → key of what it was made from.
+        findings: about these conversations; they travel in the file, so that it can be used again.
+    """
+    said = {
+        "findings": _findings_json(findings),
+        "conversations": json.dumps(conversations),
+        "schema_version": SCHEMA_VERSION,
+    }
+    table = pa.Table.from_pylist(list(rows), TURN_SCHEMA.with_metadata(said))
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
+    buffer = sink.getvalue()
+    return buffer, describe_shard(name, buffer)
+
+
+def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:
+    """What there is to know about a shard's bytes: also those that another attempt wrote.
+
+    Raises:
+        DataError: they are no shard.
+    """
+    try:
+        file = ipc.open_file(buffer)
+        table = file.read_all()
+        findings, conversations = _said(file)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise DataError(f"{name}: not a readable shard ({reason(error)}); prepare the corpus again") from None
+    index = table.drop_columns("audio")
+    offsets, lengths = _places(table["audio"], buffer.address)
+    for column, values in zip(_PLACE, (offsets, lengths), strict=True):
+        index = index.append_column(column, pa.array(values, pa.int64()))
+    samples = sum(table["n_samples"].to_pylist())
+    info = ShardInfo(
+        name=name,
+        rows=table.num_rows,
+        bytes=buffer.size,
+        hours=samples / SAMPLE_RATE / 3600,
+        sha256=hashlib.sha256(buffer).hexdigest(),
+        conversations=conversations,
+    )
+    return ShardFile(info, index.cast(SHARD_INDEX_SCHEMA), findings)
+
+
+def _said(file: ipc.RecordBatchFileReader) -> tuple[list[Finding], dict[str, str]]:
+    said = {key.decode(): value.decode() for key, value in (file.schema.metadata or {}).items()}
+    return [Finding.from_dict(finding) for finding in json.loads(said["findings"])], json.loads(said["conversations"])
+
+
+def _places(column: pa.ChunkedArray, base: int) -> tuple[list[int], list[int]]:
+    """Where each value of a binary column lies in the file that starts at the address `base`: one read, no Arrow."""
+    offsets: list[int] = []
+    lengths: list[int] = []
+    for chunk in column.chunks:
+        bounds = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        data = chunk.buffers()[2]
+        start = 0 if data is None else data.address - base
+        offsets += (bounds[:-1] + start).tolist()
+        lengths += np.diff(bounds).tolist()
+    return offsets, lengths
+
+
+def to_bytes(table: pa.Table) -> pa.Buffer:
+    """A table as an Arrow IPC file, one record batch: dictionaries must not change inside a file."""
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks().unify_dictionaries())
+    return sink.getvalue()
+
+
+def is_shards(place: Path | str) -> bool:
+    """Whether a prepared corpus may be there: a URL, or a folder with a manifest."""
+    return "://" in str(place) or (Path(place) / MANIFEST).exists()
 
 
 class Shards:
-    """A prepared corpus, read through the page cache. Pickles as its folder alone, so it travels to any worker."""
+    """A prepared corpus. Pickles as its place alone, so it travels to any worker.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    Args:
+        folder: where `sweep prepare` put it: a folder, or a URL.
+        fold: the fold for test, of a corpus with folds; else 0.
+    """
+
+    def __init__(self, folder: Path | str, fold: int = 0) -> None:
+        self.folder, self.fold = folder, fold
+        self.store = Store(folder)
         try:
-            self.manifest = Manifest.model_validate_json((self.folder / "manifest.json").read_bytes())
+            self.manifest = Manifest.model_validate_json(self.store.read(MANIFEST))
         except FileNotFoundError:
             raise DataError(f"{folder}: no manifest.json; make the shards with `sweep prepare`") from None
         except ValidationError as error:
-            detail = error.errors()[0]
-            place = ".".join(map(str, detail["loc"])) or "file"
-            raise DataError(f"{folder}/manifest.json: {place}: {detail['msg']}; prepare the corpus again") from None
+            raise DataError(_unreadable(self.store, error)) from None
         got = (self.manifest.schema_version, self.manifest.sample_rate)
         if got != (SCHEMA_VERSION, SAMPLE_RATE):
-            raise DataError(
-                f"{folder}: written as (version, Hz) {got}; this program reads {(SCHEMA_VERSION, SAMPLE_RATE)}: "
-                "prepare the corpus again"
-            )
+            raise DataError(_version(folder, got))
+        folds = self.manifest.config.split.folds
+        if fold >= (folds or 1):
+            has = f"{folds} folds, counted from 0" if folds else "no folds; prepare it with --set split.folds=5"
+            raise DataError(f"{folder}: data.fold is {fold}, and the corpus has {has}")
 
-    def __reduce__(self) -> tuple[type["Shards"], tuple[Path]]:
-        return Shards, (self.folder,)
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Path | str, int]]:
+        return Shards, (self.folder, self.fold)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content and the split."""
+        folds = self.manifest.config.split.folds
+        return f"{self.manifest.fingerprint}-{self.fold}" if folds else self.manifest.fingerprint
 
     def verify(self) -> None:
-        """Read every shard once and compare its size and sha256 with the manifest.
+        """Read everything once and compare it with the manifest.
 
         Raises:
-            DataError: names the first shard that is missing or differs.
+            DataError: names the first file that is missing or differs.
         """
-        for shard in self.manifest.shards:
-            path = self.folder / shard.name
-            if not path.exists():
-                raise DataError(f"{path}: the shard is missing; prepare the corpus again")
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != shard.sha256:
-                raise DataError(f"{path}: the shard is corrupt (sha256 differs from the manifest's); prepare it again")
-        if self.index.num_rows != sum(shard.rows for shard in self.manifest.shards):
-            raise DataError(f"{self.folder}/index.arrow: its rows differ from the manifest's; prepare the corpus again")
+        expected = {shard.name: shard.sha256 for shard in self.manifest.shards}
+        for name, sha256 in {**expected, self.manifest.index: self.manifest.index_sha256}.items():
+            with self._open(name) as file:
+                digest = hashlib.sha256()
+                while block := file.read_buffer(1 << 24):
+                    digest.update(block)
+            if digest.hexdigest() != sha256:
+                raise DataError(
+                    f"{self.store / name}: the file is corrupt (its sha256 is not the manifest's); {_AGAIN}"
+                )
 
     @cached_property
     def index(self) -> pa.Table:
         """Every turn without its audio; row numbers of the project are rows of this table."""
-        return _read_table(self.folder / "index.arrow")
+        with self._open(self.manifest.index) as file:
+            try:
+                return ipc.open_file(file).read_all()
+            except (pa.ArrowInvalid, OSError) as error:
+                name = self.store / self.manifest.index
+                raise DataError(f"{name}: not a readable Arrow file ({reason(error)}); {_AGAIN}") from None
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
         """The index as Python lists: a few MB for ten thousand turns, and quick to look up."""
-        return {name: self.index[name].to_pylist() for name in self.index.column_names}
+        found = {name: self.index[name].to_pylist() for name in self.index.column_names}
+        if folds := self.manifest.config.split.folds:
+            found["split"] = [fold_split(fold, self.fold, folds) for fold in found["fold"]]
+        return found
 
     @cached_property
     def sessions(self) -> list[range]:
@@ -177,31 +270,59 @@ class Shards:
         return found
 
     @cached_property
-    def _audio(self) -> list[pa.ChunkedArray]:
-        return [_read_table(self.folder / shard.name)["audio"] for shard in self.manifest.shards]
+    def _files(self) -> dict[int, Any]:
+        return {}
 
     @cached_property
-    def _first_row(self) -> list[int]:
-        return np.cumsum([0, *(shard.rows for shard in self.manifest.shards)]).tolist()  # type: ignore[no-any-return]
+    def _checked(self) -> np.ndarray:
+        return np.zeros(self.index.num_rows, dtype=bool)
 
-    def pcm(self, row: int) -> bytes | None:
-        """The clip of a row as little-endian int16 bytes; None without sound.
+    def pcm(self, row: int) -> np.ndarray | None:
+        """The clip of a row as int16 samples [n_samples]; None without sound. Not a copy where it is memory-mapped.
 
         Raises:
-            DataError: the bytes differ from the checksum written with them.
+            DataError: names the shard that is missing, or the utterance whose bytes differ from their checksum.
         """
-        shard = self.columns["shard"][row]
-        clip: bytes | None = self._audio[shard][row - self._first_row[shard]].as_py()
-        if zlib.crc32(clip or b"") != self.columns["crc32"][row]:
-            path = self.folder / self.manifest.shards[shard].name
-            raise DataError(
-                f"{path}: utterance {self.columns['id'][row]} is corrupt (checksum differs); prepare it again"
-            )
-        return clip
+        columns = self.columns
+        if columns["n_samples"][row] == 0:
+            return None
+        content, length = self._bytes(row), columns["length"][row]
+        # A page that was right once stays right: the checksum costs as much as all other reading.
+        if not self._checked[row]:
+            if len(content) != length or audio.checksum(content) != columns["crc32"][row]:
+                name = self.store / self.manifest.shards[columns["shard"][row]].name
+                raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum differs); {_AGAIN}")
+            self._checked[row] = True
+        return audio.decode(content, self.manifest.config.codec)
+
+    def _bytes(self, row: int) -> bytes | memoryview:
+        """The stored bytes of a row; fewer where the file is too short."""
+        columns, offset = self.columns, self.columns["offset"][row]
+        shard, end = columns["shard"][row], offset + columns["length"][row]
+        if shard not in self._files:
+            file = self._open(self.manifest.shards[shard].name)
+            self._files[shard] = file if self.store.local is None else memoryview(file.read_buffer())
+        file = self._files[shard]
+        content: bytes | memoryview = file[offset:end] if self.store.local else file.read_at(end - offset, offset)
+        return content
+
+    def _open(self, name: str) -> pa.NativeFile:
+        try:
+            return self.store.open(name)
+        except FileNotFoundError:
+            raise DataError(f"{self.store / name}: the file is missing; {_AGAIN}") from None
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{self.store / name}: cannot be read ({reason(error)}); {_AGAIN}") from None
 
 
-def _read_table(path: Path) -> pa.Table:
-    try:
-        return ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Arrow file ({reason(error)}); prepare the corpus again") from None
+_AGAIN = "prepare the corpus again"
+
+
+def _unreadable(store: Store, error: ValidationError) -> str:
+    detail = error.errors()[0]
+    place = ".".join(map(str, detail["loc"])) or "file"
+    return f"{store / MANIFEST}: {place}: {detail['msg']}; {_AGAIN}"
+
+
+def _version(folder: Path | str, got: tuple[str, int]) -> str:
+    return f"{folder}: written as (version, Hz) {got}; this program reads {(SCHEMA_VERSION, SAMPLE_RATE)}: {_AGAIN}"

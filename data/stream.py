@@ -1,29 +1,128 @@
-"""The two sources of batches behind one seam: Ray Data, and memory-mapped shards. Both yield identical examples."""
+"""The two sources of batches behind one seam: Ray Data, and memory-mapped shards. Both yield identical examples.
 
-from collections.abc import Callable, Iterator, Sequence
+Either is read by a thread (`Reading`) ahead of the training step that needs the batch.
+"""
+
+import contextlib
+import functools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from data.augment import Draw
 from data.config import DataConfig
+from data.errors import DataError, UserError
 from data.examples import Example, from_arrow, read_example, to_arrow
-from data.shards import Shards
+from data.jobs import Job
+from data.shards import ShardFile, Shards
 from data.tasks import Item
 
 Batches = Sequence[Sequence[Item]]
-Source = Callable[[Batches], Iterator[list[Example]]]
+Batch = list[Example]
+Source = Callable[[Batches, Draw | None], Generator[Batch, None, None]]  # None: as recorded
 
 STEPS_PER_TASK = 16  # batches a Ray read task emits: few enough to start fast, enough to pay for the task
 READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
 PREFETCH = 4  # batches fetched ahead of the training step
+FETCHES = 8  # clips fetched at a time from a store behind a URL, where each is a request
+
+
+class Reading:
+    """Batches in their order, read ahead by a thread from the moment on that this is made. Iterate over it once.
+
+    Args:
+        read: makes the batches; runs in the thread.
+        after: what is read first. This starts once that has been read, or is wanted itself.
+    """
+
+    def __init__(self, read: Callable[[], Generator[Batch, None, None]], after: "Reading | None" = None) -> None:
+        self.waited = 0.0  # seconds for which the consumer was blocked
+        self._over = False
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
+        self._wanted, self._stop = threading.Event(), threading.Event()
+        former = None if after is None else after.thread
+        # The thread must not hold this object: one that nobody holds any longer is closed.
+        own = (read, former, self._queue, self._wanted, self._stop)
+        self.thread: threading.Thread = threading.Thread(target=_fill, args=own, daemon=True, name="reading")
+        self.thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be read."""
+        return not self.thread.is_alive()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            Exception: what the reading raised, as it was.
+        """
+        if self._over:
+            raise StopIteration
+        self._wanted.set()
+        started = time.monotonic()
+        batch = self._queue.get()
+        self.waited += time.monotonic() - started
+        if isinstance(batch, list):
+            return batch
+        self._over = True
+        raise StopIteration if batch is None else batch
+
+    def close(self) -> None:
+        """End the thread with the batch that it is reading."""
+        self._over = True
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # the thread may be waiting for room
+                self._queue.get_nowait()
+
+    __del__ = close
+
+
+def _fill(
+    read: Callable[[], Generator[Batch, None, None]],
+    former: threading.Thread | None,
+    batches: "queue.Queue[Batch | BaseException | None]",
+    wanted: threading.Event,
+    stop: threading.Event,
+) -> None:
+    end: BaseException | None = None
+    while former is not None and former.is_alive() and not wanted.is_set() and not stop.is_set():
+        former.join(0.02)
+    try:
+        with contextlib.closing(read()) as source:
+            while not stop.is_set() and (batch := next(source, None)) is not None:
+                batches.put(batch)
+    except BaseException as error:  # raised again where the batch is missed
+        end = error
+    if not stop.is_set():
+        batches.put(end)
 
 
 def local_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
-    """Read from the memory-mapped shards in this process: for shards on the node's own disk, and without Ray."""
+    """Read from the shards in this process: memory-mapped on the node's own disk, or from a store; without Ray."""
+    return functools.partial(_read, shards, config, sound)
 
-    def read(batches: Batches) -> Iterator[list[Example]]:
+
+def _read(
+    shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
+) -> Generator[Batch, None, None]:
+    example = functools.partial(read_example, shards, config=config, sound=sound, draw=draw)
+    if shards.store.local is not None:
         for batch in batches:
-            yield [read_example(shards, item, config, sound) for item in batch]
-
-    return read
+            yield [example(item) for item in batch]
+        return
+    with ThreadPoolExecutor(FETCHES) as pool:
+        for batch in batches:
+            yield list(pool.map(example, batch))
 
 
 def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
@@ -33,14 +132,14 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
     are exact. The tasks ask for no CPU: otherwise workers that hold all CPUs would wait for them for ever.
     """
 
-    def read(batches: Batches) -> Iterator[list[Example]]:
+    def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
         import ray.data
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
-        source = _plan_datasource(shards, config, sound, batches)
+        source = _plan_datasource(shards, config, sound, batches, draw)
         dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS)
         for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH):
             yield from from_arrow(table)
@@ -48,7 +147,9 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
     return read
 
 
-def _plan_datasource(shards: Shards, config: DataConfig, sound: bool, batches: Batches) -> Any:
+def _plan_datasource(
+    shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
+) -> Any:
     """A Ray `Datasource` whose read tasks each emit a run of consecutive batches, one row a batch."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
@@ -60,9 +161,11 @@ def _plan_datasource(shards: Shards, config: DataConfig, sound: bool, batches: B
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
             return [_task(batches[first : first + STEPS_PER_TASK]) for first in range(0, len(batches), STEPS_PER_TASK)]
 
+    place, fold, index = shards.folder, shards.fold, shards.manifest.index
+
     def _task(part: Batches) -> ReadTask:
         def read() -> Iterator[Any]:
-            yield to_arrow([[read_example(shards, item, config, sound) for item in batch] for batch in part])
+            yield to_arrow(list(_read(_kept(place, fold, index), config, sound, part, draw)))
 
         metadata = BlockMetadata(num_rows=len(part), size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(read, metadata)
@@ -70,4 +173,49 @@ def _plan_datasource(shards: Shards, config: DataConfig, sound: bool, batches: B
     return PlanDatasource()
 
 
+@functools.lru_cache(maxsize=2)
+def _kept(place: Path | str, fold: int, index: str) -> Shards:
+    """A corpus that stays open from one read task of a process to the next.
+
+    Raises:
+        DataError: it was prepared anew since the trial opened it: the rows would be others.
+    """
+    shards = Shards(place, fold)
+    if shards.manifest.index != index:
+        raise DataError(f"{place}: the corpus was changed while a trial reads it; start the sweep again")
+    return shards
+
+
 SOURCES: dict[str, Callable[[Shards, DataConfig, bool], Source]] = {"local": local_source, "ray": ray_source}
+
+
+def ray_jobs(jobs: Sequence[Job]) -> Iterator[ShardFile]:
+    """Make shards through Ray Data: each is a read task of one CPU, on any node that sees recordings and store.
+
+    Raises:
+        UserError: what a job raised.
+    """
+    import ray.data
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class JobDatasource(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+            return [_task(job) for job in jobs]
+
+    def _task(job: Job) -> ReadTask:
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+        return ReadTask(lambda: iter([job().to_arrow()]), metadata)
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.read_datasource(JobDatasource(), num_cpus=1, override_num_blocks=len(jobs))
+    try:
+        for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            yield ShardFile.from_arrow(table)
+    except Exception as error:
+        cause = getattr(error, "cause", None)  # Ray wraps what a task raised
+        raise cause if isinstance(cause, UserError) else error from None

@@ -9,6 +9,7 @@ from data.config import Section, Weight
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+ByLabel = dict[str, dict[str, Positive]]  # task → label → number
 NEW_PARTS = ("adapter", "lora", "tokens")  # they start at random: a pretrained model does not hold them
 Dtype = Literal["float32", "bfloat16"]
 
@@ -217,8 +218,16 @@ class TrainConfig(Section):
     warmup: Fraction = Field(0.1, description="Share of the steps with a rising rate.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     losses: LossConfig = LossConfig()
-    class_weights: Literal["equal", "balanced"] = Field(
-        "equal", description="balanced: an item's loss counts with the inverse of its label's share in training."
+    class_weights: Literal["equal", "balanced"] | ByLabel = Field(
+        "equal",
+        description="balanced: an item's loss counts with the inverse of its label's share in training, n / (K n_k). "
+        "Or numbers, {task: {label: weight}}; what is not named counts 1.",
+    )
+    sampling: Literal["none", "balanced"] | ByLabel = Field(
+        "none",
+        description="balanced: items are drawn with replacement, as many an epoch as there are and labels of a task "
+        "equally often, so an epoch is no longer every item once. Or numbers, as above, in proportion to which an item "
+        "of the label is drawn.",
     )
     token_budget: Count = Field(
         16_384,
@@ -234,7 +243,16 @@ class TrainConfig(Section):
 
     def problems(self) -> list[str]:
         """As in ModelConfig."""
-        losses = self.losses
+        losses, found = self.losses, []
         if losses.next_token + losses.distillation + losses.hidden == 0:
-            return ["train.losses: all weights are 0, so there is nothing to minimise; raise one"]
-        return []
+            found.append("train.losses: all weights are 0, so there is nothing to minimise; raise one")
+        if self.sampling != "none" and self.class_weights != "equal":
+            found.append(
+                f"train.sampling: {_shown(self.sampling)} draws labels by weight, and train.class_weights "
+                f"({_shown(self.class_weights)}) would count them by weight once more; set one of them to none or equal"
+            )
+        return found
+
+
+def _shown(setting: str | ByLabel) -> str:
+    return setting if isinstance(setting, str) else "numbers by label"

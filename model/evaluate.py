@@ -1,18 +1,19 @@
 """The examples of a trial, and predictions over a whole split: identical however the split is batched."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from data.augment import Draw, longest
 from data.config import DataConfig
 from data.errors import ConfigError, UserError
 from data.examples import Example, clip_samples, read_example
-from data.plan import micro_batches, share
+from data.plan import Cost, micro_batches, plan, share
 from data.shards import Shards
-from data.stream import SOURCES, Source
+from data.stream import SOURCES, Reading, Source
 from data.tasks import Item, has_sound, items
 from model.config import LossConfig
 from model.losses import answer_losses, teacher_cost
@@ -21,6 +22,7 @@ from model.score import decide, generate, label_scores
 from model.speech_llm import SpeechLLM
 
 LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
+TOGETHER = 64  # items of an evaluation that are cut into batches together, of similar tokens and frames
 
 
 def world() -> tuple[int, int]:
@@ -33,7 +35,7 @@ class SplitData:
     """The items of a split, and by item what planning needs to know."""
 
     items: list[Item] = field(default_factory=list)
-    costs: list[int] = field(default_factory=list)  # tokens and encoder frames
+    costs: list[Cost] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)  # tokens of the answer
     answers: list[str] = field(default_factory=list)
 
@@ -47,6 +49,7 @@ class TrialData:
     splits: dict[str, SplitData]
     dropped_turns: int  # turns of history that no prompt had room for, over all splits
     short_clips: int  # clips that were filled up to one window of the adapter
+    readings: list[Reading] = field(default_factory=list)  # that have not ended
 
     @classmethod
     def open(
@@ -79,20 +82,37 @@ class TrialData:
             own = found.splits[split] = SplitData()
             for item in (item for task in model.tasks for item in items(shards, task, split)):
                 example = read_example(shards, item, config, sound=False)
-                measure = model.measure(example, clip_samples(shards, item, config))
+                samples = clip_samples(shards, item, config)
+                measure = model.measure(example, samples)
+                if split == "train" and (slowest := longest(samples, config.augment)) > samples:
+                    model.measure(example, slowest)  # it must fit, too
                 own.items.append(item)
                 taught = teacher_cost(model, example) if teacher and split == "train" else 0
-                own.costs.append(measure.cost + taught)
+                own.costs.append(measure.cost._replace(tokens=measure.cost.tokens + taught))
                 own.predicted.append(measure.predicted)
                 own.answers.append(example.answer)
                 found.dropped_turns += measure.dropped_turns
                 found.short_clips += measure.short_clip
         return found
 
-    def read(self, split: str, batches: Sequence[Sequence[int]]) -> Iterator[list[Example]]:
-        """Examples by batch; `batches` hold positions in the split's items."""
+    def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Reading:
+        """Examples by batch, read ahead as soon as what was asked for before has been read.
+
+        Args:
+            split: by name.
+            batches: positions in the split's items.
+            draw: in training, of the epoch, for augmentation; None: clips are heard as they are.
+        """
         chosen = self.splits[split].items
-        return self.source([[chosen[position] for position in batch] for batch in batches])
+        own = [[chosen[position] for position in batch] for batch in batches]
+        reading = Reading(lambda: self.source(own, draw), after=self.readings[-1] if self.readings else None)
+        self.readings = [*(known for known in self.readings if not known.ended), reading]
+        return reading
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for reading in self.readings:
+            reading.close()
 
 
 def _check_roles(shards: Shards, model: SpeechLLM) -> None:
@@ -105,34 +125,58 @@ def _check_roles(shards: Shards, model: SpeechLLM) -> None:
         )
 
 
-@torch.no_grad()
-def evaluate(
-    model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None
-) -> list[Record]:
-    """Predict a whole split, over all workers.
+class Asked(NamedTuple):
+    """A pass over items that has been asked for: it is read ahead while something else is computed."""
 
-    Args:
-        batch_size: items computed together; by default as many as fit in `token_budget`.
+    batches: list[list[int]]  # positions in the split's items
+    reading: Reading
 
-    Returns:
-        One record per item, in order.
-    """
+
+def ask(model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None) -> Asked:
+    """Start to read this worker's part of a split for `evaluate`, with the same arguments."""
     rank, workers = world()
     own = data.splits[split]
     batches: list[list[int]] = []
     for task in model.tasks:
         positions = share([place for place, item in enumerate(own.items) if item[0] == task], rank, workers)
         if batch_size is None:
-            parts = micro_batches([own.costs[position] for position in positions], token_budget)
-            chosen = [[positions[place] for place in part] for part in parts]
-            batches += [piece for batch in chosen for piece in _within_memory(model, task, own, batch)]
+            costs = [own.costs[position] for position in positions]
+            for together in plan(costs, batch_size=TOGETHER, seed=0, epoch=0):
+                for part in micro_batches([costs[place] for place in together], token_budget):
+                    batches += _within_memory(model, task, own, [positions[together[place]] for place in part])
         else:
             batches += [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
+    return Asked(batches, data.read(split, batches))
+
+
+@torch.no_grad()
+def evaluate(
+    model: SpeechLLM,
+    data: TrialData,
+    split: str,
+    token_budget: int,
+    batch_size: int | None = None,
+    asked: Asked | None = None,
+) -> list[Record]:
+    """Predict a whole split, over all workers.
+
+    Args:
+        model: that predicts.
+        data: with the split.
+        split: by name.
+        token_budget: limit on what is computed together.
+        batch_size: items computed together; by default as many as fit in `token_budget`.
+        asked: what `ask` returned, where it was called early.
+
+    Returns:
+        One record per item, in order.
+    """
+    batches, reading = asked or ask(model, data, split, token_budget, batch_size)
     model.eval()
     found: list[tuple[int, Record]] = []
-    for batch, examples in zip(batches, data.read(split, batches), strict=True):
+    for batch, examples in zip(batches, reading, strict=True):
         found += zip(batch, predict(model, examples), strict=True)
-    if workers > 1:
+    if (workers := world()[1]) > 1:
         everybody: list[Any] = [None] * workers
         dist.all_gather_object(everybody, found)
         found = [item for part in everybody for item in part]

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data.audio import waveform
 from data.errors import ConfigError, DataError
 from data.examples import Example
+from data.plan import Cost, groups
 from data.tasks import AnswerSet
 from model import checkpoint
 from model.adapter import Adapter, load_adapter
@@ -200,7 +201,7 @@ class SpeechLLM(nn.Module):
             DataError: it is longer than the LLM's positions reach, or than model.llm.max_text_tokens.
         """
         prompt, answer = self.prompter.prompt(example), self.answer(example)
-        text, frames, clip = len(prompt.ids) + len(answer.inputs), 0, 0
+        cost, frames, clip = Cost(len(prompt.ids) + len(answer.inputs)), 0, 0
         longest = max((len(known.inputs) for known in self.answers[example.task].values()), default=0)
         positions = len(prompt.ids) + max(len(answer.inputs), longest or self.config.max_new_tokens)
         if CLIP in prompt.ids:
@@ -209,6 +210,7 @@ class SpeechLLM(nn.Module):
             frames = self.encoder.frames(n_samples)
             clip = self.adapter.embeddings(frames)
             positions += clip - 1  # in place of the placeholder
+            cost = Cost(cost.tokens + clip - 1, self.encoder.cost(n_samples))
         if self.reach is not None and positions > self.reach:
             raise DataError(
                 f"utterance {example.id}: prompt and answer take up to {positions} positions ({clip} of them sound), "
@@ -216,7 +218,7 @@ class SpeechLLM(nn.Module):
                 "model.adapter.stride, or cut the clip"
             )
         return Measure(
-            cost=text + (self.encoder.cost(n_samples) if self.encoder is not None and clip else 0),
+            cost=cost,
             predicted=answer.predicted,
             dropped_turns=prompt.dropped_turns,
             short_clip=0 < frames < self.config.adapter.window,
@@ -226,15 +228,23 @@ class SpeechLLM(nn.Module):
         """The unpadded prompt embeddings of each example, [T_i, E]."""
         ids = [self.prompter.prompt(example).ids for example in examples]
         hearing = [place for place, row in enumerate(ids) if CLIP in row]
-        clips = dict(zip(hearing, self.clips([examples[place] for place in hearing]), strict=True)) if hearing else {}
+        clips: dict[int, Tensor] = {}
+        for group in groups([self._frames(examples[place]) for place in hearing]):
+            alike = [hearing[place] for place in group]
+            clips |= zip(alike, self.clips([examples[place] for place in alike]), strict=True)
         return [self.embed(row, clips.get(place)) for place, row in enumerate(ids)]
 
+    def _frames(self, example: Example) -> int:
+        assert self.encoder is not None
+        assert example.pcm is not None, "items() selects utterances with sound"
+        return self.encoder.cost(len(example.pcm))
+
     def clips(self, examples: Sequence[Example]) -> list[Tensor]:
-        """The embeddings of each example's clip."""
+        """The embeddings of each example's clip; all clips are padded to the longest one."""
         assert self.encoder is not None
         assert self.adapter is not None
         waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
-        assert len(waves) == len(examples), "items() selects utterances with sound"
+        assert len(waves) == len(examples)
         learns = self.encoder.training and "encoder" in self.trained_parts
         masks = self._masks(examples, waves) if learns and self.config.encoder.spec_augment else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.trained_parts):
@@ -272,7 +282,7 @@ class SpeechLLM(nn.Module):
 class Measure:
     """Of an example, for planning and for what is counted."""
 
-    cost: int  # tokens and encoder frames to compute
+    cost: Cost
     predicted: int  # tokens of the answer, EOS included
     dropped_turns: int  # turns of history that did not fit
     short_clip: bool  # filled up with silence to one window of the adapter

@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from transformers import get_scheduler
 
+from data.augment import Draw
 from data.config import TaskWeights
 from data.errors import UserError
 from data.examples import Example
 from data.plan import micro_batches, plan, plan_hash, share
 from model import checkpoint
 from model.config import TrainConfig
-from model.evaluate import TrialData, evaluate, world
+from model.evaluate import Asked, TrialData, ask, evaluate, world
+from model.imbalance import by_item, with_numbers
 from model.losses import answer_losses
 from model.metrics import Record, summarise
 from model.parts import part_of
@@ -45,6 +47,7 @@ class Progress:
     examples: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)  # of this epoch: loss → [sum, predicted tokens]
     seconds: float = 0.0  # of training and evaluation, in the epochs that were finished
+    data_wait: float = 0.0  # those of them for which the next batch was waited for
     history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # what was reported, by epoch
 
 
@@ -54,7 +57,8 @@ class Trainer:
     def __init__(
         self, model: SpeechLLM, data: TrialData, config: TrainConfig, tasks: TaskWeights, seed: int, folder: Path
     ) -> None:
-        self.model, self.data, self.config, self.seed, self.folder = model, data, config, seed, folder
+        self.model, self.data, self.seed, self.folder = model, data, seed, folder
+        self.config = with_numbers(config, model.tasks)
         self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
         self.rank, self.world = world()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,10 +67,14 @@ class Trainer:
         steps = config.epochs * math.ceil(len(self.train.items) / config.batch_size)
         kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         self.schedule = get_scheduler(kind, self.optimizer, round(config.warmup * steps), steps)
-        self.importance = self._importance()
+        items, answers = self.train.items, self.train.answers
+        self.importance = by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
+        self.drawn = by_item(self.config.sampling, items, answers)
         self.state = Progress()
+        self.next_epoch: Asked | None = None
+        self.validation: Asked | None = None
         self.plan_hash = plan_hash(
-            self.train.costs, data.shards.manifest.fingerprint, batch_size=config.batch_size, seed=seed
+            self.train.costs, data.shards.fingerprint, config.batch_size, seed, weights=self.drawn
         )
 
     @property
@@ -83,36 +91,33 @@ class Trainer:
                 groups.setdefault(own or self.config.learning_rate, []).append(parameter)
         return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
-    def _importance(self) -> list[float]:
-        """By training item: how much its tokens count within its task, 1 on average where classes are balanced."""
-        found = []
-        for (task, _), answer in zip(self.train.items, self.train.answers, strict=True):
-            known = self.model.tasks[task]
-            balanced = self.config.class_weights == "balanced" and answer in known.labels
-            present = sum(count > 0 for count in known.counts)
-            count = known.counts[known.labels.index(answer)] if balanced else 1
-            found.append(sum(known.counts) / (present * count) if balanced else 1.0)
-        return found
+    def _ask(self, epoch: int, first: int = 0) -> Asked:
+        """The steps of an epoch from `first` on, and this worker's part of them."""
+        size, draw = self.config.batch_size, Draw(self.seed, epoch)
+        steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=self.drawn)[first:]
+        return Asked(steps, self.data.read("train", [share(step, self.rank, self.world) for step in steps], draw))
 
     def train_epoch(self) -> None:
         """The rest of the current epoch."""
-        config, state = self.config, self.state
+        state = self.state
         self.model.augment = (self.seed, state.epoch)
-        steps = plan(self.train.costs, batch_size=config.batch_size, seed=self.seed, epoch=state.epoch)[state.step :]
-        shares = [share(step, self.rank, self.world) for step in steps]
+        steps, reading = self.next_epoch or self._ask(state.epoch, state.step)
+        self.validation = ask(self.model, self.data, "val", self.config.token_budget)
         self.model.train()
-        for step, own, examples in zip(steps, shares, self.data.read("train", shares), strict=True):
+        for step, examples in zip(steps, reading, strict=True):
             state.examples += len(step)
-            self._optimizer_step(step, own, examples)
-            if state.total_steps % config.checkpoint_steps == 0:
+            self._optimizer_step(step, share(step, self.rank, self.world), examples)
+            if state.total_steps % self.config.checkpoint_steps == 0:
                 self.save()
+        state.data_wait += reading.waited
 
     def _factors(self, step: Sequence[int]) -> dict[int, float]:
         """By position of a step: what the sum of its losses is multiplied by.
 
         Each task counts with its weight times its mean loss per token, over the whole step: the divisors follow from
-        the plan, so they are the same for every worker and every cut into micro-batches. Class weights, 1 on average
-        over the corpus, are no part of the divisors: in a step of one item they would cancel.
+        the plan, so they are the same for every worker and every cut into micro-batches. Class weights, of which
+        balanced ones are 1 on average over the corpus, are no part of the divisors: in a step of one item they would
+        cancel.
         """
         totals: dict[str, int] = {}
         for position in step:
@@ -182,8 +187,12 @@ class Trainer:
 
     def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report."""
-        records = evaluate(self.model, self.data, "val", self.config.token_budget)
-        state = self.state
+        state, last = self.state, self.state.epoch + 1 == self.config.epochs
+        self.next_epoch = None if last else self._ask(state.epoch + 1)
+        validation = self.validation or ask(self.model, self.data, "val", self.config.token_budget)
+        records = evaluate(self.model, self.data, "val", self.config.token_budget, asked=validation)
+        self.validation = None
+        state.data_wait += validation.reading.waited
         state.epoch, state.step = state.epoch + 1, 0
         state.seconds += time.monotonic() - started
         metrics: dict[str, Any] = {
@@ -192,6 +201,7 @@ class Trainer:
             "epoch": state.epoch,
             "steps": state.total_steps,
             "seconds": state.seconds,
+            "data_wait": state.data_wait,
             "dropped_turns": self.data.dropped_turns,
             "short_clips": self.data.short_clips,
         }
@@ -248,7 +258,7 @@ class Trainer:
                 "generators": generators,
                 "progress": {name: getattr(self.state, name) for name in Progress.__dataclass_fields__},
                 "plan_hash": self.plan_hash,
-                "fingerprint": self.data.shards.manifest.fingerprint,
+                "fingerprint": self.data.shards.fingerprint,
                 "digest": checkpoint.digest(checkpoint.trained_tensors(self.model)),
                 "parents": self.model.parents,
                 "files": self.model.files,
@@ -317,11 +327,14 @@ def fit(
     trainer.resume()
     for epoch, metrics in list(trainer.state.history):
         report(epoch, metrics)
-    while not trainer.is_over():
-        started = time.monotonic()
-        trainer.train_epoch()
-        metrics = trainer.finish_epoch(started)
-        report(trainer.state.epoch, metrics)
+    try:
+        while not trainer.is_over():
+            started = time.monotonic()
+            trainer.train_epoch()
+            metrics = trainer.finish_epoch(started)
+            report(trainer.state.epoch, metrics)
+    finally:
+        data.close()  # what was read ahead for an epoch that is not trained
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -8,16 +8,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data import synthetic
+from data.corpus_config import CorpusConfig, SplitConfig
 from data.errors import ConfigError
 from data.prepare import prepare
+from data.schema import SCHEMA_VERSION
 from model import tiny
-from sweep.config import Config, flat
+from sweep.config import Config
+from sweep.settings import flat
 
 PREFIX = "builtin:"
 
 
 def _make_corpus(folder: Path) -> None:
-    prepare(synthetic.corpus(), folder, fractions=(0.64, 0.18, 0.18))
+    prepare(synthetic.corpus(), folder, CorpusConfig(split=SplitConfig(fractions=(0.64, 0.18, 0.18))))
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
@@ -72,7 +75,7 @@ def _named(config: Config) -> dict[str, str]:
 
 
 def _folder(name: str) -> Path:
-    return cache_folder() / f"{name}-{synthetic.VERSION}.{tiny.VERSION}"
+    return cache_folder() / f"{name}-{synthetic.VERSION}.{tiny.VERSION}.{SCHEMA_VERSION}"
 
 
 def _make_all(names: list[str]) -> None:

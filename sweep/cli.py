@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.errors import UserError
-from sweep.cli_prepare import console, prepare_app
+from sweep.cli_prepare import console, prepare, show_shards
 
 if TYPE_CHECKING:
     from model.speech_llm import SpeechLLM
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(prepare_app, name="prepare")
+app.command()(prepare)
 
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting: key=value, dotted; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
@@ -242,41 +242,51 @@ def train(
 ) -> None:
     """One trial in this process, without Ray: the same training, bit for bit."""
     from sweep import config as configuration
-    from sweep.trial import available_device, run_trial
+    from sweep.builtin import resolve
+    from sweep.trial import as_run, available_device, open_shards, run_trial
 
     loaded = configuration.load(config, set_).with_values({"search.space": {}, "search.points": []})
     folder = out or Path("runs") / f"{loaded.name}-train"
-    resolved = _resolve(loaded)
+    loaded = as_run(loaded, open_shards(_resolve(loaded).data))
     configuration.claim_folder(loaded, folder)
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
         console.print(f"epoch {epoch}/{loaded.train.epochs}  {shown}", soft_wrap=True, highlight=False)
 
-    run_trial(resolved, folder, report, "local", available_device())
+    run_trial(resolve(loaded), folder, report, "local", available_device())
     console.print(f"checkpoint: {folder / 'checkpoint.pt'}", highlight=False)
 
 
 @app.command()
 def inspect(
-    config: Annotated[str, typer.Argument(help="A preset's name, or a YAML file.")],
+    source: Annotated[str, typer.Argument(help="A preset's name, a YAML file, or the folder (URL) of shards.")],
     set_: SetOption = [],  # noqa: B006
-    split: Annotated[str, typer.Option(help="train, val or test")] = "train",
+    split: Annotated[str | None, typer.Option(help="train, val or test; by default the example's, or train.")] = None,
     example: Annotated[str | None, typer.Option(help="Id of an utterance or session; by default the first.")] = None,
 ) -> None:
-    """The parts of the model and what trains, and examples exactly as the model reads them. Loads no weights."""
+    """What is in a corpus and what is wrong with it; the parts of the model and what trains; examples exactly as the
+    model reads them. Loads no weights."""
     from data.schema import SPLITS
+    from data.shards import Shards, is_shards
     from data.tasks import has_sound
     from sweep import builtin
     from sweep import config as configuration
     from sweep.inputs import check_sound
-    from sweep.inspect import lines
+    from sweep.inspect import lines, settings_for
+    from sweep.settings import read_tree
     from sweep.trial import open_shards
 
-    if split not in SPLITS:
+    if split not in (*SPLITS, None):
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
-    resolved = builtin.resolve(configuration.load(config, set_))
-    check_sound(resolved, has_sound(open_shards(resolved.data.shards)))
+    if is_shards(source):
+        shards = Shards(source)
+        show_shards(shards)
+        loaded = configuration.parse(read_tree(None, [*settings_for(shards), *set_]), "--set")
+    else:
+        loaded = configuration.load(source, set_)
+    resolved = builtin.resolve(loaded)
+    check_sound(resolved, has_sound(open_shards(resolved.data)))
     for line in lines(*_show_model(resolved), split, example):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

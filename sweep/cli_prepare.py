@@ -1,72 +1,172 @@
-"""`sweep prepare`: the commands that turn a corpus into Arrow shards."""
+"""`sweep prepare`: a corpus becomes Arrow shards, with tables and a page about what is in it and what is wrong."""
 
+import json
+import os
+import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from data.schema import Conversation, Corpus
+from data.errors import UserError
 
-prepare_app = typer.Typer(help="Turn a corpus into Arrow shards.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from data.corpus_config import CorpusConfig
+    from data.findings import Finding
+    from data.jobs import Job
+    from data.schema import Corpus
+    from data.shards import ShardFile, Shards
+    from model.align import CTCAligner
+
+UNFINISHED = 75
+WORTH_RAY = 8  # shards: starting Ray takes as long as cutting these, about four hours of sound
+REPORT = "report.html"
+
 # Into a file or a pipe, tables keep the width of a wide terminal.
 console = Console(width=None if sys.stdout.isatty() else 132)
 
-OutOption = Annotated[Path, typer.Option(help="New folder for the shards.")]
-SeedOption = Annotated[int, typer.Option(help="Of the split.")]
 
-
-@prepare_app.command("annomi")
-def prepare_annomi(
-    csv: Annotated[Path, typer.Option(help="AnnoMI-simple.csv")],
-    out: OutOption,
-    audio: Annotated[Path | None, typer.Option(help="Folder with <transcript_id>.wav (or .flac, .mp3, …).")] = None,
-    seed: SeedOption = 0,
+def prepare(
+    kind: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="annomi, whisperx, daic, mi-tags, table; synthetic is made here.")
+    ],
+    source: Annotated[Path | None, typer.Argument(help="The corpus: a file or a folder, by format.")] = None,
+    *,
+    out: Annotated[str, typer.Option(help="Folder or URL (s3://…) for the shards; an earlier one is added to.")],
+    audio: Annotated[Path | None, typer.Option(help="Folder with the recordings; without, text only.")] = None,
+    align: Annotated[
+        str | None, typer.Option(help="CTC model (Hugging Face id or folder) that refines the turns' times.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of settings: roles, labels, columns, split …")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="key=value: one setting, e.g. split.folds=5.")] = [],  # noqa: B006
 ) -> None:
-    """AnnoMI-simple; without --audio the corpus is text only."""
-    from data.importers.annomi import read_annomi
+    """Turn a corpus into Arrow shards. The same command goes on after a kill, and adds new sessions."""
+    from data.corpus_config import CorpusConfig
+    from data.findings import BuildError
+    from sweep.settings import read_tree, validated
 
-    _prepare(read_annomi(csv, audio), out, (0.7, 0.15, 0.15), seed)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    aligned = [f"align.model={json.dumps(align)}"] if align is not None else []
+    settings = validated(CorpusConfig, read_tree(config, [*set_, *aligned]), str(config or "--set"))
+    corpus = _read(kind, source, audio, settings)
+    faults = Path(f"{out}.findings.jsonl")
+    try:
+        shards = _prepare(corpus, out, settings)
+    except BuildError as error:
+        _show_faults(error.findings)
+        if "://" in out:
+            raise
+        faults.parent.mkdir(parents=True, exist_ok=True)
+        faults.write_text("".join(json.dumps(finding.as_dict()) + "\n" for finding in error.findings), encoding="utf-8")
+        raise UserError(f"{error}\nall of them: {faults}") from None
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on where it was ({out})")
+        sys.exit(UNFINISHED)
+    faults.unlink(missing_ok=True)
+    show_shards(shards)
 
 
-@prepare_app.command("synthetic")
-def prepare_synthetic(
-    out: OutOption,
-    sessions: Annotated[int, typer.Option(min=3, help="Dialogues to make.")] = 48,
-    seed: SeedOption = 0,
-) -> None:
-    """Synthetic dialogues whose labels hang on words and on pitch."""
+def _read(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
     from data import synthetic
+    from data.importers import IMPORTERS
 
-    _prepare(synthetic.corpus(sessions=sessions, seed=seed), out, (0.64, 0.18, 0.18), seed)
+    if kind == "synthetic":
+        return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
+    if kind not in IMPORTERS:
+        raise UserError(f"prepare {kind}: no such format; use one of {', '.join([*IMPORTERS, 'synthetic'])}")
+    if source is None:
+        raise UserError(f"prepare {kind}: name the corpus, as in `sweep prepare {kind} SOURCE --out DIR`")
+    with console.status(f"reading {source}"):
+        return IMPORTERS[kind].read(source, audio, settings)
 
 
-def _prepare(corpus: "Corpus", out: Path, fractions: tuple[float, float, float], seed: int) -> None:
-    from data.prepare import prepare
+def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
+    from data.prepare import prepare as prepare_corpus
+    from data.report import corpus_html
+    from data.store import Store
+    from data.summary import read_findings
 
-    def progress(conversations: "list[Conversation]") -> Any:
-        return track(conversations, "sessions", console=console, disable=not console.is_terminal)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sessions"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("preparing", total=None)
 
-    shards = prepare(corpus, out, fractions=fractions, seed=seed, track=progress)
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"prepared {done} of {total} sessions", highlight=False)
+
+        shards = prepare_corpus(corpus, out, settings, align=_aligner(settings), run=_make_shards, progress=advance)
+        progress.update(bar, description="drawing the report")
+        Store(out).write(REPORT, corpus_html(shards, read_findings(shards)).encode())
+    return shards
+
+
+def _aligner(settings: "CorpusConfig") -> "CTCAligner | None":
+    if settings.align.model is None:
+        return None
+    from model.align import CTCAligner
+
+    return CTCAligner(settings.align)
+
+
+def _make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
+    """Few shards are made here; many through Ray Data, on all CPUs of the machine or the cluster."""
+    from data.jobs import serially
+
+    slow = any(job.align is not None for job in jobs) or "RAY_ADDRESS" in os.environ
+    if len(jobs) < (2 if slow else WORTH_RAY):
+        yield from serially(jobs)
+        return
+    from data.stream import ray_jobs
+    from sweep.cluster import local_or_remote_ray
+
+    with local_or_remote_ray():
+        yield from ray_jobs(jobs)
+
+
+def show_shards(shards: "Shards") -> None:
+    """What is in a prepared corpus: its splits, and its findings by code."""
+    from data.summary import finding_rows, read_findings, split_rows
+
     manifest = shards.manifest
-    table = Table(title=f"{manifest.corpus} → {out} (fingerprint {manifest.fingerprint})", title_justify="left")
-    for name in ("split", "turns", "hours of sound", *manifest.labels):
-        table.add_column(name.replace("_", " "), justify="left" if name == "split" else "right")
-    for split, turns in manifest.turns.items():
-        counts = [str(manifest.label_counts[split][label]) for label in manifest.labels]
-        table.add_row(split, str(turns), f"{manifest.hours[split]:.2f}", *counts)
+    sound = f"{sum(manifest.hours.values()):.2f} h of sound" if any(manifest.hours.values()) else "text only"
+    head = (
+        f"{manifest.corpus}: {sum(manifest.sessions.values())} sessions, {sum(manifest.turns.values())} turns, {sound}"
+    )
+    _print_table(f"{head} (fingerprint {manifest.fingerprint})", *split_rows(shards))
+    findings = read_findings(shards)
+    if findings:
+        share = f"{manifest.rejected} of {sum(manifest.turns.values())} turns rejected"
+        _print_table(f"findings: {share}", *finding_rows(findings))
+    else:
+        console.print("findings: none")
+    console.print(f"shards:   {shards.store.place}", soft_wrap=True, highlight=False)
+    console.print(f"report:   {shards.store / REPORT}", soft_wrap=True, highlight=False)
+
+
+def _show_faults(findings: "Sequence[Finding]") -> None:
+    from data.summary import finding_rows
+
+    _print_table("what fails the build", *finding_rows(findings))
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for place, name in enumerate(header):
+        numbers = all(str(row[place]).replace(".", "").replace(" ", "").rstrip("%").isdigit() for row in rows)
+        table.add_column(escape(name), justify="right" if numbers and rows else "left")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
-    if manifest.findings:
-        examples = {finding.code: finding for finding in reversed(corpus.findings)}
-        findings = Table(title=f"findings (all of them: {out / 'findings.jsonl'})", title_justify="left")
-        for name in ("code", "count", "for example"):
-            findings.add_column(name, justify="right" if name == "count" else "left")
-        for code, count in manifest.findings.items():
-            example = examples[code]
-            findings.add_row(code, str(count), escape(f"{example.where}, {example.utterance}: {example.message}"))
-        console.print(findings)

@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from data.config import DataConfig, Section, TaskWeights
-from data.errors import ConfigError, reason
+from data.errors import ConfigError
 from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
-from sweep.space import Axis, SearchConfig
+from sweep.settings import flat, problems_error, read_tree, rule, validated
+from sweep.space import SearchConfig
 
-SEARCHABLE = ("seed", "data.history", "data.sound", "data.snr_db", "data.last_text", "tasks.", "model.", "train.")
+SEARCHABLE = (
+    "seed",
+    "data.history",
+    "data.sound",
+    "data.snr_db",
+    "data.last_text",
+    "data.augment.",
+    "tasks.",
+    "model.",
+    "train.",
+)
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
@@ -93,17 +102,14 @@ def parse(tree: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.
     """
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise _error(source, [_problem(detail) for detail in error.errors()]) from None
+    config = validated(Config, tree, source)
     tasks = config.tasks.active()
     if tasks and "metric" not in config.search.model_fields_set:
         chosen = "macro_f1" if "macro_f1" in metric_names(tasks) else "loss"
         config = config.model_copy(update={"search": config.search.model_copy(update={"metric": chosen})})
     problems = config.problems()
     if problems:
-        raise _error(source, problems)
+        raise problems_error(source, problems)
     return config
 
 
@@ -114,34 +120,12 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, or lists every problem of its content.
     """
     path = _find(name)
-    try:
-        tree: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree):
-            raise ConfigError(f"{path}: holds no mapping of settings; see the presets for the form")
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
-            try:
-                tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-            except (yaml.YAMLError, OmegaConfBaseException) as error:
-                raise ConfigError(
-                    f"--set {override}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
-                ) from None
-        plain: Any = OmegaConf.to_container(tree, resolve=True)
-        _fix_axes(plain, [override.partition("=")[0] for override in overrides])
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {reason(error)}") from None
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: not a YAML file of settings ({reason(error)}); see the presets for the form"
-        ) from None
+    plain = read_tree(path, overrides)
+    _fix_axes(plain, [override.partition("=")[0] for override in overrides])
     config = parse(plain, str(path))
     problems = list(_space_problems(config))
     if problems:
-        raise _error(str(path), problems)
+        raise problems_error(str(path), problems)
     return config
 
 
@@ -162,15 +146,6 @@ def _fix_axes(tree: Any, keys: Sequence[str]) -> None:
             {name: own for name, own in point.items() if name != key} if isinstance(point, dict) else point
             for point in points
         ]
-
-
-def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a section by its dotted key."""
-    found: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
-    return found
 
 
 def presets() -> list[str]:
@@ -278,43 +253,9 @@ def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[st
         changed = Config.model_validate(tree)
     except ValidationError as error:
         for detail in error.errors():
-            yield f"{where}: the axis holds {detail['input']!r}: {_rule(detail)}"
+            yield f"{where}: the axis holds {detail['input']!r}: {rule(detail)}"
         return
     # Rules over several settings are judged here only if no other axis could mend them.
     if len(config.search.space) == 1:
         for problem in changed.problems():
             yield f"{where}: {problem}"
-
-
-def _error(source: str, problems: Sequence[str]) -> ConfigError:
-    unique = list(dict.fromkeys(problems))
-    count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
-    return ConfigError("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in unique)]))
-
-
-def _problem(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "list[")))
-    if detail["type"] == "extra_forbidden":
-        *path, leaf = detail["loc"]
-        known = _fields(path)
-        near = get_close_matches(str(leaf), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if detail["type"] == "missing":
-        return f"{key}: missing; add it"
-    given = detail["input"]
-    section = isinstance(given, dict) and any(isinstance(value, dict) for value in given.values())
-    return f"{key}: {_rule(detail)}" if section else f"{key}: {given!r}: {_rule(detail)}"
-
-
-def _rule(detail: Any) -> str:
-    text = str(detail["msg"]).removeprefix("Value error, ")
-    return text[0].lower() + text[1:]
-
-
-def _fields(path: Sequence[Any]) -> list[str]:
-    section: Any = Config
-    for name in path:
-        field = getattr(section, "model_fields", {}).get(name)
-        section = field.annotation if field is not None else Axis
-    return list(getattr(section, "model_fields", {}))

@@ -39,10 +39,10 @@ def evaluate_checkpoint(
     config = builtin.resolve(configuration.load(str(folder / "config.yaml"), overrides))
     state = checkpoint.load(path)
     model, data = build(config, "local", (split,), available_device())
-    if state["fingerprint"] != data.shards.manifest.fingerprint:
+    if state["fingerprint"] != data.shards.fingerprint:
         raise UserError(
             f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
-            f"{data.shards.manifest.fingerprint}: their splits may differ; put the former shards back"
+            f"{data.shards.fingerprint}: their splits may differ; put the former shards back"
         )
     checkpoint.restore(model, state)
     records = evaluate(model, data, split, config.train.token_budget, batch_size)

@@ -7,9 +7,11 @@ from typing import Any
 from data.errors import ConfigError, UserError
 from data.tasks import answer_sets, has_sound
 from model.evaluate import TrialData
+from model.imbalance import with_numbers
 from model.speech_llm import SpeechLLM
 from sweep import builtin
-from sweep.config import Config, flat
+from sweep.config import Config
+from sweep.settings import flat
 from sweep.space import Axis
 from sweep.trial import open_shards
 
@@ -23,11 +25,12 @@ def resolve_inputs(config: Config) -> Config:
         The configuration with paths in place of built-in names.
 
     Raises:
-        UserError: a shard is missing or corrupt, a split has nothing for a task, an example does not fit, a model is
-            not to be found or does not fit its settings, or the corpus has no sound and an axis wants it.
+        UserError: a shard is missing or corrupt, a split has nothing for a task, a label that there is not has a
+            weight, an example does not fit, a model is not to be found or does not fit its settings, or the corpus has
+            no sound and an axis wants it.
     """
     resolved = builtin.resolve(config)
-    shards = open_shards(resolved.data.shards)
+    shards = open_shards(resolved.data)
     shards.verify()
     check_sound(resolved, has_sound(shards))
     measured = set()
@@ -37,6 +40,7 @@ def resolve_inputs(config: Config) -> Config:
         except ConfigError:
             continue  # values that are allowed one by one and not together: should they be drawn, the trial says so
         model = skeleton(changed)
+        with_numbers(changed.train, model.tasks)
         if (lengths := _lengths(changed)) not in measured:
             measured.add(lengths)
             TrialData.open(shards, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
@@ -62,7 +66,7 @@ def skeleton(config: Config) -> SpeechLLM:
     Raises:
         UserError: see `SpeechLLM`.
     """
-    shards = open_shards(config.data.shards)
+    shards = open_shards(config.data)
     return SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), "meta")
 
 

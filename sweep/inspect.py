@@ -1,5 +1,6 @@
 """What a configuration makes of a corpus before any training: the model's parts, and examples as it reads them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from rich.table import Table
 
 from data.errors import UserError
 from data.examples import Example, clip_samples, read_example
-from data.schema import SAMPLE_RATE
-from data.tasks import Item, items
+from data.schema import SAMPLE_RATE, SPLITS
+from data.shards import Shards
+from data.tasks import TASKS, Item, has_sound, heard_row, items
 from model.parts import parts
 from model.prompt import CLIP, CLS, END, IGNORE, shared_beginnings
 from model.speech_llm import SpeechLLM
@@ -44,15 +46,23 @@ def notes(model: SpeechLLM) -> list[str]:
     ]
 
 
-def choose(config: Config, task: str, split: str, wanted: str | None) -> Item | None:
-    """The first item of a task, or the one with this id; None if this task has no such item.
+def settings_for(shards: Shards) -> list[str]:
+    """Overrides that make a configuration for any corpus: the embedded models, and a task that it has answers for."""
+    found = ["name=inspect", f"data.shards={json.dumps(str(shards.folder))}"]
+    found += [] if has_sound(shards) else ["model.modality=text"]
+    return found + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
+
+
+def choose(config: Config, task: str, split: str | None, wanted: str | None) -> Item | None:
+    """The first item of a task, or the one with this id, in a split or in any; None if this task has no such item.
 
     Raises:
         DataError: the split has nothing for the task.
     """
-    shards = open_shards(config.data.shards)
+    shards = open_shards(config.data)
     names = {"quality": "conversation"}
-    for item in items(shards, task, split):
+    splits = [split] if split else SPLITS if wanted else ["train"]
+    for item in (item for name in splits for item in items(shards, task, name)):
         if wanted in (None, shards.columns[names.get(task, "id")][item[1]]):
             return item
     return None
@@ -63,19 +73,46 @@ def example_lines(model: SpeechLLM, config: Config, item: Item) -> list[str]:
 
     Placeholders of vectors stand in brackets; ⏎ is a line break.
     """
-    shards = open_shards(config.data.shards)
+    shards = open_shards(config.data)
     example = read_example(shards, item, config.data, sound=False)
     samples = clip_samples(shards, item, config.data)
     measure, prompt, answer = model.measure(example, samples), model.prompter.prompt(example), model.answer(example)
     clip = _clip(model, samples) if CLIP in prompt.ids else ""
     targets = [_token(model, target) for target in answer.targets if target != IGNORE]
+    heard = heard_row(shards, TASKS[item[0]], item[1])
     return [
         f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
         f"  reads     {_text(model, prompt.ids, clip)}",
         f"  answers   {_text(model, answer.inputs, clip)}",
+        *([] if heard is None else [f"  hears     {_heard(shards, heard)}"]),
+        *([] if not clip else [f"  clip      {_where_the_clip_is(model, prompt.ids, samples)}"]),
         f"  loss over {' | '.join(targets)}",
+        f"  loss mask {_mask(prompt.ids, answer.targets)}",
         f"  {_counts(prompt.ids, measure.predicted, prompt.dropped_turns, example)}",
     ]
+
+
+def _heard(shards: Shards, row: int) -> str:
+    columns = shards.columns
+    start, end, samples = (columns[name][row] for name in ("t_start", "t_end", "n_samples"))
+    seconds = f"{samples} samples, {samples / SAMPLE_RATE:.2f} s"
+    place = "" if start is None or end is None else f", {start:.2f}-{end:.2f} s of the recording"
+    flags = columns["flags"][row]
+    return f"{columns['id'][row]}: {seconds}{place}{f' ({flags})' if flags else ''}"
+
+
+def _where_the_clip_is(model: SpeechLLM, ids: Sequence[int], samples: int) -> str:
+    """Positions of the clip's embeddings in the sequence that the LLM reads."""
+    assert model.encoder is not None
+    assert model.adapter is not None
+    first, count = list(ids).index(CLIP), model.adapter.embeddings(model.encoder.frames(samples))
+    return f"positions {first} to {first + count - 1} of {len(ids) - 1 + count}"
+
+
+def _mask(prompt: Sequence[int], targets: Sequence[int]) -> str:
+    """One character a token: · without loss, ■ with; the prompt never has any."""
+    marks = "".join("·" if target == IGNORE else "■" for target in targets)
+    return f"prompt {len(prompt)} x ·, answer {marks}"
 
 
 def _counts(ids: Sequence[int], predicted: int, dropped: int, example: Example) -> str:
@@ -112,7 +149,7 @@ def _token(model: SpeechLLM, token: int) -> str:
     return f"{text!r} {token}"
 
 
-def lines(model: SpeechLLM, config: Config, split: str, wanted: str | None) -> list[str]:
+def lines(model: SpeechLLM, config: Config, split: str | None, wanted: str | None) -> list[str]:
     """Examples of every task.
 
     Raises:
@@ -121,8 +158,9 @@ def lines(model: SpeechLLM, config: Config, split: str, wanted: str | None) -> l
     found = [(task, choose(config, task, split, wanted)) for task in model.tasks]
     chosen = [item for _, item in found if item is not None]
     if not chosen:
+        where = f"the {split} split has" if split else "there is"
         raise UserError(
-            f"--example {wanted}: the {split} split has no such item for {', '.join(model.tasks)}; ids are listed in "
+            f"--example {wanted}: {where} no such item for {', '.join(model.tasks)}; ids are listed in "
             "predictions.json of a trial, e.g. c003/7"
         )
     return [line for item in chosen for line in example_lines(model, config, item)]

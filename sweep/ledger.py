@@ -17,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data.errors import UserError
-from sweep.config import Config, flat
+from sweep.config import Config
+from sweep.settings import flat
 from sweep.space import better, is_rung, prune
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]

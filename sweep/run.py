@@ -7,8 +7,6 @@ config ─► built-ins resolved ─► Ray ─► Tune: Ledger.ask ─► Slot 
 import contextlib
 import os
 import shutil
-import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +17,10 @@ from filelock import FileLock, Timeout
 from data.errors import UserError
 from sweep import builtin
 from sweep import config as configuration
+from sweep.cluster import local_or_remote_ray
 from sweep.config import Config
 from sweep.ledger import Ledger, trial_config, trial_folder
-from sweep.trial import open_shards
+from sweep.trial import as_run, open_shards
 
 TRIAL_RETRIES = 2  # times Tune starts a trial again in a new slot after its slot was lost
 Say = Callable[[str], None]
@@ -61,7 +60,7 @@ class Driver:
 
     def bind(self, resolved: Config) -> None:
         """Hold the sweep to its corpus."""
-        self.ledger.bind(open_shards(resolved.data.shards).manifest.fingerprint)
+        self.ledger.bind(open_shards(resolved.data).fingerprint)
 
     def left(self) -> int:
         """Trials that are not in a final state yet."""
@@ -70,8 +69,9 @@ class Driver:
 
     def data_tags(self, resolved: Config) -> dict[str, str]:
         """What names the corpus in MLflow."""
-        manifest = open_shards(resolved.data.shards).manifest
-        return {"corpus": manifest.corpus, "fingerprint": manifest.fingerprint, "labels": ",".join(manifest.labels)}
+        shards = open_shards(resolved.data)
+        labels = ",".join(shards.manifest.labels)
+        return {"corpus": shards.manifest.corpus, "fingerprint": shards.fingerprint, "labels": labels}
 
     def execute(self, resolved: Config) -> None:
         """Run the trials that are left. Returns early, in an orderly way, on Ctrl-C or SIGTERM."""
@@ -136,7 +136,7 @@ class Driver:
     def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
-        config = trial_config(self.config, values)
+        config = as_run(trial_config(self.config, values), open_shards(resolved.data))
         configuration.write(config, folder / "config.yaml")
         return {
             "folder": str(folder),
@@ -150,58 +150,6 @@ def choose_reader(config: Config) -> str:
     if config.data.reader != "auto":
         return config.data.reader
     return "local" if Path(config.data.shards).is_dir() else "ray"
-
-
-@contextlib.contextmanager
-def local_or_remote_ray() -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own.
-
-    Its dashboard is on loopback; its other ports, which Ray opens on all interfaces, want the token that Ray makes.
-    """
-    import ray
-
-    # Every Ray process gets these. The address is needed by Train's placement-group cleaner, which otherwise gives up
-    # when several Ray instances run on a machine, and leaks the resources of an ended trial.
-    variables = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": variables}, **quiet)
-    else:
-        port = free_port()
-        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
-        os.environ["RAY_num_workers_soft_limit"] = "64"  # noqa: SIM112 — Ray spells it so
-        # A slot is a handful of small processes: start them at once, without a warning for each.
-        os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
-        variables["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=free_port(),
-            object_store_memory=512 << 20,
-            runtime_env={"env_vars": variables},
-            **quiet,
-        )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `ray.init` put its own in place
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _worker_resources(config: Config) -> dict[str, float]:

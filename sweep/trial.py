@@ -7,20 +7,38 @@ from typing import Any
 
 import torch
 
+from data.config import DataConfig
 from data.errors import UserError
 from data.shards import Shards
 from data.tasks import answer_sets
 from model.checkpoint import seed_everything
 from model.evaluate import TrialData
+from model.imbalance import with_numbers
 from model.speech_llm import SpeechLLM
 from model.train import Report, fit
 from sweep.config import Config
 
 
-@functools.lru_cache(maxsize=2)
-def open_shards(folder: str) -> Shards:
+def open_shards(config: DataConfig) -> Shards:
     """The corpus, opened once per process."""
-    return Shards(folder)
+    return _opened(config.shards, config.fold)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(folder: str, fold: int) -> Shards:
+    return Shards(folder, fold)
+
+
+def as_run(config: Config, shards: Shards) -> Config:
+    """The configuration that says what is trained: with numbers where it asks for balanced classes.
+
+    Raises:
+        ConfigError: it has numbers for a task or a label that there is not.
+    """
+    if (config.train.class_weights, config.train.sampling) == ("equal", "none"):
+        return config
+    train = with_numbers(config.train, answer_sets(shards, config.tasks.active()))
+    return config.model_copy(update={"train": train})
 
 
 def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tuple[SpeechLLM, TrialData]:
@@ -36,7 +54,7 @@ def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tu
     torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     seed_everything(config.seed)
-    shards = open_shards(config.data.shards)
+    shards = open_shards(config.data)
     model = SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), device)
     return model, TrialData.open(shards, model, config.data, splits, reader, teacher=config.train.teaches)
 

@@ -1,4 +1,4 @@
-"""AnnoMI-simple: times, labels and recordings, on files made here and, when it is at hand, on the real one."""
+"""AnnoMI: its times, labels, qualities and annotators, on files made here, and on the real ones if at hand."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.config import DataConfig
+from data.corpus_config import CorpusConfig
 from data.errors import DataError
-from data.examples import read_example
+from data.findings import BuildError
 from data.importers.annomi import read_annomi
 from data.prepare import prepare
-from data.schema import SPLITS
-from data.tasks import items
+from data.schema import Corpus
+from data.validate import check
 from tests.conftest import SHARED
 
 HEADER = (
@@ -25,8 +25,10 @@ STAMPS = ("00:00:00", "00:00:02", "00:00:02", "00:00:06", "00:00:04", "00:00:010
 
 def row(session: int, number: int, stamp: str, label: str | None = None) -> str:
     if number % 2:
-        return f'{session},high,t,video{session},x,{number},client,{stamp},"well, {number}",n/a,{label or "change"}'
-    return f"{session},high,t,video{session},x,{number},therapist,{stamp},so {number}?,{label or 'question'},n/a"
+        codes = f"n/a,{'change' if label is None else label}"
+        return f'{session},high,t,video{session},x,{number},client,{stamp},"well, {number}",{codes}'
+    codes = f"{'question' if label is None else label},n/a"
+    return f"{session},high,t,video{session},x,{number},therapist,{stamp},so {number}?,{codes}"
 
 
 def low(line: str) -> str:
@@ -42,140 +44,133 @@ def write(folder: Path, sessions: int = 5, **changed: str) -> Path:
     return path
 
 
-def record(folder: Path, sessions: int = 5, seconds: float = 13.0) -> Path:
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    for session in range(sessions):
-        rate, channels = [(16_000, 1), (44_100, 2), (22_050, 1)][session % 3]
-        noise = rng.standard_normal((int(seconds * rate), channels)) * 0.1
-        soundfile.write(folder / f"{session}.wav", noise, rate)
-    return folder
+def write_full(folder: Path, *codes: str) -> Path:
+    """One client utterance with a code by each annotator, and one after it with a single one."""
+    header = HEADER.replace("utterance_text,", "utterance_text,annotator_id,")
+    rows = [f"0,high,t,v,x,0,client,00:00:01,text by {who},{who},n/a,{code}" for who, code in enumerate(codes)]
+    path = folder / "annomi.csv"
+    path.write_text("\n".join([header, *rows, "0,high,t,v,x,1,client,00:00:03,end,4,n/a,neutral"]), encoding="utf-8")
+    return path
 
 
-def test_ends_are_the_next_starts_and_odd_times_are_counted(tmp_path: Path) -> None:
-    corpus = read_annomi(write(tmp_path, sessions=1))
+def read(path: Path, audio: Path | None = None) -> Corpus:
+    return read_annomi(path, audio, CorpusConfig())
+
+
+def found(corpus: Corpus) -> list[tuple[str, str]]:
+    return sorted((finding.code, finding.utterance) for finding in corpus.findings)
+
+
+def test_ends_are_the_next_starts_and_odd_times_are_found(tmp_path: Path) -> None:
+    corpus = read(write(tmp_path, sessions=1))
     (conversation,) = corpus.conversations
     assert [turn.end for turn in conversation.turns] == [2.0, None, 6.0, None, 10.0, 12.0, None]
     assert conversation.turns[5].start == 10.0  # written 00:00:010
-    codes = [(finding.code, finding.utterance) for finding in corpus.findings]
-    assert sorted(codes) == [
-        ("W_TS_FORMAT", "0/5"),
-        ("W_TS_OPEN", "0/6"),
-        ("W_TS_ORDER", "0/3"),
-        ("W_TS_ZERO", "0/1"),
-    ]
+    known = [("W_TS_FORMAT", "0/5"), ("W_TS_OPEN", "0/3"), ("W_TS_OPEN", "0/6"), ("W_TS_ZERO", "0/1")]
+    assert found(corpus) == known
+    check(corpus)
+    assert ("W_TS_ORDER", "0/4") in found(corpus)
     assert all(finding.where.startswith("annomi.csv:") for finding in corpus.findings)
 
 
-def test_the_quality_of_a_session_comes_with_every_turn(tmp_path: Path) -> None:
-    changed = {f"at{place}": low(row(1, place - 7, STAMPS[place - 7])) for place in range(7, 14)}
-    shards = prepare(read_annomi(write(tmp_path, **changed)), tmp_path / "shards")
-    assert shards.manifest.qualities == ("high", "low")
-    pairs = set(zip(shards.columns["conversation"], shards.columns["quality"], strict=True))
-    assert pairs == {("0", "high"), ("1", "low"), ("2", "high"), ("3", "high"), ("4", "high")}
-    own = [
-        read_example(shards, item, DataConfig(), False) for split in SPLITS for item in items(shards, "quality", split)
-    ]
-    assert {example.id: example.answer for example in own} == dict(pairs)
-
-
-def test_unreadable_times_cost_the_sound_of_two_turns_and_no_text(tmp_path: Path) -> None:
-    corpus = read_annomi(write(tmp_path, sessions=1, at3=row(0, 3, "soon")))
+def test_an_unreadable_time_costs_a_label_and_the_sound_of_two_turns_and_no_text(tmp_path: Path) -> None:
+    corpus = read(write(tmp_path, sessions=1, at3=row(0, 3, "soon")))
     (conversation,) = corpus.conversations
     assert len(conversation.turns) == len(STAMPS)
     assert [turn.end for turn in conversation.turns[2:4]] == [None, None]
-    assert {"E_TS_FORMAT", "W_TS_OPEN"} <= {finding.code for finding in corpus.findings}
+    assert {("E_TS_FORMAT", "0/3"), ("W_TS_OPEN", "0/2")} <= set(found(corpus))
+    assert [turn.label for turn in conversation.turns[2:4]] == ["question", None]
 
 
-def test_clips_are_cut_resampled_and_mixed_down(tmp_path: Path) -> None:
-    shards = prepare(read_annomi(write(tmp_path), record(tmp_path / "audio")), tmp_path / "shards")
-    samples = dict(zip(shards.columns["id"], shards.columns["n_samples"], strict=True))
-    for session in range(5):
-        assert [samples[f"{session}/{number}"] for number in range(7)] == [32000, 0, 64000, 0, 96000, 32000, 0]
-    assert shards.manifest.findings["W_STEREO"] == 2
-    assert shards.manifest.findings["W_RESAMPLED"] == 3
-    assert sum(shards.manifest.turns.values()) == 35
+def test_sessions_of_a_video_are_a_group_and_have_a_quality(tmp_path: Path) -> None:
+    changed = {f"at{place}": low(row(1, place - 7, STAMPS[place - 7])) for place in range(7, 14)}
+    corpus = read(write(tmp_path, sessions=2, **changed))
+    assert [(one.id, one.group, one.quality) for one in corpus.conversations] == [
+        ("0", "video0", "high"),
+        ("1", "video1", "low"),
+    ]
+    assert corpus.qualities == ("high", "low")
+    assert corpus.labels == ("change", "neutral", "sustain", "other", "question", "reflection", "therapist_input")
 
 
-def test_a_clip_past_the_recording_is_kept_as_text(tmp_path: Path) -> None:
-    shards = prepare(read_annomi(write(tmp_path), record(tmp_path / "audio", seconds=11.0)), tmp_path / "shards")
-    assert shards.manifest.findings["E_TS_RANGE"] == 5
-    assert sum(shards.manifest.turns.values()) == 35
-
-
-def test_without_audio_the_corpus_is_text_only(tmp_path: Path) -> None:
-    shards = prepare(read_annomi(write(tmp_path)), tmp_path / "shards")
-    assert sum(shards.manifest.hours.values()) == 0
-    assert set(shards.columns["n_samples"]) == {0}
+@pytest.mark.parametrize(("code", "said"), [("chnge", "did you mean 'change'"), ("", "label '' is unknown")])
+def test_a_label_that_is_unknown_or_missing_is_left_to_the_validation(tmp_path: Path, code: str, said: str) -> None:
+    corpus = read(write(tmp_path, sessions=1, at1=row(0, 1, "00:00:02", code)))
+    assert corpus.conversations[0].turns[1].label == code
+    check(corpus)
+    (finding,) = (finding for finding in corpus.findings if finding.code == "E_LABEL")
+    assert (finding.where, finding.utterance) == ("annomi.csv:3", "0/1")
+    assert said in finding.message
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (row(0, 1, "00:00:02", "chnge"), "did you mean 'change'"),
-        (row(0, 1, "00:00:02", "question"), "unknown client label 'question'"),
-        (row(0, 0, "00:00:02"), "stands already at"),
-        (row(0, 1, "00:00:02").replace(",client,", ",clinet,"), "interlocutor 'clinet'"),
         (row(0, 1, "00:00:02").replace(",high,", ",hihg,"), "mi_quality 'hihg' is unknown; known: high, low"),
-        (low(row(0, 1, "00:00:02")), "mi_quality 'low', and transcript 0 began with 'high'"),
+        (low(row(0, 1, "00:00:02")), "mi_quality is 'low', and 'high' at annomi.csv:2; a session has one"),
+        (row(0, 1, "00:00:02").replace(",x,1,", ",x,one,"), "utterance_id 'one' is not a whole number"),
+        (row(0, 1, "00:00:02")[1:], "no transcript_id"),
         ("0,high,t", "fewer cells"),
+        (row(0, 1, "00:00:02").replace('"', ""), "more cells"),
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(DataError, match=r"^annomi\.csv:3: ") as error:
-        read_annomi(write(tmp_path, at1=line))
+        read(write(tmp_path, at1=line))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "other.csv"
-    path.write_text("transcript_id,utterance_id\n0,0\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"other\.csv:1: missing column\(s\) mi_quality, video_url, interlocutor"):
-        read_annomi(path)
+def test_an_id_of_two_different_utterances_fails_the_build(tmp_path: Path) -> None:
+    corpus = read(write(tmp_path, at1=row(0, 0, "00:00:02", "other")))
+    with pytest.raises(BuildError, match=r"F_DUPLICATE annomi\.csv:3, 0/0: stands already at annomi\.csv:2"):
+        check(corpus)
 
 
-def test_an_open_quote_is_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    path.write_text(path.read_text().replace('"well, 1"', '"well, 1', 1) + "x" * 200_000, encoding="utf-8")
-    with pytest.raises(DataError, match=r"annomi\.csv:\d+: "):
-        read_annomi(path)
+def test_the_full_version_is_put_to_the_vote(tmp_path: Path) -> None:
+    codes = ["neutral", "change", "change", "neutral", "change", "sustain"]
+    corpus = read(write_full(tmp_path, *codes))
+    first, last = corpus.conversations[0].turns
+    assert (first.label, first.votes) == ("change", {"change": 3, "neutral": 2, "sustain": 1})
+    assert (first.text, first.where, first.span) == ("text by 0", "annomi.csv:2", (1.0, 3.0))
+    assert (last.label, last.votes) == ("neutral", {})
+    assert found(corpus) == [("W_TS_OPEN", "0/1")]
 
 
-def test_bytes_that_are_not_utf8_are_named_with_line_and_byte(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    content = path.read_bytes().split(b"\n")
-    content[4] = content[4].replace(b"well", b"w\xe9ll")
-    path.write_bytes(b"\n".join(content))
-    with pytest.raises(DataError, match=r"annomi\.csv:5: byte \d+ is not UTF-8"):
-        read_annomi(path)
+def test_a_tie_goes_to_the_first_of_the_labels_and_is_flagged(tmp_path: Path) -> None:
+    corpus = read(write_full(tmp_path, "sustain", "neutral", "sustain", "neutral", "change"))
+    first = corpus.conversations[0].turns[0]
+    assert (first.label, first.flags) == ("neutral", ("W_LABEL_TIE",))
+    assert "5 annotators gave neutral, sustain 2 x each" in {finding.message for finding in corpus.findings}
 
 
-def test_folders_without_recordings_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="none of 5 transcripts has a recording"):
-        read_annomi(write(tmp_path), tmp_path / "empty")
-    with pytest.raises(DataError, match="no such folder"):
-        read_annomi(write(tmp_path), tmp_path / "nowhere")
-
-
-def test_a_missing_recording_is_counted_and_its_turns_stay_as_text(tmp_path: Path) -> None:
-    audio = record(tmp_path / "audio")
-    (audio / "2.wav").unlink()
-    corpus = read_annomi(write(tmp_path), audio)
-    assert [finding.utterance for finding in corpus.findings if finding.code == "E_AUDIO_MISSING"] == ["2"]
+def test_clips_are_cut_between_starts_whatever_the_recording(tmp_path: Path) -> None:
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    for session, (rate, channels) in enumerate([(16_000, 1), (44_100, 2), (22_050, 1)]):
+        noise = np.random.default_rng(session).standard_normal((13 * rate, channels)) * 0.1
+        soundfile.write(audio / f"{session}.wav", noise, rate)
+    shards = prepare(read(write(tmp_path, sessions=3), audio), tmp_path / "shards")
+    samples = dict(zip(shards.columns["id"], shards.columns["n_samples"], strict=True))
+    for session in range(3):
+        assert [samples[f"{session}/{number}"] for number in range(7)] == [32000, 0, 64000, 0, 96000, 32000, 0]
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not SHARED.exists(), reason="needs AnnoMI-simple.csv, which the project may not ship")
-def test_the_real_corpus_has_its_known_counts(tmp_path: Path) -> None:
-    corpus = read_annomi(SHARED / "AnnoMI-simple.csv")
-    conversations = list(corpus.conversations)
-    turns = [turn for conversation in conversations for turn in conversation.turns]
+@pytest.mark.parametrize(("name", "ties"), [("AnnoMI-simple.csv", 0), ("AnnoMI-full.csv", 14)])
+def test_the_real_corpus_has_its_known_counts(name: str, ties: int) -> None:
+    if not (SHARED / name).exists():
+        pytest.skip(f"needs {name}, which the project may not ship")
+    corpus = read(SHARED / name)
+    turns = [turn for conversation in corpus.conversations for turn in conversation.turns]
     assert len(turns) == 9_699
-    assert len(conversations) == 133
-    assert len({conversation.group for conversation in conversations}) == 119
-    assert sum(turn.end is not None for turn in turns) == 8_300
-    assert Counter(conversation.quality for conversation in conversations) == {"high": 110, "low": 23}
-    found = prepare(corpus, tmp_path / "shards").manifest.findings
-    assert found == {"W_TS_FORMAT": 1, "W_TS_OPEN": 133, "W_TS_ORDER": 10, "W_TS_ZERO": 1256}
+    assert len(corpus.conversations) == 133
+    assert len({conversation.group for conversation in corpus.conversations}) == 119
+    assert sum(turn.span is not None for turn in turns) == 8_300
+    assert Counter(conversation.quality for conversation in corpus.conversations) == {"high": 110, "low": 23}
+    assert {sum(turn.votes.values()) for turn in turns if turn.votes} <= {10}
+    check(corpus)
+    counts = Counter(finding.code for finding in corpus.findings)
+    known = {"W_TS_FORMAT": 1, "W_TS_OPEN": 143, "W_TS_ORDER": 10, "W_TS_ZERO": 1256, "W_LABEL_TIE": ties}
+    assert {code: counts[code] for code in known} == known
+    assert not [code for code in counts if code.startswith("E_")]

@@ -1,28 +1,467 @@
-"""Splits: whole groups, seeded, never empty."""
+"""Splits: whole groups, dealt by seed and by strata, never a leak, and no part without turns."""
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from data.corpus_config import SplitConfig
 from data.errors import DataError
-from data.split import split_groups
+from data.findings import BuildError
+from data.schema import SPLITS, Conversation, Turn
+from data.split import Place, deal, fold_split, groups, split_conversations, strata
 
-SIZES = {f"video{number}": 3 + number % 7 for number in range(40)}
-
-
-def test_every_group_lands_in_one_split_close_to_the_fractions() -> None:
-    splits = split_groups(SIZES, (0.7, 0.15, 0.15), seed=0)
-    assert splits.keys() == SIZES.keys()
-    total = sum(SIZES.values())
-    for split, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
-        own = sum(SIZES[group] for group, where in splits.items() if where == split)
-        assert own / total == pytest.approx(share, abs=0.03)
+SHARES = (0.7, 0.15, 0.15)
+FOLDS = (0.2,) * 5
+LABELS = ("change", "neutral", "sustain", "question", "reflection", "other", "rare")
+USUAL = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
 
 
-def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
-    again = dict(reversed(SIZES.items()))
-    assert split_groups(SIZES, (0.7, 0.15, 0.15), 0) == split_groups(again, (0.7, 0.15, 0.15), 0)
-    assert split_groups(SIZES, (0.7, 0.15, 0.15), 0) != split_groups(SIZES, (0.7, 0.15, 0.15), 1)
+def session(
+    name: str, group: str | None = None, labels: Sequence[str | None] = ("change",), **more: Any
+) -> Conversation:
+    turns = [
+        Turn(f"{name}/{index}", index, "client", "words", label, where=f"corpus.csv:{name}-{index}")
+        for index, label in enumerate(labels)
+    ]
+    return Conversation(name, group or f"video {name}", turns, **more)
+
+
+def skewed(n_groups: int, seed: int) -> dict[str, Counter[str]]:
+    """Groups of one session, of very different sizes; a fifth are of low quality and have other labels."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for number in range(n_groups):
+        size, low = int(rng.lognormal(4, 0.8)) + 3, rng.random() < 0.2
+        chances = rng.dirichlet(4 * (USUAL[::-1] if low else USUAL))
+        labels = zip(LABELS, rng.multinomial(size, chances).tolist(), strict=True)
+        made[f"g{number}"] = Counter({f"label:{label}": count for label, count in labels})
+        made[f"g{number}"].update({"turns": size, f"quality:{'low' if low else 'high'}": 1})
+    return made
+
+
+def random_corpus(rng: np.random.Generator) -> list[Conversation]:
+    """A few sessions that share videos and people now and then; some have no label at all."""
+    n_sessions = int(rng.integers(6, 25))
+    return [
+        session(
+            f"s{number}",
+            f"v{rng.integers(2 * n_sessions)}",
+            [(*LABELS, None)[rng.integers(8)] for _ in range(rng.integers(1, 9))],
+            people=tuple({f"p{person}" for person in rng.integers(4 * n_sessions, size=rng.integers(3))}),
+            quality=("high", "low", None)[rng.integers(3)],
+        )
+        for number in range(n_sessions)
+    ]
+
+
+def random_cases(count: int) -> Iterator[tuple[list[Conversation], SplitConfig, list[tuple[str, str]]]]:
+    """Corpora with settings under which they can be split."""
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        corpus = random_corpus(rng)
+        by = ["video", "speaker"] if rng.random() < 0.5 and any(each.people for each in corpus) else ["video"]
+        config = SplitConfig(by=by, seed=seed, folds=3 if rng.random() < 0.3 else None)
+        one, other = (corpus[place].id for place in rng.choice(len(corpus), 2, replace=False))
+        shared = [(one, other)] if seed % 2 else []
+        named = groups(corpus, config, shared)
+        if len({named[each.id] for each in corpus if any(turn.label for turn in each.turns)}) >= 3:
+            yield corpus, config, shared
+
+
+def part(place: Place) -> str | int:
+    found = place.split if place.fold is None else place.fold
+    assert found is not None
+    return found
+
+
+def parts(places: Mapping[str, Place]) -> dict[str, str | int]:
+    return {name: part(place) for name, place in places.items()}
+
+
+def share_by_part(dealt: Mapping[str, int], corpus: Mapping[str, Counter[str]], kind: str, n_parts: int) -> np.ndarray:
+    """[n_parts]: how much of a stratum each part has."""
+    counts = np.zeros(n_parts)
+    for group, number in dealt.items():
+        counts[number] += corpus[group][kind]
+    return np.asarray(counts / counts.sum())
+
+
+def deviation(dealt: Mapping[str, int], corpus: Mapping[str, Counter[str]], shares: Sequence[float], of: str) -> float:
+    """Mean over the strata whose name begins with `of`: the largest distance of a part's share from the wanted one."""
+    kinds = {kind for counts in corpus.values() for kind in counts if kind.startswith(of)}
+    own = [np.abs(share_by_part(dealt, corpus, kind, len(shares)) - shares).max() for kind in sorted(kinds)]
+    return float(np.mean(own))
+
+
+def by_size_alone(corpus: Mapping[str, Counter[str]], shares: Sequence[float], seed: int) -> dict[str, int]:
+    order = np.random.default_rng(seed).permutation(sorted(corpus)).tolist()
+    missing = np.array(shares) * sum(counts["turns"] for counts in corpus.values())
+    dealt = {}
+    for group in sorted(order, key=lambda name: -corpus[name]["turns"]):
+        dealt[group] = int(np.argmax(missing))
+        missing[dealt[group]] -= corpus[group]["turns"]
+    return dealt
+
+
+def at_random(corpus: Mapping[str, Counter[str]], shares: Sequence[float], seed: int) -> dict[str, int]:
+    numbers = np.random.default_rng(seed).choice(len(shares), len(corpus), p=shares).tolist()
+    return dict(zip(sorted(corpus), numbers, strict=True))
+
+
+# Any corpus
+
+
+def test_no_conversation_group_person_or_sound_is_ever_cut() -> None:
+    seen = 0
+    for corpus, config, shared in random_cases(300):
+        seen += 1
+        places = split_conversations(corpus, config, shared=shared)
+        assert list(places) == [one.id for one in corpus]
+        assert set(parts(places).values()) == set(range(3) if config.folds else SPLITS)
+        assert all((place.split is None) == bool(config.folds) != (place.fold is None) for place in places.values())
+        for one, other in combinations(corpus, 2):
+            joined = one.group == other.group or (one.id, other.id) in shared or (other.id, one.id) in shared
+            if joined or ("speaker" in config.by and set(one.people) & set(other.people)):
+                assert places[one.id] == places[other.id]
+    assert seen > 200
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_conversations() -> None:
+    for corpus, config, shared in random_cases(100):
+        mixed = [corpus[place] for place in np.random.default_rng(config.seed).permutation(len(corpus))]
+        swapped = [(other, one) for one, other in shared]
+        assert split_conversations(corpus, config, shared=shared) == split_conversations(mixed, config, shared=swapped)
+
+
+def test_sessions_that_are_added_move_nobody() -> None:
+    added = 0
+    for corpus, config, shared in random_cases(100):
+        before = parts(split_conversations(corpus, config, shared=shared))
+        more = [session(f"new{number}", f"w{number // 2}", LABELS) for number in range(6)]
+        more.append(session("joins", corpus[0].group))
+        places = split_conversations([*more, *corpus], config, before=before, shared=shared)
+        assert {name: part(places[name]) for name in before} == before
+        assert part(places["joins"]) == before[corpus[0].id]
+        assert len(places) == len(corpus) + len(more)
+        added += len({part(places[one.id]) for one in more[:-1]}) > 1
+    assert added > 50  # what is new is dealt, not put in one place
+
+
+def test_added_sessions_fill_what_lacks_most() -> None:
+    before = dict.fromkeys(["a", "b", "c", "d", "e"], "val") | {"f": "train", "g": "test"}
+    old = [session(name, labels=["change"] * 10) for name in before]
+    more = [session(f"n{number}", labels=["change"] * 10) for number in range(33)]
+    counts = Counter(parts(split_conversations(old + more, SplitConfig(), before=before)).values())
+    assert counts == {"train": 28, "val": 6, "test": 6}
+
+
+def test_each_seed_gives_another_split_that_is_as_good() -> None:
+    corpus = skewed(60, 0)
+    found = {tuple(deal(corpus, SHARES, seed).items()) for seed in range(20)}
+    assert len(found) == 20
+    assert all(deviation(dict(dealt), corpus, SHARES, "turns") < 0.02 for dealt in found)
+
+
+def test_dealing_does_not_depend_on_the_order_of_the_mapping() -> None:
+    corpus = skewed(40, 1)
+    assert deal(corpus, SHARES, 3) == deal(dict(reversed(corpus.items())), SHARES, 3)
+
+
+# How well
+
+
+@pytest.mark.parametrize("shares", [SHARES, FOLDS])
+@pytest.mark.parametrize(("n_groups", "size", "label", "quality"), [(119, 0.004, 0.03, 0.03), (48, 0.02, 0.08, 0.08)])
+def test_parts_have_the_same_labels_and_qualities_and_the_wanted_sizes(
+    n_groups: int, size: float, label: float, quality: float, shares: Sequence[float]
+) -> None:
+    wanted = {"turns": size, "label:": label, "quality:": quality}
+    own, plain, random = (
+        {of: np.mean([deviation(way(corpus, shares, 0), corpus, shares, of) for corpus in corpora]) for of in wanted}
+        for corpora in [[skewed(n_groups, seed) for seed in range(10)]]
+        for way in (deal, by_size_alone, at_random)
+    )
+    for of, bound in wanted.items():
+        assert own[of] < bound
+        assert own[of] < random[of] * 0.6
+    assert own["label:"] < plain["label:"] / 2
+    assert own["quality:"] < plain["quality:"] / 2
+
+
+def test_many_equal_groups_meet_the_fractions() -> None:
+    for n_groups in (48, 100, 119):
+        equal = {f"g{number}": Counter({"turns": 10, "label:change": 5}) for number in range(n_groups)}
+        for shares in (SHARES, FOLDS, (0.8, 0.1, 0.1)):
+            counts = Counter(deal(equal, shares, 0).values())
+            assert all(abs(counts[number] - share * n_groups) < 1 for number, share in enumerate(shares))
+
+
+def test_six_equal_groups_go_four_one_one() -> None:
+    for seed in range(10):
+        counts = Counter(deal({f"g{n}": Counter({"turns": 7}) for n in range(6)}, SHARES, seed).values())
+        assert counts == {0: 4, 1: 1, 2: 1}
+
+
+def test_a_huge_group_goes_to_train_and_the_others_share_the_rest() -> None:
+    corpus = {"huge": Counter({"turns": 600})} | {f"g{number}": Counter({"turns": 10}) for number in range(40)}
+    dealt = deal(corpus, SHARES, 0)
+    assert dealt["huge"] == 0
+    assert deviation(dealt, corpus, SHARES, "turns") < 0.011
+    swallowing = {"huge": Counter({"turns": 6000}), "a": Counter({"turns": 1}), "b": Counter({"turns": 1})}
+    assert deal(swallowing, SHARES, 0)["huge"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (100, 1, 1), (100, 90, 1), (50, 30, 20)])
+def test_three_groups_fill_three_parts(sizes: tuple[int, ...]) -> None:
+    for seed in range(5):
+        corpus = {f"g{number}": Counter({"turns": size}) for number, size in enumerate(sizes)}
+        empty = {f"empty{number}": Counter({"turns": 0, "quality:low": 5}) for number in range(5)}
+        assert sorted(deal(corpus, SHARES, seed).values()) == [0, 1, 2]
+        dealt = deal(corpus | empty, SHARES, seed)
+        assert sorted(dealt[name] for name in corpus) == [0, 1, 2]
+
+
+def test_a_part_never_stays_without_turns_where_groups_are_enough() -> None:
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        shares = (SHARES, FOLDS)[seed % 2]
+        corpus = skewed(int(rng.integers(len(shares), 9)), seed) | {"none": Counter({"turns": 0, "quality:low": 1})}
+        fixed = {name: int(rng.integers(len(shares))) for name in sorted(corpus)[: seed % 3]}
+        missing = len(shares) - len({number for name, number in fixed.items() if corpus[name]["turns"]})
+        dealt = deal(corpus, shares, seed, fixed)
+        assert fixed.items() <= dealt.items()
+        if sum(counts["turns"] > 0 for name, counts in corpus.items() if name not in fixed) >= missing:
+            assert {number for name, number in dealt.items() if corpus[name]["turns"]} == set(range(len(shares)))
+
+
+def test_a_stratum_of_a_single_group_disturbs_neither_the_sizes_nor_the_others() -> None:
+    corpus = skewed(80, 2)
+    corpus["g7"].update({f"label:only here {number}": 1 for number in range(3)})
+    dealt = deal(corpus, SHARES, 0)
+    assert deviation(dealt, corpus, SHARES, "turns") < 0.01
+    assert deviation(dealt, corpus, SHARES, "label:change") < 0.02
+
+
+def test_the_sizes_weigh_more_than_all_else() -> None:
+    corpus = {"huge": Counter({"turns": 600})} | {f"g{number}": Counter({"turns": 10}) for number in range(40)}
+    for number, counts in enumerate(corpus.values()):
+        counts.update({f"quality:{number % 4}": 1})
+    assert deviation(deal(corpus, SHARES, 0), corpus, SHARES, "turns") < 0.1  # with equal weights: 0.14
+
+
+def test_sessions_without_labels_are_spread_too() -> None:
+    corpus = {f"g{n}": Counter({"turns": 10}) for n in range(20)} | {f"none{n}": Counter() for n in range(20)}
+    dealt = deal(corpus, FOLDS, 0)
+    assert Counter(number for name, number in dealt.items() if "none" in name) == dict.fromkeys(range(5), 4)
+
+
+# What is counted
+
+
+def test_strata_count_labelled_turns_every_label_and_the_quality_of_the_session() -> None:
+    one = session("a", labels=["change", "change|question", None], quality="high")
+    counts = {"turns": 2, "label:change": 2, "label:question": 1, "quality:high": 1}
+    assert strata(one, SplitConfig()) == counts
+    assert strata(one, SplitConfig(stratify=())) == {"turns": 2}
+    assert strata(one, SplitConfig(stratify=("quality",))) == {"turns": 2, "quality:high": 1}
+    assert strata(session("b", labels=[None, None]), SplitConfig(), labelled=False) == {"turns": 2}
+
+
+def test_a_corpus_without_labels_is_split_by_its_turns() -> None:
+    corpus = [session(f"s{n}", labels=[None] * size) for n, size in enumerate([70, *[3] * 10])]
+    places = split_conversations(corpus, SplitConfig())
+    assert Counter(parts(places).values()) == {"train": 1, "val": 5, "test": 5}
+
+
+# What hangs together
+
+
+def test_groups_are_what_hangs_together_named_after_the_smallest() -> None:
+    corpus = [
+        session("1", "c", people=("ann",)),
+        session("2", "b", people=("ann", "bob")),
+        session("3", "b"),
+        session("4", "a", people=("bob",)),
+        session("5", "e"),
+    ]
+    video, both, speaker = (SplitConfig(by=by) for by in (("video",), ("video", "speaker"), ("speaker",)))
+    assert groups(corpus, video) == {"1": "c", "2": "b", "3": "b", "4": "a", "5": "e"}
+    assert groups(corpus, video, [("5", "1")]) == {"1": "c", "2": "b", "3": "b", "4": "a", "5": "c"}
+    assert groups(corpus, both) == {"1": "a", "2": "a", "3": "a", "4": "a", "5": "e"}
+    assert groups(corpus, speaker) == {"1": "1", "2": "1", "3": "3", "4": "1", "5": "5"}
+    assert groups(corpus, SplitConfig(by=("conversation",)), [("2", "4")]) == dict(zip("12345", "12325", strict=True))
+
+
+def test_a_split_by_speaker_needs_to_know_who_speaks() -> None:
+    with pytest.raises(DataError, match="does not say who speaks"):
+        groups([session("a"), session("b")], SplitConfig(by=("speaker",)))
+
+
+@pytest.mark.parametrize("name", ["row", "turn", "utterance", "random"])
+def test_a_split_by_row_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"a split by {name} puts turns of one conversation.*measure memory"):
+        SplitConfig.model_validate({"by": name})
+
+
+# Leaks
+
+
+def failure_of(corpus: Sequence[Conversation], config: SplitConfig, **more: Any) -> BuildError:
+    with pytest.raises(BuildError) as caught:
+        split_conversations(corpus, config, **more)
+    return caught.value
+
+
+def test_a_split_by_conversation_that_cuts_a_video_fails_and_says_what_to_do() -> None:
+    corpus = [session(f"s{number}", "the video") for number in range(6)]
+    error = failure_of(corpus, SplitConfig(by=("conversation",)))
+    assert {finding.code for finding in error.findings} == {"F_LEAK_GROUP"}
+    assert "use split.by=video" in str(error)
+    first = error.findings[0]
+    assert first.utterance in first.message
+    assert first.where == f"corpus.csv:{first.utterance}-0"
+    assert first.message.startswith("video the video: conversation s0 is in ")
+
+
+def test_a_split_by_speaker_that_cuts_a_video_says_to_use_both() -> None:
+    corpus = [session(f"s{number}", "the video", people=(f"p{number}",)) for number in range(6)]
+    assert "use split.by=[video, speaker]" in str(failure_of(corpus, SplitConfig(by=("speaker",))))
+
+
+def test_the_corpus_s_own_split_is_taken_and_checked() -> None:
+    own = [session(name, split=split) for name, split in zip("abc", SPLITS, strict=True)]
+    assert parts(split_conversations(own, SplitConfig())) == {"a": "train", "b": "val", "c": "test"}
+    cut = [*own, session("d", "video a", people=("ann",), split="test"), session("e", people=("ann",), split="val")]
+    error = failure_of(cut, SplitConfig(by=("video", "speaker")), shared=[("a", "b"), ("c", "d")])
+    assert [(finding.code, finding.utterance, finding.message) for finding in error.findings] == [
+        ("F_LEAK_GROUP", "d", "video video a: conversation a is in train, conversation d in test"),
+        ("F_LEAK_GROUP", "e", "person ann: conversation d is in test, conversation e in val"),
+        ("F_LEAK_AUDIO", "a", "the same sound: conversation b is in val, conversation a in train"),
+    ]
+    assert all(finding.message in str(error) for finding in error.findings)
+    assert "mend the split of the corpus" in str(error)
+
+
+def test_a_corpus_that_splits_only_some_sessions_is_refused() -> None:
+    own = [session("a", split="train"), session("b", split="val"), session("c"), session("d", split="test")]
+    with pytest.raises(DataError, match=r"1 of 4 conversations have no split \(c\)"):
+        split_conversations(own, SplitConfig())
+
+
+def test_a_corpus_s_own_split_has_known_names_no_folds_and_no_empty_part() -> None:
+    with pytest.raises(DataError, match=r"corpus.csv:a-0: conversation a has split 'dev'; known: train, val, test"):
+        split_conversations([session("a", split="dev")], SplitConfig())
+    with pytest.raises(DataError, match="the corpus comes with a split of its own"):
+        split_conversations([session("a", split="train")], SplitConfig(folds=3))
+    with pytest.raises(DataError, match=r"the test split has no labelled turns.*mend the split of the corpus"):
+        split_conversations([session("a", split="train"), session("b", split="val")], SplitConfig())
+
+
+def test_an_added_session_that_joins_two_splits_fails() -> None:
+    old = [session(name, f"v{name}", people=(f"p{name}",)) for name in "abcd"]
+    before = dict(zip("abcd", (*SPLITS, "test"), strict=True))
+    config = SplitConfig(by=("video", "speaker"))
+    error = failure_of([*old, session("e", "va", people=("pb",))], config, before=before)
+    assert [finding.code for finding in error.findings] == ["F_LEAK_GROUP"]
+    assert "prepare all anew" in str(error)
+    error = failure_of(old, config, before=before, shared=[("a", "c")])
+    assert [finding.code for finding in error.findings] == ["F_LEAK_AUDIO"]
+
+
+def test_an_earlier_place_that_does_not_exist_any_more_is_refused() -> None:
+    with pytest.raises(DataError, match="conversation a was put into 'train' earlier, and the parts are now 0, 1, 2"):
+        split_conversations([session(name) for name in "abc"], SplitConfig(folds=3), before={"a": "train"})
+
+
+# A fixed list
+
+
+def listing(folder: Path, text: str) -> SplitConfig:
+    path = folder / "splits.csv"
+    path.write_text(text, encoding="utf-8")
+    return SplitConfig(file=str(path))
+
+
+def test_a_list_decides_whatever_the_corpus_says_and_whoever_was_dealt_before(tmp_path: Path) -> None:
+    corpus = [session(name, split="train") for name in ("ä", "b", "c,d")]
+    config = listing(
+        tmp_path, '\ufeffsplit,note,conversation\nval,x,ä\ntest,, b \ntrain,"y\n",  "c,d"\n'.replace("  ", "")
+    )
+    places = split_conversations(corpus, config, before={"b": "train"})
+    assert places == {
+        "ä": Place("video ä", "val"),
+        "b": Place("video b", "test"),
+        "c,d": Place("video c,d", "train"),
+    }
+
+
+def test_a_list_may_name_folds(tmp_path: Path) -> None:
+    config = listing(tmp_path, "conversation,split\na,2\nb,0\nc,1\n").model_copy(update={"folds": 3})
+    assert parts(split_conversations([session(name) for name in "abc"], config)) == {"a": 2, "b": 0, "c": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("conversation,split\na,train\nb,dev\nc,test\n", "splits.csv:3: conversation b has split 'dev'; known: train,"),
+        ("conversation,split\na,train\nb\nc,test\n", "splits.csv:3: conversation b has split ''"),
+        ("conversation,split\na,train\nz,val\n", "splits.csv:3: the corpus has no conversation 'z'"),
+        ("conversation,split\nb,train\n", r"2 conversation\(s\) are not listed \(a, c\)"),
+        ("conversation,part\na,train\n", "splits.csv:1: the first line must name the columns"),
+        ("", "splits.csv:1: the first line must name the columns"),
+        ("conversation,split\na,train\nb,train\nc,val\n", "the test split has no labelled turns.*mend .*splits.csv"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_conversations([session(name) for name in "abc"], listing(tmp_path, text))
+
+
+def test_a_list_that_leaks_is_refused(tmp_path: Path) -> None:
+    corpus = [session("a", "v"), session("b", "v"), session("c")]
+    config = listing(tmp_path, "conversation,split\na,train\nb,val\nc,test\nc,train\n")
+    error = failure_of(corpus, config, shared=[("a", "c")])
+    assert [(finding.code, finding.message) for finding in error.findings][:2] == [
+        ("F_LEAK_GROUP", "video v: conversation a is in train, conversation b in val"),
+        ("F_LEAK_CONVERSATION", "conversation c is in test and in train"),
+    ]
+    assert f"mend {config.file}" in str(error)
+
+
+def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    corpus = [session(name) for name in "abc"]
+    with pytest.raises(DataError, match=r"cannot read .*nowhere.csv"):
+        split_conversations(corpus, SplitConfig(file=str(tmp_path / "nowhere.csv")))
+    (tmp_path / "latin.csv").write_bytes("conversation,split\nä,train\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"latin.csv: not a CSV in UTF-8"):
+        split_conversations(corpus, SplitConfig(file=str(tmp_path / "latin.csv")))
+
+
+# Too few groups, and folds
 
 
 def test_too_few_groups_are_refused() -> None:
-    with pytest.raises(DataError, match="split is empty: 2 group"):
-        split_groups({"a": 5, "b": 5}, (0.7, 0.15, 0.15), 0)
+    corpus = [session(f"s{number}", f"v{number % 2}") for number in range(8)]
+    with pytest.raises(DataError, match=r"split has no labelled turns: the 8 session.s. form 2 group.s.*add sessions"):
+        split_conversations(corpus, SplitConfig())
+    with pytest.raises(DataError, match=r"fold \d has no labelled turns.*2 group.*5 folds.*or lower split.folds"):
+        split_conversations(corpus, SplitConfig(folds=5))
+    with pytest.raises(DataError, match="0 session"):
+        split_conversations([], SplitConfig())
+    unlabelled = [session(f"u{number}", labels=[None]) for number in range(5)]
+    with pytest.raises(DataError, match="needs a group with labelled turns of its own"):
+        split_conversations([*corpus, *unlabelled], SplitConfig())
+
+
+def test_every_fold_is_for_test_once_and_for_val_once() -> None:
+    for folds in (3, 5):
+        table = [[fold_split(fold, test, folds) for fold in range(folds)] for test in range(folds)]
+        wanted = {"test": 1, "val": 1} | {"train": folds - 2}
+        assert all(Counter(line) == wanted for line in (*table, *zip(*table, strict=True)))
+    assert [fold_split(fold, 4, 5) for fold in range(5)] == ["val", "train", "train", "train", "test"]

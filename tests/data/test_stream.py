@@ -1,11 +1,25 @@
-"""Sources: examples of every task survive the journey through Arrow, and clips are read only if they are heard."""
+"""Sources: examples survive the journey through Arrow, are read ahead in their order, and nothing broken is skipped."""
 
+import contextlib
+import pickle
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 
 from data.config import DataConfig
+from data.errors import DataError
 from data.examples import from_arrow, to_arrow
 from data.shards import Shards
-from data.stream import _plan_datasource, local_source
+from data.store import Store
+from data.stream import PREFETCH, Reading, _kept, _plan_datasource, local_source
 from data.tasks import items
 from tests.data.common import make, same
 
@@ -40,3 +54,204 @@ def test_both_sources_read_the_same_config(corpus: Shards) -> None:
     [[table]] = [list(task()) for task in _plan_datasource(corpus, config, True, [own]).get_read_tasks(1)]
     [carried] = from_arrow(table)
     assert all(same(*pair) for pair in zip(local, carried, strict=True))
+
+
+def numbers(made: list[int], count: int = 100) -> Generator[list[Any], None, None]:
+    """Batches by number; `made` tells which were read."""
+    for number in range(count):
+        made.append(number)
+        yield [number]
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_a_reading_yields_everything_in_order() -> None:
+    assert list(Reading(lambda: numbers([]))) == [[number] for number in range(100)]
+    assert list(Reading(lambda: numbers([], 0))) == []
+    reading = Reading(lambda: numbers([], 1))
+    assert [*reading, *reading] == [[0]]  # it is over for good
+    assert reading.waited < 1
+
+
+def test_a_reading_is_ahead_before_it_is_asked_but_not_by_much() -> None:
+    made: list[int] = []
+    reading = Reading(lambda: numbers(made))
+    assert until(lambda: len(made) == PREFETCH + 1)  # one more waits for room
+    time.sleep(0.05)
+    assert len(made) == PREFETCH + 1
+    assert next(reading) == [0]
+    assert until(lambda: len(made) == PREFETCH + 2)
+
+
+def test_time_that_is_waited_is_told() -> None:
+    def slow() -> Generator[list[Any], None, None]:
+        time.sleep(0.3)
+        yield [1]
+
+    reading = Reading(slow)
+    assert list(reading) == [[1]]
+    assert 0.2 < reading.waited < 2
+
+
+def test_a_reading_comes_after_the_former_or_when_it_is_wanted() -> None:
+    first, second = list[int](), list[int]()
+    former = Reading(lambda: numbers(first))
+    later = Reading(lambda: numbers(second), after=former)
+    assert until(lambda: len(first) == PREFETCH + 1)
+    time.sleep(0.1)
+    assert second == []
+    assert next(later) == [0]  # no deadlock behind one that nobody iterates
+    assert len(list(former)) == 100
+
+    second.clear()
+    later = Reading(lambda: numbers(second), after=former)
+    assert until(lambda: len(second) == PREFETCH + 1)
+
+
+def test_an_error_is_raised_where_its_batch_is_missed_and_as_it_was() -> None:
+    error = DataError("shard-0.arrow: the file is missing")
+
+    def broken() -> Generator[list[Any], None, None]:
+        yield [0]
+        yield [1]
+        raise error
+
+    reading = Reading(broken)
+    assert until(lambda: reading.ended)
+    assert [next(reading), next(reading)] == [[0], [1]]
+    with pytest.raises(DataError) as raised:
+        next(reading)
+    assert raised.value is error
+    assert list(reading) == []
+
+
+@pytest.mark.parametrize("taken", [0, 1, 50])
+@pytest.mark.parametrize("end", ["closed", "forgotten", "raised out of"])
+def test_an_abandoned_reading_ends_its_thread_and_its_source(taken: int, end: str) -> None:
+    made: list[int] = []
+    ended = threading.Event()
+
+    def source() -> Generator[list[Any], None, None]:
+        try:
+            yield from numbers(made)
+        finally:
+            ended.set()
+
+    def train() -> None:
+        for number, _ in enumerate(Reading(source), start=1):
+            if number > taken:
+                raise KeyError
+
+    if end == "raised out of":
+        with contextlib.suppress(KeyError):
+            train()
+    else:
+        reading = Reading(source)
+        thread = reading.thread
+        for _ in range(taken):
+            next(reading)
+        if end == "closed":
+            reading.close()
+            assert list(reading) == []
+        else:
+            del reading
+        thread.join(5)
+        assert not thread.is_alive()
+    assert ended.wait(5)
+    assert len(made) < 100
+
+
+def test_closing_never_waits_for_the_batch_that_is_being_read() -> None:
+    go, started = threading.Event(), threading.Event()
+
+    def stuck() -> Generator[list[Any], None, None]:
+        started.set()
+        go.wait(10)
+        yield [0]
+
+    reading = Reading(stuck)
+    following = Reading(lambda: numbers([]), after=reading)
+    assert started.wait(5)
+    for one in (following, reading):
+        before = time.monotonic()
+        one.close()
+        assert time.monotonic() - before < 1
+    go.set()
+    assert until(lambda: reading.ended and following.ended)
+
+
+def test_clips_behind_a_url_are_fetched_at_the_same_time(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a request. The barrier lets nobody pass who comes alone."""
+    url = f"memory://stream-{uuid.uuid4().hex}"
+    there = Store(url)
+    for name in corpus.store.names():
+        there.write(name, corpus.store.read(name))
+    remote, batches = Shards(url), [items(corpus, "classify", "train")[:4]] * 2
+    expected = list(local_source(corpus, DataConfig(), True)(batches))
+    barrier, read = threading.Barrier(4), Shards.pcm
+
+    def pcm(self: Shards, row: int) -> Any:
+        barrier.wait(5)
+        return read(self, row)
+
+    monkeypatch.setattr(Shards, "pcm", pcm)
+    found = list(local_source(remote, DataConfig(), True)(batches))
+    for one, other in zip(expected, found, strict=True):
+        assert all(same(*pair) for pair in zip(one, other, strict=True))
+
+
+def through_local(shards: Shards, batches: Any) -> list[Any]:
+    return list(Reading(lambda: local_source(shards, DataConfig(), True)(batches)))
+
+
+def through_ray(shards: Shards, batches: Any) -> list[Any]:
+    """What a read task does, in this process; it travels there pickled."""
+    tasks = _plan_datasource(shards, DataConfig(), True, batches).get_read_tasks(1)
+    return [table for task in pickle.loads(cloudpickle.dumps(tasks)) for table in task()]
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[1000:-4000] = bytes(255 - byte for byte in content[1000:-4000])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, Path.unlink])
+@pytest.mark.parametrize("through", [through_local, through_ray])
+def test_a_damaged_shard_fails_the_trial_with_its_name(
+    through: Callable[..., Any], damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    shards = make(tmp_path / "shards", "C:change! T:question! C:neutral!")
+    [info] = shards.manifest.shards
+    batches = [[item] for item in items(shards, "classify", "train")]
+    damage(tmp_path / "shards" / info.name)
+    with pytest.raises(DataError, match=info.name):
+        through(Shards(tmp_path / "shards"), batches)
+
+
+def test_what_a_read_task_raised_is_found_in_rays_error() -> None:
+    """So `sweep.slot` tells it to the ledger as the trial's own failure, without a traceback."""
+    error = DataError("shard-0.arrow: the file is missing")
+    wrapped = RayTaskError("read", "Traceback …", error).as_instanceof_cause()
+    assert getattr(wrapped, "cause", None) is error
+
+
+def test_a_corpus_that_was_prepared_anew_is_not_read_on(tmp_path: Path) -> None:
+    """Its rows are others than those of the plan."""
+    shards = make(tmp_path / "shards", "C:change! T:question!")
+    batches = [items(shards, "classify", "train")]
+    assert len(through_ray(shards, batches)) == 1
+    shutil.rmtree(tmp_path / "shards")
+    make(tmp_path / "shards", "C:change! T:reflection!")
+    with pytest.raises(DataError, match="the corpus was changed"):
+        _kept.cache_clear()
+        through_ray(shards, batches)

@@ -51,7 +51,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def corpus_of(shards: Shards) -> str:
-    return f"trained on corpus {shards.manifest.fingerprint}"
+    return f"trained on corpus {shards.fingerprint}"
 
 
 def link(folder: Path) -> dict[str, str]:

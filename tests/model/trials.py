@@ -38,6 +38,7 @@ class Trial:
     model: dict[str, Any] = field(default_factory=dict)
     tasks: TaskWeights = ONE
     train: TrainConfig = CONFIG
+    data: DataConfig = DataConfig(history=2)
     seed: int = 7
 
     def config(self, models: Path) -> ModelConfig:
@@ -48,7 +49,7 @@ class Trial:
     def start(self, models: Path, shards: Shards) -> tuple[SpeechLLM, TrialData]:
         seed_everything(self.seed)
         model = SpeechLLM(self.config(models), answer_sets(shards, self.tasks.active()))
-        return model, TrialData.open(shards, model, DataConfig(history=2), ("train", "val"))
+        return model, TrialData.open(shards, model, self.data, ("train", "val"))
 
     def trainer(self, models: Path, shards: Shards, folder: Path) -> Trainer:
         return Trainer(*self.start(models, shards), self.train, self.tasks, self.seed, folder)
@@ -62,7 +63,7 @@ class Trial:
 def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     """What was reported, but for the clock."""
     state = checkpoint.load(folder / "checkpoint.pt")
-    return [(epoch, {**metrics, "seconds": 0}) for epoch, metrics in state["progress"]["history"]]
+    return [(epoch, {**metrics, "seconds": 0, "data_wait": 0}) for epoch, metrics in state["progress"]["history"]]
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -84,7 +85,7 @@ def same_end(one: Path, other: Path) -> bool:
     """Weights, optimizer, schedule, generators and everything that was reported."""
     states = [checkpoint.load(folder / "checkpoint.pt") for folder in (one, other)]
     for state in states:
-        state["progress"] = {**state["progress"], "seconds": 0, "history": 0}
+        state["progress"] = {**state["progress"], "seconds": 0, "data_wait": 0, "history": 0}
     return equal(*states) and history(one) == history(other)
 
 

@@ -1,5 +1,7 @@
 """The command line: bad input is exit code 2 and one error, and leaves nothing behind."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -10,20 +12,25 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from filelock import FileLock
-from pyarrow import ipc
 
 from data import synthetic
 from data.prepare import prepare
-from data.shards import INDEX_SCHEMA, Shards
+from data.shards import Shards, to_bytes
 from tests.sweep.common import complaint, refused, sweep, tree
 
 REFUSED = {
-    "prepare annomi --csv nowhere.csv --out new": "nowhere.csv: cannot read the CSV (No such file or directory)",
-    "prepare annomi --csv no-column.csv --out new": "no-column.csv:1: missing column(s) mi_quality, video_url",
-    "prepare annomi --csv label.csv --out new": "label.csv:3: utterance 1/1 has unknown client label 'chnge'; did you",
-    "prepare annomi --csv few.csv --out new": "the val split is empty: 1 group(s)",
-    "prepare annomi --csv few.csv --out taken": "taken: exists already",
-    "prepare synthetic --sessions 3 --out taken": "taken: exists already",
+    "prepare annomi nowhere.csv --out new": "nowhere.csv: ",
+    "prepare annomi no-column.csv --out new": "no-column.csv:1: missing column(s) mi_quality, video_url",
+    "prepare annomi few.csv --out new": "the val split has no labelled turns: the 1 session(s) form 1 group(s)",
+    "prepare annomi few.csv --out taken": "taken: exists already and is no corpus",
+    "prepare annomi --out new": "prepare annomi: name the corpus, as in `sweep prepare annomi SOURCE --out DIR`",
+    "prepare anomi few.csv --out new": "prepare anomi: no such format; use one of annomi, whisperx, daic, mi-tags, tab",
+    "prepare synthetic --out taken": "taken: exists already and is no corpus",
+    "prepare synthetic --out new --set sessions=2": "--set: 1 problem\n  - sessions: 2: input should be greater than",
+    "prepare synthetic --out new --set split.by=[row]": "--set: 1 problem\n  - split.by: ['row']: a split by row puts",
+    "prepare synthetic --out new --set split.fold=5": "--set: 1 problem\n  - split.fold: unknown key; did you mean 'fo",
+    "prepare synthetic --out new --set split.file=no.csv": "split.file: cannot read no.csv (No such file or directory)",
+    "prepare synthetic --out s3://key:secret@bucket/x": "s3://…: a URL must not hold credentials",
     "train demmo --out new": "demmo: no such file, and no preset of that name",
     "train good.yaml --set train.epoch=3 --out new": "good.yaml: 1 problem\n  - train.epoch: unknown key; did you mean",
     "train axis.yaml --out new": "axis.yaml: 1 problem\n  - search.space.train.epoch: no setting that a search",
@@ -40,6 +47,17 @@ REFUSED = {
 }
 
 
+def test_rejected_rows_are_listed_beside_the_folder_that_was_not_made(here: Path) -> None:
+    outcome = sweep("prepare", "annomi", "label.csv", "--out", "new")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: F_REJECTED: 1 of 2 rows are rejected (50.0%), and 1.0% are allowed")
+    assert "label.csv:3, 1/1: label 'chnge' is unknown; did you mean 'change'?" in outcome.err
+    assert "E_LABEL" in outcome.out
+    [line] = (here / "new.findings.jsonl").read_text().splitlines()
+    assert (json.loads(line)["code"], json.loads(line)["where"]) == ("E_LABEL", "label.csv:3")
+    assert not (here / "new").exists()
+
+
 @pytest.mark.parametrize("command", REFUSED)
 def test_bad_input_is_one_error_and_leaves_nothing(command: str, here: Path) -> None:
     assert refused(here, *command.split()).startswith(REFUSED[command])
@@ -47,7 +65,6 @@ def test_bad_input_is_one_error_and_leaves_nothing(command: str, here: Path) -> 
 
 def text_only(good: Path, bad: Path) -> None:
     made = synthetic.corpus(sessions=9, turns=8, seed=3)
-    made.conversations = list(made.conversations)
     for turn in (turn for conversation in made.conversations for turn in conversation.turns):
         turn.audio = None
     prepare(made, bad)
@@ -55,17 +72,21 @@ def text_only(good: Path, bad: Path) -> None:
 
 def no_val(good: Path, bad: Path) -> None:
     shutil.copytree(good, bad)
-    rows = ipc.open_file(pa.memory_map(str(good / "index.arrow"))).read_all().to_pylist()
-    for row in rows:
-        row["split"] = "train" if row["split"] == "val" else row["split"]
-    with ipc.new_file(bad / "index.arrow", INDEX_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    index = Shards(good).index
+    splits = ["train" if split == "val" else split for split in index["split"].to_pylist()]
+    place = index.column_names.index("split")
+    content = to_bytes(index.set_column(place, index.schema.field("split"), pa.array(splits, index.schema.field("split").type)))
+    manifest = Shards(good).manifest
+    (bad / manifest.index).write_bytes(content)
+    named = manifest.model_copy(update={"index_sha256": hashlib.sha256(content).hexdigest()})
+    (bad / "manifest.json").write_text(named.model_dump_json())
 
 
-def cut(name: str) -> Callable[[Path, Path], None]:
+def cut(pattern: str) -> Callable[[Path, Path], None]:
     def damage(good: Path, bad: Path) -> None:
         shutil.copytree(good, bad)
-        (bad / name).write_bytes((bad / name).read_bytes()[:60])
+        [path] = bad.glob(pattern)
+        path.write_bytes(path.read_bytes()[:60])
 
     return damage
 
@@ -73,10 +94,10 @@ def cut(name: str) -> Callable[[Path, Path], None]:
 CORPORA = {
     "missing": (lambda good, bad: None, "no manifest.json; make the shards with `sweep prepare`"),
     "manifest": (cut("manifest.json"), "manifest.json: file: Invalid JSON"),
-    "index": (cut("index.arrow"), "index.arrow: not a readable Arrow file"),
+    "index": (cut("index-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
     "no val": (no_val, "the val split has nothing for the task classify (a labelled turn)"),
     "text only": (text_only, "model.modality text+speech needs sound and this corpus is text only"),
-    "shard": (cut("shard-00000.arrow"), "shard-00000.arrow: "),
+    "shard": (cut("shard-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
 }
 
 
@@ -86,7 +107,7 @@ WAYS = [(verb, kind) for verb in ("train", "run") for kind in CORPORA]
 def try_bad_corpus(verb: str, kind: str, good: Shards) -> str:
     """The message of a command on a damaged copy of the corpus; it must be the one for this damage."""
     damage, message = CORPORA[kind]
-    damage(good.folder, Path("bad"))
+    damage(Path(good.folder), Path("bad"))
     found = complaint(sweep(verb, "good.yaml", "--set", f"data.shards={Path('bad').absolute()}", "--out", "new"))
     assert message in found
     return found
@@ -115,7 +136,7 @@ def test_a_sweep_that_runs_already_is_left_alone(here: Path) -> None:
 
 def test_a_process_of_its_own_says_no_more_than_the_error(here: Path, corpus: Shards) -> None:
     """Also the libraries, which load models before the corrupt clip is read."""
-    cut("shard-00000.arrow")(corpus.folder, here / "bad")
+    cut("shard-*")(Path(corpus.folder), here / "bad")
     command = ["train", "good.yaml", "--set", f"data.shards={here / 'bad'}", "--out", "new"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB_DIS", "TRANSF"))}
     ended = subprocess.run(
@@ -126,5 +147,5 @@ def test_a_process_of_its_own_says_no_more_than_the_error(here: Path, corpus: Sh
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"error: {here}/bad/shard-00000.arrow: ")
+    assert ended.stderr.startswith(f"error: {here}/bad/{corpus.manifest.shards[0].name}: ")
     assert len(ended.stderr.splitlines()) == 1, ended.stderr

@@ -11,8 +11,9 @@ from data.errors import ConfigError, DataError, UserError
 from data.prepare import prepare
 from data.shards import Shards
 from sweep import builtin
-from sweep.config import flat, parse
+from sweep.config import parse
 from sweep.inputs import _structures, resolve_inputs, skeleton
+from sweep.settings import flat
 from tests.data.common import corpus as by_hand
 from tests.sweep.common import FROZEN, TUNED, refused
 
@@ -110,12 +111,10 @@ def test_built_in_names_on_an_axis_are_made(
 
 def test_every_split_that_is_trained_or_chosen_by_needs_every_task(ask: Any, tmp_path: Path) -> None:
     dialogues = ["C:change! T:question! C:neutral!"] * 6
-    rated = prepare(by_hand(dialogues), tmp_path / "rated")
-    sessions = dict(zip(rated.columns["split"], rated.columns["conversation"], strict=True))
     for missing in ("val", "test"):
         made = by_hand(dialogues)
-        for conversation in made.conversations:
-            conversation.quality = None if conversation.id == sessions[missing] else "high"
+        for conversation, split in zip(made.conversations, [*["train"] * 4, "val", "test"], strict=True):
+            conversation.split, conversation.quality = split, None if split == missing else "high"
         prepare(made, tmp_path / missing)
     ask({"tasks.quality": 1.0, "data.shards": str(tmp_path / "test")})  # only `evaluate` reads it
     with pytest.raises(DataError, match="the val split has nothing for the task quality"):

@@ -76,4 +76,4 @@ def test_labels_that_begin_alike_are_told(here: Path) -> None:
 def test_an_id_that_is_not_there_is_one_line(wanted: str, here: Path) -> None:
     outcome = sweep("inspect", here / "good.yaml", "--example", wanted)
     assert outcome.code == 2
-    assert f"--example {wanted}: the train split has no such item for classify" in outcome.err
+    assert f"--example {wanted}: there is no such item for classify" in outcome.err

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from data.errors import ConfigError
-from sweep.config import flat, parse
+from sweep.config import parse
+from sweep.settings import flat
 from sweep.space import Axis, PruningConfig, SearchConfig, better, is_rung, prune
 from tests.sweep.common import FROZEN, TUNED
 

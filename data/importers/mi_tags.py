@@ -1,0 +1,59 @@
+"""Coded turns without times, perhaps by several annotators: CSV with turn, speaker, text, code and annotator."""
+
+from pathlib import Path
+
+from data.corpus_config import CorpusConfig
+from data.errors import DataError
+from data.importers.draft import Draft
+from data.importers.recordings import set_recordings
+from data.importers.rows import Row, by_conversation, read_rows
+from data.schema import Conversation, Corpus, Turn
+
+COLUMNS = ("turn", "speaker", "text", "code")
+ANNOTATOR = "annotator"
+SESSION = ("conversation", "session")  # columns that a file of several sessions has
+
+
+def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
+    """Read coded turns.
+
+    Args:
+        source: a CSV, or a folder of them; without a column `conversation` or `session` a session is called like its
+            file.
+        audio: folder with `<session>.<wav|flac|…>`; None: text only.
+        config: settings.
+
+    Raises:
+        DataError: a file or a row cannot be read, or there are no recordings.
+    """
+    paths = sorted(source.glob("*.[ct]sv")) if source.is_dir() else [source]
+    if not paths:
+        raise DataError(f"{source}: no CSV files; give the folder that holds one a session")
+    draft = Draft("mi-tags", config)
+    conversations = []
+    for path in paths:
+        rows = read_rows(path, COLUMNS, config, optional=(*SESSION, ANNOTATOR))
+        column = next((name for name in SESSION if name in rows[0].cells), None)
+        sessions = {path.stem: rows} if column is None else by_conversation(rows, column)
+        conversations += [_conversation(name, own, draft) for name, own in sessions.items()]
+    set_recordings(conversations, audio)
+    return draft.corpus(conversations)
+
+
+def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
+    for row in rows:
+        if not row["turn"].isdecimal():
+            raise DataError(f"{row.where}: turn {row['turn']!r} is not a whole number")
+    annotator = ANNOTATOR if ANNOTATOR in rows[0].cells else None
+    coded = draft.utterances(rows, lambda row: f"{name}/{row['turn']}", annotator)
+    turns = []
+    for index, (_, own) in enumerate(sorted(coded, key=lambda pair: int(pair[1][0]["turn"]))):
+        turns.append(_turn(name, own, draft))
+        turns[-1].index = index
+    return Conversation(name, name, turns)
+
+
+def _turn(conversation: str, rows: list[Row], draft: Draft) -> Turn:
+    first = rows[0]
+    codes = [row["code"] for row in rows]
+    return draft.turn(conversation, first["turn"], first["speaker"], first["text"], codes, first.where)

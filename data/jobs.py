@@ -1,0 +1,141 @@
+"""Shards that are still to be made: which sessions go together, what names them, and the work itself."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import audio
+from data.corpus_config import CorpusConfig
+from data.findings import Finding
+from data.schema import SCHEMA_VERSION, Conversation, Turn
+from data.shards import ShardFile, encode_shard
+from data.store import Store
+from data.validate import Aligner, cut
+
+SHARD_BYTES = 64 << 20
+ALIGNED_BYTES = SHARD_BYTES // 8  # alignment takes its time: smaller jobs keep all CPUs busy and lose less to a kill
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be made: travels to the process that makes it."""
+
+    store: Store
+    name: str
+    conversations: Sequence[Conversation]
+    keys: dict[str, str]  # of the conversations
+    config: CorpusConfig
+    align: Aligner | None
+
+    def __call__(self) -> ShardFile:
+        """Cut the clips, write the shard, and return what there is to know about it."""
+        rows: list[dict[str, Any]] = []
+        findings: list[Finding] = []
+        for conversation in self.conversations:
+            recording = cut(conversation, self.config.channels, findings, self.align)
+            rows += [_row(turn, conversation, recording, self.config.codec) for turn in conversation.turns]
+            for turn in conversation.turns:
+                turn.audio = None  # encoded: the samples would be held twice
+        buffer, made = encode_shard(self.name, rows, self.keys, findings)
+        self.store.write(self.name, buffer)
+        return made
+
+
+def serially(jobs: Sequence[Job]) -> Iterator[ShardFile]:
+    """Make the shards one after the other in this process."""
+    return (job() for job in jobs)
+
+
+def conversation_key(conversation: Conversation, config: CorpusConfig, align: Aligner | None) -> str:
+    """Names all that a conversation's rows are made from; a recording by its size and time of change."""
+    content: list[Any] = [SCHEMA_VERSION, config.codec, config.channels, getattr(align, "key", None)]
+    content += [conversation.id, conversation.quality, _stamp(conversation.recording)]
+    for turn in conversation.turns:
+        own = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
+        sound = None if turn.audio is None else hashlib.sha256(turn.audio.tobytes()).hexdigest()
+        # Not the line: a row that is put in above moves all others.
+        content.append({**own, "audio": sound, "clip": _stamp(turn.clip), "where": None})
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _stamp(path: Path | None) -> list[Any] | None:
+    if path is None or not path.is_file():
+        return None
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def shard_jobs(
+    conversations: Sequence[Conversation],
+    store: Store,
+    keys: Mapping[str, str],
+    config: CorpusConfig,
+    align: Aligner | None,
+) -> list[Job]:
+    """Shards of about SHARD_BYTES, of whole conversations in their order."""
+    parts: list[list[Conversation]] = []
+    size, limit = 0, SHARD_BYTES if align is None else ALIGNED_BYTES
+    for conversation in conversations:
+        own = _bytes(conversation)
+        if not parts or size + own > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(conversation)
+        size += own
+    jobs = []
+    for part in parts:
+        own_keys = {one.id: keys[one.id] for one in part}
+        name = hashlib.sha256(json.dumps(own_keys).encode()).hexdigest()[:16]
+        jobs.append(Job(store, f"shard-{name}.arrow", part, own_keys, config, align))
+    return jobs
+
+
+def _bytes(conversation: Conversation) -> int:
+    """About how many bytes of sound a conversation has."""
+    total = 0
+    for turn in conversation.turns:
+        if turn.audio is not None:
+            total += turn.audio.nbytes
+        elif turn.clip is not None and turn.clip.is_file():
+            total += turn.clip.stat().st_size
+        elif turn.span is not None and conversation.recording is not None:
+            total += max(0, 2 * audio.samples(turn.span[1] - turn.span[0]))
+    return total
+
+
+def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | None, codec: str) -> dict[str, Any]:
+    heard = turn.audio is not None
+    pcm = turn.audio.astype("<i2") if turn.audio is not None else None
+    peak, rms_db = (None, None) if pcm is None else audio.level(pcm)
+    given = turn.given or (None, None)
+    encoded = None if pcm is None else audio.encode(pcm, codec)
+    return {
+        "id": turn.id,
+        "conversation": conversation.id,
+        "index": turn.index,
+        "speaker": turn.speaker,
+        "text": turn.text,
+        "label": turn.label,
+        "votes": list(turn.votes.items()) or None,
+        "subset": turn.subset,
+        "quality": conversation.quality,
+        "t_start": turn.start,
+        "t_end": turn.end,
+        "given_start": given[0],
+        "given_end": given[1],
+        "confidence": turn.confidence,
+        "n_samples": 0 if pcm is None else len(pcm),
+        "audio": encoded,
+        "audio_hash": "" if pcm is None else hashlib.sha256(pcm.tobytes()).hexdigest()[:32],
+        "crc32": 0 if encoded is None else audio.checksum(encoded),
+        "peak": peak,
+        "rms_db": rms_db,
+        "flags": " ".join(dict.fromkeys(turn.flags)),
+        "source_rate": recording.source_rate if recording and heard else None,
+        "source_channels": recording.source_channels if recording and heard else None,
+        "recording_hash": "" if recording is None else hashlib.sha256(recording.pcm.tobytes()).hexdigest()[:32],
+    }

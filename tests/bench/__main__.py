@@ -1,0 +1,58 @@
+"""Benchmarks of the goals: each compares in one run, and says what, against what, and whether its goal is met.
+
+python -m tests.bench [NAME …] [--json]
+"""
+
+import argparse
+import importlib
+import json
+import sys
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.measure import Row
+
+NAMES = ("steps", "padding", "reading", "waiting", "preparing", "memory")
+
+
+def main() -> int:
+    """Run the benchmarks that are named, or all; 1 if a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--json", action="store_true", help="print [{name, against, ratio, goal, runs}] instead")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - set(NAMES)
+    if unknown:
+        parser.error(f"no benchmark is called {min(unknown)}; there are {', '.join(NAMES)}")
+    rows: list[Row] = []
+    for name in asked.names or NAMES:
+        rows += importlib.import_module(f"tests.bench.{name}").run()
+    if asked.json:
+        print(json.dumps([_entry(row) for row in rows], indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 150).print(_table(rows))
+    return int(any(row.met is False for row in rows))
+
+
+def _entry(row: Row) -> dict[str, object]:
+    return {"name": row.name, "against": row.against, "ratio": row.ratio, "goal": row.goal, "runs": row.runs}
+
+
+def _table(rows: list[Row]) -> Table:
+    load = psutil.getloadavg()[0]
+    table = Table(title=f"median of the rounds (least … most); {psutil.cpu_count()} CPUs, load {load:.1f}")
+    for column in ("what", "against", "ratio", "spread", "goal", "met?", "note"):
+        table.add_column(column, justify="right" if column in ("ratio", "goal") else "left")
+    for row in rows:
+        ratio = "–" if row.ratio is None else f"{row.ratio:.3g}"
+        spread = f"{min(row.runs):.3g} … {max(row.runs):.3g}" if row.runs else ""
+        goal = "" if row.goal is None else f"{'≤' if row.most else '≥'} {row.goal:g}"
+        met = {True: "yes", False: "NO", None: "" if row.goal is None else "not run"}[row.met]
+        table.add_row(row.name, row.against, ratio, spread, goal, met, row.note)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

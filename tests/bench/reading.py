@@ -1,0 +1,253 @@
+"""Reading a batch: stored clip → decoded → padded float32 tensor and lengths, per CPU-second of all processes.
+
+Three hours of noise with the envelope of speech, in batches of 16 as the plan makes them, the same for all that can
+read in a given order (WebDataset and lhotse's Shar read from front to back).
+"""
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from data.config import DataConfig
+from data.examples import clip_samples
+from data.plan import Cost, plan
+from data.prepare import prepare
+from data.schema import SAMPLE_RATE, Conversation, Corpus, Turn
+from data.shards import Shards
+from data.stream import Reading, local_source, ray_source
+from sweep.cluster import local_or_remote_ray
+from tests.bench.measure import Row, in_turns, ratios
+
+CLIPS, SESSIONS, BATCH, ROUNDS = 2520, 24, 16, 9
+RAY_ROUNDS = 4
+CACHE = Path(tempfile.gettempdir()) / "speech-llm-sweep-bench"
+CONFIG = DataConfig(history=0)
+
+
+def run() -> list[Row]:
+    """The goals of reading."""
+    shards = corpus()
+    steps = batches(shards)
+    held = {row: shards.pcm(row).copy() for row in range(len(shards.columns["id"]))}
+    plain: dict[str, Callable[[], object]] = {
+        "memory-mapped": lambda: consume(mapped(shards, steps)),
+        "in-memory loader": lambda: consume([held[row] for _, row in step] for step in steps),
+    }
+    for workers in (0, 2):
+        plain[f"DataLoader, {workers} workers"] = lambda workers=workers: loader(shards, steps, workers)
+    rows, missing = [], []
+    for name, (module, make) in EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            missing.append(Row("memory-mapped", name, goal=1.0, note="not installed: uv pip install -e '.[bench]'"))
+        else:
+            plain[name] = make(shards, steps)
+    taken = in_turns(plain, ROUNDS)
+    hours = sum(shards.columns["n_samples"]) / SAMPLE_RATE / 3600
+    for name in list(plain)[1:]:
+        goal = 0.9 if name == "in-memory loader" else 1.0
+        speed = hours / (sum(cost.cpu for cost in taken[name]) / ROUNDS)
+        note = f"{speed:.1f} h of sound a CPU-second"
+        rows.append(Row("memory-mapped", name, ratios(taken[name], taken["memory-mapped"]), goal, note=note))
+    own = hours / (sum(cost.cpu for cost in taken["memory-mapped"]) / ROUNDS)
+    rows[0].note += f"; memory-mapped {own:.1f}"
+    return [*rows, *missing, through_ray(shards, steps)]
+
+
+def corpus() -> Shards:
+    """Clips of a lognormal length: median 3 s, mean 4.3 s, 0.5 to 30 s."""
+    folder = CACHE / "reading-3"
+    if not (folder / "manifest.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        prepare(Corpus("bench", ("a", "b"), {"client": ("a", "b")}, list(_conversations())), folder)
+    return Shards(folder)
+
+
+def _conversations() -> Iterator[Conversation]:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(31 * SAMPLE_RATE) * np.repeat(rng.uniform(0, 1, 31 * 8), SAMPLE_RATE // 8) ** 2
+    for session in range(SESSIONS):
+        turns = []
+        for index in range(CLIPS // SESSIONS):
+            seconds = float(np.clip(rng.lognormal(np.log(3), 0.85), 0.5, 30))
+            start = rng.integers(0, SAMPLE_RATE)
+            clip = noise[start : start + round(seconds * SAMPLE_RATE)] * rng.uniform(1000, 4000)
+            text = " ".join(["word"] * max(1, round(2.5 * seconds)))
+            turn = Turn(f"{session}/{index}", index, "client", text, "ab"[index % 2])
+            turn.audio = clip.round().clip(-32768, 32767).astype(np.int16)
+            turns.append(turn)
+        yield Conversation(f"s{session}", f"g{session}", turns)
+
+
+def batches(shards: Shards) -> list[list[tuple[str, int]]]:
+    """One epoch over the whole corpus, whatever the split."""
+    items = [("classify", row) for row in range(len(shards.columns["id"])) if shards.columns["n_samples"][row]]
+    costs = [Cost(0, clip_samples(shards, item, CONFIG)) for item in items]
+    return [[items[position] for position in step] for step in plan(costs, batch_size=BATCH, seed=0, epoch=0)]
+
+
+def padded(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """int16 clips → float32 [B, N] in [-1, 1), and their lengths."""
+    lengths = torch.tensor([len(clip) for clip in clips])
+    waves = torch.zeros(len(clips), int(lengths.max()))
+    for wave, clip in zip(waves, clips, strict=True):
+        wave[: len(clip)] = torch.from_numpy(clip)
+    return waves.mul_(1 / 32768), lengths
+
+
+def consume(source: Iterable[list[np.ndarray]]) -> int:
+    """Pad all batches; the number of clips."""
+    return sum(len(padded(clips)[1]) for clips in source)
+
+
+def mapped(shards: Shards, steps: list[list[tuple[str, int]]]) -> Iterator[list[np.ndarray]]:
+    """The project's own reader, examples and all, read ahead by its thread."""
+    for batch in Reading(lambda: local_source(shards, CONFIG, True)(steps)):
+        yield [example.pcm for example in batch if example.pcm is not None]
+
+
+class Clips(torch.utils.data.Dataset[np.ndarray]):
+    """What a DataLoader reads."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        clip = self.shards.pcm(row)
+        assert clip is not None
+        return clip
+
+
+def loader(shards: Shards, steps: list[list[tuple[str, int]]], workers: int) -> int:
+    """A PyTorch DataLoader over the same files."""
+    rows = [[row for _, row in step] for step in steps]
+    made = torch.utils.data.DataLoader(Clips(shards), batch_sampler=rows, num_workers=workers, collate_fn=padded)
+    return sum(len(lengths) for _, lengths in made)
+
+
+Make = Callable[[Shards, list[list[tuple[str, int]]]], Callable[[], int]]
+
+
+def hugging_face(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+    """A memory-mapped `datasets.Dataset`, in its Arrow format: the fastest of those it has."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = CACHE / "datasets"
+    if not folder.exists():
+        datasets.Dataset(_table(shards)).save_to_disk(folder)
+    made = datasets.load_from_disk(folder).with_format("arrow")
+
+    def read() -> Iterator[list[np.ndarray]]:
+        for step in steps:
+            column = made[[row for _, row in step]]["audio"]
+            yield [np.frombuffer(value.as_buffer(), "<i2") for value in column]
+
+    return lambda: consume(read())
+
+
+def web_dataset(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+    """Tar files."""
+    import webdataset
+
+    tar = CACHE / "webdataset.tar"
+    if not tar.exists():
+        with webdataset.TarWriter(str(tar)) as writer:
+            for row in range(len(shards.columns["id"])):
+                writer.write({"__key__": f"{row:06}", "pcm": shards.pcm(row).tobytes()})
+
+    def read() -> Iterator[list[np.ndarray]]:
+        made = webdataset.WebDataset(str(tar), shardshuffle=False).batched(BATCH, collation_fn=list)
+        for batch in made:
+            yield [np.frombuffer(sample["pcm"], "<i2") for sample in batch]
+
+    return lambda: consume(read())
+
+
+def shar(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+    """lhotse's tar files with FLAC: it has no raw PCM."""
+    from lhotse import CutSet, MonoCut
+    from lhotse.shar import SharWriter
+
+    folder = CACHE / "shar"
+    if not folder.exists():
+        with SharWriter(folder, fields={"recording": "flac"}, shard_size=500) as writer:
+            for row in range(len(shards.columns["id"])):
+                clip = shards.pcm(row).astype(np.float32)[None] / 32768
+                cut = MonoCut(f"{row:06}", 0, clip.shape[1] / SAMPLE_RATE, 0)
+                writer.write(_with_sound(cut, clip))
+
+    def read() -> Iterator[list[np.ndarray]]:
+        held = []
+        for cut in CutSet.from_shar(in_dir=folder):
+            held.append((cut.load_audio()[0] * 32768).astype(np.int16))
+            if len(held) == BATCH:
+                yield held
+                held = []
+        if held:
+            yield held
+
+    return lambda: consume(read())
+
+
+def _with_sound(cut: Any, clip: np.ndarray) -> Any:
+    import io
+
+    import soundfile
+    from lhotse import Recording
+
+    sink = io.BytesIO()
+    soundfile.write(sink, clip[0], SAMPLE_RATE, format="WAV")
+    cut.recording = Recording.from_bytes(sink.getvalue(), recording_id=cut.id)
+    cut.duration = cut.recording.duration
+    return cut
+
+
+EXTRAS: dict[str, tuple[str, Make]] = {
+    "Hugging Face datasets": ("datasets", hugging_face),
+    "WebDataset": ("webdataset", web_dataset),
+    "lhotse Shar": ("lhotse", shar),
+}
+
+
+def _table(shards: Shards) -> pa.Table:
+    clips = [shards.pcm(row).tobytes() for row in range(len(shards.columns["id"]))]
+    return pa.table({"audio": pa.array(clips, pa.large_binary())})
+
+
+def through_ray(shards: Shards, steps: list[list[tuple[str, int]]]) -> Row:
+    """The Ray reader against `ray.data.read_parquet` of the same clips, decoded in the consumer."""
+    import ray.data
+
+    files = CACHE / "parquet"
+    if not files.exists():
+        files.mkdir()
+        table = _table(shards)
+        for number in range(8):
+            part = table.slice(number * CLIPS // 8, CLIPS // 8)
+            pa.parquet.write_table(part, files / f"{number}.parquet", row_group_size=64, compression="none")
+
+    def own() -> int:
+        reading = Reading(lambda: ray_source(shards, CONFIG, True)(steps))
+        return consume([example.pcm for example in batch] for batch in reading)
+
+    def parquet() -> int:
+        dataset = ray.data.read_parquet(str(files), columns=["audio"])
+        tables = dataset.iter_batches(batch_size=BATCH, batch_format="pyarrow", prefetch_batches=2)
+        return consume([np.frombuffer(value.as_buffer(), "<i2") for value in table["audio"]] for table in tables)
+
+    with local_or_remote_ray():
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        taken = in_turns({"own": own, "parquet": parquet}, RAY_ROUNDS)
+    note = ", ".join(
+        f"{name} {sum(cost.cpu for cost in costs) / RAY_ROUNDS:.1f} CPU-s" for name, costs in taken.items()
+    )
+    return Row("Ray reader", "ray.data.read_parquet", ratios(taken["parquet"], taken["own"]), 4.0, note=note)

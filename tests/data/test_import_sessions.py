@@ -1,0 +1,130 @@
+"""Formats of one file a session: WhisperX, DAIC and MI-TAGS, in the ways in which their folders are laid out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.corpus_config import CorpusConfig
+from data.errors import DataError
+from data.importers.daic import read_daic
+from data.importers.mi_tags import read_mi_tags
+from data.importers.whisperx import read_whisperx
+
+ROLES = CorpusConfig(roles={"SPEAKER_00": "therapist", "SPEAKER_01": "client", "b/SPEAKER_00": "client"})
+DAIC = "start_time\tstop_time\tspeaker\tvalue\n1.5\t2.25\tEllie\thi, there\n2.5\t3\tParticipant\t<laughter> hello\n"
+CODED = "turn,speaker,text,code,annotator\n"
+
+
+def whisper(path: Path, *segments: object) -> None:
+    path.write_text(json.dumps({"segments": segments}), encoding="utf-8")
+
+
+def test_speakers_of_a_single_session_can_be_named(tmp_path: Path) -> None:
+    segment = {"start": 0.5, "end": 1.5, "text": " hi", "speaker": "SPEAKER_00"}
+    whisper(tmp_path / "a.json", segment)
+    whisper(tmp_path / "b.json", segment)
+    corpus = read_whisperx(tmp_path, None, ROLES)
+    assert [(one.id, one.turns[0].speaker) for one in corpus.conversations] == [("a", "therapist"), ("b", "client")]
+
+
+def test_segments_without_speaker_or_times_keep_their_words(tmp_path: Path) -> None:
+    whisper(
+        tmp_path / "a.json",
+        {"start": 0.0, "end": 1.0, "text": "who?", "label": "x"},
+        {"text": "1984", "speaker": "SPEAKER_00", "label": ["B", "a"]},
+        {"start": 3, "text": "end", "speaker": "SPEAKER_01", "label": "Change "},
+    )
+    corpus = read_whisperx(tmp_path / "a.json", None, ROLES)
+    (conversation,) = corpus.conversations
+    assert [(turn.speaker, turn.text, turn.label) for turn in conversation.turns] == [
+        ("unknown", "who?", None),
+        ("therapist", "1984", "b|a"),
+        ("client", "end", "change"),
+    ]
+    assert [(finding.code, finding.where) for finding in corpus.findings] == [
+        ("E_SPEAKER", "a.json:segments[0]"),
+        ("W_TS_OPEN", "a.json:segments[1]"),
+        ("W_TS_OPEN", "a.json:segments[2]"),
+    ]
+    assert corpus.labels == ("change", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"segments": [\n  {"text": "a",}\n]}', r"^a\.json:2: not readable as JSON \(column \d+"),
+        ('{"segments": []}', r"^a\.json:1: no segments"),
+        ("[]", r"^a\.json:1: no segments"),
+        ('{"segments": [{"text": "a"}, {"start": 1}]}', r"^a\.json:segments\[1\]: the segment has no text"),
+    ],
+)
+def test_json_that_cannot_be_used_is_named_with_its_place(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_whisperx(tmp_path, None, ROLES)
+
+
+def test_daic_sessions_lie_in_folders_with_their_sound(tmp_path: Path) -> None:
+    for name in ("300", "301"):
+        (tmp_path / f"{name}_P").mkdir()
+        (tmp_path / f"{name}_P" / f"{name}_TRANSCRIPT.csv").write_text(DAIC, encoding="utf-8")
+    (tmp_path / "300_P" / "300_AUDIO.wav").touch()
+    corpus = read_daic(tmp_path, None, CorpusConfig())
+    assert [(one.id, one.recording) for one in corpus.conversations] == [
+        ("300", tmp_path / "300_P" / "300_AUDIO.wav"),
+        ("301", None),
+    ]
+    first, second = corpus.conversations[0].turns
+    assert (first.speaker, first.text, first.span, first.where) == (
+        "therapist",
+        "hi, there",
+        (1.5, 2.25),
+        "300_TRANSCRIPT.csv:2",
+    )
+    assert (second.speaker, second.label) == ("client", None)
+    assert corpus.labels == ()
+
+
+def test_daic_recordings_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    sound = tmp_path / "sound"
+    (sound / "301_P").mkdir(parents=True)
+    for name in ("300", "301", "302"):
+        (tmp_path / "text" / f"{name}_TRANSCRIPT.csv").write_text(DAIC, encoding="utf-8")
+    for path in (sound / "300_AUDIO.wav", sound / "301_P" / "301_AUDIO.flac"):
+        path.touch()
+    corpus = read_daic(tmp_path / "text", sound, CorpusConfig())
+    assert [one.recording for one in corpus.conversations] == [
+        sound / "300_AUDIO.wav",
+        sound / "301_P" / "301_AUDIO.flac",
+        sound / "302_AUDIO.wav",
+    ]
+
+
+def test_turns_of_mi_tags_are_ordered_by_number_whoever_coded_them(tmp_path: Path) -> None:
+    text = CODED + "0,T,a,OQ,ann\n10,C,c,CT,ann\n0,T,a,CQ,bob\n2,C,b,CT,bob\n10,C,c,ST,bob\n0,T,a,OQ,cy\n"
+    (tmp_path / "s.csv").write_text(text, encoding="utf-8")
+    corpus = read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())
+    (conversation,) = corpus.conversations
+    assert [(turn.id, turn.index, turn.label, turn.votes) for turn in conversation.turns] == [
+        ("s/0", 0, "oq", {"oq": 2, "cq": 1}),
+        ("s/2", 1, "ct", {}),
+        ("s/10", 2, "ct", {"ct": 1, "st": 1}),
+    ]
+    assert [(finding.code, finding.where) for finding in corpus.findings] == [("W_LABEL_TIE", "s.csv:3")]
+    assert (corpus.roles, corpus.declared) == ({"client": ("ct",), "therapist": ("oq",)}, False)
+
+
+@pytest.mark.parametrize("column", ["conversation", "session"])
+def test_a_file_of_mi_tags_may_hold_several_sessions(tmp_path: Path, column: str) -> None:
+    text = f"{column},turn,speaker,text,code\np,0,counsellor,a,q\nr,0,patient,a,x\np,1,client,b,x\n"
+    (tmp_path / "all.csv").write_text(text, encoding="utf-8")
+    corpus = read_mi_tags(tmp_path / "all.csv", None, CorpusConfig())
+    assert [[turn.id for turn in one.turns] for one in corpus.conversations] == [["p/0", "p/1"], ["r/0"]]
+
+
+def test_turns_without_a_number_are_named(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(CODED + "one,t,a,q,ann\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"^s\.csv:2: turn 'one' is not a whole number"):
+        read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())

@@ -1,0 +1,123 @@
+"""Sessions of synthetic speech whose true times are known, and a CTC model that was trained on such speech."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+
+from data import synthetic
+from data.audio import waveform
+from data.schema import SAMPLE_RATE, Turn
+from model.tiny import _fixed, _optimise
+
+SECONDS = 3  # of a training clip
+HOP = 320  # samples a frame
+BLANK = 0
+OKAY = synthetic.Utterance(("okay",), "neutral", ambiguous=False, rise=True)
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "feature_projection_input_dim": 80,
+    "conv_depthwise_kernel_size": 7,
+    "position_embeddings_type": None,
+    "apply_spec_augment": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "conformer_conv_dropout": 0.0,
+    "pad_token_id": BLANK,
+}
+
+
+def pause(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """The hiss of a room in which nobody speaks, int16."""
+    return np.round(rng.standard_normal(round(seconds * SAMPLE_RATE)) * 60).astype(np.int16)
+
+
+def speech(
+    rng: np.random.Generator, voice: synthetic.Voice, said: synthetic.Utterance | None = None
+) -> tuple[str, synthetic.Clip]:
+    """Three to five words, or those given."""
+    said = said or synthetic.utterance(rng)
+    return " ".join(said.words), synthetic.speak(said, voice, rng)
+
+
+def session(seed: int, n_turns: int) -> tuple[np.ndarray, list[Turn], np.ndarray]:
+    """Two speakers in turn, with a pause after each turn; every third turn is a mere "okay".
+
+    Returns:
+        The recording (int16), the turns with a start in whole seconds and the next one's as their end, as AnnoMI has
+        them, and the true times (n_turns, 2) in s.
+    """
+    rng = np.random.default_rng(seed)
+    voices = [synthetic._voice(rng) for _ in range(2)]
+    pieces, turns, truth, clock = [pause(rng, 1.3)], [], [], 1.3
+    for index in range(n_turns):
+        text, clip = speech(rng, voices[index % 2], OKAY if index % 3 == 1 else None)
+        truth.append((clock, clock + len(clip.audio) / SAMPLE_RATE))
+        turns.append(Turn(f"s/{index}", index, ("therapist", "client")[index % 2], text, start=float(int(clock))))
+        pieces += [clip.audio, pause(rng, rng.uniform(0.1, 0.8))]
+        clock += (len(pieces[-2]) + len(pieces[-1])) / SAMPLE_RATE
+    for turn, later in pairwise(turns):
+        turn.end = later.start
+    return np.concatenate(pieces), turns, np.array(truth)
+
+
+def make_ctc(folder: Path) -> None:
+    """A small w2v-BERT with a token for each word.
+
+    CTC alone would do, but then it names a whole word in one frame, mostly its last one: cross-entropy of every frame
+    makes it name the word as long as it lasts, as models with characters do.
+    """
+    extractor, tokenizer = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40), word_tokenizer()
+    features, frames, targets = clips(extractor, tokenizer, count=300)
+    with _fixed(seed=11):
+        model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(vocab_size=len(tokenizer), **SMALL))
+
+        def loss() -> torch.Tensor:
+            rows = torch.randint(len(features), (8,))
+            log_probs = F.log_softmax(model(input_features=features[rows]).logits, dim=-1)
+            words = [targets[row] for row in rows]
+            lengths = torch.tensor([len(word) for word in words])
+            heard = torch.full((len(rows),), log_probs.shape[1])
+            ctc = F.ctc_loss(log_probs.transpose(0, 1), torch.cat(words), heard, lengths, blank=BLANK)
+            return ctc + F.nll_loss(log_probs.flatten(0, 1), frames[rows].flatten())
+
+        _optimise(list(model.parameters()), loss, steps=250)
+    for part in (model.eval(), extractor, tokenizer):
+        part.save_pretrained(folder)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of the synthetic corpus."""
+    words = ("<pad>", "<unk>", *synthetic.WORDS)
+    core = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+
+
+def clips(extractor, tokenizer, count: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Two utterances and pauses each: features, the token of every frame, and the tokens of the words."""
+    rng = np.random.default_rng(12)
+    waves, frames, targets = [], [], []
+    for _ in range(count):
+        texts, said = zip(*(speech(rng, synthetic._voice(rng)) for _ in range(2)), strict=True)
+        room = SECONDS - sum(len(clip.audio) for clip in said) / SAMPLE_RATE
+        gaps = [pause(rng, gap) for gap in rng.dirichlet((1, 1, 1)) * room + (0, 0, 1)]
+        wave = np.concatenate([gaps[0], said[0].audio, gaps[1], said[1].audio, gaps[2]])
+        silent = [np.full(len(gap), BLANK) for gap in gaps]
+        first = len(tokenizer) - len(synthetic.WORDS)
+        token = np.concatenate([silent[0], said[0].words_at + first, silent[1], said[1].words_at + first, silent[2]])
+        waves.append(waveform(wave[: SECONDS * SAMPLE_RATE]))
+        frames.append(token[HOP // 2 : SECONDS * SAMPLE_RATE : HOP])
+        targets.append(torch.tensor(tokenizer(" ".join(texts))["input_ids"]))
+    features = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+    return features, torch.from_numpy(np.stack(frames))[:, : features.shape[1]], targets
