@@ -14,7 +14,7 @@ from data.findings import Finding
 from data.schema import SCHEMA_VERSION, Conversation, Turn
 from data.shards import ShardFile, encode_shard
 from data.store import Store
-from data.validate import Aligner, cut
+from data.validate import Aligner, check_order, cut
 
 SHARD_BYTES = 64 << 20
 ALIGNED_BYTES = SHARD_BYTES // 8  # alignment takes its time: smaller jobs keep all CPUs busy and lose less to a kill
@@ -37,6 +37,8 @@ class Job:
         findings: list[Finding] = []
         for conversation in self.conversations:
             recording = cut(conversation, self.config.channels, findings, self.align)
+            if self.align is not None:
+                check_order(conversation.turns, findings)
             rows += [_row(turn, conversation, recording, self.config.codec) for turn in conversation.turns]
             for turn in conversation.turns:
                 turn.audio = None  # encoded: the samples would be held twice

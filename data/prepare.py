@@ -34,7 +34,7 @@ from data.shards import (
 )
 from data.split import split_conversations
 from data.store import Store
-from data.validate import Aligner, check, failure
+from data.validate import TIMELESS, Aligner, check, failure
 
 Run = Callable[[Sequence[Job]], Iterator[ShardFile]]
 
@@ -66,7 +66,7 @@ def prepare(
     earlier = _earlier(store, corpus, config)
     fresh = not store.names()
     dealt = {} if earlier is None else _dealt(earlier)
-    check(corpus)
+    check(corpus, order=align is None)
     _refuse_rejects(corpus, config)
     split_conversations(corpus.conversations, config.split, before=dealt)  # whether it can be split at all
     try:
@@ -192,6 +192,12 @@ def _learn(corpus: Corpus, rows: pa.Table) -> None:
             turn.flags = tuple(found[turn.id].split())
             if is_rejected(turn.flags):
                 turn.label = None
+    flags = {turn.id: turn.flags for conversation in corpus.conversations for turn in conversation.turns}
+    corpus.findings = [
+        finding
+        for finding in corpus.findings
+        if finding.code not in TIMELESS or finding.code in flags.get(finding.utterance, TIMELESS)
+    ]
 
 
 def _refuse_rejects(corpus: Corpus, config: CorpusConfig) -> None:

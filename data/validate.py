@@ -17,14 +17,19 @@ Aligner = Callable[[np.ndarray, list[Turn], list[Finding]], None]  # a whole cha
 
 TOLERANCE = 0.05  # s: a time this little past the recording, or into a neighbour, is rounding
 LONG = 30.0  # s
+TIMELESS = ("W_TS_ZERO", "W_TS_OPEN")  # not so any more where the alignment gave a turn its length
 RARE = 3  # turns: a label that is rarer and resembles a frequent one may be a typing error
 CLIPPED, SILENT, OFFSET = 1e-3, 1e-4, 0.02  # share of samples at full scale; peak; mean of the samples
 
 
-def check(corpus: Corpus) -> None:
+def check(corpus: Corpus, *, order: bool = True) -> None:
     """Judge every turn by what the tables say; findings go to the corpus and the flags of its turns.
 
     Turns that stand twice are dropped, rejected ones lose their label.
+
+    Args:
+        corpus: what an importer returned.
+        order: whether times are final; where they will be aligned, `check_order` comes afterwards.
 
     Raises:
         BuildError: an id names two different utterances.
@@ -38,7 +43,8 @@ def check(corpus: Corpus) -> None:
         for turn in conversation.turns:
             _check_label(turn, corpus)
             _check_times(turn, corpus.findings)
-        _check_order(conversation.turns, corpus.findings)
+        if order:
+            check_order(conversation.turns, corpus.findings)
         if conversation.recording is not None and not conversation.recording.is_file():
             _reject_all(conversation.turns, corpus.findings, "E_AUDIO_MISSING", conversation.recording)
         for turn in conversation.turns:
@@ -63,7 +69,7 @@ def _drop_duplicates(corpus: Corpus) -> None:
             first = seen.setdefault(turn.id, turn)
             if first is turn:
                 kept.append(turn)
-            elif _content(first) == _content(turn):
+            elif _content(first) == _content(turn) and (None in (first.end, turn.end) or first.end == turn.end):
                 message = f"stands already at {first.where}, equal in everything"
                 corpus.findings.append(Finding("W_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
             else:
@@ -78,7 +84,7 @@ def _drop_duplicates(corpus: Corpus) -> None:
 
 def _content(turn: Turn) -> tuple[object, ...]:
     own = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
-    # The place in the file, and what follows from it (findings, the end that the next row's start gave), differ.
+    # The place in the file, and what follows from it, differ.
     return tuple(own[name] for name in ("speaker", "text", "label", "start", "subset", "clip"))
 
 
@@ -131,8 +137,8 @@ def _show(turn: Turn) -> str:
     return f"{turn.start:.2f}-{turn.end:.2f} s"
 
 
-def _check_order(turns: Sequence[Turn], findings: list[Finding]) -> None:
-    """Starts that go backwards, and utterances that overlap the one before them: people do talk at once."""
+def check_order(turns: Sequence[Turn], findings: list[Finding]) -> None:
+    """Starts that go backwards, and utterances that overlap an earlier one: people do talk at once."""
     timed = [turn for turn in turns if turn.start is not None and not is_rejected(turn.flags)]
     latest: Turn | None = None  # the turn that ends last so far
     before: Turn | None = None
@@ -196,6 +202,8 @@ def cut(
     if align is not None:
         for channel, pcm in enumerate(recording.pcm):
             align(pcm, [turn for turn in own if channels.get(turn.speaker, 0) == channel], findings)
+        for turn in (turn for turn in own if turn.given is not None and turn.span is not None):
+            turn.flags = tuple(code for code in turn.flags if code not in TIMELESS)
     for turn in own:
         if turn.span is not None:
             _cut(turn, recording, channels.get(turn.speaker, 0), findings)

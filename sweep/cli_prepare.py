@@ -54,10 +54,9 @@ def prepare(
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     aligned = [f"align.model={json.dumps(align)}"] if align is not None else []
     settings = validated(CorpusConfig, read_tree(config, [*set_, *aligned]), str(config or "--set"))
-    corpus = _read(kind, source, audio, settings)
     faults = Path(f"{out}.findings.jsonl")
     try:
-        shards = _prepare(corpus, out, settings)
+        shards = _prepare(_read(kind, source, audio, settings), out, settings)
     except BuildError as error:
         _show_faults(error.findings)
         if "://" in out:
@@ -142,14 +141,16 @@ def show_shards(shards: "Shards") -> None:
 
     manifest = shards.manifest
     sound = f"{sum(manifest.hours.values()):.2f} h of sound" if any(manifest.hours.values()) else "text only"
-    head = (
-        f"{manifest.corpus}: {sum(manifest.sessions.values())} sessions, {sum(manifest.turns.values())} turns, {sound}"
-    )
-    _print_table(f"{head} (fingerprint {manifest.fingerprint})", *split_rows(shards))
+    sessions, turns = sum(manifest.sessions.values()), sum(manifest.turns.values())
+    head = f"{manifest.corpus}: {sessions} sessions, {turns} turns, {sound} (fingerprint {manifest.fingerprint})"
+    console.print(head, soft_wrap=True, highlight=False, markup=False)
+    _print_table(*split_rows(shards))
     findings = read_findings(shards)
     if findings:
-        share = f"{manifest.rejected} of {sum(manifest.turns.values())} turns rejected"
-        _print_table(f"findings: {share}", *finding_rows(findings))
+        console.print(
+            f"findings: {len(findings)}, and {manifest.rejected} of {turns} turns are rejected", highlight=False
+        )
+        _print_table(*finding_rows(findings))
     else:
         console.print("findings: none")
     console.print(f"shards:   {shards.store.place}", soft_wrap=True, highlight=False)
@@ -159,11 +160,11 @@ def show_shards(shards: "Shards") -> None:
 def _show_faults(findings: "Sequence[Finding]") -> None:
     from data.summary import finding_rows
 
-    _print_table("what fails the build", *finding_rows(findings))
+    _print_table(*finding_rows(findings))
 
 
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(title=escape(title), title_justify="left")
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table()
     for place, name in enumerate(header):
         numbers = all(str(row[place]).replace(".", "").replace(" ", "").rstrip("%").isdigit() for row in rows)
         table.add_column(escape(name), justify="right" if numbers and rows else "left")

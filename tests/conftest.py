@@ -13,6 +13,7 @@ from data.prepare import prepare
 from data.schema import SAMPLE_RATE
 from data.shards import Shards
 from tests import tiny_models
+from tests.model import voices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
@@ -31,6 +32,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, make in tiny_models.MODELS.items():
         make(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a CTC model that was trained on synthetic speech."""
+    folder = tmp_path_factory.mktemp("ctc")
+    voices.make_ctc(folder)
     return folder
 
 

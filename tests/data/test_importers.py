@@ -367,6 +367,7 @@ def test_an_unknown_speaker_keeps_the_words_and_loses_the_label(maker: Maker, tm
     corpus = read(maker, tmp_path / "source", dialogues=changed)
     turn = next(turn for one in corpus.conversations for turn in one.turns if turn.id == "7/1")
     assert (turn.speaker, turn.text, turn.label) == ("unknown", "Go on.", None)
+    assert set(corpus.roles) == set(SPEAKERS)
     (finding,) = (finding for finding in corpus.findings if finding.code == "E_SPEAKER")
     assert "--set 'roles.Stranger=client'" in finding.message
     roles = {**maker.config.roles, "STRANGER": "client"}

@@ -140,9 +140,9 @@ def test_folds_serve_as_splits(tmp_path: Path) -> None:
     for number, one in enumerate(shards):
         assert {row for _, row in items(one, "classify", "val")} == tested[(number + 1) % 3]
         assert pickle.loads(pickle.dumps(one)).fold == number
-    with pytest.raises(DataError, match="data.fold is 3, and the corpus has 3 folds, counted from 0"):
+    with pytest.raises(DataError, match=r"data\.fold is 3, and the corpus has 3 folds, counted from 0"):
         Shards(tmp_path / "shards", 3)
-    with pytest.raises(DataError, match="data.fold is 1, and the corpus has no folds"):
+    with pytest.raises(DataError, match=r"data\.fold is 1, and the corpus has no folds"):
         Shards(prepare(small(), tmp_path / "plain").folder, 1)
 
 

@@ -120,9 +120,9 @@ def test_annotators_are_put_to_the_vote(tmp_path: Path) -> None:
     text = "conversation,speaker,text,n,code,who\n" + "".join(
         f"a,c,x,{number},{code},{who}\n"
         for who, codes in {
-            "ann": ("a;b", "", "b", "a"),
-            "bob": ("b;c", "c", "a", "a"),
-            "cy": ("b;a", "", "c", "b"),
+            "ann": ("a;b", "", "b", "a", "a;b"),
+            "bob": ("b;c", "c", "a", "a", "a;b"),
+            "cy": ("b;a", "", "c", "b", "b;a"),
         }.items()
         for number, code in enumerate(codes)
     )

@@ -70,9 +70,7 @@ BASE: dict[str, Any] = {
     "roles": {"T": "therapist", "C": "client"},
     "labels": LABELS,
     "max_rejected": 0.2,
-    "columns": {
-        name: name for name in "conversation id speaker text label start end video split".split()
-    },
+    "columns": {name: name for name in "conversation id speaker text label start end video split".split()},
 }
 
 

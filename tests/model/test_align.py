@@ -200,14 +200,6 @@ def test_turns_without_usable_times_are_left_alone(aligned, monkeypatch: pytest.
     assert len(findings) == 1
 
 
-@pytest.fixture(scope="session")
-def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a trained model."""
-    folder = tmp_path_factory.mktemp("ctc")
-    voices.make_ctc(folder)
-    return folder
-
-
 def test_whole_seconds_become_true_times(ctc: Path) -> None:
     pcm, turns, truth = voices.session(seed=0, n_turns=60)
     given = np.array([(turn.start, np.nan if turn.end is None else turn.end) for turn in turns])

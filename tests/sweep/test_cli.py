@@ -75,7 +75,8 @@ def no_val(good: Path, bad: Path) -> None:
     index = Shards(good).index
     splits = ["train" if split == "val" else split for split in index["split"].to_pylist()]
     place = index.column_names.index("split")
-    content = to_bytes(index.set_column(place, index.schema.field("split"), pa.array(splits, index.schema.field("split").type)))
+    field = index.schema.field("split")
+    content = to_bytes(index.set_column(place, field, pa.array(splits, field.type)))
     manifest = Shards(good).manifest
     (bad / manifest.index).write_bytes(content)
     named = manifest.model_copy(update={"index_sha256": hashlib.sha256(content).hexdigest()})
