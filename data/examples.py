@@ -41,9 +41,9 @@ EXAMPLE_TYPE = pa.struct(
         ("subset", pa.string()),
         ("turns", pa.list_(pa.list_(pa.string()))),
         ("heard", pa.int32()),
-        ("pcm", pa.large_binary()),
     ]
 )
+_SAID = EXAMPLE_TYPE.names
 
 
 def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
@@ -135,24 +135,23 @@ def _clip(shards: Shards, row: int, config: DataConfig, draw: Draw | None) -> np
 
 
 def to_arrow(batches: Sequence[Sequence[Example]]) -> pa.Table:
-    """Batches as a table with one row a batch, the form in which they cross processes."""
-    rows = [
-        [
-            {name: getattr(example, name) for name in Example.__slots__}
-            | {"pcm": None if example.pcm is None else example.pcm.tobytes()}
-            for example in batch
-        ]
-        for batch in batches
-    ]
-    return pa.table({"examples": pa.array(rows, pa.large_list(EXAMPLE_TYPE))})
+    """Batches as a table with one row a batch, the form in which they cross processes; clips are copied once."""
+    flat = [example for batch in batches for example in batch]
+    borders = pa.array(np.cumsum([0, *map(len, batches)]), pa.int64())
+    said = pa.array([{name: getattr(example, name) for name in _SAID} for example in flat], EXAMPLE_TYPE)
+    clips = [None if example.pcm is None else example.pcm.data.cast("B") for example in flat]
+    columns = {"examples": said, "pcm": pa.array(clips, pa.large_binary())}
+    return pa.table({name: pa.LargeListArray.from_arrays(borders, values) for name, values in columns.items()})
 
 
 def from_arrow(table: pa.Table) -> list[list[Example]]:
-    """The inverse of `to_arrow`."""
-    return [[_example(row) for row in batch] for batch in table["examples"].to_pylist()]
+    """The inverse of `to_arrow`; clips are not copied, so they hold the table's memory."""
+    return [
+        [_example(*pair) for pair in zip(said.as_py(), clips.values, strict=True)]
+        for said, clips in zip(table["examples"], table["pcm"], strict=True)
+    ]
 
 
-def _example(row: dict[str, Any]) -> Example:
-    row["turns"] = tuple(map(tuple, row["turns"]))
-    row["pcm"] = None if row["pcm"] is None else np.frombuffer(row["pcm"], "<i2")
-    return Example(**row)
+def _example(said: dict[str, Any], clip: pa.LargeBinaryScalar) -> Example:
+    said["turns"] = tuple(map(tuple, said["turns"]))
+    return Example(**said, pcm=np.frombuffer(clip.as_buffer(), "<i2") if clip.is_valid else None)

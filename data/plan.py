@@ -39,25 +39,13 @@ def plan(
         weights: of each utterance: as many as there are are drawn with replacement, with probabilities in proportion.
     """
     rng = np.random.default_rng([seed, epoch])
-    rounds = [rng.permutation(len(costs))] if weights is None else _drawn(rng, weights)
-    size = batch_size * POOL
-    pools = [pool for order in rounds for pool in np.split(order, range(size, len(order), size))]
-    ordered = np.concatenate([_alike(pool, costs, batch_size) for pool in pools])
-    steps = [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
+    if weights is None:
+        order = rng.permutation(len(costs))
+    else:
+        order = rng.choice(len(costs), len(costs), p=np.asarray(weights) / np.sum(weights))
+    pools = np.split(order, range(batch_size * POOL, len(order), batch_size * POOL))
+    steps = [step for pool in pools for step in _deal(_alike(pool, costs, batch_size), batch_size)]
     return [steps[index] for index in rng.permutation(len(steps))]
-
-
-def _drawn(rng: np.random.Generator, weights: Sequence[float]) -> list[np.ndarray]:
-    """Positions drawn with replacement, dealt to as many rounds as one of them has copies, in random order.
-
-    No round holds a position twice: sorted by cost, all copies of it would end up in one step.
-    """
-    share = np.asarray(weights) / np.sum(weights)
-    drawn = np.sort(rng.choice(len(share), len(share), p=share))
-    copy = np.arange(len(drawn)) - np.searchsorted(drawn, drawn)
-    count = int(copy.max()) + 1
-    place = (rng.integers(count, size=len(share))[drawn] + copy) % count
-    return [rng.permutation(drawn[place == number]) for number in range(count)]
 
 
 def _alike(pool: np.ndarray, costs: Sequence[Cost], batch_size: int) -> np.ndarray:
@@ -69,6 +57,15 @@ def _alike(pool: np.ndarray, costs: Sequence[Cost], batch_size: int) -> np.ndarr
     order = np.concatenate([part[np.argsort(frames[part], kind="stable")] for part in slices])
     alike: np.ndarray = pool[order]
     return alike
+
+
+def _deal(ordered: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Steps of neighbours. Where positions were drawn several times, their copies lie side by side: so many steps as
+    one has copies are dealt out together, that each goes to another."""
+    copies = max(1, np.bincount(ordered, minlength=1).max())
+    runs = np.split(ordered, range(batch_size * copies, len(ordered), batch_size * copies))
+    counts = [-(-len(run) // batch_size) for run in runs]
+    return [run[first::count].tolist() for run, count in zip(runs, counts, strict=True) for first in range(count)]
 
 
 def share(step: Sequence[int], rank: int, world: int) -> list[int]:

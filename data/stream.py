@@ -6,12 +6,12 @@ Either is read by a thread (`Reading`) ahead of the training step that needs the
 import contextlib
 import functools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from data.augment import Draw
@@ -43,11 +43,14 @@ class Reading:
     def __init__(self, read: Callable[[], Generator[Batch, None, None]], after: "Reading | None" = None) -> None:
         self.waited = 0.0  # seconds for which the consumer was blocked
         self._over = False
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
+        self._batches: SimpleQueue[Batch | BaseException | None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()  # an entry for each batch that may be read
+        for _ in range(PREFETCH):
+            self._room.put(None)
         self._wanted, self._stop = threading.Event(), threading.Event()
         former = None if after is None else after.thread
         # The thread must not hold this object: one that nobody holds any longer is closed.
-        own = (read, former, self._queue, self._wanted, self._stop)
+        own = (read, former, self._batches, self._room, self._wanted, self._stop)
         self.thread: threading.Thread = threading.Thread(target=_fill, args=own, daemon=True, name="reading")
         self.thread.start()
 
@@ -69,9 +72,10 @@ class Reading:
             raise StopIteration
         self._wanted.set()
         started = time.monotonic()
-        batch = self._queue.get()
+        batch = self._batches.get()
         self.waited += time.monotonic() - started
         if isinstance(batch, list):
+            self._room.put(None)
             return batch
         self._over = True
         raise StopIteration if batch is None else batch
@@ -80,9 +84,7 @@ class Reading:
         """End the thread with the batch that it is reading."""
         self._over = True
         self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:  # the thread may be waiting for room
-                self._queue.get_nowait()
+        self._room.put(None)  # the thread may be waiting for it
 
     __del__ = close
 
@@ -90,7 +92,8 @@ class Reading:
 def _fill(
     read: Callable[[], Generator[Batch, None, None]],
     former: threading.Thread | None,
-    batches: "queue.Queue[Batch | BaseException | None]",
+    batches: "SimpleQueue[Batch | BaseException | None]",
+    room: "SimpleQueue[None]",
     wanted: threading.Event,
     stop: threading.Event,
 ) -> None:
@@ -99,12 +102,14 @@ def _fill(
         former.join(0.02)
     try:
         with contextlib.closing(read()) as source:
-            while not stop.is_set() and (batch := next(source, None)) is not None:
+            while True:
+                room.get()
+                if stop.is_set() or (batch := next(source, None)) is None:
+                    break
                 batches.put(batch)
     except BaseException as error:  # raised again where the batch is missed
         end = error
-    if not stop.is_set():
-        batches.put(end)
+    batches.put(end)
 
 
 def local_source(shards: Shards, config: DataConfig, sound: bool) -> Source:

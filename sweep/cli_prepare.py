@@ -87,9 +87,9 @@ def _read(kind: str, source: Path | None, audio: Path | None, settings: "CorpusC
 
 def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
     from data.prepare import prepare as prepare_corpus
-    from data.report import corpus_html
+    from data.report.page import corpus_html
+    from data.report.summary import read_findings
     from data.store import Store
-    from data.summary import read_findings
 
     columns = (
         TextColumn("{task.description}"),
@@ -137,7 +137,7 @@ def _make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
 
 def show_shards(shards: "Shards") -> None:
     """What is in a prepared corpus: its splits, and its findings by code."""
-    from data.summary import finding_rows, read_findings, split_rows
+    from data.report.summary import finding_rows, read_findings, split_rows
 
     manifest = shards.manifest
     sound = f"{sum(manifest.hours.values()):.2f} h of sound" if any(manifest.hours.values()) else "text only"
@@ -158,7 +158,7 @@ def show_shards(shards: "Shards") -> None:
 
 
 def _show_faults(findings: "Sequence[Finding]") -> None:
-    from data.summary import finding_rows
+    from data.report.summary import finding_rows
 
     _print_table(*finding_rows(findings))
 

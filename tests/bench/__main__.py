@@ -46,7 +46,7 @@ def _table(rows: list[Row]) -> Table:
     for column in ("what", "against", "ratio", "spread", "goal", "met?", "note"):
         table.add_column(column, justify="right" if column in ("ratio", "goal") else "left")
     for row in rows:
-        ratio = "–" if row.ratio is None else f"{row.ratio:.3g}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3g}"
         spread = f"{min(row.runs):.3g} … {max(row.runs):.3g}" if row.runs else ""
         goal = "" if row.goal is None else f"{'≤' if row.most else '≥'} {row.goal:g}"
         met = {True: "yes", False: "NO", None: "" if row.goal is None else "not run"}[row.met]

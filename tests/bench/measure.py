@@ -1,5 +1,6 @@
 """What the benchmarks share: rows of the table, CPU time of a process with its children, rounds in turns."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,16 +33,20 @@ class Row:
         return self.ratio <= self.goal if self.most else self.ratio >= self.goal
 
 
-def cpu_seconds() -> float:
-    """CPU time so far of this process, its children, and those of them that have ended."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
+def cpu_times() -> dict[int, float]:
+    """CPU time so far of this process, of each one below it, and (as 0) of its own children that have ended."""
+    own = psutil.Process()
+    found = {0: own.cpu_times().children_user + own.cpu_times().children_system}
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+            found[process.pid] = times.user + times.system
+    return found
+
+
+def spent(before: dict[int, float], after: dict[int, float]) -> float:
+    """CPU time between two readings."""
+    return sum(max(0.0, now - before.get(process, 0.0)) for process, now in after.items())
 
 
 @dataclass
@@ -60,9 +65,9 @@ def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
     taken: dict[str, list[Cost]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, work in variants.items():
-            cpu, wall = cpu_seconds(), time.monotonic()
+            before, started = cpu_times(), time.monotonic()
             work()
-            cost = Cost(cpu_seconds() - cpu, time.monotonic() - wall)
+            cost = Cost(spent(before, cpu_times()), time.monotonic() - started)
             if number:
                 taken[name].append(cost)
     return taken

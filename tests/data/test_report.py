@@ -17,11 +17,11 @@ from data.corpus_config import CorpusConfig, SplitConfig
 from data.errors import DataError
 from data.findings import CODES, Finding
 from data.prepare import FINDINGS, prepare
-from data.report import CLIP_SECONDS, CLIPS, EXAMPLES, corpus_html
+from data.report.page import CLIP_SECONDS, CLIPS, EXAMPLES, corpus_html
+from data.report.summary import finding_rows, parts, read_findings, split_rows
+from data.report.timeline import STRIPS
 from data.schema import SAMPLE_RATE, Corpus
 from data.shards import Shards
-from data.summary import finding_rows, parts, read_findings, split_rows
-from data.timeline import STRIPS
 from tests.data.common import corpus
 
 DIALOGUE = "T:question C:change! T:reflection C:neutral! C T:other C:neutral!"

@@ -17,8 +17,8 @@ from data.errors import DataError
 from data.findings import CODES, BuildError, Finding
 from data.importers import IMPORTERS
 from data.prepare import prepare
+from data.report.summary import read_findings
 from data.shards import Shards
-from data.summary import read_findings
 
 SESSIONS, TURNS, EVERY, LENGTH = 8, 20, 3.0, 2.5  # turns start every 3 s and take 2.5 s
 LABELS = {"client": ["change", "neutral", "sustain"], "therapist": ["question", "reflection"]}
@@ -419,3 +419,9 @@ def test_every_code_is_planted_somewhere() -> None:
     for code in CODES:
         text = (Path(__file__).parent / elsewhere[code]).read_text(encoding="utf-8") if code in elsewhere else here
         assert code in text, code
+
+
+def test_the_page_lists_every_code_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = dict.fromkeys(line for line in page.splitlines() if line.startswith(("| E_", "| W_", "| F_")))
+    assert list(listed) == [f"| {code} | {meaning} | {done} |" for code, (meaning, done) in CODES.items()]

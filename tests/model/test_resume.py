@@ -1,4 +1,4 @@
-"""A killed run resumes bit for bit, with dropout, SpecAugment, several tasks and every schedule on."""
+"""A killed run resumes bit for bit, with dropout, SpecAugment, augmented clips, several tasks and every schedule on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.config import AugmentConfig, DataConfig
 from data.shards import Shards
 from model.config import LearningRates, LossConfig
 from tests.model.trials import CONFIG, DROPOUT, NEW, TWO, KilledError, Trial, history, kill_after, same_end
@@ -24,6 +25,11 @@ RESUMED = {
         train=CONFIG.model_copy(
             update={"schedule": "cosine", "learning_rates": LearningRates(adapter=1e-3), "batch_size": 9}
         ),
+    ),
+    "balanced-augmented": Trial(
+        model={"lora": DROPOUT},
+        train=CONFIG.model_copy(update={"sampling": "balanced"}),
+        data=DataConfig(history=2, augment=AugmentConfig(speeds=(0.9, 1.0, 1.1), noise_db=(5.0, 20.0))),
     ),
     "distillation": Trial(model={"lora": DROPOUT}, train=CONFIG.model_copy(update={"losses": LossConfig(hidden=0.2)})),
 }

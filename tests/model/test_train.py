@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from data.config import TaskWeights
+from data.config import AugmentConfig, DataConfig, TaskWeights
 from data.examples import Example
 from data.shards import Shards
 from data.tasks import items
@@ -39,7 +39,14 @@ def test_a_step_does_not_depend_on_micro_batches(models: Path, corpus: Shards, t
         assert losses[0][0][1][name] == pytest.approx(losses[1][0][1][name], rel=1e-5)
 
 
-SHARED_BY_WORKERS = {"one": Trial(), "two": Trial(tasks=TWO, train=CONFIG.model_copy(update={"batch_size": 9}))}
+SHARED_BY_WORKERS = {
+    "one": Trial(),
+    "two": Trial(tasks=TWO, train=CONFIG.model_copy(update={"batch_size": 9})),
+    "balanced-augmented": Trial(
+        train=CONFIG.model_copy(update={"sampling": "balanced"}),
+        data=DataConfig(history=2, augment=AugmentConfig(speeds=(0.9, 1.1), noise_db=(5.0, 20.0))),
+    ),
+}
 
 
 def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None:

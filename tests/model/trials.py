@@ -21,6 +21,7 @@ from model.train import Trainer, fit
 from tests.model.common import settings
 
 CONFIG = TrainConfig(epochs=2, batch_size=5, learning_rate=3e-3, checkpoint_steps=3)
+DATA = DataConfig(history=2)
 NEW = "adapter+lora+tokens"
 ONE, TWO = TaskWeights(), TaskWeights(classify=1.0, response=0.5)
 DROPOUT = {"rank": 4, "dropout": 0.2}
@@ -38,7 +39,7 @@ class Trial:
     model: dict[str, Any] = field(default_factory=dict)
     tasks: TaskWeights = ONE
     train: TrainConfig = CONFIG
-    data: DataConfig = DataConfig(history=2)
+    data: DataConfig = DATA
     seed: int = 7
 
     def config(self, models: Path) -> ModelConfig:

@@ -1,10 +1,12 @@
 """Settings: every problem in one error that names key, value and rule; files, overrides, and the sweep's folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.config import AugmentConfig
 from data.errors import ConfigError
 from sweep import config as configuration
 from sweep.config import claim_folder, dump, load, presets, write
@@ -241,6 +243,36 @@ def test_controls_and_task_weights_can_be_searched_and_the_corpus_cannot(yaml: A
     assert len(load(yaml(f"name: a\nsearch: {{space: {{{axes}}}}}")).search.space) == 4
     for axis in ("data.shards: [a, b]", "data.reader: [ray, local]"):
         assert "no setting that a search may vary" in problems(yaml(f"name: a\nsearch: {{space: {{{axis}}}}}"))[1]
+
+
+def test_augmentation_and_imbalance_can_be_searched(yaml: Any) -> None:
+    """A value of an axis is no list: numbers are written in one string."""
+    axes = {
+        "data.augment.speeds": [None, "0.9, 1.0, 1.1"],
+        "data.augment.noise_db": [None, "5, 20"],
+        "data.augment.noise_probability": {"low": 0.1, "high": 1},
+        "train.sampling": ["none", "balanced"],
+    }
+    config = load(yaml(json.dumps({"name": "a", "search": {"space": axes}})))
+    drawn = config.with_values({key: axis.extremes()[1] for key, axis in config.search.space.items()})
+    assert drawn.data.augment == AugmentConfig(speeds=(0.9, 1.0, 1.1), noise_db=(5, 20))
+    assert load(yaml(dump(drawn))) == drawn
+    axes["data.augment.speeds"] = ["0.9, 3"]
+    assert problems(yaml(json.dumps({"name": "a", "search": {"space": axes}})))[1:] == [
+        "search.space.data.augment.speeds: the axis holds ' 3': input should be less than or equal to 2"
+    ]
+
+
+def test_numbers_by_label_are_a_setting(yaml: Any) -> None:
+    weights = "{classify: {change: 2, 'yes': 0.5}}"
+    config = load(yaml(f"name: a\ntrain: {{class_weights: {weights}}}"), [])
+    assert config.train.class_weights == {"classify": {"change": 2.0, "yes": 0.5}}
+    assert load(yaml(dump(config))) == config
+    assert load(yaml(dump(config)), ["train.class_weights=balanced"]).train.class_weights == "balanced"
+    assert load(yaml("name: a"), [f"train.class_weights={weights}"]) == config
+    found = problems(yaml("name: a\ntrain: {class_weights: {classify: {change: 0}}, sampling: often}"))[1:]
+    assert "train.class_weights.classify.change: 0: input should be greater than 0" in found
+    assert "train.sampling: 'often': input should be 'none' or 'balanced'" in found
 
 
 def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ import torch
 
 from data.schema import SPLITS
 from data.shards import Shards
-from data.tasks import items
+from data.tasks import answer_sets, items
 from model import checkpoint
 from sweep import builtin
-from sweep.config import claim_folder, parse
-from sweep.ledger import Ledger
+from sweep.config import Config, claim_folder, load, parse
+from sweep.inputs import resolve_inputs
+from sweep.ledger import Ledger, trial_config
 from sweep.results import read_predictions
+from sweep.run import Driver
+from sweep.trial import as_run, open_shards
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep, tree
 
@@ -161,6 +164,51 @@ def test_training_a_finished_trial_changes_nothing(trial: Path) -> None:
     other = complaint(sweep("train", "good.yaml", "--out", "trial", "--set", "seed=3"))
     assert other.startswith("trial: started with other settings (seed: 0 → 3)")
     assert tree(trial) == before
+
+
+@pytest.fixture(scope="module", params=["class_weights", "sampling"])
+def balanced(request: pytest.FixtureRequest, place: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a trial that was asked to balance its classes; its folder comes last."""
+    asked = [f"--set=train.{request.param}=balanced", "--set=train.epochs=1", "--set=model.modality=text"]
+    folder = tmp_path_factory.mktemp("balanced") / request.param
+    command = ["train", str(place / "good.yaml"), *asked, "--out", str(folder)]
+    assert sweep(*command).code == 0
+    return command
+
+
+def test_the_configuration_that_ran_says_the_numbers(balanced: list[str], here: Path, corpus: Shards) -> None:
+    folder = Path(balanced[-1])
+    setting, before = folder.name, tree(folder)
+    counts = answer_sets(corpus, ["classify"])["classify"].counts
+    expected = {label: sum(counts) / (len(counts) * count) for label, count in zip(LABELS, counts, strict=True)}
+    assert getattr(load(str(folder / "config.yaml")).train, setting) == {"classify": expected}
+    assert len(set(expected.values())) > 1
+    assert (sweep(*balanced).code, tree(folder)) == (0, before)
+    assert evaluate(folder)["n"] > 0
+    assert sweep("train", folder / "config.yaml", "--out", "again").code == 0
+    one, other = (checkpoint.load(own / "checkpoint.pt")["digest"] for own in (folder, Path("again")))
+    assert one == other
+    assert Path("again/config.yaml").read_bytes() == before["config.yaml"]
+    wrong = f"--set=train.{setting}.classify.chnge=2"
+    complained = complaint(sweep("train", folder / "config.yaml", "--out", "other", wrong))
+    assert complained.startswith(f"train.{setting}.classify.chnge: the task has no such label; choose from change, ")
+    assert not Path("other").exists()
+
+
+def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) -> None:
+    asked = ["train.class_weights=balanced", "search.space={train.learning_rate: [0.1, 0.2]}"]
+    values = {"train.learning_rate": 0.2}
+    config = load("good.yaml", asked)
+    claim_folder(config, here / "s")
+    resolved, driver = resolve_inputs(config), Driver(config, here / "s", print)
+    job = driver._job(resolved, 0, values)
+    own = load("s/trials/0000/config.yaml")
+    assert own == as_run(trial_config(config, values), open_shards(resolved.data))
+    assert isinstance(own.train.class_weights, dict)
+    assert Config.model_validate(job["config"]).train == own.train
+    assert driver._job(resolved, 0, values) == job, "as a resumed trial has it"
+    claim_folder(load("good.yaml", asked), here / "s")
+    assert load("s/config.yaml").train.class_weights == "balanced"
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_error(trial: Path) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data import pictures
+from data.report import pictures
+from data.report.view import View
 from data.schema import is_rejected, split_label
-from data.view import View
 
 STRIPS = 12  # sessions that are shown
 WIDTH = 1000.0  # of a strip, in its own units

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from data import audio, pictures
+from data import audio
 from data.findings import CODES, Finding
+from data.report import pictures
+from data.report.summary import Part, by_code, parts
+from data.report.timeline import shown_span, strips
+from data.report.view import View
 from data.schema import SAMPLE_RATE, split_label
 from data.shards import Shards
-from data.summary import Part, by_code, parts
-from data.timeline import shown_span, strips
 from data.validate import LONG
-from data.view import View
 
 EXAMPLES = 5  # findings that are shown of a code
 CLIPS = 8
@@ -67,7 +68,7 @@ def corpus_html(shards: Shards, findings: Sequence[Finding]) -> str:
     view = View(shards)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["span"] = shown_span
-    template = environment.from_string((files("data") / "report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((files("data.report") / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         manifest=shards.manifest,
         parts=(held := parts(shards)),
