@@ -89,8 +89,8 @@ class CorpusConfig(Section):
 
     roles: dict[str, str] = Field(
         {},
-        description="Speaker as written in the source → role, e.g. {SPEAKER_00: therapist, 12/SPEAKER_00: client}; with a "
-        "session before it, for that session alone.",
+        description="Speaker as written in the source → role, e.g. {SPEAKER_00: therapist}; for one session alone, "
+        "with its name: {12/SPEAKER_00: client}.",
     )
     labels: dict[str, tuple[str, ...]] = Field(
         {}, description="Role → labels it may carry, in order; empty: the format's own, or all that occur."

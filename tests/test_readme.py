@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from tests.data.test_annomi import record, write
+from tests.data.test_annomi import write
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +23,15 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("sweep ")]
+
+
+def record(folder: Path, sessions: int) -> None:
+    """A recording of every session, of three rates and layouts."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for session in range(sessions):
+        rate, channels = [(16_000, 1), (44_100, 2), (22_050, 1)][session % 3]
+        soundfile.write(folder / f"{session}.wav", rng.standard_normal((13 * rate, channels)) * 0.1, rate)
 
 
 @pytest.mark.slow
@@ -61,7 +72,7 @@ def test_the_file_tree_is_true() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     layers = ("data/", "model/", "sweep/")
     real = {name for name in tracked if name.startswith(layers) and not name.endswith("__init__.py")}
-    listed = set(re.findall(r"^\| `([^`]+\.(?:py|yaml))` \|", README, flags=re.MULTILINE))
+    listed = set(re.findall(r"^\| `([^`]+\.(?:py|yaml|j2))` \|", README, flags=re.MULTILINE))
     assert listed == real
 
 
