@@ -192,7 +192,9 @@ class Tracker(threading.Thread):
             remember()
 
     def _artifacts(self, run_id: str, entry: Entry, folder: Path) -> None:
-        self.client.log_text(run_id, dump(trial_config(self.config, entry.params)), "config.yaml")
+        own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
+        content = own.read_text(encoding="utf-8") if own.exists() else dump(trial_config(self.config, entry.params))
+        self.client.log_text(run_id, content, "config.yaml")
         present = {file.path for file in self.client.list_artifacts(run_id)}
         for place, (task, (labels, records)) in enumerate(read_predictions(folder).items()):
             where = "" if place == 0 else f"{task}_"  # as metrics: those of the first task have no prefix

@@ -57,10 +57,10 @@ def test_the_json_holds_what_is_promised(trial: Path) -> None:
 
 def test_no_batch_size_changes_a_result(trial: Path) -> None:
     reference = evaluate(trial)
-    assert reference["n"] > 4
+    assert reference["n"] >= 4
     scores = [row["scores"][LABELS[0]] for row in reference["predictions"]]
     assert max(scores) - min(scores) > 0.01, "the utterances must be told apart for this to test anything"
-    for size in (1, 2, 4, 16):
+    for size in (1, 2, 3, 16):
         result = evaluate(trial, "--batch-size", size)
         for name in ("n", "accuracy", "macro_f1", "weighted_f1", "per_label"):
             assert result[name] == reference[name], (size, name)

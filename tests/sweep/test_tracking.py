@@ -61,8 +61,7 @@ def test_artifacts(folder: Path) -> None:
     found = artifacts(folder, children[0])
     names = {"config.yaml", "confusion_matrix.png", "predictions.json", "response_predictions.json"}
     assert found.keys() == names, "the first task has no prefix, and a text no confusion matrix"
-    params = Ledger.read(folder, CONFIG).entries()[0].params
-    assert found["config.yaml"].read_text() == dump(trial_config(CONFIG, params))
+    assert found["config.yaml"].read_text() == "name: trial 0\n", "what ran, as the driver wrote it"
     assert Image.open(found["confusion_matrix.png"]).format == "PNG"
     table = json.loads(found["predictions.json"].read_text())
     assert table["columns"][:5] == ["id", "conversation", "speaker", "label", "prediction"]
@@ -71,7 +70,9 @@ def test_artifacts(folder: Path) -> None:
     assert table["data"][0][5:] == [-3.0, -2.0, -1.0]
     replies = json.loads(found["response_predictions.json"].read_text())
     assert replies["data"] == [["c/2", "c", "client", "go on", "tell me more"]]
-    assert artifacts(folder, children[2]).keys() == {"config.yaml"}
+    [only] = artifacts(folder, children[2]).values()  # it never began: what it would have been
+    params = Ledger.read(folder, CONFIG).entries()[2].params
+    assert (only.name, only.read_text()) == ("config.yaml", dump(trial_config(CONFIG, params)))
 
 
 def finish_sweep(folder: Path) -> None:

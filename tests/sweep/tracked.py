@@ -20,7 +20,7 @@ def append(folder: Path, number: int, *points: Point) -> None:
     """What a trial writes after an epoch."""
     path = trial_folder(folder, number) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / "config.yaml").touch()  # the driver writes it once all values are drawn
+    (path.parent / "config.yaml").write_text(f"name: trial {number}\n")  # the driver does, once all values are drawn
     with path.open("a") as file:
         for step, seconds, value in points:
             file.write(json.dumps({"time": seconds, "step": step, "values": {"loss": value, "f1": 1 - value}}) + "\n")
