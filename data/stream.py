@@ -140,6 +140,8 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
         import ray.data
 
+        if not batches:
+            return
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True

@@ -18,6 +18,7 @@ from data.config import TaskWeights
 from data.errors import UserError
 from data.examples import Example
 from data.plan import micro_batches, plan, plan_hash, share
+from data.stream import STEPS_PER_TASK
 from model import checkpoint
 from model.config import TrainConfig
 from model.evaluate import Asked, TrialData, ask, evaluate, world
@@ -71,7 +72,7 @@ class Trainer:
         self.importance = by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
         self.drawn = by_item(self.config.sampling, items, answers)
         self.state = Progress()
-        self.next_epoch: Asked | None = None
+        self.begun: Asked | None = None  # the first steps of the next epoch
         self.validation: Asked | None = None
         self.plan_hash = plan_hash(
             self.train.costs, data.shards.fingerprint, config.batch_size, seed, weights=self.drawn
@@ -91,25 +92,28 @@ class Trainer:
                 groups.setdefault(own or self.config.learning_rate, []).append(parameter)
         return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
-    def _ask(self, epoch: int, first: int = 0) -> Asked:
-        """The steps of an epoch from `first` on, and this worker's part of them."""
+    def _ask(self, epoch: int, first: int = 0, last: int | None = None) -> Asked:
+        """Steps of an epoch, and this worker's part of them."""
         size, draw = self.config.batch_size, Draw(self.seed, epoch)
-        steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=self.drawn)[first:]
-        return Asked(steps, self.data.read("train", [share(step, self.rank, self.world) for step in steps], draw))
+        steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=self.drawn)
+        chosen = steps[first:last]
+        return Asked(chosen, self.data.read("train", [share(step, self.rank, self.world) for step in chosen], draw))
 
     def train_epoch(self) -> None:
         """The rest of the current epoch."""
         state = self.state
         self.model.augment = (self.seed, state.epoch)
-        steps, reading = self.next_epoch or self._ask(state.epoch, state.step)
+        parts = [self.begun] if self.begun else []
+        parts.append(self._ask(state.epoch, first=len(self.begun.batches) if self.begun else state.step))
         self.validation = ask(self.model, self.data, "val", self.config.token_budget)
         self.model.train()
-        for step, examples in zip(steps, reading, strict=True):
-            state.examples += len(step)
-            self._optimizer_step(step, share(step, self.rank, self.world), examples)
-            if state.total_steps % self.config.checkpoint_steps == 0:
-                self.save()
-        state.data_wait += reading.waited
+        for steps, reading in parts:
+            for step, examples in zip(steps, reading, strict=True):
+                state.examples += len(step)
+                self._optimizer_step(step, share(step, self.rank, self.world), examples)
+                if state.total_steps % self.config.checkpoint_steps == 0:
+                    self.save()
+            state.data_wait += reading.waited
 
     def _factors(self, step: Sequence[int]) -> dict[int, float]:
         """By position of a step: what the sum of its losses is multiplied by.
@@ -188,7 +192,8 @@ class Trainer:
     def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report."""
         state, last = self.state, self.state.epoch + 1 == self.config.epochs
-        self.next_epoch = None if last else self._ask(state.epoch + 1)
+        # No more than a read task has: one that is under way when the trial is pruned takes its process along.
+        self.begun = None if last else self._ask(state.epoch + 1, last=STEPS_PER_TASK)
         validation = self.validation or ask(self.model, self.data, "val", self.config.token_budget)
         records = evaluate(self.model, self.data, "val", self.config.token_budget, asked=validation)
         self.validation = None

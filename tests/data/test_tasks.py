@@ -84,8 +84,9 @@ def test_what_is_read_and_heard(task: str, history: int, shards: Shards) -> None
 def test_nothing_of_the_next_turn_or_later_reaches_an_example(task: str, shards: Shards, tmp_path: Path) -> None:
     for index in HEARD[task]:
         made = corpus([DIALOGUE] * 6, qualities=("high", "low"))
-        for turn in (turn for conversation in made.conversations for turn in conversation.turns[index:]):
-            turn.text, turn.audio = "something else", clip(99, turn.index)
+        for session, conversation in enumerate(made.conversations):
+            for turn in conversation.turns[index:]:
+                turn.text, turn.audio = "something else", clip(90 + session, turn.index)
         other = prepare(made, tmp_path / str(index))
         for item, (_, place) in zip(items(shards, task, "train"), places(shards, task, "train"), strict=True):
             if place == index:
@@ -177,7 +178,9 @@ PAIRS = [
 
 
 def test_sets_of_labels_are_answers_if_they_occur_in_training(tmp_path: Path) -> None:
-    shards = prepare(corpus([f"C:{pair}! T:question!" for pair in PAIRS]), tmp_path / "shards")
+    spoken = corpus([f"C:{pair}! T:question!" for pair in PAIRS])
+    spoken.roles = dict.fromkeys(spoken.roles, LABELS)
+    shards = prepare(spoken, tmp_path / "shards")
     own = {
         split: [PAIRS[session] for session, index in places(shards, "classify", split) if index == 0]
         for split in SPLITS
@@ -203,7 +206,8 @@ def test_a_corpus_without_labels_can_be_split_for_replies(tmp_path: Path) -> Non
 def test_labels_must_be_declared(label: str, tmp_path: Path) -> None:
     spoken = corpus(["C:change! T:question!"] * 6)
     spoken.conversations[3].turns[1].label = label
-    with pytest.raises(DataError, match=r"utterance 3/1 has the label '.*unheard-of'; known: change, neutral, other"):
+    known = "other, question, reflection"
+    with pytest.raises(DataError, match=f"E_LABEL , 3/1: label 'unheard-of' is unknown; known: {known}"):
         prepare(spoken, tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
 

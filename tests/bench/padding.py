@@ -1,0 +1,89 @@
+"""Padding: which share of the positions that encoder and LLM compute is none of any clip's or dialogue's own.
+
+On AnnoMI's real lengths: a turn ends where the next one starts, text in words. Its times are whole seconds, so many
+clips are exactly equal; "cut finely" moves both ends at random within their second, as times that were aligned would be.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from data.importers.annomi import read_annomi
+from data.plan import Cost, groups, micro_batches, plan, share
+from data.schema import SAMPLE_RATE, Conversation
+from sweep import config as configuration
+from sweep.config import Config
+from tests.bench.measure import Row
+from tests.conftest import SHARED
+
+GOAL, EPOCHS, TRAINING = 0.015, 5, 0.7
+TOKENS_A_WORD, TOKENS_A_TURN, TOKENS_AROUND = 1.3, 4, 12
+KERNELS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # of HuBERT: sizes and strides
+
+
+def run() -> list[Row]:
+    """The goals of padding."""
+    csv = SHARED / "AnnoMI-simple.csv"
+    if not csv.exists():
+        return [Row("padding", "computed", goal=GOAL, most=True, note=f"{csv} is not at hand")]
+    conversations = read_annomi(csv, None).conversations
+    conversations = conversations[: round(TRAINING * len(conversations))]
+    rows = []
+    for preset in ("llama-3b-hubert-large", "annomi"):
+        config = configuration.load(preset)
+        for times in ("as given", "cut finely") if config.model.hears else ("as given",):
+            costs = list(measured(conversations, config, fine=times == "cut finely"))
+            for workers in (1, 2):
+                where = f"{preset}, times {times}, workers {workers}"
+                rows += wasted(costs, config, workers, where)
+    return rows
+
+
+def measured(conversations: Sequence[Conversation], config: Config, *, fine: bool) -> Iterator[Cost]:
+    """The cost of every turn with sound, as `SpeechLLM.measure` has it."""
+    rng = np.random.default_rng(0)
+    adapter = config.model.adapter
+    for conversation in conversations:
+        words = [TOKENS_A_TURN + round(TOKENS_A_WORD * len(turn.text.split())) for turn in conversation.turns]
+        for place, turn in enumerate(conversation.turns):
+            if turn.start is None or turn.end is None or turn.end <= turn.start:
+                continue
+            seconds = max(0.3, turn.end - turn.start + (rng.uniform(-0.5, 0.5) if fine else 0))
+            frames = encoder_frames(round(seconds * SAMPLE_RATE)) if config.model.hears else 0
+            tokens = TOKENS_AROUND + (0 if config.model.modality == "speech" else words[place])
+            for length in reversed(words[max(0, place - config.data.history) : place]):
+                if tokens + length > config.model.llm.max_text_tokens:
+                    break
+                tokens += length
+            clip = max(0, frames - adapter.window) // adapter.stride + 1 if frames else 0
+            yield Cost(tokens + clip, frames)
+
+
+def encoder_frames(samples: int) -> int:
+    """Frames of a clip."""
+    for kernel, stride in KERNELS:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+def wasted(costs: Sequence[Cost], config: Config, workers: int, where: str) -> list[Row]:
+    """The rows of the LLM and of the encoder, an epoch a run."""
+    llm = Row(f"padding of the LLM: {where}", "computed", goal=GOAL, most=True)
+    encoder = Row(f"padding of the encoder: {where}", "computed", goal=GOAL, most=True)
+    for epoch in range(EPOCHS):
+        read, heard, steps = [], [], plan(costs, batch_size=config.train.batch_size, seed=0, epoch=epoch)
+        for own in (share(step, rank, workers) for step in steps for rank in range(workers)):
+            for part in micro_batches([costs[position] for position in own], config.train.token_budget):
+                chosen = [costs[own[place]] for place in part]
+                read.append([cost.tokens for cost in chosen])
+                frames = [cost.frames for cost in chosen]
+                heard += [[frames[place] for place in group] for group in groups(frames)]
+        llm.runs.append(padding(read))
+        encoder.runs.append(padding(heard) if config.model.hears else 0.0)
+        llm.note, encoder.note = (f"{len(costs) / len(parts):.1f} items at once" for parts in (read, heard))
+    return [llm, encoder] if config.model.hears else [llm]
+
+
+def padding(parts: Sequence[Sequence[int]]) -> float:
+    """Share of what is computed, given the lengths that are computed together."""
+    return 1 - sum(map(sum, parts)) / sum(max(part) * len(part) for part in parts)
