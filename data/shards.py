@@ -7,10 +7,11 @@ findings.jsonl          every finding of the preparation, one a line
 report.html             the same for people
 """
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from data.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA
 from data.split import fold_split
 from data.store import Store
 
+MAPPED = 24  # shards that are memory-mapped at a time: 1.5 GB at most of what jobs.SHARD_BYTES makes of them
 ROWS_PER_BATCH = 64  # of an IPC record batch; 16 to 256 read equally fast
 MANIFEST, FINDINGS = "manifest.json", "findings.jsonl"
 _PLACE = [pa.field("offset", pa.int64(), nullable=False), pa.field("length", pa.int64(), nullable=False)]
@@ -270,8 +272,13 @@ class Shards:
         return found
 
     @cached_property
-    def _files(self) -> dict[int, Any]:
-        return {}
+    def _file(self) -> Callable[[int], Any]:
+        """Opens a shard by number; mapped ones are given back in turn, or a large corpus would fill the memory."""
+        return functools.lru_cache(MAPPED if self.store.local else None)(self._open_shard)
+
+    def _open_shard(self, shard: int) -> Any:
+        file = self._open(self.manifest.shards[shard].name)
+        return file if self.store.local is None else memoryview(file.read_buffer())
 
     @cached_property
     def _checked(self) -> np.ndarray:
@@ -299,10 +306,7 @@ class Shards:
         """The stored bytes of a row; fewer where the file is too short."""
         columns, offset = self.columns, self.columns["offset"][row]
         shard, end = columns["shard"][row], offset + columns["length"][row]
-        if shard not in self._files:
-            file = self._open(self.manifest.shards[shard].name)
-            self._files[shard] = file if self.store.local is None else memoryview(file.read_buffer())
-        file = self._files[shard]
+        file = self._file(shard)
         content: bytes | memoryview = file[offset:end] if self.store.local else file.read_at(end - offset, offset)
         return content
 

@@ -148,10 +148,22 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
         context.execution_options.verbose_progress = False
         source = _plan_datasource(shards, config, sound, batches, draw)
         dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS)
-        for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH):
-            yield from from_arrow(table)
+        try:
+            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH):
+                yield from from_arrow(table)
+        except Exception as error:
+            raise _unwrapped(error) from None
 
     return read
+
+
+def _unwrapped(error: Exception) -> Exception:
+    """What a task raised, without what Ray puts around it and after its message."""
+    cause = getattr(error, "cause", None)
+    if not isinstance(cause, UserError):
+        return error
+    cause.args = (str(cause).partition("\nFailed to apply UDF transform")[0], *cause.args[1:])
+    return cause
 
 
 def _plan_datasource(
@@ -224,5 +236,4 @@ def ray_jobs(jobs: Sequence[Job]) -> Iterator[ShardFile]:
         for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             yield ShardFile.from_arrow(table)
     except Exception as error:
-        cause = getattr(error, "cause", None)  # Ray wraps what a task raised
-        raise cause if isinstance(cause, UserError) else error from None
+        raise _unwrapped(error) from None

@@ -1,13 +1,14 @@
 """Padding: which share of the positions that encoder and LLM compute is none of any clip's or dialogue's own.
 
-On AnnoMI's real lengths: a turn ends where the next one starts, text in words. Its times are whole seconds, so many
-clips are exactly equal; "cut finely" moves both ends at random within their second, as times that were aligned would be.
+On AnnoMI's real lengths: a turn ends where the next one starts, text in words. Its times are whole seconds, so
+many clips are exactly equal; "cut finely" moves ends at random within their second, as alignment would.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data.corpus_config import CorpusConfig
 from data.importers.annomi import read_annomi
 from data.plan import Cost, groups, micro_batches, plan, share
 from data.schema import SAMPLE_RATE, Conversation
@@ -26,7 +27,7 @@ def run() -> list[Row]:
     csv = SHARED / "AnnoMI-simple.csv"
     if not csv.exists():
         return [Row("padding", "computed", goal=GOAL, most=True, note=f"{csv} is not at hand")]
-    conversations = read_annomi(csv, None).conversations
+    conversations = read_annomi(csv, None, CorpusConfig()).conversations
     conversations = conversations[: round(TRAINING * len(conversations))]
     rows = []
     for preset in ("llama-3b-hubert-large", "annomi"):

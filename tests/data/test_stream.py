@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.examples import from_arrow, to_arrow
 from data.shards import Shards
 from data.store import Store
-from data.stream import PREFETCH, Reading, _kept, _plan_datasource, local_source
+from data.stream import PREFETCH, Reading, _kept, _plan_datasource, _unwrapped, local_source
 from data.tasks import items
 from tests.data.common import make, same
 
@@ -205,6 +205,23 @@ def test_clips_behind_a_url_are_fetched_at_the_same_time(corpus: Shards, monkeyp
         assert all(same(*pair) for pair in zip(one, other, strict=True))
 
 
+def test_only_so_many_shards_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a large corpus would fill the memory that a scheduler counts as the process's own."""
+    monkeypatch.setattr("data.jobs.SHARD_BYTES", 1)
+    monkeypatch.setattr("data.shards.MAPPED", 2)
+    shards = make(tmp_path / "shards", "C:change! T:question!")
+    assert len(shards.manifest.shards) == 6
+    batches = [items(shards, "classify", split) for split in ("train", "val", "test")]
+    for _ in range(2):
+        found = [example for batch in local_source(shards, DataConfig(), True)(batches) for example in batch]
+        assert len({example.pcm.tobytes() for example in found}) == 12
+        del found
+        mapped = {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+        }
+        assert len({name for name in mapped if "/shard-" in name}) == 2
+
+
 def through_local(shards: Shards, batches: Any) -> list[Any]:
     return list(Reading(lambda: local_source(shards, DataConfig(), True)(batches)))
 
@@ -239,10 +256,13 @@ def test_a_damaged_shard_fails_the_trial_with_its_name(
 
 
 def test_what_a_read_task_raised_is_found_in_rays_error() -> None:
-    """So `sweep.slot` tells it to the ledger as the trial's own failure, without a traceback."""
-    error = DataError("shard-0.arrow: the file is missing")
+    """So the trial fails with a message for users, to which Ray adds advice about retries."""
+    error = DataError("shard-0.arrow: the file is missing\nFailed to apply UDF transform after 1/1 attempts")
     wrapped = RayTaskError("read", "Traceback …", error).as_instanceof_cause()
-    assert getattr(wrapped, "cause", None) is error
+    assert _unwrapped(wrapped) is error
+    assert str(error) == "shard-0.arrow: the file is missing"
+    lost = RayTaskError("read", "Traceback …", OSError("disk")).as_instanceof_cause()
+    assert _unwrapped(lost) is lost
 
 
 def test_a_corpus_that_was_prepared_anew_is_not_read_on(tmp_path: Path) -> None:
