@@ -2,7 +2,7 @@
 
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Recording:
     source_rate: int  # Hz
     source_channels: int
     broken: np.ndarray  # times (s) of samples that were NaN or infinite, in order; they are 0 in `pcm`
+    missing: float = 0.0  # s that the file announces and does not hold
 
     @property
     def duration(self) -> float:
@@ -38,6 +39,14 @@ class Recording:
 def samples(seconds: float) -> int:
     """The sample index of a time: the one rounding rule of the project."""
     return round(seconds * SAMPLE_RATE)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_recording(path: Path, *, separate: bool = False) -> Recording:
@@ -82,19 +91,36 @@ def _decode(file: Any, pick: Callable[[np.ndarray], np.ndarray]) -> Recording:
         pick: [n, channels] → [n, those that are kept].
     """
     rate, parts, broken = file.samplerate, [], []
-    overlap = 2 * _CONTEXT * rate
-    blocks = file.blocks(_BLOCK * rate + overlap, overlap, dtype="float32", always_2d=True)
-    for number, block in enumerate(blocks):
+    held = 0
+    for number, (block, last) in enumerate(_blocks(file)):
+        held = number * _BLOCK * rate + len(block)
         bad = ~np.isfinite(block).all(axis=1)
         if bad.any():
             broken.append(number * _BLOCK + np.flatnonzero(bad) / rate)
             block[bad] = 0
         resampled = _resample(pick(block).T, rate)
-        last = file.tell() >= file.frames
         end = resampled.shape[1] if last else (_BLOCK + _CONTEXT) * SAMPLE_RATE
         parts.append(_pcm16(resampled[:, _CONTEXT * SAMPLE_RATE if number else 0 : end]))
     pcm = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.int16)
-    return Recording(pcm, rate, file.channels, np.concatenate(broken) if broken else np.empty(0))
+    times = np.concatenate(broken) if broken else np.empty(0)
+    return Recording(pcm, rate, file.channels, times, max(0.0, (file.frames - held) / rate))
+
+
+def _blocks(file: Any) -> Iterator[tuple[np.ndarray, bool]]:
+    """Blocks [n, channels] that overlap by twice the context, and whether each is the last one.
+
+    Not `SoundFile.blocks`: that believes the length in the header, and fills up what is not there with old memory.
+    """
+    overlap = 2 * _CONTEXT * file.samplerate
+    tail = np.empty((0, file.channels), np.float32)
+    while True:
+        wanted = _BLOCK * file.samplerate + overlap - len(tail)
+        read = file.read(wanted, dtype="float32", always_2d=True)
+        block = np.concatenate([tail, read])
+        yield block, len(read) < wanted
+        if len(read) < wanted:
+            return
+        tail = block[-overlap:].copy()
 
 
 def _resample(signal: np.ndarray, rate: int) -> np.ndarray:

@@ -62,7 +62,7 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
     last, heard = last_read(task, row), heard_row(shards, task, row)
     first = max(shards.sessions[row][0], last - config.history)
     first = first if heard is None else min(first, heard)
-    texts = [columns["text"][other] for other in range(first, last + 1)]
+    texts = columns["text"][first : last + 1]
     if config.last_text == "omitted":
         texts[(last if heard is None else heard) - first] = ""
     session = task.answer == "quality"

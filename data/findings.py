@@ -38,6 +38,7 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_SILENT": ("the clip is silent", KEPT),
         "W_DC": ("the samples have an offset of more than 0.02", KEPT),
         "W_STEREO": ("the recording has several channels", "mixed down to one"),
+        "W_TRUNCATED": ("the recording breaks off before the length that it announces", KEPT),
         "W_RESAMPLED": ("the recording has another rate", "resampled to 16 kHz"),
         "W_TOO_LONG": ("the clip is longer than 30 s", KEPT),
         "W_DUPLICATE": ("the same utterance stands twice, equal in everything", DROPPED),

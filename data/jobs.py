@@ -10,8 +10,9 @@ from typing import Any
 
 from data import audio
 from data.corpus_config import CorpusConfig
+from data.errors import DataError
 from data.findings import Finding
-from data.schema import SCHEMA_VERSION, Conversation, Turn
+from data.schema import SCHEMA_VERSION, Conversation, Turn, is_rejected
 from data.shards import ShardFile, encode_shard
 from data.store import Store
 from data.validate import Aligner, check_order, cut
@@ -36,6 +37,7 @@ class Job:
         rows: list[dict[str, Any]] = []
         findings: list[Finding] = []
         for conversation in self.conversations:
+            self._refuse_unseen(conversation)
             recording = cut(conversation, self.config.channels, findings, self.align)
             if self.align is not None:
                 check_order(conversation.turns, findings)
@@ -46,15 +48,30 @@ class Job:
         self.store.write(self.name, buffer)
         return made
 
+    def _refuse_unseen(self, conversation: Conversation) -> None:
+        """Raise a DataError where a recording that was there a moment ago cannot be seen from here."""
+        own = [turn for turn in conversation.turns if not is_rejected(turn.flags)]
+        paths = [conversation.recording if own else None, *(turn.clip for turn in own)]
+        for path in (path for path in paths if path is not None and not audio.exists(path)):
+            raise DataError(
+                f"{path}: the recording is gone, or this node does not see it; share the folder with all nodes"
+            )
+
 
 def serially(jobs: Sequence[Job]) -> Iterator[ShardFile]:
     """Make the shards one after the other in this process."""
     return (job() for job in jobs)
 
 
-def conversation_key(conversation: Conversation, config: CorpusConfig, align: Aligner | None) -> str:
-    """Names all that a conversation's rows are made from; a recording by its size and time of change."""
-    content: list[Any] = [SCHEMA_VERSION, config.codec, config.channels, getattr(align, "key", None)]
+def conversation_key(conversation: Conversation, config: CorpusConfig, align: str | None) -> str:
+    """Names all that a conversation's rows are made from; a recording by its size and time of change.
+
+    Args:
+        conversation: as checked.
+        config: how it is stored.
+        align: key of the alignment.
+    """
+    content: list[Any] = [SCHEMA_VERSION, config.codec, config.channels, align]
     content += [conversation.id, conversation.quality, _stamp(conversation.recording)]
     for turn in conversation.turns:
         own = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
@@ -65,7 +82,7 @@ def conversation_key(conversation: Conversation, config: CorpusConfig, align: Al
 
 
 def _stamp(path: Path | None) -> list[Any] | None:
-    if path is None or not path.is_file():
+    if path is None or not audio.exists(path):
         return None
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
@@ -79,6 +96,10 @@ def shard_jobs(
     align: Aligner | None,
 ) -> list[Job]:
     """Shards of about SHARD_BYTES, of whole conversations in their order."""
+    for conversation in conversations:  # a worker has another current folder
+        conversation.recording = conversation.recording and conversation.recording.absolute()
+        for turn in conversation.turns:
+            turn.clip = turn.clip and turn.clip.absolute()
     parts: list[list[Conversation]] = []
     size, limit = 0, SHARD_BYTES if align is None else ALIGNED_BYTES
     for conversation in conversations:
@@ -102,7 +123,7 @@ def _bytes(conversation: Conversation) -> int:
     for turn in conversation.turns:
         if turn.audio is not None:
             total += turn.audio.nbytes
-        elif turn.clip is not None and turn.clip.is_file():
+        elif turn.clip is not None and audio.exists(turn.clip):
             total += turn.clip.stat().st_size
         elif turn.span is not None and conversation.recording is not None:
             total += max(0, 2 * audio.samples(turn.span[1] - turn.span[0]))

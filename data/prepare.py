@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.corpus_config import CorpusConfig
-from data.errors import DataError, UserError
+from data.errors import DataError, UserError, listed
 from data.findings import Finding
 from data.jobs import Job, conversation_key, serially, shard_jobs
 from data.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Corpus, is_rejected, split_label
 from data.shards import (
+    AGAIN,
     FINDINGS,
     INDEX_SCHEMA,
     MANIFEST,
@@ -33,8 +34,8 @@ from data.shards import (
     to_bytes,
 )
 from data.split import split_conversations
-from data.store import Store
-from data.validate import TIMELESS, Aligner, check, failure
+from data.store import UNFINISHED, Store
+from data.validate import TIMELESS, Aligner, check, check_channels, failure
 
 Run = Callable[[Sequence[Job]], Iterator[ShardFile]]
 
@@ -63,14 +64,29 @@ def prepare(
         DataError: `out` holds something else, or a split would be empty.
     """
     config, store = config or CorpusConfig(), Store(out)
+    with store.locked():
+        _prepare(corpus, store, config, align, run, progress)
+    return Shards(out)
+
+
+def _prepare(
+    corpus: Corpus,
+    store: Store,
+    config: CorpusConfig,
+    align: Aligner | None,
+    run: Run,
+    progress: Callable[[int, int], None],
+) -> None:
     earlier = _earlier(store, corpus, config)
-    fresh = not store.names()
     dealt = {} if earlier is None else _dealt(earlier)
+    check_channels(corpus, config.channels)
     check(corpus, order=align is None)
     _refuse_rejects(corpus, config)
     split_conversations(corpus.conversations, config.split, before=dealt)  # whether it can be split at all
+    before = store.names()
     try:
-        keys = {one.id: conversation_key(one, config, align) for one in corpus.conversations}
+        key = getattr(align, "key", None)
+        keys = {one.id: conversation_key(one, config, key) for one in corpus.conversations}
         files = _reusable(store, earlier, keys)
         done = {name for file in files for name in file.info.conversations}
         total, finished = len(keys), len(done)
@@ -83,10 +99,10 @@ def prepare(
             progress(finished, total)
         _publish(store, corpus, config, files, dealt)
     except UserError:
-        if fresh:
-            store.remove()  # nothing that looks begun is left by a corpus that cannot be used
+        # A corpus that cannot be used leaves nothing; what was there before is not ours, or is used again.
+        for name in set(store.names()) - set(before):
+            store.delete(name)
         raise
-    return Shards(out)
 
 
 def _earlier(store: Store, corpus: Corpus, config: CorpusConfig) -> Shards | None:
@@ -96,11 +112,18 @@ def _earlier(store: Store, corpus: Corpus, config: CorpusConfig) -> Shards | Non
         DataError: the folder holds something else.
     """
     names = store.names()
+    for name in (name for name in names if name.startswith(".") and UNFINISHED in name):
+        store.delete(name)  # of a process that was killed: the lock says that it is gone
     if MANIFEST not in names:
         if any(not name.startswith(("shard-", "index-", ".")) for name in names):
             raise DataError(f"{store.place}: exists already and is no corpus; choose another folder with --out")
         return None
-    shards = Shards(store.place)
+    try:
+        shards = Shards(store.place)
+        _refuse_loss(shards, corpus)
+    except DataError as error:
+        what = str(error).partition(f"; {AGAIN}")[0].removeprefix(f"{store.place}: ")
+        raise DataError(f"{store.place}: cannot be added to ({what}); remove it, or choose another --out") from None
     before, after = (
         json.loads(one.model_dump_json(exclude={"max_rejected"})) for one in (shards.manifest.config, config)
     )
@@ -109,6 +132,19 @@ def _earlier(store: Store, corpus: Corpus, config: CorpusConfig) -> Shards | Non
         what = "; ".join(changed) or f"format: {shards.manifest.corpus} → {corpus.name}"
         raise DataError(f"{store.place}: was prepared otherwise ({what}); remove it, or choose another --out")
     return shards
+
+
+def _refuse_loss(earlier: Shards, corpus: Corpus) -> None:
+    """Raise a DataError where sessions or all sound would be gone: the source is the whole corpus."""
+    gone = set(earlier.columns["conversation"]) - {one.id for one in corpus.conversations}
+    if gone:
+        raise DataError(f"{len(gone)} of its sessions are not in the source, which must hold them all: {listed(gone)}")
+    turns = (turn for one in corpus.conversations for turn in one.turns)
+    sound = any(one.recording for one in corpus.conversations) or any(
+        turn.clip is not None or turn.audio is not None for turn in turns
+    )
+    if any(earlier.manifest.hours.values()) and not sound:
+        raise DataError("it has sound, and now there is none: give --audio as before")
 
 
 def _dealt(earlier: Shards) -> dict[str, str | int]:
@@ -139,6 +175,8 @@ def _described(store: Store, name: str, earlier: Shards | None, place: int | Non
             if earlier is None or place is None:
                 return describe_shard(name, file.read_buffer())
             info = earlier.manifest.shards[place]
+            if store.local is not None and hashlib.sha256(file.read_buffer()).hexdigest() != info.sha256:
+                return None
             return ShardFile.known(info, earlier.index.filter(pc.equal(earlier.index["shard"], place)), file)
     except (DataError, OSError):
         return None  # torn by a kill: it is made again
@@ -177,8 +215,10 @@ def _publish(
     store.write(manifest.index, content)
     told = "".join(json.dumps(finding.as_dict()) + "\n" for finding in corpus.findings)
     store.write(FINDINGS, told.encode())
-    store.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
     named = {manifest.index, *(shard.name for shard in manifest.shards)}
+    if not named <= set(store.names()):
+        raise DataError(f"{store.place}: shards vanished while they were made; give the command again, and only once")
+    store.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
     for name in store.names():
         if name.startswith(("shard-", "index-")) and name not in named:
             store.delete(name)

@@ -240,9 +240,7 @@ class Shards:
                 while block := file.read_buffer(1 << 24):
                     digest.update(block)
             if digest.hexdigest() != sha256:
-                raise DataError(
-                    f"{self.store / name}: the file is corrupt (its sha256 is not the manifest's); {_AGAIN}"
-                )
+                raise DataError(f"{self.store / name}: the file is corrupt (its sha256 is not the manifest's); {AGAIN}")
 
     @cached_property
     def index(self) -> pa.Table:
@@ -252,7 +250,7 @@ class Shards:
                 return ipc.open_file(file).read_all()
             except (pa.ArrowInvalid, OSError) as error:
                 name = self.store / self.manifest.index
-                raise DataError(f"{name}: not a readable Arrow file ({reason(error)}); {_AGAIN}") from None
+                raise DataError(f"{name}: not a readable Arrow file ({reason(error)}); {AGAIN}") from None
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
@@ -281,8 +279,8 @@ class Shards:
         return file if self.store.local is None else memoryview(file.read_buffer())
 
     @cached_property
-    def _checked(self) -> np.ndarray:
-        return np.zeros(self.index.num_rows, dtype=bool)
+    def _checked(self) -> bytearray:
+        return bytearray(self.index.num_rows)
 
     def pcm(self, row: int) -> np.ndarray | None:
         """The clip of a row as int16 samples [n_samples]; None without sound. Not a copy where it is memory-mapped.
@@ -298,7 +296,7 @@ class Shards:
         if not self._checked[row]:
             if len(content) != length or audio.checksum(content) != columns["crc32"][row]:
                 name = self.store / self.manifest.shards[columns["shard"][row]].name
-                raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum differs); {_AGAIN}")
+                raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum differs); {AGAIN}")
             self._checked[row] = True
         return audio.decode(content, self.manifest.config.codec)
 
@@ -314,19 +312,19 @@ class Shards:
         try:
             return self.store.open(name)
         except FileNotFoundError:
-            raise DataError(f"{self.store / name}: the file is missing; {_AGAIN}") from None
+            raise DataError(f"{self.store / name}: the file is missing; {AGAIN}") from None
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{self.store / name}: cannot be read ({reason(error)}); {_AGAIN}") from None
+            raise DataError(f"{self.store / name}: cannot be read ({reason(error)}); {AGAIN}") from None
 
 
-_AGAIN = "prepare the corpus again"
+AGAIN = "prepare the corpus again"
 
 
 def _unreadable(store: Store, error: ValidationError) -> str:
     detail = error.errors()[0]
     place = ".".join(map(str, detail["loc"])) or "file"
-    return f"{store / MANIFEST}: {place}: {detail['msg']}; {_AGAIN}"
+    return f"{store / MANIFEST}: {place}: {detail['msg']}; {AGAIN}"
 
 
 def _version(folder: Path | str, got: tuple[str, int]) -> str:
-    return f"{folder}: written as (version, Hz) {got}; this program reads {(SCHEMA_VERSION, SAMPLE_RATE)}: {_AGAIN}"
+    return f"{folder}: written as (version, Hz) {got}; this program reads {(SCHEMA_VERSION, SAMPLE_RATE)}: {AGAIN}"

@@ -61,8 +61,8 @@ def split_conversations(
         placed, remedy = _from_corpus(conversations, config), "mend the split of the corpus, or list one in split.file"
     else:
         placed, remedy = _dealt(conversations, config, named, parts, before), ""
-    if leaks := _leaks(placed, config, shared):
-        raise failure(leaks, remedy or _cure(config, before))
+    if leaks := _leaks(placed, shared):
+        raise failure(leaks, remedy or _cure(any(one.people for one in conversations), before))
     _refuse_empty(placed, named, parts, remedy)
     return {one.id: Place(named[one.id], *_split_and_fold(part)) for one, part in placed}
 
@@ -87,6 +87,12 @@ def groups(conversations: Sequence[Conversation], config: SplitConfig, shared: P
         raise DataError(
             "split.by=speaker: the corpus does not say who speaks; name the person (columns.person of a table), or use "
             "split.by=video"
+        )
+    unknown = [one.id for one in conversations if "speaker" in config.by and not one.people]
+    if unknown:
+        raise DataError(
+            f"split.by=speaker: {len(unknown)} session(s) do not say who speaks ({listed(unknown)}), and might leak; "
+            "name the person of each, or use split.by=video"
         )
     number = {one.id: place for place, one in enumerate(conversations)}
     edges = [(number[one], number[other]) for one, other in shared]
@@ -291,12 +297,12 @@ def _rows(file: str) -> Iterator[tuple[int, str, str]]:
         raise DataError(f"{file}: not a CSV in UTF-8 ({reason(error)}); save it as one") from None
 
 
-def _leaks(placed: Placed, config: SplitConfig, shared: Pairs) -> list[Finding]:
+def _leaks(placed: Placed, shared: Pairs) -> list[Finding]:
     """A finding for everything that stands in two parts."""
     found: list[Finding] = []
     first: dict[tuple[str, str], tuple[Conversation, Part]] = {}
     for one, part in placed:
-        for kind, name in dict.fromkeys([("conversation", one.id), ("video", one.group), *_bonds(one, config.by)]):
+        for kind, name in dict.fromkeys([("conversation", one.id), *_bonds(one, ("video", "speaker"))]):
             other, place = first.setdefault((kind, name), (one, part))
             if place == part:
                 continue
@@ -318,10 +324,10 @@ def _where(conversation: Conversation) -> str:
     return conversation.turns[0].where if conversation.turns else ""
 
 
-def _cure(config: SplitConfig, before: Mapping[str, Part]) -> str:
+def _cure(people: bool, before: Mapping[str, Part]) -> str:
     if before:
         return "added sessions join what was put into two splits earlier; prepare all anew in another folder"
-    return f"use split.by={'[video, speaker]' if 'speaker' in config.by else 'video'}"
+    return f"use split.by={'[video, speaker]' if people else 'video'}"
 
 
 def _refuse_empty(placed: Placed, named: Mapping[str, str], parts: Sequence[Part], remedy: str) -> None:

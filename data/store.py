@@ -2,38 +2,70 @@
 
 import contextlib
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from pyarrow import fs
 
 from data.errors import DataError, reason
 
+UNFINISHED = ".unfinished-"  # in the name of a file that is being written
+LOCK = ".lock"
+
 
 class Store:
-    """Reads and writes whole files; a file is there complete or not at all. Pickles as its place alone."""
+    """Reads and writes whole files; a file is there complete or not at all. Pickles as its place alone.
+
+    All methods raise a DataError where the store cannot be used.
+    """
 
     def __init__(self, place: Path | str) -> None:
         self.place = str(place)
-        self.local = None if "://" in self.place else Path(place)
+        self.local = None if "://" in self.place else Path(place).absolute()
         if self.local is None:
             self._files, self._root = _open(self.place)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
-        return Store, (self.place,)
+        return Store, (str(self.local or self.place),)  # a worker has another current folder
 
     def __truediv__(self, name: str) -> str:
         """A file's full name, for messages; without the options of a URL."""
         return f"{self.place.partition('?')[0].rstrip('/')}/{name}"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other preparations out of a local folder; folders that are made for it and stay empty are removed."""
+        if self.local is None:
+            yield
+            return
+        made = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+        with self._told():
+            self.local.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.local / LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise DataError(f"{self.place}: another `sweep prepare` works here; wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            self.delete(LOCK)
+            lock.release()
+            with contextlib.suppress(OSError):  # not empty: that is how it should be
+                for folder in made:
+                    folder.rmdir()
+
     def names(self) -> list[str]:
-        """Files that are there, in order; none if the folder does not exist."""
-        if self.local is not None:
-            return sorted(path.name for path in self.local.iterdir()) if self.local.is_dir() else []
-        found = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+        """Files and folders that are there, in order; none if the folder does not exist."""
+        with self._told():
+            if self.local is not None:
+                found = [path.name for path in self.local.iterdir()] if self.local.exists() else []
+            else:
+                inside = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+                found = [info.base_name for info in inside]
+        return sorted(name for name in found if name != LOCK)
 
     def open(self, name: str) -> pa.NativeFile:
         """For reading at any place; memory-mapped on this disk.
@@ -41,9 +73,10 @@ class Store:
         Raises:
             FileNotFoundError: it is not there.
         """
-        if self.local is not None:
-            return pa.memory_map(str(self.local / name))
-        return self._files.open_input_file(f"{self._root}/{name}")
+        with self._told():
+            if self.local is not None:
+                return pa.memory_map(str(self.local / name))
+            return self._files.open_input_file(f"{self._root}/{name}")
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -51,47 +84,53 @@ class Store:
         Raises:
             FileNotFoundError: it is not there.
         """
-        if self.local is not None:
-            return (self.local / name).read_bytes()
-        with self.open(name) as file:
-            content: bytes = file.readall()
-        return content
+        with self._told():
+            if self.local is not None:
+                return (self.local / name).read_bytes()
+            with self._files.open_input_file(f"{self._root}/{name}") as file:
+                content: bytes = file.readall()
+            return content
 
     def write(self, name: str, content: bytes | memoryview | pa.Buffer) -> None:
         """Write or replace a file in one move; on this disk it is safe from a power cut, too."""
-        if self.local is None:
-            with self._files.open_output_stream(f"{self._root}/{name}") as stream:
-                stream.write(content)
-            return
-        self.local.mkdir(parents=True, exist_ok=True)
-        unfinished = self.local / f".{name}.unfinished-{os.getpid()}"
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.local / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with self._told():
+            if self.local is None:
+                with self._files.open_output_stream(f"{self._root}/{name}") as stream:
+                    stream.write(content)
+                return
+            self.local.mkdir(parents=True, exist_ok=True)
+            unfinished = self.local / f".{name}{UNFINISHED}{os.getpid()}"
+            try:
+                with unfinished.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(self.local / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
-        if self.local is not None:
-            (self.local / name).unlink(missing_ok=True)
-            return
-        with contextlib.suppress(FileNotFoundError):
-            self._files.delete_file(f"{self._root}/{name}")
+        with self._told(), contextlib.suppress(FileNotFoundError):
+            if self.local is not None:
+                (self.local / name).unlink()
+            else:
+                self._files.delete_file(f"{self._root}/{name}")
 
-    def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        if self.local is not None:
-            shutil.rmtree(self.local, ignore_errors=True)
-        else:
-            self._files.delete_dir_contents(self._root, missing_dir_ok=True)
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            place = self.place.partition("?")[0]
+            raise DataError(f"{place}: cannot be used ({reason(error)}); check path, rights and connection") from None
 
 
 def _open(url: str) -> tuple[fs.FileSystem, str]:
-    if "@" in urlsplit(url).netloc or "secret" in urlsplit(url).query.lower():
+    head, _, options = url.partition("?")
+    if "@" in head.partition("://")[2].partition("/")[0] or "secret" in options.lower():
         raise DataError(
             f"{url.partition('://')[0]}://…: a URL must not hold credentials, it is written into configurations; give "
             "them in the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

@@ -5,6 +5,7 @@ Either is read by a thread (`Reading`) ahead of the training step that needs the
 
 import contextlib
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -28,7 +29,8 @@ Source = Callable[[Batches, Draw | None], Generator[Batch, None, None]]  # None:
 
 STEPS_PER_TASK = 16  # batches a Ray read task emits: few enough to start fast, enough to pay for the task
 READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
-PREFETCH = 4  # batches fetched ahead of the training step
+BURST = 4  # batches read in a row: to wake the thread for each costs as much as to read it
+PREFETCH = 2 * BURST  # batches read ahead of the training step, at most
 FETCHES = 8  # clips fetched at a time from a store behind a URL, where each is a request
 
 
@@ -42,10 +44,10 @@ class Reading:
 
     def __init__(self, read: Callable[[], Generator[Batch, None, None]], after: "Reading | None" = None) -> None:
         self.waited = 0.0  # seconds for which the consumer was blocked
-        self._over = False
+        self._over, self._taken = False, 0
         self._batches: SimpleQueue[Batch | BaseException | None] = SimpleQueue()
-        self._room: SimpleQueue[None] = SimpleQueue()  # an entry for each batch that may be read
-        for _ in range(PREFETCH):
+        self._room: SimpleQueue[None] = SimpleQueue()  # an entry for each burst that may be read
+        for _ in range(PREFETCH // BURST):
             self._room.put(None)
         self._wanted, self._stop = threading.Event(), threading.Event()
         former = None if after is None else after.thread
@@ -75,7 +77,9 @@ class Reading:
         batch = self._batches.get()
         self.waited += time.monotonic() - started
         if isinstance(batch, list):
-            self._room.put(None)
+            self._taken += 1
+            if self._taken % BURST == 0:
+                self._room.put(None)
             return batch
         self._over = True
         raise StopIteration if batch is None else batch
@@ -102,8 +106,9 @@ def _fill(
         former.join(0.02)
     try:
         with contextlib.closing(read()) as source:
-            while True:
-                room.get()
+            for number in itertools.count():
+                if number % BURST == 0:
+                    room.get()
                 if stop.is_set() or (batch := next(source, None)) is None:
                     break
                 batches.put(batch)
@@ -120,14 +125,13 @@ def local_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
 def _read(
     shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
 ) -> Generator[Batch, None, None]:
-    example = functools.partial(read_example, shards, config=config, sound=sound, draw=draw)
     if shards.store.local is not None:
         for batch in batches:
-            yield [example(item) for item in batch]
+            yield [read_example(shards, item, config, sound, draw) for item in batch]
         return
     with ThreadPoolExecutor(FETCHES) as pool:
         for batch in batches:
-            yield list(pool.map(example, batch))
+            yield list(pool.map(lambda item: read_example(shards, item, config, sound, draw), batch))
 
 
 def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
@@ -149,7 +153,7 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
         source = _plan_datasource(shards, config, sound, batches, draw)
         dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS)
         try:
-            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH):
+            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=BURST):
                 yield from from_arrow(table)
         except Exception as error:
             raise _unwrapped(error) from None

@@ -102,7 +102,10 @@ def heard_row(shards: Shards, task: Task, row: int) -> int | None:
     last = last_read(task, row)
     first = last if task.answer == "label" and task.reads == "turn" else shards.sessions[row][0]
     samples = shards.columns["n_samples"]
-    return next((other for other in range(last, first - 1, -1) if samples[other] > 0), None)
+    for other in range(last, first - 1, -1):
+        if samples[other] > 0:
+            return other
+    return None
 
 
 def answer(shards: Shards, item: Item) -> str:

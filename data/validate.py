@@ -1,6 +1,5 @@
 """Checks of a corpus: what can be told from the tables alone (`check`), and what only the sound shows (`cut`)."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import audio
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.findings import BuildError, Finding
 from data.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
 
@@ -20,6 +19,17 @@ LONG = 30.0  # s
 TIMELESS = ("W_TS_ZERO", "W_TS_OPEN")  # not so any more where the alignment gave a turn its length
 RARE = 3  # turns: a label that is rarer and resembles a frequent one may be a typing error
 CLIPPED, SILENT, OFFSET = 1e-3, 1e-4, 0.02  # share of samples at full scale; peak; mean of the samples
+
+
+def check_channels(corpus: Corpus, channels: Mapping[str, int]) -> None:
+    """Raise a ConfigError where a role would be heard on the channel of another one."""
+    speakers = {turn.speaker for one in corpus.conversations for turn in one.turns if not is_rejected(turn.flags)}
+    wrong = sorted(speakers ^ channels.keys()) if channels else []
+    if wrong:
+        rule = "has no channel" if wrong[0] in speakers else "is no role of the corpus"
+        raise ConfigError(
+            f"channels.{wrong[0]}: {rule}; name one for each of {', '.join(sorted(speakers))}, or none at all"
+        )
 
 
 def check(corpus: Corpus, *, order: bool = True) -> None:
@@ -45,10 +55,10 @@ def check(corpus: Corpus, *, order: bool = True) -> None:
             _check_times(turn, corpus.findings)
         if order:
             check_order(conversation.turns, corpus.findings)
-        if conversation.recording is not None and not conversation.recording.is_file():
+        if conversation.recording is not None and not audio.exists(conversation.recording):
             _reject_all(conversation.turns, corpus.findings, "E_AUDIO_MISSING", conversation.recording)
         for turn in conversation.turns:
-            if turn.clip is not None and not turn.clip.is_file():
+            if turn.clip is not None and not audio.exists(turn.clip):
                 _reject_all([turn], corpus.findings, "E_AUDIO_MISSING", turn.clip)
     if not corpus.declared:
         _flag_rare_labels(corpus)
@@ -58,34 +68,37 @@ def _drop_duplicates(corpus: Corpus) -> None:
     """Conversations and turns of one id: equal turns are dropped, different ones fail the build."""
     conflicts: list[Finding] = []
     sessions: dict[str, Conversation] = {}
+    seen: dict[str, tuple[str, Turn]] = {}
     for conversation in corpus.conversations:
-        known = sessions.setdefault(conversation.id, conversation)
-        if known is not conversation:
-            known.turns += conversation.turns
-    seen: dict[str, Turn] = {}
-    for conversation in sessions.values():
         kept = []
+        known = sessions.setdefault(conversation.id, conversation)
         for turn in conversation.turns:
-            first = seen.setdefault(turn.id, turn)
-            if first is turn:
+            owner, first = seen.setdefault(turn.id, (conversation.id, turn))
+            if first is turn and known is conversation:
                 kept.append(turn)
-            elif _content(first) == _content(turn) and (None in (first.end, turn.end) or first.end == turn.end):
+            elif first is turn:
+                message = (
+                    f"the session stands already at {known.turns[0].where}, without this turn; put it in one place"
+                )
+                conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span))
+            elif owner == conversation.id and _equal(first, turn):
                 message = f"stands already at {first.where}, equal in everything"
                 corpus.findings.append(Finding("W_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
             else:
                 message = f"stands already at {first.where}, with other content"
                 conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
-        conversation.turns = kept
+        conversation.turns = kept if known is conversation else []
     corpus.conversations = list(sessions.values())
     if conflicts:
         ids = len({finding.utterance for finding in conflicts})
         raise failure(conflicts, f"{ids} id(s) name different utterances: give each its own, or remove the wrong rows")
 
 
-def _content(turn: Turn) -> tuple[object, ...]:
-    own = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
-    # The place in the file, and what follows from it, differ.
-    return tuple(own[name] for name in ("speaker", "text", "label", "start", "subset", "clip"))
+def _equal(one: Turn, other: Turn) -> bool:
+    """In all but the place in the file, from which an end may follow."""
+    names = ("speaker", "text", "label", "start", "subset", "clip")
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return same and (None in (one.end, other.end) or one.end == other.end)
 
 
 def failure(findings: Sequence[Finding], advice: str, code: str = "") -> BuildError:
@@ -193,7 +206,7 @@ def cut(
         if turn.clip is not None:
             _read_clip(turn, findings)
     path = conversation.recording
-    if path is None or not path.is_file():
+    if path is None or all(is_rejected(turn.flags) for turn in conversation.turns):
         return None
     recording = _read(path, conversation.turns, findings, conversation.id, separate=bool(channels))
     if recording is None:
@@ -230,6 +243,11 @@ def _read(
     if recording.pcm.shape[1] == 0:
         _reject_all(turns, findings, "E_AUDIO_EMPTY", path, f"{path.name} holds no samples")
         return None
+    if recording.missing > TOLERANCE:
+        message = (
+            f"holds {recording.duration:.2f} s, and announces {recording.missing:.2f} s more; copy or export it again"
+        )
+        findings.append(Finding("W_TRUNCATED", path.name, name, message, None, span))
     if recording.source_channels > 1 and not separate:
         message = f"{recording.source_channels} channels"
         findings.append(Finding("W_STEREO", path.name, name, message, None, span))

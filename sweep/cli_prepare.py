@@ -38,7 +38,9 @@ def prepare(
     ],
     source: Annotated[Path | None, typer.Argument(help="The corpus: a file or a folder, by format.")] = None,
     *,
-    out: Annotated[str, typer.Option(help="Folder or URL (s3://…) for the shards; an earlier one is added to.")],
+    out: Annotated[
+        str, typer.Option(help="Folder or URL (s3://…) for the shards; new sessions are added to an earlier one.")
+    ],
     audio: Annotated[Path | None, typer.Option(help="Folder with the recordings; without, text only.")] = None,
     align: Annotated[
         str | None, typer.Option(help="CTC model (Hugging Face id or folder) that refines the turns' times.")
@@ -54,7 +56,7 @@ def prepare(
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     aligned = [f"align.model={json.dumps(align)}"] if align is not None else []
     settings = validated(CorpusConfig, read_tree(config, [*set_, *aligned]), str(config or "--set"))
-    faults = Path(f"{out}.findings.jsonl")
+    faults = Path(f"{out.rstrip('/')}.findings.jsonl")
     try:
         shards = _prepare(_read(kind, source, audio, settings), out, settings)
     except BuildError as error:
@@ -65,7 +67,7 @@ def prepare(
         faults.write_text("".join(json.dumps(finding.as_dict()) + "\n" for finding in error.findings), encoding="utf-8")
         raise UserError(f"{error}\nall of them: {faults}") from None
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on where it was ({out})")
+        console.print(f"stopped; the same command goes on where it was ({out})", markup=False)
         sys.exit(UNFINISHED)
     faults.unlink(missing_ok=True)
     show_shards(shards)
@@ -75,6 +77,8 @@ def _read(kind: str, source: Path | None, audio: Path | None, settings: "CorpusC
     from data import synthetic
     from data.importers import IMPORTERS
 
+    if kind == "synthetic" and (source is not None or audio is not None):
+        raise UserError("prepare synthetic: it is made here and reads no source; leave SOURCE and --audio out")
     if kind == "synthetic":
         return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
     if kind not in IMPORTERS:
@@ -153,8 +157,8 @@ def show_shards(shards: "Shards") -> None:
         _print_table(*finding_rows(findings))
     else:
         console.print("findings: none")
-    console.print(f"shards:   {shards.store.place}", soft_wrap=True, highlight=False)
-    console.print(f"report:   {shards.store / REPORT}", soft_wrap=True, highlight=False)
+    console.print(f"shards:   {shards.store.place}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report:   {shards.store / REPORT}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show_faults(findings: "Sequence[Finding]") -> None:

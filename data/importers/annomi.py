@@ -22,6 +22,7 @@ LABELS = {
 LABEL_COLUMN = {"client": "client_talk_type", "therapist": "main_therapist_behaviour"}
 QUALITIES = ("high", "low")  # of a session
 COLUMNS = ("transcript_id", "mi_quality", "video_url", "utterance_id", "interlocutor", "timestamp", "utterance_text")
+SAID = ("interlocutor",)  # text and time are the first row's
 ANNOTATOR = "annotator_id"  # AnnoMI-full has it
 TIME = re.compile(r"\d\d:\d\d:\d\d")
 
@@ -51,11 +52,11 @@ def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
         if row["mi_quality"].lower() not in draft.qualities:
             known = ", ".join(draft.qualities)
             raise DataError(f"{row.where}: mi_quality {row['mi_quality']!r} is unknown; known: {known}")
-        if not row["utterance_id"].isdecimal():
+        if not row["utterance_id"].isdecimal() or len(row["utterance_id"]) > 9:
             raise DataError(f"{row.where}: utterance_id {row['utterance_id']!r} is not a whole number")
     quality = (agreed(rows, "mi_quality") or "").lower()
     annotator = ANNOTATOR if ANNOTATOR in rows[0].cells else None
-    coded = draft.utterances(rows, lambda row: f"{name}/{row['utterance_id']}", annotator)
+    coded = draft.utterances(rows, lambda row: f"{name}/{row['utterance_id']}", annotator, SAID)
     turns = sorted((_turn(name, own, draft) for _, own in coded), key=lambda turn: turn.index)
     set_ends(turns, draft.findings)
     return Conversation(name, agreed(rows, "video_url") or name, turns, quality=quality)

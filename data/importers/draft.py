@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from data.corpus_config import CorpusConfig
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
 from data.findings import Finding
 from data.importers.rows import Row
 from data.schema import JOIN, Conversation, Corpus, Turn, flag, reject, split_label
@@ -66,10 +66,12 @@ class Draft:
             where: "file:line".
         """
         role = self.role(speaker, conversation)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: the text holds half a character (a lone surrogate); mend it")
         turn = Turn(f"{conversation}/{utterance}", 0, role, " ".join(text.split()), where=where)
         self._vote(turn, [self._split(code) for code in codes])
         if role == UNKNOWN:
-            message = f"speaker {speaker!r} has no role; add it, e.g. --set 'roles.{speaker}=client'"
+            message = f"speaker {speaker!r} has no role; add it in --config, e.g. roles: {{{speaker!r}: client}}"
             reject(turn, self.findings, "E_SPEAKER", message if speaker else "nobody is named as the speaker")
         return turn
 
@@ -99,7 +101,7 @@ class Draft:
         turn.label = JOIN.join(chosen or ranked[:1])
 
     def utterances(
-        self, rows: Iterable[Row], identity: Callable[[Row], str], annotator: str | None
+        self, rows: Iterable[Row], identity: Callable[[Row], str], annotator: str | None, said: Sequence[str | None]
     ) -> list[tuple[str, list[Row]]]:
         """Rows of one utterance by several annotators together, in the order of the first ones.
 
@@ -107,9 +109,10 @@ class Draft:
             rows: of the corpus or of a session.
             identity: of a row's utterance.
             annotator: column; None: every row is an utterance, and those of one id are for the validation to judge.
+            said: columns in which all annotators must agree, because they heard the same.
 
         Raises:
-            BuildError: F_DUPLICATE, an annotator contradicts himself.
+            BuildError: F_DUPLICATE, an annotator contradicts himself, or rows of one id are about different things.
         """
         if annotator is None:
             return [(identity(row), [row]) for row in rows]
@@ -119,6 +122,12 @@ class Draft:
             first = own.setdefault(row[annotator], row)
             if first is not row:
                 self._judge_repeat(identity(row), row, first, annotator)
+            one = next(iter(own.values()))
+            differs = [name for name in said if name and row[name] != one[name]]
+            if differs:
+                message = f"its {differs[0]} is {row[differs[0]]!r}, and {one[differs[0]]!r} at {one.where}"
+                finding = Finding("F_DUPLICATE", row.where, identity(row), message)
+                raise failure([finding], "an utterance has one speaker, text and time, whoever codes it: mend the rows")
         return [(name, list(own.values())) for name, own in known.items()]
 
     def _judge_repeat(self, name: str, row: Row, first: Row, annotator: str) -> None:

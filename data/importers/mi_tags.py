@@ -5,7 +5,6 @@ from pathlib import Path
 from data.corpus_config import CorpusConfig
 from data.errors import DataError
 from data.importers.draft import Draft
-from data.importers.recordings import set_recordings
 from data.importers.rows import Row, by_conversation, read_rows
 from data.schema import Conversation, Corpus, Turn
 
@@ -20,12 +19,14 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
     Args:
         source: a CSV, or a folder of them; without a column `conversation` or `session` a session is called like its
             file.
-        audio: folder with `<session>.<wav|flac|…>`; None: text only.
+        audio: must be None.
         config: settings.
 
     Raises:
-        DataError: a file or a row cannot be read, or there are no recordings.
+        DataError: a file or a row cannot be read, or there are recordings.
     """
+    if audio is not None:
+        raise DataError("mi-tags: the format has no times, so no sound can be cut; leave --audio out, or use table")
     paths = sorted(source.glob("*.[ct]sv")) if source.is_dir() else [source]
     if not paths:
         raise DataError(f"{source}: no CSV files; give the folder that holds one a session")
@@ -36,16 +37,15 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
         column = next((name for name in SESSION if name in rows[0].cells), None)
         sessions = {path.stem: rows} if column is None else by_conversation(rows, column)
         conversations += [_conversation(name, own, draft) for name, own in sessions.items()]
-    set_recordings(conversations, audio)
     return draft.corpus(conversations)
 
 
 def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
     for row in rows:
-        if not row["turn"].isdecimal():
+        if not row["turn"].isdecimal() or len(row["turn"]) > 9:
             raise DataError(f"{row.where}: turn {row['turn']!r} is not a whole number")
     annotator = ANNOTATOR if ANNOTATOR in rows[0].cells else None
-    coded = draft.utterances(rows, lambda row: f"{name}/{row['turn']}", annotator)
+    coded = draft.utterances(rows, lambda row: f"{name}/{row['turn']}", annotator, ("speaker", "text"))
     turns = []
     for index, (_, own) in enumerate(sorted(coded, key=lambda pair: int(pair[1][0]["turn"]))):
         turns.append(_turn(name, own, draft))

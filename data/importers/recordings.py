@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from data.audio import exists
 from data.errors import DataError
 from data.schema import Conversation
 
@@ -35,9 +36,23 @@ def set_recordings(conversations: Sequence[Conversation], audio: Path | None, na
     refuse_no_folder(audio)
     known = by_name(audio)
     for one in conversations:
-        other = known.get(one.id, audio / f"{one.id}{SUFFIXES[0]}")
-        one.recording = audio / named[one.id] if one.id in named else other
+        where = one.turns[0].where
+        if one.id in named:
+            one.recording = within(audio, named[one.id], where)
+        else:
+            one.recording = known.get(one.id) or within(audio, f"{one.id}{SUFFIXES[0]}", where)
     refuse_none((one.recording for one in conversations), audio)
+
+
+def within(audio: Path, name: str, where: str) -> Path:
+    """A file of a folder by its name in a table.
+
+    Raises:
+        DataError: the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{where}: {name!r} leads out of the folder of recordings; name files inside {audio}")
+    return audio / name
 
 
 def refuse_no_folder(audio: Path) -> None:
@@ -49,7 +64,7 @@ def refuse_no_folder(audio: Path) -> None:
 def refuse_none(paths: Iterable[Path | None], audio: Path) -> None:
     """Raise a DataError where none of the audio files exists: the folder is the wrong one."""
     looked_for = [path for path in paths if path is not None]
-    if not any(path.is_file() for path in looked_for):
+    if not any(map(exists, looked_for)):
         example = looked_for[0].name if looked_for else "none is named"
         raise DataError(
             f"{audio}: none of {len(looked_for)} recordings is here ({example} …); give their folder with --audio"

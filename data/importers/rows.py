@@ -17,6 +17,7 @@ from data.findings import BuildError, Finding
 from data.schema import JOIN
 
 SEPARATED = (".csv", ".tsv", ".tab", ".txt")
+csv.field_size_limit(1 << 24)  # characters; a transcript in one cell is longer than the default
 LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
 
@@ -74,7 +75,8 @@ def read_rows(
     columns = [*needed, *(name for name in optional if name in header)]
     read = []
     for line, cells in rows:
-        row = Row(f"{path.name}:{line}", {name: as_text(cells.get(name)) for name in columns})
+        where = f"{path.name}:{line}"
+        row = Row(where, {name: _cell(cells.get(name), where, name) for name in columns})
         if any(row.cells.values()):
             read.append(row)
     if not read:
@@ -106,6 +108,12 @@ def read_text(path: Path, encoding: str) -> str:
             "--set encoding=cp1252"
         )
         raise BuildError(f"F_ENCODING {where}: {message}", [Finding("F_ENCODING", where, "", message)]) from None
+
+
+def _cell(value: Any, where: str, column: str) -> str:
+    if isinstance(value, bytes | dict):
+        raise DataError(f"{where}: {column} is no text ({type(value).__name__}); write it as a string")
+    return as_text(value)
 
 
 def as_text(value: Any) -> str:
@@ -204,7 +212,7 @@ def _json_lines(path: Path, encoding: str) -> tuple[list[str], list[tuple[int, d
             continue
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path.name}:{line}: not readable as JSON ({reason(error)}); one object a line") from None
         if not isinstance(content, dict):
             raise DataError(f'{path.name}:{line}: not a JSON object, such as {{"text": "…"}}; one object a line')

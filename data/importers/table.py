@@ -6,7 +6,7 @@ from pathlib import Path
 from data.corpus_config import CorpusConfig
 from data.errors import ConfigError, DataError
 from data.importers.draft import Draft
-from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings
+from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings, within
 from data.importers.rows import Row, agreed, by_conversation, read_rows
 from data.importers.times import read_time, set_ends
 from data.schema import Conversation, Corpus, Turn, is_rejected
@@ -35,6 +35,11 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
     draft = Draft("table", config)
     if audio is not None:
         refuse_no_folder(audio)
+        if columns.start is None and columns.clip is None:
+            raise ConfigError(
+                "columns.start: --audio is given, and nothing says where a turn is in it; name the column, or "
+                "columns.clip"
+            )
     sessions = by_conversation(rows, columns.conversation)
     conversations = [_conversation(name, own, audio, draft) for name, own in sessions.items()]
     if audio is not None and columns.clip is not None:
@@ -49,14 +54,19 @@ def _conversation(name: str, rows: list[Row], audio: Path | None, draft: Draft) 
     columns = draft.config.columns
     key = columns.id or columns.index
     keys = {row.where: row.need(key) if key else str(place) for place, row in enumerate(rows)}
-    coded = draft.utterances(rows, lambda row: f"{name}/{keys[row.where]}", columns.annotator)
+    coded = draft.utterances(
+        rows,
+        lambda row: f"{name}/{keys[row.where]}",
+        columns.annotator,
+        (columns.speaker, columns.text),
+    )
     if columns.index is not None:
         coded.sort(key=lambda pair: _place(pair[1][0], columns.index))
     turns = []
     for index, (_, own) in enumerate(coded):
         turns.append(_turn(name, keys[own[0].where], own, audio, draft))
         turns[-1].index = index
-    if columns.start is not None or columns.end is not None:
+    if columns.start is not None or columns.end is not None or (audio is not None and columns.clip is not None):
         set_ends(turns, draft.findings)
     quality, split = agreed(rows, columns.quality), agreed(rows, columns.split, "F_LEAK_CONVERSATION")
     return Conversation(
@@ -86,5 +96,5 @@ def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None
     times = (first[columns.start], first[columns.end])
     turn.start, turn.end = (read_time(time, turn, draft.findings, draft.config.time_unit) for time in times)
     if audio is not None and first[columns.clip] and not is_rejected(turn.flags):
-        turn.clip = audio / first[columns.clip]
+        turn.clip = within(audio, first[columns.clip], first.where)
     return turn

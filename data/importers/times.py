@@ -1,6 +1,5 @@
 """Times as written, and ends that follow from the next start."""
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -8,6 +7,7 @@ from itertools import zip_longest
 from data.findings import Finding
 from data.schema import Turn, flag, is_rejected, reject
 
+LONGEST = 1e6  # s: more is no time of a session
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 USUAL = re.compile(rf"{NUMBER}|(?:\d{{1,2}}:)?\d{{1,2}}:\d\d(?:\.\d+)?")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?")
@@ -39,12 +39,14 @@ def read_time(
 def _seconds(stamp: str, unit: str) -> float | None:
     if re.fullmatch(NUMBER, stamp):
         number = float(stamp) / (1000 if unit == "ms" else 1)
-        return number if math.isfinite(number) else None
+        return number if abs(number) <= LONGEST else None
     parts = _CLOCK.fullmatch(stamp)
     if parts is None:
         return None
     hours, minutes, seconds, fraction = parts.groups()
     if int(seconds) > 59 or (hours is not None and int(minutes) > 59):
+        return None
+    if len(hours or "") > 4 or len(minutes) > 6:
         return None
     return int(hours or 0) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction or 0}")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus_config import CorpusConfig
-from data.errors import DataError
+from data.errors import DataError, reason
 from data.importers.draft import Draft
 from data.importers.recordings import set_recordings
 from data.importers.rows import as_text, read_text
@@ -49,6 +49,8 @@ def _segments(path: Path, encoding: str) -> list[Any]:
         raise DataError(
             f"{path.name}:{error.lineno}: not readable as JSON (column {error.colno}: {error.msg}); write it anew"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}:1: not readable as JSON ({reason(error)}); write it anew") from None
     segments = content.get("segments") if isinstance(content, dict) else None
     if not isinstance(segments, list) or not segments:
         raise DataError(f"{path.name}:1: no segments; give JSON files of WhisperX, and remove those without speech")

@@ -60,11 +60,13 @@ class Cost:
 def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Cost]]:
     """Run all variants once a round, so that a change of the machine's load hits all of them.
 
-    A first round is not counted: it opens files and starts processes.
+    A first round is not counted: it opens files and starts processes. Each round begins with another variant: the one
+    before leaves the caches cold.
     """
     taken: dict[str, list[Cost]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        for name, work in variants.items():
+        shift = number % len(variants)
+        for name, work in [*list(variants.items())[shift:], *list(variants.items())[:shift]]:
             before, started = cpu_times(), time.monotonic()
             work()
             cost = Cost(spent(before, cpu_times()), time.monotonic() - started)

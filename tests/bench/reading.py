@@ -31,7 +31,7 @@ from sweep.cluster import local_or_remote_ray
 from tests.bench.measure import Row, in_turns, ratios
 
 CLIPS, SESSIONS, BATCH = 2520, 24, 16
-ROUNDS, EPOCHS, RAY_ROUNDS = 7, 4, 4
+ROUNDS, EPOCHS, RAY_ROUNDS = 8, 4, 4
 CACHE = Path(tempfile.gettempdir()) / "speech-llm-sweep-bench"
 CONFIG = DataConfig(history=0)
 

@@ -185,6 +185,9 @@ def maker(request: pytest.FixtureRequest) -> Maker:
     return MAKERS[request.param]
 
 
+timed = pytest.mark.parametrize("maker", [maker for maker in MAKERS.values() if maker.times], indirect=False)
+
+
 def write(maker: Maker, folder: Path, files: Files, *, encoding: str = "utf-8", newline: str = "\n") -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
@@ -268,6 +271,12 @@ def test_places_name_the_row(maker: Maker, tmp_path: Path) -> None:
         assert said.text.split()[0] in place_of(turn.where, tmp_path / "source")
 
 
+def test_sound_that_cannot_be_cut_is_not_ignored(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="mi-tags: the format has no times, so no sound can be cut"):
+        read(MAKERS["mi-tags"], tmp_path / "source", tmp_path)
+
+
+@timed
 def test_recordings_are_found_by_name(maker: Maker, tmp_path: Path) -> None:
     audio = tmp_path / "audio"
     audio.mkdir()
@@ -287,6 +296,7 @@ def test_without_audio_the_corpus_is_text_only(maker: Maker, tmp_path: Path) -> 
     assert all(turn.clip is None for turn, _ in turns(corpus))
 
 
+@timed
 def test_a_folder_without_recordings_is_refused(maker: Maker, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.wav").touch()
@@ -369,7 +379,7 @@ def test_an_unknown_speaker_keeps_the_words_and_loses_the_label(maker: Maker, tm
     assert (turn.speaker, turn.text, turn.label) == ("unknown", "Go on.", None)
     assert set(corpus.roles) == set(SPEAKERS)
     (finding,) = (finding for finding in corpus.findings if finding.code == "E_SPEAKER")
-    assert "--set 'roles.Stranger=client'" in finding.message
+    assert "roles: {'Stranger': client}" in finding.message
     roles = {**maker.config.roles, "STRANGER": "client"}
     known = dataclasses.replace(maker, config=maker.config.model_copy(update={"roles": roles}))
     again = read(known, tmp_path / "source", dialogues=changed)

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from data import jobs, synthetic
 from data.corpus_config import CorpusConfig
 from data.errors import DataError
 from data.jobs import Job, serially
 from data.prepare import prepare
-from data.schema import Corpus
+from data.schema import SAMPLE_RATE, Corpus
 from data.shards import ShardFile, Shards
 from data.store import Store
 
@@ -114,12 +116,95 @@ def test_a_changed_session_is_written_anew(tmp_path: Path) -> None:
     shards.verify()
 
 
-def test_removed_sessions_are_gone(tmp_path: Path) -> None:
-    prepare(made(8), tmp_path / "shards")
-    shards = prepare(made(6), tmp_path / "shards")
-    assert shards.fingerprint != ""
-    assert sorted(set(shards.columns["conversation"])) == [f"c{session:03d}" for session in range(6)]
-    shards.verify()
+def test_nothing_is_lost_without_a_word(tmp_path: Path) -> None:
+    """The source is the whole corpus: one with the new sessions alone would replace the others."""
+    before = prepare(made(8), tmp_path / "shards")
+    with pytest.raises(DataError, match=r"2 of its sessions are not in the source, which must hold .*: c006, c007"):
+        prepare(made(6), tmp_path / "shards")
+    silent = made(8)
+    for turn in (turn for one in silent.conversations for turn in one.turns):
+        turn.audio = None
+    with pytest.raises(DataError, match="it has sound, and now there is none: give --audio as before"):
+        prepare(silent, tmp_path / "shards")
+    before.verify()
+    assert Shards(tmp_path / "shards").fingerprint == before.fingerprint
+
+
+def test_a_failed_addition_leaves_the_corpus_as_it_was(tmp_path: Path) -> None:
+    before = prepare(made(8), tmp_path / "shards")
+    names = sorted(path.name for path in (tmp_path / "shards").iterdir())
+    grown = made(10)
+    grown.conversations[9].turns[1].label = "nonsense"
+    with pytest.raises(DataError, match="F_REJECTED"):
+        prepare(grown, tmp_path / "shards")
+    failing = Counted()
+
+    def fail(todo: Sequence[Job]) -> Iterator[ShardFile]:
+        yield from failing(todo)
+        raise DataError("the last one cannot be made")
+
+    with pytest.raises(DataError, match="the last one"):
+        prepare(made(10), tmp_path / "shards", run=fail)
+    assert failing.names
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == names
+    before.verify()
+
+
+def test_a_corrupt_shard_is_made_again(tmp_path: Path) -> None:
+    shards = prepare(made(), tmp_path / "shards")
+    damaged = tmp_path / "shards" / shards.manifest.shards[2].name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    again = Counted()
+    prepare(made(), tmp_path / "shards", run=again).verify()
+    assert again.names == [damaged.name]
+
+
+def test_a_folder_is_prepared_by_one_at_a_time(tmp_path: Path) -> None:
+    def meanwhile(todo: Sequence[Job]) -> Iterator[ShardFile]:
+        with pytest.raises(DataError, match="another `sweep prepare` works here"):
+            prepare(made(), tmp_path / "shards")
+        yield from serially(todo)
+
+    prepare(made(), tmp_path / "shards", run=meanwhile).verify()
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / ".shard-00.arrow.unfinished-1").write_bytes(b"half")
+    prepare(made(), tmp_path / "shards")
+    assert not list((tmp_path / "shards").glob(".*"))
+
+
+def test_a_recording_that_the_worker_does_not_see_is_no_silence(tmp_path: Path) -> None:
+    corpus = made()
+    soundfile.write(tmp_path / "x.wav", np.zeros(160_000), SAMPLE_RATE)
+    corpus.conversations[3].recording = tmp_path / "x.wav"
+
+    def elsewhere(todo: Sequence[Job]) -> Iterator[ShardFile]:
+        (tmp_path / "x.wav").unlink()
+        return serially(todo)
+
+    with pytest.raises(DataError, match=r"x\.wav: the recording is gone, or this node does not see it"):
+        prepare(corpus, tmp_path / "shards", run=elsewhere)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match=r"cannot be used \(.*; check path, rights and connection"):
+        prepare(made(), tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_prefix_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "bucket" / "precious").mkdir(parents=True)
+    (tmp_path / "bucket" / "precious" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="exists already and is no corpus"):
+        prepare(made(), f"file://{tmp_path}/bucket")
+    assert (tmp_path / "bucket" / "precious" / "manifest.json").exists()
 
 
 def test_other_settings_need_another_folder(tmp_path: Path) -> None:
@@ -217,9 +302,13 @@ def test_a_store_behind_a_url_holds_the_same(tmp_path: Path, kind: str, request:
     grown = prepare(made(10), url, config, run=counted)
     assert len(counted.names) < len(grown.manifest.shards)
     grown.verify()
-    grown.store.remove()
-    with pytest.raises(DataError, match="no manifest"):
-        Shards(url)
+    other = CorpusConfig(codec="flac", labels={"client": ("change",)}, max_rejected=0)
+    names = grown.store.names()
+    with pytest.raises(DataError, match="was prepared otherwise"):
+        prepare(made(10), url, other)
+    assert grown.store.names() == names
+    for name in names:
+        grown.store.delete(name)
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:

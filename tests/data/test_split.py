@@ -45,7 +45,7 @@ def skewed(n_groups: int, seed: int) -> dict[str, Counter[str]]:
     return made
 
 
-def random_corpus(rng: np.random.Generator) -> list[Conversation]:
+def random_corpus(rng: np.random.Generator, *, named: bool) -> list[Conversation]:
     """A few sessions that share videos and people now and then; some have no label at all."""
     n_sessions = int(rng.integers(6, 25))
     return [
@@ -53,7 +53,9 @@ def random_corpus(rng: np.random.Generator) -> list[Conversation]:
             f"s{number}",
             f"v{rng.integers(2 * n_sessions)}",
             [(*LABELS, None)[rng.integers(8)] for _ in range(rng.integers(1, 9))],
-            people=tuple({f"p{person}" for person in rng.integers(4 * n_sessions, size=rng.integers(3))}),
+            people=tuple(
+                {f"p{person}" for person in rng.integers(4 * n_sessions, size=rng.integers(1, 3))} if named else ()
+            ),
             quality=("high", "low", None)[rng.integers(3)],
         )
         for number in range(n_sessions)
@@ -64,8 +66,8 @@ def random_cases(count: int) -> Iterator[tuple[list[Conversation], SplitConfig, 
     """Corpora with settings under which they can be split."""
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        corpus = random_corpus(rng)
-        by = ["video", "speaker"] if rng.random() < 0.5 and any(each.people for each in corpus) else ["video"]
+        by = ["video", "speaker"] if rng.random() < 0.5 else ["video"]
+        corpus = random_corpus(rng, named="speaker" in by)
         config = SplitConfig(by=by, seed=seed, folds=3 if rng.random() < 0.3 else None)
         one, other = (corpus[place].id for place in rng.choice(len(corpus), 2, replace=False))
         shared = [(one, other)] if seed % 2 else []
@@ -143,8 +145,9 @@ def test_sessions_that_are_added_move_nobody() -> None:
     added = 0
     for corpus, config, shared in random_cases(100):
         before = parts(split_conversations(corpus, config, shared=shared))
-        more = [session(f"new{number}", f"w{number // 2}", LABELS) for number in range(6)]
-        more.append(session("joins", corpus[0].group))
+        people = [(f"n{number}",) if "speaker" in config.by else () for number in range(7)]
+        more = [session(f"new{number}", f"w{number // 2}", LABELS, people=people[number]) for number in range(6)]
+        more.append(session("joins", corpus[0].group, people=people[6]))
         places = split_conversations([*more, *corpus], config, before=before, shared=shared)
         assert {name: part(places[name]) for name in before} == before
         assert part(places["joins"]) == before[corpus[0].id]
@@ -286,9 +289,9 @@ def test_groups_are_what_hangs_together_named_after_the_smallest() -> None:
     corpus = [
         session("1", "c", people=("ann",)),
         session("2", "b", people=("ann", "bob")),
-        session("3", "b"),
+        session("3", "b", people=("cid",)),
         session("4", "a", people=("bob",)),
-        session("5", "e"),
+        session("5", "e", people=("dan",)),
     ]
     video, both, speaker = (SplitConfig(by=by) for by in (("video",), ("video", "speaker"), ("speaker",)))
     assert groups(corpus, video) == {"1": "c", "2": "b", "3": "b", "4": "a", "5": "e"}
@@ -301,6 +304,9 @@ def test_groups_are_what_hangs_together_named_after_the_smallest() -> None:
 def test_a_split_by_speaker_needs_to_know_who_speaks() -> None:
     with pytest.raises(DataError, match="does not say who speaks"):
         groups([session("a"), session("b")], SplitConfig(by=("speaker",)))
+    some = [session("a", people=("ann",)), session("b"), session("c")]
+    with pytest.raises(DataError, match=r"2 session\(s\) do not say who speaks \(b, c\), and might leak"):
+        groups(some, SplitConfig(by=("video", "speaker")))
 
 
 @pytest.mark.parametrize("name", ["row", "turn", "utterance", "random"])
@@ -334,11 +340,18 @@ def test_a_split_by_speaker_that_cuts_a_video_says_to_use_both() -> None:
     assert "use split.by=[video, speaker]" in str(failure_of(corpus, SplitConfig(by=("speaker",))))
 
 
+def test_a_person_in_two_splits_fails_whatever_the_split_is_by() -> None:
+    corpus = [session(f"s{number}", people=("ann",)) for number in range(6)]
+    error = failure_of(corpus, SplitConfig())
+    assert {finding.code for finding in error.findings} == {"F_LEAK_GROUP"}
+    assert "use split.by=[video, speaker]" in str(error)
+
+
 def test_the_corpus_s_own_split_is_taken_and_checked() -> None:
     own = [session(name, split=split) for name, split in zip("abc", SPLITS, strict=True)]
     assert parts(split_conversations(own, SplitConfig())) == {"a": "train", "b": "val", "c": "test"}
     cut = [*own, session("d", "video a", people=("ann",), split="test"), session("e", people=("ann",), split="val")]
-    error = failure_of(cut, SplitConfig(by=("video", "speaker")), shared=[("a", "b"), ("c", "d")])
+    error = failure_of(cut, SplitConfig(), shared=[("a", "b"), ("c", "d")])
     assert [(finding.code, finding.utterance, finding.message) for finding in error.findings] == [
         ("F_LEAK_GROUP", "d", "video video a: conversation a is in train, conversation d in test"),
         ("F_LEAK_GROUP", "e", "person ann: conversation d is in test, conversation e in val"),

@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.examples import from_arrow, to_arrow
 from data.shards import Shards
 from data.store import Store
-from data.stream import PREFETCH, Reading, _kept, _plan_datasource, _unwrapped, local_source
+from data.stream import BURST, PREFETCH, Reading, _kept, _plan_datasource, _unwrapped, local_source
 from data.tasks import items
 from tests.data.common import make, same
 
@@ -84,8 +84,8 @@ def test_a_reading_is_ahead_before_it_is_asked_but_not_by_much() -> None:
     assert until(lambda: len(made) == PREFETCH)
     time.sleep(0.05)
     assert len(made) == PREFETCH
-    assert next(reading) == [0]
-    assert until(lambda: len(made) == PREFETCH + 1)
+    assert [next(reading) for _ in range(BURST)] == [[number] for number in range(BURST)]
+    assert until(lambda: len(made) == PREFETCH + BURST)
 
 
 def test_time_that_is_waited_is_told() -> None:

@@ -96,9 +96,23 @@ def test_recordings_are_taken_from_a_column_or_by_name(tmp_path: Path) -> None:
     (tmp_path / "sound").mkdir()
     for name in ("one.wav", "b.mp3", "b.flac"):
         (tmp_path / "sound" / name).touch()
-    text = "conversation,speaker,text,file\na,c,x,one.wav\nb,c,x,\n"
-    corpus = read(tmp_path, text, tmp_path / "sound", columns={"recording": "file"})
+    text = "conversation,speaker,text,file,t\na,c,x,one.wav,0\nb,c,x,,0\n"
+    columns = {"recording": "file", "start": "t"}
+    corpus = read(tmp_path, text, tmp_path / "sound", columns=columns)
     assert [one.recording.name for one in corpus.conversations if one.recording] == ["one.wav", "b.flac"]
+    with pytest.raises(ConfigError, match=r"columns\.start: --audio is given, and nothing says where a turn is in it"):
+        read(tmp_path, text, tmp_path / "sound", columns={"recording": "file"})
+    with pytest.raises(DataError, match=r"t\.csv:2: '\.\./one\.wav' leads out of the folder of recordings"):
+        read(tmp_path, text.replace("one.wav", "../one.wav"), tmp_path / "sound", columns=columns)
+
+
+@pytest.mark.parametrize("cell", ["robot", "other words"])
+def test_annotators_must_code_the_same_turn(tmp_path: Path, cell: str) -> None:
+    """Or a wrong id would give one person's code to the words of another."""
+    rows = ["a,0,c,words,x,ann", "a,0,t,words,y,bob" if cell == "robot" else f"a,0,c,{cell},y,bob"]
+    text = "conversation,id,speaker,text,label,who\n" + "\n".join(rows) + "\n"
+    with pytest.raises(DataError, match=r"F_DUPLICATE t\.csv:3, a/0: its (speaker|text) is '(t|other words)'"):
+        read(tmp_path, text, columns={"id": "id", "label": "label", "annotator": "who"})
 
 
 def test_a_file_a_turn_needs_neither_times_nor_recordings(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import soundfile
 
 from data.audio import SAMPLE_RATE
 from data.corpus_config import CorpusConfig
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.findings import CODES, BuildError, Finding
 from data.importers import IMPORTERS
 from data.prepare import prepare
 from data.report.summary import read_findings
 from data.shards import Shards
 
-SESSIONS, TURNS, EVERY, LENGTH = 8, 20, 3.0, 2.5  # turns start every 3 s and take 2.5 s
+SESSIONS, TURNS, EVERY, LENGTH = 9, 20, 3.0, 2.5  # turns start every 3 s and take 2.5 s
 LABELS = {"client": ["change", "neutral", "sustain"], "therapist": ["question", "reflection"]}
 END = (TURNS - 1) * EVERY + LENGTH
 
@@ -246,6 +246,21 @@ def a_stereo_recording_at_another_rate(world: World) -> Expected:
 
 
 @fault
+def a_recording_that_breaks_off(world: World) -> Expected:
+    """An MP3 that was cut in half announces its former length."""
+
+    def cut(folder: Path) -> None:
+        wav = folder / "audio" / "s8.wav"
+        soundfile.write(folder / "audio" / "s8.mp3", world.sound["s8"], SAMPLE_RATE)
+        wav.unlink()
+        content = (folder / "audio" / "s8.mp3").read_bytes()
+        (folder / "audio" / "s8.mp3").write_bytes(content[: len(content) * 29 // 60])
+
+    world.files.append(cut)
+    return [("W_TRUNCATED", "s8"), *(("E_TS_RANGE", f"s8/{turn}") for turn in range(9, TURNS))]
+
+
+@fault
 def a_turn_of_31_seconds(world: World) -> Expected:
     world.sound["s7"] = np.concatenate([world.sound["s7"], world.sound["s7"]])
     world.row("s7/19")["end"] = world.row("s7/19")["start"] + 31
@@ -344,7 +359,7 @@ def refused(world: World, folder: Path) -> str:
 
 
 def fixed_split(world: World, **other: str) -> None:
-    names = ["train", "train", "train", "train", "val", "val", "test", "test"]
+    names = ["train", "train", "train", "train", "val", "val", "test", "test", "test"]
     for row in world.rows:
         row["split"] = other.get(row["conversation"], names[int(row["conversation"][1:])])
 
@@ -380,13 +395,60 @@ def test_an_id_with_two_contents_fails(tmp_path: Path, world: World) -> None:
     assert f"corpus.csv:{len(world.rows) + 1}, s2/9: stands already at corpus.csv:51, with other content" in message
 
 
+def test_ids_that_are_equal_across_sessions_fail(tmp_path: Path, world: World) -> None:
+    world.rows[1]["conversation"] = "s0/0"
+    world.rows[0]["id"], world.rows[1]["id"] = "x/0/7", "x/7"  # both become s0/0/7
+    world.rows[0]["text"] = world.rows[1]["text"] = "the same"
+    config = CorpusConfig.model_validate(BASE)
+    with pytest.raises(DataError, match=r"F_DUPLICATE: 1 id\(s\) name different utterances"):
+        prepare(IMPORTERS["table"].read(world.write(tmp_path)[0], None, config), tmp_path / "shards", config)
+
+
+def test_a_session_in_two_places_is_not_mixed_up(tmp_path: Path) -> None:
+    (tmp_path / "coded").mkdir()
+    for part, turns in enumerate((range(3), range(3, 6))):
+        rows = "".join(f"c0,{turn},T,words {turn},x\n" for turn in turns)
+        (tmp_path / "coded" / f"{part}.csv").write_text("conversation,turn,speaker,text,code\n" + rows)
+    corpus = IMPORTERS["mi-tags"].read(tmp_path / "coded", None, CorpusConfig())
+    with pytest.raises(DataError, match=r"F_DUPLICATE 1\.csv:2, c0/3: the session stands already at 0\.csv:2"):
+        prepare(corpus, tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"therapist": 0}, "channels.client: has no channel"),
+        ({"therapist": 1, "client": 0, "clinet": 1}, "channels.clinet: is no role of the corpus"),
+    ],
+)
+def test_nobody_is_heard_on_the_channel_of_another(
+    tmp_path: Path, world: World, channels: dict[str, int], message: str
+) -> None:
+    world.settings["channels"] = channels
+    with pytest.raises(ConfigError, match=message):
+        world.prepare(tmp_path)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("time", ["1e308", "1e7", "99999:00:00", "nan"])
+def test_a_time_out_of_this_world_is_a_finding(tmp_path: Path, world: World, time: str) -> None:
+    world.row("s1/4")["end"] = time
+    assert [(finding.code, finding.utterance) for finding in world.prepare(tmp_path)[1]] == [("E_TS_FORMAT", "s1/4")]
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_recording(tmp_path: Path, world: World) -> None:
+    for row in world.rows[:TURNS]:
+        row["conversation"] = "long" * 100
+    assert {finding.code for finding in world.prepare(tmp_path)[1]} == {"E_AUDIO_MISSING"}
+
+
 def test_more_rejects_than_allowed_fail(tmp_path: Path, world: World) -> None:
     world.settings["max_rejected"] = 0.01
     a_misspelt_label(world)
-    world.prepare(tmp_path / "one of 160")
+    world.prepare(tmp_path / "one of 180")
     a_label_of_the_other_role(world)
-    message = refused(world, tmp_path / "two of 160")
-    assert message.startswith("F_REJECTED: 2 of 160 rows are rejected (1.2%), and 1.0% are allowed")
+    message = refused(world, tmp_path / "two of 180")
+    assert message.startswith("F_REJECTED: 2 of 180 rows are rejected (1.1%), and 1.0% are allowed")
     assert "corpus.csv:87, s4/5: label 'chnage' is unknown" in message
 
 
