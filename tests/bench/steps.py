@@ -1,18 +1,14 @@
 """What each option costs: CPU time of an optimizer step of the demo's models, relative to the reference, in one run.
 
-    python -m tests.bench.steps
+    python -m tests.bench steps
 
 Variants are timed in turns, so that a change of the machine's load hits all of them; the median over the rounds counts.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from data.plan import plan
 from model.checkpoint import seed_everything
@@ -20,6 +16,7 @@ from model.train import Trainer
 from sweep import builtin
 from sweep import config as configuration
 from sweep.trial import build
+from tests.bench.measure import Row
 
 STEPS, ROUNDS = 3, 7
 VARIANTS: dict[str, list[str]] = {
@@ -66,8 +63,8 @@ def seconds(made: Trainer, first: int) -> float:
     return (time.process_time() - started) / STEPS
 
 
-def main() -> None:
-    """Print the table."""
+def run() -> list[Row]:
+    """How many times the reference's CPU time each variant takes."""
     made = {name: trainer(overrides) for name, overrides in VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in made}
     for number in range(ROUNDS + 1):
@@ -76,14 +73,12 @@ def main() -> None:
             if number:  # the first round warms up
                 times[name].append(taken)
     reference = next(iter(times))
-    table = Table(title=f"CPU time of a step of {made[reference].config.batch_size} items, one thread")
-    for column in ("variant", "ms", "ratio"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for name, taken in times.items():
-        ratio = statistics.median(one / other for one, other in zip(taken, times[reference], strict=True))
-        table.add_row(name, f"{1000 * statistics.median(taken):.0f}", f"{ratio:.2f}")
-    Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return [
+        Row(
+            f"CPU time of a step: {name}",
+            "reference",
+            [one / other for one, other in zip(taken, times[reference], strict=True)],
+            note=f"{1000 * statistics.median(taken):.0f} ms",
+        )
+        for name, taken in times.items()
+    ]
