@@ -84,7 +84,7 @@ class AlignConfig(Section):
     )
 
 
-class CorpusConfig(Section):
+class CorpusConfig(Section, coerce_numbers_to_str=True):
     """Everything that decides what is made of a corpus."""
 
     roles: dict[str, str] = Field(

@@ -245,6 +245,11 @@ def test_labels_and_roles_are_those_of_the_dialogues(maker: Maker, tmp_path: Pat
         assert all(list(own) == sorted(own) for own in corpus.roles.values())
 
 
+def test_names_may_be_numbers_in_yaml() -> None:
+    config = CorpusConfig.model_validate({"roles": {0: "therapist"}, "labels": {"client": [1, 2]}})
+    assert (config.roles, config.labels) == ({"0": "therapist"}, {"client": ("1", "2")})
+
+
 def test_labels_of_the_settings_come_first_and_in_their_order(maker: Maker, tmp_path: Path) -> None:
     own = {"therapist": ("Reflection", "question", "other"), "client": ("sustain", "neutral", "change")}
     config = maker.config.model_copy(update={"labels": own, "qualities": ("low", "High")})
