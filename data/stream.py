@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +28,8 @@ Batches = Sequence[Sequence[Item]]
 Batch = list[Example]
 Source = Callable[[Batches, Draw | None], Generator[Batch, None, None]]  # None: as recorded
 
-STEPS_PER_TASK = 16  # batches a Ray read task emits: few enough to start fast, enough to pay for the task
+FIRST_STEPS = 8  # batches of the first read task: few, so that training can begin
+STEPS_PER_TASK = 48  # of the others: many, to pay for the task
 READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
 BURST = 4  # batches read in a row: to wake the thread for each costs as much as to read it
 PREFETCH = 2 * BURST  # batches read ahead of the training step, at most
@@ -151,7 +153,9 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
         source = _plan_datasource(shards, config, sound, batches, draw)
-        dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS)
+        # As many blocks as tasks: otherwise Ray cuts each into single rows, which costs three times as much as reading.
+        blocks = len(_parts(batches))
+        dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS, override_num_blocks=blocks)
         try:
             for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=BURST):
                 yield from from_arrow(table)
@@ -159,6 +163,12 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
             raise _unwrapped(error) from None
 
     return read
+
+
+def _parts(batches: Batches) -> list[Batches]:
+    """What each read task reads."""
+    borders = [0, *range(FIRST_STEPS, len(batches), STEPS_PER_TASK), len(batches)]
+    return [batches[first:end] for first, end in pairwise(borders)]
 
 
 def _unwrapped(error: Exception) -> Exception:
@@ -182,7 +192,7 @@ def _plan_datasource(
             return None
 
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            return [_task(batches[first : first + STEPS_PER_TASK]) for first in range(0, len(batches), STEPS_PER_TASK)]
+            return [_task(part) for part in _parts(batches)]
 
     place, fold, index = shards.folder, shards.fold, shards.manifest.index
 

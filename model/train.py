@@ -18,7 +18,7 @@ from data.config import TaskWeights
 from data.errors import UserError
 from data.examples import Example
 from data.plan import micro_batches, plan, plan_hash, share
-from data.stream import STEPS_PER_TASK
+from data.stream import FIRST_STEPS
 from model import checkpoint
 from model.config import TrainConfig
 from model.evaluate import Asked, TrialData, ask, evaluate, world
@@ -192,8 +192,8 @@ class Trainer:
     def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report."""
         state, last = self.state, self.state.epoch + 1 == self.config.epochs
-        # No more than a read task has: one that is under way when the trial is pruned takes its process along.
-        self.begun = None if last else self._ask(state.epoch + 1, last=STEPS_PER_TASK)
+        # No more than the first read task has: one that is under way when the trial is pruned takes its process along.
+        self.begun = None if last else self._ask(state.epoch + 1, last=FIRST_STEPS)
         validation = self.validation or ask(self.model, self.data, "val", self.config.token_budget)
         records = evaluate(self.model, self.data, "val", self.config.token_budget, asked=validation)
         self.validation = None

@@ -19,7 +19,17 @@ from data.errors import DataError
 from data.examples import from_arrow, to_arrow
 from data.shards import Shards
 from data.store import Store
-from data.stream import BURST, PREFETCH, Reading, _kept, _plan_datasource, _unwrapped, local_source
+from data.stream import (
+    FIRST_STEPS,
+    PREFETCH,
+    STEPS_PER_TASK,
+    Reading,
+    _kept,
+    _parts,
+    _plan_datasource,
+    _unwrapped,
+    local_source,
+)
 from data.tasks import items
 from tests.data.common import make, same
 
@@ -275,3 +285,12 @@ def test_a_corpus_that_was_prepared_anew_is_not_read_on(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the corpus was changed"):
         _kept.cache_clear()
         through_ray(shards, batches)
+
+
+@pytest.mark.parametrize("count", [0, 1, FIRST_STEPS, FIRST_STEPS + 1, 100, 3 * STEPS_PER_TASK])
+def test_read_tasks_cover_every_batch_once_and_the_first_is_short(count: int) -> None:
+    batches = [[("classify", row)] for row in range(count)]
+    parts = _parts(batches)
+    assert [batch for part in parts for batch in part] == batches
+    assert len(parts[0]) <= FIRST_STEPS
+    assert all(len(part) <= STEPS_PER_TASK for part in parts)
