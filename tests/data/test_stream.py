@@ -20,6 +20,7 @@ from data.examples import from_arrow, to_arrow
 from data.shards import Shards
 from data.store import Store
 from data.stream import (
+    BURST,
     FIRST_STEPS,
     PREFETCH,
     STEPS_PER_TASK,
