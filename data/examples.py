@@ -1,9 +1,11 @@
 """From items to examples: the dialogue that is read, the clip that is heard, the answer that is expected."""
 
+import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,19 +33,7 @@ class Example:
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only
 
 
-EXAMPLE_TYPE = pa.struct(
-    [
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("conversation", pa.string()),
-        ("speaker", pa.string()),
-        ("answer", pa.string()),
-        ("subset", pa.string()),
-        ("turns", pa.list_(pa.list_(pa.string()))),
-        ("heard", pa.int32()),
-    ]
-)
-_SAID = EXAMPLE_TYPE.names
+_SAID = [field.name for field in fields(Example) if field.name != "pcm"]
 
 
 def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
@@ -136,22 +126,45 @@ def _clip(shards: Shards, row: int, config: DataConfig, draw: Draw | None) -> np
 
 def to_arrow(batches: Sequence[Sequence[Example]]) -> pa.Table:
     """Batches as a table with one row a batch, the form in which they cross processes; clips are copied once."""
-    flat = [example for batch in batches for example in batch]
-    borders = pa.array(np.cumsum([0, *map(len, batches)]), pa.int64())
-    said = pa.array([{name: getattr(example, name) for name in _SAID} for example in flat], EXAMPLE_TYPE)
-    clips = [None if example.pcm is None else example.pcm.data.cast("B") for example in flat]
-    columns = {"examples": said, "pcm": pa.array(clips, pa.large_binary())}
-    return pa.table({name: pa.LargeListArray.from_arrays(borders, values) for name, values in columns.items()})
+    said = [json.dumps([_said(example) for example in batch]) for batch in batches]
+    clips = [[example.pcm for example in batch if example.pcm is not None] for batch in batches]
+    sizes = [sum(clip.nbytes for clip in own) for own in clips]
+    pcm = np.concatenate([np.empty(0, "<i2"), *(clip for own in clips for clip in own)], dtype="<i2")
+    borders = np.cumsum([0, *sizes], dtype=np.int64)
+    buffers = [None, pa.py_buffer(borders), pa.py_buffer(pcm)]
+    return pa.table(
+        {
+            "examples": pa.array(said, pa.large_string()),
+            "pcm": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(batches), buffers),
+        }
+    )
 
 
 def from_arrow(table: pa.Table) -> list[list[Example]]:
     """The inverse of `to_arrow`; clips are not copied, so they hold the table's memory."""
-    return [
-        [_example(*pair) for pair in zip(said.as_py(), clips.values, strict=True)]
-        for said, clips in zip(table["examples"], table["pcm"], strict=True)
-    ]
+    said = (json.loads(batch.as_py()) for batch in table["examples"])
+    return [_batch(*pair) for pair in zip(said, _buffers(table["pcm"]), strict=True)]
 
 
-def _example(said: dict[str, Any], clip: pa.LargeBinaryScalar) -> Example:
-    said["turns"] = tuple(map(tuple, said["turns"]))
-    return Example(**said, pcm=np.frombuffer(clip.as_buffer(), "<i2") if clip.is_valid else None)
+def _buffers(column: pa.ChunkedArray) -> Iterator[pa.Buffer]:
+    """The values of a binary column where they lie: a scalar would be a copy."""
+    for chunk in column.chunks:
+        _, offsets, content = chunk.buffers()
+        borders = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        yield from (content[start:end] for start, end in pairwise(borders))
+
+
+def _said(example: Example) -> list[Any]:
+    samples = None if example.pcm is None else len(example.pcm)
+    return [samples, *(getattr(example, name) for name in _SAID)]
+
+
+def _batch(said: list[list[Any]], pcm: pa.Buffer) -> list[Example]:
+    heard, start, batch = np.frombuffer(pcm, "<i2"), 0, []
+    for samples, *values in said:
+        own = dict(zip(_SAID, values, strict=True))
+        own["turns"] = tuple(map(tuple, own["turns"]))
+        end = start + (samples or 0)
+        batch.append(Example(**own, pcm=None if samples is None else heard[start:end]))
+        start = end
+    return batch

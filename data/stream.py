@@ -33,6 +33,7 @@ STEPS_PER_TASK = 48  # of the others: many, to pay for the task
 READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
 BURST = 4  # batches read in a row: to wake the thread for each costs as much as to read it
 PREFETCH = 2 * BURST  # batches read ahead of the training step, at most
+PAUSE = 0.02  # seconds between two steps of Ray Data's control loop
 FETCHES = 8  # clips fetched at a time from a store behind a URL, where each is a request
 
 
@@ -152,17 +153,43 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
+        context.custom_execution_callback_classes = [_pause_class()]
         source = _plan_datasource(shards, config, sound, batches, draw)
         # As many blocks as tasks: otherwise Ray cuts each into single rows, which costs three times as much as reading.
         blocks = len(_parts(batches))
         dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS, override_num_blocks=blocks)
+        tables = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=BURST))
         try:
-            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=BURST):
+            while (table := _next(tables)) is not None:
                 yield from from_arrow(table)
         except Exception as error:
             raise _unwrapped(error) from None
 
     return read
+
+
+_WAITING: set[int] = set()  # threads of this process that miss a batch
+
+
+def _next(tables: Iterator[Any]) -> Any:
+    _WAITING.add(threading.get_ident())
+    try:
+        return next(tables, None)
+    finally:
+        _WAITING.discard(threading.get_ident())
+
+
+@functools.cache
+def _pause_class() -> type:
+    """Slows Ray Data's control loop down while no batch is missed: it would spin, and take a CPU from the training."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pause(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            if not _WAITING:
+                time.sleep(PAUSE)
+
+    return Pause
 
 
 def _parts(batches: Batches) -> list[Batches]:
