@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data.augment import Draw, augmented, with_noise
 from data.config import DataConfig
-from data.errors import DataError
+from data.errors import MisfitError
 from data.shards import Shards
 from data.tasks import TASKS, Item, answer, heard_row, last_read
 
@@ -82,12 +82,12 @@ def _source(shards: Shards, row: int, config: DataConfig) -> int:
     """The row whose clip is heard in place of a row's own.
 
     Raises:
-        DataError: there is no other clip to shuffle with.
+        MisfitError: there is no other clip to shuffle with.
     """
     source = _shuffled(shards)[row] if config.sound == "shuffled" else row
     if config.sound == "shuffled" and source == row:
         split, role = (shards.columns[name][row] for name in ("split", "speaker"))
-        raise DataError(
+        raise MisfitError(
             f"data.sound: shuffled needs two clips of a role in a split, and the {split} split of {shards.folder} has "
             f"one of the {role}; use zeroed, or a larger corpus"
         )

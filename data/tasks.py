@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data.errors import DataError
+from data.errors import MisfitError
 from data.schema import split_label
 from data.shards import Shards
 
@@ -56,14 +56,14 @@ def items(shards: Shards, name: str, split: str) -> list[Item]:
     without any clip to hear are left out.
 
     Raises:
-        DataError: there is none.
+        MisfitError: there is none.
     """
     task, columns = TASKS[name], shards.columns
     rows = [row for row in range(len(columns["id"])) if columns["split"][row] == split and _is_item(shards, task, row)]
     if has_sound(shards):
         rows = [row for row in rows if heard_row(shards, task, row) is not None]
     if not rows:
-        raise DataError(
+        raise MisfitError(
             f"{shards.folder}: the {split} split has nothing for the task {name} ({_needs(task)}); set tasks.{name} to "
             "0, or choose another split or corpus"
         )
@@ -127,7 +127,7 @@ def answer_sets(shards: Shards, names: Sequence[str]) -> dict[str, AnswerSet]:
     """The answers of several tasks: labels in order, then the sets of labels that occur in training.
 
     Raises:
-        DataError: the training split has nothing for a task.
+        MisfitError: the training split has nothing for a task.
     """
     return {name: _answer_set(shards, TASKS[name]) for name in names}
 

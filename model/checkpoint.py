@@ -1,7 +1,6 @@
 """Checkpoints: what trains and the state of the loop, nothing that the base model's files hold already."""
 
 import hashlib
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError, listed
+from data.errors import StorageError, UserError, listed, storing
+from model import sealed
+from model.attempt import Attempt
 
-FILE = "checkpoint.pt"
+FILE, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged-{}.pt"
+REMOVE = "remove it to start this trial again"
 
 
 class CheckpointError(UserError):
@@ -99,7 +101,7 @@ def chain(source: str) -> Former:
                 )
             tensors |= parent["tensors"]
     except CheckpointError as error:
-        why = str(error).replace("remove it to start this trial again", "name another trial")
+        why = str(error).replace(REMOVE, "name another trial")
         raise CheckpointError(f"model.init_from: {why}") from None
     own = {"path": str(path.absolute()), "digest": state["digest"]}
     return Former(tensors | state["tensors"], [*state["parents"], own], state["meaning"], state["fingerprint"])
@@ -168,15 +170,46 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return content.hexdigest()[:16]
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it, and rename it: it is there complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+def save(path: Path, state: dict[str, Any], attempt: Attempt | None = None) -> None:
+    """Write a checkpoint beside its name, flush it, and rename it; the one before is kept as PREVIOUS.
+
+    A kill between any two steps leaves one of the two whole under its name, and a name never holds half a file.
+
+    Args:
+        path: of the checkpoint.
+        state: tensors and plain values.
+        attempt: that writes it; by default nobody else does.
+
+    Raises:
+        Superseded: a later attempt has begun; nothing was changed.
+        StorageError: the disk is full, or cannot be written; the former checkpoints are as they were.
+    """
+    own = attempt or Attempt.claim(path.parent)
+    own.check()
+    unfinished = own.unfinished(path.name)
+    with storing(path):
+        try:
+            sealed.write(unfinished, state)
+            with own.writing():
+                _keep(path, own)
+                unfinished.replace(path)
+                sealed.sync_folder(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _keep(path: Path, attempt: Attempt) -> None:
+    """Name a checkpoint PREVIOUS, by a second name where the file system has such, so that it keeps its own."""
+    if not path.exists():
+        return
+    second = attempt.unfinished(PREVIOUS)
+    try:
+        second.hardlink_to(path)
+    except OSError:
+        path.replace(path.with_name(PREVIOUS))
+        return
+    second.replace(path.with_name(PREVIOUS))
+    second.unlink(missing_ok=True)  # where both named one file already, the move has left both names
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -184,17 +217,62 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        StorageError: it cannot be read, which says nothing about what it holds.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state, is_sealed = sealed.read(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train first, or name another trial") from None
-    except Exception as error:
-        kind = type(error).__name__  # its text advises to load without the safeguards
-        raise CheckpointError(f"{path}: damaged checkpoint ({kind}); remove it to start this trial again") from None
+    except sealed.DamagedError as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({error}); {REMOVE}") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); check disk, rights and connection") from None
     if not isinstance(state, dict) or not {"tensors", "progress", "parents", "files", "meaning"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a trial; name the checkpoint.pt of one")
+    if not is_sealed:
+        raise CheckpointError(f"{path}: damaged checkpoint (it has no checksum); {REMOVE}")
     return state
+
+
+def newest(folder: Path) -> tuple[str | None, dict[str, Any], list[str]]:
+    """The checkpoint that a trial goes on from. Damaged ones are set aside: a trial goes on from what is whole.
+
+    Only for the attempt that holds the folder.
+
+    Returns:
+        The name of its file, or None where there is none; what it holds; and what there is to tell, in lines.
+
+    Raises:
+        StorageError: a checkpoint cannot be read, which says nothing about what it holds.
+    """
+    notes: list[str] = []
+    for name in (FILE, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            state = load(folder / name)
+        except CheckpointError as error:
+            said = str(error).partition(";")[0]
+            notes.append(f"{said}; kept for a look as {_set_aside(folder / name)}")
+            continue
+        if notes:
+            notes.append(f"the trial goes on from {name}, which is one checkpoint older")
+        return name, state, notes
+    if notes:
+        notes.append("no checkpoint is left: the trial starts again from its beginning")
+    return None, {}, notes
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint; no more than one is kept."""
+    former = list(path.parent.glob(DAMAGED.format("*")))
+    number = max((int(one.stem.rpartition("-")[2]) for one in former), default=0) + 1
+    aside = DAMAGED.format(number)
+    with storing(path):
+        path.replace(path.with_name(aside))
+        for one in former:
+            one.unlink()
+    return aside
 
 
 def seed_everything(seed: int) -> None:

@@ -234,7 +234,10 @@ class TrainConfig(Section):
         description="Tokens and encoder frames computed at once (longest x count). Memory depends on it; the result "
         "does not, in fp32 and without dropout, whose draws follow the cut.",
     )
-    checkpoint_steps: Count = Field(500, description="Optimizer steps between checkpoints within an epoch.")
+    checkpoint_steps: Count = Field(500, description="Optimizer steps between checkpoints within an epoch, at most.")
+    checkpoint_seconds: Positive = Field(
+        300, description="Seconds of training between checkpoints within an epoch, at most, up to the end of a step."
+    )
 
     @property
     def teaches(self) -> bool:

@@ -1,6 +1,6 @@
 """The examples of a trial, and predictions over a whole split: identical however the split is batched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,14 +20,10 @@ from model.losses import answer_losses, teacher_cost
 from model.metrics import Record
 from model.score import decide, generate, label_scores
 from model.speech_llm import SpeechLLM
+from model.workers import world
 
 LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
 TOGETHER = 64  # items of an evaluation that are cut into batches together, of similar tokens and frames
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of workers) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @dataclass
@@ -157,6 +153,7 @@ def evaluate(
     token_budget: int,
     batch_size: int | None = None,
     asked: Asked | None = None,
+    between: Callable[[], Any] = lambda: None,
 ) -> list[Record]:
     """Predict a whole split, over all workers.
 
@@ -167,6 +164,7 @@ def evaluate(
         token_budget: limit on what is computed together.
         batch_size: items computed together; by default as many as fit in `token_budget`.
         asked: what `ask` returned, where it was called early.
+        between: called before each batch; it may raise to end the evaluation.
 
     Returns:
         One record per item, in order.
@@ -175,6 +173,7 @@ def evaluate(
     model.eval()
     found: list[tuple[int, Record]] = []
     for batch, examples in zip(batches, reading, strict=True):
+        between()
         found += zip(batch, predict(model, examples), strict=True)
     if (workers := world()[1]) > 1:
         everybody: list[Any] = [None] * workers

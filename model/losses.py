@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.errors import DataError
+from data.errors import MisfitError
 from data.examples import Example
 from model.config import LossConfig
 from model.llm import load_llm
@@ -111,12 +111,12 @@ def teacher_cost(model: SpeechLLM, example: Example) -> int:
     """Tokens that the teacher reads for an example.
 
     Raises:
-        DataError: they are more than the LLM reads at once.
+        MisfitError: they are more than the LLM reads at once.
     """
     prompt = model.transcriber.prompt(_read_by(model, example))
     tokens = len(prompt.ids) + len(model.answer(example).inputs)
     if model.reach is not None and tokens > model.reach:
-        raise DataError(
+        raise MisfitError(
             f"utterance {example.id}: its transcript takes {tokens} tokens, which the teacher of train.losses reads, "
             f"and {model.config.llm.path} reads {model.reach} at once; lower data.history, or set distillation and "
             "hidden to 0"

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from data.errors import ConfigError, DataError, reason
+from data.errors import ConfigError, MisfitError, reason
 from data.examples import Example
 from data.schema import split_label
 from data.tasks import TASKS
@@ -149,7 +149,7 @@ class Prompter:
         """The prompt of an example; turns are dropped from the oldest on until the text fits.
 
         Raises:
-            DataError: the heard turn and what follows it are longer than the limit.
+            MisfitError: the heard turn and what follows it are longer than the limit.
         """
         config = self.config
         head, tail = self._frame(example.task, example.speaker)
@@ -161,7 +161,7 @@ class Prompter:
         fixed = sum(token >= 0 for token in (*head, *current, *tail))
         room = config.llm.max_text_tokens - fixed
         if room < 0:
-            raise DataError(
+            raise MisfitError(
                 f"utterance {example.id}: {fixed} text tokens exceed model.llm.max_text_tokens "
                 f"({config.llm.max_text_tokens}); raise it"
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.audio import waveform
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, MisfitError
 from data.examples import Example
 from data.plan import Cost, groups
 from data.tasks import AnswerSet
@@ -198,7 +198,7 @@ class SpeechLLM(nn.Module):
             n_samples: of the clip.
 
         Raises:
-            DataError: it is longer than the LLM's positions reach, or than model.llm.max_text_tokens.
+            MisfitError: it is longer than the LLM's positions reach, or than model.llm.max_text_tokens.
         """
         prompt, answer = self.prompter.prompt(example), self.answer(example)
         cost, frames, clip = Cost(len(prompt.ids) + len(answer.inputs)), 0, 0
@@ -212,7 +212,7 @@ class SpeechLLM(nn.Module):
             positions += clip - 1  # in place of the placeholder
             cost = Cost(cost.tokens + clip - 1, self.encoder.cost(n_samples))
         if self.reach is not None and positions > self.reach:
-            raise DataError(
+            raise MisfitError(
                 f"utterance {example.id}: prompt and answer take up to {positions} positions ({clip} of them sound), "
                 f"and {self.config.llm.path} reads {self.reach} at once; lower model.llm.max_text_tokens, raise "
                 "model.adapter.stride, or cut the clip"

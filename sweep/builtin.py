@@ -48,19 +48,22 @@ def missing(config: Config) -> list[str]:
 
 
 def resolve(config: Config) -> Config:
-    """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones.
-
-    Workers run in folders of their own, where a relative path leads nowhere.
+    """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones: workers run in
+    folders of their own.
 
     Raises:
         ConfigError: there is no built-in of that name.
     """
     _make_all(missing(config))
+    return absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
+
+
+def absolute(config: Config) -> Config:
+    """Replace local paths by absolute ones, so that they lead to the same place from another folder."""
     settings = flat(config)
-    local = {
-        key: str(Path(settings[key]).absolute()) for key in FILES if settings[key] and Path(settings[key]).exists()
-    }
-    return config.with_values(local | {key: str(_folder(name)) for key, name in _named(config).items()})
+    return config.with_values(
+        {key: str(Path(settings[key]).absolute()) for key in FILES if settings[key] and Path(settings[key]).exists()}
+    )
 
 
 def _named(config: Config) -> dict[str, str]:

@@ -2,54 +2,122 @@
 
 import contextlib
 import os
-import signal
 import socket
+import tempfile
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from data.errors import reason
+from sweep import leftovers
+
+STARTS = 3  # times that a cluster is tried to start
+START_SECONDS = 180.0  # that a start may take: on a starved machine it can hang for ever
+
+
+class ClusterError(Exception):
+    """There is no cluster to run on; the message is complete."""
 
 
 @contextlib.contextmanager
-def local_or_remote_ray() -> Iterator[None]:
+def local_or_remote_ray(folder: Path | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own.
 
     Its dashboard is on loopback; its other ports, which Ray opens on all interfaces, want the token that Ray makes.
+
+    Args:
+        folder: of a sweep; what a kill of this process leaves behind is written down there.
+
+    Raises:
+        ClusterError: it cannot be reached, or does not start.
     """
     import ray
 
-    # Every Ray process gets these. The address is needed by Train's placement-group cleaner, which otherwise gives up
-    # when several Ray instances run on a machine, and leaks the resources of an ended trial.
-    variables = {
+    scratch = Path(tempfile.mkdtemp(prefix=leftovers.PREFIX, dir=leftovers.temporary()))
+    with leftovers.recorded(folder, scratch):
+        try:
+            if os.environ.get("RAY_ADDRESS"):
+                _connect()
+            else:
+                _start(scratch)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _variables() -> dict[str, str]:
+    """The environment of every Ray process."""
+    return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the workers of a slot look themselves
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": variables}, **quiet)
-    else:
-        port = free_port()
-        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
-        os.environ["RAY_num_workers_soft_limit"] = "64"  # noqa: SIM112 — Ray spells it so
-        # A slot is a handful of small processes: start them at once, without a warning for each.
-        os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
-        variables["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=free_port(),
-            object_store_memory=512 << 20,
-            runtime_env={"env_vars": variables},
-            **quiet,
-        )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `ray.init` put its own in place
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+def _connect() -> None:
+    import ray
+
     try:
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(runtime_env={"env_vars": _variables()}, **QUIET)
+    except Exception as error:
+        raise ClusterError(
+            f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: cannot be reached ({reason(error)}); check address and token, "
+            "or unset it to run on this machine alone"
+        ) from None
+
+
+def _start(scratch: Path) -> None:
+    """Start a cluster on this machine; a start that fails or hangs is tried again."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        before = leftovers.children()
+        watchdog = threading.Timer(START_SECONDS, lambda known=before: _end_new(known))
+        watchdog.start()
+        try:
+            _start_once(scratch)
+            return
+        except Exception as error:
+            ray.shutdown()
+            _end_new(before)
+            if not left:
+                raise ClusterError(f"Ray does not start on this machine ({reason(error)}); free some memory") from None
+        finally:
+            watchdog.cancel()
+
+
+def _start_once(scratch: Path) -> None:
+    import ray
+
+    port = free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
+    os.environ["RAY_num_workers_soft_limit"] = "64"  # noqa: SIM112 — Ray spells it so
+    # A slot is a handful of small processes: start them at once, without a warning for each.
+    os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
+    # Train's placement-group cleaner needs the address: without it, it gives up when several Ray instances run on a
+    # machine, and leaks the resources of an ended trial.
+    variables = _variables() | {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    ray.init(
+        address="local",
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        dashboard_port=free_port(),
+        object_store_memory=512 << 20,
+        runtime_env={"env_vars": variables},
+        _temp_dir=str(scratch),
+        **QUIET,
+    )
+
+
+def _end_new(before: leftovers.Known) -> None:
+    leftovers.end({pid: started for pid, started in leftovers.children().items() if pid not in before})
 
 
 def free_port() -> int:

@@ -43,6 +43,41 @@ class ResourceConfig(Section):
     slots: Count | None = Field(None, description="Trials at the same time; by default as many as the cluster holds.")
 
 
+class StorageConfig(Section):
+    """Where a sweep keeps its ledger, and how many of its checkpoints."""
+
+    ledger: str | None = Field(
+        None,
+        description="Where the ledger lies. null: a journal file in the sweep's folder, on one machine or on a file "
+        "system that all machines share. Or a database: sqlite:///file (relative to the sweep's folder) or "
+        "postgresql://user@host/database, which sweeps may share; its password comes from $PGPASSWORD or ~/.pgpass.",
+    )
+    keep: Count | None = Field(
+        3, description="Checkpoints kept of ended trials, the best ones; null: all. Running trials keep theirs."
+    )
+
+    def problems(self) -> list[str]:
+        """As in ModelConfig. Not a validator: its message would show the value, and with it a password."""
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        if self.ledger is None:
+            return []
+        wanted = "write sqlite:///file or postgresql://user@host/database, or null for a file in the sweep's folder"
+        try:
+            url = make_url(self.ledger)
+        except (ArgumentError, ValueError):
+            return [f"storage.ledger: not a URL; {wanted}"]
+        if url.password or any("password" in name for name in url.query):
+            return [
+                "storage.ledger: holds a password, which would be written to files; take it out, and give it in "
+                "$PGPASSWORD or ~/.pgpass"
+            ]
+        if url.get_backend_name() not in ("sqlite", "postgresql") or url.database in (None, "", ":memory:"):
+            return [f"storage.ledger: {self.ledger!r} is no database that a ledger can lie in; {wanted}"]
+        return []
+
+
 class Config(Section):
     """Everything that decides a sweep; `search.space` varies it from trial to trial."""
 
@@ -56,10 +91,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     resources: ResourceConfig = ResourceConfig()
+    storage: StorageConfig = StorageConfig()
 
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
-        found = self.model.problems() + self.train.problems()
+        found = self.model.problems() + self.train.problems() + self.storage.problems()
         tasks = self.tasks.active()
         if not tasks:
             return [*found, "tasks: all weights are 0, so there is nothing to learn; raise one"]
@@ -168,20 +204,18 @@ def write(config: Config, path: Path) -> None:
 
 
 def claim_folder(config: Config, folder: Path) -> None:
-    """Write the configuration into a new folder, or check that it is the one that started there.
+    """Write the configuration into a new folder, or over that of a sweep which can take the changes.
 
     Raises:
-        ConfigError: the folder belongs to other settings; the number of trials and slots may change.
+        ConfigError: the folder belongs to other settings (see `sweep.changes`); nothing is written then.
     """
+    from sweep.changes import compare
+
     path = folder / "config.yaml"
     if path.exists():
-        before, after = flat(load(str(path))), flat(config)
-        changed = [
-            key for key in after if before[key] != after[key] and key not in ("search.trials", "resources.slots")
-        ]
-        if changed:
-            listed = "; ".join(f"{key}: {before[key]!r} → {after[key]!r}" for key in changed)
-            raise ConfigError(f"{folder}: started with other settings ({listed}); use --out for a new folder")
+        changes = compare(load(str(path)), config)
+        if changes.refused:
+            raise ConfigError(changes.refusal(folder))
     folder.mkdir(parents=True, exist_ok=True)
     write(config, path)
 

@@ -1,5 +1,9 @@
-"""What a person sees while a sweep runs: a line for every trial that starts or ends, and a bar of what is going on."""
+"""What a person sees while a sweep runs: a line for every trial that starts or ends, and how far the whole is.
 
+The latter is a bar on a terminal, and elsewhere, as in the log of a batch job, a line now and then.
+"""
+
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -11,10 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sweep.config import Config
-from sweep.ledger import FILE, Entry, Ledger, is_drawn
-from sweep.results import short_names
+from sweep.ledger import Entry, Ledger, has_ledger, is_drawn
+from sweep.results import progress, short_names
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+QUIET = 60.0  # seconds between two lines about the whole
 
 
 class Display:
@@ -22,10 +27,11 @@ class Display:
 
     def __init__(self, console: Console, config: Config, folder: Path, every: float = 0.5) -> None:
         self.console, self.config, self.folder, self.every = console, config, folder, every
+        self.slots: int | None = None  # trials at a time, once somebody knows
+        self.told, self.told_at = "", time.monotonic()
         self.progress = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} trials"),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
             console=console,
@@ -49,8 +55,7 @@ class Display:
     ) -> None:
         self.ended.set()
         self.thread.join()
-        if (self.folder / FILE).exists():
-            self._update()
+        self._look()
         self.progress.stop()
 
     def say(self, text: str) -> None:
@@ -61,7 +66,12 @@ class Display:
 
     def _follow(self) -> None:
         while not self.ended.wait(self.every):
-            if (self.folder / FILE).exists():
+            self._look()
+
+    def _look(self) -> None:
+        """Show what is new. What cannot be read now is shown later, and stops nobody."""
+        if has_ledger(self.folder, self.config):
+            with contextlib.suppress(Exception):
                 self._update()
 
     def _update(self) -> None:
@@ -69,12 +79,18 @@ class Display:
         entries = [entry for entry in ledger.entries() if is_drawn(self.folder, entry)]
         for entry in entries:
             self._tell(entry)
-        done = sum(entry.state != "RUNNING" for entry in entries)
-        best = ledger.best()
+        found = progress(self.config, entries, self.slots)
         parts = [f"#{entry.number} epoch {len(entry.curve)}" for entry in entries if entry.state == "RUNNING"]
-        if best is not None:
-            parts.insert(0, f"best {best.value:.3f} (#{best.number})")
-        self.progress.update(self.task, completed=done, description=", ".join(parts))
+        line = " │ ".join([found.line(), *([", ".join(parts)] if parts else [])])
+        self.progress.update(self.task, total=found.target, completed=found.done, description=escape(line))
+        self._tell_all(line)
+
+    def _tell_all(self, line: str) -> None:
+        """How far the whole is, where there is no bar: when it changed, and not too often."""
+        now = time.monotonic()
+        if not self.console.is_terminal and line != self.told and now - self.told_at >= QUIET:
+            self.told, self.told_at = line, now
+            self.say(escape(line))
 
     def _tell(self, entry: Entry) -> None:
         known, epoch = self.seen.get(entry.number), len(entry.curve)

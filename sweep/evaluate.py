@@ -6,7 +6,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.schema import SPLITS
-from model import checkpoint
+from model import checkpoint, curve
 from model.evaluate import evaluate
 from model.metrics import per_label, summarise
 from sweep import builtin
@@ -67,16 +67,31 @@ def evaluate_checkpoint(
 
 
 def _checkpoint(source: Path) -> Path:
-    folder = source.parent if source.is_file() else source
+    named = source.is_file() or source.name == checkpoint.FILE
+    folder = source.parent if named else source
     if not (folder / "config.yaml").exists():
         raise UserError(f"{source}: neither a sweep, a trial nor a checkpoint beside its config.yaml; see runs/")
     if source.is_file() and source.name != "config.yaml":
         return source
-    source = folder
-    if (source / "checkpoint.pt").exists():
-        return source / "checkpoint.pt"
-    ledger = Ledger.read(source, configuration.load(str(source / "config.yaml")))
+    if (folder / checkpoint.FILE).exists():
+        return folder / checkpoint.FILE
+    if named or (folder / curve.FILE).exists():  # of a trial
+        raise UserError(f"{source}: {_gone(folder)}")
+    ledger = Ledger.read(folder, configuration.load(str(folder / "config.yaml")))
     best = ledger.best()
     if best is None:
-        raise UserError(f"{source}: no trial is complete yet; name a trial's folder, or finish the sweep")
-    return trial_folder(source, best.number) / "checkpoint.pt"
+        raise UserError(f"{folder}: no trial is complete yet; name a trial's folder, or finish the sweep")
+    path = trial_folder(folder, best.number) / checkpoint.FILE
+    if path.parent.exists() and not path.exists():
+        raise UserError(f"{path}: {_gone(path.parent)}")
+    return path
+
+
+def _gone(folder: Path) -> str:
+    """Why a trial has no checkpoint, and what to do."""
+    if not (folder / "predictions.json").exists():  # written with the first epoch
+        return "the trial has no checkpoint yet; train it first"
+    return (
+        "the trial has no checkpoint any more: a sweep keeps those of its best trials (storage.keep); name one of "
+        f"them, or train this one again with `sweep train {folder / 'config.yaml'}`"
+    )

@@ -8,19 +8,36 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from data.errors import UserError
-from sweep.ledger import Ledger
+from sweep.ledger import Ledger, Reason, common_fault
 
 MakeJob = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
 class LedgerSearcher(Searcher):
-    """First the trials that a former attempt left running, under their numbers, then new ones, until the target."""
+    """First the trials that a former attempt left running, under their numbers, then new ones, until the target.
 
-    def __init__(self, ledger: Ledger, make_job: MakeJob) -> None:
+    Args:
+        ledger: of the sweep.
+        make_job: what a trial's workers are given.
+        check: raises where another driver has taken the sweep over.
+        stop: asks all slots to end.
+        ended: called after a trial has ended.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        make_job: MakeJob,
+        check: Callable[[], None],
+        stop: Callable[[], object],
+        ended: Callable[[], object],
+    ) -> None:
         super().__init__(metric=ledger.config.search.metric, mode="max")
-        self.ledger = ledger
-        self.make_job = make_job
+        self.ledger, self.make_job = ledger, make_job
+        self.check, self.stop, self.ended = check, stop, ended
         self.numbers: dict[str, int] = {}  # Tune's trial id → number in the ledger, of trials that run now
+        self.stopping = False
+        self.fault: tuple[str, str] | None = None  # why and reason of what hits every trial
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune snapshots its searcher; this one has nothing to keep, and its ledger is not to be copied."""
@@ -30,12 +47,14 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        while (asked := self.ledger.ask(list(self.numbers.values()), self.ledger.config.search.trials)) is not None:
+        self.check()
+        target = self.ledger.config.search.trials
+        while not self.stopping and (asked := self.ledger.ask(list(self.numbers.values()), target)) is not None:
             number, values = asked
             try:
                 job = self.make_job(number, values)
             except UserError as error:  # values that are allowed one by one and not together
-                self.ledger.fail(number, str(error))
+                self._fail(number, str(error), "error")
                 continue
             self.numbers[trial_id] = number
             return {"job": job}
@@ -45,16 +64,40 @@ class LedgerSearcher(Searcher):
         number = self.numbers.pop(trial_id, None)
         if number is None:
             return
-        result = result or {}
+        self.check()
+        self._tell(number, result or {}, error)
+        self.ended()
+
+    def _tell(self, number: int, result: dict[str, Any], error: bool) -> None:
         if result.get("finished"):
             self.ledger.complete(number)
+        elif result.get("interrupted"):
+            return  # goes on when the command is given again
+        elif result.get("common"):
+            self._stop_for(result["failed"], result["reason"])
         elif "failed" in result:
-            self.ledger.fail(number, result["failed"])
-        elif error:
-            self.ledger.fail(number, "its workers were lost too often")
+            self._fail(number, result["failed"], result["reason"])
+        elif error and not self.stopping:
+            self._fail(number, "its workers were lost too often", "workers lost")
+
+    def _fail(self, number: int, why: str, reason: Reason) -> None:
+        self.ledger.fail(number, why, reason=reason)
+        if (fault := common_fault(self.ledger.entries())) is not None:
+            self._stop_for(fault, reason)
+
+    def _stop_for(self, why: str, reason: str) -> None:
+        self.fault = self.fault or (why, reason)
+        self.end()
+
+    def end(self) -> None:
+        """Start nothing more, and ask what runs to write its checkpoint."""
+        if not self.stopping:
+            self.stopping = True
+            self.stop()
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tell the ledger about an epoch; True when the trial ends here."""
+        self.check()
         return self.ledger.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
     def save(self, checkpoint_path: str) -> None:

@@ -4,25 +4,39 @@ Ray Tune executes and MLflow shows, but what was asked, reported and decided sta
 """
 
 import math
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data.errors import UserError
+from sweep import draw
 from sweep.config import Config
-from sweep.settings import flat
 from sweep.space import better, is_rung, prune
+from sweep.storage import FILE, has_ledger, open_study, read_study, sweep_id
+
+__all__ = [
+    "FILE",
+    "Entry",
+    "Ledger",
+    "Reason",
+    "common_fault",
+    "has_ledger",
+    "is_drawn",
+    "sweep_id",
+    "trial_config",
+    "trial_folder",
+]
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
-FILE = "study.journal"
+Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
+FAULTY = 3  # failures alike, and nothing else, after which a sweep is called faulty
+FAULTY_BY_PARAMETERS = 6  # of a kind that other parameters may avoid
+BY_PARAMETERS = ("non-finite", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,11 @@ class Entry:
     steps: int  # optimizer steps done
     curve: dict[int, float]  # objective by epoch
     why: str  # how the trial ended, in words
+    reason: Reason | None = None  # of a failure
 
 
 class Ledger:
-    """The trials of a sweep. One process writes (the driver, which holds the folder's lock); any may read."""
+    """The trials of a sweep. One process writes (the driver, which holds the folder's lease); any may read."""
 
     def __init__(self, folder: Path, config: Config, study: optuna.Study) -> None:
         self.folder = folder
@@ -49,39 +64,26 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Ledger":
-        """Open or create the ledger for writing; only the holder of the folder's lock may do this."""
-        path = folder / FILE
-        # Nobody else writes, so a lock file here is what a killed driver left, and so is half a line at the end.
-        for leftover in folder.glob(f"{FILE}.lock*"):
-            leftover.unlink(missing_ok=True)
-        if path.exists():
-            content = path.read_bytes()
-            os.truncate(path, content.rfind(b"\n") + 1)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = _storage(path)
-        known = optuna.get_all_study_names(storage)  # asking first, so that opening a finished sweep writes nothing
-        study = (
-            optuna.load_study(study_name=config.name, storage=storage)
-            if config.name in known
-            else optuna.create_study(study_name=config.name, storage=storage, direction=config.search.direction)
-        )
-        return cls(folder, config, study)
+        """Open or create the ledger for writing; only the holder of the folder's lease may do this.
+
+        Raises:
+            UserError: the database of `storage.ledger` cannot be used.
+        """
+        return cls(folder, config, open_study(folder, config))
 
     @classmethod
     def read(cls, folder: Path, config: Config) -> "Ledger":
         """Open an existing ledger to look at it, also while a driver writes it.
 
         Raises:
-            UserError: the folder holds none.
+            UserError: there is none, or its database cannot be used.
         """
-        path = folder / FILE
-        if not path.exists():
-            raise UserError(f"{folder}: no trial has started yet; start with `sweep run`")
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return cls(folder, config, optuna.load_study(study_name=config.name, storage=_storage(path)))
+        return cls(folder, config, read_study(folder, config))
 
     def ask(self, busy: Sequence[int], target: int) -> tuple[int, dict[str, Any]] | None:
-        """The next trial to run: one that a former attempt left unfinished, else a new one.
+        """The next trial to run: the first one that a former attempt left unfinished, else a new one.
+
+        A new trial is written with all its values at once: a kill leaves it whole, or not at all.
 
         Args:
             busy: numbers of the trials that run now.
@@ -91,37 +93,25 @@ class Ledger:
             Number and values by dotted key; None when there is nothing left to start.
         """
         trials = self.study.get_trials(deepcopy=False)
-        orphans = [trial for trial in trials if trial.state == TrialState.RUNNING and trial.number not in busy]
-        if orphans:
-            self._seed(orphans[0].number)
-            trial = Trial(self.study, orphans[0]._trial_id)
-        elif sum(trial.state != TrialState.WAITING for trial in trials) < target:
-            trial = self._new(trials)
-        else:
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and trial.number not in busy:
+                return trial.number, draw.params(self.config, trial)
+        if sum(trial.state != TrialState.WAITING for trial in trials) >= target:
             return None
-        return trial.number, self.config.search.suggest(trial, flat(self.config))
+        self.study.add_trial(draw.draw(self.config, trials))
+        return len(trials), draw.params(self.config, self._frozen(len(trials)))
 
-    def _new(self, trials: list[FrozenTrial]) -> Trial:
-        queued = sum("fixed_params" in trial.system_attrs for trial in trials)
-        for point in self.config.search.points[queued:]:
-            self.study.enqueue_trial(point)
+    def running(self) -> list[int]:
+        """Numbers of the trials that were started and have not ended."""
         trials = self.study.get_trials(deepcopy=False)
-        waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
-        self._seed(min(waiting, default=len(trials)))
-        return self.study.ask()
+        return [trial.number for trial in trials if trial.state == TrialState.RUNNING]
 
-    def _seed(self, number: int) -> None:
-        """A sampler of the trial's own, so that a resumed search draws what an uninterrupted one would."""
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=int(np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]),
-            n_startup_trials=self.config.search.startup_trials,
-            constant_liar=True,
-            multivariate=True,
-            group=True,
-        )
+    def points_left(self) -> list[dict[str, Any]]:
+        """Points of the search that no trial has taken yet."""
+        return draw.points_left(self.config, self.study.get_trials(deepcopy=False))
 
     def report(self, number: int, epoch: int, metrics: dict[str, Any]) -> bool:
-        """Note an epoch of a running trial; epochs known already change nothing.
+        """Note an epoch of a running trial; an epoch that is known already changes nothing, whatever is told of it.
 
         Returns:
             Whether the trial ends here, which is then told already.
@@ -129,12 +119,15 @@ class Ledger:
         frozen = self._frozen(number)
         if frozen.state != TrialState.RUNNING:
             return True
-        search = self.config.search
+        search, known = self.config.search, frozen.intermediate_values
         trial, value = Trial(self.study, frozen._trial_id), float(metrics[search.metric])
-        if epoch not in frozen.intermediate_values:
-            trial.set_user_attr("metrics", metrics)
+        if epoch in known:
+            value = known[epoch]
+        else:
+            if epoch > max(known, default=0):  # a lost report that is told again is not the last word
+                trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
-        rule, last = search.pruning, frozen.params.get("train.epochs", self.config.train.epochs)
+        rule, last = search.pruning, draw.params(self.config, frozen).get("train.epochs", self.config.train.epochs)
         decided = epoch <= frozen.user_attrs.get("passed", 0)  # told again after a resume
         if rule is None or decided or epoch >= last or not is_rung(epoch, rule):
             return False
@@ -151,20 +144,41 @@ class Ledger:
         self.study.tell(number, state=TrialState.PRUNED)
         return True
 
-    def bind(self, fingerprint: str) -> None:
-        """Hold the sweep to one corpus.
+    def bind(self, fingerprint: str, code: str | None = None) -> str | None:
+        """Hold the sweep to one corpus, and note the version of the code.
+
+        Args:
+            fingerprint: of the corpus.
+            code: see `sweep.changes.code_version`.
+
+        Returns:
+            A note for the user where the code has changed since the last attempt.
 
         Raises:
-            UserError: it was started on another one.
+            UserError: it was started on another corpus.
         """
         known = self.study.user_attrs.get("fingerprint")
         if known is None:
             self.study.set_user_attr("fingerprint", fingerprint)
         elif known != fingerprint:
             raise UserError(
-                f"{self.folder}: started on the corpus {known}, and data.shards is now {fingerprint}; "
-                "put the former shards back, or use --out for a new sweep"
+                f"{self.folder}: started on another corpus (fingerprint: {known} → {fingerprint}); "
+                "put the former data.shards back, or use --out for a new folder"
             )
+        codes = self.codes()
+        if code is None or codes[-1:] == [code]:
+            return None
+        self.study.set_user_attr("codes", [*codes, code])
+        return f"code: {codes[-1]} → {code}; results may differ from those of earlier trials" if codes else None
+
+    def fingerprint(self) -> str | None:
+        """Of the corpus that the sweep is held to."""
+        known: str | None = self.study.user_attrs.get("fingerprint")
+        return known
+
+    def codes(self) -> list[str]:
+        """Versions of the code that worked on this sweep, in their order."""
+        return list(self.study.user_attrs.get("codes", []))
 
     def complete(self, number: int) -> None:
         """The trial trained to its end; its value is that of its last epoch."""
@@ -173,19 +187,27 @@ class Ledger:
         if math.isfinite(value):
             self.study.tell(number, value)
         else:
-            self.fail(number, f"the {self.config.search.metric} of the last epoch is not finite")
+            self.fail(number, f"the {self.config.search.metric} of the last epoch is not finite", reason="non-finite")
 
-    def fail(self, number: int, why: str) -> None:
-        """The trial cannot be finished, for this reason."""
+    def fail(self, number: int, why: str, reason: Reason = "error") -> None:
+        """The trial cannot be finished. One that ended already stays as it is.
+
+        Args:
+            number: of the trial.
+            why: for people.
+            reason: the kind of failure; the search avoids parameters that ran out of memory.
+        """
         frozen = self._frozen(number)
         if frozen.state == TrialState.RUNNING:
-            Trial(self.study, frozen._trial_id).set_user_attr("why", why)
+            trial = Trial(self.study, frozen._trial_id)
+            trial.set_user_attr("why", why)
+            trial.set_user_attr("reason", reason)
             self.study.tell(number, state=TrialState.FAIL)
 
     def entries(self) -> list[Entry]:
         """Every trial that was started, by number."""
         trials = self.study.get_trials(deepcopy=False)
-        return [_entry(trial) for trial in trials if trial.state != TrialState.WAITING]
+        return [_entry(self.config, trial) for trial in trials if trial.state != TrialState.WAITING]
 
     def best(self) -> Entry | None:
         """The complete trial with the best value; on a tie the earlier one."""
@@ -201,13 +223,35 @@ class Ledger:
         return self.study.get_trials(deepcopy=False)[number]
 
 
+def common_fault(entries: Sequence[Entry]) -> str | None:
+    """What hits every trial (a wrong path, a full disk), in a line; ask when a trial has just failed.
+
+    It is a fault of the sweep if no trial ever came to an end of its own, and the last ones failed alike. Failures
+    that other parameters may avoid need more of them.
+    """
+    ended = [entry for entry in entries if entry.state != "RUNNING"]
+    if not ended or any(entry.state != "FAIL" for entry in ended):
+        return None
+    last = ended[-1]
+    enough = FAULTY_BY_PARAMETERS if last.reason in BY_PARAMETERS else FAULTY
+    alike = {(entry.reason, _masked(entry.why)) for entry in ended[-enough:]}
+    if len(ended) < enough or len(alike) > 1:
+        return None
+    return f"the last {enough} trials failed alike and none was finished ({last.reason}: {last.why}); mend this first"
+
+
+def _masked(why: str) -> str:
+    """Without what tells one trial from another: numbers, and so folders and steps."""
+    return re.sub(r"\d+", "#", why)
+
+
 def trial_config(config: Config, values: dict[str, Any]) -> Config:
     """The configuration that reproduces a trial of a sweep by itself."""
     return config.with_values({**values, "search.space": {}, "search.points": []})
 
 
 def is_drawn(folder: Path, entry: Entry) -> bool:
-    """Whether all values of a trial are known: they are drawn one by one, and readers may look in between."""
+    """Whether a trial has begun for those who look on: its folder is made right after it was written."""
     return entry.state != "RUNNING" or (trial_folder(folder, entry.number) / "config.yaml").exists()
 
 
@@ -216,11 +260,7 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"{number:04d}"
 
 
-def _storage(path: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-
-
-def _entry(trial: FrozenTrial) -> Entry:
+def _entry(config: Config, trial: FrozenTrial) -> Entry:
     metrics = trial.user_attrs.get("metrics", {})
     curve = dict(sorted(trial.intermediate_values.items()))
     value = trial.value if trial.state == TrialState.COMPLETE else (curve[max(curve)] if curve else None)
@@ -228,10 +268,11 @@ def _entry(trial: FrozenTrial) -> Entry:
     return Entry(
         number=trial.number,
         state=trial.state.name,
-        params=dict(trial.params),
+        params=draw.params(config, trial),
         value=value,
         metrics=metrics,
         steps=int(metrics.get("steps", 0)),
         curve=curve,
         why=trial.user_attrs.get("why", default),
+        reason=trial.user_attrs.get("reason", "error") if trial.state == TrialState.FAIL else None,
     )

@@ -8,7 +8,23 @@ from typing import Any
 import ray
 
 Job = dict[str, Any]
-RETRIES = 2  # times a trial is started again inside its slot after its workers died
+RETRIES = 3  # times in a row that a trial is started again inside its slot, without a new epoch in between
+
+
+@ray.remote(num_cpus=0)
+class Notice:
+    """Tells everybody who asks that the sweep is to stop, once it is."""
+
+    def __init__(self) -> None:
+        self.given = asyncio.Event()
+
+    async def give(self) -> None:
+        """The sweep is to stop."""
+        self.given.set()
+
+    async def wait(self) -> None:
+        """Return when the sweep is to stop."""
+        await self.given.wait()
 
 
 @ray.remote(num_cpus=0)
@@ -19,9 +35,9 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self.version = self.over = 0  # the current trial; the last one that failed for good
+        self.version = self.over = 0  # the current trial; the last one that ended in the workers
         self.job: Job | None = None
-        self.closed = False
+        self.closed = self.stopping = False
         self.changed = asyncio.Condition()
         self._reset()
 
@@ -35,6 +51,7 @@ class Mailbox:
         async with self.changed:
             self.version, self.job = self.version + 1, job
             self._reset()
+            self._leave_if_idle()
             self.changed.notify_all()
             return self.version
 
@@ -53,7 +70,7 @@ class Mailbox:
             if rank == 0:
                 self.starts += 1
                 if self.starts > 1 + RETRIES:
-                    self._give_up(self.note or "its workers died too often")
+                    self._give_up(self.note or "its workers died too often", "workers lost")
                     raise RuntimeError(self.note or "its workers died too often")
             assert self.job is not None
             return self.version, self.job
@@ -64,6 +81,7 @@ class Mailbox:
             if version == self.version and metrics is not None and step > self.queued:
                 # Tune flattens nested dictionaries, so the metrics travel as one string.
                 self._push(step, {"epoch": step, "metrics": json.dumps(metrics)})
+                self.starts = 1
             await self.changed.wait_for(lambda: version != self.version or self.approved >= step)
             return version == self.version
 
@@ -73,13 +91,46 @@ class Mailbox:
             if version == self.version:
                 self._push(float("inf"), {"finished": True, "done": True})
 
-    async def fail(self, version: int, why: str, final: bool) -> None:
-        """An exception in `fit`. With several workers it may only mean that a peer died: Train restarts the group."""
+    async def fail(self, version: int, why: str, final: bool, reason: str = "error", common: bool = False) -> None:
+        """An exception in `fit`. With several workers it may only mean that a peer died: Train restarts the group.
+
+        Args:
+            version: of the trial.
+            why: in words.
+            final: whether another start would fail alike.
+            reason: in a word.
+            common: whether every trial would fail alike.
+        """
         async with self.changed:
             if version == self.version > self.over:
                 self.note = why
                 if final:
-                    self._give_up(why)
+                    self._give_up(why, reason, common)
+
+    async def stop(self) -> None:
+        """The sweep is to stop: the trial that runs writes a checkpoint and ends."""
+        async with self.changed:
+            self.stopping = True
+            self._leave_if_idle()
+            self.changed.notify_all()
+
+    async def stopped(self) -> None:
+        """Return when the sweep is to stop."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.stopping or self.closed)
+
+    async def interrupted(self, version: int) -> bool:
+        """The trial has written a checkpoint and ended before its time.
+
+        Returns:
+            Whether that was for the sweep's sake. Otherwise its node goes away, which does not count as a failure.
+        """
+        async with self.changed:
+            if self.stopping:
+                self._leave(version)
+            else:
+                self.starts = 0
+            return self.stopping or self.closed
 
     async def take(self, version: int) -> dict[str, Any]:
         """The next report. Asking for it approves all that were handed out before."""
@@ -92,9 +143,18 @@ class Mailbox:
             self.handed, metrics = self.out.popleft()
             return metrics
 
-    def _give_up(self, why: str) -> None:
+    def _leave_if_idle(self) -> None:
+        if self.stopping and self.starts == 0:
+            self._leave(self.version)
+
+    def _leave(self, version: int) -> None:
+        if version == self.version > self.over:
+            self.over = version
+            self._push(float("inf"), {"interrupted": True, "done": True})
+
+    def _give_up(self, why: str, reason: str, common: bool = False) -> None:
         self.over = self.version
-        self._push(float("inf"), {"failed": why, "done": True})
+        self._push(float("inf"), {"failed": why, "reason": reason, "common": common, "done": True})
 
     def _push(self, step: float, metrics: dict[str, Any]) -> None:
         self.queued = step

@@ -2,7 +2,10 @@
 
 import json
 import math
+import statistics
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +30,93 @@ def ranked(config: Config, entries: Sequence[Entry]) -> list[Entry]:
         return ORDER.index(entry.state), reached, sign * (entry.value if entry.value is not None else 0), entry.number
 
     return sorted(entries, key=key)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a sweep is."""
+
+    target: int  # trials in all
+    complete: int
+    pruned: int
+    failed: int
+    running: int  # by the ledger: begun and not ended, whether or not somebody works on them
+    best: Entry | None
+    seconds_left: float | None  # an estimate; None before the first epoch, and when nothing is left
+    hours: float  # of the devices, in the epochs that were finished
+    device: Literal["GPU", "CPU"]
+
+    @property
+    def done(self) -> int:
+        """Trials in a final state."""
+        return self.complete + self.pruned + self.failed
+
+    def hours_text(self) -> str:
+        """What was used."""
+        return f"{self.hours:.3g} {self.device}-hours"
+
+    def line(self) -> str:
+        """In a line."""
+        counts = {"complete": self.complete, "running": self.running, "pruned": self.pruned, "failed": self.failed}
+        parts = [f"{self.done}/{self.target} trials done"]
+        parts += [", ".join(f"{count} {name}" for name, count in counts.items() if count)]
+        parts += [f"best {self.best.value:.3f} (#{self.best.number})"] if self.best else []
+        parts += [_time_left(self.seconds_left)] if self.seconds_left is not None else []
+        return "; ".join(part for part in [*parts, self.hours_text() if self.hours else ""] if part)
+
+
+def progress(config: Config, entries: Sequence[Entry], slots: int | None = None) -> Progress:
+    """How far a sweep is.
+
+    Args:
+        config: of the sweep.
+        entries: of its ledger.
+        slots: trials at a time, if that is known; else as many as are set, or as run.
+    """
+    states = Counter(entry.state for entry in entries)
+    resources = config.resources
+    share = resources.gpus_per_worker or resources.cpus_per_worker
+    seconds = sum(float(entry.metrics.get("seconds", 0.0)) for entry in entries)
+    complete = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
+    return Progress(
+        target=max(config.search.trials, len(entries)),
+        complete=states["COMPLETE"],
+        pruned=states["PRUNED"],
+        failed=states["FAIL"],
+        running=states["RUNNING"],
+        best=ranked(config, complete)[0] if complete else None,
+        seconds_left=_seconds_left(config, entries, slots or resources.slots or max(1, states["RUNNING"])),
+        hours=seconds * resources.workers * share / 3600,
+        device="GPU" if resources.gpus_per_worker else "CPU",
+    )
+
+
+def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float | None:
+    """Median seconds of an epoch, times the epochs that a slot still has to do, as far as one can know."""
+    paces = [
+        entry.metrics["seconds"] / len(entry.curve) for entry in entries if entry.curve and "seconds" in entry.metrics
+    ]
+    running = [_epochs(config, entry) - len(entry.curve) for entry in entries if entry.state == "RUNNING"]
+    new = max(0, config.search.trials - len(entries))
+    if not paces or not (running or new):
+        return None
+    # Trials to come are thought to come as far as those that ended did: pruning cuts many of them short.
+    ended = [len(entry.curve) for entry in entries if entry.state in ("COMPLETE", "PRUNED")]
+    each = statistics.mean(ended) if ended else config.train.epochs
+    epochs = max((sum(running) + new * each) / slots, max(running, default=0))
+    return float(statistics.median(paces) * epochs)
+
+
+def _epochs(config: Config, entry: Entry) -> int:
+    return int(entry.params.get("train.epochs", config.train.epochs))
+
+
+def _time_left(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(10, round(seconds / 10) * 10)} s left"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} min left"
+    return f"about {seconds / 3600:.1f} h left"
 
 
 def read_predictions(folder: Path) -> dict[str, tuple[list[str], list[Record]]]:
@@ -83,6 +173,7 @@ def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) ->
     header, rows = leaderboard_rows(config, folder, entries)
     subsets = any("[" in cell for row in rows for cell in row)
     note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if subsets else "")
+    note += f"; {progress(config, entries).hours_text()} used"
     table = Table(
         title=f"{config.name}: trials by {config.search.metric}",
         caption=note,
@@ -108,8 +199,14 @@ def leaderboard_markdown(config: Config, folder: Path, entries: Sequence[Entry])
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *reasons])
 
 
-def entry_json(entry: Entry, run_id: str | None) -> dict[str, Any]:
-    """A trial in the form that scripts rely on."""
+def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:
+    """A trial in the form that scripts rely on.
+
+    Args:
+        entry: of the ledger.
+        run_id: of MLflow, if it has one.
+        attempts: how often it was started, if that is known.
+    """
     return {
         "number": entry.number,
         "state": entry.state,
@@ -117,6 +214,10 @@ def entry_json(entry: Entry, run_id: str | None) -> dict[str, Any]:
         "value": _finite(entry.value),
         "metrics": {name: _finite(value) for name, value in entry.metrics.items()},
         "steps": entry.steps,
+        "epochs": len(entry.curve),
+        "attempts": attempts,
+        "reason": entry.reason,
+        "why": entry.why,
         "mlflow_run_id": run_id,
     }
 

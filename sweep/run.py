@@ -4,63 +4,58 @@ config ─► built-ins resolved ─► Ray ─► Tune: Ledger.ask ─► Slot 
                                                                             └─► Tracker ─► MLflow
 """
 
-import contextlib
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from data.errors import UserError
 from sweep import builtin
 from sweep import config as configuration
+from sweep.changes import code_version
 from sweep.cluster import local_or_remote_ray
 from sweep.config import Config
+from sweep.inputs import first_trial, skeleton
+from sweep.lease import Lease
 from sweep.ledger import Ledger, trial_config, trial_folder
+from sweep.retention import check_disk, disk_need, prune_checkpoints
+from sweep.stop import Stop
 from sweep.trial import as_run, open_shards
 
-TRIAL_RETRIES = 2  # times Tune starts a trial again in a new slot after its slot was lost
+TRIAL_RETRIES = 5  # times Tune starts a trial again in a new slot after its slot was lost
+GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is to stop
 Say = Callable[[str], None]
 
 
-class Busy(Exception):  # noqa: N818
-    """Another process runs this sweep."""
+class SweepFault(Exception):  # noqa: N818
+    """Something hits every trial, so the sweep was stopped; its trials go on when it is mended.
 
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder; a kill frees it.
-
-    Raises:
-        Busy: somebody else holds it.
+    Args:
+        why: in one line.
+        reason: in a word, see `Ledger.fail`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Busy(f"{folder}: another `sweep run` is working on this sweep; wait for it, or end it first") from None
-    try:
-        yield
-    finally:
-        lock.release()
+
+    def __init__(self, why: str, reason: str) -> None:
+        super().__init__(why)
+        self.reason = reason
 
 
 class Driver:
-    """One attempt at a sweep."""
+    """One attempt at a sweep, by the holder of its lease."""
 
-    def __init__(self, config: Config, folder: Path, say: Say) -> None:
-        self.config = config
-        self.folder = folder.absolute()
-        self.say = say
+    def __init__(self, config: Config, folder: Path, say: Say, lease: Lease, stop: Stop) -> None:
+        self.config, self.folder = config, folder.absolute()
+        self.say, self.lease, self.stop = say, lease, stop
         self.ledger = Ledger.open(self.folder, config)
 
     def bind(self, resolved: Config) -> None:
-        """Hold the sweep to its corpus."""
-        self.ledger.bind(open_shards(resolved.data).fingerprint)
+        """Hold the sweep to its corpus, and note the code that runs."""
+        note = self.ledger.bind(open_shards(resolved.data).fingerprint, code_version())
+        if note:
+            self.say(note)
 
     def left(self) -> int:
         """Trials that are not in a final state yet."""
@@ -74,64 +69,96 @@ class Driver:
         return {"corpus": shards.manifest.corpus, "fingerprint": shards.fingerprint, "labels": labels}
 
     def execute(self, resolved: Config) -> None:
-        """Run the trials that are left. Returns early, in an orderly way, on Ctrl-C or SIGTERM."""
+        """Run the trials that are left. Returns early, in an orderly way, when the sweep is to stop.
+
+        Raises:
+            SweepFault: going on makes no sense before somebody mends something.
+            ClusterError: there is nothing to run on.
+        """
         # Read when Ray is imported: the driver shows progress and failures itself, and the ledger keeps every result.
         os.environ.update(RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR", RAY_AIR_NEW_OUTPUT="0")
         os.environ.update(TUNE_DISABLE_STRICT_METRIC_CHECKING="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
         import ray
-        import ray.tune
 
-        from sweep.executor import LedgerScheduler, LedgerSearcher
-        from sweep.slot import slot_class
+        from sweep.executor import LedgerSearcher
+        from sweep.mailbox import Notice
 
         ray_folder = self.folder / "ray"
         shutil.rmtree(ray_folder, ignore_errors=True)  # Tune's and Train's own state: the ledger replaces it
-        with local_or_remote_ray():
-            slots = self._slots(resolved, ray.cluster_resources())
-            searcher = LedgerSearcher(self.ledger, lambda number, values: self._job(resolved, number, values))
-            scaling = {
-                "num_workers": resolved.resources.workers,
-                "use_gpu": resolved.resources.gpus_per_worker > 0,
-                "resources_per_worker": _worker_resources(resolved),
-            }
-            tuner = ray.tune.Tuner(
-                ray.tune.with_resources(
-                    slot_class("sweep.trial:fit_job", scaling, str(ray_folder)), {"CPU": 0, "memory": 1}
-                ),
-                tune_config=ray.tune.TuneConfig(
-                    search_alg=searcher,
-                    scheduler=LedgerScheduler(searcher),
-                    num_samples=-1,
-                    max_concurrent_trials=slots,
-                    reuse_actors=True,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=ray.tune.RunConfig(
-                    name=f"attempt-{int(time.time())}",
-                    storage_path=str(ray_folder),
-                    verbose=0,
-                    checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
-                    failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
-                ),
+        with local_or_remote_ray(self.folder):
+            self.stop.install()
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            slots = count_slots(resolved, nodes, self.left())
+            self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
+            self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
+            notice = Notice.remote()  # type: ignore[attr-defined]
+            searcher = LedgerSearcher(
+                self.ledger,
+                make_job=lambda number, values: self._job(resolved, number, values),
+                check=self.lease.check,
+                stop=notice.give.remote,
+                ended=lambda: prune_checkpoints(self.ledger, self.folder),
             )
-            tuner.fit()
+            self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher)
         shutil.rmtree(ray_folder, ignore_errors=True)
 
-    def _slots(self, config: Config, cluster: dict[str, float]) -> int:
-        """Trials that run at the same time: what the cluster holds, no more than are left."""
-        fit = []
-        for name, share in _worker_resources(config).items():
-            if share > 0:
-                fit.append(int(cluster.get(name, 0) / (share * config.resources.workers) + 1e-9))
-        if min(fit) < 1:
-            have = {name: cluster.get(name, 0) for name in _worker_resources(config)}
-            raise UserError(
-                f"resources: a trial needs {config.resources.workers} x {_worker_resources(config)}, the cluster has "
-                f"{have}; lower resources.workers or a worker's share"
-            )
-        slots = min(*fit, config.resources.slots or fit[0], max(1, self.left()))
-        self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
-        return slots
+    def _tuner(self, config: Config, searcher: Any, notice: Any, slots: int, storage: Path) -> Any:
+        import ray.tune
+
+        from sweep.executor import LedgerScheduler
+        from sweep.slot import slot_class
+
+        scaling = {
+            "num_workers": config.resources.workers,
+            "use_gpu": config.resources.gpus_per_worker > 0,
+            "resources_per_worker": _worker_resources(config),
+        }
+        slot = slot_class("sweep.trial:fit_job", scaling, str(storage), notice)
+        return ray.tune.Tuner(
+            ray.tune.with_resources(slot, {"CPU": 0, "memory": 1}),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=LedgerScheduler(searcher),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=f"attempt-{int(time.time())}",
+                storage_path=str(storage),
+                verbose=0,
+                checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            ),
+        )
+
+    def _fit(self, tuner: Any, searcher: Any) -> None:
+        """Run Tune in a thread, where it leaves the signals alone, and look out for the end."""
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:  # raised again below
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True, name="tune")
+        self.stop.patient = True
+        thread.start()
+        asked = None
+        while thread.is_alive() and (asked is None or time.monotonic() - asked < GRACE):
+            thread.join(0.2)
+            if asked is None and (self.stop.asked.is_set() or searcher.stopping):
+                asked = time.monotonic()
+                self.say("stopping: the trials that run write their checkpoints")
+                searcher.end()
+        self.stop.patient = False
+        self.lease.check()
+        if searcher.fault:
+            raise SweepFault(*searcher.fault)
+        if errors:
+            raise errors[0]
 
     def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
@@ -143,6 +170,37 @@ class Driver:
             "config": builtin.resolve(config).model_dump(mode="json"),
             "reader": choose_reader(resolved),
         }
+
+
+def count_slots(config: Config, nodes: Sequence[Mapping[str, float]], left: int) -> int:
+    """Trials that run at the same time: what the nodes hold, no more than are left.
+
+    Ray Data's read tasks ask for no CPU, so nothing has to be left free for them.
+
+    Args:
+        config: of the sweep.
+        nodes: resources of each.
+        left: trials that have not ended.
+
+    Raises:
+        UserError: the nodes cannot hold a single one, and `resources.slots` does not say that there will be more.
+    """
+    need, workers, wanted = _worker_resources(config), config.resources.workers, config.resources.slots
+    fit = sum(min(int(node.get(name, 0) / share + 1e-9) for name, share in need.items()) for node in nodes) // workers
+    if fit < 1 and wanted is None:
+        have = [{name: node.get(name, 0) for name in need} for node in nodes]
+        raise UserError(
+            f"resources: a trial needs {workers} x {need}, the nodes have {have}; lower resources.workers or a "
+            "worker's share, or set resources.slots if the cluster grows on demand"
+        )
+    slots = min(fit, wanted or fit) if fit else wanted or 1
+    return min(slots, max(1, left))
+
+
+def count_trained(config: Config) -> int:
+    """Parameters that train in a sweep's first trial."""
+    model = skeleton(first_trial(config))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def choose_reader(config: Config) -> str:

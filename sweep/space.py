@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
 from data.config import Section
 from model.config import Count
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 Scalar = bool | int | float | str | None
 
@@ -79,11 +82,29 @@ class Axis(Section):
         assert self.low is not None
         assert self.high is not None
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (isinstance(value, int) or not self._whole) and self.low <= value <= self.high
+        if not number or (self._whole and not isinstance(value, int)) or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / (self.step or 1)
+        return self.step is None or math.isclose(steps, round(steps), abs_tol=1e-8)
+
+    def distribution(self) -> "BaseDistribution":
+        """What `suggest` draws from, as Optuna notes it with a value."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        low, high, step = self.low, self.high, self.step
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, step=int(step or 1), log=self.log)
+        assert low is not None
+        assert high is not None
+        return FloatDistribution(float(low), float(high), step=None if step is None else float(step), log=self.log)
 
     def describe(self) -> str:
         """The axis in words."""
-        return f"choose from {self.choices}" if self.choices is not None else f"choose from {self.low} to {self.high}"
+        if self.choices is not None:
+            return f"choose from {self.choices}"
+        return f"choose from {self.low} to {self.high}" + (f" in steps of {self.step}" if self.step else "")
 
     def suggest(self, key: str, sampler: Sampler) -> Any:
         """Draw a value."""
@@ -154,6 +175,22 @@ class SearchConfig(Section):
             if all(values.get(other, base.get(other)) in allowed for other, allowed in axis.when.items()):
                 values[key] = axis.suggest(key, sampler)
         return values
+
+    def complete(self, values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a trial that was drawn before some axes were there: these had the sweep's setting until then.
+
+        Args:
+            values: as they were drawn.
+            base: settings by dotted key.
+        """
+        found = dict(values)
+        for key in self.order():
+            when = self.space[key].when
+            if key not in found and all(
+                found.get(other, base.get(other)) in allowed for other, allowed in when.items()
+            ):
+                found[key] = base[key]
+        return found
 
 
 def better(one: float, other: float, direction: str) -> bool:

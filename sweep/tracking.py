@@ -1,28 +1,37 @@
 """MLflow as a projection of the ledger: a thread of the driver ships what trials wrote to their own files.
 
-Training never waits for the server. Each trial appends to `metrics.jsonl`; this thread sends the lines it has not sent
+Training never waits for the server. Each trial appends to `metrics.jsonl`; this thread sends the points it has not sent
 yet, with their original times, and remembers how far it got in `mlflow.json` beside them. Sending again changes
 nothing, so a kill or a server that is away costs no point and doubles none.
+
+What is remembered is a belief. When a driver starts, after every error, and when it ends, one search compares it with
+what the server has: runs that are unknown there are made again, and a run without its newest points gets what it lacks.
+A trial that ends is compared point by point, whatever happened to the server in the meantime.
+
+A driver that ends in an orderly way leaves no run RUNNING: SCHEDULED are those that go on when the command is given
+again. A driver that is killed cannot say so; its runs stay RUNNING until the command is given again.
 """
 
-import io
 import json
-import logging
 import os
 import threading
 import time
-import uuid
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from data.errors import UserError
 from sweep.config import Config, dump
-from sweep.ledger import FILE, Entry, Ledger, is_drawn, trial_config, trial_folder
-from sweep.results import leaderboard_markdown, read_predictions
+from sweep.curves import Curve, attempts, times
+from sweep.ledger import Entry, Ledger, is_drawn, sweep_id, trial_config, trial_folder
+from sweep.mlflow_runs import REFUSED, Runs, lacks, lacks_params, now
+from sweep.results import leaderboard_markdown
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
-CHUNK = 1000  # metrics a request may hold
+LONGEST = 15.0  # seconds between two attempts at a server that is away
 
 
 def tracking_uri(folder: Path) -> str:
@@ -48,7 +57,7 @@ def mlflow_run_id(folder: Path, number: int) -> str | None:
 
 
 def is_shipped(folder: Path) -> bool:
-    """Whether MLflow has all of a sweep that has ended."""
+    """Whether MLflow was sent all of a sweep that has ended."""
     return bool(_read_state(folder).get("ended"))
 
 
@@ -59,12 +68,12 @@ class Tracker(threading.Thread):
         super().__init__(daemon=True, name="mlflow")
         self.config, self.folder, self.data, self.every = config, folder.absolute(), data, every
         self.uri = tracking_uri(folder)
-        self.key = _sweep_key(self.folder)
+        self.key = sweep_id(self.folder)
         self.ended = threading.Event()
         self.error: str | None = None
         self.complete = False
         self.ledger: Ledger | None = None
-        self.known: dict[str, str] = {}  # status that MLflow shows, by run
+        self._doubt()
 
     def finish(self, timeout: float = 120.0) -> bool:
         """Ship what is left; False when the server did not take it all within `timeout` seconds."""
@@ -77,165 +86,201 @@ class Tracker(threading.Thread):
         while True:
             last = self.ended.is_set()
             try:
-                self._connect()
+                if self.runs is None or last:
+                    self._connect()
                 self._sync(last)
                 self.error, wait = None, self.every
                 if last:
                     self.complete = True
                     return
             except Exception as error:  # whatever the server's trouble is, training goes on and this is tried again
-                self.error, wait = f"{type(error).__name__}: {error}".splitlines()[0], min(wait * 2, 15.0)
+                self.error, wait = f"{type(error).__name__}: {error}".splitlines()[0], min(wait * 2, LONGEST)
+                self._doubt()
             if self.ended.is_set():
                 time.sleep(min(wait, 1.0))
             else:
                 self.ended.wait(wait)
 
+    def _doubt(self) -> None:
+        """Believe nothing about the server that is not on disk; `_connect` compares that with what the server has."""
+        self.runs: Runs | None = None
+        self.states: dict[int, dict[str, Any]] = {}  # as in mlflow.json, by trial
+        self.curves: dict[int, Curve] = {}  # of trials that run
+        self.status: dict[str, str] = {}  # that MLflow shows, by run
+
     def _connect(self) -> None:
-        if hasattr(self, "client"):
-            return
-        from mlflow import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        client = MlflowClient(self.uri)
-        experiment = client.get_experiment_by_name(self.config.name)
-        if experiment is None:
-            store = self.folder.parent / "mlartifacts" / self.config.name
-            location = store.as_uri() if self.uri.startswith("sqlite:") else None
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens on the runs, not on traces
-            self.experiment = client.create_experiment(self.config.name, artifact_location=location, tags=kind)
+        self._doubt()
+        store = self.folder.parent / "mlartifacts" / self.config.name
+        runs = Runs(self.uri, self.key)
+        runs.enter(_read_state(self.folder).get("run_id"), self.config.name, store)
+        found = runs.look()
+        if self.key in found:
+            self.parent = str(found[self.key].info.run_id)
         else:
-            self.experiment = experiment.experiment_id
-        self.parent = self._find(client, self.key, self.folder.name, {f"data.{k}": v for k, v in self.data.items()})
-        client.update_run(self.parent, status="RUNNING")
-        client.log_text(self.parent, dump(self.config), "config.yaml")
+            tags = {f"data.{name}": value for name, value in self.data.items()}
+            self.parent = runs.make(self.key, self.folder.name, tags, now())
+        runs.client.update_run(self.parent, status="RUNNING")
+        runs.client.log_text(self.parent, dump(self.config), "config.yaml")
         _write_state(self.folder, {"run_id": self.parent, "ended": False})
-        self.client = client
+        for entry in self._entries():
+            self._compare(runs, entry, found.get(f"{self.key}/{entry.number}"))
+        self.runs = runs
 
-    def _find(self, client: Any, key: str, name: str, tags: dict[str, str]) -> str:
-        """The run with this key, made if it is not there: a key has one run for ever."""
-        found = client.search_runs([self.experiment], f"tags.`sweep.key` = '{key}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-        run = client.create_run(self.experiment, run_name=name, tags={"sweep.key": key, **tags})
-        return str(run.info.run_id)
+    def _entries(self) -> list[Entry]:
+        try:
+            self.ledger = self.ledger or Ledger.read(self.folder, self.config)
+        except UserError:
+            return []  # no trial has started yet
+        return [entry for entry in self.ledger.entries() if is_drawn(self.folder, entry)]
+
+    def _state(self, number: int) -> dict[str, Any]:
+        if number not in self.states:
+            self.states[number] = _read_state(trial_folder(self.folder, number))
+        return self.states[number]
+
+    def _remember(self, number: int) -> None:
+        _write_state(trial_folder(self.folder, number), self.states[number])
+
+    def _compare(self, runs: Runs, entry: Entry, run: "Run | None") -> None:
+        """Forget what is believed of a trial if its run says otherwise, so that it is shipped again."""
+        state = self._state(entry.number)
+        kept = {name: value for name, value in state.items() if name in ("started", "finished")}
+        if run is None:
+            self.states[entry.number] = kept
+            return
+        run_id = str(run.info.run_id)
+        self.status[run_id] = run.info.status
+        if state.get("run_id") != run_id or lacks(run, state.get("highest", {})):
+            self.states[entry.number] = {**kept, "run_id": run_id}
+        elif run.info.status != STATUS.get(entry.state):
+            state["ended"] = False
+        if lacks_params(run, entry):
+            runs.params(run_id, entry.params)
+        if run.data.tags.get("mlflow.parentRunId") != self.parent:
+            runs.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
 
     def _sync(self, last: bool) -> None:
-        if not (self.folder / FILE).exists():
-            return
-        self.ledger = self.ledger or Ledger.read(self.folder, self.config)
-        entries = [entry for entry in self.ledger.entries() if is_drawn(self.folder, entry)]
+        from mlflow.exceptions import MlflowException
+
+        entries, refusal = self._entries(), None
         for entry in entries:
-            self._sync_trial(entry, last)
+            try:
+                self._sync_trial(entry, last)
+            except MlflowException as error:
+                if error.error_code != REFUSED:
+                    raise
+                refusal = refusal or error  # the server is there: this trial's trouble is not that of the others
+                self.curves.pop(entry.number, None)
         if last:
-            markdown = leaderboard_markdown(self.config, self.folder, entries)
-            self.client.set_tag(self.parent, "mlflow.note.content", markdown)
-            ended = [entry for entry in entries if entry.state != "RUNNING"]
-            # SCHEDULED: not finished, and nobody works on it until the command is given again.
-            finished = len(ended) >= self.config.search.trials
-            if finished:
-                self.client.set_terminated(self.parent, "FINISHED")
-            else:
-                self.client.update_run(self.parent, status="SCHEDULED")
-            _write_state(self.folder, {"run_id": self.parent, "ended": finished})
+            self._end_sweep(entries, refusal is None)
+        if refusal is not None:
+            raise refusal
+
+    def _end_sweep(self, entries: list[Entry], whole: bool) -> None:
+        assert self.runs is not None
+        client = self.runs.client
+        client.set_tag(self.parent, "mlflow.note.content", leaderboard_markdown(self.config, self.folder, entries))
+        ended = sum(entry.state != "RUNNING" for entry in entries)
+        finished = whole and ended >= self.config.search.trials
+        if finished:
+            client.set_terminated(self.parent, "FINISHED")
+        else:  # nobody works on it until the command is given again
+            client.update_run(self.parent, status="SCHEDULED")
+        _write_state(self.folder, {"run_id": self.parent, "ended": finished})
 
     def _sync_trial(self, entry: Entry, last: bool) -> None:
-        folder = trial_folder(self.folder, entry.number)
-        state = _read_state(folder)
+        assert self.runs is not None
+        number, state = entry.number, self._state(entry.number)
         if state.get("ended"):
             return
         if "run_id" not in state:
-            state["run_id"] = self._start(entry)
-        self._ship(folder / "metrics.jsonl", state, lambda: _write_state(folder, state))
+            self._start(self.runs, entry)
+        if number not in self.curves:
+            self.curves[number] = self._curve(self.runs, number)
+        self._ship(self.runs, number, self.curves[number])
         run_id = state["run_id"]
-        if entry.state == "RUNNING":
-            status = "SCHEDULED" if last else "RUNNING"
-            if self.known.get(run_id) != status:
-                self.client.update_run(run_id, status=status)
-                self.known[run_id] = status
+        if entry.state != "RUNNING":
+            self._end(self.runs, entry)
             return
-        self._artifacts(run_id, entry, folder)
-        for name, value in {"state": entry.state, "why": entry.why}.items():
-            self.client.set_tag(run_id, f"sweep.{name}", value)
-        self.client.set_terminated(run_id, STATUS[entry.state])
-        state["ended"] = True
-        _write_state(folder, state)
+        status = "SCHEDULED" if last else "RUNNING"
+        if self.status.get(run_id) != status:
+            self.runs.client.update_run(run_id, status=status)
+            self.status[run_id] = status
 
-    def _start(self, entry: Entry) -> str:
-        from mlflow.entities import Param
-
+    def _start(self, runs: Runs, entry: Entry) -> None:
+        """Make the run of a trial that has none."""
+        state, known = self._state(entry.number), times(trial_folder(self.folder, entry.number))
+        state.setdefault("started", known[0] if known else now())
         tags = {"mlflow.parentRunId": self.parent, "sweep.trial": str(entry.number)}
-        run_id = self._find(self.client, f"{self.key}/{entry.number}", f"trial-{entry.number:04d}", tags)
-        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in entry.params.items()])
-        return run_id
+        name = f"trial-{entry.number:04d}"
+        state["run_id"] = runs.make(f"{self.key}/{entry.number}", name, tags, state["started"])
+        runs.params(state["run_id"], entry.params)
+        state["offset"] = 0
+        self._remember(entry.number)
 
-    def _ship(self, path: Path, state: dict[str, Any], remember: Callable[[], None]) -> None:
-        """Send the complete lines that were not sent yet; steps redone after a kill are left out."""
-        from mlflow.entities import Metric
+    def _curve(self, runs: Runs, number: int) -> Curve:
+        """The points of a trial that its run lacks."""
+        state, folder = self._state(number), trial_folder(self.folder, number)
+        curve = Curve(folder)
+        if "offset" in state and curve.skip(state["offset"]) and curve.highest() == state.get("highest", {}):
+            return curve
+        return Curve(folder, runs.steps(state["run_id"]))  # the file does not tell, or is not the one that was sent
 
-        content = b""
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(state.get("offset", 0))
-                content = file.read()
-            content = content[: content.rfind(b"\n") + 1]
-        highest: dict[str, int] = state.setdefault("highest", {})
-        metrics = []
-        for line in map(json.loads, content.splitlines()):
-            for name, value in line["values"].items():
-                if line["step"] > highest.get(name, -1):
-                    metrics.append(Metric(name, value, int(line["time"] * 1000), line["step"]))
-                    highest[name] = line["step"]
-        for start in range(0, len(metrics), CHUNK):
-            self.client.log_batch(state["run_id"], metrics=metrics[start : start + CHUNK])
-        state["offset"] = state.get("offset", 0) + len(content)
-        if content or not (path.parent / "mlflow.json").exists():
-            remember()
+    def _ship(self, runs: Runs, number: int, curve: Curve) -> None:
+        state, points = self._state(number), curve.read()
+        runs.send(state["run_id"], points)
+        if points or state.get("offset") != curve.offset:
+            state.update(offset=curve.offset, highest=curve.highest())
+            self._remember(number)
 
-    def _artifacts(self, run_id: str, entry: Entry, folder: Path) -> None:
+    def _end(self, runs: Runs, entry: Entry) -> None:
+        """Complete the run of a trial that is over."""
+        number, state, folder = entry.number, self._state(entry.number), trial_folder(self.folder, entry.number)
+        self._ship(runs, number, Curve(folder, runs.steps(state["run_id"])))
         own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
         content = own.read_text(encoding="utf-8") if own.exists() else dump(trial_config(self.config, entry.params))
-        self.client.log_text(run_id, content, "config.yaml")
-        present = {file.path for file in self.client.list_artifacts(run_id)}
-        for place, (task, (labels, records)) in enumerate(read_predictions(folder).items()):
-            where = "" if place == 0 else f"{task}_"  # as metrics: those of the first task have no prefix
-            if labels:
-                self.client.log_image(run_id, confusion_picture(records, labels), f"{where}confusion_matrix.png")
-            if f"{where}predictions.json" not in present:  # log_table appends
-                columns = ("id", "conversation", "speaker", "label", "prediction")
-                table = {name: [getattr(record, name) for record in records] for name in columns}
-                for number, label in enumerate(labels):
-                    table[f"score {label}"] = [record.scores[number] for record in records]
-                self.client.log_table(run_id, table, f"{where}predictions.json")
+        runs.artifacts(state["run_id"], content, folder)
+        known = times(folder)
+        state.setdefault("finished", known[1] if known else now())
+        told = {"state": entry.state, "why": entry.why, "reason": entry.reason, "attempts": attempts(folder)}
+        tags = {f"sweep.{name}": str(value) for name, value in told.items() if value is not None}
+        runs.end(state["run_id"], STATUS[entry.state], tags, state["finished"])
+        state["ended"] = True
+        self._remember(number)
+        self.curves.pop(number, None)
 
 
-def confusion_picture(records: Sequence[Any], labels: Sequence[str]) -> Any:
-    """The confusion matrix as a PIL image."""
-    from matplotlib.figure import Figure
-    from PIL import Image
-    from sklearn.metrics import ConfusionMatrixDisplay
+def still_has(config: Config, folder: Path) -> bool:
+    """Whether MLflow still has what it was sent of a sweep that has ended; True also when it cannot be asked now.
 
-    from model.metrics import confusion
+    Such a sweep sends nothing any more unless there is a reason to, and this tells.
+    """
+    from mlflow.exceptions import MlflowException
 
-    size = 2.5 + 0.6 * len(labels)
-    axes = (figure := Figure(figsize=(size, size), dpi=120, layout="constrained")).add_subplot()
-    display = ConfusionMatrixDisplay(confusion(records, labels), display_labels=list(labels))
-    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
-    axes.set_title("validation split")
-    figure.savefig(buffer := io.BytesIO(), format="png")
-    return Image.open(buffer)
-
-
-def _sweep_key(folder: Path) -> str:
-    """Names a sweep for ever, on any machine that sees its folder."""
-    path = folder / "sweep-id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text().strip()
+    runs = Runs(tracking_uri(folder), sweep_id(folder))
+    try:
+        if not runs.enter(_read_state(folder).get("run_id"), None, folder):
+            return False
+        found = runs.look()
+    except MlflowException:
+        return True
+    for entry in Ledger.read(folder, config).entries():
+        state = _read_state(trial_folder(folder, entry.number))
+        run = found.get(f"{runs.key}/{entry.number}")
+        if run is None or run.info.run_id != state.get("run_id") or lacks(run, state.get("highest", {})):
+            return False
+        if run.info.status != STATUS.get(entry.state):
+            return False
+    return runs.key in found
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / "mlflow.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What is believed about a run; nothing, if the file is not there or a crash of the machine left it empty."""
+    try:
+        content = json.loads((folder / "mlflow.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:

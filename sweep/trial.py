@@ -1,21 +1,22 @@
 """One trial: from its configuration to a trained, evaluated model. Runs in a slot's worker, or plainly in a process."""
 
 import functools
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.config import DataConfig
-from data.errors import UserError
+from data.errors import StorageError, UserError
 from data.shards import Shards
 from data.tasks import answer_sets
 from model.checkpoint import seed_everything
 from model.evaluate import TrialData
 from model.imbalance import with_numbers
 from model.speech_llm import SpeechLLM
-from model.train import Report, fit
+from model.train import Interrupted, Report, fit, never
 from sweep.config import Config
 
 
@@ -64,17 +65,35 @@ def available_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run_trial(config: Config, folder: Path, report: Report, reader: str, device: str) -> None:
-    """Train a trial to its end, or on from its checkpoint in `folder`."""
+def run_trial(
+    config: Config, folder: Path, report: Report, reader: str, device: str, interrupted: Callable[[], bool] = never
+) -> None:
+    """Train a trial to its end, or on from its checkpoint in `folder`.
+
+    Raises:
+        Interrupted: `interrupted` said so; the checkpoint is written.
+    """
     model, data = build(config, reader, ("train", "val"), device)
-    fit(model, data, config.train, config.tasks, config.seed, folder, report)
+    fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
-def fit_job(job: dict[str, Any], report: Report) -> None:
-    """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial."""
-    config = Config.model_validate(job["config"])
+def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]) -> bool:
+    """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial.
+
+    Returns:
+        Whether the trial came to its end; otherwise it was interrupted.
+    """
+    config, folder = Config.model_validate(job["config"]), Path(job["folder"])
+    if not (folder / "config.yaml").exists():
+        raise StorageError(
+            f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"
+        )
     # A worker that asked for no GPU may see those of others.
     device = "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
-    run_trial(config, Path(job["folder"]), report, job["reader"], device)
+    try:
+        run_trial(config, folder, report, job["reader"], device, interrupted)
+    except Interrupted:
+        return False
+    return True

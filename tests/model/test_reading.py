@@ -34,10 +34,10 @@ def test_what_comes_next_is_read_before_it_is_needed(
     trainer, ready = TRIAL.trainer(models, corpus, tmp_path), []
     evaluate = train.evaluate
 
-    def slowly(*args: Any, asked: Any) -> Any:
+    def slowly(*args: Any, asked: Any, **more: Any) -> Any:
         validation, following = asked.reading, trainer.begun
         ready.append(until(lambda: validation._batches.qsize() == min(PREFETCH, len(asked.batches) + 1)))
-        found = evaluate(*args, asked=asked)
+        found = evaluate(*args, asked=asked, **more)
         ready.append(following is None or until(lambda: following.reading._batches.qsize() == PREFETCH))
         return found
 

@@ -14,7 +14,10 @@ import pytest
 
 from sweep.cli import main
 from sweep.config import Config, parse
+from sweep.lease import Lease, _ourselves
 from sweep.ledger import Ledger
+from sweep.run import Driver
+from sweep.stop import Stop
 from tests.conftest import LABELS
 
 FROZEN, TUNED = "adapter+lora+tokens", "encoder+adapter+lora+tokens"
@@ -116,3 +119,8 @@ def complaint(outcome: Outcome) -> str:
     start, message = outcome.err.split("error: ")
     assert (start, "Traceback" in message) == ("", False)
     return message
+
+
+def driver(config: Config, folder: Path) -> Driver:
+    """A driver that nobody competes with."""
+    return Driver(config, folder, print, Lease(folder, _ourselves(), 60.0), Stop())

@@ -278,17 +278,18 @@ def test_numbers_by_label_are_a_setting(yaml: Any) -> None:
 def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> None:
     config, folder = load("demo"), tmp_path / "sweep"
     claim_folder(config, folder)
-    claim_folder(load("demo", ["search.trials=40", "resources.slots=3"]), folder)
-    assert load(str(folder / "config.yaml")).search.trials == 40
+    claim_folder(load("demo", ["search.trials=40", "resources.slots=3", "resources.workers=2"]), folder)
+    kept = load(str(folder / "config.yaml"))
+    assert (kept.search.trials, kept.resources.workers) == (40, 2)
     before = (folder / "config.yaml").read_bytes()
     for override, shown in {
         "train.epochs=9": "train.epochs: 4 → 9",
-        "resources.workers=2": "resources.workers: 1 → 2",
+        "storage.ledger=sqlite:///x.db": "storage.ledger: None → 'sqlite:///x.db'",
         "search.startup_trials=2": "search.startup_trials: 6 → 2",
         "seed=1": "seed: 0 → 1",
     }.items():
         with pytest.raises(ConfigError, match=f"started with other settings \\({shown}\\); use --out"):
-            claim_folder(load("demo", [override]), folder)
+            claim_folder(load("demo", [override, "search.trials=40", "resources.workers=2"]), folder)
     assert (folder / "config.yaml").read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 

@@ -17,10 +17,9 @@ from sweep.config import Config, claim_folder, load, parse
 from sweep.inputs import resolve_inputs
 from sweep.ledger import Ledger, trial_config
 from sweep.results import read_predictions
-from sweep.run import Driver
 from sweep.trial import as_run, open_shards
 from tests.conftest import LABELS
-from tests.sweep.common import ask, complaint, refused, report, settings, sweep, tree
+from tests.sweep.common import ask, complaint, driver, refused, report, settings, sweep, tree
 
 
 def strict(text: str) -> dict[str, Any]:
@@ -156,14 +155,19 @@ def test_every_split_can_be_read_and_shown(trial: Path) -> None:
 
 
 def test_training_a_finished_trial_changes_nothing(trial: Path) -> None:
-    before = tree(trial)
+    before = results(trial)
     assert before.keys() == {"config.yaml", "checkpoint.pt", "metrics.jsonl", "predictions.json"}
     outcome = sweep("train", "good.yaml", "--out", "trial")
-    assert (outcome.code, tree(trial)) == (0, before)
+    assert (outcome.code, results(trial)) == (0, before)
     assert "epoch 2/2" in outcome.out
     other = complaint(sweep("train", "good.yaml", "--out", "trial", "--set", "seed=3"))
     assert other.startswith("trial: started with other settings (seed: 0 → 3)")
-    assert tree(trial) == before
+    assert results(trial) == before
+
+
+def results(folder: Path) -> dict[str, bytes | None]:
+    """The content of a trial's folder, without what counts the attempts at it."""
+    return {name: content for name, content in tree(folder).items() if not name.startswith((".lock", "attempt-"))}
 
 
 @pytest.fixture(scope="module", params=["class_weights", "sampling"])
@@ -178,12 +182,12 @@ def balanced(request: pytest.FixtureRequest, place: Path, tmp_path_factory: pyte
 
 def test_the_configuration_that_ran_says_the_numbers(balanced: list[str], here: Path, corpus: Shards) -> None:
     folder = Path(balanced[-1])
-    setting, before = folder.name, tree(folder)
+    setting, before = folder.name, results(folder)
     counts = answer_sets(corpus, ["classify"])["classify"].counts
     expected = {label: sum(counts) / (len(counts) * count) for label, count in zip(LABELS, counts, strict=True)}
     assert getattr(load(str(folder / "config.yaml")).train, setting) == {"classify": expected}
     assert len(set(expected.values())) > 1
-    assert (sweep(*balanced).code, tree(folder)) == (0, before)
+    assert (sweep(*balanced).code, results(folder)) == (0, before)
     assert evaluate(folder)["n"] > 0
     assert sweep("train", folder / "config.yaml", "--out", "again").code == 0
     one, other = (checkpoint.load(own / "checkpoint.pt")["digest"] for own in (folder, Path("again")))
@@ -200,13 +204,13 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     values = {"train.learning_rate": 0.2}
     config = load("good.yaml", asked)
     claim_folder(config, here / "s")
-    resolved, driver = resolve_inputs(config), Driver(config, here / "s", print)
-    job = driver._job(resolved, 0, values)
+    resolved, attempt = resolve_inputs(config), driver(config, here / "s")
+    job = attempt._job(resolved, 0, values)
     own = load("s/trials/0000/config.yaml")
     assert own == as_run(trial_config(config, values), open_shards(resolved.data))
     assert isinstance(own.train.class_weights, dict)
     assert Config.model_validate(job["config"]).train == own.train
-    assert driver._job(resolved, 0, values) == job, "as a resumed trial has it"
+    assert attempt._job(resolved, 0, values) == job, "as a resumed trial has it"
     claim_folder(load("good.yaml", asked), here / "s")
     assert load("s/config.yaml").train.class_weights == "balanced"
 
@@ -251,9 +255,10 @@ def a_sweep(here: Path) -> Ledger:
 def test_status_and_best_for_scripts(here: Path) -> None:
     ledger = a_sweep(here)
     status = strict(sweep("status", "s", "--json").out)
-    assert status.keys() == {"sweep", "objective", "direction", "target_trials", "trials"}
+    assert status.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
-    keys = {"number", "state", "params", "value", "metrics", "steps", "mlflow_run_id"}
+    keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "mlflow_run_id"}
+    keys |= {"attempts", "reason", "why"}
     assert all(trial.keys() == keys for trial in status["trials"])
     best = strict(sweep("best", "s", "--json").out)
     own = ledger.trial_config(ledger.entries()[0]).model_dump(mode="json")

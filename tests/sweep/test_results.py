@@ -1,12 +1,15 @@
-"""The leaderboard: its columns follow the tasks of the sweep, and its intervals are those of the first one."""
+"""The leaderboard: its columns follow the tasks of the sweep, and its intervals are those of the first one. Progress:
+what is done, what it took, and how long the rest will take."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sweep.config import Config, parse
-from sweep.ledger import Ledger, trial_folder
-from sweep.results import leaderboard_rows
+from sweep.ledger import Entry, Ledger, State, trial_folder
+from sweep.results import Progress, entry_json, leaderboard_rows, leaderboard_table, progress
 from tests.conftest import LABELS
 from tests.sweep.common import CODE, REPLY, ask
 
@@ -49,3 +52,89 @@ def test_intervals_of_subsets_are_of_the_first_task(tmp_path: Path) -> None:
     found = dict(board(tmp_path, settings({"forecast": 1}), metrics, said))
     assert found["clear"] == "1.00 [0.91,1.00]"
     assert "forecast/accuracy" not in found
+
+
+def trial(number: int, state: State, epochs: int, seconds: float, value: float | None = None, **more: Any) -> Entry:
+    metrics = {"seconds": seconds} if epochs else {}
+    curve = dict.fromkeys(range(1, epochs + 1), value or 0.0)
+    return Entry(number, state, more.pop("params", {}), value, metrics, 0, curve, "so", **more)
+
+
+def of_four(trials: int = 4, **resources: float) -> Config:
+    tree = {"name": "a", "train": {"epochs": 4}, "search": {"trials": trials}, "resources": resources}
+    return parse(tree, "a")
+
+
+def test_nothing_is_foretold_before_an_epoch_is_known() -> None:
+    found = progress(of_four(), [trial(0, "RUNNING", 0, 0)])
+    assert (found.seconds_left, found.hours, found.done, found.running) == (None, 0, 0, 1)
+    assert found.line() == "0/4 trials done; 1 running"
+    assert progress(of_four(), []).line() == "0/4 trials done"
+
+
+@pytest.mark.parametrize(
+    ("entries", "trials", "slots", "seconds"),
+    [
+        # 10 s an epoch, by the median: 3 + 2 epochs are left of those that run.
+        ([trial(0, "RUNNING", 1, 10), trial(1, "RUNNING", 2, 20)], 2, 1, 50),
+        ([trial(0, "RUNNING", 1, 10), trial(1, "RUNNING", 2, 20)], 2, None, 30),  # two slots: the longer one
+        ([trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "PRUNED", 2, 20, 0.1)], 4, 1, 60),  # two more of 3 epochs each
+        ([trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "COMPLETE", 4, 4000), trial(2, "RUNNING", 3, 30)], 3, 1, 10),
+        ([trial(0, "RUNNING", 1, 10, params={"train.epochs": 9})], 1, 1, 80),
+        ([trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "FAIL", 0, 0)], 3, 1, 40),  # a failure says nothing of length
+    ],
+)
+def test_time_left(entries: list[Entry], trials: int, slots: int | None, seconds: float) -> None:
+    assert progress(of_four(trials), entries, slots).seconds_left == pytest.approx(seconds)
+
+
+def test_nothing_is_left_of_a_sweep_that_is_over() -> None:
+    entries = [trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "FAIL", 1, 9)]
+    found = progress(of_four(2), entries)
+    assert (found.seconds_left, found.done, found.failed) == (None, 2, 1)
+
+
+def test_the_best_is_complete_and_by_the_direction() -> None:
+    entries = [trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "COMPLETE", 4, 40, 0.7), trial(2, "RUNNING", 1, 10, 0.9)]
+    best = progress(of_four(), entries).best
+    assert best is not None
+    assert best.number == 1
+    down = of_four().with_values({"search.metric": "loss"})
+    best = progress(down, entries).best
+    assert best is not None
+    assert best.number == 0
+
+
+def test_hours_are_of_what_a_trial_occupies() -> None:
+    entries = [trial(0, "COMPLETE", 4, 1800, 0.5), trial(1, "FAIL", 1, 1800), trial(2, "FAIL", 0, 0)]
+    found = progress(of_four(workers=2, cpus_per_worker=3), entries)
+    assert (found.hours, found.hours_text()) == (6.0, "6 CPU-hours")
+    found = progress(of_four(workers=2, cpus_per_worker=3, gpus_per_worker=0.25), entries)
+    assert (found.hours, found.hours_text()) == (0.5, "0.5 GPU-hours")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "about 10 s left"),
+        (62, "about 60 s left"),
+        (720, "about 12 min left"),
+        (5500, "about 1.5 h left"),
+    ],
+)
+def test_a_line_for_people(seconds: float, text: str) -> None:
+    best = trial(5, "COMPLETE", 4, 40, 0.873)
+    found = Progress(40, 8, 3, 1, 4, best, seconds, 1.25, "GPU")
+    counts = "12/40 trials done; 8 complete, 4 running, 3 pruned, 1 failed"
+    assert found.line() == f"{counts}; best 0.873 (#5); {text}; 1.25 GPU-hours"
+
+
+def test_hours_stand_below_the_leaderboard(tmp_path: Path) -> None:
+    table = leaderboard_table(of_four(workers=2), tmp_path, [trial(0, "COMPLETE", 4, 1800, 0.5)])
+    assert str(table.caption).endswith("; 1 CPU-hours used")
+
+
+def test_a_trial_for_scripts() -> None:
+    found = entry_json(trial(3, "FAIL", 2, 20, reason="non-finite"), "abc", 2)
+    told = {"number": 3, "state": "FAIL", "epochs": 2, "attempts": 2, "reason": "non-finite", "why": "so"}
+    assert found.items() >= (told | {"mlflow_run_id": "abc"}).items()

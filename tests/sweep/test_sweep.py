@@ -128,7 +128,7 @@ def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def test_every_trial_ended_once_and_kept_what_it_was(finished: Path) -> None:
     after = sweep_json("status", finished)
-    assert after.keys() == {"sweep", "objective", "direction", "target_trials", "trials"}
+    assert after.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
     assert [trial["number"] for trial in after["trials"]] == list(range(TRIALS))
     assert {trial["state"] for trial in after["trials"]} <= {"COMPLETE", "PRUNED"}
     for name in ("killed", "stopped"):

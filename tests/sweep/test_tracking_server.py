@@ -111,7 +111,7 @@ def test_a_server_that_fails_between_two_requests_doubles_nothing(
 
         monkeypatch.setattr(MlflowClient, name, call)
 
-    for place, name in enumerate(("create_run", "log_batch", "log_text", "log_table", "set_tag", "set_terminated")):
+    for place, name in enumerate(("create_run", "log_batch", "log_text", "log_image", "set_tag", "set_terminated")):
         flaky(name, after=place < 3)
     tracker = begin(folder, 0.001)
     assert tracker.finish(60), tracker.error
@@ -119,7 +119,7 @@ def test_a_server_that_fails_between_two_requests_doubles_nothing(
         "create_run",
         "log_batch",
         "log_text",
-        "log_table",
+        "log_image",
         "set_tag",
         "set_terminated",
     }
@@ -127,6 +127,17 @@ def test_a_server_that_fails_between_two_requests_doubles_nothing(
     assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "SCHEDULED"]
     assert curve(folder, 0) == [(16, 1000.25, 0.5), (32, 1001.5, 0.75)]
     assert len(children[0].data.params) == len(Ledger.read(folder, CONFIG).entries()[0].params)
+
+
+def test_a_trial_that_the_server_refuses_does_not_stop_the_others(begin: Any, folder: Path) -> None:
+    path = trial_folder(folder, 0) / "metrics.jsonl"
+    path.write_text(json.dumps({"time": 1.0, "step": 1, "values": {"no | name": 1.0}}) + "\n" + path.read_text())
+    tracker = begin(folder, 0.02)
+    assert tracker.finish(3) is False
+    assert "no | name" in str(tracker.error)
+    _, children = runs(folder)
+    assert [run.info.status for run in children] == ["RUNNING", "KILLED", "FAILED", "SCHEDULED"]
+    assert is_shipped(folder) is False
 
 
 def test_a_sweep_that_grows_gets_more_runs(folder: Path) -> None:

@@ -46,3 +46,12 @@ def runs(folder: Path) -> tuple[Run, list[Run]]:
 def curve(folder: Path, number: int, name: str = "loss") -> list[Point]:
     history = MlflowClient(tracking_uri(folder)).get_metric_history(mlflow_run_id(folder, number), name)
     return sorted((point.step, point.timestamp / 1000, point.value) for point in history)
+
+
+def written(folder: Path, number: int, name: str = "loss") -> list[Point]:
+    """The curve that a trial wrote: of the lines of a step the first counts."""
+    path, found = trial_folder(folder, number) / "metrics.jsonl", dict[int, Point]()
+    for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        if name in line["values"]:
+            found.setdefault(line["step"], (line["step"], line["time"], line["values"][name]))
+    return [found[step] for step in sorted(found)]

@@ -1,0 +1,249 @@
+"""`sweep run` and `sweep submit`: a sweep on this machine or the cluster that RAY_ADDRESS names, or as a job of one."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from data.errors import UserError
+from sweep.cli_prepare import console
+
+if TYPE_CHECKING:
+    from model.speech_llm import SpeechLLM
+    from sweep.config import Config
+    from sweep.ledger import Ledger
+
+DONE, INFRASTRUCTURE, BAD_INPUT, UNFINISHED = 0, 1, 2, 75
+LAST_SECONDS = 15.0  # that MLflow has when the machine is to be taken away; what it lacks then is sent the next time
+
+SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting: key=value, dotted; repeatable.")]
+ConfigArgument = Annotated[str, typer.Argument(help="A preset's name, or a YAML file.")]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials in all; larger than before extends.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/<name> by default.")]
+
+
+def run(
+    config: ConfigArgument,
+    set_: SetOption = [],  # noqa: B006 — Typer's way
+    trials: TrialsOption = None,
+    out: OutOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; start and write nothing.")] = False,
+) -> None:
+    """Start a sweep, or go on where it was: the same command for both."""
+    loaded = _load(config, set_, trials)
+    folder = _folder(loaded, out)
+    if dry_run:
+        _preview(loaded, folder)
+        return
+    sys.exit(_run(loaded, folder))
+
+
+def submit(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep: an absolute path that all nodes share.")],
+    set_: SetOption = [],  # noqa: B006
+    trials: TrialsOption = None,
+    address: Annotated[str | None, typer.Option(help="Of the job server; else RAY_API_SERVER_ADDRESS.")] = None,
+    wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
+) -> None:
+    """Run a sweep as a job of a Ray cluster. Ctrl-C leaves the job alone; the same command goes on with a sweep."""
+    import tempfile
+
+    from sweep.submit import connect, follow, stage, start
+
+    if not out.is_absolute():
+        raise UserError(f"--out {out}: must be an absolute path, on storage that all nodes of the cluster share")
+    loaded = _load(config, set_, trials)
+    client = _or_exit(lambda: connect(address))
+    with tempfile.TemporaryDirectory() as staged:
+        stage(loaded, Path(staged))
+        job = start(client, loaded, Path(staged), out)
+    console.print(f"job {job}; `ray job stop {job}` stops it, with a checkpoint of every trial", soft_wrap=True)
+    if not wait:
+        return
+    try:
+        code = follow(client, job, lambda text: console.out(text, end="", highlight=False))
+    except KeyboardInterrupt:
+        console.print(f"the job goes on; `ray job logs --follow {job}` shows more of it")
+        sys.exit(UNFINISHED)
+    sys.exit(UNFINISHED if code is None else code)
+
+
+def _or_exit(work: Callable[[], Any]) -> Any:
+    from sweep.cluster import ClusterError
+
+    try:
+        return work()
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(INFRASTRUCTURE)
+
+
+def _load(config: str, set_: list[str], trials: int | None) -> "Config":
+    from sweep import config as configuration
+
+    return configuration.load(config, [*set_, *([f"search.trials={trials}"] if trials is not None else [])])
+
+
+def _folder(config: "Config", out: Path | None) -> Path:
+    folder = out or Path("runs") / config.name
+    if "_ray_pkg_" in str(Path.cwd()) and not folder.is_absolute():
+        raise UserError(f"--out {folder}: within a job it must be an absolute path, on storage that all nodes share")
+    return folder
+
+
+def _preview(config: "Config", folder: Path) -> None:
+    from sweep.builtin import missing
+    from sweep.changes import preview, preview_table
+
+    fingerprint = None if missing(config) else _fingerprint(config)
+    console.print(preview_table(preview(config, folder, fingerprint)))
+
+
+def _fingerprint(config: "Config") -> str:
+    from sweep.builtin import resolve
+    from sweep.trial import open_shards
+
+    return open_shards(resolve(config).data).fingerprint
+
+
+def _run(config: "Config", folder: Path) -> int:
+    from sweep.cluster import ClusterError
+    from sweep.lease import Busy, Lost, hold
+    from sweep.run import SweepFault
+    from sweep.stop import Stop
+
+    (stop := Stop()).install()
+    try:
+        # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
+        # unless there is something left to do.
+        resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
+        with hold(folder, say=console.print) as lease:
+            return _drive(config, folder, resolved, lease, stop)
+    except SweepFault as fault:
+        print(f"error: {fault}; the sweep was stopped, and the same command goes on ({folder})", file=sys.stderr)
+        return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
+    except (Busy, Lost, ClusterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INFRASTRUCTURE
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on where it was ({folder})")
+        return UNFINISHED
+
+
+def _drive(config: "Config", folder: Path, resolved: "Config | None", lease: Any, stop: Any) -> int:
+    """What the holder of the lease does."""
+    from sweep.config import claim_folder
+    from sweep.display import Display
+    from sweep.leftovers import end_leftovers
+    from sweep.run import Driver
+    from sweep.tracking import is_shipped, still_has
+
+    claim_folder(config, folder)
+    ended = end_leftovers(folder)
+    if ended:
+        console.print(f"ended {len(ended)} processes that a killed attempt had left")
+    driver, shipped = Driver(config, folder, console.print, lease, stop), True
+    if driver.left() or not is_shipped(folder) or not still_has(config, folder):
+        resolved = resolved or check_inputs(config)
+        with Display(console, config, folder) as display:
+            driver.say = display.say
+            shipped = _attempt(driver, resolved)
+    return _conclude(driver, shipped)
+
+
+def check_inputs(config: "Config") -> "Config":
+    from sweep.builtin import missing
+    from sweep.inputs import resolve_inputs
+
+    new = missing(config)
+    if new:
+        console.print(f"making {', '.join(new)}: once, then cached")
+    with console.status("checking corpus and models"):
+        resolved = resolve_inputs(config)
+        show_model(resolved)
+    return resolved
+
+
+def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
+    """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
+    from sweep.inputs import first_trial, skeleton
+    from sweep.inspect import notes, parts_table
+
+    config = first_trial(resolved)
+    model = skeleton(config)
+    which = ", first trial" if resolved.search.space else ""
+    console.print(parts_table(model, config, f"parts of the model{which}"))
+    for note in notes(model):
+        console.print(note, markup=False, highlight=False)
+    return model, config
+
+
+def _attempt(driver: Any, resolved: "Config") -> bool:
+    """Run what is left; whether MLflow took everything."""
+    from sweep.tracking import Tracker
+
+    say = driver.say
+    driver.bind(resolved)
+    tracker = Tracker(driver.config, driver.folder, driver.data_tags(resolved))
+    tracker.start()
+    try:
+        if driver.left():
+            say("starting Ray")
+            driver.execute(resolved)
+    finally:
+        say("sending the last results to MLflow")
+        shipped = tracker.finish(LAST_SECONDS if driver.stop.asked.is_set() else 120.0)
+        if not shipped:
+            say(f"[red]MLflow lacks some results[/red] ({escape(str(tracker.error))}); give the same command again")
+    return shipped
+
+
+def _conclude(driver: Any, shipped: bool) -> int:
+    """Show what came out and choose the exit code."""
+    from sweep.results import leaderboard_table
+    from sweep.tracking import ui_command
+
+    entries = driver.ledger.entries()
+    console.print(leaderboard_table(driver.config, driver.folder, entries))
+    for entry in entries:
+        if entry.state == "FAIL":
+            console.print(f"trial {entry.number} failed: {entry.why}", soft_wrap=True, markup=False)
+    if driver.left():
+        console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
+        return UNFINISHED
+    best = driver.ledger.best()
+    if best is None:
+        reasons = "; ".join(sorted({entry.why for entry in entries}))
+        print(f"error: no trial was completed ({reasons})", file=sys.stderr)
+        return INFRASTRUCTURE
+    print_best(driver.ledger, driver.folder)
+    console.print(f"MLflow UI:  {ui_command(driver.folder, program('mlflow'))}", soft_wrap=True, highlight=False)
+    return DONE if shipped else UNFINISHED
+
+
+def print_best(ledger: "Ledger", folder: Path) -> None:
+    best = ledger.best()
+    assert best is not None
+    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
+    console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
+    for key, value in best.params.items():
+        console.print(f"  {key}: {value}", highlight=False)
+    where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    console.print(
+        f"again:      {program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
+    )
+    console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
+
+
+def program(name: str) -> str:
+    """How a program of this environment is called from here."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,55 @@
+"""What `sweep status` says about a sweep as a whole, from any machine that sees its folder."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweep import lease
+from sweep.config import Config
+from sweep.ledger import Entry
+from sweep.results import progress
+
+
+def driver_of(folder: Path) -> tuple[str, int] | None:
+    """Host and process that work on a sweep; None if the lease was given back, or has had no heartbeat for a while."""
+    path = folder / lease.FILE
+    try:
+        age = time.time() - path.stat().st_mtime
+        content = json.loads(path.read_text())
+        return (str(content["host"]), int(content["pid"])) if age < lease.PATIENCE else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
+    """How far a sweep is, and whether somebody works on it."""
+    found, driver = progress(config, entries), driver_of(folder)
+    if driver is not None:
+        who = f"running on {driver[0]} (pid {driver[1]})"
+    elif found.done >= found.target:
+        who = "finished"
+    else:
+        where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        who = f"nobody works on it; `sweep run {where / 'config.yaml'} --out {where}` goes on"
+    return [f"{config.name}: {found.line()}", who]
+
+
+def progress_json(config: Config, folder: Path, entries: Sequence[Entry]) -> dict[str, Any]:
+    """The same in the form that scripts rely on."""
+    found, driver = progress(config, entries), driver_of(folder)
+    return {
+        "target": found.target,
+        "done": found.done,
+        "complete": found.complete,
+        "pruned": found.pruned,
+        "failed": found.failed,
+        "running": found.running,
+        "best": None if found.best is None else found.best.number,
+        "seconds_left": found.seconds_left,
+        "gpu_hours": found.hours if found.device == "GPU" else None,
+        "cpu_hours": found.hours if found.device == "CPU" else None,
+        "running_on": None if driver is None else driver[0],
+        "pid": None if driver is None else driver[1],
+    }

@@ -1,0 +1,20 @@
+"""What the ledger of a sweep says at a moment, also while a driver writes it."""
+
+from pathlib import Path
+
+from sweep import config as configuration
+from sweep.config import Config
+from sweep.ledger import Entry, Ledger
+
+
+def config_of(folder: Path) -> Config:
+    """Of a sweep that has begun."""
+    return configuration.load(str(folder / "config.yaml"))
+
+
+def entries(folder: Path) -> dict[int, Entry]:
+    """Every trial by number; none, if the sweep has not begun, or a line of its ledger is just being written."""
+    try:
+        return {entry.number: entry for entry in Ledger.read(folder, config_of(folder)).entries()}
+    except Exception:  # asked again, and in the end without this mercy
+        return {}

@@ -1,0 +1,130 @@
+"""A play: a small sweep in a folder of its own, and all that has to be told to its processes."""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data import synthetic
+from data.prepare import prepare
+from tests import tiny_models
+
+FAULTS = Path(__file__).with_name("faults")
+CHECKPOINT_STEPS = 3
+EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What tells plays apart.
+
+    Args:
+        workers: of a trial; one slot if there are two of them, else two slots.
+        reader: of the data.
+        server: whether MLflow is a server; else it is a file.
+        ledger: see `storage.ledger`.
+        trials: in all.
+    """
+
+    workers: int
+    reader: str
+    server: bool = False
+    ledger: str | None = None
+    trials: int = 10
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        said = f"{self.workers} rank{'s' if self.workers > 1 else ''}, {self.reader} reader"
+        said += ", MLflow server" if self.server else ""
+        return said + (", SQLite ledger" if self.ledger else "")
+
+
+VARIANTS = (
+    Variant(1, "ray"),
+    Variant(2, "local"),
+    Variant(1, "local", server=True, ledger="sqlite:///ledger.db"),
+    Variant(2, "ray", server=True),
+)
+
+
+@dataclass(frozen=True)
+class Stuff:
+    """What all plays read."""
+
+    models: Path
+    shards: Path
+
+
+def make_stuff(folder: Path) -> Stuff:
+    """A corpus in synthetic speech and untrained tiny models."""
+    for name in ("whisper", "llm"):
+        tiny_models.MODELS[name](folder / "models" / name)
+    prepare(synthetic.corpus(sessions=12, turns=12, seed=5), folder / "shards")
+    return Stuff(folder / "models", folder / "shards")
+
+
+def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
+    """A sweep with pruning whose first parameters are given, so that they do not depend on the order of events."""
+    ranks = (2, 4, 8, 2, 4, 8)
+    rates = (3e-3, 1e-2, 1e-3, 6e-3, 2e-3, 8e-3)
+    modalities = ("speech", "text", "text+speech", "text", "speech", "text+speech")
+    names = ("model.lora.rank", "train.learning_rate", "model.modality")
+    return {
+        "name": "kill",
+        "seed": 3,
+        "data": {"shards": str(stuff.shards), "history": 1, "reader": variant.reader},
+        "tasks": {"forecast": 0.5},
+        "model": {
+            "encoder": {"path": str(stuff.models / "whisper")},
+            "llm": {"path": str(stuff.models / "llm")},
+            "lora": {"dropout": 0.1 if variant.workers == 1 else 0.0},
+        },
+        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS},
+        "resources": {"workers": variant.workers, "slots": 2 // variant.workers},
+        "storage": {"keep": None, "ledger": variant.ledger},
+        "search": {
+            "trials": variant.trials,
+            "startup_trials": 3,
+            "pruning": {"first_epoch": 1, "after_trials": 3},
+            "space": {
+                "model.lora.rank": [2, 4, 8],
+                "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+                "model.modality": ["speech", "text", "text+speech"],
+            },
+            "points": [dict(zip(names, point, strict=True)) for point in zip(ranks, rates, modalities, strict=True)],
+        },
+    }
+
+
+class Play:
+    """The folders of a sweep, and its command."""
+
+    def __init__(self, variant: Variant, stuff: Stuff, root: Path) -> None:
+        self.variant, self.root = variant, root
+        self.folder = root / "runs" / "kill"
+        self.faults = root / "faults"
+        self.log = root / "log.txt"
+        # Ray's sockets lie in it, and their names must not be long.
+        self.scratch = Path(tempfile.mkdtemp(prefix="k", dir="/tmp"))
+        self.tracking = ""  # of a server
+        self.config = root / "kill.yaml"
+        for path in (self.faults, self.folder.parent):
+            path.mkdir(parents=True)
+        self.config.write_text(yaml.safe_dump(settings(variant, stuff)))
+
+    @property
+    def command(self) -> list[str]:
+        """The one that is given again and again."""
+        return [sys.executable, "-m", "sweep", "run", str(self.config), "--out", str(self.folder)]
+
+    def environment(self) -> dict[str, str]:
+        """Of the driver, and so of all that it starts."""
+        unwanted = ("RAY_", "MLFLOW_", "KILL_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        own = {"KILL_FOLDER": str(self.faults), "PYTHONPATH": str(FAULTS), "TMPDIR": str(self.scratch)}
+        return kept | own | ({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {})

@@ -1,0 +1,151 @@
+"""The tables of a run, and its JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.kill.fire import Kill
+from tests.kill.plan import Shot
+from tests.kill.verdict import Row
+
+
+@dataclass
+class Result:
+    """A play that is over."""
+
+    name: str
+    kills: list[Kill]
+    rows: list[Row]
+    starts: int
+    seconds: float
+    alone: float  # seconds that the comparison took
+    calm: float | None = None  # seconds of the undisturbed sweep
+    states: dict[int, str] = field(default_factory=dict)
+    unfired: list[Shot] = field(default_factory=list)  # the sweep was over before
+
+    @property
+    def faults(self) -> list[str]:
+        """Everything that did not hold."""
+        return [f"{row.what}: {fault}" for row in self.rows for fault in row.faults]
+
+    def count(self, what: str) -> int:
+        """Faults by which something was lost, or doubled."""
+        return sum(len(row.faults) for row in self.rows if row.counts == what)
+
+
+def show(results: Sequence[Result], console: Console) -> None:
+    """Print all of it."""
+    console.print(kills_table(results), checks_table(results), kinds_table(results))
+    for result in results:
+        for fault in result.faults:
+            console.print(f"FAULT, {result.name}: {fault}", style="red", soft_wrap=True, markup=False)
+    console.print(headline(results))
+
+
+def headline(results: Sequence[Result]) -> str:
+    """In a line."""
+    kills = sum(len(result.kills) for result in results)
+    lost, doubled = (sum(result.count(what) for result in results) for what in ("lost", "doubled"))
+    others = sum(len(result.faults) for result in results) - lost - doubled
+    said = f"{kills} kills over {len(results)} sweep{'s' if len(results) > 1 else ''}: {lost} lost, {doubled} doubled"
+    return said + (f", {others} other faults" if others else "")
+
+
+def kills_table(results: Sequence[Result]) -> Table:
+    """Every kill."""
+    table = Table(title="kills")
+    for column in ("play", "kill", "victim", "at step", "exit", "first s", "all s", "redone"):
+        table.add_column(column)
+    for place, result in enumerate(results, start=1):
+        for kill in result.kills:
+            where = " ".join(f"{number}@{step}" for number, step in kill.running.items())
+            redone = " ".join(f"{number}:{count}" for number, count in kill.redone.items())
+            name = f"{kill.shot.name}{' early' if kill.shot.early else ''} {kill.shot.at}"
+            codes = " ".join(map(str, kill.codes))
+            times = [_seconds(kill.first), _seconds(kill.all)]
+            table.add_row(str(place), name, "; ".join(kill.victims)[:60], where, codes, *times, redone)
+    return table
+
+
+def checks_table(results: Sequence[Result]) -> Table:
+    """What must hold, by play."""
+    table = Table(title="\n".join(f"{n}: {_told(result)}" for n, result in enumerate(results, start=1)))
+    table.add_column("what must hold")
+    for place in range(1, len(results) + 1):
+        table.add_column(str(place))
+    for what in dict.fromkeys(row.what for result in results for row in result.rows):
+        cells = []
+        for result in results:
+            row = next((row for row in result.rows if row.what == what), None)
+            cells.append("" if row is None else f"{len(row.faults)} FAULTS" if row.faults else f"yes  {row.note}")
+        table.add_row(what, *cells)
+    return table
+
+
+def _told(result: Result) -> str:
+    said = f"{result.name}: {len(result.kills)} kills, {result.starts} starts, {result.seconds:.0f} s"
+    return said + (f" (undisturbed {result.calm:.0f} s)" if result.calm else "")
+
+
+def kinds_table(results: Sequence[Result]) -> Table:
+    """What a kill costs, by its kind."""
+    kills = [kill for result in results for kill in result.kills]
+    table = Table(title="what a kill costs: seconds until a trial, and all trials, go on; steps made once more")
+    for column in ("kind", "kills", "median first", "median all", "max all", "most steps"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for entry in kinds(kills):
+        times = [_seconds(entry[name]) for name in ("median_first", "median_all", "max_all")]
+        table.add_row(entry["kind"], str(entry["kills"]), *times, str(entry["most_steps"]))
+    return table
+
+
+def kinds(kills: Sequence[Kill]) -> list[dict[str, Any]]:
+    """The same as data."""
+    found = []
+    for name in sorted({kill.shot.name for kill in kills}):
+        own = [kill for kill in kills if kill.shot.name == name]
+        first = [kill.first for kill in own if kill.first is not None]
+        every = [kill.all for kill in own if kill.all is not None]
+        steps = max((count for kill in own for count in kill.redone.values()), default=0)
+        times = {"median_first": _median(first), "median_all": _median(every), "max_all": max(every, default=None)}
+        found.append({"kind": name, "kills": len(own), **times, "most_steps": steps})
+    return found
+
+
+def content(results: Sequence[Result]) -> dict[str, Any]:
+    """For a file."""
+    kills = [kill for result in results for kill in result.kills]
+    return {
+        "headline": headline(results),
+        "kinds": kinds(kills),
+        "plays": [
+            {
+                "name": result.name,
+                "seconds": result.seconds,
+                "undisturbed_seconds": result.calm,
+                "starts": result.starts,
+                "states": result.states,
+                "checks": [{"what": row.what, "note": row.note, "faults": list(row.faults)} for row in result.rows],
+                "kills": [_kill(kill) for kill in result.kills],
+            }
+            for result in results
+        ],
+    }
+
+
+def _kill(kill: Kill) -> dict[str, Any]:
+    shot = {"name": kill.shot.name, "at": kill.shot.at, "early": kill.shot.early}
+    seen = {"running": kill.running, "victims": kill.victims, "codes": kill.codes, "redone": kill.redone}
+    return shot | {"time": kill.time, "first": kill.first, "all": kill.all} | seen
+
+
+def _median(numbers: Sequence[float]) -> float | None:
+    return median(numbers) if numbers else None
+
+
+def _seconds(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"

@@ -1,0 +1,70 @@
+"""What trials have done, step by step, as `faults/sitecustomize.py` writes it down."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = "steps.jsonl"
+
+
+class Step(NamedTuple):
+    """An optimizer step that was made."""
+
+    time: float
+    trial: int
+    step: int
+
+
+class Steps:
+    """Follows the steps of a sweep; new ones are those that no attempt has made before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.offset = 0
+        self.highest: dict[int, int] = {}
+        self.newest = 0.0  # when the last new step was made
+
+    def look(self) -> list[Step]:
+        """The new steps since the last call."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self.offset += len(content)
+        found = []
+        for step in parsed(content):
+            if step.step > self.highest.get(step.trial, 0):
+                self.highest[step.trial] = step.step
+                self.newest = step.time
+                found.append(step)
+        return found
+
+
+def parsed(content: bytes) -> Iterator[Step]:
+    """All steps of a file's content."""
+    for line in content.splitlines():
+        yield Step(**json.loads(line))
+
+
+def redone(content: bytes, kills: list[float]) -> list[dict[int, int]]:
+    """Steps that were made once more, by trial, after each of the kills.
+
+    Args:
+        content: of the file.
+        kills: their times, in order.
+
+    Returns:
+        One entry a kill, and before them one for what was redone before the first, which should be empty.
+    """
+    highest: dict[int, int] = {}
+    counts: list[dict[int, int]] = [{} for _ in range(len(kills) + 1)]
+    for step in parsed(content):
+        if step.step > highest.get(step.trial, 0):
+            highest[step.trial] = step.step
+            continue
+        after = sum(kill <= step.time for kill in kills)
+        counts[after][step.trial] = counts[after].get(step.trial, 0) + 1
+    return counts

@@ -1,0 +1,190 @@
+"""What must hold after a sweep under fire: of its ledger, its results, its processes and its files."""
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from sweep.ledger import Entry
+from tests.kill import targets
+from tests.kill.fire import Kill
+from tests.kill.play import CHECKPOINT_STEPS, EPOCHS, Play
+from tests.model.trials import equal
+
+ENDED = ("COMPLETE", "PRUNED")
+CLOCK = ("seconds", "data_wait")
+SWEEP_FILES = (".lock", "config.yaml", "mlflow.json", "sweep-id", "study.journal", "ledger.db")
+TRIAL_FILES = (".lock", "attempt-*", "checkpoint.pt", "config.yaml", "metrics.jsonl", "mlflow.json", "predictions.json")
+BESIDE = "checkpoint.previous.pt"  # of a trial that was pruned: nothing tells its worker in time to remove it
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something that must hold.
+
+    Args:
+        what: must hold.
+        faults: where it does not, in words.
+        note: for people.
+        counts: what a fault means: something "lost" or "doubled", or else.
+    """
+
+    what: str
+    faults: Sequence[str]
+    note: str = ""
+    counts: str = ""
+
+
+def ledger_rows(entries: Mapping[int, Entry], kills: Sequence[Kill], play: Play) -> list[Row]:
+    """Every trial once, with the parameters that it had, in a final state, each epoch once."""
+    states = [entry.state for entry in entries.values()]
+    numbers = list(range(play.variant.trials))
+    told = f"{states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned"
+    return [
+        Row("the same trials", [] if list(entries) == numbers else [f"{list(entries)} in place of {numbers}"], told),
+        Row(
+            "each in a final state",
+            [f"trial {n}: {entry.state} ({entry.why})" for n, entry in entries.items() if entry.state not in ENDED],
+            counts="lost",
+        ),
+        Row("parameters as they were asked", list(_changed(entries, kills)), f"{len(kills)} looks"),
+        Row("what had ended stays as it was", list(_reopened(entries, kills))),
+        Row(
+            "no epoch twice, none left out",
+            [f"trial {n}: {list(e.curve)}" for n, e in entries.items() if list(e.curve) != _whole(e)],
+            counts="doubled",
+        ),
+    ]
+
+
+def _whole(entry: Entry) -> list[int]:
+    last = EPOCHS if entry.state == "COMPLETE" else max(entry.curve, default=0)
+    return list(range(1, last + 1))
+
+
+def _changed(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
+    return [
+        f"trial {number}: {params} became {entries[number].params if number in entries else 'nothing'}"
+        for kill in kills
+        for number, params in kill.params.items()
+        if number not in entries or entries[number].params != params
+    ]
+
+
+def _reopened(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
+    return [
+        f"trial {number}: {ended} became {entries[number].state, entries[number].value}"
+        for kill in kills
+        for number, ended in kill.ended.items()
+        if (entries[number].state, entries[number].value) != ended
+    ]
+
+
+def reference_row(entries: Mapping[int, Entry], calm: Mapping[int, Entry], kills: Sequence[Kill], points: int) -> Row:
+    """Against the same sweep undisturbed: parameters that were given, or drawn before the first kill."""
+    before = kills[0].params if kills else entries
+    alike = [number for number in calm if number < points or number in before]
+    faults = [
+        f"trial {n}: {entries[n].params} in place of {calm[n].params}"
+        for n in alike
+        if n not in entries or entries[n].params != calm[n].params
+    ]
+    faults += [] if entries.keys() == calm.keys() else [f"trials {list(entries)} in place of {list(calm)}"]
+    return Row("trials and parameters of the undisturbed sweep", faults, f"{len(alike)} of {len(calm)} comparable")
+
+
+def bits_row(entries: Mapping[int, Entry], folder: Path, alone: Path) -> Row:
+    """Weights, optimizer and all metrics of every trial equal those of the trial trained by itself."""
+    faults = []
+    for number in entries:
+        ours, theirs = (_state(place / f"{number:04d}") for place in (folder / "trials", alone))
+        for name, value in theirs.items():
+            if not equal(ours[name], value):
+                faults.append(f"trial {number}: its {name} differs")
+        history = dict(ours["history"])
+        if history.keys() != entries[number].curve.keys():
+            faults.append(f"trial {number}: the checkpoint has epochs {list(history)}, the ledger others")
+        elif any(entries[number].curve[n] != history[n]["macro_f1"] for n in history):
+            faults.append(f"trial {number}: the ledger's curve is not that of the checkpoint")
+    return Row("results bit for bit those of the trial alone", faults, f"{len(entries)} trials", "lost")
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What must not differ: nothing that tells the time, or who it was."""
+    state = checkpoint.load(folder / checkpoint.FILE)
+    history = [
+        (epoch, {k: v for k, v in known.items() if k not in CLOCK}) for epoch, known in state["progress"]["history"]
+    ]
+    own = {name: state[name] for name in ("tensors", "digest", "optimizer", "schedule")}
+    return own | {"history": history, "steps": state["progress"]["total_steps"]}
+
+
+def cost_rows(kills: Sequence[Kill], before: Mapping[int, int]) -> list[Row]:
+    """At most one checkpoint interval is made once more, of every trial, after a kill."""
+    faults = [f"before any kill: {dict(before)}"] if before else []
+    faults += [
+        f"{kill.shot.name} {kill.shot.at}: {count} steps of trial {number}"
+        for kill in kills
+        for number, count in kill.redone.items()
+        if count > CHECKPOINT_STEPS
+    ]
+    most = max((count for kill in kills for count in kill.redone.values()), default=0)
+    return [Row("at most a checkpoint's interval once more", faults, f"{most} of {CHECKPOINT_STEPS} steps at most")]
+
+
+def again_row(folder: Path) -> Row:
+    """Steps that were made twice gave the same numbers."""
+    faults, twice = [], 0
+    for path in sorted(folder.glob("trials/*/metrics.jsonl")):
+        known: dict[tuple[str, int], Any] = {}
+        for line in lines(path):
+            for name, value in line["values"].items():
+                if name in CLOCK:
+                    continue
+                twice += (name, line["step"]) in known
+                if known.setdefault((name, line["step"]), value) != value:
+                    faults.append(f"{path.parent.name}: {name} at {line['step']}")
+    return Row("what was done twice gave the same numbers", faults, f"{twice} points")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a curve."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def left_rows(play: Play) -> list[Row]:
+    """Nothing runs, and no file is without an owner."""
+    running = targets.belonging(play.folder, play.scratch)
+    told = [f"{process.pid} {targets.title(process)[:60]}" for process in running]
+    temporary = sorted(path.name for path in play.scratch.iterdir())
+    ray = [name for name in temporary if name.startswith("sweep-ray-")]
+    others = [name for name in temporary if name not in ray]
+    return [
+        Row("nothing runs any more", told),
+        Row("no folder of Ray's is left", ray, f"besides: {', '.join(others)}" if others else ""),
+        Row("no file without an owner", strangers(play.folder)),
+    ]
+
+
+def strangers(folder: Path) -> list[str]:
+    """Files that nobody needs any more."""
+    found = []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        place = path.relative_to(folder)
+        names = SWEEP_FILES if len(place.parts) == 1 else TRIAL_FILES
+        known = len(place.parts) in (1, 3) and any(fnmatch.fnmatch(path.name, name) for name in names)
+        if not known and path.name != BESIDE:
+            found.append(str(place))
+    for trial in sorted(folder.glob("trials/*")):
+        if len(attempts := sorted(path.name for path in trial.glob("attempt-*"))) != 1:
+            found.append(f"{trial.name}: {attempts}")
+    return found

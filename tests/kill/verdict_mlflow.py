@@ -1,0 +1,84 @@
+"""What must hold of MLflow after a sweep under fire: one run a trial, each point once, honest statuses."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+
+from sweep.ledger import Entry
+from sweep.tracking import STATUS
+from tests.kill.verdict import Row, lines
+
+Key = tuple[str, int]  # metric and step
+
+
+def mlflow_rows(entries: Mapping[int, Entry], folder: Path, uri: str) -> list[Row]:
+    """Compare what MLflow has with the ledger and the curves.
+
+    Args:
+        entries: of the ledger.
+        folder: of the sweep.
+        uri: of MLflow's database.
+    """
+    client = MlflowClient(uri)
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = list(client.search_runs(ids, run_view_type=ViewType.ACTIVE_ONLY, max_results=1000))
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    known = Counter(run.data.tags.get("sweep.trial") for run in runs if run not in parents)
+    children = {int(run.data.tags["sweep.trial"]): run for run in runs if run not in parents}
+    return [
+        Row("one MLflow run a trial", _runs(entries, known), f"{len(runs)} runs", "doubled"),
+        Row("the parent run is FINISHED", [run.info.status for run in parents if run.info.status != "FINISHED"]),
+        Row("honest statuses", _statuses(entries, children)),
+        *_points(client, entries, children, folder),
+    ]
+
+
+def _runs(entries: Mapping[int, Entry], known: Counter[Any]) -> list[str]:
+    return [f"trial {n}: {known[str(n)]} runs" for n in entries if known[str(n)] != 1] + [
+        f"trial {n}: it is not in the ledger" for n in known if n is None or int(n) not in entries
+    ]
+
+
+def _statuses(entries: Mapping[int, Entry], children: Mapping[int, Any]) -> list[str]:
+    faults = []
+    for number, run in children.items():
+        expected = STATUS.get(entries[number].state) if number in entries else None
+        if run.info.status != expected:
+            faults.append(f"trial {number}: {run.info.status} in place of {expected}")
+        elif run.data.params != {key: str(value) for key, value in entries[number].params.items()}:
+            faults.append(f"trial {number}: its parameters are {run.data.params}")
+    return faults
+
+
+def _points(client: MlflowClient, entries: Mapping[int, Entry], children: Mapping[int, Any], folder: Path) -> list[Row]:
+    doubled, lost, count = [], [], 0
+    for number in entries.keys() & children.keys():
+        run, expected = children[number], _written(folder / "trials" / f"{number:04d}" / "metrics.jsonl")
+        names = {name for name, _ in expected} | set(run.data.metrics)
+        got = [point for name in names for point in client.get_metric_history(run.info.run_id, name)]
+        counts = Counter((point.key, point.step) for point in got)
+        count += len(counts)
+        doubled += [f"trial {number}: {key} {times} times" for key, times in counts.items() if times > 1]
+        values = {(point.key, point.step): point.value for point in got}
+        lost += [f"trial {number}: {key} is missing" for key in expected.keys() - values.keys()]
+        lost += [f"trial {number}: {key} is not in the curves" for key in values.keys() - expected.keys()]
+        lost += [f"trial {number}: {k} differs" for k in values.keys() & expected.keys() if values[k] != expected[k]]
+    return [
+        Row("each MLflow point once", doubled, f"{count} points", "doubled"),
+        Row("no hole in the MLflow curves", lost, counts="lost"),
+    ]
+
+
+def _written(path: Path) -> dict[Key, float]:
+    """Every point of a trial; of those that were made twice the first counts."""
+    found: dict[Key, float] = {}
+    for line in lines(path):
+        for name, value in line["values"].items():
+            if isinstance(value, int | float):
+                found.setdefault((name, line["step"]), json.loads(json.dumps(float(value))))
+    return found

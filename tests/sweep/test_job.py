@@ -1,0 +1,161 @@
+"""A sweep as a job of a cluster of two nodes with a token: stopped and submitted again, drained, killed, and ended.
+
+One cluster carries all the checks: what costs is to start it.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data import synthetic
+from data.prepare import prepare
+from tests.sweep.cluster import Cluster, cluster, kill, until
+
+TRIALS = 4
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def settings(models: Path, shards: Path) -> dict[str, Any]:
+    return {
+        "name": "job",
+        "data": {"shards": str(shards), "history": 1, "reader": "ray"},
+        "model": {
+            "modality": "text",
+            "encoder": {"path": str(models / "whisper")},
+            "llm": {"path": str(models / "llm")},
+        },
+        "train": {"epochs": 6, "batch_size": 4, "checkpoint_steps": 4},
+        "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
+        "storage": {"keep": None},
+    }
+
+
+class Job:
+    """`sweep submit` and what it says."""
+
+    def __init__(self, made: Cluster, config: Path, out: Path) -> None:
+        self.cluster, self.out = made, out
+        self.log = out.parent / f"submit-{len(list(out.parent.glob('submit-*')))}.log"
+        self.command = subprocess.Popen(
+            [sys.executable, "-m", "sweep", "submit", str(config), "--out", str(out)],
+            env=made.environment,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def id(self) -> str:
+        return (
+            until(lambda: [line for line in self.said.splitlines() if line.startswith("job ")], 90, lambda: self.said)[
+                0
+            ]
+            .split()[1]
+            .rstrip(";")
+        )
+
+    def stop(self) -> None:
+        self.cluster.state("job", "stop", self.id)
+
+
+def epochs(out: Path) -> int:
+    return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
+
+
+def steps(out: Path, number: int) -> int:
+    path = out / f"trials/{number:04d}/checkpoint.pt"
+    return int(torch.load(path, weights_only=True)["progress"]["total_steps"]) if path.exists() else 0
+
+
+def leftovers(made: Cluster) -> list[str]:
+    """Actors and placement groups that are alive when no sweep runs; those of Ray Data itself stay with a cluster."""
+    address = ["--address", made.server, "--format", "json"]
+    actors = json.loads(made.state("list", "actors", "--filter", "state=ALIVE", *address) or "[]")
+    groups = json.loads(made.state("list", "placement-groups", *address) or "[]")
+    ours = [actor["class_name"] for actor in actors if not actor["class_name"].startswith("_")]
+    return [name for name in ours if name != "JobSupervisor"] + [
+        group["placement_group_id"] for group in groups if group["state"] != "REMOVED"
+    ]
+
+
+def drain(made: Cluster) -> None:
+    """Announce that the node beside the head goes away, and wait until no worker is left there."""
+    listed = json.loads(made.state("list", "nodes", "--address", made.server, "--format", "json"))
+    [node] = [node["node_id"] for node in listed if not node["is_head_node"] and node["state"] == "ALIVE"]
+    reason = [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "120",
+    ]
+    made.state("drain-node", "--address", made.address, "--node-id", node, *reason)
+
+    def gone() -> bool:
+        filters = ["--filter", "state=ALIVE", "--filter", f"node_id={node}", "--filter", "class_name=RayTrainWorker"]
+        return not json.loads(
+            made.state("list", "actors", *filters, "--address", made.server, "--format", "json") or "[]"
+        )
+
+    until(gone, 90, lambda: node)
+
+
+@pytest.fixture(scope="module")
+def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What was seen while the sweep was stopped and submitted again, and lost one node after a notice, one without."""
+    root = tmp_path_factory.mktemp("job")
+    shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), root / "shards")
+    (root / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
+    out, seen = root / "out", {}
+    with cluster() as made:
+        until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
+        nodes = [made.add()]
+        first = Job(made, root / "job.yaml", out)
+        until(lambda: epochs(out) >= 2, 240, lambda: first.said)
+        before = {number: steps(out, number) for number in range(TRIALS)}
+        first.stop()
+        seen["stopped"] = first.command.wait(150)
+        seen["said"] = first.said
+        seen["gained"] = [steps(out, number) - before[number] for number in before]
+        until(lambda: not leftovers(made), 30, lambda: str(leftovers(made)))
+
+        again = Job(made, root / "job.yaml", out)
+        for notice in (True, False):
+            done = epochs(out)
+            until(lambda done=done: epochs(out) > done, 240, lambda: again.said)
+            if notice:
+                nodes.append(made.add())
+                drain(made)
+            kill(nodes[-2])
+            nodes.append(made.add())
+        seen["ended"] = again.command.wait(400)
+        seen["log"] = again.said
+        until(lambda: not leftovers(made), 30, lambda: str(leftovers(made)))
+    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
+    seen["status"] = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
+    yield seen
+
+
+def test_a_job_that_is_stopped_ends_in_order_with_a_checkpoint(played: dict[str, Any]) -> None:
+    assert played["stopped"] == 75, played["said"][-2000:]
+    assert "unfinished" in played["said"]
+    assert sum(played["gained"]) > 0  # beyond the last regular checkpoint
+
+
+def test_the_job_that_is_submitted_again_goes_on_and_ends(played: dict[str, Any]) -> None:
+    assert played["ended"] == 0, played["log"][-3000:]
+    assert "goes on" in played["log"]
+    trials = played["status"]["trials"]
+    assert [trial["number"] for trial in trials] == list(range(TRIALS))
+    assert {trial["state"] for trial in trials} == {"COMPLETE"}

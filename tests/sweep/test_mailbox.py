@@ -1,0 +1,133 @@
+"""The mailbox by itself, without Ray: what workers and Tune are told, in which order."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from sweep.mailbox import RETRIES, Mailbox
+
+JOB = {"folder": "f"}
+make: Callable[[], Any] = Mailbox.__ray_metadata__.modified_class  # type: ignore[attr-defined]
+
+
+def play(scene: Callable[[Any], Awaitable[None]]) -> None:
+    async def timed() -> None:
+        await asyncio.wait_for(scene(make()), 5)
+
+    asyncio.run(timed())
+
+
+def test_a_report_returns_once_tune_has_asked_for_more() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        assert await box.next(0, 0) == (version, JOB)
+        report = asyncio.ensure_future(box.report(version, 1, {"loss": 1.0}))
+        assert (await box.take(version))["epoch"] == 1
+        await asyncio.sleep(0)
+        assert not report.done()
+        more = asyncio.ensure_future(box.take(version))
+        assert await report is True
+        await box.done(version)
+        assert (await more)["finished"]
+
+    play(scene)
+
+
+def test_a_stop_lets_the_trial_write_its_checkpoint() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        await box.next(0, 0)
+        await box.stop()
+        await box.stopped()
+        taken = asyncio.ensure_future(box.take(version))
+        await asyncio.sleep(0)
+        assert not taken.done()  # it waits for the worker
+        assert await box.interrupted(version) is True
+        assert (await taken)["interrupted"]
+        await box.interrupted(version)  # of another rank: told once
+        assert not box.out
+
+    play(scene)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_trial_that_no_worker_has_begun_ends_at_once(before: bool) -> None:
+    async def scene(box: Any) -> None:
+        if before:
+            await box.stop()
+        version = await box.assign(JOB)
+        if not before:
+            await box.stop()
+        assert (await box.take(version))["interrupted"]
+
+    play(scene)
+
+
+def test_a_node_that_goes_away_is_no_failure() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        for _ in range(3 * RETRIES):
+            assert await box.next(0, 0) == (version, JOB)
+            assert await box.interrupted(version) is False
+        assert not box.out
+
+    play(scene)
+
+
+def test_workers_that_die_again_and_again_fail_the_trial() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        for _ in range(1 + RETRIES):
+            await box.next(0, 0)
+        with pytest.raises(RuntimeError, match="died too often"):
+            await box.next(0, 0)
+        told = await box.take(version)
+        assert (told["reason"], told["common"]) == ("workers lost", False)
+
+    play(scene)
+
+
+def test_an_epoch_in_between_forgives() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        for epoch in range(1, 4):
+            for _ in range(RETRIES):
+                await box.next(0, 0)
+            report = asyncio.ensure_future(box.report(version, epoch, {}))
+            assert (await box.take(version))["epoch"] == epoch
+            report.cancel()
+
+    play(scene)
+
+
+def test_a_failure_says_why_once() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        await box.next(0, 0)
+        await box.fail(version, "a peer died", final=False)
+        assert not box.out
+        await box.fail(version, "no such shard", final=True, reason="bad data", common=True)
+        await box.fail(version, "again", final=True)
+        told = await box.take(version)
+        assert told == {"failed": "no such shard", "reason": "bad data", "common": True, "done": True}
+        assert not box.out
+
+    play(scene)
+
+
+def test_closing_ends_workers_and_those_who_wait() -> None:
+    async def scene(box: Any) -> None:
+        version = await box.assign(JOB)
+        await box.next(0, 0)
+        waiting = [asyncio.ensure_future(box.next(version, 0)), asyncio.ensure_future(box.stopped())]
+        report = asyncio.ensure_future(box.report(version, 1, {}))
+        await asyncio.sleep(0)
+        await box.close()
+        assert await report is False
+        assert await waiting[0] is None
+        await waiting[1]
+        assert await box.interrupted(version) is True  # not a node that goes away
+
+    play(scene)

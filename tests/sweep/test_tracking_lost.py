@@ -1,0 +1,160 @@
+"""MLflow comes back without what it had, or somebody deleted some of it: everything is there again, and once."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from sweep.ledger import Ledger
+from sweep.tracking import is_shipped, mlflow_run_id, still_has, tracking_uri
+from tests.sweep.common import report
+from tests.sweep.tracked import CONFIG, append, curve, runs, track, written
+
+NUMBERS = range(4)
+
+
+def end(folder: Path) -> None:
+    """The trial that runs comes to its end."""
+    append(folder, 3, (48, 1005.0, 0.3))
+    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
+    ledger.complete(3)
+
+
+def database(folder: Path) -> Path:
+    return Path(tracking_uri(folder).removeprefix("sqlite:///"))
+
+
+def shown(folder: Path) -> list[str]:
+    """All that must be as it was, as text: NaN is not equal to itself."""
+
+    def row(run: Run) -> str:
+        number = int(run.data.tags["sweep.trial"])
+        return repr((run.info.status, run.data.params, run.data.tags.get("sweep.state"), curve(folder, number)))
+
+    return [row(run) for run in runs(folder)[1]]
+
+
+@pytest.fixture
+def ended(folder: Path) -> Path:
+    """The folder of a sweep that is finished, and MLflow has it; beside it is a copy of when trial 3 had two points."""
+    shutil.copy(database(folder), folder.parent / "empty.db")
+    track(folder)
+    shutil.copy(database(folder), folder.parent / "older.db")
+    end(folder)
+    track(folder)
+    assert is_shipped(folder)
+    assert still_has(CONFIG, folder)
+    return folder
+
+
+@pytest.mark.parametrize("copy", ["empty.db", "older.db"])
+def test_a_database_that_lost_runs_or_points_gets_them_again(copy: str, ended: Path) -> None:
+    before, ids = shown(ended), [mlflow_run_id(ended, number) for number in NUMBERS]
+    parent = runs(ended)[0].data
+    times = [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]]
+    shutil.copy(ended.parent / copy, database(ended))
+    assert not still_has(CONFIG, ended)
+    track(ended)
+    assert shown(ended) == before
+    assert repr([curve(ended, number) for number in NUMBERS]) == repr([written(ended, number) for number in NUMBERS])
+    assert (ids == [mlflow_run_id(ended, number) for number in NUMBERS]) == (copy == "older.db")
+    assert [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]] == times
+    after = runs(ended)[0]
+    assert (after.info.status, after.data.params) == ("FINISHED", parent.params)
+    assert after.data.tags["mlflow.note.content"] == parent.tags["mlflow.note.content"]
+    for run in runs(ended)[1]:
+        files = {file.path for file in MlflowClient(tracking_uri(ended)).list_artifacts(run.info.run_id)}
+        assert "config.yaml" in files
+        assert ("predictions.json" in files) == (run.data.tags["sweep.trial"] == "0")
+    assert still_has(CONFIG, ended)
+
+
+def test_a_hole_that_nobody_noticed_is_filled_when_the_trial_ends(folder: Path) -> None:
+    """The database was replaced between two requests, and newer points hide that older ones are gone."""
+    track(folder)
+    client, run_id = MlflowClient(tracking_uri(folder)), mlflow_run_id(folder, 3)
+    shutil.copy(database(folder), copy := folder.parent / "older.db")
+    append(folder, 3, (40, 1004.5, 0.35))
+    track(folder)
+    shutil.copy(copy, database(folder))
+    for name, value in (("loss", 0.3), ("f1", 0.7)):
+        client.log_metric(run_id, name, value, timestamp=1005000, step=48)
+    end(folder)
+    state = folder / "trials/0003/mlflow.json"
+    content = json.loads(state.read_text())
+    size = (folder / "trials/0003/metrics.jsonl").stat().st_size
+    state.write_text(json.dumps({**content, "offset": size, "highest": {"loss": 48, "f1": 48}}))
+    assert [step for step, *_ in curve(folder, 3)] == [16, 32, 48], "the hole"
+    track(folder)
+    assert [step for step, *_ in curve(folder, 3)] == [16, 32, 40, 48]
+    assert [step for step, *_ in curve(folder, 3, "f1")] == [16, 32, 40, 48]
+
+
+def delete_run(client: MlflowClient, folder: Path) -> None:
+    client.delete_run(mlflow_run_id(folder, 0))
+
+
+def delete_parent(client: MlflowClient, folder: Path) -> None:
+    client.delete_run(runs(folder)[0].info.run_id)
+
+
+def delete_experiment(client: MlflowClient, folder: Path) -> None:
+    client.delete_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id)
+
+
+def rename_experiment(client: MlflowClient, folder: Path) -> None:
+    client.rename_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id, "another name")
+
+
+def second_run(client: MlflowClient, folder: Path) -> None:
+    first = client.get_run(mlflow_run_id(folder, 0))
+    tags = {name: first.data.tags[name] for name in ("sweep.key", "sweep.trial", "mlflow.parentRunId")}
+    later = first.info.start_time + 5000
+    client.log_metric(client.create_run(first.info.experiment_id, later, tags).info.run_id, "loss", 9.0)
+
+
+Change = Callable[[MlflowClient, Path], None]
+
+
+@pytest.mark.parametrize("change", [delete_run, delete_parent, delete_experiment, rename_experiment, second_run])
+def test_what_people_do_in_the_ui_costs_no_run_and_makes_none(change: Change, ended: Path) -> None:
+    before, ids = shown(ended), [run.info.run_id for run in runs(ended)[1]]
+    change(MlflowClient(tracking_uri(ended)), ended)
+    track(ended)
+    assert shown(ended) == before
+    assert [run.info.run_id for run in runs(ended)[1]] == ids
+    assert runs(ended)[0].info.status == "FINISHED"
+
+
+def test_an_answer_that_cannot_be_had_is_no_loss(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert still_has(CONFIG, ended)
+
+
+def test_a_trial_that_still_runs_gets_its_lost_points_at_once(folder: Path) -> None:
+    track(folder)
+    shutil.copy(database(folder), copy := folder.parent / "older.db")
+    append(folder, 3, (48, 1005.0, 0.3))
+    track(folder)
+    shutil.copy(copy, database(folder))
+    assert len(curve(folder, 3)) == 2
+    track(folder)
+    assert repr(curve(folder, 3)) == repr(written(folder, 3))
+    assert runs(folder)[1][3].info.status == "SCHEDULED"
+
+
+def test_steps_that_are_made_again_after_files_were_put_back_are_not_doubled(folder: Path) -> None:
+    """The trial's folder is an older copy: the trial repeats what MLflow has already, at another time."""
+    path = folder / "trials/0003/metrics.jsonl"
+    older = path.read_bytes()
+    append(folder, 3, (48, 1005.0, 0.3))
+    track(folder)
+    path.write_bytes(older)
+    track(folder)
+    append(folder, 3, (48, 2005.0, 0.3), (64, 2006.0, 0.2))
+    track(folder)
+    assert curve(folder, 3)[1:] == [(32, 1004.0, 0.4), (48, 1005.0, 0.3), (64, 2006.0, 0.2)]
