@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from sweep.cli_prepare import console
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ def _preview(config: "Config", folder: Path) -> None:
     from sweep.changes import preview, preview_table
 
     fingerprint = None if missing(config) else _fingerprint(config)
-    console.print(preview_table(preview(config, folder, fingerprint)))
+    found = preview(config, folder, fingerprint)
+    console.print(preview_table(found))
+    if found.refused:
+        sys.exit(BAD_INPUT)
 
 
 def _fingerprint(config: "Config") -> str:
@@ -113,6 +116,8 @@ def _fingerprint(config: "Config") -> str:
 
 
 def _run(config: "Config", folder: Path) -> int:
+    from optuna.exceptions import StorageInternalError
+
     from sweep.cluster import ClusterError
     from sweep.lease import Busy, Lost, hold
     from sweep.run import SweepFault
@@ -130,6 +135,12 @@ def _run(config: "Config", folder: Path) -> int:
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
     except (Busy, Lost, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return INFRASTRUCTURE
+    except OSError as error:
+        print(f"error: {folder}: {reason(error)}; mend this, and give the same command again", file=sys.stderr)
+        return INFRASTRUCTURE
+    except StorageInternalError:
+        print(f"error: {folder}: the ledger's database went away; the same command goes on", file=sys.stderr)
         return INFRASTRUCTURE
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where it was ({folder})")

@@ -197,7 +197,9 @@ def dump(config: Config) -> str:
 
 
 def write(config: Config, path: Path) -> None:
-    """Write the configuration as YAML, complete or not at all."""
+    """Write the configuration as YAML, complete or not at all; what a killed process left of it is removed."""
+    for leftover in path.parent.glob(f"{path.name}.unfinished-*"):
+        leftover.unlink(missing_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     unfinished.write_text(dump(config), encoding="utf-8")
     unfinished.replace(path)

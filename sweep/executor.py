@@ -66,7 +66,10 @@ class LedgerSearcher(Searcher):
             return
         self.check()
         self._tell(number, result or {}, error)
-        self.ended()
+        try:
+            self.ended()
+        except UserError as fault:  # a checkpoint that cannot be deleted
+            self._stop_for(str(fault), fault.reason)
 
     def _tell(self, number: int, result: dict[str, Any], error: bool) -> None:
         if result.get("finished"):

@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 class SweepFault(Exception):  # noqa: N818
-    """Something hits every trial, so the sweep was stopped; its trials go on when it is mended.
+    """Something hits every trial, so the sweep was stopped; those that were running go on when it is mended.
 
     Args:
         why: in one line.

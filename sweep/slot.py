@@ -19,6 +19,7 @@ import ray.train
 import ray.tune
 
 from data.errors import UserError, reason
+from model.attempt import Superseded
 from sweep.mailbox import Mailbox
 
 DRAIN_CHECK = 3.0  # seconds between two looks at whether this node is to go away
@@ -54,6 +55,8 @@ def serve(slot: dict[str, Any]) -> None:
                 raise Leaving("this node is to be drained")
         except Stopped:
             pass
+        except Superseded:
+            return  # this process was given up for lost, and the trial goes on elsewhere
         except Leaving:
             raise  # Train starts the group again, on nodes that stay
         except Exception as error:

@@ -79,6 +79,28 @@ def test_the_step_is_what_the_smaller_budget_gives(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_what_was_summed_before_is_not_counted_twice(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part of a step fits, the second one does not."""
+    original, calls = train.answer_losses, []
+
+    def compute(model: Any, examples: Any, config: Any) -> Any:
+        calls.append(len(examples))
+        if len(calls) == 2:
+            raise WORDS[0]
+        return original(model, examples, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "answer_losses", compute)
+        Trial(train=WHOLE).run(models, corpus, tmp_path / "halved")
+    assert calls[1] > 1
+    small = WHOLE.model_copy(update={"token_budget": int((tmp_path / "halved" / "token_budget").read_text())})
+    Trial(train=small).run(models, corpus, tmp_path / "small")
+    one, other = tensors(tmp_path / "halved"), tensors(tmp_path / "small")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_smaller_budget_is_kept_for_later_attempts(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine: a head and nodes as processes of their own, with a token."""
 
+import json
 import os
 import secrets
 import signal
@@ -65,6 +66,12 @@ class Cluster:
         """What `ray …` says about the cluster."""
         run = [RAY, *words]
         return subprocess.run(run, env=self.environment, capture_output=True, text=True, check=True, cwd="/").stdout
+
+    def listed(self, *words: str) -> list[dict[str, Any]]:
+        """What `ray list …` says."""
+        said = self.state("list", *words, "--address", self.server, "--format", "json")
+        found: list[dict[str, Any]] = json.loads(said) if said.lstrip().startswith("[") else []
+        return found
 
     def answers(self, *words: str) -> bool:
         """Whether `ray …` succeeds."""

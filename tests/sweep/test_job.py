@@ -79,36 +79,19 @@ def steps(out: Path, number: int) -> int:
 
 def leftovers(made: Cluster) -> list[str]:
     """Actors and placement groups that are alive when no sweep runs; those of Ray Data itself stay with a cluster."""
-    address = ["--address", made.server, "--format", "json"]
-    actors = json.loads(made.state("list", "actors", "--filter", "state=ALIVE", *address) or "[]")
-    groups = json.loads(made.state("list", "placement-groups", *address) or "[]")
-    ours = [actor["class_name"] for actor in actors if not actor["class_name"].startswith("_")]
-    return [name for name in ours if name != "JobSupervisor"] + [
-        group["placement_group_id"] for group in groups if group["state"] != "REMOVED"
-    ]
+    actors = [actor["class_name"] for actor in made.listed("actors", "--filter", "state=ALIVE")]
+    groups = [group["placement_group_id"] for group in made.listed("placement-groups") if group["state"] != "REMOVED"]
+    return [name for name in actors if not name.startswith("_") and name != "JobSupervisor"] + groups
 
 
 def drain(made: Cluster) -> None:
     """Announce that the node beside the head goes away, and wait until no worker is left there."""
-    listed = json.loads(made.state("list", "nodes", "--address", made.server, "--format", "json"))
-    [node] = [node["node_id"] for node in listed if not node["is_head_node"] and node["state"] == "ALIVE"]
-    reason = [
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "120",
-    ]
+    alive = [node for node in made.listed("nodes") if node["state"] == "ALIVE" and not node["is_head_node"]]
+    node = alive[0]["node_id"]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     made.state("drain-node", "--address", made.address, "--node-id", node, *reason)
-
-    def gone() -> bool:
-        filters = ["--filter", "state=ALIVE", "--filter", f"node_id={node}", "--filter", "class_name=RayTrainWorker"]
-        return not json.loads(
-            made.state("list", "actors", *filters, "--address", made.server, "--format", "json") or "[]"
-        )
-
-    until(gone, 90, lambda: node)
+    words = ["--filter", "state=ALIVE", "--filter", f"node_id={node}", "--filter", "class_name=RayTrainWorker"]
+    until(lambda: not made.listed("actors", *words), 90, lambda: node)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +118,8 @@ def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
             done = epochs(out)
             until(lambda done=done: epochs(out) > done, 240, lambda: again.said)
             if notice:
-                nodes.append(made.add())
                 drain(made)
-            kill(nodes[-2])
+            kill(nodes[-1])
             nodes.append(made.add())
         seen["ended"] = again.command.wait(400)
         seen["log"] = again.said
