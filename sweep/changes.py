@@ -32,6 +32,7 @@ FREE = {
     "resources.cpus_per_worker": "",
     "resources.gpus_per_worker": "results of CPUs and GPUs differ in the last digits",
     "storage.keep": "",
+    "storage.mirror": "",
     "train.token_budget": "results are the same in fp32 without dropout, whose draws follow the cut",
     "train.checkpoint_steps": "",
     "train.checkpoint_seconds": "",

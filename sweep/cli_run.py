@@ -1,9 +1,10 @@
 """`sweep run` and `sweep submit`: a sweep on this machine or the cluster that RAY_ADDRESS names, or as a job of one."""
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from model.speech_llm import SpeechLLM
     from sweep.config import Config
     from sweep.ledger import Ledger
+    from sweep.mirror import Mirror
 
 DONE, INFRASTRUCTURE, BAD_INPUT, UNFINISHED = 0, 1, 2, 75
 LAST_SECONDS = 15.0  # that MLflow has when the machine is to be taken away; what it lacks then is sent the next time
@@ -128,8 +130,15 @@ def _run(config: "Config", folder: Path) -> int:
         # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
         # unless there is something left to do.
         resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
-        with hold(folder, say=console.print) as lease:
-            return _drive(config, folder, resolved, lease, stop)
+        with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
+
+            def check() -> None:
+                lease.check()
+                if mirror:
+                    mirror.check()
+
+            code = _drive(config, folder, resolved, check, stop)
+        return UNFINISHED if code == DONE and mirror and not mirror.complete else code
     except SweepFault as fault:
         print(f"error: {fault}; the sweep was stopped, and the same command goes on ({folder})", file=sys.stderr)
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
@@ -147,7 +156,25 @@ def _run(config: "Config", folder: Path) -> int:
         return UNFINISHED
 
 
-def _drive(config: "Config", folder: Path, resolved: "Config | None", lease: Any, stop: Any) -> int:
+@contextlib.contextmanager
+def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | None]":
+    """Keep the copy of the sweep's folder, if it has one; at the end it is brought up to date."""
+    from sweep.mirror import mirrored
+
+    if config.storage.mirror is None:
+        yield None
+        return
+    with mirrored(folder, config.storage.mirror, console.print) as mirror:
+        try:
+            yield mirror
+        finally:
+            if not mirror.finish(LAST_SECONDS if stop.asked.is_set() else 600.0):
+                console.print(
+                    f"[red]the copy lacks some files[/red] ({escape(str(mirror.error))}); give the command again"
+                )
+
+
+def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any) -> int:
     """What the holder of the lease does."""
     from sweep.config import claim_folder
     from sweep.display import Display
@@ -159,7 +186,7 @@ def _drive(config: "Config", folder: Path, resolved: "Config | None", lease: Any
     ended = end_leftovers(folder)
     if ended:
         console.print(f"ended {len(ended)} processes that a killed attempt had left")
-    driver, shipped = Driver(config, folder, console.print, lease, stop), True
+    driver, shipped = Driver(config, folder, console.print, check, stop), True
     if driver.left() or not is_shipped(folder) or not still_has(config, folder):
         resolved = resolved or check_inputs(config)
         with Display(console, config, folder) as display:

@@ -56,8 +56,26 @@ class StorageConfig(Section):
         3, description="Checkpoints kept of ended trials, the best ones; null: all. Running trials keep theirs."
     )
 
+    mirror: str | None = Field(
+        None,
+        description="URL of a store (s3://bucket/path, gs://…) that gets a copy of the sweep's folder, from which "
+        "another machine goes on; null: none. Credentials come from the environment.",
+    )
+
     def problems(self) -> list[str]:
         """As in ModelConfig. Not a validator: its message would show the value, and with it a password."""
+        return [*self._ledger_problems(), *self._mirror_problems()]
+
+    def _mirror_problems(self) -> list[str]:
+        if self.mirror is None:
+            return []
+        if "://" not in self.mirror or self.mirror.startswith("file:"):
+            return [f"storage.mirror: {self.mirror!r} is no store; write s3://bucket/path, or null"]
+        if self.ledger is not None and self.ledger.startswith("sqlite"):
+            return ["storage.mirror: a ledger in SQLite is not copied; use postgresql://…, or storage.ledger=null"]
+        return []
+
+    def _ledger_problems(self) -> list[str]:
         from sqlalchemy import make_url
         from sqlalchemy.exc import ArgumentError
 

@@ -28,7 +28,7 @@ class LedgerSearcher(Searcher):
         self,
         ledger: Ledger,
         make_job: MakeJob,
-        check: Callable[[], None],
+        check: Callable[[], object],
         stop: Callable[[], object],
         ended: Callable[[], object],
     ) -> None:

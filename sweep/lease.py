@@ -75,7 +75,7 @@ class Lease:
             other = _read(self.path)
             if other is None or other.token != self.holder.token:
                 self._lost.set()
-                who = "nobody" if other is None else _who(other)
+                who = "nobody" if other is None else in_words(other)
                 raise Lost(f"{self.path.parent}: this sweep was taken over ({who}); this process stops writing to it")
         if self.lost:
             raise Lost(f"{self.path.parent}: this sweep was taken over; this process stops writing to it")
@@ -131,7 +131,7 @@ def hold(
         raise _busy(folder, _read(path)) from None
     try:
         left = _left_by_the_dead(folder, patience, min(beat, patience) / 5, say)
-        lease = Lease(folder, _ourselves(), beat)
+        lease = Lease(folder, ourselves(), beat)
         _take(folder, lease.holder, left, settle)
         lease.start()
         try:
@@ -150,16 +150,16 @@ def _left_by_the_dead(folder: Path, patience: float, every: float, say: Say | No
     """
     path = folder / FILE
     text = _text(path)
-    other = _parsed(text)
+    other = parsed(text)
     if other is None:
         return text
     # A container of another name has pids of its own, under the same kernel.
-    if (other.boot, other.host) == (_boot(), socket.gethostname()):
-        if other.pid != os.getpid() and _alive(other):
+    if (other.boot, other.host) == (boot(), socket.gethostname()):
+        if other.pid != os.getpid() and alive(other):
             raise _busy(folder, other)
         return text
     if say is not None:
-        say(f"{_who(other)}: has not given this sweep back; watching for {patience:.0f} s whether it is alive")
+        say(f"{in_words(other)}: has not given this sweep back; watching for {patience:.0f} s whether it is alive")
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         time.sleep(every)
@@ -167,7 +167,7 @@ def _left_by_the_dead(folder: Path, patience: float, every: float, say: Say | No
         if now is None:
             return None
         if now != text:
-            raise _busy(folder, _parsed(now))
+            raise _busy(folder, parsed(now))
     return text
 
 
@@ -221,7 +221,7 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _parsed(text: str | None) -> Holder | None:
+def parsed(text: str | None) -> Holder | None:
     try:
         content: Any = json.loads(text or "")
         return Holder(**content)
@@ -231,20 +231,20 @@ def _parsed(text: str | None) -> Holder | None:
 
 def _read(path: Path) -> Holder | None:
     """Who holds the lease; None if nobody does, or what is there is no lease."""
-    return _parsed(_text(path))
+    return parsed(_text(path))
 
 
-def _ourselves() -> Holder:
+def ourselves() -> Holder:
     started = psutil.Process().create_time()
-    return Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), started, time.time())
+    return Holder(uuid.uuid4().hex, socket.gethostname(), boot(), os.getpid(), started, time.time())
 
 
-def _boot() -> str:
+def boot() -> str:
     """Names the running kernel: two machines of one name differ in it, two containers of one machine do not."""
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"{uuid.getnode()}-{psutil.boot_time():.0f}"
 
 
-def _alive(holder: Holder) -> bool:
+def alive(holder: Holder) -> bool:
     """Whether the process of a holder under this kernel runs; another one may have its number by now."""
     try:
         process = psutil.Process(holder.pid)
@@ -254,11 +254,11 @@ def _alive(holder: Holder) -> bool:
         return False
 
 
-def _who(holder: Holder) -> str:
+def in_words(holder: Holder) -> str:
     minutes = max(0.0, time.time() - holder.since) / 60
     return f"host {holder.host}, process {holder.pid}, since {minutes:.0f} min"
 
 
 def _busy(folder: Path, holder: Holder | None) -> Busy:
-    who = "" if holder is None else f" ({_who(holder)})"
+    who = "" if holder is None else f" ({in_words(holder)})"
     return Busy(f"{folder}: another `sweep run` is working on this sweep{who}; wait for it, or end it first")

@@ -19,7 +19,6 @@ from sweep.changes import code_version
 from sweep.cluster import local_or_remote_ray
 from sweep.config import Config
 from sweep.inputs import first_trial, skeleton
-from sweep.lease import Lease
 from sweep.ledger import Ledger, trial_config, trial_folder
 from sweep.retention import check_disk, disk_need, prune_checkpoints
 from sweep.stop import Stop
@@ -44,11 +43,19 @@ class SweepFault(Exception):  # noqa: N818
 
 
 class Driver:
-    """One attempt at a sweep, by the holder of its lease."""
+    """One attempt at a sweep, by the holder of its lease.
 
-    def __init__(self, config: Config, folder: Path, say: Say, lease: Lease, stop: Stop) -> None:
+    Args:
+        config: of the sweep.
+        folder: of the sweep.
+        say: shows a line to people.
+        check: raises Lost where another driver has taken the sweep over.
+        stop: whether the sweep was asked to end.
+    """
+
+    def __init__(self, config: Config, folder: Path, say: Say, check: Callable[[], object], stop: Stop) -> None:
         self.config, self.folder = config, folder.absolute()
-        self.say, self.lease, self.stop = say, lease, stop
+        self.say, self.check, self.stop = say, check, stop
         self.ledger = Ledger.open(self.folder, config)
 
     def bind(self, resolved: Config) -> None:
@@ -95,7 +102,7 @@ class Driver:
             searcher = LedgerSearcher(
                 self.ledger,
                 make_job=lambda number, values: self._job(resolved, number, values),
-                check=self.lease.check,
+                check=self.check,
                 stop=notice.give.remote,
                 ended=lambda: prune_checkpoints(self.ledger, self.folder),
             )
@@ -154,7 +161,7 @@ class Driver:
                 self.say("stopping: the trials that run write their checkpoints")
                 searcher.end()
         self.stop.patient = False
-        self.lease.check()
+        self.check()
         if searcher.fault:
             raise SweepFault(*searcher.fault)
         if errors:

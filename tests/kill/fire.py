@@ -4,9 +4,11 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.kill import targets
@@ -16,7 +18,7 @@ from tests.kill.play import Play
 from tests.kill.server import Server
 from tests.kill.steps import Step, Steps, redone
 
-STUCK = 240.0  # seconds without a recovery after which there will be none
+STUCK = 180.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0
 GRACE = 6.0  # seconds that processes have to end after their driver
 DONE, BAD_INPUT, UNFINISHED = 0, 2, 75
@@ -286,7 +288,7 @@ class Attack:
             for member in targets.tree(self.driver.pid):
                 print(member.pid, targets.title(member), file=file, flush=True)
                 if "ray::" in targets.title(member) or member.pid == self.driver.pid:
-                    words = ["py-spy", "dump", "--pid", str(member.pid)]
+                    words = [str(Path(sys.executable).with_name("py-spy")), "dump", "--pid", str(member.pid)]
                     subprocess.run(words, stdout=file, stderr=file, check=False, timeout=60)
         targets.kill(targets.tree(self.driver.pid), KILL)
         self.driver.wait(30)

@@ -14,7 +14,6 @@ import pytest
 
 from sweep.cli import main
 from sweep.config import Config, parse
-from sweep.lease import Lease, _ourselves
 from sweep.ledger import Ledger
 from sweep.run import Driver
 from sweep.stop import Stop
@@ -123,4 +122,4 @@ def complaint(outcome: Outcome) -> str:
 
 def driver(config: Config, folder: Path) -> Driver:
     """A driver that nobody competes with."""
-    return Driver(config, folder, print, Lease(folder, _ourselves(), 60.0), Stop())
+    return Driver(config, folder, print, lambda: None, Stop())

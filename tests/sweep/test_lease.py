@@ -56,7 +56,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, this process is on another machine, which its file locks do not reach."""
 
     def go() -> None:
-        monkeypatch.setattr(module, "_boot", lambda: "elsewhere-boot")
+        monkeypatch.setattr(module, "boot", lambda: "elsewhere-boot")
         monkeypatch.setattr(module, "LOCK", ".lock-elsewhere")
 
     return go
@@ -114,13 +114,13 @@ def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> 
 
 def test_a_pid_that_is_used_again_is_not_the_driver(tmp_path: Path) -> None:
     """A container that was started again has the same host name, and the same pids."""
-    leave(tmp_path, host=socket.gethostname(), boot=module._boot(), pid=os.getppid(), started=1.0)
+    leave(tmp_path, host=socket.gethostname(), boot=module.boot(), pid=os.getppid(), started=1.0)
     with hold(tmp_path, patience=600, settle=0.05) as lease:
         lease.check()
 
 
 def test_another_container_of_this_kernel_is_watched_as_another_machine_is(tmp_path: Path) -> None:
-    leave(tmp_path, boot=module._boot(), pid=2**22 + 1)
+    leave(tmp_path, boot=module.boot(), pid=2**22 + 1)
     started = time.monotonic()
     with hold(tmp_path, **FAST):
         assert time.monotonic() - started >= PATIENCE
@@ -130,7 +130,7 @@ def test_a_living_process_of_this_kernel_is_not_replaced(tmp_path: Path) -> None
     """Where file locks do nothing, as on some network file systems."""
     parent = psutil.Process(os.getppid())
     here = socket.gethostname()
-    leave(tmp_path, host=here, boot=module._boot(), pid=parent.pid, started=parent.create_time())
+    leave(tmp_path, host=here, boot=module.boot(), pid=parent.pid, started=parent.create_time())
     with pytest.raises(Busy, match=f"host {here}, process {parent.pid}, since 10 min"), hold(tmp_path, **FAST):
         pass
     assert content(tmp_path)["token"] == "their-token"
@@ -209,7 +209,7 @@ def test_of_many_machines_that_start_together_one_wins(
 ) -> None:
     """No file lock reaches from one to another, and each has a kernel of its own."""
     monkeypatch.setattr(module, "FileLock", lambda path: FileLock(f"{path}-{threading.get_ident()}"))
-    monkeypatch.setattr(module, "_boot", lambda: str(threading.get_ident()))
+    monkeypatch.setattr(module, "boot", lambda: str(threading.get_ident()))
     if dead:
         leave(tmp_path)
     together, ended = threading.Barrier(8), threading.Event()
