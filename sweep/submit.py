@@ -1,6 +1,7 @@
 """`sweep submit`: a sweep as a job of a Ray cluster. The three packages and the configuration travel, nothing else."""
 
 import asyncio
+import logging
 import os
 import shutil
 import time
@@ -42,6 +43,7 @@ def connect(address: str | None) -> Any:
     """
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except Exception as error:
@@ -93,6 +95,8 @@ def follow(client: Any, job: str, write: Write) -> int | None:
         try:
             asyncio.run(log.tail(client, job))
             info = client.get_job_info(job)
+            if info.status.is_terminal():
+                log.take(client.get_job_logs(job))  # the stream may end before the last lines
             if info.status == JobStatus.STOPPED:
                 return None
             if info.status.is_terminal():
@@ -111,8 +115,12 @@ class _Log:
     async def tail(self, client: Any, job: str) -> None:
         seen = 0
         async for text in client.tail_job_logs(job):
-            fresh = text[max(0, self.written - seen) :]
+            self.take(text, seen)
             seen += len(text)
-            if fresh:
-                self.write(fresh)
-                self.written = seen
+
+    def take(self, text: str, start: int = 0) -> None:
+        """A part of the log that begins after so many characters."""
+        fresh = text[max(0, self.written - start) :]
+        if fresh:
+            self.write(fresh)
+            self.written = start + len(text)

@@ -62,6 +62,7 @@ def undisturbed(variant: Variant, stuff: Stuff, root: Path, say: Say) -> tuple[M
     attack.run([])
     if attack.faults or attack.starts != 1:
         raise RuntimeError(f"the undisturbed sweep failed: {attack.faults}; see {own.log}")
+    shutil.rmtree(own.scratch, ignore_errors=True)
     return entries_of(own), time.time() - attack.begun
 
 
@@ -89,10 +90,12 @@ def play(
     finally:
         if server is not None:
             server.kill()
+        left = left_rows(own)
+        shutil.rmtree(own.scratch, ignore_errors=True)
     uri = server.database if server is not None else f"sqlite:///{own.folder.parent / 'mlflow.db'}"
     started = time.time()
     say("training the trials alone")
-    rows = judge(own, attack, uri, calm[0] if calm else None)
+    rows = judge(own, attack, uri, calm[0] if calm else None) + left
     states = {number: entry.state for number, entry in entries_of(own).items()}
     return Result(
         variant.name,
@@ -109,7 +112,6 @@ def play(
 
 def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, Entry] | None) -> list[Row]:
     """All that must hold."""
-    left = left_rows(own)  # before anything else runs
     entries = entries_of(own)
     epochs = {number: max(entry.curve) for number, entry in entries.items() if entry.curve}
     alone.train(own.folder, own.root / "alone", epochs, own.variant.workers)
@@ -119,9 +121,7 @@ def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, Entry] | None)
         rows.append(reference_row(entries, calm, attack.kills, len(config_of(own.folder).search.points)))
     rows.append(bits_row({number: entries[number] for number in epochs}, own.folder, own.root / "alone"))
     rows += [*cost_rows(attack.kills, attack.before), again_row(own.folder)]
-    rows += [*mlflow_rows(entries, own.folder, uri), *left]
-    shutil.rmtree(own.scratch, ignore_errors=True)
-    return rows
+    return rows + mlflow_rows(entries, own.folder, uri)
 
 
 def entries_of(own: Play) -> dict[int, Entry]:

@@ -59,6 +59,9 @@ class Client:
             raise ConnectionResetError("gone")
         yield "ree\n"
 
+    def get_job_logs(self, job: str) -> str:
+        return "one\ntwo\nthree\nand the last line\n"
+
     def get_job_info(self, job: str) -> Any:
         return SimpleNamespace(status=self.status, driver_exit_code=self.code)
 
@@ -79,7 +82,7 @@ def test_a_log_is_followed_through_lost_connections(
     written: list[str] = []
     assert follow(Client(status, code), "job-1", written.append) == expected
     own = "".join(text for text in written if not text.startswith("["))
-    assert own == "one\ntwo\nthree\n"
+    assert own == "one\ntwo\nthree\nand the last line\n"
     assert sum(text.startswith("[connection lost") for text in written) == 2
 
 
