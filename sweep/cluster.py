@@ -5,7 +5,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ class ClusterError(Exception):
 
 
 @contextlib.contextmanager
-def local_or_remote_ray(folder: Path | None = None) -> Iterator[None]:
+def local_or_remote_ray(folder: Path | None = None) -> Iterator[Callable[[], bool]]:
     """The cluster that RAY_ADDRESS names (as `ray job submit` sets it), else one of this driver's own.
 
     Its dashboard is on loopback; its other ports, which Ray opens on all interfaces, want the token that Ray makes.
 
     Args:
         folder: of a sweep; what a kill of this process leaves behind is written down there.
+
+    Yields:
+        Whether this machine's node still lives, if it is a cluster of this driver's own: Ray would wait for ever.
 
     Raises:
         ClusterError: it cannot be reached, or does not start.
@@ -39,9 +42,11 @@ def local_or_remote_ray(folder: Path | None = None) -> Iterator[None]:
         try:
             if os.environ.get("RAY_ADDRESS"):
                 _connect()
+                yield lambda: True
             else:
                 _start(scratch)
-            yield
+                raylets = [pid for pid in leftovers.children().items() if leftovers.is_called(pid, "raylet")]
+                yield lambda: all(leftovers.is_called(raylet, "raylet") for raylet in raylets)
         finally:
             ray.shutdown()
 

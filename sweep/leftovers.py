@@ -103,6 +103,14 @@ def temporary() -> Path:
     return usual if len(str(usual)) < 24 else Path("/tmp")
 
 
+def is_called(known: tuple[int, float], name: str) -> bool:
+    """Whether a process, by pid and start time, still runs and has this name."""
+    process = _process(*known)
+    with contextlib.suppress(psutil.Error):
+        return process is not None and process.name() == name
+    return False
+
+
 def _process(pid: int, started: float) -> psutil.Process | None:
     """The process, unless it has ended; another one that has got its number is not it."""
     with contextlib.suppress(psutil.Error):

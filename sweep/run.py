@@ -4,6 +4,7 @@ config ─► built-ins resolved ─► Ray ─► Tune: Ledger.ask ─► Slot 
                                                                             └─► Tracker ─► MLflow
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -16,7 +17,7 @@ from data.errors import UserError
 from sweep import builtin
 from sweep import config as configuration
 from sweep.changes import code_version
-from sweep.cluster import local_or_remote_ray
+from sweep.cluster import ClusterError, local_or_remote_ray
 from sweep.config import Config
 from sweep.inputs import first_trial, skeleton
 from sweep.ledger import Ledger, trial_config, trial_folder
@@ -90,9 +91,10 @@ class Driver:
         from sweep.executor import LedgerSearcher
         from sweep.mailbox import Notice
 
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a slot that is lost is told by what follows
         ray_folder = self.folder / "ray"
         shutil.rmtree(ray_folder, ignore_errors=True)  # Tune's and Train's own state: the ledger replaces it
-        with local_or_remote_ray(self.folder):
+        with local_or_remote_ray(self.folder) as is_up:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             slots = count_slots(resolved, nodes, self.left())
@@ -106,7 +108,7 @@ class Driver:
                 stop=notice.give.remote,
                 ended=lambda: prune_checkpoints(self.ledger, self.folder),
             )
-            self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher)
+            self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher, is_up)
         shutil.rmtree(ray_folder, ignore_errors=True)
 
     def _tuner(self, config: Config, searcher: Any, notice: Any, slots: int, storage: Path) -> Any:
@@ -140,7 +142,7 @@ class Driver:
             ),
         )
 
-    def _fit(self, tuner: Any, searcher: Any) -> None:
+    def _fit(self, tuner: Any, searcher: Any, is_up: Callable[[], bool]) -> None:
         """Run Tune in a thread, where it leaves the signals alone, and look out for the end."""
         errors: list[BaseException] = []
 
@@ -152,20 +154,28 @@ class Driver:
 
         thread = threading.Thread(target=work, daemon=True, name="tune")
         self.stop.patient = True
-        thread.start()
-        asked = None
-        while thread.is_alive() and (asked is None or time.monotonic() - asked < GRACE):
-            thread.join(0.2)
-            if asked is None and (self.stop.asked.is_set() or searcher.stopping):
-                asked = time.monotonic()
-                self.say("stopping: the trials that run write their checkpoints")
-                searcher.end()
-        self.stop.patient = False
+        try:
+            thread.start()
+            self._watch(thread, searcher, is_up)
+        finally:
+            self.stop.patient = False
         self.check()
         if searcher.fault:
             raise SweepFault(*searcher.fault)
         if errors:
             raise errors[0]
+
+    def _watch(self, thread: threading.Thread, searcher: Any, is_up: Callable[[], bool]) -> None:
+        """Wait for Tune's end; once the sweep is to stop, no longer than GRACE."""
+        asked = None
+        while thread.is_alive() and (asked is None or time.monotonic() - asked < GRACE):
+            thread.join(0.2)
+            if not is_up():
+                raise ClusterError("Ray's node on this machine has died; the same command goes on")
+            if asked is None and (self.stop.asked.is_set() or searcher.stopping):
+                asked = time.monotonic()
+                self.say("stopping: the trials that run write their checkpoints")
+                searcher.end()
 
     def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
