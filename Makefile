@@ -12,8 +12,10 @@ unexport PYTHONDONTWRITEBYTECODE
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
+# Tests that run whole sweeps want the machine for themselves.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,10 +16,11 @@ from tests.kill.ledgers import entries
 from tests.kill.plan import KILL, ORDERLY, Shot
 from tests.kill.play import Play
 from tests.kill.server import Server
-from tests.kill.steps import Step, Steps, redone
+from tests.kill.steps import Progress, Step, Steps, redone
 
 STUCK = 180.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0
+SETTLE = 5.0  # seconds after a kill in which processes that are to die of it may go on
 GRACE = 6.0  # seconds that processes have to end after their driver
 DONE, BAD_INPUT, UNFINISHED = 0, 2, 75
 GOES_ON = ("worker", "slot", "mailbox", "controller", "mlflow", "fault point", "fault at resume")  # the driver does
@@ -57,6 +58,8 @@ class Attack:
         self.faults: list[str] = []
         self.starts = 0
         self.begun = time.time()
+        self.shot = False  # the driver was killed by us
+        self.progress = Progress()  # since the last kill
         self.asked = 0.0  # when the ledger was last looked at
         self.server_back: float | None = None
         self.before: dict[int, int] = {}  # steps that were redone without a reason
@@ -75,7 +78,7 @@ class Attack:
                 if self.fire(shot):
                     self.unfired.remove(shot)
             self.slow.unlink()
-            self.wait(lambda: False, "the end")
+            self.wait(lambda: False, "the end", patient=True)
         except Finished:
             self.check_left("the end")
         finally:
@@ -105,15 +108,21 @@ class Attack:
         """Whether nothing shows any more of the last kill."""
         return not self.kills or self.kills[-1].all is not None
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, patient: bool = False) -> None:
         """Look after the sweep until something holds.
+
+        Args:
+            condition: what has to hold.
+            what: in words.
+            patient: whether it may take long as long as trials make steps; else only a new start gives more time.
 
         Raises:
             Finished: the sweep has ended before.
         """
         deadline = time.monotonic() + STUCK
         while not condition():
-            if self.turn():
+            starts = self.starts
+            if (self.turn() and patient) or self.starts > starts:
                 deadline = time.monotonic() + STUCK
             if time.monotonic() > deadline:
                 self.unstick(what)
@@ -135,30 +144,38 @@ class Attack:
         return True
 
     def note_progress(self, kill: Kill, new: list[Step]) -> None:
-        """How far the sweep has recovered from its last kill."""
-        new = [step for step in new if step.time > kill.time]
-        if kill.first is None and new:
-            kill.first = new[0].time - kill.time
-        if kill.all is not None:
+        """How far the sweep has recovered from its last kill; for a while, the dying may still make steps."""
+        self.progress.add(step for step in new if step.time > kill.time)
+        if time.time() < kill.time + SETTLE or kill.all is not None:
             return
-        waiting = [number for number, step in kill.running.items() if self.steps.highest.get(number, 0) <= step]
-        if not waiting and new:
-            kill.all = new[-1].time - kill.time
-        elif time.time() - self.asked > 0.7 and (new or waiting):
+        times = {number: self.progress.resumed(number) for number in kill.running}
+        kill.first = self.difference(self.progress.first(), kill)
+        waiting = [number for number, when in times.items() if when is None]
+        if waiting and time.time() - self.asked > 0.7:
             self.asked = time.time()
             known = entries(self.play.folder)
             if known and all(known[number].state != "RUNNING" for number in waiting):
-                kill.all = time.time() - kill.time
+                waiting, times = [], dict.fromkeys(times, self.asked)
+        if not waiting and (times or kill.first is not None):
+            last = max((when for when in times.values() if when is not None), default=None)
+            kill.all = kill.first if last is None else self.difference(last, kill)
+
+    @staticmethod
+    def difference(when: float | None, kill: Kill) -> float | None:
+        """Seconds after a kill."""
+        return None if when is None else when - kill.time
 
     def driver_ended(self, code: int) -> None:
         """Give the command again, unless there is nothing left to do."""
         self.say(f"the driver ended with code {code}")
         kill = self.kills[-1] if self.kills else None
+        by_itself = not self.shot and (kill is None or kill.all is not None or code == -KILL)
+        self.shot = False
         if code == DONE:
             if kill is not None and kill.all is None:
                 kill.all = time.time() - kill.time
             raise Finished
-        if kill is None or (kill.all is not None and code != -KILL):
+        if by_itself:
             self.faults.append(f"start {self.starts}: the driver ended by itself with code {code}")
         if kill is not None and kill.shot.kind in GOES_ON:
             self.faults.append(f"start {self.starts}: after {kill.shot.name}, the driver ended with code {code}")
@@ -168,7 +185,7 @@ class Attack:
         if kill is not None:
             kill.codes.append(code)
             kill.first = kill.all = None  # what was done since was still the old attempt's
-            kill.running = {n: max(step, self.steps.highest.get(n, 0)) for n, step in kill.running.items()}
+            self.progress = Progress()
         if code != -KILL:
             self.check_left(f"start {self.starts}, code {code}")
         self.start()
@@ -199,6 +216,7 @@ class Attack:
             self.say(f"{shot.name} {shot.at}: not done")
         else:
             self.steps.look()
+            self.progress = Progress()
             kill.running = {number: self.steps.highest.get(number, 0) for number in kill.running}
             where = ", ".join(f"{number}@{step}" for number, step in kill.running.items())
             self.say(f"{shot.name} {shot.at}: {', '.join(kill.victims)}; trials at steps {where}")
@@ -219,7 +237,7 @@ class Attack:
     def fire_at_driver(self, shot: Shot, kill: Kill) -> bool:
         members = targets.tree(self.driver.pid)
         kill.victims = [f"{len(members)} processes"] if shot.kind == "cluster" else [str(self.driver.pid)]
-        kill.time = time.time()
+        kill.time, self.shot = time.time(), True
         targets.kill(members if shot.kind == "cluster" else members[:1], shot.number)
         if shot.number in ORDERLY:
             end = time.monotonic() + ORDERLY_SECONDS
@@ -273,7 +291,7 @@ class Attack:
             if not fired.exists():
                 return False
             told = json.loads(fired.read_text())
-            kill.time = told["time"]
+            kill.time, self.shot = told["time"], told["pid"] == self.driver.pid
             kill.victims.append(f"{told['pid']} at {os.path.relpath(told['path'], self.play.folder)}")
             return True
         finally:
@@ -290,6 +308,7 @@ class Attack:
                 if "ray::" in targets.title(member) or member.pid == self.driver.pid:
                     words = [str(Path(sys.executable).with_name("py-spy")), "dump", "--pid", str(member.pid)]
                     subprocess.run(words, stdout=file, stderr=file, check=False, timeout=60)
+        self.shot = True
         targets.kill(targets.tree(self.driver.pid), KILL)
         self.driver.wait(30)
 

@@ -24,7 +24,7 @@ POINTS = (
     "fsync metrics.jsonl",
 )
 AT_CLAIM = "unlink attempt"  # a trial that goes on: its worker is killed, and the next one as soon as it begins
-IN_DRIVER = ("replace lease.json", "replace config.yaml", "replace mlflow.json", "replace processes.json")
+IN_DRIVER = ("replace lease.json", "replace config.yaml", "replace mlflow.json")
 IN_CLUSTER = ("worker", "slot", "mailbox", "controller", "raylet")
 
 

@@ -1,9 +1,11 @@
 """What trials have done, step by step, as `faults/sitecustomize.py` writes it down."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 FILE = "steps.jsonl"
 
@@ -12,8 +14,40 @@ class Step(NamedTuple):
     """An optimizer step that was made."""
 
     time: float
+    pid: int  # of the worker that leads
     trial: int
     step: int
+
+
+class Progress:
+    """How far a sweep has recovered from a kill: new steps, of processes that were not to die of it."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, list[Step]] = {}  # by trial, since the kill
+
+    def add(self, steps: Iterable[Step]) -> None:
+        """Take new steps in."""
+        for step in steps:
+            self.made.setdefault(step.trial, []).append(step)
+
+    def resumed(self, trial: int) -> float | None:
+        """When the worker that has a trial now, and lives, made its first new step; None if there is none."""
+        made = self.made.get(trial)
+        if not made or not lives(made[-1].pid):
+            return None
+        return next(step.time for step in made if step.pid == made[-1].pid)
+
+    def first(self) -> float | None:
+        """The same of any trial."""
+        return min((time for trial in self.made if (time := self.resumed(trial)) is not None), default=None)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Steps:

@@ -126,7 +126,8 @@ def note_steps(module):
     def note(self, *args):
         original(self, *args)
         if self.rank == 0:
-            line = {"time": time.time(), "trial": int(self.folder.name), "step": self.state.total_steps}
+            made = {"trial": int(self.folder.name), "step": self.state.total_steps}
+            line = {"time": time.time(), "pid": os.getpid()} | made
             descriptor = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             real_write(descriptor, json.dumps(line).encode() + b"\n")
             os.close(descriptor)
