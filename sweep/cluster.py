@@ -13,6 +13,7 @@ from data.errors import reason
 from sweep import leftovers
 
 STARTS = 3  # times that a cluster is tried to start
+VITAL = ("raylet", "gcs_server")  # processes without which a cluster of one node is dead
 START_SECONDS = 180.0  # that a start may take: on a starved machine it can hang for ever
 
 
@@ -45,8 +46,8 @@ def local_or_remote_ray(folder: Path | None = None) -> Iterator[Callable[[], boo
                 yield lambda: True
             else:
                 _start(scratch)
-                raylets = [pid for pid in leftovers.children().items() if leftovers.is_called(pid, "raylet")]
-                yield lambda: all(leftovers.is_called(raylet, "raylet") for raylet in raylets)
+                vital = [own for own in leftovers.children().items() if leftovers.is_called(own, VITAL)]
+                yield lambda: all(leftovers.is_called(own, VITAL) for own in vital)
         finally:
             ray.shutdown()
 

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,11 @@ def temporary() -> Path:
     return usual if len(str(usual)) < 24 else Path("/tmp")
 
 
-def is_called(known: tuple[int, float], name: str) -> bool:
-    """Whether a process, by pid and start time, still runs and has this name."""
+def is_called(known: tuple[int, float], names: Sequence[str]) -> bool:
+    """Whether a process, by pid and start time, still runs and has one of these names."""
     process = _process(*known)
     with contextlib.suppress(psutil.Error):
-        return process is not None and process.name() == name
+        return process is not None and process.name() in names
     return False
 
 

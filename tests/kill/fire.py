@@ -16,11 +16,12 @@ from tests.kill.ledgers import entries
 from tests.kill.plan import KILL, ORDERLY, Shot
 from tests.kill.play import Play
 from tests.kill.server import Server
-from tests.kill.steps import Progress, Step, Steps, redone
+from tests.kill.steps import Progress, Step, Steps, lives, redone
 
 STUCK = 180.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0
-SETTLE = 5.0  # seconds after a kill in which processes that are to die of it may go on
+SETTLE = 8.0  # seconds after a kill in which processes that are to die of it may go on
+SETTLES = {"gcs": 90.0, "raylet": 20.0}  # the same for what Ray looks for in vain before it gives up
 GRACE = 6.0  # seconds that processes have to end after their driver
 DONE, BAD_INPUT, UNFINISHED = 0, 2, 75
 GOES_ON = ("worker", "slot", "mailbox", "controller", "mlflow", "fault point", "fault at resume")  # the driver does
@@ -38,6 +39,7 @@ class Kill:
     params: dict[int, Any] = field(default_factory=dict)  # of all trials that there were
     ended: dict[int, Any] = field(default_factory=dict)  # state and value of those that had ended
     victims: list[str] = field(default_factory=list)
+    pid: int | None = None  # of a process of Ray
     codes: list[int] = field(default_factory=list)  # of drivers that ended before the sweep had recovered
     first: float | None = None  # seconds until the first new step of any trial
     all: float | None = None  # and until every trial that was in flight had one, or had ended
@@ -146,7 +148,8 @@ class Attack:
     def note_progress(self, kill: Kill, new: list[Step]) -> None:
         """How far the sweep has recovered from its last kill; for a while, the dying may still make steps."""
         self.progress.add(step for step in new if step.time > kill.time)
-        if time.time() < kill.time + SETTLE or kill.all is not None:
+        settle = SETTLE if kill.codes else SETTLES.get(kill.shot.kind, SETTLE)
+        if time.time() < kill.time + settle or kill.all is not None:
             return
         times = {number: self.progress.resumed(number) for number in kill.running}
         kill.first = self.difference(self.progress.first(), kill)
@@ -159,6 +162,8 @@ class Attack:
         if not waiting and (times or kill.first is not None):
             last = max((when for when in times.values() if when is not None), default=None)
             kill.all = kill.first if last is None else self.difference(last, kill)
+            if kill.pid is not None and lives(kill.pid):
+                kill.victims.append("which lives on")
 
     @staticmethod
     def difference(when: float | None, kill: Kill) -> float | None:
@@ -268,8 +273,8 @@ class Attack:
             found = targets.find(kind, self.driver.pid)
             if found:
                 victim = self.rng.choice(found)
-                kill.victims.append(f"{victim.pid} {targets.title(victim)[:40].strip()}")
-                kill.time = time.time()
+                kill.victims.append(f"{victim.pid} {Path(targets.title(victim).split(' -')[0]).name[:40].strip()}")
+                kill.time, kill.pid = time.time(), victim.pid
                 targets.kill([victim], number)
                 return True
             time.sleep(0.2)

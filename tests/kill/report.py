@@ -67,7 +67,8 @@ def kills_table(results: Sequence[Result]) -> Table:
             name = f"{kill.shot.name}{' early' if kill.shot.early else ''} {kill.shot.at}"
             codes = " ".join(map(str, kill.codes))
             times = [_seconds(kill.first), _seconds(kill.all)]
-            table.add_row(str(place), name, "; ".join(kill.victims)[:60], where, codes, *times, redone)
+            victims = "; ".join(victim[:50] for victim in kill.victims)
+            table.add_row(str(place), name, victims, where, codes, *times, redone)
     return table
 
 

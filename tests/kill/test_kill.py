@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.kill.plan import KILL, TERM, Shot
-from tests.kill.play import VARIANTS, make_stuff
+from tests.kill.play import Variant, make_stuff
 from tests.kill.report import Result, headline, show
 from tests.kill.run import play, run
 
@@ -41,7 +41,7 @@ def check(results: list[Result], kills: int) -> None:
 @pytest.mark.timeout(900)
 def test_a_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
     stuff = make_stuff(tmp_path / "stuff")
-    result = play(VARIANTS[0], stuff, tmp_path / "play", SHORT, random.Random(0), say)
+    result = play(Variant(1, "ray", trials=8), stuff, tmp_path / "play", SHORT, random.Random(0), say)
     check([result], len(SHORT))
     assert "PRUNED" in result.states.values()
 
