@@ -3,6 +3,7 @@
 One cluster carries all the checks: what costs is to start it.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -101,10 +102,11 @@ def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), root / "shards")
     (root / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
     out, seen = root / "out", {}
-    with cluster() as made:
+    with cluster() as made, contextlib.ExitStack() as ends:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
         nodes = [made.add()]
         first = Job(made, root / "job.yaml", out)
+        ends.callback(first.command.kill)
         until(lambda: epochs(out) >= 2, 240, lambda: first.said)
         before = {number: steps(out, number) for number in range(TRIALS)}
         first.stop()
@@ -114,6 +116,7 @@ def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
         until(lambda: not leftovers(made), 30, lambda: str(leftovers(made)))
 
         again = Job(made, root / "job.yaml", out)
+        ends.callback(again.command.kill)
         for notice in (True, False):
             done = epochs(out)
             until(lambda done=done: epochs(out) > done, 240, lambda: again.said)
