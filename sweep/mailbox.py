@@ -2,7 +2,9 @@
 
 import asyncio
 import collections
+import ctypes
 import json
+import signal
 from typing import Any
 
 import ray
@@ -11,11 +13,21 @@ Job = dict[str, Any]
 RETRIES = 3  # times in a row that a trial is started again inside its slot, without a new epoch in between
 
 
+def end_on_term() -> None:
+    """Let SIGTERM end this actor at once: Ray would first wait for the calls in flight, and those here wait for ever.
+
+    The C library's call, since Python's works in the main thread only.
+    """
+    if ray.is_initialized():  # within an actor
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), None)
+
+
 @ray.remote(num_cpus=0)
 class Notice:
     """Tells everybody who asks that the sweep is to stop, once it is."""
 
     def __init__(self) -> None:
+        end_on_term()
         self.given = asyncio.Event()
 
     async def give(self) -> None:
@@ -35,6 +47,7 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
+        end_on_term()
         self.version = self.over = 0  # the current trial; the last one that ended in the workers
         self.job: Job | None = None
         self.closed = self.stopping = False

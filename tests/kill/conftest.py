@@ -5,7 +5,7 @@ import pytest
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "long" not in config.option.markexpr:
-        skip = pytest.mark.skip(reason="half an hour of kills; ask for it with -m long")
+        skip = pytest.mark.skip(reason="half an hour of kills and more; ask for it with -m long")
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(skip)
