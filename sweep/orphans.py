@@ -38,11 +38,13 @@ def empty_groups() -> set[str]:
     import ray
     from ray.util.state import list_actors, list_placement_groups
 
-    job = ray.get_runtime_context().get_job_id()
-    made = list_placement_groups(filters=[("creator_job_id", "=", job), ("state", "=", "CREATED")], limit=1000)
+    context = ray.get_runtime_context()
+    where = {"address": context.gcs_address, "limit": 1000}  # named, since other clusters may run on this machine
+    job = context.get_job_id()
+    made = list_placement_groups(filters=[("creator_job_id", "=", job), ("state", "=", "CREATED")], **where)
     if not made:
         return set()
-    actors = list_actors(filters=[("job_id", "=", job), ("state", "!=", "DEAD")], detail=True, limit=1000)
+    actors = list_actors(filters=[("job_id", "=", job), ("state", "!=", "DEAD")], detail=True, **where)
     return {group.placement_group_id for group in made} - {actor.placement_group_id for actor in actors}
 
 
