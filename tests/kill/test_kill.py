@@ -1,6 +1,6 @@
 """Kill anything, any time; the same command carries on: a sweep under fire loses nothing and doubles nothing.
 
-The short form is part of the suite: one sweep, six kills of different kinds. `pytest -m long -s tests/kill`, or
+The short form is part of the suite: one sweep, four kills of different kinds. `pytest -m long -s tests/kill`, or
 `python -m tests.kill`, is the proof: 25 kills of all kinds over four sweeps.
 """
 
@@ -20,9 +20,7 @@ SHORT = (
     Shot("worker", delay=0.4),
     Shot("fault point", at="replace checkpoint.pt", skip=1),
     Shot("driver", TERM, delay=0.3),
-    Shot("slot", delay=0.2),
     Shot("cluster", KILL, delay=0.5),
-    Shot("mailbox", delay=0.1),
 )
 
 

@@ -20,7 +20,7 @@ from data.prepare import prepare
 from tests.sweep.cluster import Cluster, cluster, kill, until
 
 TRIALS = 4
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def settings(models: Path, shards: Path) -> dict[str, Any]:
