@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from sweep import builtin, orphans
+from sweep import builtin
 from sweep import config as configuration
 from sweep.changes import code_version
 from sweep.cluster import ClusterError, local_or_remote_ray
@@ -156,8 +156,7 @@ class Driver:
         self.stop.patient = True
         try:
             thread.start()
-            with orphans.removed():
-                self._watch(thread, searcher, is_up)
+            self._watch(thread, searcher, is_up)
         finally:
             self.stop.patient = False
         self.check()
