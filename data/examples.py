@@ -1,12 +1,10 @@
 """From items to examples: the dialogue that is read, the clip that is heard, the answer that is expected."""
 
-import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +29,6 @@ class Example:
     turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
     heard: int | None  # place in `turns` of the one that has a clip
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only
-
-
-_SAID = [field.name for field in fields(Example) if field.name != "pcm"]
 
 
 def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
@@ -65,7 +60,7 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
         subset=columns["subset"][row] if task.answer == "label" and task.reads == "turn" else None,
         turns=tuple(zip(columns["speaker"][first : last + 1], texts, strict=True)),
         heard=None if heard is None else heard - first,
-        pcm=_clip(shards, heard, config, draw) if sound and heard is not None else None,
+        pcm=read_clip(shards, item, config, draw) if sound else None,
     )
 
 
@@ -110,13 +105,17 @@ def _shuffled(shards: Shards) -> dict[int, int]:
     return pairs
 
 
-def _clip(shards: Shards, row: int, config: DataConfig, draw: Draw | None) -> np.ndarray:
-    """What is heard for a row. A control comes last, so it is what it says: silence stays silence."""
+def read_clip(shards: Shards, item: Item, config: DataConfig, draw: Draw | None = None) -> np.ndarray | None:
+    """What is heard for an item; None where nothing is. See `read_example`."""
+    row = heard_row(shards, TASKS[item[0]], item[1])
+    if row is None:
+        return None
     source = _source(shards, row, config)
     clip = shards.pcm(source)
     assert clip is not None  # `heard_row` chose a row with sound
     if draw is not None:
         clip = augmented(clip, config.augment, draw, shards.columns["id"][source])
+    # A control comes last, so it is what it says: silence stays silence.
     if config.sound == "zeroed":
         return np.zeros_like(clip)
     if config.sound == "noisy":  # drawn from the utterance's id, so always the same
@@ -124,47 +123,30 @@ def _clip(shards: Shards, row: int, config: DataConfig, draw: Draw | None) -> np
     return clip
 
 
-def to_arrow(batches: Sequence[Sequence[Example]]) -> pa.Table:
-    """Batches as a table with one row a batch, the form in which they cross processes; clips are copied once."""
-    said = [json.dumps([_said(example) for example in batch]) for batch in batches]
-    clips = [[example.pcm for example in batch if example.pcm is not None] for batch in batches]
-    sizes = [sum(clip.nbytes for clip in own) for own in clips]
-    pcm = np.concatenate([np.empty(0, "<i2"), *(clip for own in clips for clip in own)], dtype="<i2")
-    borders = np.cumsum([0, *sizes], dtype=np.int64)
+def _taken(samples: int) -> np.ndarray:
+    return np.empty(samples, "<i2")
+
+
+def to_arrow(clips: Sequence[np.ndarray | None], take: Callable[[int], np.ndarray] = _taken) -> pa.Table:
+    """Clips as a table with one row each, empty where there is none: the form in which they cross processes.
+
+    Args:
+        clips: int16 samples; copied once.
+        take: gives memory for so many samples, in which the table will lie.
+    """
+    heard = [clip for clip in clips if clip is not None]
+    pcm = take(sum(map(len, heard)))
+    np.concatenate([pcm[:0], *heard], out=pcm)
+    borders = np.cumsum([0, *(0 if clip is None else clip.nbytes for clip in clips)], dtype=np.int64)
     buffers = [None, pa.py_buffer(borders), pa.py_buffer(pcm)]
-    return pa.table(
-        {
-            "examples": pa.array(said, pa.large_string()),
-            "pcm": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(batches), buffers),
-        }
-    )
+    return pa.table({"pcm": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(clips), buffers)})
 
 
-def from_arrow(table: pa.Table) -> list[list[Example]]:
+def from_arrow(table: pa.Table) -> Iterator[np.ndarray | None]:
     """The inverse of `to_arrow`; clips are not copied, so they hold the table's memory."""
-    said = (json.loads(batch.as_py()) for batch in table["examples"])
-    return [_batch(*pair) for pair in zip(said, _buffers(table["pcm"]), strict=True)]
-
-
-def _buffers(column: pa.ChunkedArray) -> Iterator[pa.Buffer]:
-    """The values of a binary column where they lie: a scalar would be a copy."""
-    for chunk in column.chunks:
+    for chunk in table["pcm"].chunks:
         _, offsets, content = chunk.buffers()
         borders = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        yield from (content[start:end] for start, end in pairwise(borders))
-
-
-def _said(example: Example) -> list[Any]:
-    samples = None if example.pcm is None else len(example.pcm)
-    return [samples, *(getattr(example, name) for name in _SAID)]
-
-
-def _batch(said: list[list[Any]], pcm: pa.Buffer) -> list[Example]:
-    heard, start, batch = np.frombuffer(pcm, "<i2"), 0, []
-    for samples, *values in said:
-        own = dict(zip(_SAID, values, strict=True))
-        own["turns"] = tuple(map(tuple, own["turns"]))
-        end = start + (samples or 0)
-        batch.append(Example(**own, pcm=None if samples is None else heard[start:end]))
-        start = end
-    return batch
+        pcm = np.frombuffer(content, "<i2") if borders[-1] > borders[0] else np.empty(0, "<i2")
+        for start, end in pairwise(borders):
+            yield pcm[start // 2 : end // 2] if end > start else None

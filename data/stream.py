@@ -1,25 +1,28 @@
 """The two sources of batches behind one seam: Ray Data, and memory-mapped shards. Both yield identical examples.
 
-Either is read by a thread (`Reading`) ahead of the training step that needs the batch.
+Either is read by a thread (`Reading`), ahead of the training step that needs the batch.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from data.augment import Draw
 from data.config import DataConfig
 from data.errors import DataError, UserError
-from data.examples import Example, from_arrow, read_example, to_arrow
+from data.examples import Example, from_arrow, read_clip, read_example, to_arrow
 from data.jobs import Job
 from data.shards import ShardFile, Shards
 from data.tasks import Item
@@ -128,44 +131,61 @@ def local_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
 def _read(
     shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
 ) -> Generator[Batch, None, None]:
+    for batch in batches:
+        yield list(_fetched(shards, lambda item: read_example(shards, item, config, sound, draw), batch))
+
+
+def _fetched(shards: Shards, read: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
+    """What is read for items: several at a time where each is a request."""
     if shards.store.local is not None:
-        for batch in batches:
-            yield [read_example(shards, item, config, sound, draw) for item in batch]
-        return
-    with ThreadPoolExecutor(FETCHES) as pool:
-        for batch in batches:
-            yield list(pool.map(lambda item: read_example(shards, item, config, sound, draw), batch))
+        return map(read, items)
+    return _requests().map(read, items)
+
+
+@functools.cache
+def _requests() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(FETCHES, "fetch")
 
 
 def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
-    """Read through Ray Data: tasks on any node read the shards, batches arrive ahead of the step that needs them.
+    """Hear through Ray Data: tasks on any node read the clips, which arrive ahead of the step that needs them.
 
-    The batch plan itself is the data source: one row of the dataset is one batch, so order, batch borders and resume
-    are exact. The tasks ask for no CPU: otherwise workers that hold all CPUs would wait for them for ever.
+    The batch plan itself is the data source: a row of the dataset is a clip, in the order of the plan, so batch borders
+    and resume are exact. The words come from the index, which every worker has. The tasks ask for no CPU: otherwise
+    workers that hold all CPUs would wait for them for ever.
     """
+    if not sound:
+        return local_source(shards, config, sound)
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
-        import ray.data
-
-        if not batches:
-            return
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.execution_options.verbose_progress = False
-        context.custom_execution_callback_classes = [_pause_class()]
-        source = _plan_datasource(shards, config, sound, batches, draw)
-        # As many blocks as tasks: otherwise Ray cuts each into single rows, which costs three times as much as reading.
-        blocks = len(_parts(batches))
-        dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS, override_num_blocks=blocks)
-        tables = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=BURST))
-        try:
-            while (table := _next(tables)) is not None:
-                yield from from_arrow(table)
-        except Exception as error:
-            raise _unwrapped(error) from None
+        clips = _clips(_plan_datasource(shards, config, batches, draw), len(_parts(batches)))
+        with contextlib.closing(clips):
+            for batch in batches:
+                words = (read_example(shards, item, config, sound=False) for item in batch)
+                yield [dataclasses.replace(example, pcm=next(clips)) for example in words]
 
     return read
+
+
+def _clips(source: Any, blocks: int) -> Generator[Any, None, None]:
+    """The rows of a datasource. As many blocks as tasks: otherwise Ray cuts each into single rows, which costs three
+    times as much as reading."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    context.custom_execution_callback_classes = [_pause_class()]
+    context.memory_usage_poll_interval_s = None  # a thread in every task
+    dataset = ray.data.read_datasource(source, num_cpus=0, concurrency=READ_TASKS, override_num_blocks=blocks)
+    # Whole blocks: to cut them into batches here costs less than in Ray's threads.
+    tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    try:
+        while (table := _next(tables)) is not None:
+            yield from from_arrow(table)
+    except Exception as error:
+        raise _unwrapped(error) from None
 
 
 _WAITING: set[int] = set()  # threads of this process that miss a batch
@@ -207,10 +227,8 @@ def _unwrapped(error: Exception) -> Exception:
     return cause
 
 
-def _plan_datasource(
-    shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
-) -> Any:
-    """A Ray `Datasource` whose read tasks each emit a run of consecutive batches, one row a batch."""
+def _plan_datasource(shards: Shards, config: DataConfig, batches: Batches, draw: Draw | None = None) -> Any:
+    """A Ray `Datasource` whose read tasks each emit the clips of a run of consecutive batches."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -225,12 +243,27 @@ def _plan_datasource(
 
     def _task(part: Batches) -> ReadTask:
         def read() -> Iterator[Any]:
-            yield to_arrow(list(_read(_kept(place, fold, index), config, sound, part, draw)))
+            own = _kept(place, fold, index)
+            found = _fetched(own, lambda item: read_clip(own, item, config, draw), itertools.chain.from_iterable(part))
+            yield to_arrow(list(found), _memory)
 
-        metadata = BlockMetadata(num_rows=len(part), size_bytes=None, input_files=None, exec_stats=None)
+        metadata = BlockMetadata(num_rows=sum(map(len, part)), size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(read, metadata)
 
     return PlanDatasource()
+
+
+_MEMORY = [np.empty(0, "<i2")]
+
+
+def _memory(samples: int) -> np.ndarray:
+    """The same memory for each read task of a process: fresh pages cost more than what is copied into them.
+
+    Ray has copied a task's table into its object store before the task ends, and a process has one task at a time.
+    """
+    if len(_MEMORY[0]) < samples:
+        _MEMORY[0] = np.empty(samples, "<i2")
+    return _MEMORY[0][:samples]
 
 
 @functools.lru_cache(maxsize=2)

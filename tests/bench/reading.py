@@ -111,10 +111,11 @@ def batches(shards: Shards) -> list[list[tuple[str, int]]]:
 def padded(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """int16 clips → float32 [B, N] in [-1, 1), and their lengths."""
     lengths = torch.tensor([len(clip) for clip in clips])
-    waves = torch.zeros(len(clips), int(lengths.max()))
-    for wave, clip in zip(waves, clips, strict=True):
-        wave[: len(clip)] = torch.from_numpy(clip)
-    return waves.mul_(1 / 32768), lengths
+    waves = torch.empty(len(clips), int(lengths.max()))
+    for wave, clip in zip(waves.numpy(), clips, strict=True):
+        np.multiply(clip, np.float32(1 / 32768), out=wave[: len(clip)])
+        wave[len(clip) :] = 0
+    return waves, lengths
 
 
 def consume(source: Iterable[list[np.ndarray]]) -> int:

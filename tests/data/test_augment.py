@@ -138,12 +138,10 @@ def test_batches_and_order_change_no_draw(shards: Shards) -> None:
 
 def test_a_read_task_of_ray_yields_the_bytes_of_the_local_source(shards: Shards) -> None:
     batches = [train(shards)[:5], train(shards)[5:]]
-    tasks = _plan_datasource(shards, CONFIG, True, batches, DRAW).get_read_tasks(1)
-    carried = [batch for task in tasks for table in task() for batch in from_arrow(table)]
+    tasks = _plan_datasource(shards, CONFIG, batches, DRAW).get_read_tasks(1)
+    carried = [clip.tobytes() for task in tasks for table in task() for clip in from_arrow(table)]
     local = list(local_source(shards, CONFIG, True)(batches, DRAW))
-    assert [[example.pcm.tobytes() for example in batch] for batch in carried] == [
-        [example.pcm.tobytes() for example in batch] for batch in local
-    ]
+    assert carried == [example.pcm.tobytes() for batch in local for example in batch]
     assert len({example.pcm.tobytes() for batch in local for example in batch}) == len(heard(shards))
 
 

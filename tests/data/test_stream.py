@@ -6,10 +6,12 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
@@ -26,10 +28,12 @@ from data.stream import (
     STEPS_PER_TASK,
     Reading,
     _kept,
+    _memory,
     _parts,
     _plan_datasource,
     _unwrapped,
     local_source,
+    ray_source,
 )
 from data.tasks import items
 from tests.data.common import make, same
@@ -37,34 +41,49 @@ from tests.data.common import make, same
 TASKS = ("classify", "forecast", "response", "quality")
 
 
-def test_examples_survive_arrow(corpus: Shards) -> None:
+def test_clips_survive_arrow() -> None:
+    clips = [np.arange(-3, 4, dtype="<i2"), None, np.array([9], "<i2")]
+    for own in (clips, clips[1:2], []):
+        table = to_arrow(own)
+        assert table.num_rows == len(own)
+        assert [clip if clip is None else clip.tolist() for clip in from_arrow(table)] == [
+            clip if clip is None else clip.tolist() for clip in own
+        ]
+    joined = pa.concat_tables([to_arrow(clips), to_arrow(clips[2:])]).slice(2)
+    assert [clip.tolist() for clip in from_arrow(joined) if clip is not None] == [[9], [9]]
+
+
+def test_the_memory_of_a_read_task_serves_the_next() -> None:
+    long, short = _memory(1000), _memory(10)
+    assert (len(long), len(short)) == (1000, 10)
+    assert np.shares_memory(long, short)
+
+
+def test_both_sources_give_the_same_examples(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is heard, also under a control, and where Ray cuts and joins its blocks in other places."""
+
+    def carried(source: Any, blocks: int) -> Iterator[Any]:
+        tables = [table for task in source.get_read_tasks(blocks) for table in task()]
+        assert len(tables) == blocks
+        yield from from_arrow(pa.concat_tables(tables))
+
+    monkeypatch.setattr("data.stream._clips", carried)
     own = [items(corpus, task, "train")[0] for task in TASKS]
-    for sound in (True, False):
-        batches = list(local_source(corpus, DataConfig(history=4), sound)([own[:3], [], own[3:]]))
-        assert [example.task for batch in batches for example in batch] == list(TASKS)
-        again = from_arrow(to_arrow(batches))
-        assert [len(batch) for batch in again] == [3, 0, 1]
-        for before, after in zip(batches, again, strict=True):
-            assert all(same(*pair) for pair in zip(before, after, strict=True))
-        assert all((example.pcm is not None) == sound for batch in again for example in batch)
+    for config in (DataConfig(history=4), DataConfig(history=1, sound="shuffled", last_text="omitted")):
+        for sound in (True, False):
+            batches = [own[:3], [], own[3:], items(corpus, "classify", "val")] * FIRST_STEPS
+            local, through = (list(make(corpus, config, sound)(batches)) for make in (local_source, ray_source))
+            assert [len(batch) for batch in through] == [len(batch) for batch in batches]
+            for one, other in zip(local, through, strict=True):
+                assert all(same(*pair) for pair in zip(one, other, strict=True))
+            assert all((example.pcm is not None) == sound for batch in through for example in batch)
 
 
-def test_a_dialogue_without_a_clip_survives_arrow(tmp_path: Path) -> None:
-    shards = make(tmp_path / "shards", "C:change T:question")
-    batches = list(local_source(shards, DataConfig(), False)([items(shards, "classify", "train")]))
-    [again] = from_arrow(to_arrow(batches))
-    assert all(same(*pair) for pair in zip(batches[0], again, strict=True))
-    assert {(example.heard, example.pcm) for example in again} == {(None, None)}
-
-
-def test_both_sources_read_the_same_config(corpus: Shards) -> None:
-    """The table that Ray carries is made by the very reader of the local source, also under a control."""
-    config = DataConfig(history=1, sound="shuffled", last_text="omitted")
-    own = items(corpus, "classify", "val")
-    [local] = local_source(corpus, config, True)([own])
-    [[table]] = [list(task()) for task in _plan_datasource(corpus, config, True, [own]).get_read_tasks(1)]
-    [carried] = from_arrow(table)
-    assert all(same(*pair) for pair in zip(local, carried, strict=True))
+def test_words_need_no_ray(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("data.stream._clips")
+    [batch] = ray_source(corpus, DataConfig(), False)([items(corpus, "classify", "val")])
+    assert batch
+    assert all(example.pcm is None for example in batch)
 
 
 def numbers(made: list[int], count: int = 100) -> Generator[list[Any], None, None]:
@@ -239,7 +258,7 @@ def through_local(shards: Shards, batches: Any) -> list[Any]:
 
 def through_ray(shards: Shards, batches: Any) -> list[Any]:
     """What a read task does, in this process; it travels there pickled."""
-    tasks = _plan_datasource(shards, DataConfig(), True, batches).get_read_tasks(1)
+    tasks = _plan_datasource(shards, DataConfig(), batches).get_read_tasks(1)
     return [table for task in pickle.loads(cloudpickle.dumps(tasks)) for table in task()]
 
 
