@@ -28,7 +28,8 @@ class Example:
     subset: str | None
     turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
     heard: int | None  # place in `turns` of the one that has a clip
-    pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only
+    pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only, or by its features
+    features: np.ndarray | None = None  # of a frozen encoder, float16 [T, D], in place of the clip
 
 
 def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
@@ -66,10 +67,8 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
 
 def clip_samples(shards: Shards, item: Item, config: DataConfig) -> int:
     """Samples of the clip that is heard for an item, before augmentation; 0 without one. Needs no audio."""
-    heard = heard_row(shards, TASKS[item[0]], item[1])
-    if heard is None:
-        return 0
-    samples: int = shards.columns["n_samples"][_source(shards, heard, config)]
+    row = heard_source(shards, item, config)
+    samples: int = 0 if row is None else shards.columns["n_samples"][row]
     return samples
 
 
@@ -107,14 +106,22 @@ def _shuffled(shards: Shards) -> dict[int, int]:
 
 def read_clip(shards: Shards, item: Item, config: DataConfig, draw: Draw | None = None) -> np.ndarray | None:
     """What is heard for an item; None where nothing is. See `read_example`."""
+    row = heard_source(shards, item, config)
+    return None if row is None else clip_of(shards, row, config, draw)
+
+
+def heard_source(shards: Shards, item: Item, config: DataConfig) -> int | None:
+    """The row whose clip is heard for an item; None where nothing is."""
     row = heard_row(shards, TASKS[item[0]], item[1])
-    if row is None:
-        return None
-    source = _source(shards, row, config)
-    clip = shards.pcm(source)
+    return None if row is None else _source(shards, row, config)
+
+
+def clip_of(shards: Shards, row: int, config: DataConfig, draw: Draw | None = None) -> np.ndarray:
+    """A row's clip as it is heard: augmented, or under a control of the sound."""
+    clip = shards.pcm(row)
     assert clip is not None  # `heard_row` chose a row with sound
     if draw is not None:
-        clip = augmented(clip, config.augment, draw, shards.columns["id"][source])
+        clip = augmented(clip, config.augment, draw, shards.columns["id"][row])
     # A control comes last, so it is what it says: silence stays silence.
     if config.sound == "zeroed":
         return np.zeros_like(clip)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data import audio
 from data.corpus_config import CorpusConfig
 from data.errors import DataError
@@ -47,6 +49,10 @@ class Job:
         buffer, made = encode_shard(self.name, rows, self.keys, findings)
         self.store.write(self.name, buffer)
         return made
+
+    def to_arrow(self) -> pa.Table:
+        """The same, in a form that crosses processes."""
+        return self().to_arrow()
 
     def _refuse_unseen(self, conversation: Conversation) -> None:
         """Raise a DataError where a recording that was there a moment ago cannot be seen from here."""

@@ -18,13 +18,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from data.augment import Draw
 from data.config import DataConfig
 from data.errors import DataError, UserError
-from data.examples import Example, from_arrow, read_clip, read_example, to_arrow
-from data.jobs import Job
-from data.shards import ShardFile, Shards
+from data.examples import Example, from_arrow, heard_source, read_clip, read_example, to_arrow
+from data.features import Features
+from data.shards import Shards
 from data.tasks import Item
 
 Batches = Sequence[Sequence[Item]]
@@ -145,6 +146,21 @@ def _fetched(shards: Shards, read: Callable[[Item], Any], items: Iterable[Item])
 @functools.cache
 def _requests() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(FETCHES, "fetch")
+
+
+def feature_source(shards: Shards, config: DataConfig, features: Features) -> Source:
+    """Read what a frozen encoder made of the clips: memory-mapped, without Ray."""
+
+    def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
+        for batch in batches:
+            yield [_with_features(shards, item, config, features) for item in batch]
+
+    return read
+
+
+def _with_features(shards: Shards, item: Item, config: DataConfig, features: Features) -> Example:
+    example, row = read_example(shards, item, config, sound=False), heard_source(shards, item, config)
+    return example if row is None else dataclasses.replace(example, features=features.read(row))
 
 
 def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
@@ -282,8 +298,13 @@ def _kept(place: Path | str, fold: int, index: str) -> Shards:
 SOURCES: dict[str, Callable[[Shards, DataConfig, bool], Source]] = {"local": local_source, "ray": ray_source}
 
 
-def ray_jobs(jobs: Sequence[Job]) -> Iterator[ShardFile]:
-    """Make shards through Ray Data: each is a read task of one CPU, on any node that sees recordings and store.
+def ray_jobs(jobs: Sequence[Callable[[], pa.Table]], cpus: float = 1, gpus: float = 0) -> Iterator[pa.Table]:
+    """Do work through Ray Data: each job is a read task, on any node that sees what it reads and writes.
+
+    Args:
+        jobs: each returns a table of one row.
+        cpus: of a job.
+        gpus: of a job.
 
     Raises:
         UserError: what a job raised.
@@ -299,15 +320,16 @@ def ray_jobs(jobs: Sequence[Job]) -> Iterator[ShardFile]:
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
             return [_task(job) for job in jobs]
 
-    def _task(job: Job) -> ReadTask:
+    def _task(job: Callable[[], pa.Table]) -> ReadTask:
         metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(lambda: iter([job().to_arrow()]), metadata)
+        return ReadTask(lambda: iter([job()]), metadata)
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.read_datasource(JobDatasource(), num_cpus=1, override_num_blocks=len(jobs))
+    dataset = ray.data.read_datasource(
+        JobDatasource(), num_cpus=cpus, num_gpus=gpus or None, override_num_blocks=len(jobs)
+    )
     try:
-        for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            yield ShardFile.from_arrow(table)
+        yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
     except Exception as error:
         raise _unwrapped(error) from None

@@ -3,6 +3,7 @@
 Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the LLM, W frames a window.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
@@ -39,9 +40,20 @@ class Adapter(nn.Module):
         missing = self.config.window - frames_BFD.shape[1]
         if missing > 0:
             frames_BFD = F.pad(frames_BFD, (0, 0, 0, missing))
-        hidden = self.linear(self._reduce(frames_BFD))
-        embeddings_BTE = hidden if self.out is None else self.out(F.gelu(hidden))
+        embeddings_BTE = self._project(self._reduce(frames_BFD))
         return [row[: self.embeddings(length)] for row, length in zip(embeddings_BTE, lengths_B.tolist(), strict=True)]
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features of clips of a frozen encoder (see `model.features`), [T_i, D] → their embeddings, [T_i, E]."""
+        lengths = [len(clip_TD) for clip_TD in features]
+        if self.config.kind != "pool":
+            padded_BFD = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
+            return self.forward(padded_BFD, torch.tensor(lengths, device=padded_BFD.device))
+        return list(self._project(torch.cat(list(features))).split(lengths))
+
+    def _project(self, reduced: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(reduced)
+        return hidden if self.out is None else self.out(F.gelu(hidden))
 
     def _reduce(self, frames_BFD: Tensor) -> Tensor:
         window, stride = self.config.window, self.config.stride

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from data.augment import Draw, longest
 from data.config import DataConfig
 from data.errors import ConfigError, UserError
 from data.examples import Example, clip_samples, read_example
+from data.features import Features
 from data.plan import Cost, micro_batches, plan, share
 from data.shards import Shards
-from data.stream import SOURCES, Reading, Source
+from data.stream import SOURCES, Reading, Source, feature_source
 from data.tasks import Item, has_sound, items
 from model.config import LossConfig
 from model.losses import answer_losses, teacher_cost
@@ -57,11 +59,13 @@ class TrialData:
         reader: str = "local",
         *,
         teacher: bool = False,
+        features: Path | None = None,
     ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
 
         Args:
             teacher: whether the losses of the training split need the base LLM's reading, too.
+            features: where those of the frozen encoder lie, if they are to be read in place of the sound.
 
         Raises:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
@@ -73,7 +77,11 @@ class TrialData:
                 "use model.modality=text, or prepare the corpus with --audio"
             )
         _check_roles(shards, model)
-        found = cls(shards, SOURCES[reader](shards, config, model.config.hears), {}, 0, 0)
+        if features is None:
+            source = SOURCES[reader](shards, config, model.config.hears)
+        else:
+            source = feature_source(shards, config, Features(features, shards, config))
+        found = cls(shards, source, {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
             for item in (item for task in model.tasks for item in items(shards, task, split)):

@@ -24,6 +24,7 @@ from model import checkpoint
 from model.adapter import Adapter, load_adapter
 from model.config import ModelConfig
 from model.encoder import SpeechEncoder, load_encoder, time_mask
+from model.features import clip_features, pooling
 from model.llm import adapted_llm, own_tensors, reach, shared_view
 from model.parts import check_loaded, part_of, trained_names
 from model.prompt import (
@@ -50,12 +51,15 @@ class SpeechLLM(nn.Module):
         config: of the model.
         answers: by task, what may be answered.
         device: "cpu", "cuda", or "meta": all but the weights, to check a configuration and to count parameters.
+        encodes: whether the encoder computes; without, its weights are not loaded, and examples carry features.
 
     Raises:
         ConfigError: a part cannot be loaded, does not fit the others, or is frozen without ever having been loaded.
     """
 
-    def __init__(self, config: ModelConfig, answers: Mapping[str, AnswerSet], device: str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, answers: Mapping[str, AnswerSet], device: str = "cpu", *, encodes: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
         self.tasks = dict(answers)
@@ -81,7 +85,7 @@ class SpeechLLM(nn.Module):
         self.adapter: Adapter | None = None
         fixed: set[str] = set()
         if config.hears:
-            encoder = load_encoder(config.encoder.path, device, config.encoder.dtype)
+            encoder = load_encoder(config.encoder.path, device if encodes else "meta", config.encoder.dtype)
             fixed = {f"encoder.{name}" for name, tensor in encoder.named_parameters() if not tensor.requires_grad}
             self.encoder = shared_view(encoder)
             self.encoder.set_dropout(config.encoder.dropout)
@@ -144,6 +148,7 @@ class SpeechLLM(nn.Module):
                     f"model.llm.dtype: {self.config.llm.dtype} is for weights that stay frozen, and model.trainable "
                     f"names {name}; set float32 and model.precision=bfloat16"
                 )
+        self.loaded = loaded
         check_loaded(self, loaded)
 
     def meaning(self) -> dict[str, str]:
@@ -157,6 +162,16 @@ class SpeechLLM(nn.Module):
         }
 
     @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether there is an encoder none of whose parameters train."""
+        return self.encoder is not None and "encoder" not in self.trained_parts
+
+    @property
+    def has_own_encoder(self) -> bool:
+        """Whether the encoder's weights come from a former trial, and not from its folder."""
+        return any(name.startswith("encoder.") for name in self.loaded)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = self.llm.get_input_embeddings().weight.device
@@ -165,7 +180,7 @@ class SpeechLLM(nn.Module):
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except parts that are frozen: their dropout stays off."""
         super().train(mode)
-        if self.encoder is not None and "encoder" not in self.trained_parts:
+        if self.encoder is not None and self.encoder_is_frozen:
             self.encoder.eval()
         if not self.trained_parts & {"lora", "llm"}:
             self.llm.eval()
@@ -210,7 +225,8 @@ class SpeechLLM(nn.Module):
             frames = self.encoder.frames(n_samples)
             clip = self.adapter.embeddings(frames)
             positions += clip - 1  # in place of the placeholder
-            cost = Cost(cost.tokens + clip - 1, self.encoder.cost(n_samples))
+            # What is frozen is computed clip by clip, and mostly once for all trials: it is no matter of batches.
+            cost = Cost(cost.tokens + clip - 1, 0 if self.encoder_is_frozen else self.encoder.cost(n_samples))
         if self.reach is not None and positions > self.reach:
             raise MisfitError(
                 f"utterance {example.id}: prompt and answer take up to {positions} positions ({clip} of them sound), "
@@ -228,27 +244,42 @@ class SpeechLLM(nn.Module):
         """The unpadded prompt embeddings of each example, [T_i, E]."""
         ids = [self.prompter.prompt(example).ids for example in examples]
         hearing = [place for place, row in enumerate(ids) if CLIP in row]
-        clips: dict[int, Tensor] = {}
-        for group in groups([self._frames(examples[place]) for place in hearing]):
-            alike = [hearing[place] for place in group]
-            clips |= zip(alike, self.clips([examples[place] for place in alike]), strict=True)
+        clips = dict(zip(hearing, self.clips([examples[place] for place in hearing]), strict=True))
         return [self.embed(row, clips.get(place)) for place, row in enumerate(ids)]
+
+    def clips(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The embeddings of each example's clip."""
+        if not examples:
+            return []
+        assert self.adapter is not None
+        if self.encoder_is_frozen:
+            return self.adapter.project([self._features(example) for example in examples])
+        found: dict[int, Tensor] = {}
+        for group in groups([self._frames(example) for example in examples]):
+            found |= zip(group, self._encoded([examples[place] for place in group]), strict=True)
+        return [found[place] for place in range(len(examples))]
+
+    def _features(self, example: Example) -> Tensor:
+        """Those of a frozen encoder, [T, D]: read, or computed and rounded alike."""
+        assert self.encoder is not None
+        if example.features is not None:
+            return torch.tensor(example.features, device=self.device).float()
+        assert example.pcm is not None, "items() selects utterances with sound"
+        return clip_features(self.encoder, example.pcm, pooling(self.config)).float()
 
     def _frames(self, example: Example) -> int:
         assert self.encoder is not None
         assert example.pcm is not None, "items() selects utterances with sound"
         return self.encoder.cost(len(example.pcm))
 
-    def clips(self, examples: Sequence[Example]) -> list[Tensor]:
-        """The embeddings of each example's clip; all clips are padded to the longest one."""
+    def _encoded(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Of an encoder that trains; all clips are padded to the longest one."""
         assert self.encoder is not None
         assert self.adapter is not None
         waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
         assert len(waves) == len(examples)
-        learns = self.encoder.training and "encoder" in self.trained_parts
-        masks = self._masks(examples, waves) if learns and self.config.encoder.spec_augment else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.trained_parts):
-            frames_BFD, lengths_B = self.encoder(waves, masks)
+        learns = self.encoder.training and self.config.encoder.spec_augment
+        frames_BFD, lengths_B = self.encoder(waves, self._masks(examples, waves) if learns else None)
         embedded: list[Tensor] = self.adapter(frames_BFD.float(), lengths_B)
         return embedded
 

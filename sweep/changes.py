@@ -33,6 +33,8 @@ FREE = {
     "resources.gpus_per_worker": "results of CPUs and GPUs differ in the last digits",
     "storage.keep": "",
     "storage.mirror": "",
+    "storage.features": "",
+    "storage.cache": "",
     "train.token_budget": "results are the same in fp32 without dropout, whose draws follow the cut",
     "train.checkpoint_steps": "",
     "train.checkpoint_seconds": "",

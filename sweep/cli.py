@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from data.errors import UserError
+from sweep import cli_cache
 from sweep.cli_prepare import console, prepare, show_shards
 from sweep.cli_run import BAD_INPUT, ConfigArgument, SetOption, check_inputs, print_best, run, show_model, submit
 
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 for verb in (prepare, run, submit):
     app.command()(verb)
+
+app.add_typer(cli_cache.app, name="cache")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 

@@ -132,11 +132,12 @@ def _make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
     if len(jobs) < (2 if slow else WORTH_RAY):
         yield from serially(jobs)
         return
+    from data.shards import ShardFile
     from data.stream import ray_jobs
     from sweep.cluster import local_or_remote_ray
 
     with local_or_remote_ray():
-        yield from ray_jobs(jobs)
+        yield from map(ShardFile.from_arrow, ray_jobs([job.to_arrow for job in jobs]))
 
 
 def show_shards(shards: "Shards") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -60,6 +60,15 @@ class StorageConfig(Section):
         None,
         description="URL of a store (s3://bucket/path, gs://…) that gets a copy of the sweep's folder, from which "
         "another machine goes on; null: none. Credentials come from the environment.",
+    )
+
+    features: Literal["cached", "live"] = Field(
+        "cached",
+        description="What a frozen encoder makes of the sound. cached: computed once, before the trials start, and "
+        "kept in storage.cache. live: by every trial anew, with the same result.",
+    )
+    cache: str | None = Field(
+        None, description="Folder of what trials and sweeps share, seen by all nodes; null: `cache` beside the sweep's."
     )
 
     def problems(self) -> list[str]:

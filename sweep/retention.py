@@ -92,7 +92,7 @@ def check_disk(folder: Path, need: DiskNeed) -> str:
         there = there.parent
     free = shutil.disk_usage(there).free
     had = sum(path.stat().st_size for path in folder.glob("trials/*/checkpoint*"))
-    said = f"checkpoints: up to {_shown(need.total)} ({_shown(need.each)} each); {_shown(free)} are free"
+    said = f"checkpoints: up to {shown_size(need.total)} ({shown_size(need.each)} each); {shown_size(free)} are free"
     if need.total - had > free:
         raise StorageError(
             f"{folder}: {said}; free some space, use --out on another disk, or lower storage.keep or resources.slots"
@@ -100,7 +100,8 @@ def check_disk(folder: Path, need: DiskNeed) -> str:
     return said
 
 
-def _shown(size: int) -> str:
+def shown_size(size: int) -> str:
+    """Bytes for people."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"

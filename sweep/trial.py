@@ -42,7 +42,9 @@ def as_run(config: Config, shards: Shards) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tuple[SpeechLLM, TrialData]:
+def build(
+    config: Config, reader: str, splits: Sequence[str], device: str, features: Path | None = None
+) -> tuple[SpeechLLM, TrialData]:
     """The model of a trial as it is before training, and its data.
 
     Args:
@@ -50,14 +52,18 @@ def build(config: Config, reader: str, splits: Sequence[str], device: str) -> tu
         reader: "ray" or "local".
         splits: those that will be read.
         device: "cpu" or "cuda".
+        features: where those of its frozen encoder lie; None: it encodes by itself, with the same result.
     """
     # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     seed_everything(config.seed)
     shards = open_shards(config.data)
-    model = SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), device)
-    return model, TrialData.open(shards, model, config.data, splits, reader, teacher=config.train.teaches)
+    answers = answer_sets(shards, config.tasks.active())
+    model = SpeechLLM(config.model, answers, device, encodes=features is None)
+    return model, TrialData.open(
+        shards, model, config.data, splits, reader, teacher=config.train.teaches, features=features
+    )
 
 
 def available_device() -> str:
@@ -66,14 +72,20 @@ def available_device() -> str:
 
 
 def run_trial(
-    config: Config, folder: Path, report: Report, reader: str, device: str, interrupted: Callable[[], bool] = never
+    config: Config,
+    folder: Path,
+    report: Report,
+    reader: str,
+    device: str,
+    interrupted: Callable[[], bool] = never,
+    features: Path | None = None,
 ) -> None:
-    """Train a trial to its end, or on from its checkpoint in `folder`.
+    """Train a trial to its end, or on from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
         Interrupted: `interrupted` said so; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device)
+    model, data = build(config, reader, ("train", "val"), device, features)
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
@@ -92,8 +104,9 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
     device = "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
+    features = None if job["features"] is None else Path(job["features"])
     try:
-        run_trial(config, folder, report, job["reader"], device, interrupted)
+        run_trial(config, folder, report, job["reader"], device, interrupted, features)
     except Interrupted:
         return False
     return True

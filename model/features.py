@@ -1,0 +1,133 @@
+"""Frozen encoders: what they make of a clip is computed once, and is the same wherever and however it is computed.
+
+A clip is encoded by itself and its features are rounded to float16, also where they are not kept in files: so a trial
+gets the same bits with and without them, and beside whatever other clips.
+
+Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (or frames, where it does not pool).
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import features
+from data.audio import waveform
+from data.config import DataConfig
+from data.examples import clip_of
+from data.features import Part
+from data.shards import Shards
+from model import checkpoint
+from model.config import ModelConfig
+from model.encoder import load_encoder
+from model.encoder_families import SpeechEncoder
+
+VERSION = 1  # raise it when the same encoder would give other features
+NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype"}  # of an encoder's settings
+LARGEST = float(torch.finfo(torch.float16).max)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What features depend on, besides the sound itself."""
+
+    encoder: str  # Hugging Face id or folder
+    digest: str  # of its weights and of its configuration
+    dtype: str
+    precision: str
+    device: str  # cpu or cuda: they differ in the last digits
+    pool: tuple[int, int] | None  # window and stride, where the adapter's pooling has no parameters
+    sound: str  # see `DataConfig.sound`; shuffled clips have the features of their own rows
+    snr_db: float | None
+    version: int = VERSION
+
+    @property
+    def key(self) -> str:
+        """Names the features; the encoder's own name is no part of it."""
+        content = {name: value for name, value in asdict(self).items() if name != "encoder"}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def recipe(model: ModelConfig, data: DataConfig, device: str) -> Recipe:
+    """The features that a frozen encoder gives a trial."""
+    return Recipe(
+        encoder=model.encoder.path,
+        digest=encoder_digest(model.encoder.path),
+        dtype=model.encoder.dtype,
+        precision=model.precision,
+        device=device,
+        pool=pooling(model),
+        sound="recorded" if data.sound == "shuffled" else data.sound,
+        snr_db=data.snr_db if data.sound == "noisy" else None,
+    )
+
+
+def pooling(model: ModelConfig) -> tuple[int, int] | None:
+    """Window and stride of an adapter whose reduction has no parameters, and so belongs to the features."""
+    return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" else None
+
+
+@functools.lru_cache(maxsize=8)
+def encoder_digest(path: str) -> str:
+    """Equal for encoders that give the same frames. Reads all weights.
+
+    Raises:
+        ConfigError: see `load_encoder`.
+    """
+    encoder = load_encoder.__wrapped__(path, "cpu")  # not to be kept: it may be large
+    settings = encoder.model.config.to_dict() | encoder.extractor.to_dict()
+    said = json.dumps({name: settings[name] for name in settings.keys() - NO_MATTER}, sort_keys=True, default=str)
+    return hashlib.sha256(f"{checkpoint.digest(encoder.state_dict())} {said}".encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, pool: tuple[int, int] | None) -> Tensor:
+    """The features of a clip, [T, D] in float16.
+
+    Args:
+        encoder: frozen, in eval mode.
+        pcm: int16 samples at 16 kHz.
+        pool: window and stride of an average over frames; a clip shorter than one window is filled with zeros to it.
+    """
+    frames_BFD, lengths_B = encoder([waveform(pcm)])
+    frames_FD: Tensor = frames_BFD[0, : lengths_B[0]].float()
+    if pool is not None:
+        window, stride = pool
+        filled_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))
+        with torch.autocast(frames_FD.device.type, enabled=False):
+            frames_FD = F.avg_pool1d(filled_FD.T[None], window, stride)[0].T
+    return frames_FD.clamp(-LARGEST, LARGEST).half()
+
+
+@dataclass(frozen=True)
+class Job:
+    """The features of a part of a corpus, to be computed: travels to the process that does it."""
+
+    shards: Shards
+    part: Part
+    config: DataConfig
+    recipe: Recipe
+    folder: Path
+    threads: int
+
+    def __call__(self) -> pa.Table:
+        """Compute and write them; a table with the bytes and the samples."""
+        torch.set_num_threads(self.threads)
+        torch.backends.cudnn.allow_tf32 = False
+        encoder = load_encoder(self.recipe.encoder, self.recipe.device, self.recipe.dtype)
+        mixed = torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+        config = self.config.model_copy(update={"sound": self.recipe.sound})
+        with mixed:
+            found = [
+                clip_features(encoder, clip_of(self.shards, row, config), self.recipe.pool).cpu().numpy()
+                for row in self.part.rows
+            ]
+        size = features.write(self.folder, self.part, found)
+        return pa.table({"bytes": [size], "samples": [self.part.samples]})

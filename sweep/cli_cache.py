@@ -1,0 +1,118 @@
+"""`sweep cache`: what trials and sweeps share on the disk, and how to bound it."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from data.errors import UserError
+from data.features import ABOUT
+from data.store import UNFINISHED
+from sweep.cli_prepare import console
+
+DAY, JUST = 86400.0, 3600.0  # seconds; what was used within JUST may be in use
+app = typer.Typer(help="What sweeps share on the disk: outputs of frozen encoders.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="`storage.cache`, or the folder `cache` beside the sweeps.")]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Features of one key."""
+
+    folder: Path
+    about: dict[str, Any]
+    files: int
+    bytes: int
+    used: float  # time
+
+
+@app.command("ls")
+def show(folder: Folder = Path("runs/cache")) -> None:
+    """List what is kept, the last used first."""
+    found = kept(folder)
+    table = Table(title=f"{folder}: {_shown(sum(one.bytes for one in found))}", title_justify="left")
+    for name in ("key", "encoder", "pooled", "sound", "files", "size", "last used"):
+        table.add_column(name, justify="right" if name in ("files", "size") else "left")
+    for one in found:
+        pool = one.about.get("pool")
+        table.add_row(
+            one.folder.name,
+            Path(str(one.about.get("encoder", "?"))).name,
+            "{} / {}".format(*pool) if pool else "no",
+            str(one.about.get("sound", "?")),
+            str(one.files),
+            _shown(one.bytes),
+            _ago(time.time() - one.used),
+        )
+    console.print(table)
+
+
+@app.command()
+def prune(
+    folder: Folder = Path("runs/cache"),
+    days: Annotated[float | None, typer.Option(min=0, help="Delete what was not used for so many days.")] = None,
+    max_gb: Annotated[float | None, typer.Option(min=0, help="Then the longest unused, until so much is left.")] = None,
+) -> None:
+    """Delete what has not been used for long; it is computed again when a sweep needs it. What was used within the
+    last hour stays."""
+    if days is None and max_gb is None:
+        raise UserError("sweep cache prune: say what may go: --days 30, or --max-gb 100")
+    doomed = to_prune(kept(folder), time.time(), days, max_gb)
+    for one in doomed:
+        shutil.rmtree(one.folder, ignore_errors=True)
+        console.print(f"deleted {one.folder.name}: {_shown(one.bytes)}", highlight=False)
+    console.print(f"{_shown(sum(one.bytes for one in kept(folder)))} left in {folder}", highlight=False)
+
+
+def kept(folder: Path) -> list[Kept]:
+    """What lies in a cache, the last used first.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it is `cache` beside the sweeps, or what storage.cache names")
+    return sorted(map(_kept, (folder / "features").glob("*/")), key=lambda one: -one.used)
+
+
+def to_prune(found: list[Kept], now: float, days: float | None, max_gb: float | None) -> list[Kept]:
+    """What is to be deleted, of what lies in a cache, the last used first."""
+    idle = [one for one in found if now - one.used >= JUST]
+    doomed = [one for one in idle if days is not None and now - one.used >= days * DAY]
+    left = sum(one.bytes for one in found) - sum(one.bytes for one in doomed)
+    for one in reversed(idle):
+        if max_gb is not None and left > max_gb * 1e9 and one not in doomed:
+            doomed.append(one)
+            left -= one.bytes
+    return doomed
+
+
+def _kept(folder: Path) -> Kept:
+    about = folder / ABOUT
+    files = [path for path in folder.glob("features-*.arrow") if UNFINISHED not in path.name]
+    sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+    used = (about if about.exists() else folder).stat().st_mtime
+    return Kept(folder, _read(about), len(files), sum(sizes), used)
+
+
+def _read(about: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(about.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _shown(size: int) -> str:
+    from sweep.retention import shown_size
+
+    return shown_size(size)
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds / 3600:.0f} h ago" if seconds < 2 * DAY else f"{seconds / DAY:.0f} days ago"

@@ -1,0 +1,182 @@
+"""Frozen passes of a sweep: which there are, that each is computed once, and what a kill leaves."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from data import features as files
+from data.errors import StorageError
+from data.prepare import prepare
+from data.shards import Shards
+from sweep import features
+from sweep.config import Config, parse
+from sweep.features import cache_of, compute, folder_for, need_of, needs
+from tests.data.common import corpus
+from tests.sweep.common import FROZEN, TUNED, sweep
+
+Jobs = Sequence[Callable[[], pa.Table]]
+DIALOGUE = "T:question! C:change! T:other C:neutral!"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return prepare(corpus([DIALOGUE] * 6), tmp_path_factory.mktemp("corpus") / "shards")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files that were computed, in this process in place of Ray's."""
+    found: list[str] = []
+
+    def here(jobs: Jobs, **resources: float) -> Iterator[pa.Table]:
+        assert resources == {"cpus": 1, "gpus": 0}
+        for job in jobs:
+            found.append(f"{job.folder.name}/{job.part.name}")  # type: ignore[attr-defined]
+            yield job()
+
+    monkeypatch.setattr(features, "ray_jobs", here)
+    return found
+
+
+def failing_after(count: int) -> Callable[..., int]:
+    """Writes that many files."""
+    left = iter(range(count))
+
+    def write(*args: Any) -> int:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return files.write(*args)
+
+    return write
+
+
+def config(models: Path, shards: Shards, space: dict[str, Any] | None = None, **changed: Any) -> Config:
+    tree: dict[str, Any] = {
+        "name": "test",
+        "data": {"shards": str(shards.folder)},
+        "model": {"encoder": {"path": str(models / "whisper")}, "llm": {"path": str(models / "llm")}},
+        "search": {"space": space or {}},
+    }
+    for key, value in changed.items():
+        tree[key] = tree.get(key, {}) | value
+    return parse(tree, "test")
+
+
+def test_only_frozen_encoders_that_hear_clips_as_they_are_have_features(
+    models: Path, shards: Shards, tmp_path: Path
+) -> None:
+    def has(**changed: Any) -> bool:
+        return need_of(config(models, shards, **changed), tmp_path) is not None
+
+    base = config(models, shards).model.model_dump()
+    assert has()
+    assert has(data={"shards": str(shards.folder), "sound": "zeroed"})
+    assert not has(model=base | {"modality": "text"})
+    assert not has(model=base | {"trainable": TUNED})
+    assert not has(model=base | {"trainable": f"{FROZEN}+encoder.*.layers.1.*"})
+    assert not has(storage={"features": "live"})
+    for augment in ({"speeds": [0.9, 1.1]}, {"noise_db": [0, 20]}):
+        assert not has(data={"shards": str(shards.folder), "augment": augment})
+
+
+def test_all_that_the_space_may_ask_for_is_counted(models: Path, shards: Shards, tmp_path: Path) -> None:
+    space = {
+        "model.modality": ["speech", "text"],
+        "model.trainable": [FROZEN, TUNED],
+        "model.adapter.window": {"low": 4, "high": 8, "step": 2},
+        "model.adapter.stride": [2, 4],
+        "model.lora.rank": [2, 4, 8],
+        "data.sound": ["recorded", "shuffled", "zeroed"],
+    }
+    found = needs(config(models, shards, space), tmp_path)
+    assert {(need.recipe.sound, need.recipe.pool) for need in found} == {
+        (sound, (window, stride)) for sound in ("recorded", "zeroed") for window in (4, 6, 8) for stride in (2, 4)
+    }
+    assert len({need.folder for need in found}) == len(found)
+    assert needs(config(models, shards, {"model.trainable": [TUNED]}, model={"trainable": TUNED}), tmp_path) == []
+    continuous = {"data.snr_db": {"low": 0.0, "high": 9.0}}
+    assert needs(config(models, shards, continuous), tmp_path) == []  # such trials encode by themselves
+
+
+def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str]
+) -> None:
+    one = config(models, shards, {"model.lora.rank": [2, 4], "model.modality": ["speech", "text"]})
+    assert folder_for(config(models, shards), tmp_path) is None
+    said: list[str] = []
+    compute(one, tmp_path, said.append)
+    assert len(made) == 1
+    assert ["1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True, True]
+    folder = folder_for(config(models, shards), tmp_path)
+    assert folder is not None
+    compute(one, tmp_path, said.append)
+    compute(config(models, shards, {"train.learning_rate": [1e-3, 2e-3]}), tmp_path, said.append)
+    assert (len(made), len(said)) == (1, 2)
+    assert "there already" in needs(one, tmp_path)[0].describe()
+    written = sum(path.stat().st_size for path in folder.glob("features-*.arrow"))
+    assert abs(features.size_of(one, needs(one, tmp_path)[0].all) / written - 1) < 0.5  # of small files
+
+
+def test_a_kill_loses_the_part_that_was_under_way(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PART_SAMPLES", 10_000)
+    files._parts.cache_clear()
+    one = config(models, shards)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.features.features.write", failing_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            compute(one, tmp_path, lambda text: None)
+    [need] = needs(one, tmp_path)
+    assert len(need.missing) == len(need.all) - 2 > 0
+    assert folder_for(one, tmp_path) is None  # its trials would encode by themselves
+    before = list(made)
+    compute(one, tmp_path, lambda text: None)
+    assert len(made) - len(before) == len(need.all) - 2
+    assert folder_for(one, tmp_path) == need.folder
+    files._parts.cache_clear()
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        free = 100
+
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: Full)
+    with pytest.raises(StorageError, match=r"sweep cache prune.*storage\.features=live"):
+        compute(config(models, shards), tmp_path, lambda text: None)
+    assert made == []
+
+
+def test_the_cache_lies_beside_the_sweep_or_where_it_is_told(models: Path, shards: Shards, tmp_path: Path) -> None:
+    assert cache_of(config(models, shards), tmp_path / "runs" / "demo") == tmp_path / "runs" / "cache"
+    named = config(models, shards, storage={"cache": str(tmp_path / "own")})
+    assert cache_of(named, tmp_path / "runs" / "demo") == tmp_path / "own"
+
+
+def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path: Path, made: list[str]) -> None:
+    cache = tmp_path / "cache"
+    space = {"model.adapter.stride": [2, 4, 8]}
+    compute(config(models, shards, space), cache, lambda text: None)
+    folders = {
+        need.recipe.pool[1]: need.folder for need in needs(config(models, shards, space), cache) if need.recipe.pool
+    }
+    now = time.time()
+    for stride, days in ((2, 40), (4, 3), (8, 0)):
+        os.utime(folders[stride] / "about.json", (now - days * 86400, now - days * 86400))
+    listed = sweep("cache", "ls", cache)
+    assert listed.code == 0
+    assert all(folder.name in listed.out for folder in folders.values())
+    assert sweep("cache", "prune", cache, "--days", 30).code == 0
+    assert [stride for stride, folder in folders.items() if folder.exists()] == [4, 8]
+    assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
+    assert [stride for stride, folder in folders.items() if folder.exists()] == [8]  # it may be in use
+    assert "say what may go" in sweep("cache", "prune", cache).err
+    assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
+    assert folder_for(config(models, shards), cache) is None
