@@ -20,6 +20,7 @@ from tests.data.common import corpus
 from tests.sweep.common import FROZEN, TUNED, sweep
 
 Jobs = Sequence[Callable[[], pa.Table]]
+WRITE = files.write
 DIALOGUE = "T:question! C:change! T:other C:neutral!"
 
 
@@ -50,7 +51,7 @@ def failing_after(count: int) -> Callable[..., int]:
     def write(*args: Any) -> int:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return files.write(*args)
+        return WRITE(*args)
 
     return write
 
