@@ -33,15 +33,16 @@ def run() -> list[Row]:
     for preset in ("llama-3b-hubert-large", "annomi"):
         config = configuration.load(preset)
         for times in ("as given", "cut finely") if config.model.hears else ("as given",):
-            costs = list(measured(conversations, config, fine=times == "cut finely"))
-            for workers in (1, 2):
-                where = f"{preset}, times {times}, workers {workers}"
-                rows += wasted(costs, config, workers, where)
+            for trains in (False, True) if config.model.hears else (False,):
+                costs = list(measured(conversations, config, fine=times == "cut finely", trains=trains))
+                for workers in (1, 2):
+                    encoder = f", encoder {'trains' if trains else 'frozen'}" if config.model.hears else ""
+                    rows += wasted(costs, config, workers, f"{preset}{encoder}, times {times}, workers {workers}")
     return rows
 
 
-def measured(conversations: Sequence[Conversation], config: Config, *, fine: bool) -> Iterator[Cost]:
-    """The cost of every turn with sound, as `SpeechLLM.measure` has it."""
+def measured(conversations: Sequence[Conversation], config: Config, *, fine: bool, trains: bool) -> Iterator[Cost]:
+    """The cost of every turn with sound, as `SpeechLLM.measure` has it: a frozen encoder takes clip by clip."""
     rng = np.random.default_rng(0)
     adapter = config.model.adapter
     for conversation in conversations:
@@ -57,7 +58,7 @@ def measured(conversations: Sequence[Conversation], config: Config, *, fine: boo
                     break
                 tokens += length
             clip = max(0, frames - adapter.window) // adapter.stride + 1 if frames else 0
-            yield Cost(tokens + clip, frames)
+            yield Cost(tokens + clip, frames if trains else 0)
 
 
 def encoder_frames(samples: int) -> int:
@@ -80,9 +81,9 @@ def wasted(costs: Sequence[Cost], config: Config, workers: int, where: str) -> l
                 frames = [cost.frames for cost in chosen]
                 heard += [[frames[place] for place in group] for group in groups(frames)]
         llm.runs.append(padding(read))
-        encoder.runs.append(padding(heard) if config.model.hears else 0.0)
+        encoder.runs.append(padding(heard) if any(cost.frames for cost in costs) else 0.0)
         llm.note, encoder.note = (f"{len(costs) / len(parts):.1f} items at once" for parts in (read, heard))
-    return [llm, encoder] if config.model.hears else [llm]
+    return [llm, encoder] if any(cost.frames for cost in costs) else [llm]
 
 
 def padding(parts: Sequence[Sequence[int]]) -> float:

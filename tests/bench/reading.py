@@ -81,16 +81,19 @@ def corpus() -> Shards:
     folder = CACHE / "reading-3"
     if not (folder / "manifest.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        prepare(Corpus("bench", ("a", "b"), {"client": ("a", "b")}, list(_conversations())), folder)
+        prepare(
+            Corpus("bench", ("a", "b"), {"client": ("a", "b")}, list(_conversations(SESSIONS, CLIPS // SESSIONS))),
+            folder,
+        )
     return Shards(folder)
 
 
-def _conversations() -> Iterator[Conversation]:
+def _conversations(sessions: int, clips: int) -> Iterator[Conversation]:
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(31 * SAMPLE_RATE) * np.repeat(rng.uniform(0, 1, 31 * 8), SAMPLE_RATE // 8) ** 2
-    for session in range(SESSIONS):
+    for session in range(sessions):
         turns = []
-        for index in range(CLIPS // SESSIONS):
+        for index in range(clips):
             seconds = float(np.clip(rng.lognormal(np.log(3), 0.85), 0.5, 30))
             start = rng.integers(0, SAMPLE_RATE)
             clip = noise[start : start + round(seconds * SAMPLE_RATE)] * rng.uniform(1000, 4000)

@@ -1,0 +1,130 @@
+"""Frozen passes: an optimizer step that reads features against one that encodes, with an encoder of HuBERT-base's size
+(random weights) and an LLM of 20 million parameters; and that files and encoder give the same weights.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from data.features import missing
+from data.plan import plan
+from data.prepare import prepare
+from data.schema import Corpus
+from model.checkpoint import seed_everything
+from model.features import Job, recipe
+from model.tiny import _fixed, _llama, _tokenizer
+from model.train import Trainer
+from sweep import builtin
+from sweep import config as configuration
+from sweep.config import Config
+from sweep.trial import build, open_shards
+from tests.bench.measure import Row
+from tests.bench.reading import CACHE, _conversations
+
+SESSIONS, TURNS, STEPS, ROUNDS = 6, 24, 2, 5
+
+
+def run() -> list[Row]:
+    """The goal of a step with features."""
+    config = settings()
+    shards, made = open_shards(config.data), recipe(config.model, config.data, "cpu")
+    folder = CACHE / "features" / made.key
+    started, hours = time.monotonic(), 0.0
+    for part in missing(folder, shards, config.data):
+        [told] = Job(shards, part, config.data, made, folder, 1)().to_pylist()
+        hours += told["samples"] / 16000 / 3600
+    took = f"; {hours:.2f} h computed in {time.monotonic() - started:.0f} s" if hours else ""
+    live, read = (trainer(config, features) for features in (None, folder))
+    times: dict[str, list[float]] = {"live": [], "read": []}
+    for number in range(ROUNDS + 1):
+        for name, own in (("live", live), ("read", read)):
+            taken = seconds(own, number)
+            if number:  # the first round warms up
+                times[name].append(taken)
+    same = all(torch.equal(one, other) for one, other in zip(weights(live), weights(read), strict=True))
+    note = ", ".join(f"{1000 * statistics.median(taken):.0f} ms {name}" for name, taken in times.items())
+    note += f"; weights {'equal to the bit' if same else 'DIFFER'} after {(ROUNDS + 1) * STEPS} steps{took}"
+    ratios = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
+    return [Row("step with features", "encoder online", ratios, goal=5.0, note=note)]
+
+
+def settings() -> Config:
+    """A frozen encoder and LoRA, 16 clips a step, on twelve minutes of clips with the lengths of AnnoMI's."""
+    encoder, llm, shards = (made(name, make) for name, make in MAKERS.items())
+    changed = {
+        "data.shards": str(shards),
+        "data.history": 10,
+        "model.encoder.path": str(encoder),
+        "model.llm.path": str(llm),
+        "train.batch_size": 16,
+        "search.space": {},
+        "search.points": [],
+    }
+    return builtin.resolve(configuration.load("annomi").with_values(changed))
+
+
+def make_hubert(folder: Path) -> None:
+    """Untrained, laid out as facebook/hubert-base-ls960."""
+    with _fixed(seed=0):
+        HubertModel(HubertConfig()).eval().save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)
+
+
+def make_llm(folder: Path) -> None:
+    """Untrained, 20 million parameters."""
+    tokenizer = _tokenizer()
+    with _fixed(seed=0):
+        _llama(tokenizer, width=512, layers=14).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_corpus(folder: Path) -> None:
+    """Noise with the envelope of speech."""
+    conversations = list(_conversations(SESSIONS, TURNS))
+    prepare(Corpus("frozen", ("a", "b"), {"client": ("a", "b")}, conversations), folder)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "hubert-base": make_hubert,
+    "llama-20m": make_llm,
+    "frozen-corpus": make_corpus,
+}
+
+
+def made(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that is made once."""
+    folder = CACHE / name
+    if not folder.exists():
+        unfinished = Path(tempfile.mkdtemp(dir=CACHE))
+        make(unfinished / name)
+        shutil.move(unfinished / name, folder)
+    return folder
+
+
+def trainer(config: Config, features: Path | None) -> Trainer:
+    """A trainer whose model has just been made."""
+    seed_everything(0)
+    model, data = build(config, "local", ("train",), "cpu", features)
+    return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
+
+
+def seconds(own: Trainer, epoch: int) -> float:
+    """CPU seconds a step, with what is read for it."""
+    own.model.train()
+    started = time.process_time()
+    steps = plan(own.train.costs, batch_size=own.config.batch_size, seed=0, epoch=epoch)[:STEPS]
+    for step, examples in zip(steps, own.data.read("train", steps), strict=True):
+        own._optimizer_step(step, step, examples)
+    return (time.process_time() - started) / STEPS
+
+
+def weights(own: Trainer) -> list[Tensor]:
+    """What trains."""
+    return [parameter.detach() for parameter in own.parameters]
