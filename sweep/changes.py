@@ -52,6 +52,7 @@ REASONS = {
     "search.startup_trials": "trials were drawn by the former one",
     "storage.ledger": "the trials so far would be left behind",
 }
+FIRST_EPOCH = "search.pruning.first_epoch"
 SOURCES = ("data", "model", "sweep")
 
 
@@ -93,10 +94,10 @@ class Changes:
 def compare(before: Config, after: Config) -> Changes:
     """What differs between the configuration that a sweep started with and another one."""
     old, new = flat(before), flat(after)
-    found: list[Change] = []
+    found = list(_first_epoch(before, after))
     for key in {**old, **new}:
         one, other = old.get(key), new.get(key)  # settings of a section that is null are not there
-        if one == other:
+        if one == other or key == FIRST_EPOCH:
             continue
         if key == "search.space":
             found += _space(before, after)
@@ -108,6 +109,17 @@ def compare(before: Config, after: Config) -> Changes:
             why = next((why for start, why in REASONS.items() if key.startswith(start)), "it decides the trials")
             found.append(Change(key, one, other, "refused", why))
     return Changes(tuple(found))
+
+
+def _first_epoch(before: Config, after: Config) -> Iterable[Change]:
+    """What counts is the epoch that comes out: null follows `train.epochs`, of which a wider axis may have more."""
+    was, will_be = (flat(config).get(FIRST_EPOCH) for config in (before, after))
+    one, other = (config.search.first_rung(config.train.epochs) for config in (before, after))
+    if one != other:
+        way_out = f"; set it to {one}" if one is not None and other is not None else ""
+        yield Change(FIRST_EPOCH, one, other, "refused", f"{REASONS['search.pruning']}{way_out}")
+    elif was != will_be:
+        yield Change(FIRST_EPOCH, was, will_be, "taken", f"epoch {one} as before")
 
 
 def _points(before: list[Any], after: list[Any]) -> Change:

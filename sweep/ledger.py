@@ -5,7 +5,7 @@ Ray Tune executes and MLflow shows, but what was asked, reported and decided sta
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from data.errors import UserError
 from sweep import draw
 from sweep.config import Config
-from sweep.space import better, is_rung, prune
+from sweep.space import EPOCHS, better, is_audited, prune
 from sweep.storage import FILE, has_ledger, open_study, read_study, sweep_id
 
 __all__ = [
@@ -24,8 +24,10 @@ __all__ = [
     "Entry",
     "Ledger",
     "Reason",
+    "best_first",
     "common_fault",
     "has_ledger",
+    "horizon",
     "is_drawn",
     "sweep_id",
     "trial_config",
@@ -52,6 +54,8 @@ class Entry:
     curve: dict[int, float]  # objective by epoch
     why: str  # how the trial ended, in words
     reason: Reason | None = None  # of a failure
+    audited: bool = False  # never pruned
+    spared: int | None = None  # the epoch at which an audited trial would have been pruned
 
 
 class Ledger:
@@ -127,21 +131,31 @@ class Ledger:
             if epoch > max(known, default=0):  # a lost report that is told again is not the last word
                 trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
-        rule, last = search.pruning, draw.params(self.config, frozen).get("train.epochs", self.config.train.epochs)
-        decided = epoch <= frozen.user_attrs.get("passed", 0)  # told again after a resume
-        if rule is None or decided or epoch >= last or not is_rung(epoch, rule):
+        return self._judge(frozen, trial, epoch, value)
+
+    def _judge(self, frozen: FrozenTrial, trial: Trial, epoch: int, value: float) -> bool:
+        """Whether a trial ends here. What is decided is written down in one piece, and is not decided again."""
+        search, noted = self.config.search, frozen.user_attrs
+        rule, last = search.pruning, horizon(self.config, draw.params(self.config, frozen))
+        # Told again after a resume; or spared before, and what comes of that is no matter of rungs any more.
+        decided = epoch <= noted.get("passed", 0) or "spared" in noted
+        if rule is None or decided or epoch >= last or epoch not in search.rungs(self.config.train.epochs):
             return False
         peers = [
             other.intermediate_values[epoch]
             for other in self.study.get_trials(deepcopy=False)
-            if epoch in other.intermediate_values
+            # Without the audit, one that was spared would not have come so far: it changes nothing for the others.
+            if epoch in other.intermediate_values and epoch <= other.user_attrs.get("spared", epoch)
         ]
         if not prune(value, peers, search.direction, rule):
             trial.set_user_attr("passed", epoch)
             return False
+        if is_audited(frozen.number, self.config.seed, rule.audit):
+            trial.set_user_attr("spared", epoch)
+            return False
         place = 1 + sum(better(peer, value, search.direction) for peer in peers)
         trial.set_user_attr("why", f"pruned at epoch {epoch}: {place}. of {len(peers)} by {search.metric}")
-        self.study.tell(number, state=TrialState.PRUNED)
+        self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
 
     def bind(self, fingerprint: str, code: str | None = None) -> str | None:
@@ -211,9 +225,7 @@ class Ledger:
 
     def best(self) -> Entry | None:
         """The complete trial with the best value; on a tie the earlier one."""
-        done = [entry for entry in self.entries() if entry.state == "COMPLETE" and entry.value is not None]
-        sign = -1 if self.config.search.direction == "maximize" else 1
-        return min(done, key=lambda entry: (sign * (entry.value or 0.0), entry.number), default=None)
+        return next(iter(best_first(self.config, self.entries())), None)
 
     def trial_config(self, entry: Entry) -> Config:
         """The configuration of one trial: the sweep's with the trial's values in place, and no search."""
@@ -221,6 +233,18 @@ class Ledger:
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
+
+
+def best_first(config: Config, entries: Sequence[Entry]) -> list[Entry]:
+    """The complete trials, best first; on a tie the earlier one."""
+    done = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
+    sign = -1 if config.search.direction == "maximize" else 1
+    return sorted(done, key=lambda entry: (sign * (entry.value or 0.0), entry.number))
+
+
+def horizon(config: Config, params: Mapping[str, Any]) -> int:
+    """The epochs that a trial with these values trains for, unless something ends it."""
+    return int(params.get(EPOCHS, config.train.epochs))
 
 
 def common_fault(entries: Sequence[Entry]) -> str | None:
@@ -264,7 +288,9 @@ def _entry(config: Config, trial: FrozenTrial) -> Entry:
     metrics = trial.user_attrs.get("metrics", {})
     curve = dict(sorted(trial.intermediate_values.items()))
     value = trial.value if trial.state == TrialState.COMPLETE else (curve[max(curve)] if curve else None)
-    default = {"COMPLETE": "trained to the end", "RUNNING": "running"}.get(trial.state.name, "")
+    spared, rule = trial.user_attrs.get("spared"), config.search.pruning
+    ended = "trained to the end" + (f" as an audit: else pruned at epoch {spared}" if spared else "")
+    default = {"COMPLETE": ended, "RUNNING": "running"}.get(trial.state.name, "")
     return Entry(
         number=trial.number,
         state=trial.state.name,
@@ -275,4 +301,6 @@ def _entry(config: Config, trial: FrozenTrial) -> Entry:
         curve=curve,
         why=trial.user_attrs.get("why", default),
         reason=trial.user_attrs.get("reason", "error") if trial.state == TrialState.FAIL else None,
+        audited=rule is not None and is_audited(trial.number, config.seed, rule.audit),
+        spared=spared,
     )

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.metrics import Record, accuracy_interval
+from sweep import recall
 from sweep.config import Config
-from sweep.ledger import Entry, trial_folder
+from sweep.ledger import Entry, best_first, horizon, trial_folder
 
 SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
@@ -77,14 +78,13 @@ def progress(config: Config, entries: Sequence[Entry], slots: int | None = None)
     resources = config.resources
     share = resources.gpus_per_worker or resources.cpus_per_worker
     seconds = sum(float(entry.metrics.get("seconds", 0.0)) for entry in entries)
-    complete = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
     return Progress(
         target=max(config.search.trials, len(entries)),
         complete=states["COMPLETE"],
         pruned=states["PRUNED"],
         failed=states["FAIL"],
         running=states["RUNNING"],
-        best=ranked(config, complete)[0] if complete else None,
+        best=next(iter(best_first(config, entries)), None),
         seconds_left=_seconds_left(config, entries, slots or resources.slots or max(1, states["RUNNING"])),
         hours=seconds * resources.workers * share / 3600,
         device="GPU" if resources.gpus_per_worker else "CPU",
@@ -96,7 +96,7 @@ def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float
     paces = [
         entry.metrics["seconds"] / len(entry.curve) for entry in entries if entry.curve and "seconds" in entry.metrics
     ]
-    running = [_epochs(config, entry) - len(entry.curve) for entry in entries if entry.state == "RUNNING"]
+    running = [horizon(config, entry.params) - len(entry.curve) for entry in entries if entry.state == "RUNNING"]
     new = max(0, config.search.trials - len(entries))
     if not paces or not (running or new):
         return None
@@ -105,10 +105,6 @@ def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float
     each = statistics.mean(ended) if ended else config.train.epochs
     epochs = max((sum(running) + new * each) / slots, max(running, default=0))
     return float(statistics.median(paces) * epochs)
-
-
-def _epochs(config: Config, entry: Entry) -> int:
-    return int(entry.params.get("train.epochs", config.train.epochs))
 
 
 def _time_left(seconds: float) -> str:
@@ -174,6 +170,8 @@ def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) ->
     subsets = any("[" in cell for row in rows for cell in row)
     note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if subsets else "")
     note += f"; {progress(config, entries).hours_text()} used"
+    warning = recall.warning(config, entries)
+    note = "\n".join([note, *recall.lines(config, entries), *([f"[bold yellow]{warning}[/]"] if warning else [])])
     table = Table(
         title=f"{config.name}: trials by {config.search.metric}",
         caption=note,
@@ -194,9 +192,13 @@ def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) ->
 def leaderboard_markdown(config: Config, folder: Path, entries: Sequence[Entry]) -> str:
     """For MLflow's note."""
     header, rows = leaderboard_rows(config, folder, entries)
-    reasons = [f"- trial {entry.number}: {entry.why}" for entry in entries if entry.state in ("PRUNED", "FAIL")]
+    told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.spared is not None]
+    reasons = [f"- trial {entry.number}: {entry.why}" for entry in told]
+    warning = recall.warning(config, entries)
+    cost = [*recall.lines(config, entries), *([f"**{warning}**"] if warning else [])]
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *reasons])
+    table = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([*table, "", *reasons, *([""] if reasons and cost else []), *(f"- {line}" for line in cost)])
 
 
 def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:
@@ -215,6 +217,8 @@ def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) ->
         "metrics": {name: _finite(value) for name, value in entry.metrics.items()},
         "steps": entry.steps,
         "epochs": len(entry.curve),
+        "audited": entry.audited,
+        "spared": entry.spared,
         "attempts": attempts,
         "reason": entry.reason,
         "why": entry.why,

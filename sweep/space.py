@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Scalar = bool | int | float | str | None
+EPOCHS = "train.epochs"
+# Of the epochs, before anybody is ended: earlier on, quick starters lead those that will win.
+LATE = Fraction(3, 5)
+GOLDEN = Fraction(618_033_988_749_895, 10**15)  # its multiples spread evenly over [0, 1)
 
 
 class Sampler(Protocol):
@@ -122,9 +127,18 @@ class Axis(Section):
 class PruningConfig(Section):
     """Asynchronous successive halving (Li et al., 2020, arXiv 1810.05934) over the epochs."""
 
-    first_epoch: Count = Field(2, description="First epoch after which a trial may end; later ones double.")
+    first_epoch: Count | None = Field(
+        None,
+        description="First epoch after which a trial may end; later ones double. null: three fifths of train.epochs, "
+        "of its largest value where it is an axis, since learning curves cross before.",
+    )
     keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that goes on at each.")
     after_trials: Count = Field(4, description="Trials that must have reached an epoch before one is ended there.")
+    audit: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1,
+        description="Share of the trials that is never ended: they show what pruning costs. 0: none; 1: all, so that "
+        "the rule is only watched.",
+    )
 
 
 class SearchConfig(Section):
@@ -152,6 +166,34 @@ class SearchConfig(Section):
     def direction(self) -> Literal["maximize", "minimize"]:
         """Of the metric."""
         return "minimize" if self.metric.endswith(("loss", "perplexity", "ece")) else "maximize"
+
+    def first_rung(self, epochs: int) -> int | None:
+        """The first epoch after which trials are compared; None where nothing is pruned.
+
+        Args:
+            epochs: `train.epochs` of the sweep. Where that is an axis its largest value counts, so that the epoch is
+                one and the same for all trials; those that have fewer epochs may all end before it.
+        """
+        if self.pruning is None:
+            return None
+        return self.pruning.first_epoch or math.ceil(self._longest(epochs) * LATE)
+
+    def rungs(self, epochs: int) -> list[int]:
+        """The epochs after which trials are compared: they double, and nobody is judged after the last one.
+
+        Args:
+            epochs: as of `first_rung`.
+        """
+        first, found = self.first_rung(epochs), list[int]()
+        while first is not None and first < self._longest(epochs):
+            found.append(first)
+            first *= 2
+        return found
+
+    def _longest(self, epochs: int) -> int:
+        axis = self.space.get(EPOCHS)
+        known = [] if axis is None else [int(value) for value in axis.extremes()]
+        return max([*known, epochs] if axis is None or axis.when else known)
 
     def order(self) -> list[str]:
         """The axes in the order of drawing: an axis comes after those that its condition names.
@@ -215,7 +257,12 @@ def prune(own: float, peers: list[float], direction: str, config: PruningConfig)
     return ahead >= max(1, math.floor(len(peers) * config.keep))
 
 
-def is_rung(epoch: int, config: PruningConfig) -> bool:
-    """Whether trials are compared after this epoch (counted from 1)."""
-    ratio = epoch / config.first_epoch
-    return ratio >= 1 and math.log2(ratio).is_integer()
+def is_audited(number: int, seed: int, share: float) -> bool:
+    """Whether a trial is never ended early, so that its end shows what pruning costs.
+
+    Nothing decides about it but number and seed, so it is the same after every kill. Trials are chosen at equal
+    distances: of any n trials, from the first one on, n * share are chosen, rounded in one way or the other. The seed
+    moves them, within the later half of their distance: the first trials of a sweep have no peers and end nowhere.
+    """
+    exact, offset = Fraction(str(share)), (1 - seed * GOLDEN % 1) / 2
+    return math.floor(exact * (number + 1) + offset) > math.floor(exact * number + offset)

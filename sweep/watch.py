@@ -9,6 +9,7 @@ from typing import Any
 from sweep import lease
 from sweep.config import Config
 from sweep.ledger import Entry
+from sweep.recall import recall_json
 from sweep.results import progress
 
 
@@ -50,6 +51,7 @@ def progress_json(config: Config, folder: Path, entries: Sequence[Entry]) -> dic
         "seconds_left": found.seconds_left,
         "gpu_hours": found.hours if found.device == "GPU" else None,
         "cpu_hours": found.hours if found.device == "CPU" else None,
+        "pruning": recall_json(config, entries),
         "running_on": None if driver is None else driver[0],
         "pid": None if driver is None else driver[1],
     }

@@ -90,7 +90,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
         "search": {
             "trials": variant.trials,
             "startup_trials": 3,
-            "pruning": {"first_epoch": 1, "after_trials": 3},
+            "pruning": {"first_epoch": 1, "after_trials": 3, "audit": 0.1},
             "space": {
                 "model.lora.rank": [2, 4, 8],
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},

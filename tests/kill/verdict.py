@@ -50,6 +50,11 @@ def ledger_rows(entries: Mapping[int, Entry], kills: Sequence[Kill], play: Play)
             [f"trial {n}: {entry.state} ({entry.why})" for n, entry in entries.items() if entry.state not in ENDED],
             counts="lost",
         ),
+        Row(
+            "none of the audited was pruned",
+            [f"trial {n}: {entry.why}" for n, entry in entries.items() if entry.audited and entry.state == "PRUNED"],
+            f"{sum(entry.audited for entry in entries.values())} audited",
+        ),
         Row("parameters as they were asked", list(_changed(entries, kills)), f"{len(kills)} looks"),
         Row("what had ended stays as it was", list(_reopened(entries, kills))),
         Row(

@@ -23,9 +23,9 @@ from model.config import LearningRates, LossConfig, TrainConfig
 from model.evaluate import evaluate
 from model.parts import part_of
 from model.speech_llm import SpeechLLM
-from model.train import NonFiniteError, fit
+from model.train import NonFiniteError, Trainer, fit
 from tests.model.common import build, close
-from tests.model.trials import CONFIG, NEW, ONE, TWO, Trial, history, kill_after
+from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 
 
 def test_a_step_does_not_depend_on_micro_batches(models: Path, corpus: Shards, tmp_path: Path) -> None:
@@ -128,6 +128,35 @@ def test_the_rate_follows_its_schedule(
         trainer.optimizer.step()
         trainer.schedule.step()
     assert found == pytest.approx(expected)
+
+
+def test_a_trial_that_is_pruned_was_the_full_one_up_to_there(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rates follow `train.epochs` and know of no rung; a training of that many epochs would be another one."""
+    rates: list[float] = []
+    made = Trainer._optimizer_step
+
+    def step(self: Trainer, *args: Any) -> None:
+        rates.append(self.schedule.get_last_lr()[0])
+        made(self, *args)
+
+    def run(name: str, epochs: int, last: int) -> tuple[list[float], list[tuple[int, dict[str, Any]]]]:
+        def prune(epoch: int, metrics: dict[str, Any]) -> None:
+            if epoch == last:
+                raise KilledError
+
+        rates.clear()
+        with pytest.raises(KilledError):
+            Trial(train=CONFIG.model_copy(update={"epochs": epochs})).run(models, corpus, tmp_path / name, prune)
+        return list(rates), history(tmp_path / name)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    (full, told), pruned, short = run("full", 3, 3), run("pruned", 3, 1), run("short", 1, 1)
+    assert pruned == (full[: len(full) // 3], told[:1])
+    assert len(set(pruned[0])) > 3
+    assert len(short[0]) == len(pruned[0])
+    assert short[0] != pruned[0]
 
 
 def test_weights_decay_apart_from_the_gradient(models: Path, corpus: Shards, tmp_path: Path) -> None:

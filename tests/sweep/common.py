@@ -43,8 +43,8 @@ def settings(**search: Any) -> Config:
     return parse({"name": "test", "train": {"epochs": 4}, "search": own | search}, "test")
 
 
-def pruned(**search: Any) -> Config:
-    return settings(pruning={"first_epoch": 2, "after_trials": 4}, **search)
+def pruned(audit: float = 0.0, **search: Any) -> Config:
+    return settings(pruning={"first_epoch": 2, "after_trials": 4, "audit": audit}, **search)
 
 
 def ask(ledger: Ledger, count: int) -> list[Asked]:

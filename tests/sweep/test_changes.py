@@ -118,6 +118,30 @@ def test_a_section_that_is_taken_out_is_a_change() -> None:
     assert "search.pruning.first_epoch" in found
 
 
+@pytest.mark.parametrize(("key", "value"), [("keep", 0.25), ("after_trials", 9), ("audit", 0.2), ("first_epoch", 1)])
+def test_the_rule_of_pruning_stays_as_it_was(key: str, value: float) -> None:
+    before, after = settings(pruning={}), settings(pruning={key: value})
+    for one, other in ((before, after), (after, before)):
+        [(found, (verdict, why))] = told(one, other).items()
+        assert (found, verdict) == (f"search.pruning.{key}", "refused")
+        assert "pruned by the former rule" in why
+
+
+def test_of_the_first_rung_the_epoch_counts_that_comes_out() -> None:
+    """It stays where it is, however that is said; and a wider axis of epochs must not move it."""
+
+    def searched(first: int | None, epochs: list[int]) -> Config:
+        return settings(points=[], pruning={"first_epoch": first}, space={"train.epochs": epochs})
+
+    key, axis = "search.pruning.first_epoch", "search.space.train.epochs"
+    assert told(searched(None, [2, 4]), searched(3, [2, 4])) == {key: ("taken", "epoch 3 as before")}
+    found = told(searched(None, [2, 4]), searched(None, [2, 4, 8]))
+    assert {name: verdict for name, (verdict, _) in found.items()} == {key: "refused", axis: "taken"}
+    assert found[key][1].endswith("; set it to 3")
+    for way_out in (searched(3, [2, 4, 8]), searched(None, [1, 2, 4])):
+        assert {verdict for verdict, _ in told(searched(None, [2, 4]), way_out).values()} == {"taken"}
+
+
 def test_steps_must_hold_the_former_ones() -> None:
     def stepped(low: float, high: float) -> Config:
         return settings(points=[], space={"train.warmup": {"low": low, "high": high, "step": 0.2}})

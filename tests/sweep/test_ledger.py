@@ -67,9 +67,9 @@ def test_running_trials_stay_within_the_target(tmp_path: Path) -> None:
     assert len(again.entries()) == 3
 
 
-@pytest.mark.parametrize("pruning", [False, True], ids=["whole", "pruned"])
-def test_a_resumed_search_draws_what_an_uninterrupted_one_draws(pruning: bool, tmp_path: Path) -> None:
-    config = pruned() if pruning else settings()
+@pytest.mark.parametrize("pruning", ["none", "all", "audited"])
+def test_a_resumed_search_draws_what_an_uninterrupted_one_draws(pruning: str, tmp_path: Path) -> None:
+    config = settings() if pruning == "none" else pruned(audit=0.4 if pruning == "audited" else 0.0)
     for name in ("one", "many"):
         (tmp_path / name).mkdir()
     whole = list(play(one := Ledger.open(tmp_path / "one", config), 9))
@@ -81,6 +81,7 @@ def test_a_resumed_search_draws_what_an_uninterrupted_one_draws(pruning: bool, t
     assert resumed == whole
     assert Ledger.open(tmp_path / "many", config).entries() == one.entries()
     assert {entry.state for entry in one.entries()} == {"COMPLETE", *(["PRUNED"] if config.search.pruning else [])}
+    assert any(entry.spared for entry in one.entries()) == (pruning == "audited")
 
 
 def test_a_trial_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

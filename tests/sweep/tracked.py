@@ -12,7 +12,7 @@ from sweep.tracking import Tracker, mlflow_run_id, tracking_uri
 from tests.sweep.common import settings
 
 DATA = {"corpus": "synthetic", "fingerprint": "f00d", "labels": "change,sustain,neutral"}
-CONFIG = settings(trials=4, pruning={"first_epoch": 1, "after_trials": 2})
+CONFIG = settings(trials=4, pruning={"first_epoch": 1, "after_trials": 2, "audit": 0})
 Point = tuple[int, float, float]  # step, seconds, value
 
 
