@@ -24,6 +24,7 @@ FILE, LOCK = "lease.json", ".lock"
 BEAT = 5.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without a heartbeat after which a driver of another machine is dead
 SETTLE = 1.0  # seconds in which of two that took over at the same moment the first sees that he is not the last
+ABANDONED = 3600.0  # seconds after which a file that was being written will not be finished
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 Say = Callable[[str], None]
 
@@ -134,12 +135,21 @@ def hold(
         lease = Lease(folder, ourselves(), beat)
         _take(folder, lease.holder, left, settle)
         lease.start()
+        _tidy(folder)
         try:
             yield lease
         finally:
             lease.release()
     finally:
         lock.release()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes were writing here; what is young may be somebody's who only asks for the lease."""
+    for path in folder.glob("*.unfinished*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
 
 
 def _left_by_the_dead(folder: Path, patience: float, every: float, say: Say | None) -> str | None:

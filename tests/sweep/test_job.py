@@ -23,8 +23,8 @@ TRIALS = 4
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def settings(models: Path, shards: Path) -> dict[str, Any]:
-    return {
+def settings(models: Path, shards: Path, **changed: Any) -> dict[str, Any]:
+    return changed | {
         "name": "job",
         "data": {"shards": str(shards), "history": 1, "reader": "ray"},
         "model": {
@@ -144,3 +144,34 @@ def test_the_job_that_is_submitted_again_goes_on_and_ends(played: dict[str, Any]
     trials = played["status"]["trials"]
     assert [trial["number"] for trial in trials] == list(range(TRIALS))
     assert {trial["state"] for trial in trials} == {"COMPLETE"}
+
+
+def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path) -> None:
+    """Each node has one CPU, so a trial of two workers needs both; one of them dies on the way."""
+    shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), tmp_path / "shards")
+    out = tmp_path / "out"
+    content = settings(models, shards.folder, resources={"workers": 2})
+    content["search"]["trials"] = 2
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    with cluster() as made:
+        until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
+        node = made.add()
+        environment = made.environment | {"RAY_ADDRESS": made.address}
+        command = [sys.executable, "-m", "sweep", "run", str(tmp_path / "job.yaml"), "--out", str(out)]
+        with (
+            (tmp_path / "log").open("wb") as log,
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log) as driver,
+        ):
+            said = (tmp_path / "log").read_text
+            try:
+                until(lambda: epochs(out) >= 2, 240, said)
+                words = ["--filter", "state=ALIVE", "--filter", "class_name=RayTrainWorker"]
+                assert len({worker["node_id"] for worker in made.listed("actors", *words)}) == 2
+                kill(node)
+                made.add()
+                assert driver.wait(300) == 0, said()[-3000:]
+            finally:
+                driver.kill()
+    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
+    status = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
+    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 6)] * 2

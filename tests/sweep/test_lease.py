@@ -252,3 +252,13 @@ def test_what_is_no_lease_is_replaced(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with hold(tmp_path, **FAST) as lease:
         lease.check()
+
+
+def test_what_the_dead_were_writing_is_removed_and_what_the_living_write_is_not(tmp_path: Path) -> None:
+    old, young = tmp_path / f"{FILE}.unfinished-1", tmp_path / "sweep-id.unfinished-2"
+    for path in (old, young):
+        path.write_text("half")
+    past = time.time() - 2 * module.ABANDONED
+    os.utime(old, (past, past))
+    with hold(tmp_path, **FAST):
+        assert (old.exists(), young.exists()) == (False, True)
