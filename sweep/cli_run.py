@@ -103,11 +103,13 @@ def _preview(config: "Config", folder: Path) -> None:
     from sweep.builtin import missing
     from sweep.changes import preview, preview_table
 
-    fingerprint = None if missing(config) else _fingerprint(config)
-    found = preview(config, folder, fingerprint)
+    made = not missing(config)
+    found = preview(config, folder, _fingerprint(config) if made else None)
     console.print(preview_table(found))
     if found.refused:
         sys.exit(BAD_INPUT)
+    for line in _frozen_passes(config, folder) if made else ():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _fingerprint(config: "Config") -> str:
@@ -115,6 +117,14 @@ def _fingerprint(config: "Config") -> str:
     from sweep.trial import open_shards
 
     return open_shards(resolve(config).data).fingerprint
+
+
+def _frozen_passes(config: "Config", folder: Path) -> list[str]:
+    """What is computed once before the trials start, a line each."""
+    from sweep.builtin import resolve
+    from sweep.features import cache_of, needs
+
+    return [need.describe() for need in needs(resolve(config), cache_of(config, folder))]
 
 
 def _run(config: "Config", folder: Path) -> int:

@@ -99,7 +99,7 @@ class Driver:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             slots = count_slots(resolved, nodes, self.left())
-            features.compute(resolved, self.cache, self.say)
+            self._compute(lambda: features.compute(resolved, self.cache, self.say), is_up)
             self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             notice = Notice.remote()  # type: ignore[attr-defined]
@@ -144,36 +144,31 @@ class Driver:
             ),
         )
 
+    def _compute(self, work: Callable[[], None], is_up: Callable[[], bool]) -> None:
+        """Do what comes before the trials; a signal ends it at once, since what was done is kept."""
+        thread = _Work(work, "before the trials")
+        while thread.is_alive():
+            _look_after(thread, is_up)
+        thread.raise_error()
+
     def _fit(self, tuner: Any, searcher: Any, is_up: Callable[[], bool]) -> None:
         """Run Tune in a thread, where it leaves the signals alone, and look out for the end."""
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                tuner.fit()
-            except BaseException as error:  # raised again below
-                errors.append(error)
-
-        thread = threading.Thread(target=work, daemon=True, name="tune")
         self.stop.patient = True
         try:
-            thread.start()
+            thread = _Work(tuner.fit, "tune")
             self._watch(thread, searcher, is_up)
         finally:
             self.stop.patient = False
         self.check()
         if searcher.fault:
             raise SweepFault(*searcher.fault)
-        if errors:
-            raise errors[0]
+        thread.raise_error()
 
     def _watch(self, thread: threading.Thread, searcher: Any, is_up: Callable[[], bool]) -> None:
         """Wait for Tune's end; once the sweep is to stop, no longer than GRACE."""
         asked = None
         while thread.is_alive() and (asked is None or time.monotonic() - asked < GRACE):
-            thread.join(0.2)
-            if not is_up():
-                raise ClusterError("Ray's node on this machine has died; the same command goes on")
+            _look_after(thread, is_up)
             if asked is None and (self.stop.asked.is_set() or searcher.stopping):
                 asked = time.monotonic()
                 self.say("stopping: the trials that run write their checkpoints")
@@ -192,6 +187,33 @@ class Driver:
             "reader": choose_reader(resolved),
             "features": str(where) if where else None,
         }
+
+
+class _Work(threading.Thread):
+    """A thread that keeps what was raised in it."""
+
+    def __init__(self, work: Callable[[], Any], name: str) -> None:
+        super().__init__(daemon=True, name=name)
+        self.work = work
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:  # for the thread that waits
+            self.error = error
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def _look_after(thread: threading.Thread, is_up: Callable[[], bool]) -> None:
+    """Wait a moment; raise a ClusterError where the node has died: Ray would wait for ever."""
+    thread.join(0.2)
+    if not is_up():
+        raise ClusterError("Ray's node on this machine has died; the same command goes on")
 
 
 def count_slots(config: Config, nodes: Sequence[Mapping[str, float]], left: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from data import features as files
 from data.errors import StorageError
@@ -181,3 +182,13 @@ def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path:
     assert "say what may go" in sweep("cache", "prune", cache).err
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
     assert folder_for(config(models, shards), cache) is None
+
+
+def test_a_dry_run_says_what_is_computed_once(models: Path, shards: Shards, tmp_path: Path) -> None:
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(config(models, shards).model_dump(mode="json")))
+    outcome = sweep("run", path, "--dry-run", "--out", tmp_path / "runs" / "test")
+    assert outcome.code == 0
+    assert "pooled by 8 / 4: " in outcome.out
+    assert "once for all trials; 1 of 1 parts to compute" in outcome.out.replace("\n", " ")
+    assert not (tmp_path / "runs").exists()
