@@ -27,6 +27,7 @@ from data.examples import Example, from_arrow, heard_source, read_clip, read_exa
 from data.features import Features
 from data.shards import Shards
 from data.tasks import Item
+from data.taught import TaughtFiles
 
 Batches = Sequence[Sequence[Item]]
 Batch = list[Example]
@@ -161,6 +162,18 @@ def feature_source(shards: Shards, config: DataConfig, features: Features) -> So
 def _with_features(shards: Shards, item: Item, config: DataConfig, features: Features) -> Example:
     example, row = read_example(shards, item, config, sound=False), heard_source(shards, item, config)
     return example if row is None else dataclasses.replace(example, features=features.read(row))
+
+
+def taught_source(source: Source, taught: TaughtFiles) -> Source:
+    """The same examples, with what a distillation's teacher made of them."""
+
+    def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
+        with contextlib.closing(source(batches, draw)) as found:
+            for batch, examples in zip(batches, found, strict=True):
+                pairs = zip(examples, batch, strict=True)
+                yield [dataclasses.replace(example, taught=taught.read(item)) for example, item in pairs]
+
+    return read
 
 
 def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:

@@ -182,7 +182,9 @@ class LossConfig(Section):
 
     next_token: Weight = Field(1.0, description="Cross-entropy of the answer's tokens.")
     distillation: Weight = Field(
-        0.0, description="Divergence from the same LLM reading the transcript (arXiv 2406.05968)."
+        0.0,
+        description="Divergence from the same LLM reading the transcript (arXiv 2406.05968): over its 64 likeliest "
+        "tokens, and all others as one.",
     )
     temperature: Positive = Field(1.0, description="Of the distillation; the loss is multiplied by its square.")
     hidden: Weight = Field(0.0, description="Mean squared distance of the last hidden states to that reader's.")

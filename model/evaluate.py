@@ -15,13 +15,15 @@ from data.examples import Example, clip_samples, read_example
 from data.features import Features
 from data.plan import Cost, micro_batches, plan, share
 from data.shards import Shards
-from data.stream import SOURCES, Reading, Source, feature_source
+from data.stream import SOURCES, Reading, Source, feature_source, taught_source
 from data.tasks import Item, has_sound, items
+from data.taught import TaughtFiles, parts
 from model.config import LossConfig
-from model.losses import answer_losses, teacher_cost
+from model.losses import answer_losses
 from model.metrics import Record
 from model.score import decide, generate, label_scores
 from model.speech_llm import SpeechLLM
+from model.teacher import lessons
 from model.workers import world
 
 LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
@@ -60,12 +62,15 @@ class TrialData:
         *,
         teacher: bool = False,
         features: Path | None = None,
+        taught: Path | None = None,
     ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
 
         Args:
-            teacher: whether the losses of the training split need the base LLM's reading, too.
+            teacher: whether the losses of the training split need the base LLM's reading, too. It reads one example
+                at a time, or did so before, so it is no matter of the plan; but it must fit.
             features: where those of the frozen encoder lie, if they are to be read in place of the sound.
+            taught: where lies what that teacher said, if it is to be read.
 
         Raises:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
@@ -91,12 +96,15 @@ class TrialData:
                 if split == "train" and (slowest := longest(samples, config.augment)) > samples:
                     model.measure(example, slowest)  # it must fit, too
                 own.items.append(item)
-                taught = teacher_cost(model, example) if teacher and split == "train" else 0
-                own.costs.append(measure.cost._replace(tokens=measure.cost.tokens + taught))
+                own.costs.append(measure.cost)
                 own.predicted.append(measure.predicted)
                 own.answers.append(example.answer)
                 found.dropped_turns += measure.dropped_turns
                 found.short_clips += measure.short_clip
+        if teacher and "train" in splits:
+            read = lessons(model.prompter, model.reach, shards, config, list(model.tasks))
+            if taught is not None:
+                found.source = taught_source(source, TaughtFiles(taught, parts(shards, read)))
         return found
 
     def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Reading:

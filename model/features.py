@@ -7,10 +7,9 @@ Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (
 """
 
 import functools
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +21,22 @@ from data import features
 from data.audio import waveform
 from data.config import DataConfig
 from data.examples import clip_of
-from data.features import Part
+from data.frozen import Part
 from data.shards import Shards
-from model import checkpoint
 from model.config import ModelConfig
 from model.encoder import load_encoder
 from model.encoder_families import SpeechEncoder
+from model.frozen import Keyed, computing, model_digest
 
 VERSION = 1  # raise it when the same encoder would give other features
-NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype"}  # of an encoder's settings
 LARGEST = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Keyed):
     """What features depend on, besides the sound itself."""
 
+    place: ClassVar[str] = "encoder"
     encoder: str  # Hugging Face id or folder
     digest: str  # of its weights and of its configuration
     dtype: str
@@ -47,12 +46,6 @@ class Recipe:
     sound: str  # see `DataConfig.sound`; shuffled clips have the features of their own rows
     snr_db: float | None
     version: int = VERSION
-
-    @property
-    def key(self) -> str:
-        """Names the features; the encoder's own name is no part of it."""
-        content = {name: value for name, value in asdict(self).items() if name != "encoder"}
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def recipe(model: ModelConfig, data: DataConfig, device: str) -> Recipe:
@@ -82,9 +75,7 @@ def encoder_digest(path: str) -> str:
         ConfigError: see `load_encoder`.
     """
     encoder = load_encoder.__wrapped__(path, "cpu")  # not to be kept: it may be large
-    settings = encoder.model.config.to_dict() | encoder.extractor.to_dict()
-    said = json.dumps({name: settings[name] for name in settings.keys() - NO_MATTER}, sort_keys=True, default=str)
-    return hashlib.sha256(f"{checkpoint.digest(encoder.state_dict())} {said}".encode()).hexdigest()[:16]
+    return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
 
 
 @torch.no_grad()
@@ -111,7 +102,7 @@ class Job:
     """The features of a part of a corpus, to be computed: travels to the process that does it."""
 
     shards: Shards
-    part: Part
+    part: Part[int]
     config: DataConfig
     recipe: Recipe
     folder: Path
@@ -119,15 +110,12 @@ class Job:
 
     def __call__(self) -> pa.Table:
         """Compute and write them; a table with the bytes and the samples."""
-        torch.set_num_threads(self.threads)
-        torch.backends.cudnn.allow_tf32 = False
         encoder = load_encoder(self.recipe.encoder, self.recipe.device, self.recipe.dtype)
-        mixed = torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
         config = self.config.model_copy(update={"sound": self.recipe.sound})
-        with mixed:
+        with computing(self.threads, self.recipe.device, self.recipe.precision):
             found = [
                 clip_features(encoder, clip_of(self.shards, row, config), self.recipe.pool).cpu().numpy()
                 for row in self.part.rows
             ]
         size = features.write(self.folder, self.part, found)
-        return pa.table({"bytes": [size], "samples": [self.part.samples]})
+        return pa.table({"bytes": [size], "size": [self.part.size]})

@@ -2,21 +2,21 @@
 
 All of them are sums, one an example; what they are divided by is decided over a whole optimizer step.
 
-Legend: B examples, L kept positions, V vocabulary, P predicted tokens of all examples, E width.
+Legend: B examples, L kept positions, V vocabulary, P predicted tokens of all examples, K likeliest tokens, E width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.errors import MisfitError
 from data.examples import Example
+from model import teacher
 from model.config import LossConfig
 from model.llm import load_llm
-from model.prompt import IGNORE, Answer, written
+from model.prompt import IGNORE, Answer
 from model.speech_llm import SpeechLLM, pad_left
 
 
@@ -58,7 +58,7 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
     """The losses of the examples' answers.
 
     The teacher of the distillation is the base LLM without LoRA, which reads words where the model may hear sound
-    (arXiv 2406.05968, equation 3).
+    (arXiv 2406.05968, equation 3). Examples may bring what it said; else it reads now, to the same end.
     """
     answers = [model.answer(example) for example in examples]
     with model.autocast():
@@ -71,57 +71,70 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
         nll_P = F.cross_entropy(read.logits_PV, read.targets_P, reduction="none")
     found = Losses([answer.predicted for answer in answers], _by_example(nll_P, read, len(examples)))
     if config.distillation or config.hidden:
-        teacher = _teach(model, examples, hidden=config.hidden > 0)
-        assert torch.equal(teacher.targets_P, read.targets_P)
+        taught = _teach(model, examples, config)
+        assert len(taught.ids_PK) == len(read.targets_P)
     if config.distillation:
-        student, taught = (logits / config.temperature for logits in (read.logits_PV, teacher.logits_PV))
-        divergence_P = F.kl_div(student.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none").sum(
-            -1
-        )
+        divergence_P = divergence(read.logits_PV / config.temperature, taught.ids_PK, taught.log_probs_PK)
         found.distillation_B = _by_example(divergence_P, read, len(examples)) * config.temperature**2
     if config.hidden:
         assert read.hidden_PE is not None
-        assert teacher.hidden_PE is not None
-        distance_P = (read.hidden_PE.float() - teacher.hidden_PE.float()).square().mean(-1)
+        assert taught.hidden_PE is not None
+        distance_P = (read.hidden_PE.float() - taught.hidden_PE.float()).square().mean(-1)
         found.hidden_B = _by_example(distance_P, read, len(examples))
     return found
 
 
-@torch.no_grad()
-def _teach(model: SpeechLLM, examples: Sequence[Example], hidden: bool) -> _Read:
-    """The base LLM on the transcript of the turns that the model reads: no sound, no learned vectors, no LoRA."""
-    prompter = model.transcriber
-    llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
-    inputs = llm.get_input_embeddings()  # type: ignore[operator]
-    answers = [prompter.answer(written(example.task, example.answer)) for example in examples]
-    sequences = [
-        inputs(torch.tensor([*prompter.prompt(_read_by(model, example)).ids, *answer.inputs], device=model.device))
-        for example, answer in zip(examples, answers, strict=True)
-    ]
-    with model.autocast():
-        return _read(llm, sequences, answers, hidden)
+def divergence(logits_PV: Tensor, ids_PK: Tensor, log_probs_PK: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of a student from a teacher of whom the likeliest tokens are known, in nats, [P].
 
+    All other tokens count as one. That makes it a lower bound of the divergence over the whole vocabulary, by the
+    log-sum inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), which it equals where the
+    student's others are in proportion to the teacher's, or where there are none.
 
-def _read_by(model: SpeechLLM, example: Example) -> Example:
-    """The example without the turns that the model has no room for."""
-    return replace(example, turns=example.turns[model.prompter.prompt(example).dropped_turns :])
-
-
-def teacher_cost(model: SpeechLLM, example: Example) -> int:
-    """Tokens that the teacher reads for an example.
-
-    Raises:
-        MisfitError: they are more than the LLM reads at once.
+    Args:
+        logits_PV: the student's, over the temperature.
+        ids_PK: the teacher's likeliest tokens.
+        log_probs_PK: theirs, and in a last column that of all others.
     """
-    prompt = model.transcriber.prompt(_read_by(model, example))
-    tokens = len(prompt.ids) + len(model.answer(example).inputs)
-    if model.reach is not None and tokens > model.reach:
-        raise MisfitError(
-            f"utterance {example.id}: its transcript takes {tokens} tokens, which the teacher of train.losses reads, "
-            f"and {model.config.llm.path} reads {model.reach} at once; lower data.history, or set distillation and "
-            "hidden to 0"
-        )
-    return tokens
+    student_PV, ids_PK, known_PK = logits_PV.log_softmax(-1), ids_PK.long(), log_probs_PK
+    learnt_PK = student_PV.gather(-1, ids_PK)
+    if ids_PK.shape[-1] < student_PV.shape[-1]:
+        learnt_PK = torch.cat([learnt_PK, teacher.log_of_others(student_PV, ids_PK)[:, None]], dim=-1)
+    else:
+        known_PK = known_PK[:, :-1]
+    p_PK, q_PK = known_PK.exp(), learnt_PK.exp()
+    # Both sum to 1; their difference takes the rounding of the logarithms out, which is as large as what is learnt.
+    return (p_PK * (known_PK - learnt_PK) - p_PK + q_PK).sum(-1)
+
+
+@dataclass
+class _Taught:
+    """What the teacher says at the predicted tokens."""
+
+    ids_PK: Tensor
+    log_probs_PK: Tensor
+    hidden_PE: Tensor | None
+
+
+def _teach(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> _Taught:
+    """As the examples bring it, or read now, one at a time. Hidden states are not kept: they are always read now."""
+    kept, states = [], []
+    for example in examples:
+        if example.taught is not None and not config.hidden:
+            ids, log_probs = (torch.tensor(values, device=model.device) for values in example.taught)
+        else:
+            llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
+            with model.autocast():
+                logits_PV, hidden_PE = teacher.read(
+                    llm, teacher.lesson(model.prompter, example), hidden=config.hidden > 0
+                )
+                ids, log_probs = teacher.likeliest(logits_PV, config.temperature)
+            states.append(hidden_PE)
+        kept.append((ids, log_probs))
+    ids_PK, log_probs_PK = (torch.cat(column) for column in zip(*kept, strict=True))
+    return _Taught(
+        ids_PK, log_probs_PK, torch.cat([own for own in states if own is not None]) if config.hidden else None
+    )
 
 
 def _read(llm: torch.nn.Module, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:

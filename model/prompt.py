@@ -9,6 +9,7 @@ Every segment is tokenised by itself, so that dropping a turn never changes the 
 
 import functools
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,14 @@ class Prompter:
         self._check(config.prompt.separator, "model.prompt.separator")
         for role, name in config.prompt.roles.items():
             self._check(name, f"model.prompt.roles.{role}")
+
+    @functools.cached_property
+    def transcriber(self) -> "Prompter":
+        """Writes examples as a teacher reads them: words alone, of the turns that it is given."""
+        unlimited = self.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
+        prompt = self.config.prompt.model_copy(update={"history_tokens": None})
+        plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
+        return Prompter(self.vocabulary, self.config.model_copy(update=plain))
 
     def _check(self, text: str, key: str) -> None:
         unknown = self.vocabulary.tokenizer.unk_token_id

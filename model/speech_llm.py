@@ -3,8 +3,6 @@
 Legend: B examples, T positions of the padded sequence, E width of the LLM.
 """
 
-import functools
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,14 +194,6 @@ class SpeechLLM(nn.Module):
     def answer(self, example: Example) -> Answer:
         """The tokens of an example's answer."""
         return self.prompter.answer(written(example.task, example.answer))
-
-    @functools.cached_property
-    def transcriber(self) -> Prompter:
-        """Writes examples as a teacher reads them: words alone, of the turns that it is given."""
-        unlimited = self.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
-        prompt = self.config.prompt.model_copy(update={"history_tokens": None})
-        plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
-        return Prompter(self.prompter.vocabulary, self.config.model_copy(update=plain))
 
     def measure(self, example: Example, n_samples: int) -> "Measure":
         """What an example will take. Needs no audio.

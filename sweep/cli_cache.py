@@ -11,20 +11,23 @@ import typer
 from rich.table import Table
 
 from data.errors import UserError
-from data.features import ABOUT
+from data.frozen import ABOUT
 from data.store import UNFINISHED
 from sweep.cli_prepare import console
 
+KINDS = ("features", "teacher")  # folders of a cache
 DAY, JUST = 86400.0, 3600.0  # seconds; what was used within JUST may be in use
-app = typer.Typer(help="What sweeps share on the disk: outputs of frozen encoders.", no_args_is_help=True)
+app = typer.Typer(
+    help="What sweeps share on the disk: outputs of frozen encoders and of teachers.", no_args_is_help=True
+)
 Folder = Annotated[Path, typer.Argument(help="`storage.cache`, or the folder `cache` beside the sweeps.")]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Features of one key."""
+    """The files of one key."""
 
-    folder: Path
+    folder: Path  # <cache>/<kind>/<key>
     about: dict[str, Any]
     files: int
     bytes: int
@@ -36,15 +39,14 @@ def show(folder: Folder = Path("runs/cache")) -> None:
     """List what is kept, the last used first."""
     found = kept(folder)
     table = Table(title=f"{folder}: {_shown(sum(one.bytes for one in found))}", title_justify="left")
-    for name in ("key", "encoder", "pooled", "sound", "files", "size", "last used"):
+    for name in ("key", "of", "model", "how", "files", "size", "last used"):
         table.add_column(name, justify="right" if name in ("files", "size") else "left")
     for one in found:
-        pool = one.about.get("pool")
         table.add_row(
             one.folder.name,
-            Path(str(one.about.get("encoder", "?"))).name,
-            "{} / {}".format(*pool) if pool else "no",
-            str(one.about.get("sound", "?")),
+            one.folder.parent.name,
+            Path(str(one.about.get("encoder") or one.about.get("llm", "?"))).name,
+            _how(one.about),
             str(one.files),
             _shown(one.bytes),
             _ago(time.time() - one.used),
@@ -77,7 +79,8 @@ def kept(folder: Path) -> list[Kept]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it is `cache` beside the sweeps, or what storage.cache names")
-    return sorted(map(_kept, (folder / "features").glob("*/")), key=lambda one: -one.used)
+    found = [path for kind in KINDS for path in (folder / kind).glob("*/")]
+    return sorted(map(_kept, found), key=lambda one: -one.used)
 
 
 def to_prune(found: list[Kept], now: float, days: float | None, max_gb: float | None) -> list[Kept]:
@@ -94,10 +97,18 @@ def to_prune(found: list[Kept], now: float, days: float | None, max_gb: float | 
 
 def _kept(folder: Path) -> Kept:
     about = folder / ABOUT
-    files = [path for path in folder.glob("features-*.arrow") if UNFINISHED not in path.name]
+    files = [path for path in folder.glob("*.arrow") if UNFINISHED not in path.name]
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     used = (about if about.exists() else folder).stat().st_mtime
     return Kept(folder, _read(about), len(files), sum(sizes), used)
+
+
+def _how(about: dict[str, Any]) -> str:
+    """The settings that tell files of a model apart."""
+    if "llm" in about:
+        return f"temperature {about.get('temperature', '?')}"
+    pooled = "pooled {} / {}, ".format(*about["pool"]) if about.get("pool") else ""
+    return f"{pooled}{about.get('sound', '?')}"
 
 
 def _read(about: Path) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def _fingerprint(config: "Config") -> str:
 def _frozen_passes(config: "Config", folder: Path) -> list[str]:
     """What is computed once before the trials start, a line each."""
     from sweep.builtin import resolve
-    from sweep.features import cache_of, needs
+    from sweep.frozen import cache_of, described, needs
 
-    return [need.describe() for need in needs(resolve(config), cache_of(config, folder))]
+    return [described(need) for need in needs(resolve(config), cache_of(config, folder))]
 
 
 def _run(config: "Config", folder: Path) -> int:

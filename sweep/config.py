@@ -42,6 +42,16 @@ class ResourceConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a worker; may be a fraction.")
     slots: Count | None = Field(None, description="Trials at the same time; by default as many as the cluster holds.")
 
+    @property
+    def threads(self) -> int:
+        """Of a worker."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
+    def device(self) -> str:
+        """Of a worker; one that asked for no GPU may see those of others."""
+        return "cuda" if self.gpus_per_worker > 0 else "cpu"
+
 
 class StorageConfig(Section):
     """Where a sweep keeps its ledger, and how many of its checkpoints."""
@@ -64,8 +74,9 @@ class StorageConfig(Section):
 
     features: Literal["cached", "live"] = Field(
         "cached",
-        description="What a frozen encoder makes of the sound. cached: computed once, before the trials start, and "
-        "kept in storage.cache. live: by every trial anew, with the same result.",
+        description="What a frozen encoder makes of the sound, and a distillation's teacher of the words. cached: "
+        "computed once, before the trials start, and kept in storage.cache. live: by every trial anew, with the same "
+        "result.",
     )
     cache: str | None = Field(
         None, description="Folder of what trials and sweeps share, seen by all nodes; null: `cache` beside the sweep's."

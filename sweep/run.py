@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from sweep import builtin, features
+from sweep import builtin, frozen
 from sweep import config as configuration
 from sweep.changes import code_version
 from sweep.cluster import ClusterError, local_or_remote_ray
@@ -58,7 +58,7 @@ class Driver:
         self.config, self.folder = config, folder.absolute()
         self.say, self.check, self.stop = say, check, stop
         self.ledger = Ledger.open(self.folder, config)
-        self.cache = features.cache_of(config, self.folder)
+        self.cache = frozen.cache_of(config, self.folder)
 
     def bind(self, resolved: Config) -> None:
         """Hold the sweep to its corpus, and note the code that runs."""
@@ -99,7 +99,7 @@ class Driver:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             slots = count_slots(resolved, nodes, self.left())
-            self._compute(lambda: features.compute(resolved, self.cache, self.say), is_up)
+            self._compute(lambda: frozen.compute(resolved, self.cache, self.say), is_up)
             self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             notice = Notice.remote()  # type: ignore[attr-defined]
@@ -180,12 +180,11 @@ class Driver:
         config = as_run(trial_config(self.config, values), open_shards(resolved.data))
         configuration.write(config, folder / "config.yaml")
         own = builtin.resolve(config)
-        where = features.folder_for(own, self.cache)
         return {
             "folder": str(folder),
             "config": own.model_dump(mode="json"),
             "reader": choose_reader(resolved),
-            "features": str(where) if where else None,
+            "frozen": frozen.folders_for(own, self.cache),
         }
 
 

@@ -43,7 +43,12 @@ def as_run(config: Config, shards: Shards) -> Config:
 
 
 def build(
-    config: Config, reader: str, splits: Sequence[str], device: str, features: Path | None = None
+    config: Config,
+    reader: str,
+    splits: Sequence[str],
+    device: str,
+    features: Path | None = None,
+    taught: Path | None = None,
 ) -> tuple[SpeechLLM, TrialData]:
     """The model of a trial as it is before training, and its data.
 
@@ -53,16 +58,17 @@ def build(
         splits: those that will be read.
         device: "cpu" or "cuda".
         features: where those of its frozen encoder lie; None: it encodes by itself, with the same result.
+        taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
     """
     # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
     torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    torch.set_num_threads(config.resources.threads)
     seed_everything(config.seed)
     shards = open_shards(config.data)
     answers = answer_sets(shards, config.tasks.active())
     model = SpeechLLM(config.model, answers, device, encodes=features is None)
     return model, TrialData.open(
-        shards, model, config.data, splits, reader, teacher=config.train.teaches, features=features
+        shards, model, config.data, splits, reader, teacher=config.train.teaches, features=features, taught=taught
     )
 
 
@@ -79,13 +85,14 @@ def run_trial(
     device: str,
     interrupted: Callable[[], bool] = never,
     features: Path | None = None,
+    taught: Path | None = None,
 ) -> None:
     """Train a trial to its end, or on from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
         Interrupted: `interrupted` said so; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device, features)
+    model, data = build(config, reader, ("train", "val"), device, features, taught)
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
@@ -100,13 +107,12 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
         raise StorageError(
             f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"
         )
-    # A worker that asked for no GPU may see those of others.
-    device = "cuda" if config.resources.gpus_per_worker > 0 else "cpu"
+    device = config.resources.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
-    features = None if job["features"] is None else Path(job["features"])
+    frozen = {name: None if place is None else Path(place) for name, place in job["frozen"].items()}
     try:
-        run_trial(config, folder, report, job["reader"], device, interrupted, features)
+        run_trial(config, folder, report, job["reader"], device, interrupted, **frozen)
     except Interrupted:
         return False
     return True

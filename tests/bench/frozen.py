@@ -39,7 +39,7 @@ def run() -> list[Row]:
     started, hours = time.monotonic(), 0.0
     for part in missing(folder, shards, config.data):
         [told] = Job(shards, part, config.data, made, folder, 1)().to_pylist()
-        hours += told["samples"] / 16000 / 3600
+        hours += told["size"] / 16000 / 3600
     took = f"; {hours:.2f} h computed in {time.monotonic() - started:.0f} s" if hours else ""
     live, read = (trainer(config, features) for features in (None, folder))
     times: dict[str, list[float]] = {"live": [], "read": []}

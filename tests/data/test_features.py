@@ -61,7 +61,7 @@ def test_a_long_shard_makes_several_files_and_each_row_is_in_one(
         many = parts(shards, RECORDED)
         assert len(many) == len({part.name for part in many}) > 3
         assert tuple(row for part in many for row in part.rows) == whole[0].rows
-        assert sum(part.samples for part in many) == whole[0].samples
+        assert sum(part.size for part in many) == whole[0].size
         found = computed(tmp_path, shards)
         assert all(np.array_equal(found.read(row), of_row(row)) for row in whole[0].rows)
     finally:

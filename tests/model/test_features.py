@@ -36,7 +36,7 @@ def computed(trial: Trial, models: Path, shards: Shards, root: Path) -> Path:
     folder = root / made.key
     for part in missing(folder, shards, trial.data):
         told = Job(shards, part, trial.data, made, folder, 1)().to_pylist()
-        assert told[0]["samples"] == part.samples
+        assert told[0]["size"] == part.size
         assert told[0]["bytes"] > 0
     return folder
 

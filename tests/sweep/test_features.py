@@ -2,11 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import yaml
 
@@ -14,14 +12,14 @@ from data import features as files
 from data.errors import StorageError
 from data.prepare import prepare
 from data.shards import Shards
-from sweep import features
-from sweep.config import Config, parse
-from sweep.features import cache_of, compute, folder_for, need_of, needs
+from sweep import frozen
+from sweep.config import Config
+from sweep.features import need_of
+from sweep.frozen import cache_of, compute, described, folders_for, needs
 from tests.data.common import corpus
 from tests.sweep.common import FROZEN, TUNED, sweep
+from tests.sweep.passes import config, in_this_process, killed_and_continued
 
-Jobs = Sequence[Callable[[], pa.Table]]
-WRITE = files.write
 DIALOGUE = "T:question! C:change! T:other C:neutral!"
 
 
@@ -32,41 +30,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files that were computed, in this process in place of Ray's."""
-    found: list[str] = []
-
-    def here(jobs: Jobs, **resources: float) -> Iterator[pa.Table]:
-        assert resources == {"cpus": 1, "gpus": 0}
-        for job in jobs:
-            found.append(f"{job.folder.name}/{job.part.name}")  # type: ignore[attr-defined]
-            yield job()
-
-    monkeypatch.setattr(features, "ray_jobs", here)
-    return found
+    return in_this_process(monkeypatch)
 
 
-def failing_after(count: int) -> Callable[..., int]:
-    """Writes that many files."""
-    left = iter(range(count))
-
-    def write(*args: Any) -> int:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return WRITE(*args)
-
-    return write
-
-
-def config(models: Path, shards: Shards, space: dict[str, Any] | None = None, **changed: Any) -> Config:
-    tree: dict[str, Any] = {
-        "name": "test",
-        "data": {"shards": str(shards.folder)},
-        "model": {"encoder": {"path": str(models / "whisper")}, "llm": {"path": str(models / "llm")}},
-        "search": {"space": space or {}},
-    }
-    for key, value in changed.items():
-        tree[key] = tree.get(key, {}) | value
-    return parse(tree, "test")
+def folder_of(config: Config, cache: Path) -> Path | None:
+    """Where a trial reads its features."""
+    found = folders_for(config, cache)["features"]
+    return Path(found) if found else None
 
 
 def test_only_frozen_encoders_that_hear_clips_as_they_are_have_features(
@@ -109,19 +79,20 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     models: Path, shards: Shards, tmp_path: Path, made: list[str]
 ) -> None:
     one = config(models, shards, {"model.lora.rank": [2, 4], "model.modality": ["speech", "text"]})
-    assert folder_for(config(models, shards), tmp_path) is None
+    assert folder_of(config(models, shards), tmp_path) is None
     said: list[str] = []
     compute(one, tmp_path, said.append)
     assert len(made) == 1
     assert ["1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True, True]
-    folder = folder_for(config(models, shards), tmp_path)
+    folder = folder_of(config(models, shards), tmp_path)
     assert folder is not None
     compute(one, tmp_path, said.append)
     compute(config(models, shards, {"train.learning_rate": [1e-3, 2e-3]}), tmp_path, said.append)
     assert (len(made), len(said)) == (1, 2)
-    assert "there already" in needs(one, tmp_path)[0].describe()
+    assert "there already" in described(needs(one, tmp_path)[0])
+    [need] = needs(one, tmp_path)
     written = sum(path.stat().st_size for path in folder.glob("features-*.arrow"))
-    assert abs(features.size_of(one, needs(one, tmp_path)[0].all) / written - 1) < 0.5  # of small files
+    assert abs(need.bytes(need.parts) / written - 1) < 0.5  # of small files
 
 
 def test_a_kill_loses_the_part_that_was_under_way(
@@ -130,17 +101,8 @@ def test_a_kill_loses_the_part_that_was_under_way(
     monkeypatch.setattr(files, "PART_SAMPLES", 10_000)
     files._parts.cache_clear()
     one = config(models, shards)
-    with monkeypatch.context() as patch:
-        patch.setattr("model.features.features.write", failing_after(2))
-        with pytest.raises(KeyboardInterrupt):
-            compute(one, tmp_path, lambda text: None)
-    [need] = needs(one, tmp_path)
-    assert len(need.missing) == len(need.all) - 2 > 0
-    assert folder_for(one, tmp_path) is None  # its trials would encode by themselves
-    before = list(made)
-    compute(one, tmp_path, lambda text: None)
-    assert len(made) - len(before) == len(need.all) - 2
-    assert folder_for(one, tmp_path) == need.folder
+    need = killed_and_continued(one, tmp_path, files, made, monkeypatch)
+    assert folder_of(one, tmp_path) == need.folder
     files._parts.cache_clear()
 
 
@@ -150,7 +112,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     class Full:
         free = 100
 
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: Full)
     with pytest.raises(StorageError, match=r"sweep cache prune.*storage\.features=live"):
         compute(config(models, shards), tmp_path, lambda text: None)
     assert made == []
@@ -181,7 +143,7 @@ def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path:
     assert [stride for stride, folder in folders.items() if folder.exists()] == [8]  # it may be in use
     assert "say what may go" in sweep("cache", "prune", cache).err
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
-    assert folder_for(config(models, shards), cache) is None
+    assert folder_of(config(models, shards), cache) is None
 
 
 def test_a_dry_run_says_what_is_computed_once(models: Path, shards: Shards, tmp_path: Path) -> None:

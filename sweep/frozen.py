@@ -1,0 +1,174 @@
+"""Frozen passes: what models that no trial changes make of a corpus, computed once by Ray Data before the trials start.
+
+space ─► needs of trials that may be drawn ─► what is missing ─► Ray Data: a job, a file ─► <cache>/<kind>/<key>/
+
+The kinds are features of encoders (`sweep.features`) and what distillations learn from (`sweep.teacher`). A trial whose
+files are all there reads them; any other computes by itself, with the same bits.
+"""
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from filelock import FileLock
+
+from data.errors import ConfigError, StorageError
+from data.frozen import ABOUT, Part
+from data.store import LOCK, Store
+from data.stream import ray_jobs
+from sweep import builtin, features, teacher
+from sweep.cluster import ClusterError
+from sweep.config import Config
+from sweep.retention import shown_size
+from sweep.space import Axis
+
+MOST = 64  # combinations of the values of a kind's axes that are looked at
+RANGE = 8  # whole numbers of a range that are
+EVERY = 10.0  # seconds between two lines about the progress
+SIGN = ("tasks.", "train.losses.distillation", "train.losses.hidden")  # weights of which only counts whether they are 0
+Say = Callable[[str], None]
+
+
+class Need(Protocol):
+    """Files of a key that trials of a sweep read."""
+
+    @property
+    def recipe(self) -> Any:
+        """What the numbers depend on: a dataclass with a `key`."""
+
+    @property
+    def config(self) -> Config:
+        """Of such a trial."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+
+    @property
+    def parts(self) -> Sequence[Part[Any]]:
+        """All of the files."""
+
+    @property
+    def missing(self) -> Sequence[Part[Any]]:
+        """Those that have not been computed."""
+
+    def describe(self) -> str:
+        """In words: whose pass it is, and over how much."""
+
+    def shown(self, size: int) -> str:
+        """The size of parts, in words."""
+
+    def bytes(self, parts: Sequence[Part[Any]]) -> int:
+        """What parts take on the disk."""
+
+    def jobs(self, parts: Sequence[Part[Any]]) -> Sequence[Callable[[], pa.Table]]:
+        """The work, a job a part; each returns a table with the part's size."""
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], Need | None]]] = {
+    "features": (features.AXES, features.need_of),
+    "taught": (teacher.AXES, teacher.need_of),
+}
+
+
+def cache_of(config: Config, sweep_folder: Path) -> Path:
+    """Where what trials share is kept: beside the sweep, whose place all nodes see."""
+    named = config.storage.cache
+    return (Path(named) if named else sweep_folder.absolute().parent / "cache").absolute()
+
+
+def needs(config: Config, cache: Path) -> list[Need]:
+    """What trials of a sweep may read, as far as the axes that decide about it can be counted."""
+    found: dict[tuple[Any, ...], Need] = {}
+    for axes, need_of in KINDS.values():
+        for values in _combinations(config, axes):
+            try:
+                trial = builtin.resolve(config.with_values(values | {"search.space": {}, "search.points": []}))
+            except ConfigError:
+                continue  # values that are allowed one by one and not together
+            need = need_of(trial, cache)
+            if need is not None:
+                found.setdefault((need.folder, *(part.name for part in need.parts)), need)
+    return list(found.values())
+
+
+def folders_for(config: Config, cache: Path) -> dict[str, str | None]:
+    """Where a trial reads what, by kind; None where the files are not all there, or it has no use for any."""
+    own = {kind: need_of(config, cache) for kind, (_, need_of) in KINDS.items()}
+    return {kind: None if need is None or need.missing else str(need.folder) for kind, need in own.items()}
+
+
+def described(need: Need) -> str:
+    """In a line: what is computed, over how much, and the disk it takes."""
+    whole, left = need.parts, need.missing
+    state = "there already" if not left else f"{len(left)} of {len(whole)} parts to compute"
+    size = need.shown(sum(part.size for part in whole))
+    return f"{need.describe()}: {size}, {shown_size(need.bytes(whole))}, once for all trials; {state}"
+
+
+def compute(config: Config, cache: Path, say: Say) -> None:
+    """Compute what is missing, on all nodes; a kill loses the parts that were under way.
+
+    Raises:
+        StorageError: there is no room for them.
+        ClusterError: the cluster went away.
+    """
+    import ray
+
+    for need in needs(config, cache):
+        need.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(need.folder / LOCK):  # another sweep may be at it
+            Store(need.folder).write(ABOUT, json.dumps(asdict(need.recipe), indent=1).encode())
+            if left := need.missing:
+                say(described(need))
+                _check_room(need, left)
+                try:
+                    _compute(need, left, say)
+                except ray.exceptions.RayError as error:
+                    raise ClusterError(f"the frozen passes were lost ({error}); the same command goes on") from None
+
+
+def _compute(need: Need, left: Sequence[Part[Any]], say: Say) -> None:
+    resources = need.config.resources
+    total, done = sum(part.size for part in left), 0
+    started = told = time.monotonic()
+    for table in ray_jobs(need.jobs(left), cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker):
+        done += table["size"][0].as_py()
+        now = time.monotonic()
+        if now - told >= EVERY and done < total:
+            told = now
+            say(f"frozen passes: {done / total:.0%}, about {(now - started) * (total / done - 1):.0f} s left")
+    taken = time.monotonic() - started
+    say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch of every trial is spared")
+
+
+def _check_room(need: Need, left: Sequence[Part[Any]]) -> None:
+    size, free = need.bytes(left), shutil.disk_usage(need.folder).free
+    if size > free:
+        raise StorageError(
+            f"{need.folder}: what is computed takes {shown_size(size)} and {shown_size(free)} are free; free some "
+            "space (`sweep cache prune`), name another folder in storage.cache, or set storage.features=live"
+        )
+
+
+def _combinations(config: Config, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    axes = {key: _values(key, axis) for key, axis in config.search.space.items() if key.startswith(keys)}
+    product = itertools.product(*([(key, value) for value in values] for key, values in axes.items()))
+    yield from map(dict, itertools.islice(product, MOST))
+
+
+def _values(key: str, axis: Axis) -> list[Any]:
+    if key.startswith(SIGN):
+        return list({value > 0: value for value in axis.extremes()}.values())
+    if axis.choices is not None:
+        return list(axis.choices)
+    low, high, step = axis.low, axis.high, axis.step or 1
+    if isinstance(low, int) and isinstance(high, int) and isinstance(step, int):
+        return list(range(low, high + 1, step))[:RANGE]
+    return []  # a continuous axis: its trials compute by themselves

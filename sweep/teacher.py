@@ -1,0 +1,108 @@
+"""Frozen passes of teachers: what a trial's distillation reads, and how that is computed; see `sweep.frozen`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import frozen
+from data.errors import MisfitError
+from data.frozen import Part
+from data.tasks import Item
+from data.taught import Lesson, parts
+from model.llm import load_llm, reach
+from model.prompt import Prompter, load_vocabulary
+from model.teacher import TOP, Job, Recipe, lessons, recipe
+from sweep.config import Config
+from sweep.trial import open_shards
+
+# Axes that decide what a teacher reads and says, if any listens.
+AXES = (
+    "model.llm.path",
+    "model.llm.dtype",
+    "model.llm.max_text_tokens",
+    "model.precision",
+    "model.modality",
+    "model.prompt.",
+    "train.losses.",
+    "data.history",
+    "data.last_text",
+    "tasks.",
+)
+BYTES = 4 * (2 * TOP + 1)  # of a predicted token
+COURSES = 8  # kept in memory: each holds the tokens of a whole training split
+_READ: dict[tuple[str, ...], "Course"] = {}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a teacher reads in a trial."""
+
+    lessons: dict[Item, Lesson]
+    parts: list[Part[Item]]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a teacher says, in files that trials of a sweep read."""
+
+    recipe: Recipe
+    config: Config
+    folder: Path
+    course: Course
+
+    @property
+    def parts(self) -> list[Part[Item]]:
+        """The files it lies in."""
+        return self.course.parts
+
+    @property
+    def missing(self) -> list[Part[Item]]:
+        """Those that have not been computed."""
+        return frozen.missing(self.folder, self.course.parts)
+
+    def describe(self) -> str:
+        """Whose it is."""
+        warmth = "" if self.recipe.temperature == 1 else f" at temperature {self.recipe.temperature:g}"
+        return f"teacher {self.recipe.llm}{warmth}"
+
+    def shown(self, size: int) -> str:
+        """Tokens as such."""
+        return f"{size:,} tokens read"
+
+    def bytes(self, parts: Sequence[Part[Item]]) -> int:
+        """At most: smaller vocabularies take less."""
+        return BYTES * sum(self.course.lessons[item].predicted for part in parts for item in part.rows)
+
+    def jobs(self, parts: Sequence[Part[Item]]) -> list[Job]:
+        """The work."""
+        read, threads = self.course.lessons, self.config.resources.threads
+        return [Job(part, [read[item] for item in part.rows], self.recipe, self.folder, threads) for part in parts]
+
+
+def need_of(config: Config, cache: Path) -> Need | None:
+    """What a trial may read in place of a teacher; None if it has none, or one whose hidden states it needs, too: they
+    would take E numbers a token, and with the teacher at hand its words cost nothing."""
+    losses = config.train.losses
+    if config.storage.features == "live" or not losses.distillation or losses.hidden:
+        return None
+    try:
+        course = _course(config)
+    except MisfitError:
+        return None  # should it be drawn, the trial says so
+    made = recipe(config.model, losses.temperature, config.resources.device)
+    return Need(made, config, cache / "teacher" / made.key, course)
+
+
+def _course(config: Config) -> Course:
+    tasks = config.tasks.active()
+    read = {"llm", "prompt", "modality", "cls", "end_of_audio"}  # by the prompter
+    key = (config.model.model_dump_json(include=read), config.data.model_dump_json(), *tasks)
+    if key not in _READ:
+        if len(_READ) >= COURSES:
+            del _READ[next(iter(_READ))]
+        llm, shards = config.model.llm, open_shards(config.data)
+        prompter = Prompter(load_vocabulary(llm.path), config.model)
+        longest = reach(load_llm(llm.path, llm.dtype, "meta"))
+        own = lessons(prompter, longest, shards, config.data, tasks)
+        _READ[key] = Course(own, parts(shards, own))
+    return _READ[key]

@@ -1,0 +1,67 @@
+"""Frozen passes for the tests of this folder, computed without Ray."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from data.shards import Shards
+from sweep import frozen
+from sweep.config import Config, parse
+from sweep.frozen import Need, compute, folders_for, needs
+
+Jobs = Sequence[Callable[[], pa.Table]]
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let passes be computed here; a list that grows with the files."""
+    found: list[str] = []
+
+    def here(jobs: Jobs, **resources: float) -> Iterator[pa.Table]:
+        assert resources == {"cpus": 1, "gpus": 0}
+        for job in jobs:
+            found.append(f"{job.folder.name}/{job.part.name}")  # type: ignore[attr-defined]
+            yield job()
+
+    monkeypatch.setattr(frozen, "ray_jobs", here)
+    return found
+
+
+def killed_and_continued(
+    one: Config, cache: Path, files: ModuleType, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Need:
+    """Compute the passes of a sweep, with a kill after two of its files; what came before is not computed again."""
+    written, write = iter(range(2)), files.write
+
+    def failing(*args: Any) -> int:
+        if next(written, None) is None:
+            raise KeyboardInterrupt
+        size: int = write(*args)
+        return size
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", failing)
+        with pytest.raises(KeyboardInterrupt):
+            compute(one, cache, lambda text: None)
+    [need] = needs(one, cache)
+    assert len(need.missing) == len(need.parts) - 2 > 0
+    assert set(folders_for(one, cache).values()) == {None}  # its trials would compute by themselves
+    before = len(made)
+    compute(one, cache, lambda text: None)
+    assert len(made) - before == len(need.parts) - 2
+    return need
+
+
+def config(models: Path, shards: Shards, space: dict[str, Any] | None = None, **changed: Any) -> Config:
+    tree: dict[str, Any] = {
+        "name": "test",
+        "data": {"shards": str(shards.folder)},
+        "model": {"encoder": {"path": str(models / "whisper")}, "llm": {"path": str(models / "llm")}},
+        "search": {"space": space or {}},
+    }
+    for key, value in changed.items():
+        tree[key] = tree.get(key, {}) | value
+    return parse(tree, "test")
