@@ -1,13 +1,17 @@
-"""Frozen passes: an optimizer step that reads features against one that encodes, with an encoder of HuBERT-base's size
-(random weights) and an LLM of 20 million parameters; and that files and encoder give the same weights.
+"""Frozen passes, with an encoder of HuBERT-base's size (random weights) and an LLM of 20 million parameters.
+
+A step that reads features against one that encodes; distillation from a teacher's files against next-token prediction
+alone; and that files give the same weights as what they stand for.
 """
 
+import itertools
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +28,52 @@ from model.train import Trainer
 from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
+from sweep.teacher import need_of
 from sweep.trial import build, open_shards
-from tests.bench.measure import Row
+from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
 SESSIONS, TURNS, STEPS, ROUNDS = 6, 24, 2, 5
 
 
 def run() -> list[Row]:
-    """The goal of a step with features."""
+    """The goals of both."""
+    return [distillation(), features()]
+
+
+def distillation() -> Row:
+    """A step of a distillation between texts: a minute, all told."""
+    alone = settings(**{"model.modality": "text", "data.history": 3, "train.batch_size": 8})
+    taught = alone.with_values({"train.losses.distillation": 1.0})
+    need = need_of(taught, CACHE)
+    assert need is not None
+    for job in need.jobs(need.missing):
+        job()
+    models = {"alone": trainer(alone), "read": trainer(taught, taught=need.folder), "live": trainer(taught)}
+    taken = in_turns({name: steps_of(own) for name, own in models.items()}, ROUNDS)
+    note = ", ".join(
+        f"{1000 * statistics.median(one.cpu for one in own) / STEPS:.0f} ms {name}" for name, own in taken.items()
+    )
+    live = statistics.median(ratios(taken["live"], taken["alone"]))
+    note += f"; {live:.2f} with a live teacher, {said_equal(models['live'], models['read'])}"
+    return Row(
+        "distillation step, cached teacher",
+        "next-token prediction alone",
+        ratios(taken["read"], taken["alone"]),
+        goal=1.05,
+        most=True,
+        note=note,
+    )
+
+
+def steps_of(own: Trainer) -> Callable[[], float]:
+    """The next steps of a trainer, whenever it is called."""
+    epochs = itertools.count()
+    return lambda: seconds(own, next(epochs))
+
+
+def features() -> Row:
+    """A step over clips."""
     config = settings()
     shards, made = open_shards(config.data), recipe(config.model, config.data, "cpu")
     folder = CACHE / "features" / made.key
@@ -48,25 +89,32 @@ def run() -> list[Row]:
             taken = seconds(own, number)
             if number:  # the first round warms up
                 times[name].append(taken)
-    same = all(torch.equal(one, other) for one, other in zip(weights(live), weights(read), strict=True))
     note = ", ".join(f"{1000 * statistics.median(taken):.0f} ms {name}" for name, taken in times.items())
-    note += f"; weights {'equal to the bit' if same else 'DIFFER'} after {(ROUNDS + 1) * STEPS} steps{took}"
-    ratios = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
-    return [Row("step with features", "encoder online", ratios, goal=5.0, note=note)]
+    note += f"; {said_equal(live, read)}{took}"
+    times_less = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
+    return Row("step with features", "encoder online", times_less, goal=5.0, note=note)
 
 
-def settings() -> Config:
+def said_equal(one: Trainer, other: Trainer) -> str:
+    """Whether two trainers have come to the same weights."""
+    same = all(itertools.starmap(torch.equal, zip(weights(one), weights(other), strict=True)))
+    return f"weights {'equal to the bit' if same else 'DIFFER'} after {(ROUNDS + 1) * STEPS} steps"
+
+
+def settings(**own: Any) -> Config:
     """A frozen encoder and LoRA, 16 clips a step, on twelve minutes of clips with the lengths of AnnoMI's."""
     encoder, llm, shards = (made(name, make) for name, make in MAKERS.items())
-    changed = {
+    changed: dict[str, Any] = {
         "data.shards": str(shards),
         "data.history": 10,
+        "model.modality": "speech",
         "model.encoder.path": str(encoder),
         "model.llm.path": str(llm),
         "train.batch_size": 16,
         "search.space": {},
         "search.points": [],
     }
+    changed |= own
     return builtin.resolve(configuration.load("annomi").with_values(changed))
 
 
@@ -108,10 +156,10 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def trainer(config: Config, features: Path | None) -> Trainer:
+def trainer(config: Config, features: Path | None = None, taught: Path | None = None) -> Trainer:
     """A trainer whose model has just been made."""
     seed_everything(0)
-    model, data = build(config, "local", ("train",), "cpu", features)
+    model, data = build(config, "local", ("train",), "cpu", features, taught)
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
 
 
