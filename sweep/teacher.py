@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import frozen
-from data.errors import MisfitError
+from data.errors import ConfigError, MisfitError
 from data.frozen import Part
 from data.tasks import Item
 from data.taught import Lesson, parts
@@ -23,7 +23,9 @@ AXES = (
     "model.precision",
     "model.modality",
     "model.prompt.",
-    "train.losses.",
+    "train.losses.distillation",
+    "train.losses.hidden",
+    "train.losses.temperature",
     "data.history",
     "data.last_text",
     "tasks.",
@@ -87,7 +89,7 @@ def need_of(config: Config, cache: Path) -> Need | None:
         return None
     try:
         course = _course(config)
-    except MisfitError:
+    except (ConfigError, MisfitError):
         return None  # should it be drawn, the trial says so
     made = recipe(config.model, losses.temperature, config.resources.device)
     return Need(made, config, cache / "teacher" / made.key, course)

@@ -36,8 +36,8 @@ VARIANTS: dict[str, list[str]] = {
     "[CLS] and end of audio": ["model.cls=before", "model.end_of_audio=learned"],
     "gradient checkpointing": ["model.llm.gradient_checkpointing=true"],
     "bfloat16 autocast": ["model.precision=bfloat16"],
-    "distillation": ["train.losses.distillation=1"],
-    "distillation and hidden states": ["train.losses.distillation=1", "train.losses.hidden=1"],
+    "distillation, live teacher": ["train.losses.distillation=1"],
+    "distillation, live teacher, and hidden states": ["train.losses.distillation=1", "train.losses.hidden=1"],
     "four items at once": ["train.token_budget=400"],
     "three tasks": ["tasks.forecast=1", "tasks.response=1"],
 }

@@ -65,11 +65,13 @@ def test_all_that_the_space_may_ask_for_is_counted(models: Path, shards: Shards,
     assert count({"model.lora.rank": [2, 4], "train.learning_rate": {"low": 1e-4, "high": 1e-2}}) == 1
     assert count({"train.losses.distillation": {"low": 0.0, "high": 1.0}}) == 1  # whatever the weight
     assert count({"train.losses.distillation": [0.0, 0.1, 0.5]}) == 1
+    assert count({"train.losses.next_token": {"low": 0.0, "high": 1.0}}) == 1
     assert count({"train.losses.hidden": [0.0, 0.5], "train.losses.temperature": [1.0, 2.0]}) == 2
     assert count({"model.precision": ["float32", "bfloat16"], "data.history": [0, 1, 2]}) == 6
     assert count({"data.last_text": ["given", "omitted"], "tasks.response": {"low": 0.0, "high": 1.0}}) == 4
     assert count({"model.prompt.separator": ["\n", " "], "model.llm.max_text_tokens": [20, 512]}) == 4
     assert count({"train.losses.temperature": {"low": 1.0, "high": 2.0}}) == 0  # such trials compute by themselves
+    assert count({"model.prompt.format": ["plain", "chat"]}) == 1  # its tokenizer has no template
     # What does not fit is no reason to stop: should it be drawn, the trial says so.
     assert count({"model.llm.max_text_tokens": [1, 512]}) == 1
 
