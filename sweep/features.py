@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock
 
 from data.errors import ConfigError, StorageError
@@ -49,6 +50,7 @@ AXES = (
 )
 MOST = 64  # combinations of their values that are looked at
 RANGE = 8  # whole numbers of a range that are
+SMALL = 1e6  # hours of sound times parameters of the encoder: about ten seconds of one CPU
 EVERY = 10.0  # seconds between two lines about the progress
 Say = Callable[[str], None]
 _BUILT: dict[str, SpeechLLM] = {}  # without weights
@@ -79,7 +81,9 @@ class Need:
         kept = "" if self.recipe.pool is None else ", pooled by {} / {}".format(*self.recipe.pool)
         sound = "" if self.recipe.sound == "recorded" else f", {self.recipe.sound}"
         state = "there already" if not left else f"{len(left)} of {len(whole)} parts to compute"
-        what = f"frozen {self.config.model.encoder.path}{kept}{sound}: {hours:.3g} h of sound"
+        path = self.recipe.encoder
+        name = Path(path).name if Path(path).exists() else path
+        what = f"frozen {name}{kept}{sound}: {hours:.3g} h of sound"
         return f"{what}, {shown_size(size_of(self.config, whole))}, once for all trials; {state}"
 
 
@@ -149,7 +153,7 @@ def _compute(need: Need, left: list[Part], say: Say) -> None:
     jobs = [Job(shards, part, need.config.data, need.recipe, need.folder, threads) for part in left]
     total, done = sum(part.samples for part in left), 0
     started = told = time.monotonic()
-    for table in ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker):
+    for table in _done(jobs, total, need):
         done += table["samples"][0].as_py()
         now = time.monotonic()
         if now - told >= EVERY and done < total:
@@ -157,6 +161,16 @@ def _compute(need: Need, left: list[Part], say: Say) -> None:
             say(f"frozen passes: {done / total:.0%}, about {(now - started) * (total / done - 1):.0f} s left")
     taken, hours = time.monotonic() - started, total / SAMPLE_RATE / 3600
     say(f"frozen passes: {hours:.3g} h of sound in {taken:.1f} s, which every epoch of every trial is spared")
+
+
+def _done(jobs: list[Job], total: int, need: Need) -> Iterator[pa.Table]:
+    """The results of jobs: by Ray Data, unless its processes would take longer to start than the work takes here."""
+    resources, model = need.config.resources, _structure(need.config)
+    assert model.encoder is not None
+    size = sum(parameter.numel() for parameter in model.encoder.parameters())
+    if total / SAMPLE_RATE / 3600 * size <= SMALL and resources.gpus_per_worker == 0:
+        return (job() for job in jobs)
+    return ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
 
 
 def size_of(config: Config, whole: list[Part]) -> int:

@@ -42,6 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield job()
 
     monkeypatch.setattr(features, "ray_jobs", here)
+    monkeypatch.setattr(features, "SMALL", 0)
     return found
 
 
@@ -122,6 +123,15 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     assert "there already" in needs(one, tmp_path)[0].describe()
     written = sum(path.stat().st_size for path in folder.glob("features-*.arrow"))
     assert abs(features.size_of(one, needs(one, tmp_path)[0].all) / written - 1) < 0.5  # of small files
+
+
+def test_little_work_is_not_worth_a_process(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SMALL", 1e6)
+    compute(config(models, shards), tmp_path, lambda text: None)
+    assert made == []
+    assert folder_for(config(models, shards), tmp_path) is not None
 
 
 def test_a_kill_loses_the_part_that_was_under_way(
