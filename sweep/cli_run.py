@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +44,7 @@ def run(
     if dry_run:
         _preview(loaded, folder)
         return
+    _leave_package(loaded)
     sys.exit(_run(loaded, folder))
 
 
@@ -54,8 +57,6 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
     """Run a sweep as a job of a Ray cluster. Ctrl-C leaves the job alone; the same command goes on with a sweep."""
-    import tempfile
-
     from sweep.submit import connect, follow, stage, start
 
     if not out.is_absolute():
@@ -92,9 +93,22 @@ def _load(config: str, set_: list[str], trials: int | None) -> "Config":
     return configuration.load(config, [*set_, *([f"search.trials={trials}"] if trials is not None else [])])
 
 
+def _in_package() -> bool:
+    """Whether this process was started in what Ray unpacked for a job."""
+    return "_ray_pkg_" in str(Path.cwd())
+
+
+def _leave_package(config: "Config") -> None:
+    """Go elsewhere: Ray may unpack the folder anew while the job runs, and a process whose folder is gone has none."""
+    from sweep.builtin import absolute
+
+    if _in_package() and absolute(config) == config:
+        os.chdir(tempfile.gettempdir())
+
+
 def _folder(config: "Config", out: Path | None) -> Path:
     folder = out or Path("runs") / config.name
-    if "_ray_pkg_" in str(Path.cwd()) and not folder.is_absolute():
+    if _in_package() and not folder.is_absolute():
         raise UserError(f"--out {folder}: within a job it must be an absolute path, on storage that all nodes share")
     return folder
 

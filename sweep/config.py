@@ -68,7 +68,9 @@ class StorageConfig(Section):
         "kept in storage.cache. live: by every trial anew, with the same result.",
     )
     cache: str | None = Field(
-        None, description="Folder of what trials and sweeps share, seen by all nodes; null: `cache` beside the sweep's."
+        None,
+        description="Folder of what trials and sweeps share, seen by all nodes; relative to the folder that the sweep's "
+        "own lies in. null: `cache` there.",
     )
 
     def problems(self) -> list[str]:

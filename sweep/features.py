@@ -89,8 +89,7 @@ class Need:
 
 def cache_of(config: Config, sweep_folder: Path) -> Path:
     """Where what trials share is kept: beside the sweep, whose place all nodes see."""
-    named = config.storage.cache
-    return (Path(named) if named else sweep_folder.absolute().parent / "cache").absolute()
+    return sweep_folder.absolute().parent / (config.storage.cache or "cache")
 
 
 def needs(config: Config, cache: Path) -> list[Need]:
