@@ -69,8 +69,8 @@ class StorageConfig(Section):
     )
     cache: str | None = Field(
         None,
-        description="Folder of what trials and sweeps share, seen by all nodes; relative to the folder that the sweep's "
-        "own lies in. null: `cache` there.",
+        description="Folder of what trials and sweeps share, seen by all nodes; relative to the one in which the "
+        "sweep's own folder lies. null: `cache` there.",
     )
 
     def problems(self) -> list[str]:
