@@ -103,7 +103,7 @@ def _leave_package(config: "Config") -> None:
     from sweep.builtin import absolute
 
     if _in_package() and absolute(config) == config:
-        os.chdir(tempfile.gettempdir())
+        os.chdir("/")
 
 
 def _folder(config: "Config", out: Path | None) -> Path:
@@ -290,13 +290,15 @@ def _conclude(driver: Any, shipped: bool) -> int:
 
 
 def print_best(ledger: "Ledger", folder: Path) -> None:
+    from sweep.watch import near
+
     best = ledger.best()
     assert best is not None
     sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
     console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
-    where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    where = near(folder)
     console.print(
         f"again:      {program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
     )
@@ -306,6 +308,6 @@ def print_best(ledger: "Ledger", folder: Path) -> None:
 def program(name: str) -> str:
     """How a program of this environment is called from here."""
     path = Path(sys.executable).parent / name
-    if shutil.which(name) == str(path):
-        return name
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    from sweep.watch import near
+
+    return name if shutil.which(name) == str(path) else str(near(path))
