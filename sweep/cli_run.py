@@ -307,7 +307,7 @@ def print_best(ledger: "Ledger", folder: Path) -> None:
 
 def program(name: str) -> str:
     """How a program of this environment is called from here."""
-    path = Path(sys.executable).parent / name
     from sweep.watch import near
 
+    path = Path(sys.executable).parent / name
     return name if shutil.which(name) == str(path) else str(near(path))
