@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +44,7 @@ def run(
     if dry_run:
         _preview(loaded, folder)
         return
+    _leave_package(loaded)
     sys.exit(_run(loaded, folder))
 
 
@@ -54,8 +57,6 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
 ) -> None:
     """Run a sweep as a job of a Ray cluster. Ctrl-C leaves the job alone; the same command goes on with a sweep."""
-    import tempfile
-
     from sweep.submit import connect, follow, stage, start
 
     if not out.is_absolute():
@@ -92,9 +93,22 @@ def _load(config: str, set_: list[str], trials: int | None) -> "Config":
     return configuration.load(config, [*set_, *([f"search.trials={trials}"] if trials is not None else [])])
 
 
+def _in_package() -> bool:
+    """Whether this process was started in what Ray unpacked for a job."""
+    return "_ray_pkg_" in str(Path.cwd())
+
+
+def _leave_package(config: "Config") -> None:
+    """Go elsewhere: Ray may unpack the folder anew while the job runs, and a process whose folder is gone has none."""
+    from sweep.builtin import absolute
+
+    if _in_package() and absolute(config) == config:
+        os.chdir("/")
+
+
 def _folder(config: "Config", out: Path | None) -> Path:
     folder = out or Path("runs") / config.name
-    if "_ray_pkg_" in str(Path.cwd()) and not folder.is_absolute():
+    if _in_package() and not folder.is_absolute():
         raise UserError(f"--out {folder}: within a job it must be an absolute path, on storage that all nodes share")
     return folder
 
@@ -276,13 +290,15 @@ def _conclude(driver: Any, shipped: bool) -> int:
 
 
 def print_best(ledger: "Ledger", folder: Path) -> None:
+    from sweep.watch import near
+
     best = ledger.best()
     assert best is not None
     sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
     console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
-    where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    where = near(folder)
     console.print(
         f"again:      {program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
     )
@@ -291,7 +307,7 @@ def print_best(ledger: "Ledger", folder: Path) -> None:
 
 def program(name: str) -> str:
     """How a program of this environment is called from here."""
+    from sweep.watch import near
+
     path = Path(sys.executable).parent / name
-    if shutil.which(name) == str(path):
-        return name
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return name if shutil.which(name) == str(path) else str(near(path))

@@ -79,7 +79,9 @@ class StorageConfig(Section):
         "result.",
     )
     cache: str | None = Field(
-        None, description="Folder of what trials and sweeps share, seen by all nodes; null: `cache` beside the sweep's."
+        None,
+        description="Folder of what trials and sweeps share, seen by all nodes; relative to the one in which the "
+        "sweep's own folder lies. null: `cache` there.",
     )
 
     def problems(self) -> list[str]:

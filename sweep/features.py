@@ -29,6 +29,7 @@ AXES = (
     "data.augment.speeds",
     "data.augment.noise_db",
 )
+FRAMES = 50  # of an encoder, in a second of sound
 _BUILT: dict[str, SpeechLLM] = {}  # without weights
 
 
@@ -54,11 +55,17 @@ class Need:
         """Whose they are."""
         kept = "" if self.recipe.pool is None else ", pooled by {} / {}".format(*self.recipe.pool)
         sound = "" if self.recipe.sound == "recorded" else f", {self.recipe.sound}"
-        return f"frozen {self.config.model.encoder.path}{kept}{sound}"
+        return f"frozen {shown_name(self.recipe.encoder)}{kept}{sound}"
 
     def shown(self, size: int) -> str:
         """Samples as hours."""
         return f"{size / SAMPLE_RATE / 3600:.3g} h of sound"
+
+    def work(self, size: int) -> float:
+        """Frames times parameters."""
+        model = _structure(self.config)
+        assert model.encoder is not None
+        return size / SAMPLE_RATE * FRAMES * sum(parameter.numel() for parameter in model.encoder.parameters())
 
     def bytes(self, parts: Sequence[Part[int]]) -> int:
         """Of the features of parts."""
@@ -84,6 +91,11 @@ def need_of(config: Config, cache: Path) -> Need | None:
         return None
     made = recipe(config.model, config.data, config.resources.device)
     return Need(made, config, cache / "features" / made.key)
+
+
+def shown_name(path: str) -> str:
+    """Of a model: its id, or what its folder is called."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def _is_frozen(config: Config) -> bool:

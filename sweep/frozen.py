@@ -30,6 +30,7 @@ from sweep.space import Axis
 
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
+SMALL = 2e11  # positions times parameters: about ten seconds of one CPU
 EVERY = 10.0  # seconds between two lines about the progress
 SIGN = ("tasks.", "train.losses.distillation", "train.losses.hidden")  # weights of which only counts whether they are 0
 Say = Callable[[str], None]
@@ -64,6 +65,9 @@ class Need(Protocol):
     def shown(self, size: int) -> str:
         """The size of parts, in words."""
 
+    def work(self, size: int) -> float:
+        """What parts of such a size cost to compute: positions times parameters."""
+
     def bytes(self, parts: Sequence[Part[Any]]) -> int:
         """What parts take on the disk."""
 
@@ -79,8 +83,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], Need | None]]] 
 
 def cache_of(config: Config, sweep_folder: Path) -> Path:
     """Where what trials share is kept: beside the sweep, whose place all nodes see."""
-    named = config.storage.cache
-    return (Path(named) if named else sweep_folder.absolute().parent / "cache").absolute()
+    return sweep_folder.absolute().parent / (config.storage.cache or "cache")
 
 
 def needs(config: Config, cache: Path) -> list[Need]:
@@ -135,10 +138,9 @@ def compute(config: Config, cache: Path, say: Say) -> None:
 
 
 def _compute(need: Need, left: Sequence[Part[Any]], say: Say) -> None:
-    resources = need.config.resources
     total, done = sum(part.size for part in left), 0
     started = told = time.monotonic()
-    for table in ray_jobs(need.jobs(left), cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker):
+    for table in _done(need, need.jobs(left), total):
         done += table["size"][0].as_py()
         now = time.monotonic()
         if now - told >= EVERY and done < total:
@@ -146,6 +148,14 @@ def _compute(need: Need, left: Sequence[Part[Any]], say: Say) -> None:
             say(f"frozen passes: {done / total:.0%}, about {(now - started) * (total / done - 1):.0f} s left")
     taken = time.monotonic() - started
     say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch of every trial is spared")
+
+
+def _done(need: Need, jobs: Sequence[Callable[[], pa.Table]], total: int) -> Iterator[pa.Table]:
+    """The results of jobs: by Ray Data, unless its processes would take longer to start than the work takes here."""
+    resources = need.config.resources
+    if need.work(total) <= SMALL and resources.gpus_per_worker == 0:
+        return (job() for job in jobs)
+    return ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
 
 
 def _check_room(need: Need, left: Sequence[Part[Any]]) -> None:

@@ -13,6 +13,7 @@ from model.llm import load_llm, reach
 from model.prompt import Prompter, load_vocabulary
 from model.teacher import TOP, Job, Recipe, lessons, recipe
 from sweep.config import Config
+from sweep.features import shown_name
 from sweep.trial import open_shards
 
 # Axes that decide what a teacher reads and says, if any listens.
@@ -65,11 +66,16 @@ class Need:
     def describe(self) -> str:
         """Whose it is."""
         warmth = "" if self.recipe.temperature == 1 else f" at temperature {self.recipe.temperature:g}"
-        return f"teacher {self.recipe.llm}{warmth}"
+        return f"teacher {shown_name(self.recipe.llm)}{warmth}"
 
     def shown(self, size: int) -> str:
         """Tokens as such."""
         return f"{size:,} tokens read"
+
+    def work(self, size: int) -> float:
+        """Tokens times parameters."""
+        llm = load_llm(self.recipe.llm, self.recipe.dtype, "meta")
+        return float(size) * sum(parameter.numel() for parameter in llm.parameters())
 
     def bytes(self, parts: Sequence[Part[Item]]) -> int:
         """At most: smaller vocabularies take less."""

@@ -26,6 +26,7 @@ from sweep.curves import Curve, attempts, times
 from sweep.ledger import Entry, Ledger, is_drawn, sweep_id, trial_config, trial_folder
 from sweep.mlflow_runs import REFUSED, Runs, lacks, lacks_params, now
 from sweep.results import leaderboard_markdown
+from sweep.watch import near
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -46,8 +47,7 @@ def ui_command(folder: Path, program: str = "mlflow") -> str:
         place = urlsplit(uri)  # without user and password: they are nobody's to print
         return f"open {place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}"
     database = Path(uri.removeprefix("sqlite:///"))
-    shown = database.relative_to(Path.cwd()) if database.is_relative_to(Path.cwd()) else database
-    return f"{program} server --backend-store-uri sqlite:///{shown} --host 127.0.0.1 --port 5000"
+    return f"{program} server --backend-store-uri sqlite:///{near(database)} --host 127.0.0.1 --port 5000"
 
 
 def mlflow_run_id(folder: Path, number: int) -> str | None:

@@ -13,6 +13,12 @@ from sweep.recall import recall_json
 from sweep.results import progress
 
 
+def near(path: Path) -> Path:
+    """A path as it is called from here; in full where here is the root, as in a job."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and here != here.parent else path
+
+
 def driver_of(folder: Path) -> tuple[str, int] | None:
     """Host and process that work on a sweep; None if the lease was given back, or has had no heartbeat for a while."""
     path = folder / lease.FILE
@@ -32,7 +38,7 @@ def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list
     elif found.done >= found.target:
         who = "finished"
     else:
-        where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        where = near(folder)
         who = f"nobody works on it; `sweep run {where / 'config.yaml'} --out {where}` goes on"
     return [f"{config.name}: {found.line()}", who]
 

@@ -27,6 +27,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield job()
 
     monkeypatch.setattr(frozen, "ray_jobs", here)
+    monkeypatch.setattr(frozen, "SMALL", 0)
     return found
 
 

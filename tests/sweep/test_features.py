@@ -95,6 +95,15 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     assert abs(need.bytes(need.parts) / written - 1) < 0.5  # of small files
 
 
+def test_little_work_is_not_worth_a_process(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "SMALL", 1e11)
+    compute(config(models, shards), tmp_path, lambda text: None)
+    assert made == []
+    assert folder_of(config(models, shards), tmp_path) is not None
+
+
 def test_a_kill_loses_the_part_that_was_under_way(
     models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,11 +28,12 @@ def settings(models: Path, shards: Path, **changed: Any) -> dict[str, Any]:
         "name": "job",
         "data": {"shards": str(shards), "history": 1, "reader": "ray"},
         "model": {
-            "modality": "text",
+            "modality": "speech",
+            "trainable": "encoder+new",
             "encoder": {"path": str(models / "whisper")},
             "llm": {"path": str(models / "llm")},
         },
-        "train": {"epochs": 6, "batch_size": 4, "checkpoint_steps": 4},
+        "train": {"epochs": 8, "batch_size": 4, "checkpoint_steps": 4},
         "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
         "storage": {"keep": None},
     }
@@ -174,4 +175,4 @@ def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path
                 driver.kill()
     told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
     status = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
-    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 6)] * 2
+    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 8)] * 2

@@ -10,6 +10,7 @@ from ray.job_submission import JobStatus
 
 from data.errors import UserError
 from sweep import submit
+from sweep.cli_run import _leave_package
 from sweep.config import load
 from sweep.submit import PACKAGES, follow, stage, start
 from tests.sweep.common import settings, sweep
@@ -106,3 +107,16 @@ def test_mistakes_are_told_before_anything_travels(here: Path) -> None:
     nobody = sweep("submit", "good.yaml", "--out", here / "x", "--address", "http://127.0.0.1:9")
     assert (nobody.code, nobody.err.startswith("error: http://127.0.0.1:9: no job server answers")) == (1, True)
     assert not (here / "x").exists()
+
+
+def test_a_job_does_not_stay_where_ray_unpacked_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node of the same machine may unpack it again, and this process would have no current folder."""
+    package = tmp_path / "_ray_pkg_1"
+    (package / "shards").mkdir(parents=True)
+    for shards, leaves in ((str(package / "shards"), True), ("shards", False)):
+        monkeypatch.chdir(package)
+        _leave_package(settings().with_values({"data.shards": shards}))
+        assert (Path.cwd() != package) == leaves
+    monkeypatch.chdir(tmp_path)
+    _leave_package(settings())
+    assert Path.cwd() == tmp_path

@@ -10,6 +10,7 @@ import pytest
 from data import taught as files
 from data.prepare import prepare
 from data.shards import Shards
+from sweep import frozen
 from sweep.config import Config
 from sweep.frozen import compute, described, folders_for, needs
 from sweep.teacher import need_of
@@ -98,6 +99,15 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     assert "there already" in described(need)
     [path] = [folder / part.name for part in need.parts]
     assert abs(need.bytes(need.parts) / path.stat().st_size - 1) < 0.2
+
+
+def test_little_work_is_not_worth_a_process(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "SMALL", 1e11)
+    compute(config(models, shards), tmp_path, lambda text: None)
+    assert made == []
+    assert folder_of(config(models, shards), tmp_path) is not None
 
 
 def test_a_trial_is_given_the_files(models: Path, shards: Shards, tmp_path: Path, made: list[str]) -> None:
