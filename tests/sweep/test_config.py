@@ -283,7 +283,7 @@ def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> No
     assert (kept.search.trials, kept.resources.workers) == (40, 2)
     before = (folder / "config.yaml").read_bytes()
     for override, shown in {
-        "train.epochs=9": "train.epochs: 4 → 9",
+        "train.epochs=5": "train.epochs: 4 → 5",
         "storage.ledger=sqlite:///x.db": "storage.ledger: None → 'sqlite:///x.db'",
         "search.startup_trials=2": "search.startup_trials: 6 → 2",
         "seed=1": "seed: 0 → 1",
