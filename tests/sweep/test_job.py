@@ -152,7 +152,7 @@ def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path
     shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), tmp_path / "shards")
     out = tmp_path / "out"
     content = settings(models, shards.folder, resources={"workers": 2})
-    content["search"]["trials"] = 2
+    content["search"]["trials"], content["train"]["epochs"] = 2, 4
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
     with cluster() as made:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
@@ -170,9 +170,9 @@ def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path
                 assert len({worker["node_id"] for worker in made.listed("actors", *words)}) == 2
                 kill(node)
                 made.add()
-                assert driver.wait(300) == 0, said()[-3000:]
+                assert driver.wait(500) == 0, said()[-3000:]
             finally:
                 driver.kill()
     told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
     status = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
-    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 8)] * 2
+    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 4)] * 2
