@@ -33,7 +33,14 @@ class Example:
     taught: tuple[np.ndarray, np.ndarray] | None = None  # of a distillation's teacher, as in `data.taught`
 
 
-def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, draw: Draw | None = None) -> Example:
+def read_example(
+    shards: Shards,
+    item: Item,
+    config: DataConfig,
+    sound: bool,
+    draw: Draw | None = None,
+    pcm: np.ndarray | None = None,
+) -> Example:
     """The example of an item: the last `config.history` turns before the last one that may be read, and, if `sound`,
     the clip of the last turn that has one, however far back it is.
 
@@ -43,6 +50,7 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
         config: how it is read.
         sound: whether the clip is read.
         draw: in training, of the epoch: the clip is augmented. None: it is not.
+        pcm: the clip, where it was read elsewhere.
     """
     columns, (name, row) = shards.columns, item
     task = TASKS[name]
@@ -53,6 +61,8 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
     if config.last_text == "omitted":
         texts[(last if heard is None else heard) - first] = ""
     session = task.answer == "quality"
+    if sound and heard is not None:
+        pcm = clip_of(shards, _source(shards, heard, config), config, draw)
     return Example(
         id=columns["conversation" if session else "id"][row],
         task=name,
@@ -62,7 +72,7 @@ def read_example(shards: Shards, item: Item, config: DataConfig, sound: bool, dr
         subset=columns["subset"][row] if task.answer == "label" and task.reads == "turn" else None,
         turns=tuple(zip(columns["speaker"][first : last + 1], texts, strict=True)),
         heard=None if heard is None else heard - first,
-        pcm=read_clip(shards, item, config, draw) if sound else None,
+        pcm=pcm,
     )
 
 

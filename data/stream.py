@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ STEPS_PER_TASK = 48  # of the others: many, to pay for the task
 READ_TASKS = 1  # at a time and worker: tasks that ask for no CPU would otherwise start a process each
 BURST = 8  # batches read in a row: to wake the thread for each costs as much as to read it
 PREFETCH = 2 * BURST  # batches read ahead of the training step, at most
-PAUSE = 0.02  # seconds between two steps of Ray Data's control loop
+PAUSE, SHORT_PAUSE = 0.02, 0.005  # seconds between two steps of Ray Data's control loop; while a batch is missed
 FETCHES = 8  # clips fetched at a time from a store behind a URL, where each is a request
 
 
@@ -134,18 +134,15 @@ def _read(
     shards: Shards, config: DataConfig, sound: bool, batches: Batches, draw: Draw | None = None
 ) -> Generator[Batch, None, None]:
     for batch in batches:
-        yield list(_fetched(shards, lambda item: read_example(shards, item, config, sound, draw), batch))
-
-
-def _fetched(shards: Shards, read: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
-    """What is read for items: several at a time where each is a request."""
-    if shards.store.local is not None:
-        return map(read, items)
-    return _requests().map(read, items)
+        if shards.store.local is not None:
+            yield [read_example(shards, item, config, sound, draw) for item in batch]
+        else:
+            yield list(_requests().map(lambda item: read_example(shards, item, config, sound, draw), batch))
 
 
 @functools.cache
 def _requests() -> ThreadPoolExecutor:
+    """Reads several clips at a time, where each is a request."""
     return ThreadPoolExecutor(FETCHES, "fetch")
 
 
@@ -190,8 +187,7 @@ def ray_source(shards: Shards, config: DataConfig, sound: bool) -> Source:
         clips = _clips(_plan_datasource(shards, config, batches, draw), len(_parts(batches)))
         with contextlib.closing(clips):
             for batch in batches:
-                words = (read_example(shards, item, config, sound=False) for item in batch)
-                yield [dataclasses.replace(example, pcm=next(clips)) for example in words]
+                yield [read_example(shards, item, config, sound=False, pcm=next(clips)) for item in batch]
 
     return read
 
@@ -230,13 +226,13 @@ def _next(tables: Iterator[Any]) -> Any:
 
 @functools.cache
 def _pause_class() -> type:
-    """Slows Ray Data's control loop down while no batch is missed: it would spin, and take a CPU from the training."""
+    """Slows Ray Data's control loop down, above all while no batch is missed: it would spin, and take a CPU from the
+    training."""
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pause(ExecutionCallback):
         def on_execution_step(self, executor: Any) -> None:
-            if not _WAITING:
-                time.sleep(PAUSE)
+            time.sleep(SHORT_PAUSE if _WAITING else PAUSE)
 
     return Pause
 
@@ -273,8 +269,9 @@ def _plan_datasource(shards: Shards, config: DataConfig, batches: Batches, draw:
     def _task(part: Batches) -> ReadTask:
         def read() -> Iterator[Any]:
             own = _kept(place, fold, index)
-            found = _fetched(own, lambda item: read_clip(own, item, config, draw), itertools.chain.from_iterable(part))
-            yield to_arrow(list(found), _memory)
+            at_once = map if own.store.local is not None else _requests().map
+            items = itertools.chain.from_iterable(part)
+            yield to_arrow(list(at_once(lambda item: read_clip(own, item, config, draw), items)), _memory)
 
         metadata = BlockMetadata(num_rows=sum(map(len, part)), size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(read, metadata)
