@@ -57,6 +57,13 @@ class Cost:
     wall: float  # s
 
 
+def measured(work: Callable[[], object]) -> Cost:
+    """What something takes, with all processes below this one."""
+    before, started = cpu_times(), time.monotonic()
+    work()
+    return Cost(spent(before, cpu_times()), time.monotonic() - started)
+
+
 def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Cost]]:
     """Run all variants once a round, so that a change of the machine's load hits all of them.
 
@@ -67,9 +74,7 @@ def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
     for number in range(rounds + 1):
         shift = number % len(variants)
         for name, work in [*list(variants.items())[shift:], *list(variants.items())[:shift]]:
-            before, started = cpu_times(), time.monotonic()
-            work()
-            cost = Cost(spent(before, cpu_times()), time.monotonic() - started)
+            cost = measured(work)
             if number:
                 taken[name].append(cost)
     return taken
