@@ -27,6 +27,12 @@ def readings() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "reading"]
 
 
+def is_ahead(asked: Any) -> bool:
+    """As far as it may be: all batches and the mark of the end, or PREFETCH."""
+    wanted = min(PREFETCH, len(asked.batches) + 1)
+    return until(lambda: asked.reading._batches.qsize() == wanted)
+
+
 def test_what_comes_next_is_read_before_it_is_needed(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,10 +41,10 @@ def test_what_comes_next_is_read_before_it_is_needed(
     evaluate = train.evaluate
 
     def slowly(*args: Any, asked: Any, **more: Any) -> Any:
-        validation, following = asked.reading, trainer.begun
-        ready.append(until(lambda: validation._batches.qsize() == min(PREFETCH, len(asked.batches) + 1)))
+        following = trainer.begun
+        ready.append(is_ahead(asked))
         found = evaluate(*args, asked=asked, **more)
-        ready.append(following is None or until(lambda: following.reading._batches.qsize() == PREFETCH))
+        ready.append(following is None or is_ahead(following))
         return found
 
     monkeypatch.setattr(train, "evaluate", slowly)

@@ -258,7 +258,7 @@ def test_status_and_best_for_scripts(here: Path) -> None:
     assert status.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
     keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "mlflow_run_id"}
-    keys |= {"attempts", "reason", "why"}
+    keys |= {"attempts", "reason", "why", "audited", "spared"}
     assert all(trial.keys() == keys for trial in status["trials"])
     best = strict(sweep("best", "s", "--json").out)
     own = ledger.trial_config(ledger.entries()[0]).model_dump(mode="json")
