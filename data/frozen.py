@@ -7,7 +7,6 @@ A file is an Arrow IPC file of one record batch, with a column of bytes for each
 move, so it is there whole or not at all.
 """
 
-import functools
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,24 +118,13 @@ class Files(Generic[Row]):
     """
 
     def __init__(self, folder: Path, parts: Sequence[Part[Row]], layout: Layout) -> None:
-        self.folder, self.layout = folder, layout
         self.places = {row: (part.name, place) for part in parts for place, row in enumerate(part.rows)}
-        for part in parts:
-            self._file(part.name)
+        self.files = {name: _open(folder / name, layout) for name in {part.name for part in parts}}
 
     def arrays(self, row: Row) -> list[np.ndarray]:
         """Of a row: [T, width] each, not copies."""
         name, place = self.places[row]
-        return [column.read(place) for column in self._file(name)]
-
-    @functools.cached_property
-    def _files(self) -> dict[str, list[_Column]]:
-        return {}
-
-    def _file(self, name: str) -> list[_Column]:
-        if name not in self._files:
-            self._files[name] = _open(self.folder / name, self.layout)
-        return self._files[name]
+        return [column.read(place) for column in self.files[name]]
 
 
 def _open(path: Path, layout: Layout) -> list[_Column]:
