@@ -16,9 +16,10 @@ from model.encoder_families import (
     MaskedConv1d,
     MaskedGroupNorm,
     MelEncoder,
-    SpeechEncoder,
     WaveEncoder,
+    WavLMEncoder,
 )
+from model.speech_encoder import SpeechEncoder
 
 __all__ = [
     "ENCODERS",
@@ -35,7 +36,7 @@ __all__ = [
 ENCODERS: dict[str, type[SpeechEncoder]] = {
     "hubert": WaveEncoder,
     "wav2vec2": WaveEncoder,
-    "wavlm": WaveEncoder,
+    "wavlm": WavLMEncoder,
     "wav2vec2-conformer": ConformerEncoder,
     "wav2vec2-bert": FilterbankEncoder,
     "whisper": MelEncoder,

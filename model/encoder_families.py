@@ -5,101 +5,14 @@ Legend: B clips, N samples, F frames, D width, C channels, T steps of a convolut
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.masking_utils import create_bidirectional_mask
 
-from data.schema import SAMPLE_RATE
-
-
-class SpeechEncoder(nn.Module):
-    """A pretrained encoder. Subclasses turn clips into frames that depend on their own samples only."""
-
-    reads: ClassVar[str]  # what the model takes, by the name that its feature extractor gives it
-    minimum: int  # samples of the shortest clip that yields a frame; shorter ones are filled with zeros to it
-
-    def __init__(self, model: Any, extractor: Any) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.extractor = extractor
-        self.width: int = model.config.hidden_size
-
-    @classmethod
-    def obstacle(cls, config: Any, extractor: Any) -> str | None:
-        """Why a checkpoint cannot be used, and what would help; None when it can. Needs no weights."""
-        if extractor.model_input_names[0] != cls.reads:
-            return (
-                f"its feature extractor {type(extractor).__name__} yields {extractor.model_input_names[0]}, the model "
-                f"reads {cls.reads}; use the preprocessor_config.json that belongs to the model"
-            )
-        if extractor.sampling_rate != SAMPLE_RATE:
-            return f"it reads audio at {extractor.sampling_rate} Hz; use one for {SAMPLE_RATE} Hz"
-        return None
-
-    def frames(self, n_samples: int) -> int:
-        """The number of frames that a clip of `n_samples` at 16 kHz yields: at least one."""
-        return self._frames(max(n_samples, self.minimum))
-
-    def cost(self, n_samples: int) -> int:
-        """The number of frames that are computed for them."""
-        return self.frames(n_samples)
-
-    def forward(self, clips: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None) -> tuple[Tensor, Tensor]:
-        """Encode clips.
-
-        Args:
-            clips: float32 mono waveforms at 16 kHz, each of its own length.
-            masks: which frames SpecAugment hides (Park et al., 2019, arXiv 1904.08779), in training only: one bool
-                array of `frames(len(clip))` a clip. Drawn by the caller, since a draw here would follow the batch.
-
-        Returns:
-            frames_BFD in the dtype of the weights, zero beyond each clip's end, and lengths_B.
-        """
-        filled = [np.pad(clip, (0, max(0, self.minimum - len(clip)))) for clip in clips]
-        if masks is not None:
-            assert [len(mask) for mask in masks] == [self._frames(len(clip)) for clip in filled]
-        return self._encode(filled, masks)
-
-    def train(self, mode: bool = True) -> "SpeechEncoder":
-        """Switch to training, except batch norms: statistics of the batch would let a clip's neighbours in."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        return self
-
-    def set_dropout(self, share: float) -> None:
-        """Replace every dropout inside; the checkpoint's own shares are those of its pre-training."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = share
-            for name, value in vars(module).items():
-                if name.endswith("dropout") and isinstance(value, float):
-                    setattr(module, name, share)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.model.device
-        return device
-
-    def _frames(self, n_samples: int) -> int:
-        raise NotImplementedError
-
-    def _encode(self, clips: list[np.ndarray], masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _features(self, clip: np.ndarray) -> np.ndarray:
-        """One clip at a time: an extractor that normalises a padded batch lets neighbours into the statistics.
-
-        Always in float32: mixed precision is for the model.
-        """
-        with torch.autocast("cpu", enabled=False):
-            features: np.ndarray = self.extractor(clip, sampling_rate=SAMPLE_RATE)[self.reads][0]
-        return features
+from model.speech_encoder import SpeechEncoder
 
 
 class PaddedEncoder(SpeechEncoder):
@@ -139,6 +52,26 @@ class PaddedEncoder(SpeechEncoder):
         hidden_BFD = self.model(inputs, attention_mask=valid.long(), **hide).last_hidden_state
         return hidden_BFD * _valid(lengths_B, hidden_BFD.shape[1])[:, :, None], lengths_B
 
+    def rest(self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
+        lengths_B = torch.tensor([self.frames(count) for count in n_samples], device=self.device)
+        hidden_BFD = _padded(list(hidden)).to(self.device, self.model.dtype)
+        valid_BF = _valid(lengths_B, hidden_BFD.shape[1])
+        self._forget_positions()
+        beside = self._beside(hidden_BFD, valid_BF, lengths_B)
+        for layer in self.stack.layers[start:]:
+            found = layer(hidden_BFD, **beside)
+            hidden_BFD = found[0] if isinstance(found, tuple) else found
+        return self.norm(hidden_BFD) * valid_BF[:, :, None], lengths_B
+
+    @property
+    def stack(self) -> Any:
+        return self.model.encoder
+
+    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
+        """What the model gives each layer besides the hidden states."""
+        mask = create_bidirectional_mask(self.stack.config, hidden_BFD, valid_BF)
+        return {"attention_mask": mask}
+
     def _forget_positions(self) -> None:
         """Position embeddings are kept from batch to batch, rounded to the precision of an earlier one."""
         positions: Any = getattr(self.model.encoder, "embed_positions", None)
@@ -146,6 +79,11 @@ class PaddedEncoder(SpeechEncoder):
             positions.pe = positions.exact
         elif positions is not None:
             positions.cached_sequence_length = None
+
+    def _positions(self, hidden_BFD: Tensor) -> dict[str, Any]:
+        """What a conformer's encoder gives each of its layers about distances."""
+        embed = self.stack.embed_positions
+        return {"relative_position_embeddings": None if embed is None else embed(hidden_BFD)}
 
     def _inputs(self, clips: list[np.ndarray], lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """What the model takes, padded, and which of it is a clip's own."""
@@ -190,6 +128,20 @@ class WaveEncoder(PaddedEncoder):
         samples_BN = _padded([torch.as_tensor(self._features(clip)) for clip in clips])
         return samples_BN, _valid(counts_B, samples_BN.shape[1])
 
+    @property
+    def norm(self) -> nn.Module:
+        last: nn.Module = self.stack.layer_norm if self.model.config.do_stable_layer_norm else nn.Identity()
+        return last
+
+
+class WavLMEncoder(WaveEncoder):
+    """WavLM: the first layer computes a bias by distance, which the others get from it."""
+
+    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
+        n_clips, n_frames = valid_BF.shape
+        bias_HFF = self.stack.layers[0].attention.compute_bias(n_frames, n_frames)
+        return {"attention_mask": valid_BF.long(), "position_bias": bias_HFF.repeat(n_clips, 1, 1)}
+
 
 class ConformerEncoder(WaveEncoder):
     """wav2vec2-conformer: the convolution in each layer would read its neighbour's padding, which is not zero there."""
@@ -200,6 +152,16 @@ class ConformerEncoder(WaveEncoder):
         for layer in model.encoder.layers:
             layer.conv_module.depthwise_conv = MaskedConv1d(layer.conv_module.depthwise_conv)
             self.convolutions.append(layer.conv_module.depthwise_conv)
+
+    @property
+    def norm(self) -> nn.Module:
+        last: nn.Module = self.stack.layer_norm
+        return last
+
+    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
+        for convolution in self.convolutions:
+            convolution.lengths_B = lengths_B
+        return super()._beside(hidden_BFD, valid_BF, lengths_B) | self._positions(hidden_BFD)
 
 
 class FilterbankEncoder(PaddedEncoder):
@@ -222,6 +184,18 @@ class FilterbankEncoder(PaddedEncoder):
         whole = [self._features(clip)[: self._frames(len(clip))] for clip in clips]
         features_BFM = _padded([torch.as_tensor(features) for features in whole])
         return features_BFM, _valid(lengths_B, features_BFM.shape[1])
+
+    @property
+    def norm(self) -> nn.Module:
+        return nn.Identity()
+
+    @property
+    def frozen_layers(self) -> int:
+        return 0 if self.model.intermediate_ffn else super().frozen_layers  # which follows the layers, too
+
+    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
+        beside = super()._beside(hidden_BFD, valid_BF, lengths_B) | self._positions(hidden_BFD)
+        return beside | {"conv_attention_mask": valid_BF}
 
 
 class MelEncoder(SpeechEncoder):
@@ -263,11 +237,30 @@ class MelEncoder(SpeechEncoder):
             for mel_MT, mask in zip(mels, windows, strict=True):
                 mel_MT[:, : 2 * len(mask)][:, np.repeat(mask, 2)] = 0.0
         mels_WMT = torch.as_tensor(np.stack(mels)).to(self.device, self.model.dtype)
-        hidden_WFD = self.model(mels_WMT).last_hidden_state
-        kept = [hidden[: self._frames(len(piece))] for hidden, piece in zip(hidden_WFD, chain(*pieces), strict=True)]
-        source = iter(kept)
-        whole = [torch.cat([next(source) for _ in part]) for part in pieces]
-        return _padded(whole), torch.tensor([len(frames) for frames in whole], device=self.device)
+        return self._whole(self.model(mels_WMT).last_hidden_state, [len(clip) for clip in clips])
+
+    def rest(self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
+        hidden_WFD = torch.cat(list(hidden)).unflatten(0, (-1, self._frames(self.window)))
+        hidden_WFD = hidden_WFD.to(self.device, self.model.dtype)
+        for layer in self.stack.layers[start:]:
+            hidden_WFD = layer(hidden_WFD, None)
+        return self._whole(self.norm(hidden_WFD), n_samples)
+
+    @property
+    def stack(self) -> Any:
+        return self.model
+
+    @property
+    def norm(self) -> nn.Module:
+        last: nn.Module = self.model.layer_norm
+        return last
+
+    def _whole(self, hidden_WFD: Tensor, n_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Windows put together to clips, without the frames of the silence that fills up the last window."""
+        frames, lengths = hidden_WFD.flatten(0, 1), [self.frames(count) for count in n_samples]
+        clips = frames.split([self.cost(count) for count in n_samples])
+        whole = [clip_FD[:length] for clip_FD, length in zip(clips, lengths, strict=True)]
+        return _padded(whole), torch.tensor(lengths, device=self.device)
 
 
 class MaskedGroupNorm(nn.GroupNorm):

@@ -20,6 +20,7 @@ from data.examples import Example
 from data.shards import Shards
 from model import evaluate, losses, metrics, parts, score, speech_llm, train
 from model.metrics import Record
+from model.speech_encoder import SpeechEncoder
 from model.speech_llm import SpeechLLM, pad_left
 from tests.model import test_invariance, test_metrics, test_parts, test_resume
 from tests.model.common import build
@@ -177,12 +178,12 @@ def mean_per_micro_batch(patch: Patch) -> None:
 
 def encoder_left_in_train_mode(patch: Patch) -> None:
     patch.setattr(SpeechLLM, "train", nn.Module.train)
-    patch.setattr(families.SpeechEncoder, "set_dropout", lambda self, share: None)
+    patch.setattr(SpeechEncoder, "set_dropout", lambda self, share: None)
 
 
 def batch_norm_in_train_mode(patch: Patch) -> None:
     patch.setattr(SpeechLLM, "train", nn.Module.train)
-    patch.setattr(families.SpeechEncoder, "train", nn.Module.train)
+    patch.setattr(SpeechEncoder, "train", nn.Module.train)
 
 
 def hallucinated_label_as_a_class(patch: Patch) -> None:
