@@ -30,6 +30,7 @@ class Example:
     heard: int | None  # place in `turns` of the one that has a clip
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only, or by its features
     features: np.ndarray | None = None  # of a frozen encoder, float16 [T, D], in place of the clip
+    n_samples: int = 0  # of the clip, where the features stand for it
     taught: tuple[np.ndarray, np.ndarray] | None = None  # of a distillation's teacher, as in `data.taught`
 
 

@@ -147,7 +147,7 @@ def _requests() -> ThreadPoolExecutor:
 
 
 def feature_source(shards: Shards, config: DataConfig, features: Features) -> Source:
-    """Read what a frozen encoder made of the clips: memory-mapped, without Ray."""
+    """Read what a frozen encoder, or its frozen layers, made of the clips: memory-mapped, without Ray."""
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
         for batch in batches:
@@ -158,7 +158,9 @@ def feature_source(shards: Shards, config: DataConfig, features: Features) -> So
 
 def _with_features(shards: Shards, item: Item, config: DataConfig, features: Features) -> Example:
     example, row = read_example(shards, item, config, sound=False), heard_source(shards, item, config)
-    return example if row is None else dataclasses.replace(example, features=features.read(row))
+    if row is None:
+        return example
+    return dataclasses.replace(example, features=features.read(row), n_samples=shards.columns["n_samples"][row])
 
 
 def taught_source(source: Source, taught: TaughtFiles) -> Source:

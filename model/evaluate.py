@@ -69,7 +69,7 @@ class TrialData:
         Args:
             teacher: whether the losses of the training split need the base LLM's reading, too. It reads one example
                 at a time, or did so before, so it is no matter of the plan; but it must fit.
-            features: where those of the frozen encoder lie, if they are to be read in place of the sound.
+            features: where those of the frozen encoder or layers lie, if they are to be read in place of the sound.
             taught: where lies what that teacher said, if it is to be read.
 
         Raises:

@@ -1,7 +1,8 @@
 """Frozen encoders: what they make of a clip is computed once, and is the same wherever and however it is computed.
 
 A clip is encoded by itself and its features are rounded to float16, also where they are not kept in files: so a trial
-gets the same bits with and without them, and beside whatever other clips.
+gets the same bits with and without them, and beside whatever other clips. The same goes for the lower layers of an
+encoder whose upper layers train.
 
 Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (or frames, where it does not pool).
 """
@@ -25,8 +26,8 @@ from data.frozen import Part
 from data.shards import Shards
 from model.config import ModelConfig
 from model.encoder import load_encoder
-from model.encoder_families import SpeechEncoder
 from model.frozen import Keyed, computing, model_digest
+from model.speech_encoder import SpeechEncoder
 
 VERSION = 1  # raise it when the same encoder would give other features
 LARGEST = float(torch.finfo(torch.float16).max)
@@ -42,29 +43,31 @@ class Recipe(Keyed):
     dtype: str
     precision: str
     device: str  # cpu or cuda: they differ in the last digits
+    layers: int  # computed, from the first on; 0: all, and what follows them
     pool: tuple[int, int] | None  # window and stride, where the adapter's pooling has no parameters
     sound: str  # see `DataConfig.sound`; shuffled clips have the features of their own rows
     snr_db: float | None
     version: int = VERSION
 
 
-def recipe(model: ModelConfig, data: DataConfig, device: str) -> Recipe:
-    """The features that a frozen encoder gives a trial."""
+def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> Recipe:
+    """The features that a frozen encoder gives a trial, or its frozen layers (see `SpeechLLM.frozen_layers`)."""
     return Recipe(
         encoder=model.encoder.path,
         digest=encoder_digest(model.encoder.path),
         dtype=model.encoder.dtype,
         precision=model.precision,
         device=device,
-        pool=pooling(model),
+        layers=layers,
+        pool=pooling(model, layers),
         sound="recorded" if data.sound == "shuffled" else data.sound,
         snr_db=data.snr_db if data.sound == "noisy" else None,
     )
 
 
-def pooling(model: ModelConfig) -> tuple[int, int] | None:
-    """Window and stride of an adapter whose reduction has no parameters, and so belongs to the features."""
-    return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" else None
+def pooling(model: ModelConfig, layers: int = 0) -> tuple[int, int] | None:
+    """Window and stride of an adapter that averages, whose part of the work belongs to a frozen encoder's features."""
+    return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" and not layers else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,16 +82,20 @@ def encoder_digest(path: str) -> str:
 
 
 @torch.no_grad()
-def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, pool: tuple[int, int] | None) -> Tensor:
+def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, pool: tuple[int, int] | None, layers: int = 0) -> Tensor:
     """The features of a clip, [T, D] in float16.
 
     Args:
         encoder: frozen, in eval mode.
         pcm: int16 samples at 16 kHz.
         pool: window and stride of an average over frames; a clip shorter than one window is filled with zeros to it.
+        layers: those that are frozen, as in `Recipe`.
     """
-    frames_BFD, lengths_B = encoder([waveform(pcm)])
-    frames_FD: Tensor = frames_BFD[0, : lengths_B[0]].float()
+    if layers:
+        frames_FD = encoder.prefix(waveform(pcm), layers).float()
+    else:
+        frames_BFD, lengths_B = encoder([waveform(pcm)])
+        frames_FD = frames_BFD[0, : lengths_B[0]].float()
     if pool is not None:
         window, stride = pool
         filled_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))
@@ -112,9 +119,10 @@ class Job:
         """Compute and write them; a table with the bytes and the samples."""
         encoder = load_encoder(self.recipe.encoder, self.recipe.device, self.recipe.dtype)
         config = self.config.model_copy(update={"sound": self.recipe.sound})
+        pool, layers = self.recipe.pool, self.recipe.layers
         with computing(self.threads, self.recipe.device, self.recipe.precision):
             found = [
-                clip_features(encoder, clip_of(self.shards, row, config), self.recipe.pool).cpu().numpy()
+                clip_features(encoder, clip_of(self.shards, row, config), pool, layers).cpu().numpy()
                 for row in self.part.rows
             ]
         size = features.write(self.folder, self.part, found)

@@ -49,7 +49,8 @@ class SpeechLLM(nn.Module):
         config: of the model.
         answers: by task, what may be answered.
         device: "cpu", "cuda", or "meta": all but the weights, to check a configuration and to count parameters.
-        encodes: whether the encoder computes; without, its weights are not loaded, and examples carry features.
+        encodes: whether examples carry clips; without, they carry features, and the weights of a frozen encoder are
+            not loaded.
 
     Raises:
         ConfigError: a part cannot be loaded, does not fit the others, or is frozen without ever having been loaded.
@@ -86,14 +87,18 @@ class SpeechLLM(nn.Module):
             encoder = load_encoder(config.encoder.path, device if encodes else "meta", config.encoder.dtype)
             fixed = {f"encoder.{name}" for name, tensor in encoder.named_parameters() if not tensor.requires_grad}
             self.encoder = shared_view(encoder)
-            self.encoder.set_dropout(config.encoder.dropout)
             self.adapter = Adapter(encoder.width, embedding.shape[1], config.adapter).to(device)
         self.end_of_audio = self._vector(embedding, config.hears and config.end_of_audio == "learned")
         self.cls = self._vector(embedding, config.cls != "none")
         self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
         self.parents: list[dict[str, str]] = []
         self.files: dict[str, str] = {}  # digests of what else was loaded, by setting
-        self._load(trained_names(self, config.patterns, fixed))
+        trained = trained_names(self, config.patterns, fixed)
+        if self.encoder is not None:
+            if not encodes and "encoder" in map(part_of, trained):  # its upper layers compute
+                self.encoder = shared_view(load_encoder(config.encoder.path, device, config.encoder.dtype))
+            self.encoder.set_dropout(config.encoder.dropout)
+        self._load(trained)
         self.augment = (0, 0)  # seed and epoch, from which every clip's SpecAugment follows
 
     @staticmethod
@@ -146,8 +151,19 @@ class SpeechLLM(nn.Module):
                     f"model.llm.dtype: {self.config.llm.dtype} is for weights that stay frozen, and model.trainable "
                     f"names {name}; set float32 and model.precision=bfloat16"
                 )
+        self.frozen_layers = self._frozen_layers()
         self.loaded = loaded
         check_loaded(self, loaded)
+
+    def _frozen_layers(self) -> int:
+        """Of an encoder whose upper layers train: those below, which compute clip by clip, as a frozen encoder does.
+
+        0 where there are none, where something is drawn in them, and where nothing of the encoder trains.
+        """
+        settings = self.config.encoder
+        if self.encoder is None or self.encoder_is_frozen or settings.dropout or settings.spec_augment:
+            return 0
+        return self.encoder.frozen_layers
 
     def meaning(self) -> dict[str, str]:
         """By part, settings without which its tensors would mean something else in another model."""
@@ -178,8 +194,8 @@ class SpeechLLM(nn.Module):
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except parts that are frozen: their dropout stays off."""
         super().train(mode)
-        if self.encoder is not None and self.encoder_is_frozen:
-            self.encoder.eval()
+        if self.encoder is not None and (self.encoder_is_frozen or self.frozen_layers):
+            self.encoder.eval()  # layers above frozen ones have no dropout
         if not self.trained_parts & {"lora", "llm"}:
             self.llm.eval()
             for module in self.llm.modules():  # whose own flag decides whether they keep their activations
@@ -242,34 +258,35 @@ class SpeechLLM(nn.Module):
         if not examples:
             return []
         assert self.adapter is not None
+        assert self.encoder is not None
         if self.encoder_is_frozen:
             return self.adapter.project([self._features(example) for example in examples])
         found: dict[int, Tensor] = {}
-        for group in groups([self._frames(example) for example in examples]):
+        for group in groups([self.encoder.cost(_samples(example)) for example in examples]):
             found |= zip(group, self._encoded([examples[place] for place in group]), strict=True)
         return [found[place] for place in range(len(examples))]
 
     def _features(self, example: Example) -> Tensor:
-        """Those of a frozen encoder, [T, D]: read, or computed and rounded alike."""
+        """Those of a frozen encoder, or of its frozen layers, [T, D]: read, or computed and rounded alike."""
         assert self.encoder is not None
         if example.features is not None:
             return torch.tensor(example.features, device=self.device).float()
         assert example.pcm is not None, "items() selects utterances with sound"
-        return clip_features(self.encoder, example.pcm, pooling(self.config)).float()
-
-    def _frames(self, example: Example) -> int:
-        assert self.encoder is not None
-        assert example.pcm is not None, "items() selects utterances with sound"
-        return self.encoder.cost(len(example.pcm))
+        pool = pooling(self.config, self.frozen_layers)
+        return clip_features(self.encoder, example.pcm, pool, self.frozen_layers).float()
 
     def _encoded(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Of an encoder that trains; all clips are padded to the longest one."""
+        """Of an encoder that trains, or whose upper layers do; all clips are padded to the longest one."""
         assert self.encoder is not None
         assert self.adapter is not None
-        waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
-        assert len(waves) == len(examples)
-        learns = self.encoder.training and self.config.encoder.spec_augment
-        frames_BFD, lengths_B = self.encoder(waves, self._masks(examples, waves) if learns else None)
+        if self.frozen_layers:
+            hidden = [self._features(example) for example in examples]
+            frames_BFD, lengths_B = self.encoder.rest(hidden, list(map(_samples, examples)), self.frozen_layers)
+        else:
+            waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
+            assert len(waves) == len(examples)
+            learns = self.encoder.training and self.config.encoder.spec_augment
+            frames_BFD, lengths_B = self.encoder(waves, self._masks(examples, waves) if learns else None)
         embedded: list[Tensor] = self.adapter(frames_BFD.float(), lengths_B)
         return embedded
 
@@ -297,6 +314,11 @@ class SpeechLLM(nn.Module):
             pieces += [embedded[start:place], vectors[token].to(embedded.dtype).reshape(-1, embedded.shape[1])]
             start = place + 1
         return torch.cat([*pieces, embedded[start:]])
+
+
+def _samples(example: Example) -> int:
+    """Of the clip that is heard."""
+    return example.n_samples if example.pcm is None else len(example.pcm)
 
 
 @dataclass(frozen=True)

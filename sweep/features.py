@@ -8,6 +8,7 @@ from data.features import BYTES, missing, parts
 from data.frozen import Part
 from data.schema import SAMPLE_RATE
 from model.features import Job, Recipe, recipe
+from model.speech_encoder import SpeechEncoder
 from model.speech_llm import SpeechLLM
 from sweep.config import Config
 from sweep.inputs import skeleton
@@ -17,6 +18,8 @@ from sweep.trial import open_shards
 AXES = (
     "model.encoder.path",
     "model.encoder.dtype",
+    "model.encoder.dropout",
+    "model.encoder.spec_augment",
     "model.adapter.kind",
     "model.adapter.window",
     "model.adapter.stride",
@@ -53,9 +56,11 @@ class Need:
 
     def describe(self) -> str:
         """Whose they are."""
+        encoder, layers = _encoder(self.config), self.recipe.layers
+        part = f" up to layer {layers} of {len(encoder.stack.layers)}" if layers else ""
         kept = "" if self.recipe.pool is None else ", pooled by {} / {}".format(*self.recipe.pool)
         sound = "" if self.recipe.sound == "recorded" else f", {self.recipe.sound}"
-        return f"frozen {shown_name(self.recipe.encoder)}{kept}{sound}"
+        return f"frozen {shown_name(self.recipe.encoder)}{part}{kept}{sound}"
 
     def shown(self, size: int) -> str:
         """Samples as hours."""
@@ -63,16 +68,16 @@ class Need:
 
     def work(self, size: int) -> float:
         """Frames times parameters."""
-        model = _structure(self.config)
-        assert model.encoder is not None
-        return size / SAMPLE_RATE * FRAMES * sum(parameter.numel() for parameter in model.encoder.parameters())
+        frozen = (parameter for parameter in _encoder(self.config).parameters() if not parameter.requires_grad)
+        return size / SAMPLE_RATE * FRAMES * sum(parameter.numel() for parameter in frozen)
 
     def bytes(self, parts: Sequence[Part[int]]) -> int:
         """Of the features of parts."""
         model, samples = _structure(self.config), open_shards(self.config.data).columns["n_samples"]
         assert model.encoder is not None
         assert model.adapter is not None
-        frames = [model.encoder.frames(samples[row]) for part in parts for row in part.rows]
+        count = model.encoder.cost if self.recipe.layers else model.encoder.frames
+        frames = [count(samples[row]) for part in parts for row in part.rows]
         kept = map(model.adapter.embeddings, frames) if self.recipe.pool is not None else frames
         return sum(kept) * model.encoder.width * BYTES
 
@@ -83,13 +88,15 @@ class Need:
 
 
 def need_of(config: Config, cache: Path) -> Need | None:
-    """The features that a trial may read in place of the sound; None if its encoder trains, or hears otherwise."""
+    """The features that a trial may read in place of the sound; None if all of its encoder trains, or something is
+    drawn in what would be computed once."""
     augment = config.data.augment
     if config.storage.features == "live" or not config.model.hears or augment.speeds or augment.noise_db:
         return None
-    if not _is_frozen(config):
+    model = _structure(config)
+    if model.has_own_encoder or not (model.encoder_is_frozen or model.frozen_layers):
         return None
-    made = recipe(config.model, config.data, config.resources.device)
+    made = recipe(config.model, config.data, config.resources.device, model.frozen_layers)
     return Need(made, config, cache / "features" / made.key)
 
 
@@ -98,9 +105,10 @@ def shown_name(path: str) -> str:
     return Path(path).name if Path(path).exists() else path
 
 
-def _is_frozen(config: Config) -> bool:
-    model = _structure(config)
-    return model.encoder_is_frozen and not model.has_own_encoder
+def _encoder(config: Config) -> SpeechEncoder:
+    encoder = _structure(config).encoder
+    assert encoder is not None
+    return encoder
 
 
 def _structure(config: Config) -> SpeechLLM:

@@ -6,7 +6,6 @@ The kinds are features of encoders (`sweep.features`) and what distillations lea
 files are all there reads them; any other computes by itself, with the same bits.
 """
 
-import itertools
 import json
 import shutil
 import time
@@ -26,13 +25,21 @@ from sweep import builtin, features, teacher
 from sweep.cluster import ClusterError
 from sweep.config import Config
 from sweep.retention import shown_size
+from sweep.settings import flat
 from sweep.space import Axis
 
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
 SMALL = 2e11  # positions times parameters: about ten seconds of one CPU
 EVERY = 10.0  # seconds between two lines about the progress
-SIGN = ("tasks.", "train.losses.distillation", "train.losses.hidden")  # weights of which only counts whether they are 0
+# Numbers of which only counts whether they are 0.
+SIGN = (
+    "tasks.",
+    "train.losses.distillation",
+    "train.losses.hidden",
+    "model.encoder.dropout",
+    "model.encoder.spec_augment",
+)
 Say = Callable[[str], None]
 
 
@@ -167,10 +174,22 @@ def _check_room(need: Need, left: Sequence[Part[Any]]) -> None:
         )
 
 
-def _combinations(config: Config, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    axes = {key: _values(key, axis) for key, axis in config.search.space.items() if key.startswith(keys)}
-    product = itertools.product(*([(key, value) for value in values] for key, values in axes.items()))
-    yield from map(dict, itertools.islice(product, MOST))
+def _combinations(config: Config, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Values of the axes in question in trials that may be drawn. Conditions on other axes may hold or not."""
+    space, base = config.search.space, flat(config)
+    found: list[dict[str, Any]] = [{}]
+    for key in (key for key in config.search.order() if key.startswith(keys)):
+        known = {other: on for other, on in space[key].when.items() if other not in space or other.startswith(keys)}
+        drawn: list[dict[str, Any]] = [{key: value} for value in _values(key, space[key])]
+        maybe = drawn if len(known) == len(space[key].when) else [{}, *drawn]
+        found = [
+            values | more
+            for values in found
+            for more in (
+                maybe if all(values.get(other, base.get(other)) in on for other, on in known.items()) else [{}]
+            )
+        ][:MOST]
+    return found
 
 
 def _values(key: str, axis: Axis) -> list[Any]:

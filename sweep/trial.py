@@ -57,7 +57,7 @@ def build(
         reader: "ray" or "local".
         splits: those that will be read.
         device: "cpu" or "cuda".
-        features: where those of its frozen encoder lie; None: it encodes by itself, with the same result.
+        features: where those of its frozen encoder or layers lie; None: it encodes by itself, with the same result.
         taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
     """
     # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.

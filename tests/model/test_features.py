@@ -1,4 +1,4 @@
-"""Frozen encoders: read or computed, alone or beside others, a trial gets the same bits."""
+"""Frozen encoders and frozen layers: read or computed, alone or beside others, a trial gets the same bits."""
 
 import shutil
 from dataclasses import replace
@@ -16,10 +16,11 @@ from data.shards import Shards
 from data.tasks import answer_sets
 from model.checkpoint import seed_everything
 from model.evaluate import TrialData
-from model.features import Job, Recipe, encoder_digest, pooling, recipe
+from model.features import Job, Recipe, clip_features, encoder_digest, pooling, recipe
 from model.speech_llm import SpeechLLM
 from model.train import fit
-from tests.model.common import build, settings
+from tests.conftest import ENCODERS
+from tests.model.common import ANSWERS, build, settings
 from tests.model.trials import DATA, NEW, TWO, Trial, same_end
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -28,11 +29,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "conv": {"kind": "conv", "window": 6, "stride": 2, "hidden": 16},
 }
 SHORT = Trial().train.model_copy(update={"epochs": 1})
+UPPER = f"encoder.*.layers.1.*+{NEW}"
 
 
 def computed(trial: Trial, models: Path, shards: Shards, root: Path) -> Path:
     """The folder with the features of a trial."""
-    made = recipe(trial.config(models), trial.data, "cpu")
+    config, answers = trial.config(models), answer_sets(shards, trial.tasks.active())
+    made = recipe(config, trial.data, "cpu", SpeechLLM(config, answers, "meta").frozen_layers)
     folder = root / made.key
     for part in missing(folder, shards, trial.data):
         told = Job(shards, part, trial.data, made, folder, 1)().to_pylist()
@@ -57,11 +60,23 @@ def train(trial: Trial, models: Path, shards: Shards, folder: Path, features: Pa
         Trial("hubert-layer", {"lora": {"dropout": 0.2}, "modality": "text+speech"}, tasks=TWO, train=SHORT),
         Trial("wav2vec2-group", {"precision": "bfloat16"}, train=SHORT),
         Trial("w2v-bert", {"encoder": {"dtype": "bfloat16"}}, train=SHORT),
+        Trial(model={"trainable": UPPER}),
+        Trial("wavlm-group", {"trainable": UPPER, "precision": "bfloat16"}, train=SHORT),
         Trial(data=DataConfig(history=1, sound="shuffled"), train=SHORT),
         Trial(data=DataConfig(history=1, sound="noisy", snr_db=3.0), train=SHORT),
         Trial(data=DataConfig(history=1, sound="zeroed"), train=SHORT),
     ],
-    ids=[*ADAPTERS, "hubert", "mixed precision", "bfloat16", "shuffled", "noisy", "zeroed"],
+    ids=[
+        *ADAPTERS,
+        "hubert",
+        "mixed precision",
+        "bfloat16",
+        "upper layers",
+        "upper, mixed",
+        "shuffled",
+        "noisy",
+        "zeroed",
+    ],
 )
 def test_a_trial_ends_with_the_same_bits_with_and_without_files(
     trial: Trial, models: Path, corpus: Shards, tmp_path: Path
@@ -110,6 +125,53 @@ def test_a_clip_has_the_same_features_beside_any_others(
             assert (clip_TE - plain_TE).abs().max() <= 2e-3 * plain_TE.abs().max()
 
 
+def test_the_layers_above_frozen_ones_train_on_what_is_kept(models: Path, examples: list[Example]) -> None:
+    model = build(models, trainable=UPPER).train()
+    assert model.encoder is not None
+    heard = examples[:3]
+    clips = model.clips(heard)
+    torch.cat(clips).square().mean().backward()
+    given = {name for name, parameter in model.encoder.named_parameters() if parameter.grad is not None}
+    assert given == {name for name, _ in model.encoder.named_parameters() if ".layers.1." in name}
+    kept = [clip_features(model.encoder, example.pcm, None, 1) for example in heard if example.pcm is not None]
+    assert all(features.dtype == torch.float16 for features in kept)
+    read = [
+        replace(example, pcm=None, features=features.numpy(), n_samples=0 if example.pcm is None else len(example.pcm))
+        for example, features in zip(heard, kept, strict=True)
+    ]
+    assert all(map(torch.equal, model.clips(read), clips))
+    [plain] = build(models, trainable=f"encoder+{NEW}").clips(heard[:1])
+    assert 0 < (clips[0] - plain).abs().max() <= 2e-3 * plain.abs().max()
+    assert model.measure(heard[0], 9000).cost.frames == 27  # of what trains: they are computed in batches
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "layers"),
+    [
+        *((kind, "encoder.*.layers.1.*", 1) for kind in ENCODERS),
+        ("hubert-layer", "encoder", 0),
+        ("whisper", "encoder", 0),
+        ("whisper", "encoder.*.layers.*", 0),
+        ("whisper", "encoder.*.layers.1.*+encoder.model.layer_norm.*", 1),
+        ("hubert-layer", "encoder.model.encoder.layer_norm.*", 2),  # the last norm of all
+        ("hubert-group", "encoder.model.encoder.layer_norm.*", 0),  # the one before the first layer
+        ("wav2vec2-group", "encoder.*.layers.1.*+encoder.*.pos_conv_embed.*", 0),
+        ("wavlm-layer", "encoder.*.layers.1.*+encoder.*.rel_attn_embed.*", 0),  # of the first layer, for all
+        ("w2v-bert", "encoder.*.layers.1.*+encoder.*.masked_spec_embed", 0),
+        ("hubert-layer", "encoder.*.layers.1.attention.*", 1),
+        ("hubert-layer", "adapter", 0),
+    ],
+)
+def test_the_layers_below_all_that_trains_are_frozen(kind: str, chosen: str, layers: int, models: Path) -> None:
+    def frozen(**encoder: float) -> int:
+        config = settings(models, kind, trainable=f"{chosen}+{NEW}", encoder={"path": str(models / kind), **encoder})
+        return SpeechLLM(config, ANSWERS, "meta").frozen_layers
+
+    assert frozen() == layers
+    if layers == 1 and kind == "whisper":  # what is drawn in them changes from epoch to epoch
+        assert (frozen(dropout=0.1), frozen(spec_augment=0.1)) == (0, 0)
+
+
 def test_an_encoder_that_trains_is_not_rounded(models: Path, examples: list[Example]) -> None:
     frozen, tuned = (build(models, trainable=parts) for parts in (NEW, f"encoder+{NEW}"))
     heard = [example for example in examples if example.pcm is not None]
@@ -120,8 +182,8 @@ def test_an_encoder_that_trains_is_not_rounded(models: Path, examples: list[Exam
 
 
 def test_a_key_names_all_that_features_depend_on_and_nothing_else(models: Path, tmp_path: Path) -> None:
-    def key(data: DataConfig | None = None, device: str = "cpu", **changed: Any) -> str:
-        return recipe(settings(models, **changed), data or DataConfig(), device).key
+    def key(data: DataConfig | None = None, device: str = "cpu", layers: int = 0, **changed: Any) -> str:
+        return recipe(settings(models, **changed), data or DataConfig(), device, layers).key
 
     same = [
         key(),
@@ -132,6 +194,7 @@ def test_a_key_names_all_that_features_depend_on_and_nothing_else(models: Path, 
         key(adapter={"hidden": 32}),
     ]
     assert len(set(same)) == 1
+    assert len({key(layers=2), key(layers=2, adapter={"stride": 2}), key(layers=1), *same}) == 3
     others = [
         key(DataConfig(sound="zeroed")),
         key(DataConfig(sound="noisy")),

@@ -104,6 +104,15 @@ def test_every_variant_depends_on_its_own_example_only(variant: str, models: Pat
         check_stage(stage, model, examples)
 
 
+@pytest.mark.parametrize("kind", ["hubert-group", "whisper"])
+def test_layers_above_frozen_ones_depend_on_their_own_example_only(
+    kind: str, models: Path, examples: list[Example]
+) -> None:
+    model = build(models, kind, trainable="encoder.*.layers.1.*+adapter+lora+tokens")
+    assert model.frozen_layers == 1
+    check_stage("clips", model, examples)
+
+
 def test_generated_texts_depend_on_their_own_example_only(models: Path, examples: list[Example]) -> None:
     model = build(models)
     alone = by_example(lambda part: generate(model, part), replies(examples), 1, ORDERS["given"])

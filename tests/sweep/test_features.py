@@ -21,6 +21,7 @@ from tests.sweep.common import FROZEN, TUNED, sweep
 from tests.sweep.passes import config, in_this_process, killed_and_continued
 
 DIALOGUE = "T:question! C:change! T:other C:neutral!"
+UPPER = f"{FROZEN}+encoder.*.layers.1.*"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def folder_of(config: Config, cache: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def test_only_frozen_encoders_that_hear_clips_as_they_are_have_features(
+def test_only_what_is_frozen_and_hears_clips_as_they_are_has_features(
     models: Path, shards: Shards, tmp_path: Path
 ) -> None:
     def has(**changed: Any) -> bool:
@@ -50,10 +51,15 @@ def test_only_frozen_encoders_that_hear_clips_as_they_are_have_features(
     assert has(data={"shards": str(shards.folder), "sound": "zeroed"})
     assert not has(model=base | {"modality": "text"})
     assert not has(model=base | {"trainable": TUNED})
-    assert not has(model=base | {"trainable": f"{FROZEN}+encoder.*.layers.1.*"})
     assert not has(storage={"features": "live"})
+    upper = base | {"trainable": UPPER}
+    assert has(model=upper)
+    assert not has(model=upper | {"trainable": f"{FROZEN}+encoder.*.layers.*"})
+    assert not has(model=upper | {"encoder": base["encoder"] | {"dropout": 0.1}})
+    assert not has(model=upper | {"encoder": base["encoder"] | {"spec_augment": 0.1}})
     for augment in ({"speeds": [0.9, 1.1]}, {"noise_db": [0, 20]}):
         assert not has(data={"shards": str(shards.folder), "augment": augment})
+        assert not has(model=upper, data={"shards": str(shards.folder), "augment": augment})
 
 
 def test_all_that_the_space_may_ask_for_is_counted(models: Path, shards: Shards, tmp_path: Path) -> None:
@@ -73,6 +79,24 @@ def test_all_that_the_space_may_ask_for_is_counted(models: Path, shards: Shards,
     assert needs(config(models, shards, {"model.trainable": [TUNED]}, model={"trainable": TUNED}), tmp_path) == []
     continuous = {"data.snr_db": {"low": 0.0, "high": 9.0}}
     assert needs(config(models, shards, continuous), tmp_path) == []  # such trials encode by themselves
+
+
+def test_an_axis_that_is_not_always_drawn_leaves_the_other_trials_their_features(
+    models: Path, shards: Shards, tmp_path: Path
+) -> None:
+    space = {
+        "model.trainable": [FROZEN, UPPER, TUNED],
+        "model.encoder.spec_augment": {"low": 0.1, "high": 0.2, "when": {"model.trainable": [TUNED]}},
+        "model.encoder.dropout": {"low": 0.0, "high": 0.2},
+        "data.sound": ["recorded", "noisy"],
+        "data.snr_db": {"low": 0.0, "high": 9.0, "when": {"data.sound": ["noisy"]}},
+    }
+    found = needs(config(models, shards, space), tmp_path)
+    assert {(need.recipe.layers, need.recipe.pool, need.recipe.sound) for need in found} == {
+        (0, (8, 4), "recorded"),
+        (1, None, "recorded"),
+    }
+    assert [need.describe() for need in found if need.recipe.layers] == ["frozen whisper up to layer 1 of 2"]
 
 
 def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
