@@ -74,9 +74,9 @@ class StorageConfig(Section):
 
     features: Literal["cached", "live"] = Field(
         "cached",
-        description="What a frozen encoder makes of the sound, and a distillation's teacher of the words. cached: "
-        "computed once, before the trials start, and kept in storage.cache. live: by every trial anew, with the same "
-        "result.",
+        description="What a frozen encoder, or its frozen layers, make of the sound, and a distillation's teacher of "
+        "the words. cached: computed once, before the trials start, and kept in storage.cache. live: by every trial "
+        "anew, with the same result.",
     )
     cache: str | None = Field(
         None,

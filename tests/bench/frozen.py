@@ -1,7 +1,7 @@
 """Frozen passes, with an encoder of HuBERT-base's size (random weights) and an LLM of 20 million parameters.
 
-A step that reads features against one that encodes; distillation from a teacher's files against next-token prediction
-alone; and that files give the same weights as what they stand for.
+A step that reads features, or what frozen layers made, against one that encodes; distillation from a teacher's files
+against next-token prediction alone; and that files give the same weights as what they stand for.
 """
 
 import itertools
@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from data.features import missing
 from data.plan import plan
 from data.prepare import prepare
 from data.schema import Corpus
 from model.checkpoint import seed_everything
-from model.features import Job, recipe
 from model.tiny import _fixed, _llama, _tokenizer
 from model.train import Trainer
 from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
+from sweep.features import need_of as features_of
 from sweep.teacher import need_of
-from sweep.trial import build, open_shards
+from sweep.trial import build
 from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
@@ -38,8 +37,8 @@ PAIRS = 21  # rounds of a step each, for a goal of a few per cent
 
 
 def run() -> list[Row]:
-    """The goals of both."""
-    return [distillation(), features()]
+    """The goals of all."""
+    return [distillation(), features(), upper()]
 
 
 def distillation() -> Row:
@@ -72,26 +71,35 @@ def steps_of(own: Trainer) -> Callable[[], float]:
 
 
 def features() -> Row:
-    """A step over clips."""
-    config = settings()
-    shards, made = open_shards(config.data), recipe(config.model, config.data, "cpu")
-    folder = CACHE / "features" / made.key
-    started, hours = time.monotonic(), 0.0
-    for part in missing(folder, shards, config.data):
-        [told] = Job(shards, part, config.data, made, folder, 1)().to_pylist()
-        hours += told["size"] / 16000 / 3600
-    took = f"; {hours:.2f} h computed in {time.monotonic() - started:.0f} s" if hours else ""
-    live, read = (trainer(config, features) for features in (None, folder))
+    """A step over clips, the encoder frozen."""
+    return compared("step with features", settings(), goal=5.0)
+
+
+def upper() -> Row:
+    """A step over clips, of whose encoder the upper layers train."""
+    trained = settings(**{"model.trainable": "new+encoder.*.layers.1[01].*"})
+    return compared("step, top 2 of 12 layers train, prefix from files", trained)
+
+
+def compared(name: str, config: Config, goal: float | None = None) -> Row:
+    """A step that reads what is frozen against one that computes it."""
+    need = features_of(config, CACHE)
+    assert need is not None
+    left, started = need.missing, time.monotonic()
+    for job in need.jobs(left):
+        job()
+    took = f"; {need.shown(sum(part.size for part in left))} in {time.monotonic() - started:.0f} s" if left else ""
+    live, read = (trainer(config, features) for features in (None, need.folder))
     times: dict[str, list[float]] = {"live": [], "read": []}
     for number in range(ROUNDS + 1):
-        for name, own in (("live", live), ("read", read)):
+        for name_of, own in (("live", live), ("read", read)):
             taken = seconds(own, number)
             if number:  # the first round warms up
-                times[name].append(taken)
-    note = ", ".join(f"{1000 * statistics.median(taken):.0f} ms {name}" for name, taken in times.items())
+                times[name_of].append(taken)
+    note = ", ".join(f"{1000 * statistics.median(taken):.0f} ms {name_of}" for name_of, taken in times.items())
     note += f"; {said_equal(live, read, (ROUNDS + 1) * STEPS)}{took}"
     times_less = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
-    return Row("step with features", "encoder online", times_less, goal=5.0, note=note)
+    return Row(name, "encoder online", times_less, goal=goal, note=note)
 
 
 def said_equal(one: Trainer, other: Trainer, steps: int) -> str:
