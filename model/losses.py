@@ -2,22 +2,26 @@
 
 All of them are sums, one an example; what they are divided by is decided over a whole optimizer step.
 
-Legend: B examples, L kept positions, V vocabulary, P predicted tokens of all examples, K likeliest tokens, E width.
+Legend: B examples, V vocabulary, P predicted tokens of all examples, K likeliest tokens, E width.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from data.examples import Example
 from model import teacher
 from model.config import LossConfig
+from model.device import on_device
 from model.llm import load_llm
 from model.prompt import IGNORE, Answer
-from model.speech_llm import SpeechLLM, pad_left
+from model.speech_llm import SpeechLLM
 
 
 @dataclass
@@ -121,7 +125,7 @@ def _teach(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) ->
     kept, states = [], []
     for example in examples:
         if example.taught is not None and not config.hidden:
-            ids, log_probs = (torch.tensor(values, device=model.device) for values in example.taught)
+            ids, log_probs = (on_device(values, model.device) for values in example.taught)
         else:
             llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
             with model.autocast():
@@ -137,28 +141,38 @@ def _teach(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) ->
     )
 
 
-def _read(llm: torch.nn.Module, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:
-    """Logits, and hidden states if asked for, at the positions that predict the answers' tokens."""
-    embeddings_BTE, mask_BT, positions_BT = pad_left(sequences)
-    kept = max(len(answer.targets) for answer in answers)
-    out = llm(
-        inputs_embeds=embeddings_BTE,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-        use_cache=False,
-        logits_to_keep=kept,
-        output_hidden_states=hidden,
-    )
-    # Padded on the left, the answers end at the last position of every row.
-    rows = [[IGNORE] * (kept - len(answer.targets)) + list(answer.targets) for answer in answers]
-    targets_BL = torch.tensor(rows, device=embeddings_BTE.device)
-    predicted_BL = targets_BL != IGNORE
+def _read(llm: Any, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:
+    """Logits, and hidden states if asked for, at the positions that predict the answers' tokens.
+
+    Padded on the right, where no position of a causal LLM looks: it needs no mask, which lets attention skip what is
+    masked, and positions count from 0 by themselves.
+    """
+    embeddings_BTE = pad_sequence(list(sequences), batch_first=True)
+    places = [
+        (row, len(sequence) - len(answer.targets) + place, target)
+        for row, (sequence, answer) in enumerate(zip(sequences, answers, strict=True))
+        for place, target in enumerate(answer.targets)
+        if target != IGNORE
+    ]
+    rows_P, columns_P, targets_P = on_device(places, embeddings_BTE.device).unbind(-1)
+    with _at(llm.get_output_embeddings(), rows_P, columns_P):
+        out = llm(inputs_embeds=embeddings_BTE, use_cache=False, output_hidden_states=hidden)
     return _Read(
-        rows_P=predicted_BL.nonzero()[:, 0],
-        targets_P=targets_BL[predicted_BL],
-        logits_PV=out.logits[predicted_BL].float(),
-        hidden_PE=out.hidden_states[-1][:, -kept:][predicted_BL] if hidden else None,
+        rows_P=rows_P,
+        targets_P=targets_P,
+        logits_PV=out.logits.float(),
+        hidden_PE=out.hidden_states[-1][rows_P, columns_P] if hidden else None,
     )
+
+
+@contextlib.contextmanager
+def _at(head: nn.Module, rows_P: Tensor, columns_P: Tensor) -> Iterator[None]:
+    """The LM head computes logits_PV of these positions alone."""
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows_P, columns_P],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _by_example(values_P: Tensor, read: _Read, examples: int) -> Tensor:

@@ -21,6 +21,7 @@ from data.tasks import AnswerSet
 from model import checkpoint
 from model.adapter import Adapter, load_adapter
 from model.config import ModelConfig
+from model.device import on_device
 from model.encoder import SpeechEncoder, load_encoder, time_mask
 from model.features import clip_features, pooling
 from model.llm import adapted_llm, own_tensors, reach, shared_view
@@ -270,7 +271,7 @@ class SpeechLLM(nn.Module):
         """Those of a frozen encoder, or of its frozen layers, [T, D]: read, or computed and rounded alike."""
         assert self.encoder is not None
         if example.features is not None:
-            return torch.tensor(example.features, device=self.device).float()
+            return on_device(example.features, self.device).float()
         assert example.pcm is not None, "items() selects utterances with sound"
         pool = pooling(self.config, self.frozen_layers)
         return clip_features(self.encoder, example.pcm, pool, self.frozen_layers).float()
@@ -304,7 +305,7 @@ class SpeechLLM(nn.Module):
 
     def embed(self, ids: Sequence[int], clip_TE: Tensor | None = None) -> Tensor:
         """Token ids and placeholders → embeddings [T, E]; the clip's placeholder becomes as many as it has."""
-        tokens = torch.tensor(ids, device=self.device)
+        tokens = on_device(ids, self.device)
         embedded: Tensor = self.llm.get_input_embeddings()(tokens.clamp(min=0))
         vectors: dict[int, Any] = {CLIP: clip_TE, END: self.end_of_audio, CLS: self.cls}
         pieces, start = [], 0

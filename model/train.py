@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from data.augment import Draw
 from data.config import TaskWeights
-from data.errors import UserError
 from data.examples import Example
 from data.plan import Cost, micro_batches, plan, plan_hash, share
 from data.stream import FIRST_STEPS
 from model import checkpoint, memory
 from model.attempt import Superseded
 from model.config import TrainConfig
+from model.device import on_device
 from model.evaluate import Asked, TrialData, ask, evaluate
 from model.imbalance import by_item, with_numbers
 from model.losses import answer_losses
@@ -24,20 +25,13 @@ from model.metrics import Record, summarise
 from model.optimizer import make_optimizer, make_schedule
 from model.speech_llm import SpeechLLM
 from model.state import Resumable
-from model.workers import any_worker, sum_over_workers
+from model.tally import NonFiniteError, Step, Tally
+from model.workers import any_worker, sum_gradients
 
 __all__ = ["Interrupted", "NonFiniteError", "Superseded", "Trainer", "fit"]
 
 Report = Callable[[int, dict[str, Any]], None]
-Sums = dict[str, list[float]]  # loss → [sum, predicted tokens]
-LOG_EVERY = 10  # optimizer steps between two points of the training curve
-
-
-class NonFiniteError(UserError):
-    """The loss or a gradient is not a finite number; the update was not made."""
-
-    in_every_worker = True  # it is looked for after the sums over workers
-    reason = "non-finite"
+LOG_EVERY = 10  # optimizer steps between two points of the training curve, and for which none waits for the device
 
 
 class Interrupted(Exception):  # noqa: N818 — not an error
@@ -76,6 +70,9 @@ class Trainer(Resumable):
         self.begun: Asked | None = None  # the first steps of the next epoch
         self.validation: Asked | None = None
         self.stop = self.due = False  # what all workers know since the last step: to end; to write a checkpoint
+        self.tally = Tally(list(model.tasks), config.losses, model.device)
+        self.found_inf = torch.zeros((), device=model.device)  # 1: no step is made any more
+        self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.since = time.monotonic()  # the last checkpoint, or the start of the epoch
         self.computing: list[int] = []  # items of the micro-batch that is computed
         fingerprint = data.shards.fingerprint
@@ -113,6 +110,7 @@ class Trainer(Resumable):
                 if self.stop:
                     self._end()
             state.data_wait += reading.waited
+        self.tally.read(state.sums)
 
     def end_if_asked(self) -> None:
         """Between steps, at a place that all workers reach.
@@ -120,13 +118,30 @@ class Trainer(Resumable):
         Raises:
             Interrupted: a worker was asked to end; all that was done is in the checkpoint.
         """
-        if any_worker(self.interrupted(), self.model.device):
+        if any_worker(self.interrupted())[0]:
             if self.saved < self.state.total_steps:
                 self.save()
             self._end()
 
     def _end(self) -> NoReturn:
         raise Interrupted(f"ended after step {self.state.total_steps}, which is in the checkpoint")
+
+    def save(self) -> None:
+        """Write the checkpoint, of steps that are known to be sound.
+
+        Raises:
+            NonFiniteError: one was not, and was not made.
+            Superseded, StorageError: as `checkpoint.save`.
+        """
+        self.tally.read(self.state.sums)
+        super().save()
+
+    def _tokens(self, step: Sequence[int]) -> dict[str, int]:
+        """Predicted tokens of a step, by task."""
+        found = dict.fromkeys(self.model.tasks, 0)
+        for position in step:
+            found[self.train.items[position][0]] += self.train.predicted[position]
+        return found
 
     def _factors(self, step: Sequence[int]) -> dict[int, float]:
         """By position of a step: what the sum of its losses is multiplied by.
@@ -136,30 +151,27 @@ class Trainer(Resumable):
         balanced ones are 1 on average over the corpus, are no part of the divisors: in a step of one item they would
         cancel.
         """
-        totals: dict[str, int] = {}
-        for position in step:
-            task = self.train.items[position][0]
-            totals[task] = totals.get(task, 0) + self.train.predicted[position]
+        totals = self._tokens(step)
         return {
             position: self.task_weights[task] * self.importance[position] / totals[task]
             for position, task in ((position, self.train.items[position][0]) for position in step)
         }
 
     def _optimizer_step(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> None:
-        total, sums = self._sum_over_workers(*self._gradients(step, own, examples))
+        """Nothing here waits for the device: whether the step is sound, its optimizer sees, and the tally tells."""
+        total, sums_N = self._gradients(step, own, examples)
+        self._agree()
+        total = sum_gradients(self.parameters, total)
         with memory.told("the step of the optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
-            if not math.isfinite(total) or not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"non-finite {'gradient' if math.isfinite(total) else 'loss'} at step {self.state.total_steps + 1}"
-                    f", learning rate {self.schedule.get_last_lr()[0]:.3g}; lower train.learning_rate"
-                )
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.found_inf.logical_or_(~(total + norm).isfinite())
             self.optimizer.step()
+        rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._note(total, sums)
+        self._note(Step(self.state.total_steps + 1, rate, self._tokens(step), total, norm, sums_N))
 
-    def _gradients(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[float, Sums]:
+    def _gradients(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """This worker's part of a step, with as much at once as fits into memory."""
         before = checkpoint.generator_state()
         while True:
@@ -175,21 +187,18 @@ class Trainer(Resumable):
             memory.free()
             checkpoint.restore_generators(before)
 
-    def _backward(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[float, Sums]:
-        """Gradients, their loss, and the sums of all losses, of this worker's part of a step."""
-        factors, total, sums = self._factors(step), 0.0, self._no_sums()
+    def _backward(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Gradients, their loss, and the sums_N of all losses, of this worker's part of a step."""
+        factors, (total, sums_N) = self._factors(step), self.tally.nothing()
         for part in micro_batches([self.train.costs[position] for position in own], self.budget):
             self.computing = [own[place] for place in part]
             losses = answer_losses(self.model, [examples[place] for place in part], self.config.losses)
-            factor_B = torch.tensor([factors[own[place]] for place in part], device=self.model.device)
+            factor_B = on_device([factors[own[place]] for place in part], self.model.device)
             loss = (losses.weighted(self.config.losses) * factor_B).sum()
             loss.backward()
-            total += loss.item()
-            for name, values_B in losses.parts().items():
-                for place, value, count in zip(part, values_B.tolist(), losses.count_B, strict=True):
-                    entry = sums[f"{examples[place].task}/{name}"]
-                    entry[0], entry[1] = entry[0] + value, entry[1] + count
-        return total, sums
+            total += loss.detach()
+            sums_N += self.tally.by_task(losses, [examples[place].task for place in part])
+        return total, sums_N
 
     def _compute_less(self, costs: Sequence[Cost], count: int) -> None:
         """Halve the token budget, below what did not fit: `count` examples at once, of such costs.
@@ -203,32 +212,22 @@ class Trainer(Resumable):
         said = f"out of memory with {count} examples at a time"
         self._keep_budget(max(1, min(self.budget, longest * count) // 2), said)
 
-    def _no_sums(self) -> Sums:
-        """[sum, count] of every loss of every task, in an order that all workers share."""
-        losses = self.config.losses
-        names = ["next_token"] + [name for name in ("distillation", "hidden") if getattr(losses, name) > 0]
-        return {f"{task}/{name}": [0.0, 0.0] for task in self.model.tasks for name in names}
-
-    def _note(self, total: float, sums: Sums) -> None:
+    def _note(self, made: Step) -> None:
         """Count a step that was made."""
         state = self.state
         state.step, state.total_steps = state.step + 1, state.total_steps + 1
-        for name, (value, count) in sums.items():
-            entry = state.sums.setdefault(name, [0.0, 0.0])
-            entry[0], entry[1] = entry[0] + value, entry[1] + count
+        self.tally.unread.append(made)
         if state.total_steps % LOG_EVERY == 0:
+            total = self.tally.read(state.sums)
             self._log({"train_loss_step": total, "learning_rate": self.schedule.get_last_lr()[0]})
 
-    def _sum_over_workers(self, total: float, sums: Sums) -> tuple[float, Sums]:
-        """Sum the gradients of all workers in place, and what was counted; and agree on what comes after the step.
+    def _agree(self) -> None:
+        """Agree with the other workers on what comes after the step.
 
         Whoever is asked to end, all end, after the same step; and the clock of rank 0 counts for all.
         """
         due = self.rank == 0 and time.monotonic() - self.since >= self.config.checkpoint_seconds
-        counted = [number for pair in sums.values() for number in pair]
-        stop, saves, total, *values = sum_over_workers(self.parameters, [self.interrupted(), due, total, *counted])
-        self.stop, self.due = stop > 0, saves > 0
-        return total, {name: values[2 * place : 2 * place + 2] for place, name in enumerate(sums)}
+        self.stop, self.due = any_worker(self.interrupted(), due)
 
     def finish_epoch(self, started: float) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report.

@@ -1,10 +1,12 @@
 """The workers of a trial: each computes a part of every step, and all of them must decide alike."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data.errors import UserError
 
@@ -37,27 +39,39 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def any_worker(said: bool, device: torch.device) -> bool:
-    """Whether one of the workers says so; all of them have to ask."""
+def any_worker(*said: bool) -> list[bool]:
+    """For each flag, whether one of the workers raises it; all of them have to ask. No device is waited for."""
     if world()[1] == 1:
-        return said
-    flag = torch.tensor(float(said), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return list(said)
+    flags = torch.tensor(said, dtype=torch.float32)
+    dist.all_reduce(flags, group=_of_hosts(dist.group.WORLD))
+    return [flag > 0 for flag in flags.tolist()]
 
 
-def sum_over_workers(parameters: Sequence[torch.nn.Parameter], numbers: Sequence[float]) -> list[float]:
-    """Sum the gradients of all workers in place, and some numbers; what has no gradient gets zeros."""
+@functools.lru_cache(maxsize=1)
+def _of_hosts(workers: Any) -> Any:
+    """The same workers as a group that sums what lies in the memory of their hosts."""
+    return workers if dist.get_backend(workers) == "gloo" else dist.new_group(backend="gloo")
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], total: Tensor) -> Tensor:
+    """Sum the gradients of all workers in place, and return the sum of `total`; what has no gradient gets zeros."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if world()[1] == 1:
-        return list(numbers)
-    flat = torch.tensor(numbers, dtype=torch.float64, device=parameters[0].device)
-    dist.all_reduce(flat)
+        return total
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    vector = torch.cat([gradient.flatten() for gradient in gradients])
+    vector = torch.cat([*(gradient.flatten() for gradient in gradients), total.float().reshape(1)])
     dist.all_reduce(vector)
-    for gradient, part in zip(gradients, vector.split([own.numel() for own in gradients]), strict=True):
+    *parts, summed = vector.split([*(own.numel() for own in gradients), 1])
+    for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-    summed: list[float] = flat.tolist()
-    return summed
+    every: Tensor = summed[0].double()
+    return every
+
+
+def sum_numbers(numbers: Tensor) -> Tensor:
+    """Sum numbers of all workers."""
+    if world()[1] > 1:
+        dist.all_reduce(numbers)
+    return numbers

@@ -179,6 +179,7 @@ def one_step(
         if cut is not None:
             patch.setattr("model.train.micro_batches", lambda costs, budget: cut)
         trainer._optimizer_step(step, own, examples)
+    trainer.tally.read(trainer.state.sums)
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return found | {"losses": torch.tensor([value for pair in trainer.state.sums.values() for value in pair])}
 

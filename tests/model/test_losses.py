@@ -351,7 +351,7 @@ def minimised(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[float, Ten
     """The loss and the gradient of an optimizer step that is not made."""
     made, step, examples = setup
     found: list[float] = []
-    monkeypatch.setattr(made, "_note", lambda total, sums: found.append(total))
+    monkeypatch.setattr(made, "_note", lambda noted: found.append(float(noted.total)))
     monkeypatch.setattr(made.optimizer, "zero_grad", lambda set_to_none: None)
     monkeypatch.setattr(made.optimizer, "step", lambda: None)
     made._optimizer_step(step, step, examples)

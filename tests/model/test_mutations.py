@@ -75,17 +75,12 @@ def padding_in_the_sequence(patch: Patch) -> None:
     patch.setattr(speech_llm.Adapter, "embeddings", lambda self, n_frames: 10**6)
 
 
-def everywhere(patch: Patch, faulty: Callable[[Sequence[Tensor]], Padded]) -> None:
-    for module in (losses, score):
-        patch.setattr(module, "pad_left", faulty)
-
-
 def first_slots_of_a_left_padded_row(patch: Patch) -> None:
     def faulty(sequences: Sequence[Tensor]) -> Padded:
         _, mask_BT, positions_BT = pad_left(sequences)
         return nn.utils.rnn.pad_sequence(list(sequences), batch_first=True), mask_BT, positions_BT
 
-    everywhere(patch, faulty)
+    patch.setattr(score, "pad_left", faulty)
 
 
 def middle_padding_with_default_positions(patch: Patch) -> None:
@@ -101,7 +96,7 @@ def middle_padding_with_default_positions(patch: Patch) -> None:
         mask_BT = torch.stack(masks)
         return torch.stack(rows), mask_BT, torch.arange(width).expand_as(mask_BT)
 
-    everywhere(patch, faulty)
+    patch.setattr(score, "pad_left", faulty)
 
 
 def no_mask_in_the_llm(patch: Patch) -> None:
@@ -109,7 +104,14 @@ def no_mask_in_the_llm(patch: Patch) -> None:
         embeddings_BTE, mask_BT, positions_BT = pad_left(sequences)
         return embeddings_BTE, torch.ones_like(mask_BT), positions_BT
 
-    everywhere(patch, faulty)
+    patch.setattr(score, "pad_left", faulty)
+
+
+def left_padding_without_a_mask(patch: Patch) -> None:
+    def faulty(sequences: list[Tensor], batch_first: bool) -> Tensor:
+        return nn.utils.rnn.pad_sequence(sequences, batch_first=batch_first, padding_side="left")
+
+    patch.setattr(losses, "pad_sequence", faulty)
 
 
 def right_padding_in_generate(patch: Patch) -> None:
@@ -249,7 +251,8 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], Callable[[
     "padded embeddings in the sequence": (padding_in_the_sequence, *stage("prompts")),
     "first instead of last slots of a left-padded row": (first_slots_of_a_left_padded_row, *stage("scores")),
     "middle padding with default positions": (middle_padding_with_default_positions, *stage("scores")),
-    "no mask in the LLM": (no_mask_in_the_llm, *stage("losses")),
+    "no mask in the LLM": (no_mask_in_the_llm, *stage("scores")),
+    "left padding without a mask": (left_padding_without_a_mask, *stage("losses")),
     "packing with a cache": (packing_with_a_cache, *stage("losses")),
     "right padding in generate": (
         right_padding_in_generate,
