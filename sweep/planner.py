@@ -6,6 +6,7 @@ space ─► shapes ─► dry steps, as the trials will run ─► plan.json �
 import hashlib
 import heapq
 import json
+import math
 import os
 import statistics
 import time
@@ -238,29 +239,37 @@ def _on_ray(work: Work) -> Iterator[tuple[str, Said]]:
     """As the trials will run: on nodes that have what a worker needs, in processes that may die of it."""
     import ray
 
-    def start(key: str) -> Any:
-        config, folders = work[key]
-        need = worker_resources(config)
-        task = ray.remote(dry_steps).options(num_cpus=need["CPU"], num_gpus=need.get("GPU"), max_retries=0)
-        return task.remote(config, folders)
-
-    waiting, died = {start(key): key for key in work}, set[str]()
+    died = []
     try:
-        while waiting:
-            [ready], _ = ray.wait(list(waiting))
-            key = waiting.pop(ready)
-            try:
-                yield key, ray.get(ready)
-            except ray.exceptions.OutOfMemoryError:
-                yield key, {"full": "its dry steps took all of a node's memory"}
-            except ray.exceptions.WorkerCrashedError:
-                if key in died:
-                    yield key, {"full": "its dry steps ended their process, twice"}
-                else:
-                    waiting[start(key)] = key
-                died.add(key)
+        for key, said in _tasks(work):
+            if said is None:
+                died.append(key)
+            else:
+                yield key, said
+        for key in died:  # once more, alone: another one may have taken its memory
+            for _, said in _tasks({key: work[key]}):
+                yield key, said or {"full": "its dry steps ended their process, also alone"}
     except ray.exceptions.RayError as error:
         raise ClusterError(f"the dry steps were lost ({reason(error)}); the same command goes on") from None
+
+
+def _tasks(work: Work) -> "Iterator[tuple[str, Said | None]]":
+    """What the dry steps say, in the order in which they end; None where their process died."""
+    import ray
+
+    waiting = {}
+    for key, (config, folders) in work.items():
+        need = worker_resources(config)
+        # A GPU that trials share is one shape's alone: another's must not be the reason why there is no room.
+        own = {"num_cpus": need["CPU"], "num_gpus": math.ceil(need.get("GPU", 0))}
+        waiting[ray.remote(dry_steps).options(max_retries=0, **own).remote(config, folders)] = key
+    while waiting:
+        [ready], _ = ray.wait(list(waiting))
+        key = waiting.pop(ready)
+        try:
+            yield key, ray.get(ready)
+        except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
+            yield key, None
 
 
 def dry_steps(config: Config, folders: Mapping[str, str | None]) -> Said:

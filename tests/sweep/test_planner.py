@@ -1,6 +1,8 @@
 """The plan: what is tried and kept, what is not drawn, and how the forecast compares with the truth."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from sweep.config import Config
 from sweep.executor import LedgerSearcher
 from sweep.forecast import Forecast
 from sweep.ledger import Ledger
-from sweep.planner import Plan
+from sweep.planner import Plan, dry_steps
 from tests.sweep.common import Asked, ask, play, report, sweep
 from tests.sweep.passes import config
 
@@ -221,3 +223,31 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(models: Path, corpus: Shards
     assert "plan: dry steps of 2 shapes of trials in " in outcome.out
     assert "CPU-hours" in outcome.out
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def mortal(config: Config, folders: Mapping[str, str | None]) -> Said:
+    """Dry steps that the system ends where the rank is large; the real ones otherwise."""
+    if config.model.lora.rank > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {**dry_steps(config, folders), "pid": os.getpid(), "rest": memory._at_rest()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_on_a_cluster_a_shape_that_takes_its_process_along_is_excluded(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweep.cluster import local_or_remote_ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(planner, "SMALL", 0)
+    monkeypatch.setattr(planner, "dry_steps", mortal)
+    with local_or_remote_ray():
+        plan = make(own(models, corpus, space={RANK: [2, 8], RATE: SPACE[RATE]}), tmp_path)
+    assert {known.shape.values[RANK]: (known.fits, known.full) for known in plan.tried} == {
+        2: (True, ""),
+        8: (False, "its dry steps ended their process, also alone"),
+    }
+    [said] = [said for said in forecast.read(tmp_path)["steps"].values() if "measured" in said]
+    assert said["pid"] != os.getpid()
+    assert 0.5 < said["rest"] / memory.WORKER < 2, "what a worker's process takes before it has a model"
