@@ -1,14 +1,20 @@
-"""Out of memory: what is recognised as that, and how it ends where nothing smaller can be computed."""
+"""Out of memory: what is recognised as that, how it ends where nothing smaller can be computed, and what was held."""
 
 import contextlib
+import ctypes
+import functools
 import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from data.errors import UserError
 
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+WORKER = 600 * 10**6  # bytes that a worker's process takes before it has a model: torch, transformers and Ray
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 
 
@@ -48,3 +54,49 @@ def told(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory in {what}; train fewer parameters, or use a larger device") from None
+
+
+class Peak:
+    """The most memory that this process holds at a time, from now on.
+
+    On a CPU that is resident memory (Linux): of a worker that has no model yet, and what was added to it here.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, device: str) -> None:
+        free()
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what former models left in the heap
+            _at_rest()
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        """Bytes."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return _resident("VmHWM") - _at_rest() + WORKER
+
+
+@functools.cache
+def _at_rest() -> int:
+    """Of this process when it was first asked: before it had a model."""
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def capacity(device: str) -> int:
+    """Bytes of the device: of a GPU, or of this machine or container."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    limits = [Path(limit).read_text().strip() for limit in LIMITS if Path(limit).exists()]
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])

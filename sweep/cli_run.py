@@ -122,8 +122,9 @@ def _preview(config: "Config", folder: Path) -> None:
     console.print(preview_table(found))
     if found.refused:
         sys.exit(BAD_INPUT)
-    for line in _frozen_passes(config, folder) if made else ():
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if made and (found.going_on or found.points or found.drawn):
+        for line in _before_trials(config, folder):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _fingerprint(config: "Config") -> str:
@@ -133,12 +134,15 @@ def _fingerprint(config: "Config") -> str:
     return open_shards(resolve(config).data).fingerprint
 
 
-def _frozen_passes(config: "Config", folder: Path) -> list[str]:
-    """What is computed once before the trials start, a line each."""
+def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
+    """What is computed once before the trials start, and the plan, a line each."""
     from sweep.builtin import resolve
     from sweep.frozen import cache_of, described, needs
+    from sweep.planner import preview
 
-    return [described(need) for need in needs(resolve(config), cache_of(config, folder))]
+    resolved, cache = resolve(config), cache_of(config, folder)
+    yield from (described(need) for need in needs(resolved, cache))
+    yield from preview(resolved, cache, folder)
 
 
 def _run(config: "Config", folder: Path) -> int:
@@ -268,11 +272,14 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
 
 def _conclude(driver: Any, shipped: bool) -> int:
     """Show what came out and choose the exit code."""
+    from sweep import forecast
     from sweep.results import leaderboard_table
     from sweep.tracking import ui_command
 
     entries = driver.ledger.entries()
     console.print(leaderboard_table(driver.config, driver.folder, entries))
+    for line in forecast.lines(driver.config, driver.folder, entries):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     for entry in entries:
         if entry.state == "FAIL":
             console.print(f"trial {entry.number} failed: {entry.why}", soft_wrap=True, markup=False)

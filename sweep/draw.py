@@ -1,10 +1,11 @@
 """Drawing the parameters of a new trial: a pure function of configuration, seed and the trials so far.
 
 TPE reads a copy of the history in memory, so the ledger holds what happened, and the sampler sees what it should learn
-from it: trials that ran out of memory as infeasible ones, and former trials in the space as it is now.
+from it: trials that ran out of memory as infeasible ones, and former trials in the space as it is now. What cannot fit
+by the plan is drawn in that copy only, and drawn again: it takes no trial's place.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -13,40 +14,68 @@ import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from data.errors import UserError
 from sweep.config import Config
 from sweep.settings import flat
 
 INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, and that TPE is to avoid
 FIXED = "fixed_params"  # where Optuna notes the values that a point gave
 ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
+TRIES = 100  # draws for a trial, of which one must fit; half of them by TPE, which may insist
+Fits = Callable[[dict[str, Any]], bool]
 
 
-def draw(config: Config, trials: Sequence[FrozenTrial]) -> FrozenTrial:
+def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda values: True) -> FrozenTrial:
     """A new trial, running, with all its values; those of a point if one is left.
 
     Args:
         config: the sweep's, with the space to draw from.
         trials: all of the ledger, in order.
+        fits: whether a trial with some values may start.
+
+    Raises:
+        UserError: none of many draws fits.
     """
-    view = optuna.create_study(direction=config.search.direction, sampler=_sampler(config, len(trials)))
-    view.add_trials(history(config, trials))
-    points = points_left(config, trials)[:1]
-    for point in points:
-        view.enqueue_trial(point)
-    values = config.search.suggest(view.ask(), flat(config))
+    point, values = _fitting(config, trials, fits)
     drawn = {_stored_name(key, config.search.space[key].distribution(), trials): key for key in values}
     return create_trial(
         state=TrialState.RUNNING,
         params={name: values[key] for name, key in drawn.items()},
         distributions={name: config.search.space[key].distribution() for name, key in drawn.items()},
-        system_attrs={FIXED: points[0]} if points else {},
+        system_attrs={FIXED: point} if point is not None else {},
+    )
+
+
+def _fitting(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """A point, if it is one, and the values of the next trial."""
+    sampler = _sampler(config, len(trials))
+    view = optuna.create_study(direction=config.search.direction, sampler=sampler)
+    view.add_trials(history(config, trials))
+    learnt = any(trial.state in ENDED_WELL for trial in trials)
+    for tried, point in enumerate([*points_left(config, trials), *[None] * TRIES]):
+        if point is not None:
+            view.enqueue_trial(point)
+        if tried > TRIES // 2:
+            view.sampler = optuna.samplers.RandomSampler(seed=len(trials))
+        trial = view.ask()
+        values = config.search.suggest(trial, flat(config))
+        if fits(values):
+            return point, values
+        view.tell(trial, state=TrialState.FAIL)
+        if learnt:
+            view.add_trial(_infeasible(config, values))
+    raise UserError(
+        f"search.space: of {TRIES} draws none fits into memory by the plan; leave out the values that it excludes"
     )
 
 
 def points_left(config: Config, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """The points that no trial has taken yet."""
-    taken = sum(FIXED in trial.system_attrs for trial in trials if trial.state != TrialState.WAITING)
-    return list(config.search.points[taken:])
+    """The points that no trial has taken yet. Those that cannot fit are passed over, so they stay."""
+    left = list(config.search.points)
+    for trial in trials:
+        if trial.state != TrialState.WAITING and trial.system_attrs.get(FIXED) in left:
+            left.remove(trial.system_attrs[FIXED])
+    return left
 
 
 def params(config: Config, trial: FrozenTrial) -> dict[str, Any]:
@@ -66,17 +95,26 @@ def _seen(config: Config, trial: FrozenTrial, learnt: bool) -> FrozenTrial:
     values = {key: value for key, value in params(config, trial).items() if key in space}
     if trial.state == TrialState.WAITING or not all(space[key].contains(value) for key, value in values.items()):
         return create_trial(state=TrialState.FAIL)  # which TPE ignores
-    state, constraints = trial.state, None
     # Until a trial has ended well, TPE would take the least bad of the infeasible for good.
-    if state == TrialState.FAIL and learnt and trial.user_attrs.get("reason") in INFEASIBLE:
-        state, constraints = TrialState.PRUNED, {"memory": 1.0}
+    if trial.state == TrialState.FAIL and learnt and trial.user_attrs.get("reason") in INFEASIBLE:
+        return _infeasible(config, values, trial.intermediate_values)
     return create_trial(
-        state=state,
-        value=trial.value if state == TrialState.COMPLETE else None,
+        state=trial.state,
+        value=trial.value if trial.state == TrialState.COMPLETE else None,
         params=values,
         distributions={key: space[key].distribution() for key in values},
         intermediate_values=trial.intermediate_values,
-        constraints=constraints,
+    )
+
+
+def _infeasible(config: Config, values: Mapping[str, Any], reported: Mapping[int, float] | None = None) -> FrozenTrial:
+    """A trial that TPE is to avoid."""
+    return create_trial(
+        state=TrialState.PRUNED,
+        params=dict(values),
+        distributions={key: config.search.space[key].distribution() for key in values},
+        intermediate_values=dict(reported or {}),
+        constraints={"memory": 1.0},
     )
 
 

@@ -49,7 +49,7 @@ class LedgerSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         self.check()
         target = self.ledger.config.search.trials
-        while not self.stopping and (asked := self.ledger.ask(list(self.numbers.values()), target)) is not None:
+        while not self.stopping and (asked := self._ask(target)) is not None:
             number, values = asked
             try:
                 job = self.make_job(number, values)
@@ -59,6 +59,13 @@ class LedgerSearcher(Searcher):
             self.numbers[trial_id] = number
             return {"job": job}
         return Searcher.FINISHED
+
+    def _ask(self, target: int) -> tuple[int, dict[str, Any]] | None:
+        try:
+            return self.ledger.ask(list(self.numbers.values()), target)
+        except UserError as error:  # nothing that is drawn fits into memory
+            self._stop_for(str(error), "out of memory")
+            return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self.numbers.pop(trial_id, None)

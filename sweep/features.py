@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.examples import clip_samples
 from data.features import BYTES, missing, parts
 from data.frozen import Part
 from data.schema import SAMPLE_RATE
+from data.tasks import items
 from model.features import Job, Recipe, recipe
 from model.speech_encoder import SpeechEncoder
 from model.speech_llm import SpeechLLM
@@ -70,6 +72,14 @@ class Need:
         """Frames times parameters."""
         frozen = (parameter for parameter in _encoder(self.config).parameters() if not parameter.requires_grad)
         return size / SAMPLE_RATE * FRAMES * sum(parameter.numel() for parameter in frozen)
+
+    @property
+    def epoch(self) -> int:
+        """Samples of the clips of all items for training and validation."""
+        shards, data = open_shards(self.config.data), self.config.data
+        tasks = self.config.tasks.active()
+        known = [item for task in tasks for split in ("train", "val") for item in items(shards, task, split)]
+        return sum(clip_samples(shards, item, data) for item in known)
 
     def bytes(self, parts: Sequence[Part[int]]) -> int:
         """Of the features of parts."""

@@ -8,9 +8,10 @@ files are all there reads them; any other computes by itself, with the same bits
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from data.stream import ray_jobs
 from sweep import builtin, features, teacher
 from sweep.cluster import ClusterError
 from sweep.config import Config
+from sweep.results import shown_time
 from sweep.retention import shown_size
 from sweep.settings import flat
 from sweep.space import Axis
@@ -31,6 +33,7 @@ from sweep.space import Axis
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
 SMALL = 2e11  # positions times parameters: about ten seconds of one CPU
+FEW = 8  # rows that are computed beforehand, to say how long all will take
 EVERY = 10.0  # seconds between two lines about the progress
 # Numbers of which only counts whether they are 0.
 SIGN = (
@@ -75,6 +78,10 @@ class Need(Protocol):
     def work(self, size: int) -> float:
         """What parts of such a size cost to compute: positions times parameters."""
 
+    @property
+    def epoch(self) -> int:
+        """The size of what a trial reads in an epoch."""
+
     def bytes(self, parts: Sequence[Part[Any]]) -> int:
         """What parts take on the disk."""
 
@@ -95,16 +102,24 @@ def cache_of(config: Config, sweep_folder: Path) -> Path:
 
 def needs(config: Config, cache: Path) -> list[Need]:
     """What trials of a sweep may read, as far as the axes that decide about it can be counted."""
-    found: dict[tuple[Any, ...], Need] = {}
+    return [need for need, _ in _counted(config, cache)]
+
+
+def _counted(config: Config, cache: Path) -> list[tuple[Need, float]]:
+    """The needs, each with the share of the trials that have it, as if all values were drawn equally often."""
+    found: dict[tuple[Any, ...], tuple[Need, float]] = {}
     for axes, need_of in KINDS.values():
-        for values in _combinations(config, axes):
+        combinations = list(_combinations(config, axes))
+        for values in combinations:
             try:
                 trial = builtin.resolve(config.with_values(values | {"search.space": {}, "search.points": []}))
             except ConfigError:
                 continue  # values that are allowed one by one and not together
             need = need_of(trial, cache)
             if need is not None:
-                found.setdefault((need.folder, *(part.name for part in need.parts)), need)
+                key = (need.folder, *(part.name for part in need.parts))
+                first, share = found.get(key, (need, 0.0))
+                found[key] = (first, share + 1 / len(combinations))
     return list(found.values())
 
 
@@ -131,7 +146,9 @@ def compute(config: Config, cache: Path, say: Say) -> None:
     """
     import ray
 
-    for need in needs(config, cache):
+    search, epochs = config.search, config.train.epochs
+    passes = search.trials * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
+    for need, share in _counted(config, cache):
         need.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(need.folder / LOCK):  # another sweep may be at it
             Store(need.folder).write(ABOUT, json.dumps(asdict(need.recipe), indent=1).encode())
@@ -139,13 +156,21 @@ def compute(config: Config, cache: Path, say: Say) -> None:
                 say(described(need))
                 _check_room(need, left)
                 try:
-                    _compute(need, left, say)
+                    _compute(need, left, passes * share, say)
                 except ray.exceptions.RayError as error:
                     raise ClusterError(f"the frozen passes were lost ({error}); the same command goes on") from None
 
 
-def _compute(need: Need, left: Sequence[Part[Any]], say: Say) -> None:
-    total, done = sum(part.size for part in left), 0
+def _compute(need: Need, left: Sequence[Part[Any]], epochs: float, say: Say) -> None:
+    """Compute parts; `epochs` of trials will read them."""
+    total, done, gpus = sum(part.size for part in left), 0, need.config.resources.gpus_per_worker
+
+    def spared(seconds: float) -> str:
+        return f"about {shown_time(max(0.0, seconds * need.epoch / total * epochs - seconds))}"
+
+    if need.work(total) > SMALL and gpus == 0:  # here is no GPU that would tell
+        seconds = _expected(need, left[0]) * total
+        say(f"frozen passes: about {shown_time(seconds)} of a worker, which spares the trials {spared(seconds)}")
     started = told = time.monotonic()
     for table in _done(need, need.jobs(left), total):
         done += table["size"][0].as_py()
@@ -154,7 +179,20 @@ def _compute(need: Need, left: Sequence[Part[Any]], say: Say) -> None:
             told = now
             say(f"frozen passes: {done / total:.0%}, about {(now - started) * (total / done - 1):.0f} s left")
     taken = time.monotonic() - started
-    say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch of every trial is spared")
+    say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch is spared: {spared(taken)} in all")
+
+
+def _expected(need: Need, part: Part[Any]) -> float:
+    """Seconds of a worker for a size of 1, from a few rows of a part, computed here and thrown away."""
+    rows = part.rows[:: max(1, len(part.rows) // FEW)][:FEW]
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        for own in (rows[:1], rows):  # the first one loads the model, too
+            [job] = need.jobs([replace(part, name="few", rows=own)])
+            started = time.monotonic()
+            replace(job, folder=Path(folder))()  # type: ignore[type-var]
+            taken.append(time.monotonic() - started)
+    return taken[-1] / (part.size * len(rows) / len(part.rows))
 
 
 def _done(need: Need, jobs: Sequence[Callable[[], pa.Table]], total: int) -> Iterator[pa.Table]:

@@ -65,6 +65,7 @@ class Ledger:
         self.folder = folder
         self.config = config
         self.study = study
+        self.fits: draw.Fits = lambda values: True  # whether a new trial may start; see `sweep.planner`
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Ledger":
@@ -95,6 +96,9 @@ class Ledger:
 
         Returns:
             Number and values by dotted key; None when there is nothing left to start.
+
+        Raises:
+            UserError: nothing that is drawn fits into memory.
         """
         trials = self.study.get_trials(deepcopy=False)
         for trial in trials:
@@ -102,7 +106,7 @@ class Ledger:
                 return trial.number, draw.params(self.config, trial)
         if sum(trial.state != TrialState.WAITING for trial in trials) >= target:
             return None
-        self.study.add_trial(draw.draw(self.config, trials))
+        self.study.add_trial(draw.draw(self.config, trials, self.fits))
         return len(trials), draw.params(self.config, self._frozen(len(trials)))
 
     def running(self) -> list[int]:

@@ -23,7 +23,7 @@ from sweep.ledger import FILE as JOURNAL
 
 OWNER = "owner.json"  # in the store: who writes the copy, and how often it was taken over
 RECORD = "mirror.json"  # in the folder: which files the copy has
-ROOT = ("config.yaml", "sweep-id", "mlflow.json", JOURNAL)
+ROOT = ("config.yaml", "sweep-id", "mlflow.json", "plan.json", JOURNAL)
 TRIAL = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "predictions.json", "mlflow.json", "token_budget")
 EVERY = 10.0  # seconds between two looks at what changed, and between heartbeats
 PATIENCE = 40.0  # seconds without a heartbeat after which the writer is dead

@@ -54,7 +54,7 @@ class Progress:
 
     def hours_text(self) -> str:
         """What was used."""
-        return f"{self.hours:.3g} {self.device}-hours"
+        return _in_hours(self.hours, self.device)
 
     def line(self) -> str:
         """In a line."""
@@ -74,10 +74,7 @@ def progress(config: Config, entries: Sequence[Entry], slots: int | None = None)
         entries: of its ledger.
         slots: trials at a time, if that is known; else as many as are set, or as run.
     """
-    states = Counter(entry.state for entry in entries)
-    resources = config.resources
-    share = resources.gpus_per_worker or resources.cpus_per_worker
-    seconds = sum(float(entry.metrics.get("seconds", 0.0)) for entry in entries)
+    states, resources = Counter(entry.state for entry in entries), config.resources
     return Progress(
         target=max(config.search.trials, len(entries)),
         complete=states["COMPLETE"],
@@ -86,9 +83,32 @@ def progress(config: Config, entries: Sequence[Entry], slots: int | None = None)
         running=states["RUNNING"],
         best=next(iter(best_first(config, entries)), None),
         seconds_left=_seconds_left(config, entries, slots or resources.slots or max(1, states["RUNNING"])),
-        hours=seconds * resources.workers * share / 3600,
-        device="GPU" if resources.gpus_per_worker else "CPU",
+        hours=_hours(config, device_seconds(entries)),
+        device=_device(config),
     )
+
+
+def device_seconds(entries: Sequence[Entry]) -> float:
+    """Of the epochs that trials have finished."""
+    return sum(float(entry.metrics.get("seconds", 0.0)) for entry in entries)
+
+
+def device_hours(config: Config, seconds: float) -> str:
+    """What a trial's seconds are in hours of devices, in words."""
+    return _in_hours(_hours(config, seconds), _device(config))
+
+
+def _hours(config: Config, seconds: float) -> float:
+    resources = config.resources
+    return seconds * resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
+
+
+def _device(config: Config) -> Literal["GPU", "CPU"]:
+    return "GPU" if config.resources.gpus_per_worker else "CPU"
+
+
+def _in_hours(hours: float, device: str) -> str:
+    return f"{hours:.3g} {device}-hours"
 
 
 def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float | None:
@@ -108,11 +128,14 @@ def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float
 
 
 def _time_left(seconds: float) -> str:
+    return f"about {shown_time(max(10, round(seconds / 10) * 10) if seconds < 90 else seconds)} left"
+
+
+def shown_time(seconds: float) -> str:
+    """Seconds for people."""
     if seconds < 90:
-        return f"about {max(10, round(seconds / 10) * 10)} s left"
-    if seconds < 90 * 60:
-        return f"about {seconds / 60:.0f} min left"
-    return f"about {seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def read_predictions(folder: Path) -> dict[str, tuple[list[str], list[Record]]]:

@@ -1,7 +1,8 @@
 """`sweep run`: the driver. Starts, resumes or extends a sweep; the ledger says what is left to do.
 
-config ─► built-ins resolved ─► Ray ─► Tune: Ledger.ask ─► Slot ─► run_trial ─► Ledger.report / prune / complete
-                                                                            └─► Tracker ─► MLflow
+config ─► built-ins resolved ─► Ray ─► frozen passes, dry steps ─┐
+          ┌──────────────────────────────────────────────────────┘
+          └─► Tune: Ledger.ask ─► Slot ─► run_trial ─► Ledger.report / prune / complete ─► Tracker ─► MLflow
 """
 
 import logging
@@ -9,18 +10,20 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from sweep import builtin, frozen
+from sweep import builtin, forecast, frozen, planner
 from sweep import config as configuration
 from sweep.changes import code_version
 from sweep.cluster import ClusterError, local_or_remote_ray
 from sweep.config import Config
+from sweep.forecast import Forecast
 from sweep.inputs import first_trial, skeleton
 from sweep.ledger import Ledger, trial_config, trial_folder
+from sweep.nodes import Nodes, count_slots, worker_resources
+from sweep.planner import Plan
 from sweep.retention import check_disk, disk_need, prune_checkpoints
 from sweep.stop import Stop
 from sweep.trial import as_run, open_shards
@@ -59,6 +62,7 @@ class Driver:
         self.say, self.check, self.stop = say, check, stop
         self.ledger = Ledger.open(self.folder, config)
         self.cache = frozen.cache_of(config, self.folder)
+        self.plan: Plan | None = None
 
     def bind(self, resolved: Config) -> None:
         """Hold the sweep to its corpus, and note the code that runs."""
@@ -100,6 +104,7 @@ class Driver:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             slots = count_slots(resolved, nodes, self.left())
             self._compute(lambda: frozen.compute(resolved, self.cache, self.say), is_up)
+            self._compute(lambda: self._plan(resolved, nodes, slots), is_up)
             self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             notice = Notice.remote()  # type: ignore[attr-defined]
@@ -110,7 +115,10 @@ class Driver:
                 stop=notice.give.remote,
                 ended=lambda: prune_checkpoints(self.ledger, self.folder),
             )
+            said, started = self._foretell(slots), time.monotonic()
             self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher, is_up)
+            if not self.left():
+                forecast.ended(self.folder, said, time.monotonic() - started)
         shutil.rmtree(ray_folder, ignore_errors=True)
 
     def _tuner(self, config: Config, searcher: Any, notice: Any, slots: int, storage: Path) -> Any:
@@ -122,7 +130,7 @@ class Driver:
         scaling = {
             "num_workers": config.resources.workers,
             "use_gpu": config.resources.gpus_per_worker > 0,
-            "resources_per_worker": _worker_resources(config),
+            "resources_per_worker": worker_resources(config),
         }
         slot = slot_class("sweep.trial:fit_job", scaling, str(storage), notice)
         return ray.tune.Tuner(
@@ -143,6 +151,19 @@ class Driver:
                 failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
             ),
         )
+
+    def _plan(self, resolved: Config, nodes: Nodes, slots: int) -> None:
+        """What cannot fit is not drawn."""
+        self.plan = planner.make(resolved, self.cache, self.folder, nodes, slots, self.say)
+        self.ledger.fits = self.plan.fits
+
+    def _foretell(self, slots: int) -> Forecast:
+        """Say what is left, and keep it until the end."""
+        assert self.plan is not None
+        said = self.plan.forecast(self.ledger.entries(), self.ledger.points_left(), slots)
+        self.say(planner.told(self.config, said, slots))
+        forecast.remember(self.folder, said)
+        return said
 
     def _compute(self, work: Callable[[], None], is_up: Callable[[], bool]) -> None:
         """Do what comes before the trials; a signal ends it at once, since what was done is kept."""
@@ -215,31 +236,6 @@ def _look_after(thread: threading.Thread, is_up: Callable[[], bool]) -> None:
         raise ClusterError("Ray's node on this machine has died; the same command goes on")
 
 
-def count_slots(config: Config, nodes: Sequence[Mapping[str, float]], left: int) -> int:
-    """Trials that run at the same time: what the nodes hold, no more than are left.
-
-    Ray Data's read tasks ask for no CPU, so nothing has to be left free for them.
-
-    Args:
-        config: of the sweep.
-        nodes: resources of each.
-        left: trials that have not ended.
-
-    Raises:
-        UserError: the nodes cannot hold a single one, and `resources.slots` does not say that there will be more.
-    """
-    need, workers, wanted = _worker_resources(config), config.resources.workers, config.resources.slots
-    fit = sum(min(int(node.get(name, 0) / share + 1e-9) for name, share in need.items()) for node in nodes) // workers
-    if fit < 1 and wanted is None:
-        have = [{name: node.get(name, 0) for name in need} for node in nodes]
-        raise UserError(
-            f"resources: a trial needs {workers} x {need}, the nodes have {have}; lower resources.workers or a "
-            "worker's share, or set resources.slots if the cluster grows on demand"
-        )
-    slots = min(fit, wanted or fit) if fit else wanted or 1
-    return min(slots, max(1, left))
-
-
 def count_trained(config: Config) -> int:
     """Parameters that train in a sweep's first trial."""
     model = skeleton(first_trial(config))
@@ -251,8 +247,3 @@ def choose_reader(config: Config) -> str:
     if config.data.reader != "auto":
         return config.data.reader
     return "local" if Path(config.data.shards).is_dir() else "ray"
-
-
-def _worker_resources(config: Config) -> dict[str, float]:
-    resources = {"CPU": config.resources.cpus_per_worker}
-    return resources | ({"GPU": config.resources.gpus_per_worker} if config.resources.gpus_per_worker else {})

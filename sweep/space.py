@@ -190,6 +190,27 @@ class SearchConfig(Section):
             first *= 2
         return found
 
+    def expected_share(self, epochs: int, trials: int) -> float:
+        """The share of its epochs that a trial is trained for, on average over `trials` of them, by the rule alone.
+
+        Args:
+            epochs: as of `first_rung`.
+            trials: in all.
+        """
+        rule, last, going, done, before = self.pruning, self._longest(epochs), float(trials), 0.0, 0
+        for rung in self.rungs(epochs):
+            assert rule is not None
+            done, before = done + going * (rung - before), rung
+            first = min(going, rule.after_trials - 1)  # which nothing ends
+            going = first + (going - first) * (rule.audit + (1 - rule.audit) * rule.keep)
+        return (done + going * (last - before)) / (trials * last)
+
+    def mean_epochs(self, epochs: int) -> float:
+        """Of trials that are drawn, before any is pruned."""
+        axis = self.space.get(EPOCHS)
+        values = [epochs] if axis is None else [int(value) for value in axis.extremes()]
+        return sum(values) / len(values)
+
     def _longest(self, epochs: int) -> int:
         axis = self.space.get(EPOCHS)
         known = [] if axis is None else [int(value) for value in axis.extremes()]

@@ -77,6 +77,11 @@ class Need:
         llm = load_llm(self.recipe.llm, self.recipe.dtype, "meta")
         return float(size) * sum(parameter.numel() for parameter in llm.parameters())
 
+    @property
+    def epoch(self) -> int:
+        """All of it: it is asked about the training split alone."""
+        return sum(part.size for part in self.course.parts)
+
     def bytes(self, parts: Sequence[Part[Item]]) -> int:
         """At most: smaller vocabularies take less."""
         return BYTES * sum(self.course.lessons[item].predicted for part in parts for item in part.rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweep import lease
+from sweep import forecast, lease
 from sweep.config import Config
 from sweep.ledger import Entry
 from sweep.recall import recall_json
@@ -40,7 +40,7 @@ def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list
     else:
         where = near(folder)
         who = f"nobody works on it; `sweep run {where / 'config.yaml'} --out {where}` goes on"
-    return [f"{config.name}: {found.line()}", who]
+    return [f"{config.name}: {found.line()}", who, *forecast.lines(config, folder, entries)]
 
 
 def progress_json(config: Config, folder: Path, entries: Sequence[Entry]) -> dict[str, Any]:

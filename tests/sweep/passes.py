@@ -38,7 +38,7 @@ def killed_and_continued(
     written, write = iter(range(2)), files.write
 
     def failing(*args: Any) -> int:
-        if next(written, None) is None:
+        if args[1].name != "few" and next(written, None) is None:
             raise KeyboardInterrupt
         size: int = write(*args)
         return size

@@ -107,12 +107,13 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     said: list[str] = []
     compute(one, tmp_path, said.append)
     assert len(made) == 1
+    assert "of a worker, which spares the trials about " in said[1]
     assert ["1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True, True]
     folder = folder_of(config(models, shards), tmp_path)
     assert folder is not None
     compute(one, tmp_path, said.append)
     compute(config(models, shards, {"train.learning_rate": [1e-3, 2e-3]}), tmp_path, said.append)
-    assert (len(made), len(said)) == (1, 2)
+    assert (len(made), len(said)) == (1, 3)
     assert "there already" in described(needs(one, tmp_path)[0])
     [need] = needs(one, tmp_path)
     written = sum(path.stat().st_size for path in folder.glob("features-*.arrow"))

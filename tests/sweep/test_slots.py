@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from sweep.run import count_slots, count_trained
+from sweep.nodes import count_slots
+from sweep.run import count_trained
 from tests.sweep.common import settings
 
 SMALL, LARGE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 1.0}

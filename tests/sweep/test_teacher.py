@@ -85,12 +85,13 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     said: list[str] = []
     compute(one, tmp_path, said.append)
     assert len(made) == 1
+    assert "of a worker, which spares the trials about " in said[1]
     assert [said[0].startswith("teacher "), "1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True] * 3
     folder = folder_of(config(models, shards), tmp_path)
     assert folder is not None
     assert folder_of(config(models, shards, losses={"distillation": 0.0}), tmp_path) is None
     compute(one, tmp_path, said.append)
-    assert (len(made), len(said)) == (1, 2)
+    assert (len(made), len(said)) == (1, 3)
     # Another task lies beside it, and what is there already is not computed again.
     compute(config(models, shards, tasks={"response": 1.0}), tmp_path, said.append)
     assert len(made) == 2
