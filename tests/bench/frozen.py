@@ -149,6 +149,7 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
     """A folder that is made once."""
     folder = CACHE / name
     if not folder.exists():
+        CACHE.mkdir(exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=CACHE))
         make(unfinished / name)
         shutil.move(unfinished / name, folder)
