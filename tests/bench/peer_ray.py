@@ -1,4 +1,4 @@
-"""The stock stack that a whole sweep is compared with: Tune, OptunaSearch, ASHA, MLflow's callback, a TorchTrainer a trial.
+"""The stock stack that a whole sweep is compared with: Tune, OptunaSearch, ASHA, MLflow, and a TorchTrainer a trial.
 
     python -m tests.bench.peer_ray CONFIG.yaml FOLDER
 

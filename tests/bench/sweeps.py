@@ -1,17 +1,16 @@
 """Whole sweeps, from the command to its end, against the stock tools: the same twelve configurations on all sides.
 
-    python -m tests.bench sweeps          # in full
-    python -m tests.bench.sweeps          # two trials of tiny models: does it still run?
+    python -m tests.bench sweeps   # in full
+    python -m tests.bench.sweeps   # two trials with a tiny encoder: does it still run?
 
-An encoder of HuBERT-base's size (random weights), an LLM of 20 million parameters, clips with the lengths of AnnoMI's, at
-most 4 s. "Mixed" trains the adapter and LoRA in half of the trials, and the encoder's top two of twelve layers besides in
-the others; no trial trains the encoder as a whole, of which nobody can spare anything. All trials train to their end on
-all sides. A ratio counts only where all sides come to the same values.
+An encoder of HuBERT-base's size (random weights), an LLM of 20 million parameters, clips with the lengths of AnnoMI's,
+at most 4 s. "Mixed" trains the adapter and LoRA in half of the trials, and the top two of the encoder's twelve layers
+as well in the others; no trial trains the whole encoder, of which nobody can spare anything. All trials train to their
+end on all sides. A ratio counts only where all sides come to the same values.
 """
 
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -86,17 +85,24 @@ def run(size: Size = FULL) -> list[Row]:
 
 
 def compare(row: Row, own: Outcome, other: Outcome, allowed: float) -> None:
-    """Add a round to a row, unless results differ."""
-    row.note = f"{told(other)} against {told(own)}"
+    """Add a round to a row, unless results differ.
+
+    Args:
+        row: of the table.
+        own: of `sweep run`.
+        other: of the peer.
+        allowed: relative difference of a trial's value.
+    """
+    row.note = f"{told(other)} against {told(own)}; "
     if own.values.keys() != other.values.keys():
-        row.note += "; OTHER TRIALS, so no ratio"
+        row.note += "OTHER TRIALS, so no ratio"
         return
-    apart = max(abs(value - other.values[key]) / abs(value) for key, value in own.values.items())
-    row.note += f"; values of {len(own.values)} trials equal to {apart:.0e}" if apart else "; equal values, bit for bit"
-    if math.isnan(apart) or apart > allowed:
-        row.note += f", which is more than {allowed:.0e}, so no ratio"
-    else:
+    apart = [abs(value - other.values[key]) / abs(value) for key, value in own.values.items()]
+    row.note += f"values of {len(apart)} trials " + (f"within {max(apart):.0e}" if any(apart) else "equal to the bit")
+    if all(one <= allowed for one in apart):
         row.runs.append(other.wall / own.wall)
+    else:
+        row.note += f", MORE THAN {allowed:.0e}, so no ratio"
 
 
 def told(outcome: Outcome) -> str:
@@ -112,25 +118,31 @@ def points(rates: Sequence[float], ranks: Sequence[int], trainable: Sequence[str
 
 
 def sweep(size: Size, chosen: list[dict[str, Any]], peer: str | None = None) -> Outcome:
-    """Run a sweep in a process of its own, in a new folder, without anything that an earlier one computed."""
+    """A sweep over some points, by `sweep run` or by a peer."""
     config = settings(size, chosen)
     if peer == TRAINER:  # one trial at a time, which gets all CPUs
         config = config.with_values({"resources.cpus_per_worker": os.cpu_count()})
+    return makespan(config, MODULES[peer] if peer else None)
+
+
+def makespan(config: Config, peer: str | None = None) -> Outcome:
+    """Run a sweep in a process of its own, in a new folder, without anything that an earlier one computed.
+
+    Args:
+        config: of the sweep.
+        peer: the module that runs it in place of `sweep run`.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "sweep"
-        configuration.write(config, Path(name) / "config.yaml")
-        command = [sys.executable, "-m", *([MODULES[peer]] if peer else ["sweep", "run"]), f"{name}/config.yaml"]
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        path, folder = Path(name) / "config.yaml", Path(name) / "sweep"
+        configuration.write(config, path)
+        command = [peer, str(path), str(folder)] if peer else ["sweep", "run", str(path), "--out", str(folder)]
         started = time.monotonic()
         done = subprocess.run(
-            [*command, *([] if peer else ["--out"]), str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
+            [sys.executable, "-m", *command], capture_output=True, text=True, check=False, env=environment
         )
         wall = time.monotonic() - started
-        assert not done.returncode, done.stderr[-2000:]
+        assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
         results = json.loads((folder / "results.json").read_text()) if peer else own_results(folder)
     values = {json.dumps(result["params"], sort_keys=True): result["value"] for result in results}
     return Outcome(wall, values, [result["seconds"] for result in results])
