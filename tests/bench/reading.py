@@ -91,13 +91,13 @@ def corpus() -> Shards:
     return Shards(folder)
 
 
-def _conversations(sessions: int, clips: int) -> Iterator[Conversation]:
+def _conversations(sessions: int, clips: int, longest: float = 30.0) -> Iterator[Conversation]:
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(31 * SAMPLE_RATE) * np.repeat(rng.uniform(0, 1, 31 * 8), SAMPLE_RATE // 8) ** 2
     for session in range(sessions):
         turns = []
         for index in range(clips):
-            seconds = float(np.clip(rng.lognormal(np.log(3), 0.85), 0.5, 30))
+            seconds = float(np.clip(rng.lognormal(np.log(3), 0.85), 0.5, longest))
             start = rng.integers(0, SAMPLE_RATE)
             clip = noise[start : start + round(seconds * SAMPLE_RATE)] * rng.uniform(1000, 4000)
             text = " ".join(["word"] * max(1, round(2.5 * seconds)))

@@ -1,0 +1,158 @@
+"""How the makespan of a sweep grows with its trials, its corpus, and the workers that share it.
+
+    python -m tests.bench.growth docs/growth.png   # the same, drawn
+
+Tiny models, a frozen encoder whose pass is part of the makespan, clips with the lengths of AnnoMI's. A makespan that
+grows as size^k is a line of slope k on logarithmic scales; start-up, which does not grow, makes k smaller.
+"""
+
+import functools
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from data.prepare import prepare
+from data.schema import SAMPLE_RATE, Corpus
+from data.shards import Shards
+from sweep import builtin
+from sweep import config as configuration
+from sweep.config import Config
+from tests.bench.frozen import made
+from tests.bench.measure import Row
+from tests.bench.reading import _conversations
+from tests.bench.sweeps import makespan
+
+TRIALS, MIDDLE = (8, 16, 32), 16
+HOURS, FEW = (1, 3, 10), 4  # of sound; the trials that read them
+WORKERS = (1, 2)
+SESSIONS, CLIPS = 12, 70  # of an hour
+
+
+@dataclass(frozen=True)
+class Series:
+    """Makespans at several sizes."""
+
+    name: str
+    sizes: Sequence[float]
+    walls: Sequence[float]  # s
+    goal: float | None = None
+
+    @property
+    def exponent(self) -> float:
+        """The slope of a line through all points, on logarithmic scales."""
+        return float(np.polyfit(np.log(self.sizes), np.log(self.walls), 1)[0])
+
+    @property
+    def last(self) -> float:
+        """The slope between the two largest sizes, where start-up matters least."""
+        return math.log(self.walls[-1] / self.walls[-2]) / math.log(self.sizes[-1] / self.sizes[-2])
+
+
+def run() -> list[Row]:
+    """The goals of growth: nothing grows faster than its cause."""
+    return [
+        Row(
+            f"exponent of the makespan: {series.name}",
+            ", ".join(f"{size:.3g}" for size in series.sizes),
+            [series.exponent],
+            series.goal,
+            most=True,
+            note=", ".join(f"{wall:.0f}" for wall in series.walls) + f" s; {series.last:.2f} between the last two",
+        )
+        for series in measured()
+    ]
+
+
+def measured() -> list[Series]:
+    """All series; sweeps that they have in common run once."""
+    wall = functools.cache(lambda *case: makespan(settings(*case)).wall)
+    both = max(WORKERS)
+    corpora = [Shards(made(f"growth-{hours}", functools.partial(make_corpus, hours=hours))) for hours in HOURS]
+    sound = [sum(shards.columns["n_samples"]) / SAMPLE_RATE / 3600 for shards in corpora]
+    return [
+        Series("trials", TRIALS, [wall(number, HOURS[0], both, 1) for number in TRIALS], goal=1.0),
+        Series("hours of sound", sound, [wall(FEW, hours, both, 1) for hours in HOURS], goal=1.0),
+        Series("workers, a trial each", WORKERS, [wall(MIDDLE, HOURS[0], slots, 1) for slots in WORKERS]),
+        Series("workers, sharing a trial", WORKERS, [wall(MIDDLE, HOURS[0], 1, workers) for workers in WORKERS]),
+    ]
+
+
+def settings(trials: int, hours: int, slots: int, workers: int) -> Config:
+    """A sweep over learning rate and rank.
+
+    Args:
+        trials: in all, none of which ends early.
+        hours: of sound in the corpus.
+        slots: trials at a time.
+        workers: of a trial.
+    """
+    config = configuration.load("demo").with_values(
+        {
+            "name": "growth",
+            "data.shards": str(made(f"growth-{hours}", functools.partial(make_corpus, hours=hours))),
+            "train.epochs": 1,
+            "search.trials": trials,
+            "search.pruning": None,
+            "search.space": {
+                "train.learning_rate": {"low": 5e-4, "high": 1e-2, "log": True},
+                "model.lora.rank": [2, 8, 16],
+            },
+            "search.points": [],
+            "resources.slots": slots,
+            "resources.workers": workers,
+        }
+    )
+    return builtin.resolve(config)
+
+
+def make_corpus(folder: Path, hours: int) -> None:
+    """Noise with the envelope of speech."""
+    conversations = list(_conversations(SESSIONS, CLIPS * hours))
+    prepare(Corpus("growth", ("a", "b"), {"client": ("a", "b")}, conversations), folder)
+
+
+def machine() -> str:
+    """What was measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} CPUs ({(names or [platform.machine()])[0]}), {memory:.0f} GiB"
+
+
+def draw(found: Sequence[Series], path: Path) -> None:
+    """All series as points, with their lines."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), sharey=True, layout="constrained")
+    for axis, series in zip(axes, found, strict=True):
+        slope, offset = np.polyfit(np.log(series.sizes), np.log(series.walls), 1)
+        axis.loglog(series.sizes, series.walls, "o", color="tab:blue")
+        line = [math.exp(offset) * size**slope for size in series.sizes]
+        axis.loglog(series.sizes, line, color="tab:gray", label=f"exponent {slope:.2f}")
+        axis.set_xticks(series.sizes, [f"{size:.3g}" for size in series.sizes])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.set_xlabel(series.name)
+        axis.legend()
+    axes[0].set_ylabel("makespan (s)")
+    figure.suptitle(f"A sweep of tiny models, from the command to its end; {machine()}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    target, series = Path(sys.argv[1]), measured()
+    draw(series, target)
+    for own in series:
+        print(f"{own.name}: exponent {own.exponent:.2f}", dict(zip(own.sizes, own.walls, strict=True)))
