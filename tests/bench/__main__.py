@@ -14,7 +14,10 @@ from rich.table import Table
 
 from tests.bench.measure import Row
 
-NAMES = ("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory", "sweeps", "growth")
+NAMES = (
+    *("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory"),
+    *("lean", "slots", "search", "multilora", "sweeps", "growth"),
+)
 
 
 def main() -> int:
