@@ -13,7 +13,9 @@ import torch
 from data.errors import UserError
 
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-WORKER = 600 * 10**6  # bytes that a worker's process takes before it has a model: torch, transformers and Ray
+# Bytes that a worker's process has for itself before it has a model (571 MB measured, of torch, transformers and Ray);
+# the pages of libraries are shared by all of them.
+WORKER = 600 * 10**6
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 

@@ -32,7 +32,7 @@ from sweep.shapes import Shape, Values, alike, shapes
 from sweep.trial import build, open_shards
 
 SMALL = 20 * 10**6  # parameters: a process of its own would take longer to start than such dry steps take
-START = 15.0  # seconds until the workers of a slot are up
+START = 20.0  # seconds until the workers of a slot are up, see `sweep.slot`
 Said = dict[str, Any]  # what `dry_steps` returns
 Say = Callable[[str], None]
 

@@ -208,7 +208,7 @@ def test_the_end_is_compared_with_what_was_said_first(
     forecast.ended(tmp_path, plan.forecast(ledger.entries(), [], 2), 7.0)  # by one that did a part
     assert "several attempts" in lines()[0]
     forecast.ended(tmp_path, said, 2 * said.seconds)
-    assert lines()[0].startswith("plan: 20 s estimated, 40 s taken (2.00 times that); ")
+    assert lines()[0].startswith("plan: 25 s estimated, 50 s taken (2.00 times that); ")
     more = sweep_.with_values({"search.trials": 3})
     forecast.remember(tmp_path, Forecast(trials=3, before=9.0, work=1.0, seconds=2.0))
     assert [line for line in forecast.lines(more, tmp_path, ledger.entries()) if "estimated" in line] == []
