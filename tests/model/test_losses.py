@@ -79,6 +79,15 @@ def test_the_next_token_loss_is_the_sum_over_the_answer(
     assert torch.equal(found.weighted(LossConfig(next_token=0.3)), 0.3 * found.next_token_B)
 
 
+@torch.no_grad()
+def test_the_lm_head_computes_the_predicted_positions_alone(models: Path, examples: list[Example]) -> None:
+    model, computed = build(models), []
+    model.llm.get_output_embeddings().register_forward_hook(lambda _, given, logits: computed.append(logits.shape[:-1]))
+    found = answer_losses(model, mixed(examples), LossConfig())
+    assert computed == [(sum(found.count_B),)]
+    assert len(set(found.count_B)) > 1
+
+
 def merged(log_probs: Tensor, likeliest: Tensor) -> Tensor:
     """Probabilities of the likeliest tokens, and of all others together."""
     others = torch.ones_like(log_probs).scatter(-1, likeliest, 0.0)
