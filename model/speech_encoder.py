@@ -67,7 +67,7 @@ class SpeechEncoder(nn.Module):
         """What layer `start`, at least 1, reads of a clip by itself: the part of an encoder whose upper layers train.
 
         Returns:
-            hidden_FD, whatever is masked further up included: `cost(len(clip))` frames.
+            hidden_FD, of all `cost(len(clip))` frames that are computed.
         """
         stack, layers, seen = self.stack, self.stack.layers, []
         hook = layers[start - 1].register_forward_hook(lambda layer, inputs, output: seen.append(output))

@@ -160,19 +160,24 @@ def test_the_cache_lies_beside_the_sweep_or_where_it_is_told(models: Path, shard
 
 def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path: Path, made: list[str]) -> None:
     cache = tmp_path / "cache"
-    space = {"model.adapter.stride": [2, 4, 8]}
+    space = {"model.adapter.stride": [2, 4, 8], "model.trainable": [FROZEN, UPPER]}
     compute(config(models, shards, space), cache, lambda text: None)
     folders = {
         need.recipe.pool[1]: need.folder for need in needs(config(models, shards, space), cache) if need.recipe.pool
     }
+    [layers] = [need for need in needs(config(models, shards, space), cache) if need.recipe.layers]
+    written = sum(path.stat().st_size for path in layers.folder.glob("features-*.arrow"))
+    assert 0.9 < layers.bytes(layers.parts) / written <= 1  # whole windows of Whisper
     now = time.time()
+    os.utime(layers.folder / "about.json", (now - 50 * 86400, now - 50 * 86400))
     for stride, days in ((2, 40), (4, 3), (8, 0)):
         os.utime(folders[stride] / "about.json", (now - days * 86400, now - days * 86400))
     listed = sweep("cache", "ls", cache)
     assert listed.code == 0
-    assert all(folder.name in listed.out for folder in folders.values())
+    assert all(folder.name in listed.out for folder in (*folders.values(), layers.folder))
     assert sweep("cache", "prune", cache, "--days", 30).code == 0
     assert [stride for stride, folder in folders.items() if folder.exists()] == [4, 8]
+    assert not layers.folder.exists()
     assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
     assert [stride for stride, folder in folders.items() if folder.exists()] == [8]  # it may be in use
     assert "say what may go" in sweep("cache", "prune", cache).err
@@ -182,9 +187,11 @@ def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path:
 
 def test_a_dry_run_says_what_is_computed_once(models: Path, shards: Shards, tmp_path: Path) -> None:
     path = tmp_path / "test.yaml"
-    path.write_text(yaml.safe_dump(config(models, shards).model_dump(mode="json")))
+    either = config(models, shards, {"model.trainable": [FROZEN, UPPER]})
+    path.write_text(yaml.safe_dump(either.model_dump(mode="json")))
     outcome = sweep("run", path, "--dry-run", "--out", tmp_path / "runs" / "test")
     assert outcome.code == 0
     assert "pooled by 8 / 4: " in outcome.out
+    assert "frozen whisper up to layer 1 of 2: " in outcome.out
     assert "once for all trials; 1 of 1 parts to compute" in outcome.out.replace("\n", " ")
     assert not (tmp_path / "runs").exists()
