@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tests.bench.measure import Row
 
-NAMES = ("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory")
+NAMES = ("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory", "slots")
 
 
 def main() -> int:
