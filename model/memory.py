@@ -1,13 +1,21 @@
-"""Out of memory: what is recognised as that, and how it ends where nothing smaller can be computed."""
+"""Base models that a process keeps; out of memory: what is recognised as that, and how it ends."""
 
 import contextlib
+import functools
 import gc
-from collections.abc import Iterator
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
+import psutil
 import torch
+from torch import nn
 
 from data.errors import UserError
 
+KEPT_SHARE = 1 / 8  # of a device's memory, for base models that wait for a trial to use them again
+MOST_KEPT = 8  # base models, also of those without weights
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 
@@ -48,3 +56,41 @@ def told(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory in {what}; train fewer parameters, or use a larger device") from None
+
+
+Load = TypeVar("Load", bound=Callable[..., nn.Module])
+
+
+def kept(load: Load) -> Load:
+    """Keep what a function of a path, a device and more has loaded: a search over base models comes back to each.
+
+    The newest is kept in any case. Those before it stay as long as all together take no more than a share of the
+    device's memory; the one that was not used for longest goes first, before another is loaded.
+    """
+    found: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def loaded(*given: Any, **named: Any) -> nn.Module:
+        (call := signature.bind(*given, **named)).apply_defaults()
+        key = tuple(call.arguments.values())
+        if key not in found:
+            room = KEPT_SHARE * _total(call.arguments["device"])
+            while found and (len(found) == MOST_KEPT or _with_another(found.values()) > room):
+                found.popitem(last=False)
+            found[key] = load(*key)
+        found.move_to_end(key)
+        return found[key]
+
+    return loaded  # type: ignore[return-value]
+
+
+def _total(device: str) -> int:
+    """Bytes of memory that a device has."""
+    return torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else psutil.virtual_memory().total
+
+
+def _with_another(models: Iterable[nn.Module]) -> int:
+    """Bytes of models, and of one more like the largest of them."""
+    sizes = [sum(own.nbytes for own in model.parameters() if not own.is_meta) for model in models]
+    return sum(sizes) + max(sizes)
