@@ -7,6 +7,7 @@ its runs belong to it. Of two runs with one key (a request whose answer was lost
 the older one counts, and the other is deleted.
 """
 
+import functools
 import io
 import json
 import logging
@@ -16,11 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sweep.curves import Point
 from sweep.ledger import Entry
 from sweep.results import read_predictions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
     from mlflow.entities import Run
 
 CHUNK = 1000  # metrics a request may hold
@@ -215,7 +220,7 @@ def confusion_picture(records: Sequence[Any], labels: Sequence[str]) -> Any:
     return Image.open(buffer)
 
 
-def _drawn(counts: "np.ndarray", labels: Sequence[str]) -> "Figure":
+def _drawn(counts: np.ndarray, labels: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
