@@ -1,6 +1,5 @@
 """Speech encoders by Hugging Face id or folder; those that cannot be made independent of their batch are refused."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from model.encoder_families import (
     WaveEncoder,
     WavLMEncoder,
 )
+from model.memory import kept
 from model.speech_encoder import SpeechEncoder
 
 __all__ = [
@@ -53,9 +53,9 @@ def encoder_kind(path: str) -> str:
     return kind
 
 
-@functools.lru_cache(maxsize=2)
+@kept
 def load_encoder(path: str, device: str, dtype: str = "float32") -> SpeechEncoder:
-    """Load an encoder once per process; trials share its frozen weights.
+    """Load an encoder; trials of a process share its frozen weights, see `kept`.
 
     Args:
         path: Hugging Face id or local folder.

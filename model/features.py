@@ -8,6 +8,7 @@ Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (
 """
 
 import functools
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -77,7 +78,7 @@ def encoder_digest(path: str) -> str:
     Raises:
         ConfigError: see `load_encoder`.
     """
-    encoder = load_encoder.__wrapped__(path, "cpu")  # not to be kept: it may be large
+    encoder = inspect.unwrap(load_encoder)(path, "cpu")  # not to be kept: it may be large
     return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
 
 

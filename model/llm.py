@@ -1,7 +1,6 @@
 """The language model: loaded once a process, viewed by every trial, changed by LoRA only."""
 
 import copy
-import functools
 import inspect
 from typing import Any
 
@@ -14,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, reason
 from model.config import LLMConfig, LoraSettings
+from model.memory import kept
 
 
-@functools.lru_cache(maxsize=1)
+@kept
 def load_llm(path: str, dtype: str, device: str) -> nn.Module:
-    """Load a causal language model once per process, frozen.
+    """Load a causal language model, frozen; trials of a process share it, see `kept`.
 
     Args:
         path: Hugging Face id or local folder.

@@ -1,17 +1,23 @@
-"""Out of memory: what is recognised as that, how it ends where nothing smaller can be computed, and what was held."""
+"""Memory: base models that a process keeps, what it holds, and how it ends where nothing smaller can be computed."""
 
 import contextlib
 import ctypes
 import functools
 import gc
+import inspect
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from data.errors import UserError
 
+KEPT_SHARE = 1 / 8  # of a device's memory, for base models that wait for a trial to use them again
+MOST_KEPT = 8  # base models, also of those without weights
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Bytes that a worker's process has for itself before it has a model (571 MB measured, of torch, transformers and Ray);
 # the pages of libraries are shared by all of them.
@@ -102,3 +108,36 @@ def capacity(device: str) -> int:
     limits = [Path(limit).read_text().strip() for limit in LIMITS if Path(limit).exists()]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+Load = TypeVar("Load", bound=Callable[..., nn.Module])
+
+
+def kept(load: Load) -> Load:
+    """Keep what a function of a path, a device and more has loaded: a search over base models comes back to each.
+
+    The newest is kept in any case. Those before it stay as long as all together take no more than a share of the
+    device's memory; the one that was not used for longest goes first, before another is loaded.
+    """
+    found: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def loaded(*given: Any, **named: Any) -> nn.Module:
+        (call := signature.bind(*given, **named)).apply_defaults()
+        key = tuple(call.arguments.values())
+        if key not in found:
+            room = KEPT_SHARE * capacity(call.arguments["device"])
+            while found and (len(found) == MOST_KEPT or _with_another(found.values()) > room):
+                found.popitem(last=False)
+            found[key] = load(*key)
+        found.move_to_end(key)
+        return found[key]
+
+    return loaded  # type: ignore[return-value]
+
+
+def _with_another(models: Iterable[nn.Module]) -> int:
+    """Bytes of models, and of one more like the largest of them."""
+    sizes = [sum(own.nbytes for own in model.parameters() if not own.is_meta) for model in models]
+    return sum(sizes) + max(sizes)

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
-from sklearn.preprocessing import MultiLabelBinarizer
 
 from data.schema import JOIN, split_label
 
@@ -124,6 +122,8 @@ def calibration_error(records: Sequence[Record]) -> float:
 
 def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 and support of each single label."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     single = _single(labels)
     truth, said = _indicators(records, single)
     columns = precision_recall_fscore_support(truth, said, labels=range(len(single)), average=None, zero_division=0)
@@ -136,6 +136,8 @@ def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dic
 
 def confusion(records: Sequence[Record], labels: Sequence[str]) -> np.ndarray:
     """Counts [true label, predicted label]."""
+    from sklearn.metrics import confusion_matrix
+
     counts: np.ndarray = confusion_matrix(*_pairs(records), labels=list(labels))
     return counts
 
@@ -186,6 +188,8 @@ def _single(labels: Sequence[str]) -> list[str]:
 def _indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """[item, label]: whether the turn has the label, and whether the model said so. Labels beyond `single` are wrong
     answers and nobody's class."""
+    from sklearn.preprocessing import MultiLabelBinarizer
+
     # A column that is always empty: scikit-learn takes a matrix of one column for another kind of problem.
     binarizer = MultiLabelBinarizer(classes=[*single, JOIN])
     known = set(single)
@@ -195,10 +199,12 @@ def _indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.nd
 
 
 def _accuracy(records: Sequence[Record]) -> float:
-    return float(accuracy_score(*_pairs(records)))
+    return float(np.mean([record.label == record.prediction for record in records]))
 
 
 def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
+    from sklearn.metrics import precision_recall_fscore_support
+
     single = _single(labels)
     truth, said = _indicators(records, single)
     own = {"labels": range(len(single)), "zero_division": 0}

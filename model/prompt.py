@@ -82,7 +82,7 @@ class Vocabulary:
         return start, end
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def load_vocabulary(path: str) -> Vocabulary:
     """Load the tokenizer of an LLM once per process."""
     try:

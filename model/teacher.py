@@ -10,6 +10,7 @@ Legend: P predicted tokens of an example, V vocabulary, K = min(TOP, V), E width
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def llm_digest(path: str, dtype: str) -> str:
     Raises:
         ConfigError: see `load_llm`.
     """
-    llm: Any = load_llm.__wrapped__(path, dtype, "cpu")  # not to be kept: it may be large
+    llm: Any = inspect.unwrap(load_llm)(path, dtype, "cpu")  # not to be kept: it may be large
     return model_digest(llm.state_dict(), llm.config.to_dict())
 
 

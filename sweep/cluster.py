@@ -107,19 +107,24 @@ def _start_once(scratch: Path) -> None:
     os.environ["RAY_num_workers_soft_limit"] = "64"  # noqa: SIM112 — Ray spells it so
     # A slot is a handful of small processes: start them at once, without a warning for each.
     os.environ["RAY_worker_maximum_startup_concurrency"] = "16"  # noqa: SIM112
+    # Inherited by Ray's processes: as a `runtime_env`, every worker would start twice, and none of those that Ray
+    # starts beforehand would be of use.
+    os.environ.update(_variables())
     # Train's placement-group cleaner needs the address: without it, it gives up when several Ray instances run on a
     # machine, and leaks the resources of an ended trial.
-    variables = _variables() | {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    ray.init(
-        address="local",
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=free_port(),
-        object_store_memory=512 << 20,
-        runtime_env={"env_vars": variables},
-        _temp_dir=str(scratch),
-        **QUIET,
-    )
+    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=free_port(),
+            object_store_memory=512 << 20,
+            _temp_dir=str(scratch),
+            **QUIET,
+        )
+    finally:
+        del os.environ["RAY_ADDRESS"]  # it is for them alone
 
 
 def _end_new(before: leftovers.Known) -> None:

@@ -66,6 +66,7 @@ class Ledger:
         self.config = config
         self.study = study
         self.fits: draw.Fits = lambda values: True  # whether a new trial may start; see `sweep.planner`
+        self._ended: dict[int, Entry] = {}  # which do not change any more
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Ledger":
@@ -225,7 +226,13 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """Every trial that was started, by number."""
         trials = self.study.get_trials(deepcopy=False)
-        return [_entry(self.config, trial) for trial in trials if trial.state != TrialState.WAITING]
+        return [self._entry(trial) for trial in trials if trial.state != TrialState.WAITING]
+
+    def _entry(self, trial: FrozenTrial) -> Entry:
+        found = self._ended.get(trial.number) or _entry(self.config, trial)
+        if trial.state.is_finished():
+            self._ended[trial.number] = found
+        return found
 
     def best(self) -> Entry | None:
         """The complete trial with the best value; on a tie the earlier one."""

@@ -7,6 +7,7 @@ its runs belong to it. Of two runs with one key (a request whose answer was lost
 the older one counts, and the other is deleted.
 """
 
+import functools
 import io
 import json
 import logging
@@ -16,11 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sweep.curves import Point
 from sweep.ledger import Entry
 from sweep.results import read_predictions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
     from mlflow.entities import Run
 
 CHUNK = 1000  # metrics a request may hold
@@ -205,16 +210,32 @@ def _table(records: Sequence[Any], labels: Sequence[str]) -> dict[str, list[Any]
 
 def confusion_picture(records: Sequence[Any], labels: Sequence[str]) -> Any:
     """The confusion matrix as a PIL image."""
-    from matplotlib.figure import Figure
     from PIL import Image
-    from sklearn.metrics import ConfusionMatrixDisplay
 
     from model.metrics import confusion
 
-    size = 2.5 + 0.6 * len(labels)
-    axes = (figure := Figure(figsize=(size, size), dpi=120, layout="constrained")).add_subplot()
-    display = ConfusionMatrixDisplay(confusion(records, labels), display_labels=list(labels))
-    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
-    axes.set_title("validation split")
+    figure = _drawn(confusion(records, labels), labels)
+    figure.axes[0].set_position(_place(tuple(labels)))
     figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer)
+
+
+def _drawn(counts: np.ndarray, labels: Sequence[str]) -> "Figure":
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 2.5 + 0.6 * len(labels)
+    axes = (figure := Figure(figsize=(size, size), dpi=120)).add_subplot()
+    display = ConfusionMatrixDisplay(counts, display_labels=list(labels))
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
+    axes.set_title("validation split")
+    return figure
+
+
+@functools.lru_cache(maxsize=8)
+def _place(labels: tuple[str, ...]) -> "Bbox":
+    """Where the matrix has room for the words around it: to find that takes longer than all the rest of a picture."""
+    figure = _drawn(np.zeros((len(labels), len(labels)), int), labels)
+    figure.set_layout_engine("constrained")
+    figure.draw_without_rendering()
+    return figure.axes[0].get_position()

@@ -36,6 +36,9 @@ class Leaving(Exception):  # noqa: N818 — not an error
 def serve(slot: dict[str, Any]) -> None:
     """Train loop of every worker of a slot: one trial after another in the same process, over the same base weights."""
     mailbox, context, seen = slot["mailbox"], ray.train.get_context(), 0
+    # Imported here and not by the processes around the workers, which need no torch.
+    module, name = slot["fit"].split(":")
+    fit = getattr(importlib.import_module(module), name)
     rank, alone = context.get_world_rank(), context.get_world_size() == 1
     interrupted = watch(mailbox)
     while (current := ray.get(mailbox.next.remote(seen, rank))) is not None:
@@ -46,9 +49,7 @@ def serve(slot: dict[str, Any]) -> None:
                 raise Stopped
 
         try:
-            # Imported here and not by the processes around the workers, which need no torch.
-            module, name = slot["fit"].split(":")
-            finished = getattr(importlib.import_module(module), name)(job, report, interrupted)
+            finished = fit(job, report, interrupted)
             if finished and rank == 0:
                 ray.get(mailbox.done.remote(seen))
             if not finished and not ray.get(mailbox.interrupted.remote(seen)):
@@ -124,10 +125,8 @@ class Slot(ray.tune.Trainable):
         self.reset_config(config)
 
     def _hold(self) -> None:
-        from ray.train.torch import TorchTrainer
-
         try:
-            TorchTrainer(
+            trainer_class(self.scaling["num_workers"])(
                 serve,
                 train_loop_config={"mailbox": self.mailbox, "fit": self.fit},
                 scaling_config=ray.train.ScalingConfig(**self.scaling),
@@ -168,6 +167,28 @@ class Slot(ray.tune.Trainable):
         except ray.exceptions.RayError:
             return
         self.thread.join(10)
+
+
+def trainer_class(workers: int) -> type[Any]:
+    """Ray Train's trainer, with no more around the workers than a slot uses: each process costs its start.
+
+    A single worker joins no process group, so neither the Tune actor nor the controller imports torch; and datasets,
+    which a trial opens for itself, have no manager.
+    """
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    base = DataParallelTrainer
+    if workers > 1:
+        from ray.train.torch import TorchTrainer
+
+        base = TorchTrainer
+
+    class GroupTrainer(base):  # type: ignore[misc, valid-type]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+    return GroupTrainer
 
 
 def slot_class(fit: str, scaling: dict[str, Any], storage: str, notice: Any) -> type[Slot]:

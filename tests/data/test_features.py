@@ -1,16 +1,21 @@
 """Features of frozen encoders in files: named by what is heard, whole or not there, read as they were written."""
 
 import dataclasses
+import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data import features
 from data.config import DataConfig
 from data.errors import StorageError
 from data.examples import read_clip
-from data.features import Features, missing, parts, write
+from data.features import LAYOUT, Features, missing, parts, write
+from data.frozen import Files, Part
+from data.frozen import write as write_rows
 from data.prepare import prepare
 from data.shards import Shards
 from data.stream import feature_source, local_source
@@ -129,3 +134,31 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_half_written_stays(
     with pytest.raises(StorageError, match=r"free some space, or set storage\.cache"):
         write(tmp_path / "file", part, [of_row(row) for row in part.rows])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def hold(folder: Path, part: Part[int], told: Connection) -> None:
+    """A process that has read all of a file, and waits."""
+    files = Files(folder, [part], LAYOUT)
+    told.send(sum(float(files.arrays(row)[0].sum(dtype="<f8")) for row in part.rows))
+    told.recv()
+
+
+def test_the_processes_of_a_node_share_the_pages_of_a_file(tmp_path: Path) -> None:
+    """Each of two slots holds half of what it reads, and nothing of its own."""
+    part, size = Part("features-of-two.arrow", (0, 1), 2), 4 << 20
+    write_rows(tmp_path, part, LAYOUT, [[np.full((size // 64, 32), 1 + row, "<f2")] for row in part.rows])
+    spawned, pipes, slots = multiprocessing.get_context("spawn"), [], []
+    for _ in range(2):
+        own, other = spawned.Pipe()
+        pipes.append(own)
+        slots.append(spawned.Process(target=hold, args=(tmp_path, part, other)))
+        slots[-1].start()
+    assert [pipe.recv() for pipe in pipes] == [3 * size // 2] * 2
+    for slot in slots:
+        [mapped] = [own for own in psutil.Process(slot.pid).memory_maps() if own.path.endswith(part.name)]
+        assert mapped.rss >= 2 * size
+        assert mapped.pss <= 0.6 * mapped.rss
+        assert mapped.private_dirty == 0
+    for pipe, slot in zip(pipes, slots, strict=True):
+        pipe.send(None)
+        slot.join()

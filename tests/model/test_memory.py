@@ -1,6 +1,9 @@
 """Out of memory: less is computed at once, the step is made again, and the result is that of the smaller budget."""
 
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import multiprocessing
 
 from data.shards import Shards
 from model import checkpoint, curve, memory, train
+from model.llm import load_llm, shared_view
 from model.memory import OutOfMemory
 from tests.model.common import close
 from tests.model.trials import CONFIG, TWO, Trial, history
@@ -207,3 +211,25 @@ def test_several_workers_start_again_with_less(models: Path, corpus: Shards, tmp
 def test_words_of_memory() -> None:
     assert all(map(memory.is_out_of_memory, WORDS))
     assert not memory.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_base_models_are_kept_as_long_as_there_is_room(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An axis of two LLMs loads each once; where only one fits, the other is gone before the next is loaded."""
+    paths = [str(shutil.copytree(models / "llm", tmp_path / name)) for name in "ab"]
+    one, two = (load_llm(path, "float32", "cpu") for path in paths)
+    assert one is not two
+    assert [load_llm(path, "float32", device="cpu") for path in paths] == [one, two]
+    assert load_llm(paths[0], "bfloat16", "cpu") is not one
+
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
+    view, dead = shared_view(one), weakref.ref(one)
+    del one
+    assert load_llm(paths[1], "float32", "cpu") is two, "what is there already asks for no room"
+    third = load_llm(paths[0], "float32", "meta")
+    gc.collect()
+    assert dead() is None, "the view of a trial does not hold the model"
+    assert load_llm(paths[0], "float32", "meta") is third
+    assert next(view.parameters()).sum().isfinite()
+    assert load_llm(paths[1], "float32", "cpu") is not two
