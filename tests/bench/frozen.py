@@ -34,12 +34,13 @@ from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
 SESSIONS, TURNS, STEPS, ROUNDS = 6, 24, 2, 5
+HISTORIES = (10, 3)  # a long one; the preset's
 PAIRS = 21  # rounds of a step each, for a goal of a few per cent
 
 
 def run() -> list[Row]:
     """The goals of both."""
-    return [distillation(), features()]
+    return [distillation(), *map(features, HISTORIES)]
 
 
 def distillation() -> Row:
@@ -71,9 +72,9 @@ def steps_of(own: Trainer) -> Callable[[], float]:
     return lambda: seconds(own, next(epochs), 1)
 
 
-def features() -> Row:
-    """A step over clips."""
-    config = settings()
+def features(history: int) -> Row:
+    """A step over clips after so many turns. What is left of it is the LLM, which no cache takes away."""
+    config = settings(**{"data.history": history})
     shards, made = open_shards(config.data), recipe(config.model, config.data, "cpu")
     folder = CACHE / "features" / made.key
     started, hours = time.monotonic(), 0.0
@@ -91,7 +92,7 @@ def features() -> Row:
     note = ", ".join(f"{1000 * statistics.median(taken):.0f} ms {name}" for name, taken in times.items())
     note += f"; {said_equal(live, read, (ROUNDS + 1) * STEPS)}{took}"
     times_less = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
-    return Row("step with features", "encoder online", times_less, goal=5.0, note=note)
+    return Row(f"step with features, {history} turns of history", "encoder online", times_less, goal=5.0, note=note)
 
 
 def said_equal(one: Trainer, other: Trainer, steps: int) -> str:
