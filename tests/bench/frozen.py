@@ -33,12 +33,13 @@ from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
 SESSIONS, TURNS, STEPS, ROUNDS = 6, 24, 2, 5
+HISTORIES = (10, 3)  # a long one; the preset's
 PAIRS = 21  # rounds of a step each, for a goal of a few per cent
 
 
 def run() -> list[Row]:
     """The goals of all."""
-    return [distillation(), features(), upper()]
+    return [distillation(), *map(features, HISTORIES), upper()]
 
 
 def distillation() -> Row:
@@ -70,9 +71,10 @@ def steps_of(own: Trainer) -> Callable[[], float]:
     return lambda: seconds(own, next(epochs), 1)
 
 
-def features() -> Row:
-    """A step over clips, the encoder frozen."""
-    return compared("step with features", settings(), goal=5.0)
+def features(history: int) -> Row:
+    """A step over clips after so many turns, the encoder frozen. What is left is the LLM, which no cache takes away."""
+    name = f"step with features, {history} turns of history"
+    return compared(name, settings(**{"data.history": history}), goal=5.0)
 
 
 def upper() -> Row:
