@@ -39,7 +39,7 @@ TOP_TWO = "new+encoder.*.layers.10.*+encoder.*.layers.11.*"
 STOCK = "Tune + OptunaSearch + ASHA + MLflow callback, a TorchTrainer a trial"
 TRAINER = "transformers Trainer.hyperparameter_search (optuna)"
 MODULES = {STOCK: "tests.bench.peer_ray", TRAINER: "tests.bench.peer_transformers"}
-EQUAL = {STOCK: 0.0, TRAINER: 1e-4}  # relative difference of values; two threads sum in another order than one
+EQUAL = {STOCK: 0.0, TRAINER: 1e-3}  # relative difference of values; two threads sum in another order than one
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def makespan(config: Config, peer: str | None = None) -> Outcome:
             [sys.executable, "-m", *command], capture_output=True, text=True, check=False, env=environment
         )
         wall = time.monotonic() - started
-        assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+        assert not done.returncode, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         results = json.loads((folder / "results.json").read_text()) if peer else own_results(folder)
     values = {json.dumps(result["params"], sort_keys=True): result["value"] for result in results}
     return Outcome(wall, values, [result["seconds"] for result in results])
