@@ -45,7 +45,7 @@ SPACE: dict[str, Any] = {
     RATE: {"low": RATES[0], "high": RATES[-1], "log": True},
 }
 TOPS = (0.05, 0.025)  # targets: what this share of the table's points reaches
-SLOTS, ROUNDS, SEEDS = 2, 5, 20
+SLOTS, ROUNDS, SEEDS = 2, 5, 40
 LIMIT = 400  # trials, after which a search has failed
 TABLE = "search-1.jsonl"  # another number for every change of what is trained
 
