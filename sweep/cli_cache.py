@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from filelock import FileLock, Timeout
 from rich.table import Table
 
 from data.errors import UserError
 from data.frozen import ABOUT
-from data.store import UNFINISHED
+from data.store import LOCK, UNFINISHED
 from sweep.cli_prepare import console
 
 KINDS = ("features", "teacher")  # folders of a cache
@@ -61,13 +62,18 @@ def prune(
     max_gb: Annotated[float | None, typer.Option(min=0, help="Then the longest unused, until so much is left.")] = None,
 ) -> None:
     """Delete what has not been used for long; it is computed again when a sweep needs it. What was used within the
-    last hour stays."""
+    last hour stays, and what a sweep computes now."""
     if days is None and max_gb is None:
         raise UserError("sweep cache prune: say what may go: --days 30, or --max-gb 100")
     doomed = to_prune(kept(folder), time.time(), days, max_gb)
     for one in doomed:
-        shutil.rmtree(one.folder, ignore_errors=True)
-        console.print(f"deleted {one.folder.name}: {_shown(one.bytes)}", highlight=False)
+        try:
+            with FileLock(one.folder / LOCK, timeout=0):
+                shutil.rmtree(one.folder, ignore_errors=True)
+        except Timeout:
+            console.print(f"{one.folder.name} stays: a sweep computes it", highlight=False)
+        else:
+            console.print(f"deleted {one.folder.name}: {_shown(one.bytes)}", highlight=False)
     console.print(f"{_shown(sum(one.bytes for one in kept(folder)))} left in {folder}", highlight=False)
 
 

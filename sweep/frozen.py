@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,6 +127,12 @@ def folders_for(config: Config, cache: Path) -> dict[str, str | None]:
     """Where a trial reads what, by kind; None where the files are not all there, or it has no use for any."""
     own = {kind: need_of(config, cache) for kind, (_, need_of) in KINDS.items()}
     return {kind: None if need is None or need.missing else str(need.folder) for kind, need in own.items()}
+
+
+def used(folders: Mapping[str, str | None]) -> None:
+    """Note that a trial reads there now: `sweep cache prune` goes by that."""
+    for place in filter(None, folders.values()):
+        (Path(place) / ABOUT).touch()
 
 
 def described(need: Need) -> str:

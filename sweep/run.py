@@ -203,11 +203,13 @@ class Driver:
         config = as_run(trial_config(self.config, values), open_shards(resolved.data))
         configuration.write(config, folder / "config.yaml")
         own = builtin.resolve(config)
+        folders = frozen.folders_for(own, self.cache)
+        frozen.used(folders)
         return {
             "folder": str(folder),
             "config": own.model_dump(mode="json"),
             "reader": choose_reader(resolved),
-            "frozen": frozen.folders_for(own, self.cache),
+            "frozen": folders,
         }
 
 

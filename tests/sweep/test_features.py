@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from data import features as files
 from data.errors import StorageError
 from data.prepare import prepare
 from data.shards import Shards
+from data.store import LOCK
 from sweep import frozen
 from sweep.config import Config
 from sweep.features import need_of
@@ -181,6 +183,12 @@ def test_the_cache_is_listed_and_bounded(models: Path, shards: Shards, tmp_path:
     assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
     assert [stride for stride, folder in folders.items() if folder.exists()] == [8]  # it may be in use
     assert "say what may go" in sweep("cache", "prune", cache).err
+    os.utime(folders[8] / "about.json", (now - 9 * 86400, now - 9 * 86400))
+    with FileLock(folders[8] / LOCK):
+        assert "a sweep computes it" in sweep("cache", "prune", cache, "--max-gb", 0).out
+    frozen.used({"features": str(folders[8]), "taught": None})  # a trial starts that reads it
+    assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
+    assert folders[8].exists()
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
     assert folder_of(config(models, shards), cache) is None
 
