@@ -89,7 +89,7 @@ class Driver:
             ClusterError: there is nothing to run on.
         """
         # Read when Ray is imported: the driver shows progress and failures itself, and the ledger keeps every result.
-        # Tune would write down all trials again and again, and hold that in memory.
+        # Tune would write down all trials again and again.
         os.environ.update(RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR", RAY_AIR_NEW_OUTPUT="0")
         os.environ.update(TUNE_DISABLE_STRICT_METRIC_CHECKING="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
         os.environ.update(TUNE_GLOBAL_CHECKPOINT_S="1e9")

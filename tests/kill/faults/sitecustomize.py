@@ -125,7 +125,7 @@ def note_steps(module):
 
     def note(self, *args):
         original(self, *args)
-        if self.rank == 0:
+        if self.rank == 0 and self.folder.name.isdigit():  # not a dry step
             made = {"trial": int(self.folder.name), "step": self.state.total_steps}
             line = {"time": time.time(), "pid": os.getpid()} | made
             descriptor = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
