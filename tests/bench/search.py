@@ -85,7 +85,7 @@ Curve = list[dict[str, Any]]  # what was reported, by epoch
 
 
 def table(config: Config) -> dict[str, Curve]:
-    """The learning curves of all points, by `key`; those that were not trained yet are, which takes ten minutes."""
+    """The learning curves of all points, by `key`; those that were not trained yet are."""
     path = CACHE / TABLE
     known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
     for point in points():
