@@ -16,7 +16,7 @@ from tests.bench.measure import Row
 
 NAMES = (
     *("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory"),
-    *("lean", "slots", "search", "multilora", "sweeps", "growth"),
+    *("lean", "slots", "search", "multilora", "sweeps", "growth", "gpu"),
 )
 
 

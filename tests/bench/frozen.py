@@ -166,10 +166,10 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def trainer(config: Config, features: Path | None = None, taught: Path | None = None) -> Trainer:
+def trainer(config: Config, features: Path | None = None, taught: Path | None = None, device: str = "cpu") -> Trainer:
     """A trainer whose model has just been made."""
     seed_everything(0)
-    model, data = build(config, "local", ("train",), "cpu", features, taught)
+    model, data = build(config, "local", ("train",), device, features, taught)
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
 
 

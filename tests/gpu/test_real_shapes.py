@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, HubertConfig, LlamaConfig
 
 from data.examples import Example
 from data.schema import SAMPLE_RATE
-from model import encoder as encoder_module
-from model import llm as llm_module
 from model.checkpoint import seed_everything
 from model.config import LossConfig, ModelConfig
 from model.losses import answer_losses
@@ -22,27 +19,8 @@ from model.score import label_scores
 from model.speech_llm import SpeechLLM
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS
+from tests.real_shapes import random_weights
 
-LLAMA_3B = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=28,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131_072,
-    tie_word_embeddings=True,
-)
-HUBERT_LARGE = HubertConfig(
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    conv_bias=True,
-    feat_extract_norm="layer",
-    do_stable_layer_norm=True,
-)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -100,26 +78,10 @@ def test_tiny_models_choose_the_same_labels_in_bf16(models: Path) -> None:
 
 
 @pytest.fixture
-def real_shapes(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Loads models of the real shapes with random weights, made on the GPU: files of them would take minutes."""
-
-    def random(kind: Any, config: Any) -> Any:
-        def load(path: str, dtype: torch.dtype, **rest: Any) -> Any:
-            with torch.device("cuda"):
-                torch.manual_seed(1)
-                model = kind.from_config(config, dtype=dtype)
-            return (model, {"missing_keys": []}) if rest.get("output_loading_info") else model
-
-        return load
-
-    monkeypatch.setattr(llm_module.AutoModelForCausalLM, "from_pretrained", random(AutoModelForCausalLM, LLAMA_3B))
-    monkeypatch.setattr(encoder_module.AutoModel, "from_pretrained", random(AutoModel, HUBERT_LARGE))
-    original = AutoConfig.from_pretrained
-    shapes = {str(models / "llm"): LLAMA_3B, str(models / "hubert-layer"): HUBERT_LARGE}
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **rest: shapes.get(path) or original(path, **rest))
-    yield models
-    llm_module.load_llm.cache_clear()
-    encoder_module.load_encoder.cache_clear()
+def real_shapes(models: Path) -> Iterator[Path]:
+    """Models of the real shapes, in place of the tiny ones in this folder."""
+    with random_weights(models / "llm", models / "hubert-layer"):
+        yield models
 
 
 @pytest.mark.gpu
