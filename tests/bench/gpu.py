@@ -1,4 +1,4 @@
-"""On a GPU: the training step of the real shapes, Llama-3.2-3B and HuBERT-large (random weights, bf16, LoRA on all of its
+"""On a GPU: the training step of the real shapes, Llama-3.2-3B and HuBERT-large (random weights, bf16, LoRA on all
 linear layers), against the rate at which the chip multiplies matrices.
 
     python -m tests.bench gpu
