@@ -73,25 +73,26 @@ def share(step: Sequence[int], rank: int, world: int) -> list[int]:
     return list(step[rank::world])
 
 
-def micro_batches(costs: Sequence[Cost], budget: int) -> list[list[int]]:
+def micro_batches(costs: Sequence[Cost], budget: int, spared: int = SPARED) -> list[list[int]]:
     """Cut a batch, given by the costs of its items, into parts of similar tokens with longest x count within `budget`.
 
-    An item that is over the budget by itself makes a part of its own.
+    An item that is over the budget by itself makes a part of its own. Another part costs more than `spared` positions
+    of padding do.
     """
 
     def fits(part: Sequence[int]) -> bool:
         longest = max(costs[item].tokens for item in part) + max(costs[item].frames for item in part)
         return longest * len(part) <= budget
 
-    return _cut([cost.tokens for cost in costs], fits)
+    return _cut([cost.tokens for cost in costs], fits, spared)
 
 
-def groups(lengths: Sequence[int]) -> list[list[int]]:
+def groups(lengths: Sequence[int], spared: int = SPARED) -> list[list[int]]:
     """Cut clips, given by their lengths in frames, into groups that are padded and encoded together."""
-    return _cut(lengths, lambda part: True)
+    return _cut(lengths, lambda part: True, spared)
 
 
-def _cut(lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+def _cut(lengths: Sequence[int], fits: Callable[[Sequence[int]], bool], spared: int) -> list[list[int]]:
     """Parts in order of length, each as large as `fits` and the limit on padding allow."""
     parts: list[list[int]] = []
     total = 0  # of the lengths in the last part
@@ -99,7 +100,7 @@ def _cut(lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[
         longer = [*parts[-1], item] if parts else []
         computed = len(longer) * lengths[item]
         total += lengths[item]
-        if longer and computed - total <= max(SPARED, PADDING * computed) and fits(longer):
+        if longer and computed - total <= max(spared, PADDING * computed) and fits(longer):
             parts[-1] = longer
         else:
             parts.append([item])

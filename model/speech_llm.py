@@ -21,7 +21,7 @@ from data.tasks import AnswerSet
 from model import checkpoint
 from model.adapter import Adapter, load_adapter
 from model.config import ModelConfig
-from model.device import on_device
+from model.device import on_device, spared
 from model.encoder import SpeechEncoder, load_encoder, time_mask
 from model.features import clip_features, pooling
 from model.llm import adapted_llm, own_tensors, reach, shared_view
@@ -192,6 +192,11 @@ class SpeechLLM(nn.Module):
         device: torch.device = self.llm.get_input_embeddings().weight.device
         return device
 
+    @property
+    def spared(self) -> int:
+        """Positions of padding that cost less than to compute in two parts here."""
+        return spared(self.device)
+
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except parts that are frozen: their dropout stays off."""
         super().train(mode)
@@ -263,7 +268,7 @@ class SpeechLLM(nn.Module):
         if self.encoder_is_frozen:
             return self.adapter.project([self._features(example) for example in examples])
         found: dict[int, Tensor] = {}
-        for group in groups([self.encoder.cost(_samples(example)) for example in examples]):
+        for group in groups([self.encoder.cost(_samples(example)) for example in examples], self.spared):
             found |= zip(group, self._encoded([examples[place] for place in group]), strict=True)
         return [found[place] for place in range(len(examples))]
 

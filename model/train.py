@@ -190,7 +190,7 @@ class Trainer(Resumable):
     def _backward(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Gradients, their loss, and the sums_N of all losses, of this worker's part of a step."""
         factors, (total, sums_N) = self._factors(step), self.tally.nothing()
-        for part in micro_batches([self.train.costs[position] for position in own], self.budget):
+        for part in micro_batches([self.train.costs[position] for position in own], self.budget, self.model.spared):
             self.computing = [own[place] for place in part]
             losses = answer_losses(self.model, [examples[place] for place in part], self.config.losses)
             factor_B = on_device([factors[own[place]] for place in part], self.model.device)

@@ -130,6 +130,7 @@ def test_groups_are_as_large_as_padding_allows() -> None:
             computed = max(own) * len(own)
             assert (computed - sum(own) <= max(SPARED, PADDING * computed)) == allowed
     assert groups([]) == []
+    assert len(groups(lengths, 2048)) < len(found) / 2  # where another part costs as much as so many positions
     assert groups([0] * 5) == [[0, 1, 2, 3, 4]]
 
 

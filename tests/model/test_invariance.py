@@ -177,7 +177,7 @@ def one_step(
     trainer.optimizer.register_step_pre_hook(keep)
     with pytest.MonkeyPatch.context() as patch:
         if cut is not None:
-            patch.setattr("model.train.micro_batches", lambda costs, budget: cut)
+            patch.setattr("model.train.micro_batches", lambda costs, budget, spared: cut)
         trainer._optimizer_step(step, own, examples)
     trainer.tally.read(trainer.state.sums)
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
