@@ -9,7 +9,6 @@ import numpy as np
 
 from data.schema import JOIN, split_label
 
-RESAMPLES = 1000
 BINS = 15  # of the confidence, for the calibration error
 
 
@@ -124,8 +123,8 @@ def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dic
     """Precision, recall, F1 and support of each single label."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    single = _single(labels)
-    truth, said = _indicators(records, single)
+    single = single_labels(labels)
+    truth, said = indicators(records, single)
     columns = precision_recall_fscore_support(truth, said, labels=range(len(single)), average=None, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     return {
@@ -142,50 +141,16 @@ def confusion(records: Sequence[Record], labels: Sequence[str]) -> np.ndarray:
     return counts
 
 
-def accuracy_interval(records: Sequence[Record], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the accuracy, bootstrapped by conversation: utterances of one are not independent.
-
-    Where every prediction is right, or none is, resampling gives no width, and the exact binomial interval (Clopper and
-    Pearson, 1934) stands in. With a single conversation nothing can be resampled: the interval is the widest possible.
-    """
-    from scipy.stats import binomtest, bootstrap
-
-    sessions = sorted({record.conversation for record in records})
-    if len(sessions) < 2:
-        return 0.0, 1.0
-    place = {session: number for number, session in enumerate(sessions)}
-    right, total = np.zeros(len(sessions)), np.zeros(len(sessions))
-    for record in records:
-        right[place[record.conversation]] += record.label == record.prediction
-        total[place[record.conversation]] += 1
-
-    if right.sum() in (0, len(records)):
-        exact = binomtest(int(right.sum()), len(records)).proportion_ci()
-        return float(exact.low), float(exact.high)
-
-    def accuracy(chosen: np.ndarray, axis: int) -> np.ndarray:
-        share: np.ndarray = right[chosen].sum(axis) / total[chosen].sum(axis)
-        return share
-
-    result = bootstrap(
-        (np.arange(len(sessions)),),
-        accuracy,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
 def _pairs(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     return [record.label for record in records], [record.prediction for record in records]
 
 
-def _single(labels: Sequence[str]) -> list[str]:
+def single_labels(labels: Sequence[str]) -> list[str]:
+    """Without those that stand for several labels of a turn."""
     return [label for label in labels if JOIN not in label]
 
 
-def _indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """[item, label]: whether the turn has the label, and whether the model said so. Labels beyond `single` are wrong
     answers and nobody's class."""
     from sklearn.preprocessing import MultiLabelBinarizer
@@ -205,8 +170,8 @@ def _accuracy(records: Sequence[Record]) -> float:
 def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support
 
-    single = _single(labels)
-    truth, said = _indicators(records, single)
+    single = single_labels(labels)
+    truth, said = indicators(records, single)
     own = {"labels": range(len(single)), "zero_division": 0}
     return {
         f"{average}_f1": float(precision_recall_fscore_support(truth, said, average=average, **own)[2])

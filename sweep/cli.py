@@ -68,7 +68,7 @@ def _trial_json(folder: Path, entry: "Entry") -> dict[str, Any]:
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
     """Every trial and its state, also while the sweep runs."""
-    from sweep.results import leaderboard_table
+    from sweep import leaderboard
     from sweep.watch import progress_json, status_lines
 
     ledger = _open(folder)
@@ -76,7 +76,9 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
     if not as_json:
         for line in status_lines(config, folder, entries):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(leaderboard_table(config, folder, entries))
+        console.print(leaderboard.table(config, folder, entries))
+        for line in leaderboard.notes(entries):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     content = {
         "sweep": config.name,

@@ -272,17 +272,15 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
 
 def _conclude(driver: Any, shipped: bool) -> int:
     """Show what came out and choose the exit code."""
-    from sweep import forecast
-    from sweep.results import leaderboard_table
+    from sweep import forecast, leaderboard
     from sweep.tracking import ui_command
 
     entries = driver.ledger.entries()
-    console.print(leaderboard_table(driver.config, driver.folder, entries))
+    console.print(leaderboard.table(driver.config, driver.folder, entries))
     for line in forecast.lines(driver.config, driver.folder, entries):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    for entry in entries:
-        if entry.state == "FAIL":
-            console.print(f"trial {entry.number} failed: {entry.why}", soft_wrap=True, markup=False)
+    for line in leaderboard.notes(entries):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if driver.left():
         console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
         return UNFINISHED

@@ -1,4 +1,4 @@
-"""What a sweep found, as rows, tables and JSON: the leaderboard, the best trial, the state of every trial."""
+"""What a sweep found: its progress, its cost, the predictions of its trials, and the JSON that scripts rely on."""
 
 import json
 import math
@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
-from model.metrics import Record, accuracy_interval
-from sweep import recall
+from model.metrics import Record
 from sweep.config import Config
-from sweep.ledger import Entry, best_first, horizon, trial_folder
+from sweep.ledger import Entry, best_first, horizon
 
-SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
 
 
@@ -151,79 +145,6 @@ def read_predictions(folder: Path) -> dict[str, tuple[list[str], list[Record]]]:
     }
 
 
-def leaderboard_rows(config: Config, folder: Path, entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the leaderboard; accuracies on named subsets carry their 95 % interval."""
-    names = short_names(list(config.search.space))
-    subsets = sorted({key for entry in entries for key in entry.metrics if _is_subset(key, entry)})
-    metric = config.search.metric
-    known = {name for entry in entries for name in entry.metrics}
-    others = [name for name in SHOWN if name != metric and name in known]
-    header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *names.values()]
-    rows = []
-    for entry in ranked(config, entries):
-        # A running trial's predictions may be of a later epoch than its last report.
-        said = {} if entry.state == "RUNNING" else read_predictions(trial_folder(folder, entry.number))
-        records = next(iter(said.values()), ([], []))[1]
-        scores = [_number(entry.metrics.get(name)) for name in others]
-        scores += [_with_interval(entry, name, records) for name in subsets]
-        params = [_cell(entry.params.get(key, "")) for key in names]
-        state = entry.state if entry.state == "COMPLETE" else f"{entry.state} {len(entry.curve)}/{config.train.epochs}"
-        rows.append([str(entry.number), state, _number(entry.value), *scores, *params])
-    return header, rows
-
-
-def _is_subset(key: str, entry: Entry) -> bool:
-    return key.startswith("accuracy_") and f"macro_f1_{key.removeprefix('accuracy_')}" not in entry.metrics
-
-
-def _with_interval(entry: Entry, name: str, records: Sequence[Record]) -> str:
-    subset = name.removeprefix("accuracy_")
-    own = [record for record in records if record.subset == subset]
-    if name not in entry.metrics:
-        return ""
-    if not own:
-        return f"{entry.metrics[name]:.2f}"
-    low, high = accuracy_interval(own)
-    return f"{entry.metrics[name]:.2f} [{low:.2f},{high:.2f}]"
-
-
-def leaderboard_table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
-    """For a terminal."""
-    header, rows = leaderboard_rows(config, folder, entries)
-    subsets = any("[" in cell for row in rows for cell in row)
-    note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if subsets else "")
-    note += f"; {progress(config, entries).hours_text()} used"
-    warning = recall.warning(config, entries)
-    note = "\n".join([note, *recall.lines(config, entries), *([f"[bold yellow]{warning}[/]"] if warning else [])])
-    table = Table(
-        title=f"{config.name}: trials by {config.search.metric}",
-        caption=note,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for name in header:
-        justify: Literal["left", "right"] = "left" if name == "state" else "right"
-        table.add_column(name.replace("_", "\n"), justify=justify, no_wrap=True)
-    for place, row in enumerate(rows):
-        table.add_row(*map(escape, row), style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
-    return table
-
-
-def leaderboard_markdown(config: Config, folder: Path, entries: Sequence[Entry]) -> str:
-    """For MLflow's note."""
-    header, rows = leaderboard_rows(config, folder, entries)
-    told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.spared is not None]
-    reasons = [f"- trial {entry.number}: {entry.why}" for entry in told]
-    warning = recall.warning(config, entries)
-    cost = [*recall.lines(config, entries), *([f"**{warning}**"] if warning else [])]
-    lines = [header, ["---"] * len(header), *rows]
-    table = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*table, "", *reasons, *([""] if reasons and cost else []), *(f"- {line}" for line in cost)])
-
-
 def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:
     """A trial in the form that scripts rely on.
 
@@ -265,15 +186,3 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else ""
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from data.errors import UserError
+from sweep import leaderboard
 from sweep.config import Config, dump
 from sweep.curves import Curve, attempts, times
 from sweep.ledger import Entry, Ledger, is_drawn, sweep_id, trial_config, trial_folder
 from sweep.mlflow_runs import REFUSED, Runs, lacks, lacks_params, now
-from sweep.results import leaderboard_markdown
 from sweep.watch import near
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Tracker(threading.Thread):
     def _end_sweep(self, entries: list[Entry], whole: bool) -> None:
         assert self.runs is not None
         client = self.runs.client
-        client.set_tag(self.parent, "mlflow.note.content", leaderboard_markdown(self.config, self.folder, entries))
+        client.set_tag(self.parent, "mlflow.note.content", leaderboard.markdown(self.config, self.folder, entries))
         ended = sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
         if finished:

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from model.metrics import BINS, Record, accuracy_interval, calibration_error, confusion, per_label, summarise
+from model.metrics import BINS, Record, calibration_error, confusion, per_label, summarise
 
 LABELS = ("change", "neutral", "sustain", "question", "other")
 ROLES = {"client": ("change", "neutral", "sustain"), "therapist": ("question", "other")}
@@ -240,40 +240,6 @@ def test_the_order_of_records_changes_nothing() -> None:
     rows = records()
     shuffled = [rows[place] for place in np.random.default_rng(1).permutation(len(rows))]
     assert summary(rows) == pytest.approx(summary(shuffled), rel=1e-12)
-    assert accuracy_interval(rows) == accuracy_interval(shuffled)
-
-
-def test_the_interval_holds_the_accuracy() -> None:
-    rows = records(400)
-    low, high = accuracy_interval(rows)
-    assert low < summary(rows)["accuracy"] < high
-
-
-def test_the_interval_is_as_wide_as_the_number_of_sessions_makes_it() -> None:
-    """Half of the sessions are right, and the items within one always agree."""
-
-    def width(sessions: int, items: int) -> float:
-        low, high = accuracy_interval(
-            [
-                record("change", "change" if session % 2 else "neutral", conversation=f"c{session}")
-                for session in range(sessions)
-                for _ in range(items)
-            ]
-        )
-        return high - low
-
-    assert width(40, 1) == width(40, 9)
-    assert width(40, 9) == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
-    assert width(10, 9) == pytest.approx(2 * width(40, 9), rel=0.15)
-    assert accuracy_interval([row for row in records() if row.conversation == "c0"]) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_where_all_are_right_or_none_is_the_interval_is_exact(right: bool) -> None:
-    rows = [replace(row, prediction=row.label if right else "nonsense") for row in records(30)]
-    width = 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
-    expected = (1 - width, 1.0) if right else (0.0, width)
-    assert accuracy_interval(rows) == pytest.approx(expected)
 
 
 def test_a_role_with_a_single_label_is_measured_like_any_other() -> None:

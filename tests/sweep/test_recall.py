@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from sweep import leaderboard
 from sweep.config import Config, parse
 from sweep.ledger import Entry, State
 from sweep.recall import Rung, lines, recall, recall_json, warning
-from sweep.results import entry_json, leaderboard_markdown, leaderboard_table
+from sweep.results import entry_json
 from sweep.watch import progress_json
 
 
@@ -97,12 +98,12 @@ def test_recall_and_audit_are_shown_wherever_trials_are(tmp_path: Path) -> None:
     entries = [*crossing(7), trial(7, -7.0, 7.0, 7.0, 7.0, audited=True, spared=1)]
     found = [*lines(config(), entries), str(warning(config(), entries))]
     assert len(found) == 3
-    caption = str(leaderboard_table(config(), tmp_path, entries).caption)
-    note = leaderboard_markdown(config(), tmp_path, entries)
+    caption = str(leaderboard.table(config(), tmp_path, entries).caption)
+    note = leaderboard.markdown(config(), tmp_path, entries)
     for line in found:
         assert line in caption
         assert line in note
-    assert "- trial 7: so" in note
+    assert "- #7 so" in note
     assert entry_json(entries[7], None).items() >= {"audited": True, "spared": 1}.items()
     assert progress_json(config(), tmp_path, entries)["pruning"] == {
         "rungs": [1, 2],
@@ -120,4 +121,4 @@ def test_where_nothing_is_pruned_nothing_is_said(tmp_path: Path) -> None:
     whole = config(pruning=None)
     assert (recall(whole, crossing(8)), lines(whole, crossing(8)), warning(whole, crossing(8))) == ([], [], None)
     assert recall_json(whole, crossing(8)) is None
-    assert "\n" not in str(leaderboard_table(whole, tmp_path, crossing(8)).caption)
+    assert "\n" not in str(leaderboard.table(whole, tmp_path, crossing(8)).caption)

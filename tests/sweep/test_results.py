@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from sweep import leaderboard
 from sweep.config import Config, parse
 from sweep.ledger import Entry, Ledger, State, trial_folder
-from sweep.results import Progress, entry_json, leaderboard_rows, leaderboard_table, progress
+from sweep.results import Progress, entry_json, progress
 from tests.conftest import LABELS
 from tests.sweep.common import CODE, REPLY, ask
 
@@ -19,15 +20,17 @@ def settings(tasks: dict[str, float]) -> Config:
     return parse({"name": "a", "tasks": tasks, "search": search}, "a")
 
 
-def board(folder: Path, config: Config, metrics: dict[str, float], said: dict[str, Any]) -> list[tuple[str, str]]:
+def board(
+    folder: Path, config: Config, metrics: dict[str, float], said: dict[str, Any], whole: bool = False
+) -> list[tuple[str, str]]:
     """Header and only row of a sweep with one complete trial."""
     ask(ledger := Ledger.open(folder, config), 1)
     ledger.report(0, 1, metrics)
     ledger.complete(0)
     trial_folder(folder, 0).mkdir(parents=True)
     (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(said))
-    header, [row] = leaderboard_rows(config, folder, ledger.entries())
-    return list(zip(header, row, strict=True))
+    found = leaderboard.board(config, folder, ledger.entries(), whole)
+    return list(zip(found.header, found.rows[0], strict=True))
 
 
 def test_replies_are_ranked_by_loss_beside_their_own_metrics(tmp_path: Path) -> None:
@@ -52,6 +55,22 @@ def test_intervals_of_subsets_are_of_the_first_task(tmp_path: Path) -> None:
     found = dict(board(tmp_path, settings({"forecast": 1}), metrics, said))
     assert found["clear"] == "1.00 [0.91,1.00]"
     assert "forecast/accuracy" not in found
+
+
+def test_the_objective_has_an_interval_and_the_whole_board_says_what_a_trial_cost(tmp_path: Path) -> None:
+    records = [
+        CODE | {"id": f"c/{place}", "conversation": f"c{place}", "prediction": "change" if place % 3 else "neutral"}
+        for place in range(30)
+    ]
+    value = 0.8 / len(LABELS)  # of three labels, one occurs; two thirds of its items are found
+    metrics = {"macro_f1": value, "accuracy": 2 / 3, "weighted_f1": 0.8, "macro_f1_client": 0.8, "accuracy_client": 0.7}
+    metrics |= {"steps": 12, "seconds": 7200.0}
+    said = {"labels": {"classify": LABELS}, "records": records}
+    found = dict(board(tmp_path, settings({"classify": 1}), metrics, said, whole=True))
+    low, high = found["macro_f1"].removeprefix("0.267 [").removesuffix("]").split(",")
+    assert float(low) < value < float(high)
+    told = {"accuracy": "0.667", "macro_f1_client": "0.800", "epochs": "1", "steps": "12", "time": "2.0 h"}
+    assert found.items() >= (told | {"cost": "2 CPU-hours", "why": "trained to the end"}).items()
 
 
 def trial(number: int, state: State, epochs: int, seconds: float, value: float | None = None, **more: Any) -> Entry:
@@ -130,7 +149,7 @@ def test_a_line_for_people(seconds: float, text: str) -> None:
 
 
 def test_hours_stand_below_the_leaderboard(tmp_path: Path) -> None:
-    table = leaderboard_table(of_four(workers=2), tmp_path, [trial(0, "COMPLETE", 4, 1800, 0.5)])
+    table = leaderboard.table(of_four(workers=2), tmp_path, [trial(0, "COMPLETE", 4, 1800, 0.5)])
     assert str(table.caption).endswith("; 1 CPU-hours used")
 
 
