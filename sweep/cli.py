@@ -12,11 +12,22 @@ from rich.table import Table
 
 from data.errors import UserError
 from sweep import cli_cache
+from sweep.cli_confirm import confirm
 from sweep.cli_prepare import console, prepare, show_shards
-from sweep.cli_run import BAD_INPUT, ConfigArgument, SetOption, check_inputs, print_best, run, show_model, submit
+from sweep.cli_run import (
+    BAD_INPUT,
+    ConfigArgument,
+    SetOption,
+    check_inputs,
+    open_ledger,
+    print_best,
+    run,
+    show_model,
+    submit,
+)
 
 if TYPE_CHECKING:
-    from sweep.ledger import Entry, Ledger
+    from sweep.ledger import Entry
 
 app = typer.Typer(
     help="Hyperparameter sweeps for speech LLMs: start, resume, look, reproduce.",
@@ -24,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (prepare, run, submit):
+for verb in (prepare, run, submit, confirm):
     app.command()(verb)
 
 app.add_typer(cli_cache.app, name="cache")
@@ -46,16 +57,6 @@ def main() -> None:
         sys.exit(BAD_INPUT)
 
 
-def _open(folder: Path) -> "Ledger":
-    from sweep import config as configuration
-    from sweep.ledger import Ledger
-
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` makes one under runs/")
-    return Ledger.read(folder, configuration.load(str(path)))
-
-
 def _trial_json(folder: Path, entry: "Entry") -> dict[str, Any]:
     from sweep.curves import attempts
     from sweep.ledger import trial_folder
@@ -71,7 +72,7 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
     from sweep import leaderboard
     from sweep.watch import progress_json, status_lines
 
-    ledger = _open(folder)
+    ledger = open_ledger(folder)
     config, entries = ledger.config, ledger.entries()
     if not as_json:
         for line in status_lines(config, folder, entries):
@@ -94,7 +95,7 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
 @app.command()
 def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
     """The best complete trial, and how to have it again."""
-    ledger = _open(folder)
+    ledger = open_ledger(folder)
     entry = ledger.best()
     if entry is None:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")

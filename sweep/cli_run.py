@@ -45,7 +45,7 @@ def run(
         _preview(loaded, folder)
         return
     _leave_package(loaded)
-    sys.exit(_run(loaded, folder))
+    sys.exit(run_sweep(loaded, folder))
 
 
 def submit(
@@ -113,6 +113,21 @@ def _folder(config: "Config", out: Path | None) -> Path:
     return folder
 
 
+def open_ledger(folder: Path) -> "Ledger":
+    """The trials of the sweep in a folder.
+
+    Raises:
+        UserError: it is not the folder of a sweep.
+    """
+    from sweep import config as configuration
+    from sweep.ledger import Ledger
+
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` makes one under runs/")
+    return Ledger.read(folder, configuration.load(str(path)))
+
+
 def _preview(config: "Config", folder: Path) -> None:
     from sweep.builtin import missing
     from sweep.changes import preview, preview_table
@@ -145,7 +160,8 @@ def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
     yield from preview(resolved, cache, folder)
 
 
-def _run(config: "Config", folder: Path) -> int:
+def run_sweep(config: "Config", folder: Path) -> int:
+    """Start a sweep, or go on with it; what is said about it, and its exit code."""
     from optuna.exceptions import StorageInternalError
 
     from sweep.cluster import ClusterError

@@ -1,6 +1,7 @@
 """`sweep evaluate`: a checkpoint on a split, in this process, from the shards on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,23 @@ from data.errors import UserError
 from data.schema import SPLITS
 from model import checkpoint, curve
 from model.evaluate import evaluate
-from model.metrics import per_label, summarise
+from model.metrics import Record, per_label, summarise
 from sweep import builtin
 from sweep import config as configuration
 from sweep.ledger import Ledger, trial_folder
 from sweep.trial import available_device, build
 
 
-def evaluate_checkpoint(
-    source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says about a split."""
+
+    records: list[Record]
+    labels: dict[str, tuple[str, ...]]  # by task
+    roles: Mapping[str, Sequence[str]]  # who may carry which label
+
+
+def predict(source: Path, split: str, batch_size: int | None = None, overrides: Sequence[str] = ()) -> Predicted:
     """Predict a split.
 
     Args:
@@ -26,8 +34,8 @@ def evaluate_checkpoint(
         batch_size: items computed at once; by default as many as `train.token_budget` allows.
         overrides: settings of the data as key=value, for controls: the trained model under another sound or history.
 
-    Returns:
-        `n`, the metrics, `per_label` by task, and `predictions` with the log-probability of every label.
+    Raises:
+        UserError: there is no such checkpoint or split, the corpus is another one, or other settings are given.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
@@ -46,7 +54,20 @@ def evaluate_checkpoint(
         )
     checkpoint.restore(model, state)
     records = evaluate(model, data, split, config.train.token_budget, batch_size)
-    labels = {task: known.labels for task, known in model.tasks.items()}
+    labels = {task: tuple(known.labels) for task, known in model.tasks.items()}
+    return Predicted(records, labels, data.shards.manifest.roles)
+
+
+def evaluate_checkpoint(
+    source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Predict a split, see `predict`.
+
+    Returns:
+        `n`, the metrics, `per_label` by task, and `predictions` with the log-probability of every label.
+    """
+    said = predict(source, split, batch_size, overrides)
+    records, labels = said.records, said.labels
     predictions = [
         {
             "id": record.id,
@@ -57,12 +78,12 @@ def evaluate_checkpoint(
         }
         for record in records
     ]
-    metrics = summarise(records, labels, data.shards.manifest.roles)
     tables = {
         task: per_label([record for record in records if record.task == task], known)
         for task, known in labels.items()
         if known
     }
+    metrics = summarise(records, labels, said.roles)
     return {"n": len(records), **metrics, "per_label": tables, "predictions": predictions}
 
 

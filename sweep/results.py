@@ -132,9 +132,9 @@ def shown_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def read_predictions(folder: Path) -> dict[str, tuple[list[str], list[Record]]]:
+def read_predictions(folder: Path, name: str = "predictions.json") -> dict[str, tuple[list[str], list[Record]]]:
     """By task, the labels and the predictions of a trial's last evaluation; empty if there was none."""
-    path = folder / "predictions.json"
+    path = folder / name
     if not path.exists():
         return {}
     content = json.loads(path.read_text())

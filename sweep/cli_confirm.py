@@ -1,0 +1,55 @@
+"""`sweep confirm`: is the best trial the best, and by how much?"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sweep.cli_prepare import console
+from sweep.cli_run import DONE, open_ledger, run_sweep
+
+if TYPE_CHECKING:
+    from sweep.confirm import Confirmation
+
+
+def confirm(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    top: Annotated[int, typer.Option(min=1, help="How many of its best configurations.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each, under seeds that the search did not have.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")] = False,
+) -> None:
+    """Train the best again under fresh seeds, compare them in pairs, and read the test split. Goes on after a kill."""
+    from sweep import confirm as own
+
+    ledger = open_ledger(folder)
+    planned = own.plan(ledger, folder, top, seeds)
+    count = len(planned.search.points)
+    console.print(f"{count} trainings of the best {top} under {seeds} fresh seeds, in {own.place_of(folder).name}")
+    code = run_sweep(planned, own.place_of(folder))
+    if code != DONE:
+        sys.exit(code)
+    found = own.confirmation(ledger, folder, console.print)
+    if as_json:
+        print(json.dumps(own.read(folder), indent=1))
+        return
+    console.print(_table(found))
+    for line in found.lines():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(found: "Confirmation") -> Table:
+    table = Table(
+        title=f"confirmed by {found.metric}: mean over fresh seeds, in brackets 95 % by session and seed",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("trial", "seeds", "in the search", "validation", "test"):
+        table.add_column(name, justify="right")
+    for place, own in enumerate(found.ranked):
+        row = [f"#{own.number}", str(len(own.seeds)), f"{own.searched:.3f}", str(own.val), str(own.test or "")]
+        table.add_row(*row, style="bold green" if place == 0 else None)
+    return table

@@ -1,0 +1,266 @@
+"""`sweep confirm`: the best trials are trained again under fresh seeds, compared in pairs, and read the test split.
+
+The best of many trials looks better than it is: it was chosen for its luck as well (Cawley and Talbot, "On Over-fitting
+in Model Selection", JMLR 11, 2010). So the number that counts is that of trainings which nobody chose.
+
+best trials by seeds ─► a sweep of points, DIR-confirm ─► val and test of each ─► intervals, pairs ─► confirmed.json
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import MisfitError, UserError
+from model.intervals import Comparison, Interval, Sums, compare, interval, sums_of
+from model.metrics import Record
+from sweep import config as configuration
+from sweep.config import Config
+from sweep.evaluate import predict
+from sweep.ledger import Entry, Ledger, best_first, trial_folder
+from sweep.results import read_predictions
+
+SUFFIX, FILE, TEST = "-confirm", "confirmed.json", "test.json"
+SEED = "seed"
+FIRST_SEED = 1000  # of the fresh ones, unless the search drew them
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A configuration that was trained again."""
+
+    number: int  # of the trial that the search found
+    params: dict[str, Any]
+    searched: float  # its value in the search
+    seeds: list[int]
+    val: Interval
+    test: Interval | None  # None where the corpus has no test split for this
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The chosen configuration against another one."""
+
+    other: int
+    val: Comparison
+    test: Comparison | None
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What the trainings with fresh seeds say."""
+
+    metric: str
+    ranked: list[Confirmed]  # by the mean on the validation split, best first
+    pairs: list[Pair]  # the first one against each other
+
+    @property
+    def chosen(self) -> Confirmed:
+        """The one to report."""
+        return self.ranked[0]
+
+    def lines(self) -> list[str]:
+        """What a paper may say."""
+        best = self.chosen
+        trained = f"{len(best.seeds)} fresh seed{'s' if len(best.seeds) > 1 else ''}"
+        found = [f"chosen: trial {best.number}, {self.metric} {best.val} on validation, mean of {trained}"]
+        if best.test is not None:
+            found[0] += f"; {best.test} on test"
+        for pair in self.pairs:
+            names = f"#{best.number}", f"#{pair.other}"
+            p = "" if pair.val.mcnemar is None else f"; McNemar p = {pair.val.mcnemar:.2g}"
+            found.append(f"validation: {pair.val.told(*names)}{p}")
+            found += [f"test: {pair.test.told(*names)}"] if pair.test is not None else []
+        return [*found, self._optimism()]
+
+    def _optimism(self) -> str:
+        best = self.chosen
+        told = f"optimism of the search: trial {best.number} had {best.searched:.3f}, of which {best.val.value:.3f} "
+        told += f"({best.val.value - best.searched:+.3f}) stood under fresh seeds"
+        return told + (f", and {best.test.value:.3f} on test" if best.test is not None else "")
+
+
+def place_of(folder: Path) -> Path:
+    """The folder of the sweep that confirms: beside the search, so that both share cache and MLflow."""
+    return folder.absolute().with_name(folder.absolute().name + SUFFIX)
+
+
+def plan(ledger: Ledger, folder: Path, top: int, seeds: int) -> Config:
+    """The sweep that confirms: each of the best configurations under each of the fresh seeds.
+
+    Given again with larger numbers, it holds what it held before, and more.
+
+    Args:
+        ledger: of the search.
+        folder: of the search.
+        top: how many of its best trials.
+        seeds: how many fresh ones.
+
+    Raises:
+        UserError: no trial is complete.
+    """
+    config = ledger.config
+    best = list(distinct(best_first(config, ledger.entries()), top))
+    if not best:
+        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
+    fresh = fresh_seeds(config, seeds)
+    wanted = [values | {SEED: seed} for seed in fresh for values in best]
+    path = place_of(folder) / "config.yaml"
+    before = configuration.load(str(path)).search.points if path.exists() else []
+    points = [*before, *(point for point in wanted if point not in before)]
+    known = list(dict.fromkeys([*fresh, *(point[SEED] for point in points)]))
+    space = {key: axis for key, axis in config.model_dump()["search"]["space"].items() if key != SEED}
+    changed = {
+        "name": config.name + SUFFIX,
+        "search.space": space | {SEED: sorted(known)},
+        "search.points": points,
+        "search.trials": len(points),
+        "search.pruning": None,
+        "storage.keep": None,
+        "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + SUFFIX,
+    }
+    return config.with_values(changed)
+
+
+def distinct(entries: Sequence[Entry], top: int) -> list[dict[str, Any]]:
+    """The values of the first trials that differ in more than their seed."""
+    found: list[dict[str, Any]] = []
+    for entry in entries:
+        if _values(entry) not in found and len(found) < top:
+            found.append(_values(entry))
+    return found
+
+
+def fresh_seeds(config: Config, count: int) -> list[int]:
+    """Seeds that no trial of the search had."""
+    axis = config.search.space.get(SEED)
+    candidates = range(FIRST_SEED, FIRST_SEED + count + len((axis and axis.choices) or []) + 1)
+    taken = {seed for seed in candidates if seed == config.seed or (axis is not None and axis.contains(seed))}
+    found = [seed for seed in candidates if seed not in taken][:count]
+    if len(found) < count:
+        raise UserError(
+            f"search.space.{SEED}: holds the seeds from {FIRST_SEED} on, which are kept to confirm; use lower"
+        )
+    return found
+
+
+def confirmation(ledger: Ledger, folder: Path, say: Any = lambda line: None) -> Confirmation:
+    """Compare what was trained again; test splits that were not read yet are read now.
+
+    Args:
+        ledger: of the search.
+        folder: of the search.
+        say: shows a line to people.
+
+    Raises:
+        UserError: nothing was confirmed yet.
+    """
+    own, config = place_of(folder), ledger.config
+    again = Ledger.read(own, configuration.load(str(own / "config.yaml")))
+    groups = _groups(best_first(config, ledger.entries()), again.entries())
+    if not groups:
+        raise UserError(f"{own}: no training is complete yet; give `sweep confirm {folder}` again")
+    sums, task = objective(config, trial_folder(own, groups[0][1][0].number))
+    val = [[read_predictions(place)[task][1] for place in _places(own, entries)] for _, entries in groups]
+    test = [[_tested(place, task, say) for place in _places(own, entries)] for _, entries in groups]
+    measured = []
+    for (first, entries), heard, read in zip(groups, val, test, strict=True):
+        assert first.value is not None
+        seeds = [entry.params[SEED] for entry in entries]
+        tested = interval(read, sums) if all(read) else None
+        measured.append(Confirmed(first.number, _values(first), first.value, seeds, interval(heard, sums), tested))
+    maximize = config.search.direction == "maximize"
+    sign = -1 if maximize else 1
+    order = sorted(range(len(groups)), key=lambda place: sign * measured[place].val.value)
+    best = order[0]
+    pairs = [
+        Pair(
+            measured[place].number,
+            compare(val[best], val[place], sums, maximize),
+            compare(test[best], test[place], sums, maximize) if all(test[best]) and all(test[place]) else None,
+        )
+        for place in order[1:]
+    ]
+    found = Confirmation(config.search.metric, [measured[place] for place in order], pairs)
+    _write(own / FILE, found)
+    return found
+
+
+def _groups(best: Sequence[Entry], again: Sequence[Entry]) -> list[tuple[Entry, list[Entry]]]:
+    """Each confirmed trial of the search, with its complete trainings."""
+    found: list[tuple[Entry, list[Entry]]] = []
+    for first in best:
+        own = [entry for entry in again if entry.state == "COMPLETE" and _values(entry) == _values(first)]
+        if own and _values(first) not in [_values(known) for known, _ in found]:
+            found.append((first, own))
+    return found
+
+
+def _values(entry: Entry) -> dict[str, Any]:
+    """What a configuration is, under whatever seed."""
+    return {key: value for key, value in entry.params.items() if key != SEED}
+
+
+def _places(folder: Path, entries: Sequence[Entry]) -> list[Path]:
+    return [trial_folder(folder, entry.number) for entry in entries]
+
+
+def objective(config: Config, trial: Path) -> tuple[Sums, str]:
+    """The objective as something that can be resampled, and its task.
+
+    Args:
+        config: of the search.
+        trial: folder of a trial with predictions.
+
+    Raises:
+        UserError: it is not made of sums.
+    """
+    task, _, metric = config.search.metric.rpartition("/")
+    said = read_predictions(trial)
+    task = task or next(iter(said), "")
+    sums = sums_of(metric, said[task][0], {}) if task in said else None
+    if sums is None:
+        raise UserError(
+            f"search.metric: {config.search.metric} is not made of sums over items, so it has no interval; search by "
+            "macro_f1, accuracy, weighted_f1, loss or perplexity"
+        )
+    return sums, task
+
+
+def _tested(folder: Path, task: str, say: Any) -> list[Record]:
+    """A training on the test split, read once and kept beside its predictions; empty where there is none."""
+    path = folder / TEST
+    if not path.exists():
+        say(f"reading the test split: training {folder.name}")
+        try:
+            said = predict(folder, "test")
+            content = {"labels": said.labels, "records": [record.as_dict() for record in said.records]}
+        except MisfitError:
+            content = {"labels": {}, "records": []}
+        _dump(path, content)
+    return read_predictions(folder, TEST).get(task, ([], []))[1]
+
+
+def _write(path: Path, found: Confirmation) -> None:
+    def plain(value: Interval | None) -> Any:
+        return None if value is None else {"value": value.value, "low": value.low, "high": value.high}
+
+    def against(value: Comparison | None) -> Any:
+        return value and {"difference": plain(value.difference), "better": value.better, "mcnemar": value.mcnemar}
+
+    rows = [{**vars(own), "val": plain(own.val), "test": plain(own.test)} for own in found.ranked]
+    pairs = [{"other": own.other, "val": against(own.val), "test": against(own.test)} for own in found.pairs]
+    _dump(path, {"metric": found.metric, "ranked": rows, "pairs": pairs, "lines": found.lines()})
+
+
+def _dump(path: Path, content: Any) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `confirmed.json` of a sweep says; None where nothing was confirmed."""
+    path = place_of(folder) / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,77 @@
+"""Searches whose trials are played, not trained: what a trial says follows from its parameters and its seed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.metrics import Record, summarise
+from sweep.config import Config, claim_folder, parse
+from sweep.ledger import Ledger, trial_folder
+from tests.conftest import LABELS
+
+SPACE = {
+    "model.modality": ["speech", "text"],
+    "model.lora.rank": [4, 8, 16],
+    "train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "model.end_of_audio": {"choices": ["none", "learned"], "when": {"model.modality": ["speech"]}},
+}
+REFERENCE = {
+    "model.modality": "speech",
+    "model.lora.rank": 8,
+    "train.learning_rate": 1e-3,
+    "model.end_of_audio": "none",
+}
+TEXT = {key: value for key, value in REFERENCE.items() if key != "model.end_of_audio"} | {"model.modality": "text"}
+POINTS = [REFERENCE, TEXT, REFERENCE | {"model.lora.rank": 16}, REFERENCE | {"model.end_of_audio": "learned"}]
+SESSIONS, TURNS = 16, 24
+
+
+def settings(**search: Any) -> Config:
+    """A sweep over some points, and drawn trials behind them."""
+    own = {"trials": 6, "pruning": None, "space": SPACE, "points": POINTS}
+    return parse({"name": "played", "train": {"epochs": 2}, "search": own | search}, "test")
+
+
+def said(params: Mapping[str, Any], seed: int, split: str = "val") -> list[Record]:
+    """Predictions of a trial: speech knows 8 of 10, text 6 of 10; whatever else differs matters little."""
+    skill = (0.8 if params.get("model.modality", "speech") == "speech" else 0.6) + 0.001 * params["model.lora.rank"]
+    items = np.random.default_rng([1 if split == "val" else 2])
+    labels = items.choice(LABELS, SESSIONS * TURNS)
+    drawn = np.random.default_rng([seed, int(1e6 * params["train.learning_rate"]), params["model.lora.rank"]])
+    found = []
+    for place, label in enumerate(labels):
+        prediction = str(label) if drawn.random() < skill else str(drawn.choice(LABELS))
+        scores = tuple(0.0 if known == prediction else -2.0 for known in LABELS)
+        name = f"{split}{place % SESSIONS}"
+        found.append(
+            Record(f"{name}/{place}", "classify", name, "client", None, str(label), prediction, scores, 1.0, 2)
+        )
+    return found
+
+
+def write(folder: Path, records: Sequence[Record]) -> None:
+    """As a trial does."""
+    content = {"labels": {"classify": LABELS}, "records": [asdict(record) for record in records]}
+    (folder / "predictions.json").write_text(json.dumps(content))
+
+
+def played(config: Config, folder: Path) -> int:
+    """What `sweep run` does, without training anything; 0, as it ends."""
+    claim_folder(config, folder)
+    ledger = Ledger.open(folder, config)
+    ledger.bind("f" * 16, "0+abc")
+    while (asked := ledger.ask([], config.search.trials)) is not None:
+        number, params = asked
+        own = trial_folder(folder, number)
+        own.mkdir(parents=True)
+        records = said(params, params.get("seed", 0))
+        write(own, records)
+        metrics = summarise(records, {"classify": LABELS}, {}) | {"seconds": 60.0 + number}
+        for epoch in range(1, config.train.epochs + 1):
+            ledger.report(number, epoch, metrics | {"steps": 12 * epoch})
+        ledger.complete(number)
+    return 0
