@@ -14,6 +14,7 @@ from data.errors import UserError
 from sweep import cli_cache
 from sweep.cli_confirm import confirm
 from sweep.cli_prepare import console, prepare, show_shards
+from sweep.cli_report import report
 from sweep.cli_run import (
     BAD_INPUT,
     ConfigArgument,
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (prepare, run, submit, confirm):
+for verb in (prepare, run, submit, confirm, report):
     app.command()(verb)
 
 app.add_typer(cli_cache.app, name="cache")

@@ -42,8 +42,8 @@ def board(config: Config, folder: Path, entries: Sequence[Entry], whole: bool = 
     known = {name for entry in entries for name in entry.metrics}
     subsets = sorted(name for name in known if _is_subset(name, known))
     roles = sorted(name for name in known if name.startswith(("accuracy_", "macro_f1_")) and name not in subsets)
-    shown = MEASURED if whole else [name for name in SHOWN if not (subsets and name == "accuracy")]
-    others = [name for name in shown if name != metric and name in known]
+    measured = MEASURED if whole else [name for name in SHOWN if not (subsets and name == "accuracy")]
+    others = [name for name in measured if name != metric and name in known]
     others += roles if whole else []
     cost = ["epochs", "steps", "time", "cost"] if whole else []
     header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *cost]
@@ -53,7 +53,7 @@ def board(config: Config, folder: Path, entries: Sequence[Entry], whole: bool = 
         row += [_number(entry.metrics.get(name)) for name in others]
         row += [_with_interval(folder, entry, name, entry.metrics.get(name), 2) for name in subsets]
         row += _cost(config, entry) if whole else []
-        rows.append([*row, *(_cell(entry.params.get(key, "")) for key in names), *([entry.why] if whole else [])])
+        rows.append([*row, *(shown(entry.params.get(key, "")) for key in names), *([entry.why] if whole else [])])
     return Board([*header, *names.values(), *(["why"] if whole else [])], rows)
 
 
@@ -109,7 +109,7 @@ def table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
     note += f"; {progress(config, entries).hours_text()} used"
     warning = recall.warning(config, entries)
     note = "\n".join([note, *recall.lines(config, entries), *([f"[bold yellow]{warning}[/]"] if warning else [])])
-    shown = Table(
+    drawn = Table(
         title=f"{config.name}: trials by {config.search.metric}",
         caption=note,
         title_justify="left",
@@ -120,10 +120,10 @@ def table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
     )
     for name in found.header:
         justify: Literal["left", "right"] = "left" if name == "state" else "right"
-        shown.add_column(name.replace("_", "\n"), justify=justify, no_wrap=True)
+        drawn.add_column(name.replace("_", "\n"), justify=justify, no_wrap=True)
     for place, row in enumerate(found.rows):
-        shown.add_row(*map(escape, row), style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
-    return shown
+        drawn.add_row(*map(escape, row), style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
+    return drawn
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
@@ -147,7 +147,8 @@ def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else ""
 
 
-def _cell(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The value of a choice, for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):

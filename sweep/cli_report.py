@@ -1,0 +1,31 @@
+"""`sweep report`: a page about a sweep, also while it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sweep.cli_prepare import console
+from sweep.cli_run import open_ledger
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page; `report` within the sweep's by default.")
+    ] = None,
+    beside: Annotated[list[Path], typer.Option("--with", help="Another sweep to show beside it; repeatable.")] = [],  # noqa: B006
+    reference: Annotated[int | None, typer.Option(help="Trial that choices are compared with.")] = None,
+) -> None:
+    """What is best, by how much, and which choice made the difference: a page, tables for a paper, pictures."""
+    from sweep.report import page
+
+    ledger = open_ledger(folder)
+    for other in beside:
+        open_ledger(other)
+    with console.status("drawing"):
+        written = page.write(ledger, folder, out or folder / "report", beside, reference)
+    for line in page.verdict(ledger.config, folder, ledger.entries()):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"page: {written[0]}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"beside it: {', '.join(path.name for path in written[1:])}", soft_wrap=True, highlight=False)

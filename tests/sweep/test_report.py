@@ -1,0 +1,159 @@
+"""`sweep report`: what it says of a finished sweep, and of empty, failed, single, running and confirmed ones."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sweep import cli_confirm, confirm
+from sweep.config import claim_folder
+from sweep.evaluate import Predicted
+from sweep.ledger import Ledger, trial_folder
+from sweep.report import ablation, figures
+from tests.conftest import LABELS
+from tests.sweep.common import complaint, sweep
+from tests.sweep.searched import REFERENCE, TEXT, played, said, settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    played(settings(trials=10, startup_trials=6), folder := tmp_path_factory.mktemp("report") / "played")
+    return folder
+
+
+def page(folder: Path, *args: object) -> str:
+    """The page of a sweep, without plotly and the pictures."""
+    outcome = sweep("report", folder, *args)
+    assert (outcome.code, outcome.err) == (0, "")
+    text = (folder / "report" / "report.html").read_text()
+    return re.sub(r"(?s)<script.*?</script>", "", text)
+
+
+def test_a_finished_sweep(finished: Path) -> None:
+    text = page(finished)
+    best = Ledger.read(finished, settings(trials=10)).best()
+    assert best is not None
+    assert f"best in the search: trial {best.number}, macro_f1 {best.value:.3f} [" in text
+    assert "tied within noise" in text
+    assert "this is the luckiest of 10 trials" in text
+    assert text.count("CPU-hours</td>") == 10
+    for title in ("How sure the order is", "Does it listen?", "Learning curves", "What mattered", "rank with learning"):
+        assert f"<h3>{title}" in text
+    names = {path.name for path in (finished / "report").iterdir()}
+    tables, drawn = {"ablation.md", "ablation.tex", "ablation.csv"}, {"history.png", "importance.png", "slices.png"}
+    assert names >= tables | drawn | {"report.html"}
+
+
+def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
+    page(finished)
+    text = (finished / "report" / "report.html").read_text()
+    assert "Plotly.newPlot" in text
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+
+
+def test_the_ablation_is_paired_and_holds_one_choice_at_a_time(finished: Path) -> None:
+    page(finished)
+    table = pd.read_csv(finished / "report" / "ablation.csv").set_index("choice")
+    assert table.loc["modality: speech → text", "verdict"] == "worse"
+    assert table.loc["rank: 8 → 16", "verdict"] == "tied within noise"
+    assert table.loc["end_of_audio: none → learned", "difference"] == 0.0
+    low, high = map(float, table.loc["modality: speech → text", "95 % interval"].strip("[]").split(","))
+    assert low < table.loc["modality: speech → text", "difference"] < high < 0
+    tex = (finished / "report" / "ablation.tex").read_text()
+    assert r"modality: speech $\rightarrow$ text" in tex
+    assert r"macro\_f1" in tex
+    assert "| reference " in (finished / "report" / "ablation.md").read_text()
+
+
+def test_another_reference(finished: Path) -> None:
+    page(finished, "--reference", 1)
+    table = pd.read_csv(finished / "report" / "ablation.csv").set_index("choice")
+    assert set(table.loc[["modality: text → speech"], "verdict"]) == {"better"}
+    assert "complete are" in complaint(sweep("report", finished, "--reference", 99))
+
+
+def test_importances_are_of_choices_that_all_trials_have(finished: Path) -> None:
+    """Those of text trials are not left out because text has no end of audio."""
+    study = figures.study_of(Ledger.read(finished, settings(trials=10)))
+    assert figures.always(study) == ["learning_rate", "modality", "rank"]
+    assert {trial.params["modality"] for trial in study.trials} == {"speech", "text"}
+
+
+def test_no_trial_yet(tmp_path: Path) -> None:
+    claim_folder(settings(), folder := tmp_path / "empty")
+    Ledger.open(folder, settings())
+    text = page(folder)
+    assert "No trial is complete" in text
+    assert "There is nothing to draw yet" in text
+
+
+def test_all_failed(tmp_path: Path) -> None:
+    claim_folder(settings(), folder := tmp_path / "failed")
+    ledger = Ledger.open(folder, settings())
+    for number in range(2):
+        ledger.ask([], 9)
+        ledger.fail(number, "non-finite loss at step 840, learning rate 9e-3 <b>", "non-finite")
+    text = page(folder)
+    assert "non-finite loss at step 840, learning rate 9e-3 &lt;b&gt;" in text
+    assert "<b>" not in text
+
+
+def test_a_single_trial_and_one_that_runs(tmp_path: Path) -> None:
+    played(settings(trials=1), folder := tmp_path / "single")
+    ledger = Ledger.open(folder, settings(trials=2))
+    ledger.ask([], 2)
+    text = page(folder)
+    assert "best in the search: trial 0" in text
+    assert "1 complete, 1 running" in text
+    assert "No complete trial differs from the reference" in text
+
+
+def test_trials_without_predictions_have_values_and_no_intervals(tmp_path: Path) -> None:
+    played(settings(trials=3), folder := tmp_path / "bare")
+    for number in range(3):
+        (trial_folder(folder, number) / "predictions.json").unlink()
+    text = page(folder)
+    assert "best in the search: trial" in text
+    assert "tied" not in text
+
+
+def test_what_was_confirmed_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played(settings(trials=3), folder := tmp_path / "sure")
+    monkeypatch.setattr(cli_confirm, "run_sweep", played)
+    test = said(REFERENCE, 7, "test")
+    monkeypatch.setattr(confirm, "predict", lambda *_: Predicted(test, {"classify": LABELS}, {}))
+    assert sweep("confirm", folder, "--top", 2, "--seeds", 2).code == 0
+    text = page(folder)
+    assert "chosen: trial" in text
+    assert "optimism of the search" in text
+    assert "<h2>Confirmed</h2>" in text
+
+
+def test_sweeps_of_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -> None:
+    def other(name: str, fingerprint: str = "f" * 16, **search: Any) -> Path:
+        played(settings(trials=1, **search), folder := tmp_path / name)
+        Ledger.open(folder, settings(trials=1, **search)).study.set_user_attr("fingerprint", fingerprint)
+        return folder
+
+    first, text, corpus = other("a"), other("b", points=[TEXT]), other("c", fingerprint="0" * 16)
+    objective = other("d", metric="loss")
+    found = page(first, "--with", text, "--with", corpus, "--with", objective)
+    assert found.count("not ranked: ") == 2
+    assert f"another corpus or split: {'0' * 16}, not {'f' * 16}" in found
+    assert "another objective: loss, not macro_f1" in found
+
+
+def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
+    assert "not the folder of a sweep" in complaint(sweep("report", tmp_path))
+    assert "not the folder of a sweep" in complaint(sweep("report", finished, "--with", tmp_path))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
+    ledger = Ledger.read(finished, settings(trials=10))
+    entries = ledger.entries()
+    found = ablation.choices(ledger.config, finished, entries, ablation.reference_of(ledger.config, entries))
+    [modality] = [choice for choice in found if choice.key == "model.modality"]
+    assert entries[modality.number].params == TEXT
