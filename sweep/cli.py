@@ -95,7 +95,9 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
 
 @app.command()
 def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
-    """The best complete trial, and how to have it again."""
+    """The best complete trial, and how to have it again; what `sweep confirm` said about it, if it was asked."""
+    from sweep.confirm import read as confirmed
+
     ledger = open_ledger(folder)
     entry = ledger.best()
     if entry is None:
@@ -105,6 +107,8 @@ def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_
         print(json.dumps({**_trial_json(folder, entry), "config": config}, indent=1))
     else:
         print_best(ledger, folder)
+        for line in (confirmed(folder) or {"lines": []})["lines"]:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

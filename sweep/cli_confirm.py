@@ -29,7 +29,7 @@ def confirm(
     planned = own.plan(ledger, folder, top, seeds)
     count = len(planned.search.points)
     console.print(f"{count} trainings of the best {top} under {seeds} fresh seeds, in {own.place_of(folder).name}")
-    code = run_sweep(planned, own.place_of(folder))
+    code = run_sweep(planned, own.place_of(folder), search=False)
     if code != DONE:
         sys.exit(code)
     found = own.confirmation(ledger, folder, console.print)
@@ -43,8 +43,10 @@ def confirm(
 
 def _table(found: "Confirmation") -> Table:
     table = Table(
-        title=f"confirmed by {found.metric}: mean over fresh seeds, in brackets 95 % by session and seed",
+        title=f"confirmed by {found.metric}",
+        caption="means over fresh seeds; in brackets 95 % by session and seed",
         title_justify="left",
+        caption_justify="left",
         box=SIMPLE_HEAD,
     )
     for name in ("trial", "seeds", "in the search", "validation", "test"):

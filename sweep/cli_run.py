@@ -160,8 +160,14 @@ def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
     yield from preview(resolved, cache, folder)
 
 
-def run_sweep(config: "Config", folder: Path) -> int:
-    """Start a sweep, or go on with it; what is said about it, and its exit code."""
+def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
+    """Start a sweep, or go on with it; returns the exit code.
+
+    Args:
+        config: of the sweep.
+        folder: of the sweep.
+        search: whether its best trial is what it is for, and is told.
+    """
     from optuna.exceptions import StorageInternalError
 
     from sweep.cluster import ClusterError
@@ -181,7 +187,7 @@ def run_sweep(config: "Config", folder: Path) -> int:
                 if mirror:
                     mirror.check()
 
-            code = _drive(config, folder, resolved, check, stop)
+            code = _drive(config, folder, resolved, check, stop, search)
         return UNFINISHED if code == DONE and mirror and not mirror.complete else code
     except SweepFault as fault:
         print(f"error: {fault}; the sweep was stopped, and the same command goes on ({folder})", file=sys.stderr)
@@ -218,7 +224,9 @@ def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | Non
                 )
 
 
-def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any) -> int:
+def _drive(
+    config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any, search: bool
+) -> int:
     """What the holder of the lease does."""
     from sweep.config import claim_folder
     from sweep.display import Display
@@ -236,7 +244,7 @@ def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Cal
         with Display(console, config, folder) as display:
             driver.say = display.say
             shipped = _attempt(driver, resolved)
-    return _conclude(driver, shipped)
+    return _conclude(driver, shipped, search)
 
 
 def check_inputs(config: "Config") -> "Config":
@@ -286,7 +294,7 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
     return shipped
 
 
-def _conclude(driver: Any, shipped: bool) -> int:
+def _conclude(driver: Any, shipped: bool, search: bool) -> int:
     """Show what came out and choose the exit code."""
     from sweep import forecast, leaderboard
     from sweep.tracking import ui_command
@@ -305,7 +313,8 @@ def _conclude(driver: Any, shipped: bool) -> int:
         reasons = "; ".join(sorted({entry.why for entry in entries}))
         print(f"error: no trial was completed ({reasons})", file=sys.stderr)
         return INFRASTRUCTURE
-    print_best(driver.ledger, driver.folder)
+    if search:
+        print_best(driver.ledger, driver.folder)
     console.print(f"MLflow UI:  {ui_command(driver.folder, program('mlflow'))}", soft_wrap=True, highlight=False)
     return DONE if shipped else UNFINISHED
 
@@ -324,6 +333,8 @@ def print_best(ledger: "Ledger", folder: Path) -> None:
         f"again:      {program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
     )
     console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
+    console.print(f"is it best? {program('sweep')} confirm {where}", soft_wrap=True, highlight=False)
+    console.print(f"a page:     {program('sweep')} report {where}", soft_wrap=True, highlight=False)
 
 
 def program(name: str) -> str:

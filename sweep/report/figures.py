@@ -21,7 +21,13 @@ ENOUGH = 4  # complete trials that differ, below which importances mean nothing
 RATE, RANK, TRAINABLE = "train.learning_rate", "model.lora.rank", "model.trainable"
 INTERACTIONS = ((TRAINABLE, RATE), (RANK, RATE))
 CONTROLS = ("data.sound", "data.last_text", "model.modality")
-SIZE = {"height": 420, "margin": {"l": 60, "r": 20, "t": 30, "b": 60}, "template": "plotly_white"}
+SIZE = {
+    "height": 420,
+    "width": None,
+    "autosize": True,
+    "margin": {"l": 60, "r": 20, "t": 30, "b": 60},
+    "template": "plotly_white",
+}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,9 @@ def _pairs(config: Config, folder: Path, done: Sequence[Entry]) -> list[str]:
 
 
 def _embedded(figure: Figure, first: bool) -> str:
-    text: str = figure.content.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+    text: str = figure.content.to_html(
+        full_html=False, include_plotlyjs=first, config={"displaylogo": False, "responsive": True}
+    )
     return text
 
 
