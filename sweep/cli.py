@@ -12,6 +12,7 @@ from rich.table import Table
 
 from data.errors import UserError
 from sweep import cli_cache
+from sweep.cli_export import export, predict
 from sweep.cli_prepare import console, prepare, show_shards
 from sweep.cli_run import BAD_INPUT, ConfigArgument, SetOption, check_inputs, print_best, run, show_model, submit
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (prepare, run, submit):
+for verb in (prepare, run, submit, export, predict):
     app.command()(verb)
 
 app.add_typer(cli_cache.app, name="cache")
@@ -90,13 +91,21 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
 
 
 @app.command()
-def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
+def best(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    as_json: JsonOption = False,
+    as_config: Annotated[bool, typer.Option("--config", help="Print its configuration, for `sweep train`.")] = False,
+) -> None:
     """The best complete trial, and how to have it again."""
     ledger = _open(folder)
     entry = ledger.best()
     if entry is None:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
-    if as_json:
+    if as_config:
+        from sweep.config import dump
+
+        print(dump(ledger.trial_config(entry)), end="")
+    elif as_json:
         config = ledger.trial_config(entry).model_dump(mode="json")
         print(json.dumps({**_trial_json(folder, entry), "config": config}, indent=1))
     else:
