@@ -17,10 +17,16 @@ from data.schema import SAMPLE_RATE
 from data.shards import Shards
 from sweep.predict import softmax
 from tests.conftest import LABELS
+from tests.data.test_annomi import write as annomi
 from tests.sweep.common import complaint, refused, sweep, tree
 
 HEADER = ["conversation", "id", "speaker", "text", "code", "clip"]
 MAPPING = {"columns": {"id": "id", "label": "code", "clip": "clip"}}
+MODELS = {  # by modality, what else is special about it
+    "text+speech": "cls=before",
+    "speech": "trainable=new+encoder.*.layers.1.*",
+    "text": "priors=balanced",
+}
 Rows = list[dict[str, str]]
 
 
@@ -49,15 +55,15 @@ def write_corpus(folder: Path) -> Rows:
 
 @pytest.fixture(scope="module")
 def made(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus as a table, its shards, trials of two modalities, and these exported."""
+    """A folder with a corpus as a table, its shards, a trial of each modality, and these exported."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder)
     source = ("table", folder / "corpus.csv", "--audio", folder / "clips", "--config", folder / "mapping.yaml")
     assert sweep("prepare", *source, "--out", folder / "shards").code == 0
     changed = [f"--set=data.shards={folder / 'shards'}", "--set=train.epochs=1", "--set=model.end_of_audio=learned"]
-    for modality, priors in {"text+speech": "as-is", "text": "balanced"}.items():
+    for modality, setting in MODELS.items():
         trial = folder / f"trial-{modality}"
-        options = (*changed, f"--set=model.modality={modality}", f"--set=model.priors={priors}", "--out", trial)
+        options = (*changed, f"--set=model.modality={modality}", f"--set=model.{setting}", "--out", trial)
         assert sweep("train", place / "good.yaml", *options).code == 0
         assert sweep("export", trial, "--out", folder / modality).code == 0
     return folder
@@ -87,17 +93,18 @@ def options(made: Path, table: str = "new.csv") -> tuple[object, ...]:
     return "--csv", table, "--audio", made / "clips", "--config", "mapping.yaml"
 
 
-def evaluated(trial: Path) -> dict[str, dict[str, Any]]:
-    outcome = sweep("evaluate", trial, "--split", "val", "--json")
-    return {row["id"]: row for row in json.loads(outcome.out)["predictions"]}
+def evaluated(trial: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(sweep("evaluate", trial, "--split", "val", "--json").out)["predictions"]
+    return found
 
 
-@pytest.mark.parametrize("modality", ["text+speech", "text"])
+@pytest.mark.parametrize("modality", MODELS)
 def test_predictions_are_those_of_evaluate(modality: str, work: Path, made: Path) -> None:
     outcome = sweep("predict", made / modality, *options(made), "--out", "coded")
     assert (outcome.code, outcome.err) == (0, "")
     assert "coded 4 of 8 turns; 4 are listed with the reason" in outcome.out
-    rows, known = read(Path("coded/predictions.csv")), evaluated(made / f"trial-{modality}")
+    rows = read(Path("coded/predictions.csv"))
+    known = {row["id"]: row for row in evaluated(made / f"trial-{modality}")}
     assert [row["turn"] for row in rows] == [str(turn) for turn in range(8)]
     for row in rows:
         said = known.get(f"{row['session']}/{row['turn']}")
@@ -125,7 +132,7 @@ def test_the_page_stands_alone_and_escapes_everything(work: Path, made: Path) ->
     assert "<b>" not in page
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;more&#34;" in page
     assert page.count("<audio ") == 4
-    assert not re.findall(r"""(?:src|href)=["'](?!data:audio/(?:mpeg|flac);base64,)""", page)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:audio/(?:mpeg|flac);base64,|#s)""", page)
     assert all(
         f">{label}</span>" in page for label in {row["code"] for row in read(Path("coded/predictions.csv"))} - {""}
     )
@@ -229,3 +236,39 @@ def test_an_exported_folder_may_be_moved_and_its_trial_deleted(work: Path, made:
     assert sweep("predict", made / "text", *options(made), "--out", "other").code == 0
     assert tree(Path("one")) == tree(Path("other"))
     assert complaint(sweep("predict", "moved", *options(made), "--out", "one")).startswith("--out one: exists already")
+
+
+def test_each_turn_is_coded_by_the_tasks_of_its_role(here: Path) -> None:
+    """Two tasks about different roles, and one that codes no turn; then one about each turn besides."""
+    table = annomi(here, sessions=12)
+    assert sweep("prepare", "annomi", table, "--set", "max_rejected=1", "--out", "shards").code == 0
+    changed = ["--set=data.shards=shards", "--set=model.modality=text", "--set=train.epochs=1"]
+    weights = {"client_talk": 1, "therapist_behaviour": 1, "quality": 1}
+    for name, classify in {"roles": 0, "both": 1}.items():
+        tasks = [f"--set=tasks.{task}={weight}" for task, weight in (weights | {"classify": classify}).items()]
+        assert sweep("train", "good.yaml", *changed, *tasks, "--out", f"trial-{name}").code == 0
+        assert sweep("export", f"trial-{name}", "--out", name).code == 0
+        assert sweep("predict", name, "--csv", table, "--format", "annomi", "--out", f"coded-{name}").code == 0
+    rows = read(Path("coded-roles/predictions.csv"))
+    assert len(rows) == 12 * 7
+    task_of = {"client": "client_talk", "therapist": "therapist_behaviour"}
+    assert all(row["task"] == task_of[row["speaker"]] for row in rows)
+    assert all(bool(row["p_change"]) == (row["speaker"] == "client") for row in rows)
+    known = {(row["task"], row["id"]): row for row in evaluated(Path("trial-roles"))}
+    compared = [known.get((row["task"], f"{row['session']}/{row['turn']}")) for row in rows]
+    assert sum(one is not None for one in compared) == sum(task != "quality" for task, _ in known)
+    assert all(one is None or one["prediction"] == row["code"] for one, row in zip(compared, rows, strict=True))
+    both = read(Path("coded-both/predictions.csv"))
+    assert len(both) == 2 * len(rows)
+    assert '<span class="note">client_talk</span>' in Path("coded-both/transcript.html").read_text(encoding="utf-8")
+    write_table(here / "one.csv", [{"conversation": "s", "speaker": "C", "text": "well"}], HEADER[:1] + HEADER[2:4])
+    assert sweep("predict", "roles", "--csv", "one.csv", "--out", "one").code == 0
+    assert [row["task"] for row in read(Path("one/predictions.csv"))] == ["client_talk"]
+
+
+def test_a_model_that_codes_no_turn_is_one_error(here: Path) -> None:
+    changed = ("tasks.classify=0", "tasks.quality=1", "model.modality=text", "train.epochs=1")
+    assert sweep("train", "good.yaml", *(f"--set={one}" for one in changed), "--out", "trial").code == 0
+    assert sweep("export", "trial", "--out", "m").code == 0
+    message = refused(here, "predict", "m", "--csv", "few.csv", "--format", "annomi", "--out", "o")
+    assert message.startswith("m: its tasks (quality) code no turn that is read")
