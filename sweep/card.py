@@ -112,7 +112,8 @@ def _interval(name: str, predictions: Said) -> str:
 
 def _commands(model: SpeechLLM) -> list[str]:
     lines = ["## Commands", "", "In this folder. To code new sessions:", ""]
-    lines += ["```bash", "sweep predict . --csv sessions.csv --audio recordings --out coded", "```", ""]
+    sound = " --audio recordings" if model.config.hears else ""
+    lines += ["```bash", f"sweep predict . --csv sessions.csv{sound} --out coded", "```", ""]
     lines += ["To train it again, from the corpus and the base models that `config.yaml` names:", ""]
     lines += ["```bash", "sweep train config.yaml --out again", "```", ""]
     if "lora" in model.trained_parts or any("lora_" in name for name in model.loaded):

@@ -191,6 +191,7 @@ def test_other_formats_are_read_without_codes(work: Path, made: Path) -> None:
 def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> None:
     listens, reads = made / "text+speech", made / "text"
     (work / "empty.csv").write_text("conversation,speaker,text\n")
+    (work / "twice.csv").write_text("conversation,id,speaker,text\n1,0,C,hi\n1,0,C,ho\n")
     (work / "strangers.csv").write_text("conversation,speaker,text\n1,A,hi\n1,B,ho\n")
     new = ("--csv", "new.csv", "--config", "mapping.yaml")
     cases: dict[str, tuple[object, ...]] = {
@@ -203,6 +204,10 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
         "strangers.csv:2: none of the 2 turns can be coded; this one because: speaker 'A' has no role": (
             reads,
             *("--csv", "strangers.csv", "--out", "o"),
+        ),
+        "F_DUPLICATE: 1 id(s) name different utterances: give each its own, or remove the wrong rows; F_DUPLICATE": (
+            reads,
+            *("--csv", "twice.csv", "--set", "columns.id=id", "--out", "o"),
         ),
         "new.csv:1: missing column(s) said": (reads, "--csv", "new.csv", "--set", "columns.text=said", "--out", "o"),
         "--set: 1 problem\n  - columns.texxt: unknown key": (
