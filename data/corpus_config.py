@@ -96,6 +96,7 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
         {}, description="Role → labels it may carry, in order; empty: the format's own, or all that occur."
     )
     qualities: tuple[str, ...] = Field((), description="Qualities of sessions, in order; empty: all that occur.")
+    coded: bool = Field(True, description="false: a format's columns of codes may be missing.")
     label_separator: str | None = Field(None, description="Between the labels of a turn that has several, e.g. ';'.")
     columns: ColumnConfig = ColumnConfig()
     time_unit: Literal["s", "ms"] = Field("s", description="Of times that are plain numbers.")

@@ -5,6 +5,7 @@ that are added to a corpus are all that is written.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -33,11 +34,12 @@ from data.shards import (
     describe_shard,
     to_bytes,
 )
-from data.split import split_conversations
+from data.split import Place, split_conversations
 from data.store import UNFINISHED, Store
 from data.validate import TIMELESS, Aligner, check, check_channels, failure
 
 Run = Callable[[Sequence[Job]], Iterator[ShardFile]]
+Dealer = Callable[..., dict[str, Place]]  # as `split_conversations`
 
 
 def prepare(
@@ -47,6 +49,7 @@ def prepare(
     *,
     align: Aligner | None = None,
     run: Run = serially,
+    deal: Dealer = split_conversations,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Shards:
     """Write a corpus as shards into `out`, or add to those that an earlier call with the same settings left there.
@@ -57,6 +60,7 @@ def prepare(
         config: how it is checked, split and stored.
         align: refines the times of turns; has a `key` that names it.
         run: makes the shards, in parallel if you like.
+        deal: gives every session its split.
         progress: told the number of sessions that are done, and of all.
 
     Raises:
@@ -65,7 +69,7 @@ def prepare(
     """
     config, store = config or CorpusConfig(), Store(out)
     with store.locked():
-        _prepare(corpus, store, config, align, run, progress)
+        _prepare(corpus, store, config, align, run, deal, progress)
     return Shards(out)
 
 
@@ -75,6 +79,7 @@ def _prepare(
     config: CorpusConfig,
     align: Aligner | None,
     run: Run,
+    deal: Dealer,
     progress: Callable[[int, int], None],
 ) -> None:
     earlier = _earlier(store, corpus, config)
@@ -82,7 +87,7 @@ def _prepare(
     check_channels(corpus, config.channels)
     check(corpus, order=align is None)
     _refuse_rejects(corpus, config)
-    split_conversations(corpus.conversations, config.split, before=dealt)  # whether it can be split at all
+    deal(corpus.conversations, config.split, before=dealt)  # whether it can be split at all
     before = store.names()
     try:
         key = getattr(align, "key", None)
@@ -97,7 +102,7 @@ def _prepare(
             files.append(made)
             finished += len(made.info.conversations)
             progress(finished, total)
-        _publish(store, corpus, config, files, dealt)
+        _publish(store, corpus, config, files, functools.partial(deal, before=dealt))
     except UserError:
         # A corpus that cannot be used leaves nothing; what was there before is not ours, or is used again.
         for name in set(store.names()) - set(before):
@@ -182,9 +187,7 @@ def _described(store: Store, name: str, earlier: Shards | None, place: int | Non
         return None  # torn by a kill: it is made again
 
 
-def _publish(
-    store: Store, corpus: Corpus, config: CorpusConfig, files: Sequence[ShardFile], dealt: Mapping[str, str | int]
-) -> None:
+def _publish(store: Store, corpus: Corpus, config: CorpusConfig, files: Sequence[ShardFile], deal: Dealer) -> None:
     """Put the index together, split, and write the manifest."""
     files = sorted(files, key=lambda file: min(file.info.conversations))  # they arrive as they are done
     lines = {turn.id: turn.where for conversation in corpus.conversations for turn in conversation.turns}
@@ -193,7 +196,7 @@ def _publish(
     rows = pa.concat_tables([file.index for file in files]).unify_dictionaries()
     _learn(corpus, rows)
     _refuse_rejects(corpus, config)
-    places = split_conversations(corpus.conversations, config.split, before=dealt, shared=_shared_sound(corpus, rows))
+    places = deal(corpus.conversations, config.split, shared=_shared_sound(corpus, rows))
     conversations = rows["conversation"].to_pylist()
     shard_of = {name: number for number, file in enumerate(files) for name in file.info.conversations}
     for column, values in {

@@ -78,23 +78,32 @@ class Former:
     fingerprint: str  # of its corpus
 
 
+def _link(path: Path) -> dict[str, Any]:
+    """What a trial's checkpoint holds, or an exported model, which stands on nobody."""
+    from model import exported
+
+    return exported.as_state(path) if exported.is_exported(path) else load(path)
+
+
 def chain(source: str) -> Former:
-    """Read a former trial and those that it had started from.
+    """Read a former trial and those that it had started from, or an exported model, which holds what they trained.
 
     Args:
-        source: folder of the trial, or its checkpoint file.
+        source: folder of the trial, its checkpoint file, or folder of the exported model.
 
     Raises:
         CheckpointError: a link is missing, damaged, or has changed since it was started from.
     """
-    path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+    from model import exported
+
+    path = Path(source) / FILE if Path(source).is_dir() and not exported.is_exported(source) else Path(source)
     if not path.exists():
         raise CheckpointError(f"model.init_from: {source}: no such checkpoint; train it first, or name another trial")
     try:
-        state = load(path)
+        state = _link(path)
         tensors: dict[str, Tensor] = {}
         for link in state["parents"]:
-            parent = load(Path(link["path"]))
+            parent = _link(Path(link["path"]))
             if parent["digest"] != link["digest"]:
                 raise CheckpointError(
                     f"{link['path']}: has changed since {path} was started from it; put the former checkpoint back"

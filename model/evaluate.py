@@ -27,6 +27,7 @@ from model.teacher import lessons
 from model.workers import world
 
 LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
+Select = Callable[[Shards, str, str], list[Item]]
 TOGETHER = 64  # items of an evaluation that are cut into batches together, of similar tokens and frames
 
 
@@ -63,6 +64,7 @@ class TrialData:
         teacher: bool = False,
         features: Path | None = None,
         taught: Path | None = None,
+        select: Select = items,
     ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
 
@@ -71,6 +73,7 @@ class TrialData:
                 at a time, or did so before, so it is no matter of the plan; but it must fit.
             features: where those of the frozen encoder or layers lie, if they are to be read in place of the sound.
             taught: where lies what that teacher said, if it is to be read.
+            select: chooses the items of a task in a split.
 
         Raises:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
@@ -89,7 +92,7 @@ class TrialData:
         found = cls(shards, source, {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
-            for item in (item for task in model.tasks for item in items(shards, task, split)):
+            for item in (item for task in model.tasks for item in select(shards, task, split)):
                 example = read_example(shards, item, config, sound=False)
                 samples = clip_samples(shards, item, config)
                 measure = model.measure(example, samples)

@@ -13,6 +13,7 @@ from rich.table import Table
 from data.errors import UserError
 from sweep import cli_cache
 from sweep.cli_confirm import confirm
+from sweep.cli_export import export, predict
 from sweep.cli_prepare import console, prepare, show_shards
 from sweep.cli_report import report
 from sweep.cli_run import (
@@ -36,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (prepare, run, submit, confirm, report):
+for verb in (prepare, run, submit, confirm, report, export, predict):
     app.command()(verb)
 
 app.add_typer(cli_cache.app, name="cache")
@@ -94,7 +95,11 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
 
 
 @app.command()
-def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
+def best(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    as_json: JsonOption = False,
+    as_config: Annotated[bool, typer.Option("--config", help="Print its configuration, for `sweep train`.")] = False,
+) -> None:
     """The best complete trial, and how to have it again; what `sweep confirm` said about it, if it was asked."""
     from sweep.confirm import read as confirmed
 
@@ -102,7 +107,11 @@ def best(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_
     entry = ledger.best()
     if entry is None:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
-    if as_json:
+    if as_config:
+        from sweep.config import dump
+
+        print(dump(ledger.trial_config(entry)), end="")
+    elif as_json:
         config = ledger.trial_config(entry).model_dump(mode="json")
         print(json.dumps({**_trial_json(folder, entry), "config": config}, indent=1))
     else:

@@ -110,13 +110,13 @@ def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
             if not console.is_terminal:
                 console.print(f"prepared {done} of {total} sessions", highlight=False)
 
-        shards = prepare_corpus(corpus, out, settings, align=_aligner(settings), run=_make_shards, progress=advance)
+        shards = prepare_corpus(corpus, out, settings, align=make_aligner(settings), run=make_shards, progress=advance)
         progress.update(bar, description="drawing the report")
         Store(out).write(REPORT, corpus_html(shards, read_findings(shards)).encode())
     return shards
 
 
-def _aligner(settings: "CorpusConfig") -> "CTCAligner | None":
+def make_aligner(settings: "CorpusConfig") -> "CTCAligner | None":
     if settings.align.model is None:
         return None
     from model.align import CTCAligner
@@ -124,7 +124,7 @@ def _aligner(settings: "CorpusConfig") -> "CTCAligner | None":
     return CTCAligner(settings.align)
 
 
-def _make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
+def make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
     """Few shards are made here; many through Ray Data, on all CPUs of the machine or the cluster."""
     from data.jobs import serially
 

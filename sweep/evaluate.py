@@ -8,8 +8,9 @@ from typing import Any
 from data.errors import UserError
 from data.schema import SPLITS
 from model import checkpoint, curve
-from model.evaluate import evaluate
+from model.evaluate import TrialData, evaluate
 from model.metrics import Record, per_label, summarise
+from model.speech_llm import SpeechLLM
 from sweep import builtin
 from sweep import config as configuration
 from sweep.ledger import Ledger, trial_folder
@@ -39,20 +40,12 @@ def predict(source: Path, split: str, batch_size: int | None = None, overrides: 
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
-    path = _checkpoint(source)
-    folder = path.parent
+    path = find_checkpoint(source)
     other = [override for override in overrides if not override.startswith(("data.", "train.token_budget="))]
     if other:
         raise UserError(f"--set {other[0]}: only data.* can be changed for a trained model")
-    config = builtin.resolve(configuration.load(str(folder / "config.yaml"), overrides))
-    state = checkpoint.load(path)
-    model, data = build(config, "local", (split,), available_device())
-    if state["fingerprint"] != data.shards.fingerprint:
-        raise UserError(
-            f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
-            f"{data.shards.fingerprint}: their splits may differ; put the former shards back"
-        )
-    checkpoint.restore(model, state)
+    config = builtin.resolve(configuration.load(str(path.with_name("config.yaml")), overrides))
+    model, data, _ = load_trained(path, config, (split,))
     records = evaluate(model, data, split, config.train.token_budget, batch_size)
     labels = {task: tuple(known.labels) for task, known in model.tasks.items()}
     return Predicted(records, labels, data.shards.manifest.roles)
@@ -87,7 +80,39 @@ def evaluate_checkpoint(
     return {"n": len(records), **metrics, "per_label": tables, "predictions": predictions}
 
 
-def _checkpoint(source: Path) -> Path:
+def load_trained(
+    path: Path, config: configuration.Config, splits: Sequence[str]
+) -> tuple[SpeechLLM, TrialData, dict[str, Any]]:
+    """The model of a checkpoint, its data, and what else the checkpoint holds.
+
+    Args:
+        path: of the checkpoint.
+        config: of its trial, with paths in place of built-in names.
+        splits: those that will be read.
+
+    Raises:
+        UserError: the checkpoint cannot be used, belongs to another configuration, or the corpus has changed.
+    """
+    state = checkpoint.load(path)
+    model, data = build(config, "local", splits, available_device())
+    if state["fingerprint"] != data.shards.fingerprint:
+        raise UserError(
+            f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
+            f"{data.shards.fingerprint}: their splits may differ; put the former shards back"
+        )
+    checkpoint.restore(model, state)
+    return model, data, state
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint of a trial, or of a sweep's best one.
+
+    Args:
+        source: a sweep's folder, a trial's folder, or a checkpoint file beside its config.yaml.
+
+    Raises:
+        UserError: there is none, or none any more.
+    """
     named = source.is_file() or source.name == checkpoint.FILE
     folder = source.parent if named else source
     if not (folder / "config.yaml").exists():

@@ -42,6 +42,14 @@ def as_run(config: Config, shards: Shards) -> Config:
     return config.model_copy(update={"train": train})
 
 
+def settle(config: Config) -> None:
+    """Make this process compute as a trial does."""
+    # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(config.resources.threads)
+    seed_everything(config.seed)
+
+
 def build(
     config: Config,
     reader: str,
@@ -60,10 +68,7 @@ def build(
         features: where those of its frozen encoder or layers lie; None: it encodes by itself, with the same result.
         taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
     """
-    # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(config.resources.threads)
-    seed_everything(config.seed)
+    settle(config)
     shards = open_shards(config.data)
     answers = answer_sets(shards, config.tasks.active())
     model = SpeechLLM(config.model, answers, device, encodes=features is None)

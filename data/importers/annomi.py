@@ -39,7 +39,9 @@ def read_annomi(source: Path, audio: Path | None, config: CorpusConfig) -> Corpu
         DataError: the file or a row cannot be read, a session has no quality, an unknown one or two, or there are no
             recordings.
     """
-    rows = read_rows(source, (*COLUMNS, *LABEL_COLUMN.values()), config, optional=(ANNOTATOR,))
+    codes = tuple(LABEL_COLUMN.values())
+    needed = (*COLUMNS, *codes) if config.coded else COLUMNS
+    rows = read_rows(source, needed, config, optional=(ANNOTATOR, *codes))
     draft = Draft("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
     sessions = by_conversation(rows, "transcript_id")
     conversations = [_conversation(name, own, draft) for name, own in sessions.items()]
@@ -68,7 +70,7 @@ def _turn(conversation: str, rows: list[Row], draft: Draft) -> Turn:
     column = LABEL_COLUMN.get(draft.role(speaker, conversation))
     codes = [row[column] for row in rows]
     turn = draft.turn(conversation, first["utterance_id"], speaker, first["utterance_text"], codes, first.where)
-    if turn.label is None and turn.speaker != UNKNOWN:
+    if turn.label is None and turn.speaker != UNKNOWN and draft.config.coded:
         turn.label = ""  # every utterance of AnnoMI has a code: the validation rejects one without
     turn.index = int(first["utterance_id"])
     turn.start = read_time(first["timestamp"], turn, draft.findings, usual=TIME)

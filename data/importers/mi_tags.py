@@ -8,7 +8,8 @@ from data.importers.draft import Draft
 from data.importers.rows import Row, by_conversation, read_rows
 from data.schema import Conversation, Corpus, Turn
 
-COLUMNS = ("turn", "speaker", "text", "code")
+COLUMNS = ("turn", "speaker", "text")
+CODE = "code"
 ANNOTATOR = "annotator"
 SESSION = ("conversation", "session")  # columns that a file of several sessions has
 
@@ -33,7 +34,8 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
     draft = Draft("mi-tags", config)
     conversations = []
     for path in paths:
-        rows = read_rows(path, COLUMNS, config, optional=(*SESSION, ANNOTATOR))
+        needed = (*COLUMNS, CODE) if config.coded else COLUMNS
+        rows = read_rows(path, needed, config, optional=(*SESSION, ANNOTATOR, CODE))
         column = next((name for name in SESSION if name in rows[0].cells), None)
         sessions = {path.stem: rows} if column is None else by_conversation(rows, column)
         conversations += [_conversation(name, own, draft) for name, own in sessions.items()]
@@ -55,5 +57,5 @@ def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
 
 def _turn(conversation: str, rows: list[Row], draft: Draft) -> Turn:
     first = rows[0]
-    codes = [row["code"] for row in rows]
+    codes = [row[CODE] for row in rows]
     return draft.turn(conversation, first["turn"], first["speaker"], first["text"], codes, first.where)

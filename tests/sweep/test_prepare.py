@@ -89,7 +89,7 @@ def test_times_in_whole_seconds_are_aligned(
         truth |= {f"{seed}/{turn.index}": span for turn, span in zip(turns, times, strict=True)}
     Path("turns.tsv").write_text("\n".join(lines) + "\n")
     options = ["--audio", "audio", "--set", "columns.start=start"]
-    monkeypatch.setattr("sweep.cli_prepare._make_shards", serially)
+    monkeypatch.setattr("sweep.cli_prepare.make_shards", serially)
     for out, more in {"given": [], "aligned": ["--align", ctc]}.items():
         outcome = sweep("prepare", "table", "turns.tsv", *options, *more, "--out", out)
         assert (outcome.code, outcome.err) == (0, "")

@@ -1,0 +1,46 @@
+"""Sessions to be coded: no codes are needed, nothing is split, and every turn that cannot be coded has a reason."""
+
+import json
+from pathlib import Path
+
+from data.coding import SPLIT, codable, prepare_sessions, read_sessions, why_not
+from data.corpus_config import ColumnConfig, CorpusConfig
+from data.jobs import serially
+from data.report.summary import read_findings
+from data.shards import Shards
+
+ROLES = {"client": ("change", "neutral"), "therapist": ()}
+SEGMENTS = [
+    {"speaker": "T", "text": "so?", "start": 0, "end": 1},
+    {"speaker": "C", "text": "well", "start": 1, "end": 2, "label": "a code that nobody knows"},
+    {"speaker": "S", "text": "who is it", "start": 2, "end": 3},
+    {"speaker": "C", "text": "when", "start": "later", "end": 4},
+]
+
+
+def prepared(folder: Path) -> Shards:
+    """One session of WhisperX, which is fewer than there are splits."""
+    (folder / "one.json").write_text(json.dumps({"segments": SEGMENTS}))
+    config = CorpusConfig(columns=ColumnConfig(label="code"))
+    corpus = read_sessions("whisperx", folder / "one.json", None, config, ROLES)
+    return prepare_sessions(corpus, folder / "shards", config, None, serially)
+
+
+def test_every_turn_is_an_item_or_has_a_reason(tmp_path: Path) -> None:
+    shards = prepared(tmp_path)
+    assert set(shards.columns["split"]) == {SPLIT}
+    assert codable(shards, "classify", hears=False) == [("classify", 1)]
+    assert codable(shards, "therapist_behaviour", hears=False) == []
+    reasons = why_not(shards, read_findings(shards), hears=False)
+    assert reasons.keys() == {0, 2, 3}
+    assert reasons[0] == "only the client is coded"
+    assert reasons[2].startswith("speaker 'S' has no role; add it")
+    assert reasons[3].startswith("time 'later' is not readable")
+
+
+def test_a_model_that_listens_needs_the_sound_of_each_turn(tmp_path: Path) -> None:
+    shards = prepared(tmp_path)
+    assert codable(shards, "classify", hears=True) == []
+    reasons = why_not(shards, read_findings(shards), hears=True)
+    assert reasons.keys() == {0, 1, 2, 3}
+    assert reasons[1] == "no sound: the turn has no recording"
