@@ -48,7 +48,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert found.returncode == 0, f"{shlex.join(words)}\n{found.stdout[-2000:]}\n{found.stderr[-2000:]}"
         said[shlex.join(words)] = found.stdout
     assert {words[1] for words in commands()} == {
-        *("prepare", "run", "status", "best", "confirm", "report", "train", "evaluate", "inspect"),
+        *("prepare", "run", "status", "best", "confirm", "report", "export", "train", "evaluate", "inspect"),
     }
     status = json.loads(said["sweep status runs/demo --json"])
     assert len(status["trials"]) == status["target_trials"] >= 8
