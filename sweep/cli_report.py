@@ -19,6 +19,7 @@ def report(
 ) -> None:
     """What is best, by how much, and which choice made the difference: a page, tables for a paper, pictures."""
     from sweep.report import page
+    from sweep.report.artifacts import to_mlflow
 
     ledger = open_ledger(folder)
     for other in beside:
@@ -27,5 +28,6 @@ def report(
         written = page.write(ledger, folder, out or folder / "report", beside, reference)
     for line in page.verdict(ledger.config, folder, ledger.entries()):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"page: {written[0]}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"beside it: {', '.join(path.name for path in written[1:])}", soft_wrap=True, highlight=False)

@@ -56,6 +56,12 @@ def mlflow_run_id(folder: Path, number: int) -> str | None:
     return run_id
 
 
+def parent_run_id(folder: Path) -> str | None:
+    """The MLflow run of a sweep, if it has one yet."""
+    run_id: str | None = _read_state(folder).get("run_id")
+    return run_id
+
+
 def is_shipped(folder: Path) -> bool:
     """Whether MLflow was sent all of a sweep that has ended."""
     return bool(_read_state(folder).get("ended"))

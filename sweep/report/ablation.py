@@ -80,9 +80,14 @@ def _differs(entry: Entry, reference: Entry, key: str) -> bool:
     return both and entry.params[key] != reference.params[key]
 
 
+def name_of(config: Config, choice: Choice) -> str:
+    """What was chosen in place of what."""
+    return f"{short_names(list(config.search.space))[choice.key]}: {shown(choice.before)} → {shown(choice.after)}"
+
+
 def frame(config: Config, reference: Entry | None, found: Sequence[Choice]) -> pd.DataFrame:
     """The table of a paper: the reference, and what each choice adds to it or takes away."""
-    metric, names = config.search.metric, short_names(list(config.search.space))
+    metric = config.search.metric
     columns = ["choice", "trial", metric, "difference", "95 % interval", "McNemar p", "verdict"]
     rows: list[list[str]] = []
     if reference is not None and reference.value is not None:
@@ -92,7 +97,7 @@ def frame(config: Config, reference: Entry | None, found: Sequence[Choice]) -> p
         limits = "" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
         rows.append(
             [
-                f"{names[own.key]}: {shown(own.before)} → {shown(own.after)}",
+                name_of(config, own),
                 str(own.number),
                 f"{own.value:.3f}",
                 f"{own.comparison.difference.value:+.3f}",

@@ -15,6 +15,7 @@ from sweep.config import Config
 from sweep.draw import history
 from sweep.leaderboard import interval_of
 from sweep.ledger import Entry, Ledger
+from sweep.report.ablation import Choice, name_of
 from sweep.results import short_names
 
 ENOUGH = 4  # complete trials that differ, below which importances mean nothing
@@ -53,11 +54,12 @@ def study_of(ledger: Ledger) -> optuna.Study:
     return study
 
 
-def figures(ledger: Ledger, folder: Path, entries: Sequence[Entry]) -> list[Figure]:
-    """Those for which a sweep has enough trials."""
+def figures(ledger: Ledger, folder: Path, entries: Sequence[Entry], choices: Sequence[Choice]) -> list[Figure]:
+    """Those for which a sweep has enough trials, and that of its ablation."""
     study, config = study_of(ledger), ledger.config
     done = [entry for entry in entries if entry.state == "COMPLETE"]
-    found = [_intervals(config, folder, done)] if done else []
+    found = [_ablation(config, choices)] if choices else []
+    found += [_intervals(config, folder, done)] if done else []
     controls = _controls(config, folder, done)
     found += [controls] if controls else []
     found += [figure for draw in _drawings(config, study, len(done)) if (figure := _drawn(draw)) is not None]
@@ -127,6 +129,17 @@ def _intervals(config: Config, folder: Path, done: Sequence[Entry]) -> Figure:
     return Figure("objective", "How sure the order is", "95 % intervals, bootstrapped by session", content)
 
 
+def _ablation(config: Config, choices: Sequence[Choice]) -> Figure:
+    """What each choice adds or takes away; left or right of 0 by more than its limits, it is no noise."""
+    names = [f"{name_of(config, own)} (#{own.number})" for own in choices]
+    content = _bars(names, [(own.comparison.difference.value, own.comparison.difference) for own in choices], flat=True)
+    content.add_vline(x=0, line_color="grey", line_dash="dot")
+    height = 140 + 34 * len(choices)
+    content.update_layout(xaxis_title=f"difference in {config.search.metric}", **{**SIZE, "height": height})
+    note = "paired differences to the reference, with 95 % intervals by session"
+    return Figure("ablation", "What each choice is worth", note, content)
+
+
 def _controls(config: Config, folder: Path, done: Sequence[Entry]) -> Figure | None:
     """Speech against text, and the same model without what it should listen to."""
     axes = [key for key in CONTROLS if key in config.search.space]
@@ -142,7 +155,7 @@ def _controls(config: Config, folder: Path, done: Sequence[Entry]) -> Figure | N
     return Figure("controls", "Does it listen?", note, content)
 
 
-def _bars(labels: list[str], shown: Sequence[tuple[float, Interval | None]]) -> go.Figure:
+def _bars(labels: list[str], shown: Sequence[tuple[float, Interval | None]], flat: bool = False) -> go.Figure:
     values, above, below = [], [], []
     for value, found in shown:
         low, high = (None, None) if found is None else (found.low, found.high)
@@ -150,7 +163,10 @@ def _bars(labels: list[str], shown: Sequence[tuple[float, Interval | None]]) -> 
         above.append(0.0 if high is None else high - value)
         below.append(0.0 if low is None else value - low)
     error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-    return go.Figure(go.Scatter(x=labels, y=values, error_y=error, mode="markers", marker={"size": 9}))
+    marks = {"mode": "markers", "marker": {"size": 9}}
+    if flat:
+        return go.Figure(go.Scatter(y=labels, x=values, error_x=error, **marks)).update_yaxes(autorange="reversed")
+    return go.Figure(go.Scatter(x=labels, y=values, error_y=error, **marks))
 
 
 def pngs(ledger: Ledger, folder: Path) -> list[Path]:

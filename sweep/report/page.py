@@ -191,9 +191,10 @@ def write(ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], refe
 
     entries, config = ledger.entries(), ledger.config
     chosen = ablation.reference_of(config, entries, reference)
-    table = ablation.frame(config, chosen, ablation.choices(config, folder, entries, chosen))
+    choices = ablation.choices(config, folder, entries, chosen)
+    table = ablation.frame(config, chosen, choices)
     others = beside([folder, *beside_]) if beside_ else []
-    text = html(ledger, folder, figures.figures(ledger, folder, entries), table, others)
+    text = html(ledger, folder, figures.figures(ledger, folder, entries, choices), table, others)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     unfinished = page.with_suffix(".unfinished")
