@@ -1,17 +1,21 @@
 """`sweep report`: what it says of a finished sweep, and of empty, failed, single, running and confirmed ones."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from sweep import cli_confirm, confirm
 from sweep.config import claim_folder
 from sweep.evaluate import Predicted
 from sweep.ledger import Ledger, trial_folder
 from sweep.report import ablation, figures
+from sweep.report.artifacts import to_mlflow
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
 from tests.sweep.searched import REFERENCE, TEXT, played, said, settings
@@ -157,3 +161,26 @@ def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
     found = ablation.choices(ledger.config, finished, entries, ablation.reference_of(ledger.config, entries))
     [modality] = [choice for choice in found if choice.key == "model.modality"]
     assert entries[modality.number].params == TEXT
+
+
+def test_the_report_lies_beside_the_runs_in_mlflow(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, tmp_path)
+    played(settings(trials=2), folder := tmp_path / "logged")
+    page(folder)
+    assert to_mlflow(folder, []) == "not there, since the sweep has no run yet"
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.create_experiment("logged", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    (folder / "mlflow.json").write_text(json.dumps({"run_id": run}))
+    outcome = sweep("report", folder)
+    assert "in MLflow: artifacts of the sweep's run, under report" in outcome.out
+    names = {Path(file.path).name for file in client.list_artifacts(run, "report")}
+    assert names == {path.name for path in (folder / "report").iterdir()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    (folder / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))  # the client remembers the other's place
+    away = sweep("report", folder)
+    assert away.code == 0
+    assert "in MLflow: not there (" in away.out
