@@ -20,7 +20,7 @@ from sweep.cluster import free_port
 from sweep.ledger import Ledger
 from sweep.tracking import Tracker, is_shipped, mlflow_run_id, tracking_uri
 from tests.sweep.common import report
-from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, written
+from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -144,7 +144,7 @@ def check(folder: Path) -> None:
     assert (parent.info.status, is_shipped(folder)) == ("FINISHED", True)
     assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "FINISHED"]
     for entry, run in zip(entries, children, strict=True):
-        assert run.data.params == {key: str(value) for key, value in entry.params.items()}
+        assert run.data.params == shown_params(entry)
         for name in ("loss", "f1"):
             assert repr(curve(folder, entry.number, name)) == repr(written(folder, entry.number, name))
         files = {file.path for file in MlflowClient(tracking_uri(folder)).list_artifacts(run.info.run_id)}
