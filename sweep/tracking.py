@@ -27,6 +27,7 @@ from sweep.config import Config, dump
 from sweep.curves import Curve, Point, attempts, times
 from sweep.ledger import Entry, Ledger, best_first, is_drawn, sweep_id, trial_config, trial_folder
 from sweep.mlflow_data import Corpus
+from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
 from sweep.mlflow_runs import REFUSED, Runs, lacks, now
 from sweep.watch import near
@@ -194,6 +195,8 @@ class Tracker(threading.Thread):
         client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
         self._sum_up(self.runs, entries, ended)
+        for best in best_first(self.config, entries)[:1] if finished else []:
+            publish(self.runs, self.config.name, self.folder, best, self._state(best.number)["run_id"])
         if finished:
             client.set_terminated(self.parent, "FINISHED")
         else:  # nobody works on it until the command is given again
