@@ -18,6 +18,7 @@ from model.config import TrainConfig
 from model.evaluate import TrialData
 from model.metrics import Record
 from model.speech_llm import SpeechLLM
+from model.usage import Usage
 from model.workers import from_first, world
 
 BUDGET = "token_budget"  # file: what fitted into memory, where that was less than train.token_budget
@@ -52,6 +53,7 @@ class Resumable:
         self.state = Progress()
         self.budget = config.token_budget  # in effect
         self.saved = 0  # steps that the checkpoint holds
+        self.usage = Usage(model.device)
         self._attempt: Attempt | None = None
 
     @property
@@ -172,6 +174,12 @@ class Resumable:
     def _log(self, values: dict[str, float]) -> None:
         """Add a point to the trial's curve."""
         if self.rank == 0:
+            self._append({"values": values})
+            self._log_usage()
+
+    def _log_usage(self, once: bool = False) -> None:
+        """Add what the machine does, in a line of its own: the steps' own lines are the same whenever they are made."""
+        if self.rank == 0 and (values := self.usage.sample(once)):
             self._append({"values": values})
 
     def _log_epoch(self, place: int) -> None:

@@ -260,6 +260,7 @@ class Trainer(Resumable):
         self._write_predictions(records)
         self.save()
         self._log_epoch(-1)
+        self._log_usage(once=True)
         return metrics
 
     def _validate(self) -> list[Record]:

@@ -276,11 +276,13 @@ def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
 
 def _attempt(driver: Any, resolved: "Config") -> bool:
     """Run what is left; whether MLflow took everything."""
+    from sweep.mlflow_data import Corpus
     from sweep.tracking import Tracker
+    from sweep.trial import open_shards
 
     say = driver.say
     driver.bind(resolved)
-    tracker = Tracker(driver.config, driver.folder, driver.data_tags(resolved))
+    tracker = Tracker(driver.config, driver.folder, Corpus.of(open_shards(resolved.data)))
     tracker.start()
     try:
         if driver.left():

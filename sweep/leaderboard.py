@@ -132,17 +132,6 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     return [f"#{entry.number} {entry.why}" for entry in told]
 
 
-def markdown(config: Config, folder: Path, entries: Sequence[Entry]) -> str:
-    """For MLflow's note."""
-    found = board(config, folder, entries)
-    reasons = [f"- {note}" for note in notes(entries)]
-    warning = recall.warning(config, entries)
-    cost = [*recall.lines(config, entries), *([f"**{warning}**"] if warning else [])]
-    lines = [found.header, ["---"] * len(found.header), *found.rows]
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*rows, "", *reasons, *([""] if reasons and cost else []), *(f"- {line}" for line in cost)])
-
-
 def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else ""
 

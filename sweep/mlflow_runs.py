@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sweep.curves import Point
-from sweep.ledger import Entry
+from sweep.mlflow_data import Corpus
 from sweep.results import read_predictions
 
 if TYPE_CHECKING:
@@ -43,19 +43,20 @@ CLIENT = {
 class Runs:
     """A sweep's part of an MLflow server. Every method raises what the client raises when the server is in trouble."""
 
-    def __init__(self, uri: str, key: str) -> None:
+    def __init__(self, uri: str, key: str, corpus: Corpus | None = None) -> None:
         """Nothing is asked of the server yet.
 
         Args:
             uri: of the server or its database.
             key: of the sweep.
+            corpus: that every run reads; None for one who makes no run.
         """
         for variable, value in CLIENT.items():
             os.environ.setdefault(variable, value)
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        self.client, self.uri, self.key = MlflowClient(uri), uri, key
+        self.client, self.uri, self.key, self.corpus = MlflowClient(uri), uri, key, corpus
         self.experiment = ""
 
     def enter(self, parent: str | None, name: str | None, store: Path) -> bool:
@@ -129,42 +130,48 @@ class Runs:
                 self.client.delete_run(other.info.run_id)
         return first
 
-    def make(self, key: str, name: str, tags: Mapping[str, str], started: int) -> str:
+    def make(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], started: int) -> str:
         """A new run; only for a key that `look` did not show."""
-        told = {"sweep.key": key, **tags}
-        return str(self.client.create_run(self.experiment, start_time=started, run_name=name, tags=told).info.run_id)
+        told = {"sweep.key": key, **tags, **(self.corpus.tags() if self.corpus else {})}
+        run = self.client.create_run(self.experiment, start_time=started, run_name=name, tags=told)
+        self.mend(run, params)
+        return str(run.info.run_id)
 
-    def params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Note the values of a trial; the same ones again change nothing."""
+    def mend(self, run: "Run", params: Mapping[str, Any]) -> None:
+        """Add what a run is without: of a run, a kill leaves as much as had been sent."""
+        if not run.data.params.keys() >= params.keys():
+            self._params(run.info.run_id, params)
+        if self.corpus and not (run.inputs and run.inputs.dataset_inputs):
+            self.client.log_inputs(run.info.run_id, datasets=[self.corpus.input()])
+
+    def _params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         told = [Param(key, str(value)) for key, value in params.items()]
         for start in range(0, len(told), PARAMS):
             self.client.log_batch(run_id, params=told[start : start + PARAMS])
 
-    def send(self, run_id: str, points: Sequence[Point]) -> None:
-        """Add points to the curves of a run; the same ones again change nothing."""
-        from mlflow.entities import Metric
+    def send(self, run_id: str, points: Sequence[Point], tags: Mapping[str, str] | None = None) -> None:
+        """Add points to the curves of a run, and tags; the same ones again change nothing."""
+        from mlflow.entities import Metric, RunTag
 
         told = [Metric(point.name, point.value, point.milliseconds, point.step) for point in points]
-        for start in range(0, len(told), CHUNK):
-            self.client.log_batch(run_id, metrics=told[start : start + CHUNK])
+        own = [RunTag(name, value) for name, value in (tags or {}).items()]
+        for start in range(0, max(len(told), len(own)), CHUNK):
+            self.client.log_batch(run_id, metrics=told[start : start + CHUNK], tags=own if start == 0 else [])
 
     def steps(self, run_id: str) -> dict[str, set[int]]:
         """The steps that the server has, by metric; a request for each metric."""
         names = self.client.get_run(run_id).data.metrics
         return {name: {point.step for point in self.client.get_metric_history(run_id, name)} for name in names}
 
-    def end(self, run_id: str, status: str, tags: Mapping[str, str], when: int) -> None:
-        """Mark a run as over; its status comes last, so that it stands for all the rest."""
-        for name, value in tags.items():
-            self.client.set_tag(run_id, name, value)
-        self.client.set_terminated(run_id, status, end_time=when)
-
-    def artifacts(self, run_id: str, config: str, folder: Path) -> None:
+    def artifacts(self, run_id: str, config: str, folder: Path) -> dict[str, str]:
         """Add what a trial leaves: its configuration, its predictions, and confusion matrices.
 
         Everything is written whole and anew, so that half a file, as a killed server leaves it, does not stay.
+
+        Returns:
+            Tags by which the UI finds the tables among them.
         """
         self.client.log_text(run_id, config, "config.yaml")
         tables = []
@@ -174,8 +181,8 @@ class Runs:
                 self.client.log_image(run_id, confusion_picture(records, labels), f"{where}confusion_matrix.png")
             self.client.log_text(run_id, json.dumps(_table(records, labels)), f"{where}predictions.json")
             tables.append({"path": f"{where}predictions.json", "type": "table"})
-        if tables:  # as `log_table` does, which would append to what is there
-            self.client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+        # As `log_table` does, which would append to what is there.
+        return {"mlflow.loggedArtifacts": json.dumps(tables)} if tables else {}
 
 
 def lacks(run: "Run", highest: Mapping[str, int]) -> bool:
@@ -183,11 +190,6 @@ def lacks(run: "Run", highest: Mapping[str, int]) -> bool:
     database is without."""
     newest = {metric.key: metric.step for metric in run.data._metric_objs}
     return any(newest.get(name, -1) < step for name, step in highest.items())
-
-
-def lacks_params(run: "Run", entry: Entry) -> bool:
-    """Whether a run is without values of its trial."""
-    return not run.data.params.keys() >= entry.params.keys()
 
 
 def now() -> int:

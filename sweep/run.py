@@ -75,12 +75,6 @@ class Driver:
         ended = sum(entry.state != "RUNNING" for entry in self.ledger.entries())
         return max(0, self.config.search.trials - ended)
 
-    def data_tags(self, resolved: Config) -> dict[str, str]:
-        """What names the corpus in MLflow."""
-        shards = open_shards(resolved.data)
-        labels = ",".join(shards.manifest.labels)
-        return {"corpus": shards.manifest.corpus, "fingerprint": shards.fingerprint, "labels": labels}
-
     def execute(self, resolved: Config) -> None:
         """Run the trials that are left. Returns early, in an orderly way, when the sweep is to stop.
 

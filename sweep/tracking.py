@@ -21,17 +21,22 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from data.errors import UserError
-from sweep import leaderboard
+from sweep import mlflow_summary as summary
+from sweep.changes import code_version
 from sweep.config import Config, dump
-from sweep.curves import Curve, attempts, times
-from sweep.ledger import Entry, Ledger, is_drawn, sweep_id, trial_config, trial_folder
-from sweep.mlflow_runs import REFUSED, Runs, lacks, lacks_params, now
+from sweep.curves import Curve, Point, attempts, times
+from sweep.ledger import Entry, Ledger, best_first, is_drawn, sweep_id, trial_config, trial_folder
+from sweep.mlflow_data import Corpus
+from sweep.mlflow_model import publish
+from sweep.mlflow_note import link, note
+from sweep.mlflow_runs import REFUSED, Runs, lacks, now
 from sweep.watch import near
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+LASTING = ("started", "finished", "codes")  # of a trial's mlflow.json: true whatever the server has
 LONGEST = 15.0  # seconds between two attempts at a server that is away
 
 
@@ -70,9 +75,9 @@ def is_shipped(folder: Path) -> bool:
 class Tracker(threading.Thread):
     """Keeps MLflow up to date with the ledger until `finish` is called."""
 
-    def __init__(self, config: Config, folder: Path, data: dict[str, str], every: float = 1.0) -> None:
+    def __init__(self, config: Config, folder: Path, corpus: Corpus, every: float = 1.0) -> None:
         super().__init__(daemon=True, name="mlflow")
-        self.config, self.folder, self.data, self.every = config, folder.absolute(), data, every
+        self.config, self.folder, self.corpus, self.every = config, folder.absolute(), corpus, every
         self.uri = tracking_uri(folder)
         self.key = sweep_id(self.folder)
         self.ended = threading.Event()
@@ -113,18 +118,19 @@ class Tracker(threading.Thread):
         self.states: dict[int, dict[str, Any]] = {}  # as in mlflow.json, by trial
         self.curves: dict[int, Curve] = {}  # of trials that run
         self.status: dict[str, str] = {}  # that MLflow shows, by run
+        self.summed: dict[str, float] = {}  # the metrics of the sweep's own run
 
     def _connect(self) -> None:
         self._doubt()
         store = self.folder.parent / "mlartifacts" / self.config.name
-        runs = Runs(self.uri, self.key)
+        runs = Runs(self.uri, self.key, self.corpus)
         runs.enter(_read_state(self.folder).get("run_id"), self.config.name, store)
         found = runs.look()
         if self.key in found:
-            self.parent = str(found[self.key].info.run_id)
+            self.parent, self.summed = str(found[self.key].info.run_id), dict(found[self.key].data.metrics)
+            runs.mend(found[self.key], {})
         else:
-            tags = {f"data.{name}": value for name, value in self.data.items()}
-            self.parent = runs.make(self.key, self.folder.name, tags, now())
+            self.parent = runs.make(self.key, self.folder.name, {}, {}, now())
         runs.client.update_run(self.parent, status="RUNNING")
         runs.client.log_text(self.parent, dump(self.config), "config.yaml")
         _write_state(self.folder, {"run_id": self.parent, "ended": False})
@@ -150,7 +156,7 @@ class Tracker(threading.Thread):
     def _compare(self, runs: Runs, entry: Entry, run: "Run | None") -> None:
         """Forget what is believed of a trial if its run says otherwise, so that it is shipped again."""
         state = self._state(entry.number)
-        kept = {name: value for name, value in state.items() if name in ("started", "finished")}
+        kept = {name: value for name, value in state.items() if name in LASTING}
         if run is None:
             self.states[entry.number] = kept
             return
@@ -160,10 +166,18 @@ class Tracker(threading.Thread):
             self.states[entry.number] = {**kept, "run_id": run_id}
         elif run.info.status != STATUS.get(entry.state):
             state["ended"] = False
-        if lacks_params(run, entry):
-            runs.params(run_id, entry.params)
+        runs.mend(run, summary.params(self.config, entry))
+        self._note_code(runs, entry, run_id)
         if run.data.tags.get("mlflow.parentRunId") != self.parent:
             runs.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
+
+    def _note_code(self, runs: Runs, entry: Entry, run_id: str) -> None:
+        """A trial may go on under another version of the code than the one that it began with."""
+        state = self._state(entry.number)
+        if entry.state == "RUNNING" and state.get("codes", [])[-1:] != [code_version()]:
+            state["codes"] = [*state.get("codes", []), code_version()]
+            runs.client.set_tag(run_id, "sweep.code", ", ".join(state["codes"]))
+            self._remember(entry.number)
 
     def _sync(self, last: bool) -> None:
         from mlflow.exceptions import MlflowException
@@ -184,15 +198,28 @@ class Tracker(threading.Thread):
 
     def _end_sweep(self, entries: list[Entry], whole: bool) -> None:
         assert self.runs is not None
-        client = self.runs.client
-        client.set_tag(self.parent, "mlflow.note.content", leaderboard.markdown(self.config, self.folder, entries))
-        ended = sum(entry.state != "RUNNING" for entry in entries)
+        client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
+        self._sum_up(self.runs, entries, ended)
+        for best in best_first(self.config, entries)[:1] if finished else []:
+            publish(self.runs, self.config.name, self.folder, best, self._state(best.number)["run_id"])
         if finished:
             client.set_terminated(self.parent, "FINISHED")
         else:  # nobody works on it until the command is given again
             client.update_run(self.parent, status="SCHEDULED")
         _write_state(self.folder, {"run_id": self.parent, "ended": finished})
+
+    def _sum_up(self, runs: Runs, entries: list[Entry], ended: int) -> None:
+        """The note, the best trial and the code, on the sweep's own run; each value once for so many trials."""
+        own = {entry.number: str(self._state(entry.number).get("run_id", "")) for entry in entries}
+        links = {number: link(runs.experiment, run_id) for number, run_id in own.items() if run_id}
+        told = {"mlflow.note.content": note(self.config, self.folder, entries, links)}
+        told["sweep.code"] = ", ".join((self.ledger.codes() if self.ledger else []) or [code_version()])
+        for best in best_first(self.config, entries)[:1]:
+            told |= {"sweep.best_trial": str(best.number), "sweep.best_run": own[best.number]}
+        metrics = summary.sweep_metrics(self.config, entries)
+        new = [Point(name, ended, now(), value) for name, value in metrics.items() if self.summed.get(name) != value]
+        runs.send(self.parent, new, told)
 
     def _sync_trial(self, entry: Entry, last: bool) -> None:
         assert self.runs is not None
@@ -217,10 +244,10 @@ class Tracker(threading.Thread):
         """Make the run of a trial that has none."""
         state, known = self._state(entry.number), times(trial_folder(self.folder, entry.number))
         state.setdefault("started", known[0] if known else now())
-        tags = {"mlflow.parentRunId": self.parent, "sweep.trial": str(entry.number)}
-        name = f"trial-{entry.number:04d}"
-        state["run_id"] = runs.make(f"{self.key}/{entry.number}", name, tags, state["started"])
-        runs.params(state["run_id"], entry.params)
+        state.setdefault("codes", [code_version()])
+        tags = {"mlflow.parentRunId": self.parent, **summary.start_tags(self.config, entry, state["codes"])}
+        params, name = summary.params(self.config, entry), f"trial-{entry.number:04d}"
+        state["run_id"] = runs.make(f"{self.key}/{entry.number}", name, tags, params, state["started"])
         state["offset"] = 0
         self._remember(entry.number)
 
@@ -242,15 +269,19 @@ class Tracker(threading.Thread):
     def _end(self, runs: Runs, entry: Entry) -> None:
         """Complete the run of a trial that is over."""
         number, state, folder = entry.number, self._state(entry.number), trial_folder(self.folder, entry.number)
-        self._ship(runs, number, Curve(folder, runs.steps(state["run_id"])))
+        known, points = runs.steps(state["run_id"]), Curve(folder).read()
+        self._ship(runs, number, Curve(folder, known))
         own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
         content = own.read_text(encoding="utf-8") if own.exists() else dump(trial_config(self.config, entry.params))
-        runs.artifacts(state["run_id"], content, folder)
-        known = times(folder)
-        state.setdefault("finished", known[1] if known else now())
-        told = {"state": entry.state, "why": entry.why, "reason": entry.reason, "attempts": attempts(folder)}
-        tags = {f"sweep.{name}": str(value) for name, value in told.items() if value is not None}
-        runs.end(state["run_id"], STATUS[entry.state], tags, state["finished"])
+        tags = runs.artifacts(state["run_id"], content, folder)
+        state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
+        step = max((point.step for point in points), default=0)
+        metrics = summary.trial_metrics(self.config, entry, points)
+        sums = [Point(name, step, state["finished"], value) for name, value in metrics.items()]
+        new = [point for point in sums if step not in known.get(point.name, ())]
+        runs.send(state["run_id"], new, tags | summary.end_tags(entry, attempts(folder)))
+        runs.client.set_terminated(state["run_id"], STATUS[entry.state], end_time=state["finished"])
+        state.setdefault("highest", {}).update(dict.fromkeys(metrics, step))
         state["ended"] = True
         self._remember(number)
         self.curves.pop(number, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
+from model.usage import PREFIX
 from sweep.ledger import Entry
 from tests.kill import targets
 from tests.kill.fire import Kill
@@ -147,7 +148,7 @@ def again_row(folder: Path) -> Row:
         known: dict[tuple[str, int], Any] = {}
         for line in lines(path):
             for name, value in line["values"].items():
-                if name in CLOCK:
+                if name in CLOCK or name.startswith(PREFIX):
                     continue
                 twice += (name, line["step"]) in known
                 if known.setdefault((name, line["step"]), value) != value:

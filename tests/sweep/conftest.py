@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data.shards import Shards
 from sweep.ledger import Ledger, trial_folder
 from sweep.run import Driver
 from tests.sweep.common import PREDICTIONS, ask, report, sweep
+from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append
 
 COLUMNS = (
@@ -92,3 +94,14 @@ def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     append(folder, 3, (16, 1003.0, nan), (32, 1004.0, 0.4))
     (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(PREDICTIONS))
     return folder
+
+
+@pytest.fixture
+def server(database: Path, tmp_path: Path) -> Iterator[Server]:
+    (place := tmp_path / "server").mkdir()
+    own = Server(place, database)
+    try:
+        own.start()
+        yield own
+    finally:
+        own.kill()

@@ -9,6 +9,7 @@ import pytest
 from sweep import leaderboard
 from sweep.config import Config, parse
 from sweep.ledger import Entry, State
+from sweep.mlflow_note import note as mlflow_note
 from sweep.recall import Rung, lines, recall, recall_json, warning
 from sweep.results import entry_json
 from sweep.watch import progress_json
@@ -99,7 +100,7 @@ def test_recall_and_audit_are_shown_wherever_trials_are(tmp_path: Path) -> None:
     found = [*lines(config(), entries), str(warning(config(), entries))]
     assert len(found) == 3
     caption = str(leaderboard.table(config(), tmp_path, entries).caption)
-    note = leaderboard.markdown(config(), tmp_path, entries)
+    note = mlflow_note(config(), tmp_path, entries)
     for line in found:
         assert line in caption
         assert line in note

@@ -13,7 +13,7 @@ from sweep.ledger import Ledger, trial_config
 from sweep.tracking import is_shipped, mlflow_run_id
 from tests.conftest import LABELS
 from tests.sweep.common import report
-from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, track
+from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track
 
 
 def artifacts(folder: Path, run: Run) -> dict[str, Path]:
@@ -28,11 +28,12 @@ def test_a_run_for_the_sweep_and_one_for_each_trial(folder: Path) -> None:
     assert [run.data.tags["sweep.trial"] for run in children] == ["0", "1", "2", "3"]
     assert [run.info.run_id for run in children] == [mlflow_run_id(folder, number) for number in range(4)]
     for run, entry in zip(children, entries, strict=True):
-        assert run.data.params == {key: str(value) for key, value in entry.params.items()}
+        assert run.data.params == shown_params(entry)
     assert parent.data.params == {}
-    assert {name: parent.data.tags[f"data.{name}"] for name in DATA} == DATA
+    assert all(run.data.tags.items() >= DATA.tags().items() for run in (parent, *children))
     rows = [line for line in parent.data.tags["mlflow.note.content"].splitlines() if line.startswith("|")]
-    assert sorted(row.split()[1] for row in rows) == ["#", "---", "0", "1", "2", "3"]
+    linked = [f"[{run.data.tags['sweep.trial']}](#/experiments/1/runs/{run.info.run_id})" for run in children]
+    assert sorted(row.split()[1] for row in rows) == ["#", "---", *linked]
 
 
 def test_states_are_true_to_life(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """MLflow comes back without what it had, or somebody deleted some of it: everything is there again, and once."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from sweep.ledger import Ledger
+from sweep.mlflow_summary import is_summary
 from sweep.tracking import is_shipped, mlflow_run_id, still_has, tracking_uri
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append, curve, runs, track, written
@@ -33,9 +35,16 @@ def shown(folder: Path) -> list[str]:
 
     def row(run: Run) -> str:
         number = int(run.data.tags["sweep.trial"])
-        return repr((run.info.status, run.data.params, run.data.tags.get("sweep.state"), curve(folder, number)))
+        sums = {name: value for name, value in run.data.metrics.items() if is_summary(name)}
+        tags = {name: value for name, value in run.data.tags.items() if name.startswith(("sweep.", "data."))}
+        return repr((run.info.status, run.data.params, sorted(tags.items()), sums, curve(folder, number)))
 
     return [row(run) for run in runs(folder)[1]]
+
+
+def note(parent: Run) -> str:
+    """Without links: a run that was made again has another name."""
+    return re.sub(r"runs/\w+", "", parent.data.tags["mlflow.note.content"])
 
 
 @pytest.fixture
@@ -54,7 +63,7 @@ def ended(folder: Path) -> Path:
 @pytest.mark.parametrize("copy", ["empty.db", "older.db"])
 def test_a_database_that_lost_runs_or_points_gets_them_again(copy: str, ended: Path) -> None:
     before, ids = shown(ended), [mlflow_run_id(ended, number) for number in NUMBERS]
-    parent = runs(ended)[0].data
+    parent = runs(ended)[0]
     times = [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]]
     shutil.copy(ended.parent / copy, database(ended))
     assert not still_has(CONFIG, ended)
@@ -64,8 +73,10 @@ def test_a_database_that_lost_runs_or_points_gets_them_again(copy: str, ended: P
     assert (ids == [mlflow_run_id(ended, number) for number in NUMBERS]) == (copy == "older.db")
     assert [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]] == times
     after = runs(ended)[0]
-    assert (after.info.status, after.data.params) == ("FINISHED", parent.params)
-    assert after.data.tags["mlflow.note.content"] == parent.tags["mlflow.note.content"]
+    assert (after.info.status, after.data.params) == ("FINISHED", parent.data.params)
+    assert note(after) == note(parent)
+    assert (after.data.metrics, after.data.tags["sweep.best_trial"]) == (parent.data.metrics, "3")
+    assert all(run.inputs.dataset_inputs for run in (after, *runs(ended)[1]))
     for run in runs(ended)[1]:
         files = {file.path for file in MlflowClient(tracking_uri(ended)).list_artifacts(run.info.run_id)}
         assert "config.yaml" in files

@@ -7,11 +7,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from sweep.config import Config
-from sweep.ledger import trial_folder
+from sweep.ledger import Entry, trial_folder
+from sweep.mlflow_data import Corpus
+from sweep.mlflow_summary import params
 from sweep.tracking import Tracker, mlflow_run_id, tracking_uri
 from tests.sweep.common import settings
 
-DATA = {"corpus": "synthetic", "fingerprint": "f00d", "labels": "change,sustain,neutral"}
+DATA = Corpus(
+    "synthetic",
+    "f00d",
+    ("change", "sustain", "neutral"),
+    "datasets/synthetic",
+    {"turns": {"train": 60, "val": 20, "test": 20}, "sessions": {"train": 6, "val": 2, "test": 2}},
+)
 CONFIG = settings(trials=4, pruning={"first_epoch": 1, "after_trials": 2, "audit": 0})
 Point = tuple[int, float, float]  # step, seconds, value
 
@@ -41,6 +49,11 @@ def runs(folder: Path) -> tuple[Run, list[Run]]:
     children = sorted((run for run in found if run is not parent), key=lambda run: int(run.data.tags["sweep.trial"]))
     assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
     return parent, children
+
+
+def shown_params(entry: Entry, config: Config = CONFIG) -> dict[str, str]:
+    """Every axis of the search, as MLflow has it."""
+    return {key: str(value) for key, value in params(config, entry).items()}
 
 
 def curve(folder: Path, number: int, name: str = "loss") -> list[Point]:

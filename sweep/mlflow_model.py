@@ -1,0 +1,83 @@
+"""The best trial's model on the MLflow server: its files on its run, and a version in the registry.
+
+A version is made once for a run. The alias `best` says which of them counts now, so whoever loads
+`models:/<sweep>@best` gets what an extended sweep found later.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from sweep.ledger import Entry, trial_folder
+from sweep.mlflow_runs import MISSING, Runs
+
+FILES = (checkpoint.FILE, "config.yaml")  # what `sweep evaluate` needs of a trial's folder
+PLACE, ALIAS = "model", "best"
+LARGEST = 10**9  # bytes of a checkpoint that is sent: the server keeps it, and the sweep's end waits for it
+EXISTS = "RESOURCE_ALREADY_EXISTS"
+
+
+def publish(runs: Runs, name: str, folder: Path, entry: Entry, run_id: str) -> str | None:
+    """Log the model of a trial and make it the best version of the sweep's; again, nothing changes.
+
+    Args:
+        runs: of the sweep.
+        name: of the registered model.
+        folder: of the sweep.
+        entry: of its best trial.
+        run_id: of that trial.
+
+    Returns:
+        The version; None where there is no checkpoint, or one that is too large.
+    """
+    own = trial_folder(folder, entry.number)
+    path = own / checkpoint.FILE
+    if not path.exists() or path.stat().st_size > LARGEST:
+        return None
+    _send(runs.client, own, run_id)
+    version = _version(runs.client, name, entry, run_id)
+    if _aliased(runs.client, name) != version:
+        runs.client.set_registered_model_alias(name, ALIAS, version)
+    return version
+
+
+def _send(client: Any, folder: Path, run_id: str) -> None:
+    """Those files that the run lacks, or has only in part."""
+    there = {file.path: file.file_size for file in client.list_artifacts(run_id, PLACE)}
+    for path in (folder / name for name in FILES):
+        if path.exists() and there.get(f"{PLACE}/{path.name}") != path.stat().st_size:
+            client.log_artifact(run_id, str(path), PLACE)
+
+
+def _version(client: Any, name: str, entry: Entry, run_id: str) -> str:
+    """The version of a run, made where there is none."""
+    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        return str(known.version)
+    _register(client, name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{PLACE}"
+    about = f"trial {entry.number}: `sweep evaluate` reads checkpoint.pt, which holds only what was trained"
+    tags = {"sweep.trial": str(entry.number)}
+    made = client.create_model_version(name, source, run_id, tags=tags, description=about, await_creation_for=0)
+    return str(made.version)
+
+
+def _register(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != EXISTS:
+            raise
+
+
+def _aliased(client: Any, name: str) -> str | None:
+    """The version that is the best so far."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_model_version_by_alias(name, ALIAS).version)
+    except MlflowException as error:
+        if error.error_code not in (MISSING, "INVALID_PARAMETER_VALUE"):  # what stores say of an alias that is not set
+            raise
+        return None

@@ -1,0 +1,103 @@
+"""The best model on the server: sent once, a version for a run, and an alias that follows what the sweep finds."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from sweep import mlflow_model
+from sweep.ledger import Ledger, trial_folder
+from sweep.tracking import is_shipped, mlflow_run_id, tracking_uri
+from tests.sweep.common import ask, report
+from tests.sweep.tracked import CONFIG, append, runs, track
+
+MORE = CONFIG.with_values({"search.trials": 5})
+
+
+def trained(folder: Path, number: int, content: bytes = b"weights") -> None:
+    append(folder, number)
+    (trial_folder(folder, number) / "checkpoint.pt").write_bytes(content)
+
+
+def versions(folder: Path) -> list[tuple[str, str | None]]:
+    """By version, its run; the last one is that of the alias."""
+    client = MlflowClient(tracking_uri(folder))
+    found = [(version.version, version.run_id) for version in client.search_model_versions()]
+    best = client.get_model_version_by_alias(CONFIG.name, "best")
+    return [(str(version), run) for version, run in sorted(found)] + [(str(best.version), best.run_id)]
+
+
+@pytest.fixture
+def ended(folder: Path) -> Path:
+    """The folder of a sweep whose best trial is 0, with a checkpoint."""
+    trained(folder, 0)
+    Ledger.open(folder, CONFIG).fail(3, "lost")
+    track(folder)
+    assert is_shipped(folder)
+    return folder
+
+
+def test_the_best_trial_is_a_version_with_its_files(ended: Path) -> None:
+    run_id = mlflow_run_id(ended, 0)
+    assert versions(ended) == [("1", run_id)] * 2
+    client = MlflowClient(tracking_uri(ended))
+    version = client.get_model_version_by_alias(CONFIG.name, "best")
+    assert version.source == f"{client.get_run(run_id).info.artifact_uri}/model"
+    folder = Path(client.download_artifacts(run_id, "model", str(ended.parent)))
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "config.yaml"}
+    assert (folder / "checkpoint.pt").read_bytes() == b"weights"
+    for run in runs(ended)[1][1:]:
+        assert client.list_artifacts(run.info.run_id, "model") == []
+
+
+def test_the_same_best_again_makes_no_second_version(ended: Path) -> None:
+    track(ended)
+    for state in ended.rglob("mlflow.json"):
+        state.unlink()
+    track(ended)
+    assert versions(ended) == [("1", mlflow_run_id(ended, 0))] * 2
+
+
+@pytest.mark.parametrize(("value", "best"), [(0.95, 4), (0.5, 0)])
+def test_the_alias_follows_a_sweep_that_grows(value: float, best: int, ended: Path) -> None:
+    ask(ledger := Ledger.open(ended, MORE), 1)
+    trained(ended, 4, b"better")
+    track(ended, MORE)
+    assert len(versions(ended)) == 2, "no version of a sweep that has not ended"
+    report(ledger, 4, 0.95, 0.95, value)  # epoch 3 is no rung
+    ledger.complete(4)
+    track(ended, MORE)
+    known = [("1", mlflow_run_id(ended, 0))]
+    new = [("2", mlflow_run_id(ended, 4))] if best == 4 else []
+    assert versions(ended) == [*known, *new, [*known, *new][-1]]
+
+
+def test_half_a_file_is_sent_again(ended: Path) -> None:
+    run_id, client = mlflow_run_id(ended, 0), MlflowClient(tracking_uri(ended))
+    [stored] = (ended.parent / "mlartifacts").rglob("checkpoint.pt")
+    stored.write_bytes(b"wei")
+    track(ended)
+    assert stored.read_bytes() == b"weights"
+    shutil.rmtree(stored.parent)
+    track(ended)
+    assert {file.path for file in client.list_artifacts(run_id, "model")} == {
+        "model/checkpoint.pt",
+        "model/config.yaml",
+    }
+    assert len(versions(ended)) == 2
+
+
+@pytest.mark.parametrize("why", ["none", "large"])
+def test_without_a_checkpoint_to_send_there_is_no_version(
+    why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "large":
+        trained(folder, 0)
+        monkeypatch.setattr(mlflow_model, "LARGEST", 3)
+    Ledger.open(folder, CONFIG).fail(3, "lost")
+    track(folder)
+    assert is_shipped(folder)
+    with pytest.raises(MlflowException, match="not found"):
+        versions(folder)
