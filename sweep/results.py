@@ -13,6 +13,7 @@ from model.metrics import Record
 from sweep.config import Config
 from sweep.ledger import Entry, best_first, horizon
 
+VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
 
 
@@ -171,11 +172,11 @@ def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) ->
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted keys that still tell them apart."""
+    """The shortest endings of dotted keys that still tell them apart, and say something."""
     names = {}
     for key in keys:
         parts = key.split(".")
-        for size in range(1, len(parts) + 1):
+        for size in range(1 + (parts[-1] in VAGUE), len(parts) + 1):
             ending = ".".join(parts[-size:])
             if sum(f".{other}".endswith(f".{ending}") for other in keys) == 1:
                 break
