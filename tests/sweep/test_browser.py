@@ -20,11 +20,12 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-SECONDS = 60_000  # in milliseconds: a page of a busy machine
+PAGE = 60_000  # milliseconds that a page of a busy machine may take
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}"),
 ]
 
@@ -35,8 +36,8 @@ def page() -> Iterator[Any]:
         browser = started.chromium.launch(executable_path=str(CHROMIUM), args=[*FLAGS, "--no-proxy-server"])
         try:
             found = browser.new_page(viewport={"width": 1900, "height": 1000})
-            found.set_default_timeout(SECONDS)
-            playwright.expect.set_options(timeout=SECONDS)
+            found.set_default_timeout(PAGE)
+            playwright.expect.set_options(timeout=PAGE)
             yield found
         finally:
             browser.close()
@@ -56,7 +57,7 @@ def shown(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (own / "checkpoint.pt").write_bytes(b"weights")
     report(ledger := Ledger.open(folder, CONFIG), 3, 0.95, 0.97, 0.93)
     ledger.complete(3)
-    track(folder)
+    track(folder, seconds=240)
     experiment = MlflowClient(server.uri).get_experiment_by_name(CONFIG.name).experiment_id
     return f"{server.uri}/#/experiments/{experiment}/runs"
 

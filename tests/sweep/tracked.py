@@ -34,11 +34,11 @@ def append(folder: Path, number: int, *points: Point) -> None:
             file.write(json.dumps({"time": seconds, "step": step, "values": {"loss": value, "f1": 1 - value}}) + "\n")
 
 
-def track(folder: Path, config: Config = CONFIG) -> None:
+def track(folder: Path, config: Config = CONFIG, seconds: float = 60) -> None:
     """A driver that has nothing to run."""
     tracker = Tracker(config, folder, DATA, every=0.05)
     tracker.start()
-    assert tracker.finish(60), tracker.error
+    assert tracker.finish(seconds), tracker.error
 
 
 def runs(folder: Path) -> tuple[Run, list[Run]]:
