@@ -15,7 +15,7 @@ sweep: $(STAMP)
 # Tests that run whole sweeps wait for Ray more than they compute: two of them share the machine.
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "slow and not long" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -73,3 +73,8 @@ def examples() -> list[Example]:
         )
         for place, length in enumerate(seconds)
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: where two processes share the tests, nobody waits alone for the one that began last."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
