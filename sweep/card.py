@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.intervals import interval, sums_of
 from model.metrics import Record
 from model.parts import parts
 from model.speech_llm import SpeechLLM
 from sweep.config import Config
+from sweep.leaderboard import Said, said_interval
 
 LIMITS = """\
 It is meant for research on counselling dialogues that resemble the corpus it was trained on, as a first coding that a
@@ -16,7 +16,6 @@ trained coder checks on a sample before anything is concluded from it. Its figur
 also chose among the trials and therefore flatters it; other languages, recordings, populations and code books were not
 tested, and it must not be used to judge individual clients or counsellors."""
 OTHER = ("train_loss", "seconds", "data_wait")  # what a trial reports beside figures of quality
-Said = Mapping[str, tuple[list[str], list[Record]]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def model_card(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: 
     Args:
         model: that is exported.
         config: of its trial.
-        said: sweep, trial, corpus, fingerprint.
+        said: sweep, trial, corpus, fingerprint, roles.
         code: version that trained it.
         figures: of its trial.
     """
@@ -49,7 +48,7 @@ def model_card(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: 
             "",
             *_table(["", ""], _facts(model, config, said, code)),
             "",
-            *_figure_lines(figures, config),
+            *_figure_lines(figures, config, said["roles"]),
             "",
             "## Use and limits",
             "",
@@ -78,11 +77,11 @@ def _facts(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: str)
     return [[name, _cell(value)] for name, value in rows.items() if value]
 
 
-def _figure_lines(figures: Figures, config: Config) -> list[str]:
+def _figure_lines(figures: Figures, config: Config, roles: Mapping[str, Sequence[str]]) -> list[str]:
     counts = [f"{task}: {_count(records)}" for task, (_, records) in figures.predictions.items()]
     epochs = f"after epoch {figures.epoch} of {config.train.epochs}"
     rows = [
-        [name, f"{value:.4g}", _interval(name, figures.predictions)]
+        [name, f"{value:.4g}", _interval(name, figures.predictions, roles)]
         for name, value in figures.metrics.items()
         if isinstance(value, float) and not name.startswith(OTHER)
     ]
@@ -101,12 +100,9 @@ def _count(records: list[Record]) -> str:
     return f"{len(records)} items of {sessions} session{'' if sessions == 1 else 's'}"
 
 
-def _interval(name: str, predictions: Said) -> str:
+def _interval(name: str, said: Said, roles: Mapping[str, Sequence[str]]) -> str:
     """What is left empty has none."""
-    task, _, metric = name.rpartition("/")
-    labels, records = predictions.get(task or next(iter(predictions), ""), ([], []))
-    sums = sums_of(metric, labels, {})
-    found = interval([records], sums) if sums and records else None
+    found = said_interval(said, name, roles)
     return "" if found is None or found.low is None else f"{found.low:.3f} to {found.high:.3f}"
 
 

@@ -1,7 +1,6 @@
 """`sweep run` and `sweep submit`: a sweep on this machine or the cluster that RAY_ADDRESS names, or as a job of one."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -322,18 +321,16 @@ def _conclude(driver: Any, shipped: bool, search: bool) -> int:
 
 
 def print_best(ledger: "Ledger", folder: Path) -> None:
-    from sweep.watch import near
+    from sweep.watch import near, train_command
 
     best = ledger.best()
     assert best is not None
-    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
     console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
     where = near(folder)
-    console.print(
-        f"again:      {program('sweep')} train {where / 'config.yaml'} {sets}", soft_wrap=True, highlight=False
-    )
+    again = f"{program('sweep')} {train_command(folder, best.params)}"
+    console.print(f"again:      {again}", soft_wrap=True, highlight=False)
     console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
     console.print(f"is it best? {program('sweep')} confirm {where}", soft_wrap=True, highlight=False)
     console.print(f"a page:     {program('sweep')} report {where}", soft_wrap=True, highlight=False)

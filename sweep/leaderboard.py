@@ -1,7 +1,7 @@
 """The leaderboard: trials by the objective with its 95 % interval, what they cost, and why each ended as it did."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.intervals import Interval, interval, sums_of
+from model.metrics import Record
 from sweep import recall
 from sweep.config import Config
 from sweep.ledger import Entry, trial_folder
@@ -18,6 +19,7 @@ from sweep.results import device_hours, progress, ranked, read_predictions, shor
 
 SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 HEALTH = ("eos_rate", "run_on", "empty")  # of generated texts
+Said = Mapping[str, tuple[list[str], list[Record]]]
 MEASURED = (*SHOWN, "weighted_f1", "loss", "ece", *HEALTH)
 
 
@@ -84,10 +86,20 @@ def interval_of(folder: Path, entry: Entry, name: str) -> Interval | None:
 
 @functools.lru_cache(maxsize=4096)
 def _interval(folder: Path, _: int, name: str) -> Interval | None:
+    return said_interval(read_predictions(folder), name, {})
+
+
+def said_interval(said: Said, name: str, roles: Mapping[str, Sequence[str]]) -> Interval | None:
+    """That of a metric by its name in `summarise`, the task included; None where there is none.
+
+    Args:
+        said: by task, its labels and what was predicted.
+        name: of the metric.
+        roles: who may carry which label; only the F1 of a role asks for it.
+    """
     task, _slash, metric = name.rpartition("/")
-    said = read_predictions(folder)
     labels, records = said.get(task or next(iter(said), ""), ([], []))
-    sums = sums_of(metric, labels, {})
+    sums = sums_of(metric, labels, roles)
     return interval([records], sums) if sums and records else None
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,12 @@ from sweep.config import Config
 from sweep.ledger import Entry
 from sweep.recall import recall_json
 from sweep.results import progress
+
+
+def train_command(folder: Path, params: Mapping[str, Any]) -> str:
+    """What trains a trial of a sweep again, by itself."""
+    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in params.items())
+    return f"train {near(folder) / 'config.yaml'} {sets}"
 
 
 def near(path: Path) -> Path:

@@ -14,7 +14,7 @@ from model.intervals import Interval
 from sweep.config import Config
 from sweep.draw import history
 from sweep.leaderboard import interval_of
-from sweep.ledger import Entry, Ledger
+from sweep.ledger import Entry, Ledger, best_first
 from sweep.report.ablation import Choice, name_of
 from sweep.results import short_names
 
@@ -57,7 +57,7 @@ def study_of(ledger: Ledger) -> optuna.Study:
 def figures(ledger: Ledger, folder: Path, entries: Sequence[Entry], choices: Sequence[Choice]) -> list[Figure]:
     """Those for which a sweep has enough trials, and that of its ablation."""
     study, config = study_of(ledger), ledger.config
-    done = [entry for entry in entries if entry.state == "COMPLETE"]
+    done = best_first(config, entries)
     found = [_ablation(config, choices)] if choices else []
     found += [_intervals(config, folder, done)] if done else []
     controls = _controls(config, folder, done)
@@ -121,10 +121,8 @@ def _with_rungs(figure: go.Figure, rungs: Sequence[int]) -> go.Figure:
 
 def _intervals(config: Config, folder: Path, done: Sequence[Entry]) -> Figure:
     """The objective of each complete trial, with its limits."""
-    sign = -1 if config.search.direction == "maximize" else 1
-    order = sorted(done, key=lambda entry: (sign * (entry.value or 0.0), entry.number))
-    labels = [f"#{entry.number}" for entry in order]
-    content = _bars(labels, [(entry.value or 0.0, interval_of(folder, entry, config.search.metric)) for entry in order])
+    labels = [f"#{entry.number}" for entry in done]
+    content = _bars(labels, [(entry.value or 0.0, interval_of(folder, entry, config.search.metric)) for entry in done])
     content.update_layout(yaxis_title=config.search.metric, **SIZE)
     return Figure("objective", "How sure the order is", "95 % intervals, bootstrapped by session", content)
 
@@ -144,7 +142,7 @@ def _controls(config: Config, folder: Path, done: Sequence[Entry]) -> Figure | N
     """Speech against text, and the same model without what it should listen to."""
     axes = [key for key in CONTROLS if key in config.search.space]
     best: dict[str, Entry] = {}
-    for entry in sorted(done, key=lambda own: own.value or 0.0, reverse=config.search.direction == "maximize"):
+    for entry in done:
         best.setdefault(", ".join(str(entry.params[key]) for key in axes if key in entry.params), entry)
     if not axes or len(best) < 2:
         return None

@@ -1,6 +1,5 @@
 """report.html of a sweep: one page without outside parts, for somebody who has ten minutes and writes a sentence."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from sweep.config import Config
 from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.report import ablation
 from sweep.report.figures import Figure
-from sweep.results import progress, read_predictions, short_names
-from sweep.watch import near
+from sweep.results import progress, read_predictions
+from sweep.watch import near, train_command
 
 NEXT = 3  # trials behind the best one that are compared with it
 
@@ -63,7 +62,6 @@ def html(ledger: Ledger, folder: Path, found: Sequence[Figure], table: pd.DataFr
         others=others,
         health=_health(config, entries),
         commands=_commands(config, folder, entries),
-        short=short_names(list(config.search.space)),
     )
 
 
@@ -135,8 +133,7 @@ def _commands(config: Config, folder: Path, entries: Sequence[Entry]) -> list[tu
     where, best = near(folder), next(iter(best_first(config, entries)), None)
     found = [("this page", f"sweep report {where}"), ("leaderboard", f"sweep status {where}")]
     if best is not None:
-        sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in best.params.items())
-        found.append(("the best trial again", f"sweep train {where / 'config.yaml'} {sets}"))
+        found.append(("the best trial again", f"sweep {train_command(folder, best.params)}"))
         found.append(("fresh seeds and the test split", f"sweep confirm {where}"))
     return found
 
@@ -172,7 +169,9 @@ def _apart(one: Ledger, other: Ledger) -> str:
 
 
 def write(ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], reference: int | None) -> list[Path]:
-    """The page, the ablation as a table of a paper, and the pictures as PNG; complete or not at all.
+    """The page, the ablation as a table of a paper, and the pictures as PNG.
+
+    A page that was there stays until the new one is complete.
 
     Args:
         ledger: of the sweep.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from model.metrics import Record, label_metrics
 from sweep import leaderboard
 from sweep.config import Config, parse
 from sweep.ledger import Entry, Ledger, State, trial_folder
@@ -157,3 +158,15 @@ def test_a_trial_for_scripts() -> None:
     found = entry_json(trial(3, "FAIL", 2, 20, reason="non-finite"), "abc", 2)
     told = {"number": 3, "state": "FAIL", "epochs": 2, "attempts": 2, "reason": "non-finite", "why": "so"}
     assert found.items() >= (told | {"mlflow_run_id": "abc"}).items()
+
+
+def test_the_interval_of_a_role_is_of_its_own_labels() -> None:
+    """A role's F1 leaves out what others may carry; over all labels it would be another number."""
+    records = [
+        Record(f"c{place}/0", "classify", f"c{place}", "client", None, "change", said, (0.0,), 1.0, 2)
+        for place, said in enumerate(("change", "neutral") * 8)
+    ]
+    labels, roles = [*LABELS, "question"], {"client": LABELS, "therapist": ("question",)}
+    found = leaderboard.said_interval({"classify": (labels, records)}, "macro_f1_client", roles)
+    assert found is not None
+    assert found.value == pytest.approx(label_metrics(records, LABELS, {})["macro_f1"])
