@@ -1,0 +1,214 @@
+"""The batch script in a real Slurm: its decisions with stand-ins for `ray` and `sweep`, and whole sweeps."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data import synthetic
+from data.prepare import prepare
+from tests.infra.slurm import Slurm, missing, processes_of, slurm
+from tests.sweep.cluster import until
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "infra/slurm/sweep.sbatch")
+SMALL = ("--cpus-per-task=2", "--mem=3000")
+TRIALS = 4
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
+)
+RAY = """#!/bin/bash
+# In place of Ray: notes how it was called, and is up as soon as it is started.
+if [ "$1" = status ]; then cat "$(dirname "$0")"/node-* 2>/dev/null; exit; fi
+echo "$@" > "$(dirname "$0")/called-$SLURM_PROCID"
+[ ! -e "$(dirname "$0")/broken" ] || { echo "no port is free"; exit 1; }
+echo " 1 node_1" > "$(dirname "$0")/node-$SLURM_PROCID"
+exec sleep 600
+"""
+SWEEP = """#!/bin/bash
+# In place of a sweep: ends with the next code of a list; "stopped" ends when it is asked to.
+here=$(dirname "$0")
+read -r code < "$here/codes"
+sed -i 1d "$here/codes"
+echo "$@ $RAY_ADDRESS $(stat -c %a "$RAY_AUTH_TOKEN_PATH" "$(dirname "$RAY_AUTH_TOKEN_PATH")" | xargs)" > "$here/given"
+[ "$code" = stopped ] || exit "$code"
+trap 'exit 75' USR1
+touch "$here/runs"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    with slurm() as made:
+        yield made
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder with stand-ins."""
+    for name, text in {"ray": RAY, "sweep": SWEEP}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def play(cluster: Slurm, programs: Path, *codes: object, options: tuple[str, ...] = (), **variables: str) -> int:
+    (programs / "codes").write_text("".join(f"{code}\n" for code in codes))
+    return cluster.submit(*SMALL, *options, SCRIPT, "mine.yaml", "--out", "x", SWEEP_BIN=str(programs), **variables)
+
+
+def test_a_sweep_that_is_done_ends_the_job(cluster: Slurm, programs: Path) -> None:
+    number = play(cluster, programs, 0, options=("--gpus-per-node=2",))
+    job = cluster.wait(number, "COMPLETED")
+    assert (job["ExitCode"], job["Restarts"]) == ("0:0", "0")
+    given, address, file, folder = (programs / "given").read_text().rsplit(maxsplit=3)
+    assert given == "run mine.yaml --out x"
+    assert address.startswith("127.0.0.1:")
+    assert (file, folder) == ("600", "700")  # of the token
+    words = (programs / "called-0").read_text().split()
+    assert {"--num-gpus=2", "--num-cpus=2", "--dashboard-host=127.0.0.1", "--head"} <= set(words)
+    logs = cluster.folder / f"slurm-logs/{number}"
+    assert [path.name for path in logs.iterdir()] == ["ray-0.log"]  # the token is gone
+    assert not processes_of(number)
+
+
+def test_all_nodes_of_a_job_join_one_cluster(cluster: Slurm, programs: Path) -> None:
+    number = play(cluster, programs, 0, options=("--nodes=2",))
+    cluster.wait(number, "COMPLETED")
+    head, worker = ((programs / f"called-{place}").read_text() for place in (0, 1))
+    address = (programs / "given").read_text().split()[-3]
+    assert f"--port={address.rpartition(':')[2]} " in head
+    assert f"--address={address} " in worker
+    assert "--head" not in worker
+
+
+def test_bad_settings_are_never_tried_again(cluster: Slurm, programs: Path) -> None:
+    job = cluster.wait(play(cluster, programs, 2, 0), "FAILED")
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+
+
+def test_what_fails_is_tried_again_under_the_same_number(cluster: Slurm, programs: Path) -> None:
+    number = play(cluster, programs, 1, 137, 0)
+    job = cluster.wait(number, "COMPLETED")
+    assert job["Restarts"] == "2"
+    assert "attempt failed with 137, 2 in a row" in cluster.log(number)
+
+
+def test_but_not_for_ever(cluster: Slurm, programs: Path) -> None:
+    job = cluster.wait(play(cluster, programs, 1, 75, 0, SWEEP_FAILURES="2"), "FAILED")
+    assert (job["ExitCode"], job["Restarts"]) == ("75:0", "1")
+
+
+def test_a_ray_that_does_not_start_is_told_from_a_sweep_that_fails(cluster: Slurm, programs: Path) -> None:
+    (programs / "broken").touch()
+    number = play(cluster, programs, 0, SWEEP_FAILURES="1")
+    assert cluster.wait(number, "FAILED")["ExitCode"] == "1:0"
+    assert "error: Ray did not start on 1 node(s), no trial was touched: " in cluster.log(number)
+    assert "no port is free" in cluster.log(number)
+    assert not (programs / "given").exists()
+
+
+def test_a_job_whose_time_ends_goes_back_into_the_queue(cluster: Slurm, programs: Path) -> None:
+    """Any number of times: that is no failure."""
+    number = play(cluster, programs, "stopped", "stopped", 0, SWEEP_FAILURES="1")
+    for restarts in ("1", "2"):
+        until((programs / "runs").exists, 60, lambda: cluster.log(number))
+        (programs / "runs").unlink()
+        cluster("scancel", "--batch", "--signal=USR1", str(number))  # as Slurm does by --signal=B:USR1@300
+        until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 60, lambda: cluster.log(number))
+    assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
+    assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
+
+
+def test_a_job_that_is_cancelled_stays_cancelled(cluster: Slurm, programs: Path) -> None:
+    number = play(cluster, programs, "stopped", 0)
+    until((programs / "runs").exists, 60, lambda: cluster.log(number))
+    cluster("scancel", str(number))
+    assert cluster.wait(number, "CANCELLED")["Restarts"] == "0"
+    until(lambda: not processes_of(number), 60, lambda: str(processes_of(number)))
+
+
+def test_no_program_is_one_line(cluster: Slurm, tmp_path: Path) -> None:
+    number = cluster.submit(*SMALL, SCRIPT, "demo", PATH="/usr/bin:/bin:/usr/sbin")
+    assert cluster.wait(number, "FAILED")["ExitCode"] == "2:0"
+    assert "there is no `sweep` here" in cluster.log(number)
+
+
+def settings(models: Path, shards: Path) -> dict[str, Any]:
+    return {
+        "name": "job",
+        "data": {"shards": str(shards), "history": 1, "reader": "local"},
+        "model": {
+            "modality": "speech",
+            "trainable": "encoder+new",
+            "encoder": {"path": str(models / "whisper")},
+            "llm": {"path": str(models / "llm")},
+        },
+        "train": {"epochs": 12, "batch_size": 4, "checkpoint_steps": 4},
+        "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
+    }
+
+
+def epochs(out: Path) -> int:
+    return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
+
+
+def status(out: Path) -> list[dict[str, Any]]:
+    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(told, capture_output=True, check=True).stdout)["trials"]
+    return found
+
+
+@pytest.fixture
+def config(models: Path, tmp_path: Path) -> Path:
+    shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), tmp_path / "shards")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
+    return tmp_path / "job.yaml"
+
+
+BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limit = ("--time=2", "--signal=B:USR1@60")
+    number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
+    until(lambda: cluster.job(number)["Restarts"] == "1", 240, lambda: cluster.log(number))
+    cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    done = epochs(out)
+    until(lambda: epochs(out) > done, 240, lambda: cluster.log(number))
+    cluster("scontrol", "requeue", str(number))
+    job = cluster.wait(number, "COMPLETED", seconds=400)
+    assert job["Restarts"] == "2"
+    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in status(out)] == [
+        (place, "COMPLETE", 12) for place in range(TRIALS)
+    ]
+    assert "USR1: the sweep is asked" in cluster.log(number)
+    assert not processes_of(number)
+    assert not list(Path("/tmp").glob(f"sw-{number}-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_on_two_nodes_is_cancelled_and_given_again(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+    """Each node has one CPU for it, so a trial of two workers needs both."""
+    out = tmp_path / "out"
+    sweep = (str(config), "--out", str(out), "--set", "resources.workers=2", "--set", "train.epochs=4", "--trials=2")
+    command = ("--nodes=2", "--cpus-per-task=1", "--mem=3000", SCRIPT, *sweep)
+    first = cluster.submit(*command, **BIN)
+    until(lambda: epochs(out) >= 1, 300, lambda: cluster.log(first))
+    cluster("scancel", str(first))
+    cluster.wait(first, "CANCELLED")
+    until(lambda: not processes_of(first), 60, lambda: str(processes_of(first)))
+    again = cluster.submit(*command, **BIN)
+    cluster.wait(again, "COMPLETED", seconds=400)
+    assert "goes on" in cluster.log(again)
+    assert [(trial["state"], trial["epochs"]) for trial in status(out)] == [("COMPLETE", 4)] * 2
