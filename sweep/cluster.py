@@ -116,6 +116,7 @@ def _start_once(scratch: Path) -> None:
     try:
         ray.init(
             address="local",
+            num_cpus=_fewer_cpus(),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             dashboard_port=free_port(),
@@ -125,6 +126,12 @@ def _start_once(scratch: Path) -> None:
         )
     finally:
         del os.environ["RAY_ADDRESS"]  # it is for them alone
+
+
+def _fewer_cpus() -> int | None:
+    """The CPUs of this process, where a batch system left it fewer than the machine has: Ray would take them all."""
+    own = len(os.sched_getaffinity(0))
+    return own if own < (os.cpu_count() or own) else None
 
 
 def _end_new(before: leftovers.Known) -> None:
