@@ -18,7 +18,7 @@ from tests.sweep.cluster import until
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "infra/slurm/sweep.sbatch")
 SMALL = ("--cpus-per-task=2", "--mem=3000")
-TRIALS = 4
+TRIALS, EPOCHS = 4, 40  # longer than the time limit below
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
 )
@@ -76,6 +76,7 @@ def test_a_sweep_that_is_done_ends_the_job(cluster: Slurm, programs: Path) -> No
     logs = cluster.folder / f"slurm-logs/{number}"
     assert [path.name for path in logs.iterdir()] == ["ray-0.log"]  # the token is gone
     assert not processes_of(number)
+    assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
 def test_all_nodes_of_a_job_join_one_cluster(cluster: Slurm, programs: Path) -> None:
@@ -150,7 +151,7 @@ def settings(models: Path, shards: Path) -> dict[str, Any]:
             "encoder": {"path": str(models / "whisper")},
             "llm": {"path": str(models / "llm")},
         },
-        "train": {"epochs": 12, "batch_size": 4, "checkpoint_steps": 4},
+        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": 4},
         "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
     }
 
@@ -179,7 +180,7 @@ BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
 @pytest.mark.timeout(900)
 def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    limit = ("--time=2", "--signal=B:USR1@60")
+    limit = ("--time=2", "--signal=B:USR1@40")
     number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
     until(lambda: cluster.job(number)["Restarts"] == "1", 240, lambda: cluster.log(number))
     cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")
@@ -189,7 +190,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
     job = cluster.wait(number, "COMPLETED", seconds=400)
     assert job["Restarts"] == "2"
     assert [(trial["number"], trial["state"], trial["epochs"]) for trial in status(out)] == [
-        (place, "COMPLETE", 12) for place in range(TRIALS)
+        (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
     ]
     assert "USR1: the sweep is asked" in cluster.log(number)
     assert not processes_of(number)
