@@ -47,6 +47,7 @@ ReturnToService=2
 KillWait=10
 JobRequeue=1
 MinJobAge=3600
+FirstJobId={ports[0]}
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 Gres=gpu:2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 Gres=gpu:2
@@ -92,10 +93,15 @@ class Slurm:
 
 def processes_of(job: int) -> list[psutil.Process]:
     """What still runs of a job, on all nodes."""
+    return _with("SLURM_JOB_ID", str(job))
+
+
+def _with(name: str, value: str) -> list[psutil.Process]:
+    """Processes in whose environment a variable has this value."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get("SLURM_JOB_ID") == str(job):
+            if process.environ().get(name) == value:
                 found.append(process)
     return found
 
@@ -141,5 +147,10 @@ def _start(made: Slurm) -> None:
 
 def _stop(folder: Path) -> None:
     for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
-        with suppress(OSError, ValueError):
-            os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
+        with suppress(OSError, ValueError, psutil.Error):
+            daemon = psutil.Process(int((folder / f"{name}.pid").read_text()))
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait(20)  # which writes files until then
+    for process in _with("SLURM_CONF", str(folder / "slurm.conf")):  # a job that a failed test left
+        with suppress(psutil.Error):
+            process.kill()

@@ -37,7 +37,7 @@ read -r code < "$here/codes"
 sed -i 1d "$here/codes"
 echo "$@ $RAY_ADDRESS $(stat -c %a "$RAY_AUTH_TOKEN_PATH" "$(dirname "$RAY_AUTH_TOKEN_PATH")" | xargs)" > "$here/given"
 [ "$code" = stopped ] || exit "$code"
-trap 'exit 75' USR1
+trap 'touch "$here/asked"; exit 75' USR1
 touch "$here/runs"
 while :; do sleep 0.1; done
 """
@@ -123,6 +123,7 @@ def test_a_job_whose_time_ends_goes_back_into_the_queue(cluster: Slurm, programs
         (programs / "runs").unlink()
         cluster("scancel", "--batch", "--signal=USR1", str(number))  # as Slurm does by --signal=B:USR1@300
         until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 60, lambda: cluster.log(number))
+        (programs / "asked").unlink()
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
     assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
 
