@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from sweep.cli import app
+from sweep.config import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +80,12 @@ def test_commands_are_given_by_a_test_or_say_what_they_need(page: Path) -> None:
         said = NEEDS.search(comment) or line.startswith("export ")
         assert given or shown_there or said, f"{line}: no test gives it, and nothing says what it needs"
         assert all((ROOT / path).exists() for path in given)
+
+
+def test_the_example_of_a_configuration_is_one() -> None:
+    (block,) = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs/sweep.md").read_text(), flags=re.DOTALL)
+    config = parse(yaml.safe_load(block), "docs/sweep.md")
+    assert len(config.search.space) == 6
 
 
 def test_the_runbook_names_what_the_program_says() -> None:
