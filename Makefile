@@ -1,4 +1,5 @@
-# Two entry points, `make sweep` and `make test`; both build .venv from the hash-locked requirements first.
+# Two entry points, `make sweep` and `make test`; both build .venv from the hash-locked requirements first, as `make
+# install` does alone.
 PYTHON ?= python3.11
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -7,7 +8,9 @@ STAMP := $(VENV)/.installed
 # Ray starts many Python processes: without compiled bytecode each one would compile torch and ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sweep test lint lock clean
+.PHONY: install sweep test lint lock audit clean
+
+install: $(STAMP)
 
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
@@ -26,6 +29,10 @@ lint: $(STAMP)
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file requirements.lock
+
+# Known vulnerabilities of what is locked; asks a public database.
+audit: $(STAMP)
+	$(BIN)/uv tool run pip-audit --strict --requirement requirements.lock --no-deps --disable-pip
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

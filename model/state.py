@@ -33,7 +33,7 @@ class Progress:
     total_steps: int = 0
     examples: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)  # of this epoch: loss → [sum, predicted tokens]
-    seconds: float = 0.0  # of training and evaluation, in the epochs that were finished
+    seconds: float = 0.0  # of training and evaluation, of all attempts up to their checkpoints
     data_wait: float = 0.0  # those of them for which the next batch was waited for
     history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # what was reported, by epoch
     ends: list[int] = field(default_factory=list)  # `examples` at the end of each epoch of the history

@@ -74,6 +74,7 @@ class Trainer(Resumable):
         self.found_inf = torch.zeros((), device=model.device)  # 1: no step is made any more
         self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.since = time.monotonic()  # the last checkpoint, or the start of the epoch
+        self.counted = self.since  # up to when the time is in `state.seconds`
         self.computing: list[int] = []  # items of the micro-batch that is computed
         fingerprint = data.shards.fingerprint
         self.plan_hash = plan_hash(self.train.costs, fingerprint, config.batch_size, seed, weights=self.drawn)
@@ -91,6 +92,7 @@ class Trainer(Resumable):
             Interrupted: after a checkpoint of the last step.
         """
         state = self.state
+        self.counted = time.monotonic()
         self.end_if_asked()
         self.model.augment = (self.seed, state.epoch)
         parts = [self.begun] if self.begun else []
@@ -134,7 +136,14 @@ class Trainer(Resumable):
             Superseded, StorageError: as `checkpoint.save`.
         """
         self.tally.read(self.state.sums)
+        self._count_time()
         super().save()
+
+    def _count_time(self) -> None:
+        """With every checkpoint, so that a trial has used what all of its attempts have."""
+        now = time.monotonic()
+        self.state.seconds += now - self.counted
+        self.counted = now
 
     def _tokens(self, step: Sequence[int]) -> dict[str, int]:
         """Predicted tokens of a step, by task."""
@@ -229,7 +238,7 @@ class Trainer(Resumable):
         due = self.rank == 0 and time.monotonic() - self.since >= self.config.checkpoint_seconds
         self.stop, self.due = any_worker(self.interrupted(), due)
 
-    def finish_epoch(self, started: float) -> dict[str, Any]:
+    def finish_epoch(self) -> dict[str, Any]:
         """Evaluate, write the checkpoint, and return what to report.
 
         Raises:
@@ -241,7 +250,7 @@ class Trainer(Resumable):
         self.begun = None if last else self._ask(state.epoch + 1, last=FIRST_STEPS)
         records = self._validate()
         state.epoch, state.step = state.epoch + 1, 0
-        state.seconds += time.monotonic() - started
+        self._count_time()
         metrics: dict[str, Any] = {
             **self._measure(records),
             **self._train_losses(),
@@ -340,9 +349,8 @@ def fit(
         report(epoch, metrics)
     try:
         while not trainer.is_over():
-            started = time.monotonic()
             trainer.train_epoch()
-            metrics = trainer.finish_epoch(started)
+            metrics = trainer.finish_epoch()
             report(trainer.state.epoch, metrics)
     finally:
         data.close()  # what was read ahead for an epoch that is not trained

@@ -23,7 +23,7 @@ SOURCES = "".join(
 GIVEN = {
     "sweep predict": "tests/sweep/test_predict.py",
     "sweep prepare": "tests/sweep/test_prepare.py",
-    "make .venv/.installed": "Makefile",
+    "make install": "Makefile",
 }
 NEEDS = re.compile(r"needs (a cluster|Slurm|Kubernetes|a cloud|root|Docker|a server)")
 

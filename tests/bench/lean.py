@@ -102,7 +102,7 @@ def noting() -> list[Row]:
     runs: list[tuple[Cost, float, float]] = []
     for epoch in range(EPOCHS + 1):
         spent.clear()
-        whole = measured(lambda: (own.train_epoch(), own.finish_epoch(time.monotonic())))
+        whole = measured(lambda: (own.train_epoch(), own.finish_epoch()))
         if epoch:  # the first one warms up
             runs.append((whole, sum(cost.cpu for cost in spent), sum(cost.wall for cost in spent)))
     size = own.path.stat().st_size / 1e6

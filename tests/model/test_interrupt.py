@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def questions(trial: Trial, models: Path, corpus: Shards, folder: Path) -> list[
     trainer.resume()
     while not trainer.is_over():
         trainer.train_epoch()
-        trainer.finish_epoch(0.0)
+        trainer.finish_epoch()
     trainer.finish()
     return found
 
@@ -108,6 +109,29 @@ def test_asked_before_the_first_step(models: Path, corpus: Shards, tmp_path: Pat
     with pytest.raises(Interrupted):
         run(TRIAL, models, corpus, tmp_path, lambda: True)
     assert not (tmp_path / checkpoint.FILE).exists()
+
+
+def test_the_time_of_all_attempts_counts(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a second with every optimizer step, a trial of two attempts takes its steps."""
+    now, original = 0.0, Trainer._optimizer_step
+
+    def step(self: Trainer, *args: Any) -> None:
+        nonlocal now
+        now += 1
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    monkeypatch.setattr("model.train.time.monotonic", lambda: now)
+    with pytest.raises(Interrupted):
+        run(TRIAL, models, corpus, tmp_path, asked_after(3))
+    progress = checkpoint.load(tmp_path / checkpoint.FILE)["progress"]
+    assert 0 < progress["seconds"] == progress["step"]  # in the middle of an epoch
+    now += 1000  # in the queue
+    run(TRIAL, models, corpus, tmp_path, lambda: False)
+    progress = checkpoint.load(tmp_path / checkpoint.FILE)["progress"]
+    assert progress["seconds"] == progress["total_steps"]
 
 
 @pytest.mark.parametrize(("seconds", "saves"), [(1e-9, True), (3600.0, False)])

@@ -50,7 +50,7 @@ def test_what_comes_next_is_read_before_it_is_needed(
     monkeypatch.setattr(train, "evaluate", slowly)
     for _ in range(3):
         trainer.train_epoch()
-        trainer.finish_epoch(time.monotonic())
+        trainer.finish_epoch()
     assert ready == [True] * 6
     assert trainer.begun is None  # nothing comes after the last epoch
 
