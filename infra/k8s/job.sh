@@ -24,7 +24,7 @@ if [[ $code == 2 ]]; then
     echo "The sweep cannot run as it is configured (exit code 2): its job is stopped, and not tried again."
     id=$(python -c 'import json, os
 print(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])')
-    ray job stop --no-wait --address http://127.0.0.1:8265 "$id"
+    ray job stop --no-wait "$id"
     sleep 60 # until the signal comes
 fi
 exit "$code"

@@ -60,9 +60,7 @@ def unknown_head(config: Config) -> None:
     config["head_node_type"] = "heads"
 
 
-@pytest.mark.parametrize(
-    "damage", [misspell, misspell_within_a_node, misspell_within_docker, wrong_type, unknown_head]
-)
+@pytest.mark.parametrize("damage", [misspell, misspell_within_a_node, misspell_within_docker, wrong_type, unknown_head])
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_ray_refuses_broken_copies(cloud: str, damage: Callable[[Config], None]) -> None:
     from jsonschema import ValidationError
