@@ -12,15 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.infra.test_upload import SOURCES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text()
 DEFINITION = (ROOT / "infra/sweep.def").read_text()
-SOURCES = {
-    path.relative_to(ROOT).as_posix()
-    for package in ("data", "model", "sweep")
-    for path in (ROOT / package).rglob("*")
-    if path.suffix in (".py", ".yaml", ".j2")
-}
 
 
 def installs(text: str) -> list[str]:

@@ -338,3 +338,22 @@ def test_the_job_script_is_clean() -> None:
     linter = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     assert linter
     subprocess.run([linter, FOLDER / "job.sh"], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_what_the_pods_run_does_its_work_on_a_real_head() -> None:
+    """A bad configuration ends as STOPPED, which nobody tries again; a node can tell that it is to go away."""
+    from tests.sweep.cluster import cluster as ray_cluster
+    from tests.sweep.cluster import until
+
+    with ray_cluster() as made:
+        until(lambda: made.answers("job", "list"), 120, lambda: "the cluster")
+        own = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        words = ["job", "submit", "--runtime-env-json", own, "--", str(FOLDER / "job.sh"), "/nowhere/sweep.yaml"]
+        # It fails if the job fails. On a starved machine Ray may give up before the job has started: once more, then.
+        until(lambda: made.answers(*words), 240, lambda: str(made.listed("jobs")))
+        assert made.listed("jobs", "--filter", "status=STOPPED")
+        made.environment["RAY_ADDRESS"] = made.address
+        hook = pods(rayjob())["gpu-spot"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        subprocess.run(["bash", "-ec", hook.replace("sleep 90", "true")], env=made.environment, check=True)
