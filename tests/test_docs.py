@@ -24,8 +24,9 @@ GIVEN = {
     "sweep predict": "tests/sweep/test_predict.py",
     "sweep prepare": "tests/sweep/test_prepare.py",
     "make install": "Makefile",
+    "python infra/k8s/validate.py": "tests/infra/test_k8s.py",
 }
-NEEDS = re.compile(r"needs (a cluster|Slurm|Kubernetes|a cloud|root|Docker|a server)")
+NEEDS = re.compile(r"needs (a cluster|Slurm|Docker, and a cluster|an account|a Ray cluster|Apptainer|root|a server)")
 
 
 def names(pages: list[Path]) -> list[str]:
@@ -33,14 +34,15 @@ def names(pages: list[Path]) -> list[str]:
 
 
 def commands(page: Path) -> list[tuple[str, str]]:
-    """Command lines of a page's shell blocks, each with its comment."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        (line.partition("  #")[0].strip(), line.partition("  #")[2])
-        for line in lines
-        if line.strip() and line[0] != "#"
-    ]
+    """Command lines of a page's shell blocks, each with its comment, or that of the whole block above it."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        whole = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            words, _, comment = line.partition("# ") if line[:1] == "#" else line.partition("  #")
+            whole += "" if words else comment
+            found += [(words.strip(), whole + comment)] if words.strip() else []
+    return found
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,0 +1,95 @@
+"""Configurations of Ray's cluster launcher: valid by Ray's own schema, spot workers, nothing open without the token."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOUDS = ("aws", "gcp")
+Config = dict[str, Any]
+
+
+def read(cloud: str) -> Config:
+    found: Config = yaml.safe_load((ROOT / f"infra/ray-cluster.{cloud}.yaml").read_text())
+    return found
+
+
+def check(config: Config) -> Config:
+    """What `ray up` does before it asks the cloud for anything."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: Config = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_ray_accepts_it_and_adds_no_command_of_its_own(cloud: str) -> None:
+    config = read(cloud)
+    prepared, everywhere = check(config), config["setup_commands"]
+    assert prepared["head_setup_commands"] == everywhere + config["head_setup_commands"]
+    assert prepared["worker_setup_commands"] == everywhere
+    for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        assert prepared[name] == config[name]
+
+
+def misspell(config: Config) -> None:
+    config["idle_timeout_minute"] = config.pop("idle_timeout_minutes")
+
+
+def misspell_within_a_node(config: Config) -> None:
+    config["available_node_types"]["gpu-spot"]["max_worker"] = 8
+
+
+def misspell_within_docker(config: Config) -> None:
+    config["docker"]["run_option"] = []
+
+
+def wrong_type(config: Config) -> None:
+    config["max_workers"] = "eight"
+
+
+def unknown_head(config: Config) -> None:
+    config["head_node_type"] = "heads"
+
+
+@pytest.mark.parametrize("damage", [misspell, misspell_within_a_node, misspell_within_docker, wrong_type, unknown_head])
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_ray_refuses_broken_copies(cloud: str, damage: Callable[[Config], None]) -> None:
+    from jsonschema import ValidationError
+
+    config = read(cloud)
+    damage(config)
+    with pytest.raises((ValidationError, ValueError)):
+        check(config)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_workers_are_of_the_spot_market_and_the_head_is_not(cloud: str) -> None:
+    types = read(cloud)["available_node_types"]
+    assert re.search(r"spot", str(types["gpu-spot"]["node_config"]), re.IGNORECASE)
+    assert not re.search(r"spot", str(types["head"]["node_config"]), re.IGNORECASE)
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["gpu-spot"]["min_workers"] == 0
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_nobody_gets_in_without_the_token(cloud: str) -> None:
+    config = read(cloud)
+    starts = [config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    assert all(re.search(r"RAY_AUTH_MODE=token [^;]*ray start", start) for start in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_a_job_that_is_stopped_has_time_for_checkpoints(cloud: str) -> None:
+    from sweep.submit import STOP_SECONDS
+
+    assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_SECONDS} " in read(cloud)["head_start_ray_commands"][-1]
