@@ -1,7 +1,6 @@
 """The configuration of a sweep: one typed tree, read from YAML and dotted overrides; all its problems in one error."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -17,6 +16,7 @@ from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.settings import flat, problems_error, read_tree, rule, validated
 from sweep.space import SearchConfig
+from sweep.whole import write_file
 
 SEARCHABLE = (
     "seed",
@@ -237,12 +237,8 @@ def dump(config: Config) -> str:
 
 
 def write(config: Config, path: Path) -> None:
-    """Write the configuration as YAML, complete or not at all; what a killed process left of it is removed."""
-    for leftover in path.parent.glob(f"{path.name}.unfinished-*"):
-        leftover.unlink(missing_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(dump(config), encoding="utf-8")
-    unfinished.replace(path)
+    """Write the configuration as YAML, complete or not at all."""
+    write_file(path, dump(config))
 
 
 def claim_folder(config: Config, folder: Path) -> None:

@@ -31,6 +31,7 @@ from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
 from sweep.mlflow_runs import REFUSED, Runs, lacks, now
 from sweep.watch import near
+from sweep.whole import write_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -322,6 +323,4 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "mlflow.json.unfinished"
-    unfinished.write_text(json.dumps(state))
-    unfinished.replace(folder / "mlflow.json")
+    write_file(folder / "mlflow.json", json.dumps(state))
