@@ -15,11 +15,12 @@ from data.errors import ConfigError
 from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.settings import flat, problems_error, read_tree, rule, validated
-from sweep.space import SearchConfig
+from sweep.space import FOLD, SearchConfig
 from sweep.whole import write_file
 
 SEARCHABLE = (
     "seed",
+    FOLD,
     "data.history",
     "data.sound",
     "data.snr_db",
@@ -285,6 +286,11 @@ def _space_problems(config: Config) -> Iterable[str]:
         refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
         yield from refused or _refusals(config, where, {key: axis.inside()})
     yield from _first_task_problems(config)
+    if FOLD in config.search.space and (config.search.pruning or config.search.trials > len(config.search.points)):
+        yield (
+            f"search.space.{FOLD}: a search would choose the easiest fold; set {FOLD}, and `sweep confirm --folds` "
+            "trains the best on all of them"
+        )
     for number, point in enumerate(config.search.points):
         for key, value in point.items():
             space = config.search.space.get(key)

@@ -30,6 +30,7 @@ from sweep.mlflow_data import Corpus
 from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
 from sweep.mlflow_runs import REFUSED, Runs, lacks, now
+from sweep.space import FOLD
 from sweep.watch import near
 from sweep.whole import write_file
 
@@ -202,7 +203,8 @@ class Tracker(threading.Thread):
         client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
         self._sum_up(self.runs, entries, ended)
-        for best in best_first(self.config, entries)[:1] if finished else []:
+        chooses = finished and FOLD not in self.config.search.space  # the best of folds is the easiest one
+        for best in best_first(self.config, entries)[:1] if chooses else []:
             publish(self.runs, self.config.name, self.folder, best, self._state(best.number)["run_id"])
         if finished:
             client.set_terminated(self.parent, "FINISHED")
