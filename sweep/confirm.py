@@ -264,7 +264,7 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
         trial: folder of a trial with predictions.
 
     Raises:
-        UserError: it is not made of sums.
+        UserError: it has no interval.
     """
     task, _, metric = config.search.metric.rpartition("/")
     said = read_predictions(trial)
@@ -272,8 +272,8 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
     sums = sums_of(metric, said[task][0], {}) if task in said else None
     if sums is None:
         raise UserError(
-            f"search.metric: {config.search.metric} is not made of sums over items, so it has no interval; search by "
-            "macro_f1, accuracy, weighted_f1, loss or perplexity"
+            f"search.metric: {config.search.metric} has no interval, so trials cannot be compared by it; search by "
+            "macro_f1, accuracy, weighted_f1, loss, perplexity, bleu or rouge_l"
         )
     return sums, task
 
