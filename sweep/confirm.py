@@ -204,12 +204,10 @@ def confirmation(
     sums, task = objective(config, trial_folder(own, next(iter(groups[0][1].values()))[0].number))
     val = [_runs(own, rounds, lambda place: read_predictions(place)[task][1]) for _, rounds in groups]
     test = [_runs(own, rounds, lambda place: _tested(place, task, say)) for _, rounds in groups]
-    measured = []
-    for (first, rounds), heard, read in zip(groups, val, test, strict=True):
-        assert first.value is not None
-        tested = interval(read, sums) if all(read) else None
-        own_val = interval(heard, sums)
-        measured.append(Confirmed(first.number, _values(first), first.value, list(rounds), own_val, tested))
+    measured = [
+        _measured(first, rounds, heard, read, sums)
+        for (first, rounds), heard, read in zip(groups, val, test, strict=True)
+    ]
     maximize = config.search.direction == "maximize"
     sign = -1 if maximize else 1
     order = sorted(range(len(groups)), key=lambda place: sign * measured[place].val.value)
@@ -225,6 +223,14 @@ def confirmation(
     found = Confirmation(config.search.metric, [measured[place] for place in order], pairs, folds)
     _write(own / FILE, found)
     return found
+
+
+def _measured(
+    first: Entry, rounds: Mapping[int, Any], val: list[list[Record]], test: list[list[Record]], sums: Sums
+) -> Confirmed:
+    assert first.value is not None
+    tested = interval(test, sums) if all(test) else None
+    return Confirmed(first.number, _values(first), first.value, list(rounds), interval(val, sums), tested)
 
 
 def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[tuple[Entry, dict[int, list[Entry]]]]:
