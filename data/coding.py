@@ -11,7 +11,7 @@ from data.prepare import Run, prepare
 from data.schema import Conversation, Corpus, is_rejected
 from data.shards import Shards
 from data.split import Place
-from data.tasks import TASKS, Item, heard_row
+from data.tasks import TASKS, Item, Task, heard_row, is_item
 from data.validate import TIMELESS, Aligner
 
 SPLIT = "test"  # all of them
@@ -19,7 +19,12 @@ UNUSED = ("label", "video", "person", "quality", "split")  # columns that only t
 
 
 def read_sessions(
-    kind: str, source: Path, audio: Path | None, config: CorpusConfig, roles: Mapping[str, Sequence[str]]
+    kind: str,
+    source: Path,
+    audio: Path | None,
+    config: CorpusConfig,
+    roles: Mapping[str, Sequence[str]],
+    qualities: Sequence[str] = (),
 ) -> Corpus:
     """Read sessions in one of the formats of corpora; codes that they have already are not looked at.
 
@@ -29,6 +34,7 @@ def read_sessions(
         audio: folder with the recordings; None: text only.
         config: settings, as of a corpus.
         roles: of the corpus that the model was trained on: who may carry which label.
+        qualities: that it gives to sessions; none: it does not rate them.
 
     Raises:
         DataError: the source cannot be used.
@@ -37,7 +43,9 @@ def read_sessions(
     corpus = IMPORTERS[kind].read(source, audio, config.model_copy(update={"coded": False, "columns": columns}))
     corpus.roles = {role: tuple(labels) for role, labels in roles.items()}
     corpus.labels = tuple(dict.fromkeys(label for labels in roles.values() for label in labels))
-    corpus.declared = True
+    corpus.declared, corpus.qualities = True, tuple(qualities)
+    for one in corpus.conversations:
+        one.quality = next(iter(qualities), None)  # any, as with labels below
     for turn in (turn for one in corpus.conversations for turn in one.turns):
         # Any label makes a turn an item; which one it is, no score depends on.
         own = corpus.roles.get(turn.speaker, ())
@@ -56,39 +64,57 @@ def _undivided(conversations: Sequence[Conversation], config: SplitConfig, **_: 
 
 
 def codable(shards: Shards, name: str, hears: bool) -> list[Item]:
-    """The turns that a task can be asked about, in the order of the index.
+    """What a task can be asked about, in the order of the index: turns, or the last turns of sessions that are rated.
 
     Args:
         shards: of `prepare_sessions`.
-        name: of a task that gives the turn that it reads a label.
-        hears: whether the model needs the turn's clip.
+        name: of the task.
+        hears: whether the model needs a clip.
     """
-    task, columns = TASKS[name], shards.columns
+    task, flags = TASKS[name], shards.columns["flags"]
     return [
         (name, row)
-        for row, (label, speaker) in enumerate(zip(columns["label"], columns["speaker"], strict=True))
-        if label is not None and task.role in (None, speaker)
+        for row in range(len(flags))
+        if is_item(shards, task, row) and (task.answer == "quality" or not is_rejected(flags[row].split()))
         if not hears or heard_row(shards, task, row) is not None
     ]
 
 
-def why_not(shards: Shards, findings: Sequence[Finding], hears: bool) -> dict[int, str]:
-    """By row of the turns that are not codable: the reason, in a few words.
+def why_not(shards: Shards, findings: Sequence[Finding], names: Sequence[str], hears: bool) -> dict[int, str]:
+    """By row of the turns that no task can be asked about: the reason, in a few words.
 
     Args:
         shards: of `prepare_sessions`.
         findings: of their preparation.
-        hears: whether the model needs the turn's clip.
+        names: of the tasks.
+        hears: whether the model needs a clip.
     """
     columns, found = shards.columns, {}
-    coded = [role for role, labels in shards.manifest.roles.items() if labels]
+    tasks = [TASKS[name] for name in names if TASKS[name].answer != "quality"]
+    asked = {row for task in tasks for _, row in codable(shards, task.name, hears)}
     told = {finding.utterance: finding for finding in findings if finding.code.startswith("E_")}
     silent = {finding.utterance: finding.message for finding in findings if finding.code in TIMELESS}
     for row, utterance in enumerate(columns["id"]):
+        known = [task for task in tasks if is_item(shards, task, row)]
         if is_rejected(columns["flags"][row].split()):
             found[row] = told[utterance].message if utterance in told else columns["flags"][row]
-        elif columns["label"][row] is None:
-            found[row] = f"only the {' and the '.join(coded)} is coded"
-        elif hears and not columns["n_samples"][row]:
+        elif row not in asked and any(task.reads == "turn" for task in known):
             found[row] = "no sound: " + silent.get(utterance, "the turn has no recording")
+        elif row not in asked:
+            found[row] = "no sound: no turn before it has a recording" if known else _unasked(shards, tasks, row)
     return found
+
+
+def _unasked(shards: Shards, tasks: Sequence[Task], row: int) -> str:
+    """Why a turn is no item of any task."""
+    if not tasks:
+        return "only whole sessions are rated"
+    labelled = any(task.answer == "label" for task in tasks)
+    roles = [role for role, labels in shards.manifest.roles.items() if labels]
+    if labelled and shards.columns["label"][row] is None:
+        return f"only the {' and the '.join(roles)} is coded"
+    if not labelled and shards.columns["speaker"][row] not in {task.role for task in tasks}:
+        return f"only replies of the {tasks[0].role} are written"
+    if row == shards.sessions[row][0]:
+        return "nothing comes before it"
+    return "it is no reply: it has no words, or the same speaker goes on"

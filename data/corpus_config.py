@@ -62,7 +62,11 @@ class ColumnConfig(Section):
     annotator: str | None = Field(
         None, description="Who gave the label; rows of one utterance by several annotators are put to the vote."
     )
-    start: str | None = Field(None, description="Start in the recording: seconds or [HH:]MM:SS.")
+    start: str | None = Field(
+        None,
+        description="Start in the recording: seconds or [HH:]MM:SS. null: with --audio, and without `clip`, a usual "
+        "name (start, t_start, start_time, onset, begin, from), and the like of it for the end.",
+    )
     end: str | None = Field(None, description="End in the recording; else the start of the next turn.")
     video: str | None = Field(None, description="What several sessions may share, e.g. a video; never cut by a split.")
     person: str | None = Field(None, description="Identity of the client, for split.by speaker.")

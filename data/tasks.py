@@ -59,7 +59,7 @@ def items(shards: Shards, name: str, split: str) -> list[Item]:
         MisfitError: there is none.
     """
     task, columns = TASKS[name], shards.columns
-    rows = [row for row in range(len(columns["id"])) if columns["split"][row] == split and _is_item(shards, task, row)]
+    rows = [row for row in range(len(columns["id"])) if columns["split"][row] == split and is_item(shards, task, row)]
     if has_sound(shards):
         rows = [row for row in rows if heard_row(shards, task, row) is not None]
     if not rows:
@@ -76,7 +76,8 @@ def _needs(task: Task) -> str:
     return what + role + (" after another turn" if task.reads == "before" else "")
 
 
-def _is_item(shards: Shards, task: Task, row: int) -> bool:
+def is_item(shards: Shards, task: Task, row: int) -> bool:
+    """Whether a task can be asked about a turn, whatever is heard."""
     columns = shards.columns
     if task.role is not None and columns["speaker"][row] != task.role:
         return False

@@ -1,7 +1,7 @@
 """How sure a metric is, and whether one model is better than another: whole sessions are resampled, since what is said
 in one is not independent, and so are the seeds of repeated trainings.
 
-Legend: G sessions, S trainings with different seeds, R resamples, N numbers that a metric is made of.
+Legend: I items, G sessions, S trainings with different seeds, R resamples, N numbers that a metric is made of.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.metrics import Record, indicators, single_labels
+from model.metrics import Record, indicators, rouge_l, single_labels
 
 RESAMPLES, LEVEL = 2000, 0.95
 Records = Sequence[Record]
@@ -55,13 +55,16 @@ class Comparison:
 class Sums:
     """A metric that is made of sums over items."""
 
-    of: Callable[[Records], np.ndarray]  # [N], of some items
+    of: Callable[[Records], np.ndarray]  # [I, N], what each item adds
     value: Callable[[np.ndarray], np.ndarray]  # [..., N] → [...]
     is_share: bool = False  # N are two: how many items are right, and how many there are
 
 
 def sums_of(name: str, labels: Sequence[str], roles: Mapping[str, Sequence[str]]) -> Sums | None:
-    """A metric by its name in `summarise`, without the task; None for one that is not made of sums.
+    """A metric by its name in `summarise`, without the task; None for one that has none.
+
+    The calibration error is one of them, although it is made of sums: what resampling adds to the gap of a bin never
+    cancels out, so its percentiles would lie above the value.
 
     Args:
         name: of the metric.
@@ -70,23 +73,27 @@ def sums_of(name: str, labels: Sequence[str], roles: Mapping[str, Sequence[str]]
     """
     if name in ("loss", "perplexity"):
         return Sums(_losses, _ratio if name == "loss" else _perplexity)
+    if name in TEXTS and not labels:
+        return TEXTS[name]
     kind = next((kind for kind in ("macro_f1", "weighted_f1", "accuracy") if name.startswith(kind)), None)
     if kind is None or not labels:
         return None
     part = name.removeprefix(kind).removeprefix("_")  # a role, or a named subset
     known = single_labels(roles.get(part, labels))
 
-    def own(records: Records) -> Records:
-        return [record for record in records if not part or part in (record.speaker, record.subset)]
+    def own(sums_IN: np.ndarray, records: Records) -> np.ndarray:
+        counts: list[bool] = [not part or part in (record.speaker, record.subset) for record in records]
+        kept: np.ndarray = sums_IN * np.array(counts)[:, None]
+        return kept
 
     if kind == "accuracy":
-        return Sums(lambda records: _right(own(records)), _ratio, is_share=True)
+        return Sums(lambda records: own(_right(records), records), _ratio, is_share=True)
     average = _macro if kind == "macro_f1" else _weighted
-    return Sums(lambda records: _counts(own(records), known), average)
+    return Sums(lambda records: own(_counts(records, known), records), average)
 
 
 def _losses(records: Records) -> np.ndarray:
-    return np.array([sum(record.loss for record in records), sum(record.tokens for record in records)], dtype=float)
+    return np.array([(record.loss, record.tokens) for record in records], dtype=float)
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
@@ -99,15 +106,35 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def _right(records: Records) -> np.ndarray:
-    return np.array([sum(record.label == record.prediction for record in records), len(records)], dtype=float)
+    return np.array([(record.label == record.prediction, 1) for record in records], dtype=float)
 
 
 def _counts(records: Records, labels: Sequence[str]) -> np.ndarray:
-    """[3 * labels]: true positives, what was said, and what is true."""
-    if not records:
-        return np.zeros(3 * len(labels))
+    """[I, 3 * labels]: true positives, what was said, and what is true."""
     truth, said = (side[:, : len(labels)].astype(float) for side in indicators(records, labels))
-    return np.concatenate([(truth * said).sum(0), said.sum(0), truth.sum(0)])
+    return np.concatenate([truth * said, said, truth], axis=1)
+
+
+def _ngrams(records: Records) -> np.ndarray:
+    """[I, 2 + 2 * 4]: what sacrebleu sums of a corpus: lengths, n-grams that match, and all of them."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    said, truth = [record.prediction for record in records], [record.label for record in records]
+    return np.array(BLEU()._extract_corpus_statistics(said, [truth]), dtype=float)
+
+
+def _bleu(sums: np.ndarray) -> np.ndarray:
+    from sacrebleu.metrics.bleu import BLEU
+
+    score = BLEU()._compute_score_from_stats
+    return np.apply_along_axis(lambda own: score(own.astype(int).tolist()).score, -1, sums)
+
+
+def _overlaps(records: Records) -> np.ndarray:
+    return np.array([(overlap, 1) for overlap in rouge_l(records)], dtype=float)
+
+
+TEXTS = {"bleu": Sums(_ngrams, _bleu), "rouge_l": Sums(_overlaps, _ratio)}
 
 
 def _by_label(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -224,12 +251,12 @@ def _sessions(runs: Sequence[Records]) -> list[str]:
 
 def _table(runs: Sequence[Records], sessions: Sequence[str], sums: Sums) -> np.ndarray:
     """[S, G, N]."""
-    rows = []
+    place, rows = {session: place for place, session in enumerate(sessions)}, []
     for run in runs:
-        grouped: dict[str, list[Record]] = {session: [] for session in sessions}
-        for record in run:
-            grouped[record.conversation].append(record)
-        rows.append([sums.of(own) for own in grouped.values()])
+        added_IN = sums.of(run)
+        table_GN = np.zeros((len(sessions), added_IN.shape[1]))
+        np.add.at(table_GN, [place[record.conversation] for record in run], added_IN)
+        rows.append(table_GN)
     return np.array(rows)
 
 

@@ -89,19 +89,25 @@ def text_metrics(records: Sequence[Record]) -> dict[str, float]:
         2004), and the health of decoding: the shares `eos_rate`, `run_on` (cut at the limit) and `empty`.
     """
     import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
 
     said, truth = [record.prediction for record in records], [record.label for record in records]
-    rouge = RougeScorer(["rougeL"])
     ended = sum(record.ended for record in records) / len(records)
     return {
         "perplexity": math.exp(min(700.0, sum(r.loss for r in records) / sum(r.tokens for r in records))),
         "bleu": float(sacrebleu.corpus_bleu(said, [truth]).score),
-        "rouge_l": float(np.mean([rouge.score(*pair)["rougeL"].fmeasure for pair in zip(truth, said, strict=True)])),
+        "rouge_l": float(np.mean(rouge_l(records))),
         "eos_rate": ended,
         "run_on": 1 - ended,
         "empty": sum(not text for text in said) / len(said),
     }
+
+
+def rouge_l(records: Sequence[Record]) -> list[float]:
+    """ROUGE-L of each text (F-measure)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return [scorer.score(record.label, record.prediction)["rougeL"].fmeasure for record in records]
 
 
 def calibration_error(records: Sequence[Record]) -> float:

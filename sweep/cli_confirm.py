@@ -19,20 +19,27 @@ if TYPE_CHECKING:
 def confirm(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     top: Annotated[int, typer.Option(min=1, help="How many of its best configurations.")] = 3,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each, under seeds that the search did not have.")] = 5,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trainings of each, under seeds that the search did not have; 5, or 1 with --folds."),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=3, help="Train on each fold of a corpus that has so many, and pool them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")] = False,
 ) -> None:
     """Train the best again under fresh seeds, compare them in pairs, and read the test split. Goes on after a kill."""
     from sweep import confirm as own
 
     ledger = open_ledger(folder)
-    planned = own.plan(ledger, folder, top, seeds)
-    count = len(planned.search.points)
-    console.print(f"{count} trainings of the best {top} under {seeds} fresh seeds, in {own.place_of(folder).name}")
-    code = run_sweep(planned, own.place_of(folder), search=False)
+    seeds = seeds or (1 if folds else 5)
+    planned, place = own.plan(ledger, folder, top, seeds, folds), own.place_of(folder, folds)
+    under = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
+    console.print(f"{len(planned.search.points)} trainings of the best {top} under {under}, in {place.name}")
+    code = run_sweep(planned, place, search=False)
     if code != DONE:
         sys.exit(code)
-    found = own.confirmation(ledger, folder, console.print)
+    found = own.confirmation(ledger, folder, folds, console.print)
     if as_json:
         print(json.dumps(own.read(folder), indent=1))
         return
@@ -42,9 +49,10 @@ def confirm(
 
 
 def _table(found: "Confirmation") -> Table:
+    pooled = f", {found.folds} folds pooled" if found.folds else ""
     table = Table(
         title=f"confirmed by {found.metric}",
-        caption="means over fresh seeds; in brackets 95 % by session and seed",
+        caption=f"means over fresh seeds{pooled}; in brackets 95 % by session and seed",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,

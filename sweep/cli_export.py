@@ -46,8 +46,10 @@ def predict(
             )
     except BuildError as error:
         raise UserError("; ".join(line.strip() for line in str(error).splitlines()[:2])) from None
-    coded = len({coding.row for coding in found if coding.code})
-    turns = len({coding.row for coding in found})
-    console.print(f"coded {coded} of {turns} turns; {turns - coded} are listed with the reason", highlight=False)
+    coded = len({coding.row for coding in found if coding.turn and coding.is_coded})
+    turns = len({coding.row for coding in found if coding.turn})
+    rated = sum(not coding.turn and coding.is_coded for coding in found)
+    more = f"; rated {rated} session{'s' if rated > 1 else ''}" if rated else ""
+    console.print(f"coded {coded} of {turns} turns; {turns - coded} are listed with the reason{more}", highlight=False)
     for name in (TABLE, PAGE):
         console.print(str(out / name), markup=False, highlight=False, soft_wrap=True)

@@ -25,8 +25,8 @@ def report(
     for other in beside:
         open_ledger(other)
     with console.status("drawing"):
-        written = page.write(ledger, folder, out or folder / "report", beside, reference)
-    for line in page.verdict(ledger.config, folder, ledger.entries()):
+        verdict, written = page.write(ledger, folder, out or folder / "report", beside, reference)
+    for line in verdict:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"page: {written[0]}", soft_wrap=True, highlight=False, markup=False)

@@ -1,7 +1,6 @@
 """The configuration of a sweep: one typed tree, read from YAML and dotted overrides; all its problems in one error."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -16,10 +15,12 @@ from data.errors import ConfigError
 from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.settings import flat, problems_error, read_tree, rule, validated
-from sweep.space import SearchConfig
+from sweep.space import FOLD, SearchConfig
+from sweep.whole import write_file
 
 SEARCHABLE = (
     "seed",
+    FOLD,
     "data.history",
     "data.sound",
     "data.snr_db",
@@ -237,12 +238,8 @@ def dump(config: Config) -> str:
 
 
 def write(config: Config, path: Path) -> None:
-    """Write the configuration as YAML, complete or not at all; what a killed process left of it is removed."""
-    for leftover in path.parent.glob(f"{path.name}.unfinished-*"):
-        leftover.unlink(missing_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(dump(config), encoding="utf-8")
-    unfinished.replace(path)
+    """Write the configuration as YAML, complete or not at all."""
+    write_file(path, dump(config))
 
 
 def claim_folder(config: Config, folder: Path) -> None:
@@ -289,6 +286,11 @@ def _space_problems(config: Config) -> Iterable[str]:
         refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
         yield from refused or _refusals(config, where, {key: axis.inside()})
     yield from _first_task_problems(config)
+    if FOLD in config.search.space and (config.search.pruning or config.search.trials > len(config.search.points)):
+        yield (
+            f"search.space.{FOLD}: a search would choose the easiest fold; set {FOLD}, and `sweep confirm --folds` "
+            "trains the best on all of them"
+        )
     for number, point in enumerate(config.search.points):
         for key, value in point.items():
             space = config.search.space.get(key)

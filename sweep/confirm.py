@@ -4,10 +4,14 @@ The best of many trials looks better than it is: it was chosen for its luck as w
 in Model Selection", JMLR 11, 2010). So the number that counts is that of trainings which nobody chose.
 
 best trials by seeds ─► a sweep of points, DIR-confirm ─► val and test of each ─► intervals, pairs ─► confirmed.json
+              by folds ─► a sweep of points, DIR-folds ─► val and test, each pooled over the folds, as above
+
+With folds, every session is once in val and once in test, of a training that did not learn it (k-fold cross-validation;
+Stone, "Cross-Validatory Choice and Assessment of Statistical Predictions", JRSS B 36, 1974).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,20 @@ from typing import Any
 from data.errors import MisfitError, UserError
 from model.intervals import Comparison, Interval, Sums, compare, interval, sums_of
 from model.metrics import Record
+from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
 from sweep.evaluate import predict
 from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions
+from sweep.settings import flat
+from sweep.space import FOLD
+from sweep.trial import open_shards
+from sweep.whole import write_file
 
-SUFFIX, FILE, TEST = "-confirm", "confirmed.json", "test.json"
+SUFFIX, FOLDED, FILE, TEST = "-confirm", "-folds", "confirmed.json", "test.json"
 SEED = "seed"
+FORMER = ("model.init_from", "model.adapter.init_from")
 FIRST_SEED = 1000  # of the fresh ones, unless the search drew them
 
 
@@ -54,6 +64,7 @@ class Confirmation:
     metric: str
     ranked: list[Confirmed]  # by the mean on the validation split, best first
     pairs: list[Pair]  # the first one against each other
+    folds: int | None  # that are pooled; None: the split of the search
 
     @property
     def chosen(self) -> Confirmed:
@@ -64,6 +75,7 @@ class Confirmation:
         """What a paper may say."""
         best = self.chosen
         trained = f"{len(best.seeds)} fresh seed{'s' if len(best.seeds) > 1 else ''}"
+        trained += f", {self.folds} folds pooled" if self.folds else ""
         found = [f"chosen: trial {best.number}, {self.metric} {best.val} on validation, mean of {trained}"]
         if best.test is not None:
             found[0] += f"; {best.test} on test"
@@ -76,18 +88,19 @@ class Confirmation:
 
     def _optimism(self) -> str:
         best = self.chosen
-        told = f"optimism of the search: trial {best.number} had {best.searched:.3f}, of which {best.val.value:.3f} "
-        told += f"({best.val.value - best.searched:+.3f}) stood under fresh seeds"
+        one, several = (" on one fold", f"on all {self.folds}") if self.folds else ("", "under fresh seeds")
+        told = f"optimism of the search: trial {best.number} had {best.searched:.3f}{one}, of which "
+        told += f"{best.val.value:.3f} ({best.val.value - best.searched:+.3f}) stood {several}"
         return told + (f", and {best.test.value:.3f} on test" if best.test is not None else "")
 
 
-def place_of(folder: Path) -> Path:
+def place_of(folder: Path, folds: int | None = None) -> Path:
     """The folder of the sweep that confirms: beside the search, so that both share cache and MLflow."""
-    return folder.absolute().with_name(folder.absolute().name + SUFFIX)
+    return folder.absolute().with_name(folder.absolute().name + (FOLDED if folds else SUFFIX))
 
 
-def plan(ledger: Ledger, folder: Path, top: int, seeds: int) -> Config:
-    """The sweep that confirms: each of the best configurations under each of the fresh seeds.
+def plan(ledger: Ledger, folder: Path, top: int, seeds: int, folds: int | None = None) -> Config:
+    """The sweep that confirms: each of the best configurations under each of the fresh seeds, on each fold if asked.
 
     Given again with larger numbers, it holds what it held before, and more.
 
@@ -96,35 +109,58 @@ def plan(ledger: Ledger, folder: Path, top: int, seeds: int) -> Config:
         folder: of the search.
         top: how many of its best trials.
         seeds: how many fresh ones.
+        folds: of the corpus; None: the split of the search.
 
     Raises:
-        UserError: no trial is complete.
+        UserError: no trial is complete, the corpus has not so many folds, or a trial began with weights that may have
+            learnt from any of them.
     """
-    config = ledger.config
+    config, suffix = ledger.config, FOLDED if folds else SUFFIX
     best = list(distinct(best_first(config, ledger.entries()), top))
     if not best:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
-    fresh = fresh_seeds(config, seeds)
-    wanted = [values | {SEED: seed} for seed in fresh for values in best]
-    path = place_of(folder) / "config.yaml"
+    if folds:
+        _refuse_misfit(config, best, folds)
+    fresh, parts = fresh_seeds(config, seeds), [{FOLD: fold} for fold in range(folds or 0)] or [{}]
+    wanted = [values | {SEED: seed} | part for seed in fresh for values in best for part in parts]
+    path = place_of(folder, folds) / "config.yaml"
     before = configuration.load(str(path)).search.points if path.exists() else []
     points = [*before, *(point for point in wanted if point not in before)]
     known = list(dict.fromkeys([*fresh, *(point[SEED] for point in points)]))
-    space = {key: axis for key, axis in config.model_dump()["search"]["space"].items() if key != SEED}
+    space = {key: axis for key, axis in config.model_dump()["search"]["space"].items() if key not in (SEED, FOLD)}
+    space |= {FOLD: list(range(folds))} if folds else {}
     changed = {
-        "name": config.name + SUFFIX,
+        "name": config.name + suffix,
         "search.space": space | {SEED: sorted(known)},
         "search.points": points,
         "search.trials": len(points),
         "search.pruning": None,
         "storage.keep": None,
-        "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + SUFFIX,
+        "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + suffix,
     }
     return config.with_values(changed)
 
 
+def _refuse_misfit(config: Config, best: Sequence[Mapping[str, Any]], folds: int) -> None:
+    shards = open_shards(builtin.resolve(config).data)
+    has = shards.manifest.config.split.folds
+    if has is None:
+        raise UserError(
+            f"--folds {folds}: {shards.folder} has no folds; prepare the corpus with --set split.folds={folds} into "
+            "another folder, and search there"
+        )
+    if has != folds:
+        raise UserError(f"--folds {folds}: {shards.folder} has {has} folds; use --folds {has}")
+    for key in FORMER:
+        if any(values.get(key, flat(config).get(key)) for values in best):
+            raise UserError(
+                f"--folds {folds}: {key} names weights that may have learnt from any fold, so nothing would be held "
+                "out; leave --folds out"
+            )
+
+
 def distinct(entries: Sequence[Entry], top: int) -> list[dict[str, Any]]:
-    """The values of the first trials that differ in more than their seed."""
+    """The values of the first trials that differ in more than seed and fold."""
     found: list[dict[str, Any]] = []
     for entry in entries:
         if _values(entry) not in found and len(found) < top:
@@ -145,31 +181,33 @@ def fresh_seeds(config: Config, count: int) -> list[int]:
     return found
 
 
-def confirmation(ledger: Ledger, folder: Path, say: Any = lambda line: None) -> Confirmation:
+def confirmation(
+    ledger: Ledger, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
+) -> Confirmation:
     """Compare what was trained again; test splits that were not read yet are read now.
 
     Args:
         ledger: of the search.
         folder: of the search.
+        folds: as of `plan`.
         say: shows a line to people.
 
     Raises:
         UserError: nothing was confirmed yet.
     """
-    own, config = place_of(folder), ledger.config
+    own, config = place_of(folder, folds), ledger.config
     again = Ledger.read(own, configuration.load(str(own / "config.yaml")))
-    groups = _groups(best_first(config, ledger.entries()), again.entries())
+    groups = _groups(best_first(config, ledger.entries()), again.entries(), folds or 1)
     if not groups:
-        raise UserError(f"{own}: no training is complete yet; give `sweep confirm {folder}` again")
-    sums, task = objective(config, trial_folder(own, groups[0][1][0].number))
-    val = [[read_predictions(place)[task][1] for place in _places(own, entries)] for _, entries in groups]
-    test = [[_tested(place, task, say) for place in _places(own, entries)] for _, entries in groups]
-    measured = []
-    for (first, entries), heard, read in zip(groups, val, test, strict=True):
-        assert first.value is not None
-        seeds = [entry.params[SEED] for entry in entries]
-        tested = interval(read, sums) if all(read) else None
-        measured.append(Confirmed(first.number, _values(first), first.value, seeds, interval(heard, sums), tested))
+        whole = " on every fold" if folds else ""
+        raise UserError(f"{own}: no training is complete{whole} yet; `sweep status {own}` shows what became of each")
+    sums, task = objective(config, trial_folder(own, next(iter(groups[0][1].values()))[0].number))
+    val = [_runs(own, rounds, lambda place: read_predictions(place)[task][1]) for _, rounds in groups]
+    test = [_runs(own, rounds, lambda place: _tested(place, task, say)) for _, rounds in groups]
+    measured = [
+        _measured(first, rounds, heard, read, sums)
+        for (first, rounds), heard, read in zip(groups, val, test, strict=True)
+    ]
     maximize = config.search.direction == "maximize"
     sign = -1 if maximize else 1
     order = sorted(range(len(groups)), key=lambda place: sign * measured[place].val.value)
@@ -182,28 +220,46 @@ def confirmation(ledger: Ledger, folder: Path, say: Any = lambda line: None) -> 
         )
         for place in order[1:]
     ]
-    found = Confirmation(config.search.metric, [measured[place] for place in order], pairs)
+    found = Confirmation(config.search.metric, [measured[place] for place in order], pairs, folds)
     _write(own / FILE, found)
     return found
 
 
-def _groups(best: Sequence[Entry], again: Sequence[Entry]) -> list[tuple[Entry, list[Entry]]]:
-    """Each confirmed trial of the search, with its complete trainings."""
-    found: list[tuple[Entry, list[Entry]]] = []
+def _measured(
+    first: Entry, rounds: Mapping[int, Any], val: list[list[Record]], test: list[list[Record]], sums: Sums
+) -> Confirmed:
+    assert first.value is not None
+    tested = interval(test, sums) if all(test) else None
+    return Confirmed(first.number, _values(first), first.value, list(rounds), interval(val, sums), tested)
+
+
+def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[tuple[Entry, dict[int, list[Entry]]]]:
+    """Each confirmed trial of the search, with its complete trainings by seed: as many as the data have parts."""
+    found: list[tuple[Entry, dict[int, list[Entry]]]] = []
     for first in best:
-        own = [entry for entry in again if entry.state == "COMPLETE" and _values(entry) == _values(first)]
-        if own and _values(first) not in [_values(known) for known, _ in found]:
-            found.append((first, own))
+        rounds: dict[int, list[Entry]] = {}
+        for entry in again:
+            if entry.state == "COMPLETE" and _values(entry) == _values(first):
+                rounds.setdefault(entry.params[SEED], []).append(entry)
+        rounds = {seed: entries for seed, entries in rounds.items() if len(entries) == parts}
+        if rounds and _values(first) not in [_values(known) for known, _ in found]:
+            found.append((first, rounds))
     return found
 
 
 def _values(entry: Entry) -> dict[str, Any]:
-    """What a configuration is, under whatever seed."""
-    return {key: value for key, value in entry.params.items() if key != SEED}
+    """What a configuration is, under whatever seed and on whatever fold."""
+    return {key: value for key, value in entry.params.items() if key not in (SEED, FOLD)}
 
 
-def _places(folder: Path, entries: Sequence[Entry]) -> list[Path]:
-    return [trial_folder(folder, entry.number) for entry in entries]
+def _runs(
+    folder: Path, rounds: Mapping[int, Sequence[Entry]], read: Callable[[Path], list[Record]]
+) -> list[list[Record]]:
+    """By seed, the records of its trainings: those of all folds together."""
+    return [
+        [record for entry in entries for record in read(trial_folder(folder, entry.number))]
+        for entries in rounds.values()
+    ]
 
 
 def objective(config: Config, trial: Path) -> tuple[Sums, str]:
@@ -214,7 +270,7 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
         trial: folder of a trial with predictions.
 
     Raises:
-        UserError: it is not made of sums.
+        UserError: it has no interval.
     """
     task, _, metric = config.search.metric.rpartition("/")
     said = read_predictions(trial)
@@ -222,13 +278,13 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
     sums = sums_of(metric, said[task][0], {}) if task in said else None
     if sums is None:
         raise UserError(
-            f"search.metric: {config.search.metric} is not made of sums over items, so it has no interval; search by "
-            "macro_f1, accuracy, weighted_f1, loss or perplexity"
+            f"search.metric: {config.search.metric} has no interval, so trials cannot be compared by it; search by "
+            "macro_f1, accuracy, weighted_f1, loss, perplexity, bleu or rouge_l"
         )
     return sums, task
 
 
-def _tested(folder: Path, task: str, say: Any) -> list[Record]:
+def _tested(folder: Path, task: str, say: Callable[[str], object]) -> list[Record]:
     """A training on the test split, read once and kept beside its predictions; empty where there is none."""
     path = folder / TEST
     if not path.exists():
@@ -238,7 +294,7 @@ def _tested(folder: Path, task: str, say: Any) -> list[Record]:
             content = {"labels": said.labels, "records": [record.as_dict() for record in said.records]}
         except MisfitError:
             content = {"labels": {}, "records": []}
-        _dump(path, content)
+        write_file(path, json.dumps(content))
     return read_predictions(folder, TEST).get(task, ([], []))[1]
 
 
@@ -251,16 +307,16 @@ def _write(path: Path, found: Confirmation) -> None:
 
     rows = [{**vars(own), "val": plain(own.val), "test": plain(own.test)} for own in found.ranked]
     pairs = [{"other": own.other, "val": against(own.val), "test": against(own.test)} for own in found.pairs]
-    _dump(path, {"metric": found.metric, "ranked": rows, "pairs": pairs, "lines": found.lines()})
-
-
-def _dump(path: Path, content: Any) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    unfinished.replace(path)
+    content = {"metric": found.metric, "folds": found.folds, "ranked": rows, "pairs": pairs, "lines": found.lines()}
+    write_file(path, json.dumps(content))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `confirmed.json` of a sweep says; None where nothing was confirmed."""
-    path = place_of(folder) / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """What the last `sweep confirm` of a sweep said; None where nothing was confirmed."""
+    paths = [place_of(folder, folds) / FILE for folds in (None, 1)]
+    written = [path for path in paths if path.exists()]
+    if not written:
+        return None
+    newest = max(written, key=lambda path: path.stat().st_mtime_ns)
+    content: dict[str, Any] = json.loads(newest.read_text(encoding="utf-8"))
+    return content

@@ -9,6 +9,7 @@ from typing import Any
 from sweep.config import Config
 from sweep.ledger import Entry
 from sweep.results import device_hours, device_seconds, shown_time
+from sweep.whole import write_file
 
 FILE = "plan.json"
 
@@ -35,9 +36,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, **changed: Any) -> None:
     """Change a part of the plan, in one move."""
-    unfinished = folder / f"{FILE}.unfinished"
-    unfinished.write_text(json.dumps(read(folder) | changed, indent=1))
-    unfinished.replace(folder / FILE)
+    write_file(folder / FILE, json.dumps(read(folder) | changed, indent=1))
 
 
 def forecast(folder: Path) -> Forecast | None:

@@ -12,10 +12,10 @@ from model.speech_llm import SpeechLLM
 from sweep import builtin
 from sweep.config import Config
 from sweep.settings import flat
-from sweep.space import Axis
+from sweep.space import FOLD, Axis
 from sweep.trial import open_shards
 
-STRUCTURE = ("model.", "tasks.")  # axes that change what is built
+STRUCTURE = ("model.", "tasks.", FOLD)  # axes that change what is built, or what it is built for
 
 
 def resolve_inputs(config: Config) -> Config:
@@ -43,14 +43,15 @@ def resolve_inputs(config: Config) -> Config:
         with_numbers(changed.train, model.tasks)
         if (lengths := _lengths(changed)) not in measured:
             measured.add(lengths)
-            TrialData.open(shards, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
+            own = open_shards(changed.data)
+            TrialData.open(own, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
     return resolved
 
 
 def _lengths(config: Config) -> str:
     """The settings that decide how long an example is: others need not be measured anew."""
     lora = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
-    return repr((config.model.model_dump(exclude=lora), config.tasks.active()))
+    return repr((config.model.model_dump(exclude=lora), config.tasks.active(), config.data.fold))
 
 
 def first_trial(config: Config) -> Config:

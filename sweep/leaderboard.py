@@ -1,6 +1,8 @@
 """The leaderboard: trials by the objective with its 95 % interval, what they cost, and why each ended as it did."""
 
+import contextlib
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,13 @@ from rich.table import Table
 from model.intervals import Interval, interval, sums_of
 from model.metrics import Record
 from sweep import recall
+from sweep.changes import code_version
 from sweep.config import Config
 from sweep.ledger import Entry, trial_folder
 from sweep.results import device_hours, progress, ranked, read_predictions, short_names, shown_time
+from sweep.whole import write_file
 
+KEPT = "intervals.json"  # beside the predictions that they are of
 SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 HEALTH = ("eos_rate", "run_on", "empty")  # of generated texts
 Said = Mapping[str, tuple[list[str], list[Record]]]
@@ -76,12 +81,26 @@ def _cost(config: Config, entry: Entry) -> list[str]:
 
 
 def interval_of(folder: Path, entry: Entry, name: str) -> Interval | None:
-    """That of a trial's metric on the validation split, from its last predictions; None where there is none."""
+    """That of a trial's metric on the validation split, from its last predictions; None where there is none.
+
+    It is kept beside them, where that can be written: hundreds of trials would take a while each time.
+    """
     path = trial_folder(folder.absolute(), entry.number) / "predictions.json"
     # A running trial's predictions may be of a later epoch than its last report.
     if entry.state == "RUNNING" or not path.exists():
         return None
-    return _interval(path.parent, path.stat().st_mtime_ns, name)
+    changed = path.stat().st_mtime_ns
+    kept, of = path.with_name(KEPT), [changed, code_version()]
+    content: dict[str, Any] = {"of": of}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        known = json.loads(kept.read_text())
+        content = known if known["of"] == of else content
+    if name not in content:
+        found = _interval(path.parent, changed, name)
+        content[name] = found and [found.value, found.low, found.high]
+        with contextlib.suppress(OSError):
+            write_file(kept, json.dumps(content))
+    return content[name] and Interval(*content[name])
 
 
 @functools.lru_cache(maxsize=4096)

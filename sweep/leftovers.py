@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from sweep.whole import write_file
+
 FILE = "processes.json"
 PREFIX = "sweep-ray-"  # of Ray's folders
 EVERY = 1.0  # seconds between two looks
@@ -122,6 +124,4 @@ def _process(pid: int, started: float) -> psutil.Process | None:
 
 def _write(folder: Path, scratch: Path, processes: Known) -> None:
     content: dict[str, Any] = {"host": socket.gethostname(), "boot": psutil.boot_time(), "scratch": str(scratch)}
-    unfinished = folder / f"{FILE}.unfinished"
-    unfinished.write_text(json.dumps(content | {"processes": processes}), encoding="utf-8")
-    unfinished.replace(folder / FILE)
+    write_file(folder / FILE, json.dumps(content | {"processes": processes}))

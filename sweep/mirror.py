@@ -20,6 +20,7 @@ from data.store import Store
 from sweep import lease
 from sweep.lease import Busy, Holder, Lost
 from sweep.ledger import FILE as JOURNAL
+from sweep.whole import write_file
 
 OWNER = "owner.json"  # in the store: who writes the copy, and how often it was taken over
 RECORD = "mirror.json"  # in the folder: which files the copy has
@@ -156,9 +157,7 @@ def fetch(folder: Path, url: str) -> None:
         for name in sorted(set(store.names()) & set(TRIAL if place else ROOT)):
             path = folder / place / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{name}.unfinished-fetched")
-            unfinished.write_bytes(store.read(name))
-            unfinished.replace(path)
+            write_file(path, store.read(name))
             known[f"{place}/{name}".lstrip("/")] = _state(path) or []
     _write_record(folder, 0, known)
 
@@ -222,6 +221,4 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _write_record(folder: Path, generation: int, known: dict[str, list[int]]) -> None:
-    unfinished = folder / f"{RECORD}.unfinished"
-    unfinished.write_text(json.dumps({"generation": generation, "files": known}))
-    unfinished.replace(folder / RECORD)
+    write_file(folder / RECORD, json.dumps({"generation": generation, "files": known}))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -40,6 +40,10 @@ class Corpus:
             counts={"sessions": known.sessions, "turns": known.turns, "hours": known.hours},
             fold=shards.fold if known.config.split.folds else None,
         )
+
+    def with_fold(self, fold: int) -> "Corpus":
+        """The same with another fold for test; see `Shards.fingerprint`."""
+        return replace(self, fold=fold, fingerprint=f"{self.fingerprint.rpartition('-')[0]}-{fold}")
 
     def tags(self) -> dict[str, str]:
         """For a run."""

@@ -1,7 +1,8 @@
 """The best trial's model on the MLflow server: its files on its run, and a version in the registry.
 
 A version is made once for a run. The alias `best` says which of them counts now, so whoever loads
-`models:/<sweep>@best` gets what an extended sweep found later.
+`models:/<sweep>@best` gets what an extended sweep found later. A registered model belongs to the sweep that made it: a
+later one of the same name registers `<sweep>-<first 8 of its id>`.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from sweep.ledger import Entry, trial_folder
 from sweep.mlflow_runs import MISSING, Runs
 
 FILES = (checkpoint.FILE, "config.yaml")  # what `sweep evaluate` needs of a trial's folder
-PLACE, ALIAS = "model", "best"
+PLACE, ALIAS, OWNER = "model", "best", "sweep.key"
 LARGEST = 10**9  # bytes of a checkpoint that is sent: the server keeps it, and the sweep's end waits for it
 EXISTS = "RESOURCE_ALREADY_EXISTS"
 
@@ -22,7 +23,7 @@ def publish(runs: Runs, name: str, folder: Path, entry: Entry, run_id: str) -> s
 
     Args:
         runs: of the sweep.
-        name: of the registered model.
+        name: of the sweep.
         folder: of the sweep.
         entry: of its best trial.
         run_id: of that trial.
@@ -35,6 +36,7 @@ def publish(runs: Runs, name: str, folder: Path, entry: Entry, run_id: str) -> s
     if not path.exists() or path.stat().st_size > LARGEST:
         return None
     _send(runs.client, own, run_id)
+    name = _register(runs.client, name, runs.key)
     version = _version(runs.client, name, entry, run_id)
     if _aliased(runs.client, name) != version:
         runs.client.set_registered_model_alias(name, ALIAS, version)
@@ -53,7 +55,6 @@ def _version(client: Any, name: str, entry: Entry, run_id: str) -> str:
     """The version of a run, made where there is none."""
     for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         return str(known.version)
-    _register(client, name)
     source = f"{client.get_run(run_id).info.artifact_uri}/{PLACE}"
     about = f"trial {entry.number}: `sweep evaluate` reads checkpoint.pt, which holds only what was trained"
     tags = {"sweep.trial": str(entry.number)}
@@ -61,14 +62,20 @@ def _version(client: Any, name: str, entry: Entry, run_id: str) -> str:
     return str(made.version)
 
 
-def _register(client: Any, name: str) -> None:
+def _register(client: Any, name: str, key: str) -> str:
+    """The name of the sweep's own registered model, which is made where there is none."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != EXISTS:
-            raise
+    own = f"{name}-{key[:8]}"
+    for free in (name, own):
+        try:
+            client.create_registered_model(free, tags={OWNER: key})
+        except MlflowException as error:
+            if error.error_code != EXISTS:
+                raise
+        if client.get_registered_model(free).tags.get(OWNER) == key:
+            return free
+    return own
 
 
 def _aliased(client: Any, name: str) -> str | None:

@@ -22,6 +22,7 @@ import numpy as np
 from sweep.curves import Point
 from sweep.mlflow_data import Corpus
 from sweep.results import read_predictions
+from sweep.space import FOLD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,8 @@ class Runs:
 
     def make(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], started: int) -> str:
         """A new run; only for a key that `look` did not show."""
-        told = {"sweep.key": key, **tags, **(self.corpus.tags() if self.corpus else {})}
+        corpus = self._read(params)
+        told = {"sweep.key": key, **tags, **(corpus.tags() if corpus else {})}
         run = self.client.create_run(self.experiment, start_time=started, run_name=name, tags=told)
         self.mend(run, params)
         return str(run.info.run_id)
@@ -141,8 +143,13 @@ class Runs:
         """Add what a run is without: of a run, a kill leaves as much as had been sent."""
         if not run.data.params.keys() >= params.keys():
             self._params(run.info.run_id, params)
-        if self.corpus and not (run.inputs and run.inputs.dataset_inputs):
-            self.client.log_inputs(run.info.run_id, datasets=[self.corpus.input()])
+        corpus = self._read(params)
+        if corpus and not (run.inputs and run.inputs.dataset_inputs):
+            self.client.log_inputs(run.info.run_id, datasets=[corpus.input()])
+
+    def _read(self, params: Mapping[str, Any]) -> Corpus | None:
+        """The corpus as a run reads it: a trial may have a fold of its own."""
+        return self.corpus.with_fold(params[FOLD]) if self.corpus and FOLD in params else self.corpus
 
     def _params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def predict_sessions(
     run: Run,
     say: Callable[[str], object],
 ) -> list[Coding]:
-    """Code new sessions and write what came out.
+    """Code new sessions by all tasks of a model and write what came out.
 
     Args:
         folder: of the exported model.
@@ -58,22 +58,22 @@ def predict_sessions(
         say: told what is done.
 
     Returns:
-        Every turn of the sessions, coded or with the reason why not.
+        Every turn of the sessions, coded or with the reason why not; and every session, where sessions are rated.
 
     Raises:
-        UserError: `out` exists, the folder holds no model that codes turns, or none of the turns can be coded.
+        UserError: `out` exists, the folder holds no model, or there is nothing that it can be asked about.
     """
     refuse_taken(out)
     if kind not in IMPORTERS:
         raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
     said = exported.read(folder)
-    tasks = _tasks(folder, said)
     say(f"reading {source}")
-    corpus = read_sessions(kind, source, audio, settings, _roles(said, tasks))
+    qualities = said.tasks["quality"].labels if "quality" in said.tasks else ()
+    corpus = read_sessions(kind, source, audio, settings, _roles(said), qualities)
     with tempfile.TemporaryDirectory() as place:
         shards = prepare_sessions(corpus, Path(place) / "shards", settings, align, run)
         say("coding")
-        codings = _code(folder, said, tasks, shards)
+        codings = _code(folder, said, shards)
         title = said.sweep + ("" if said.trial is None else f", trial {said.trial}")
         with whole_folder(out) as unfinished:
             (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
@@ -82,51 +82,43 @@ def predict_sessions(
     return codings
 
 
-def _tasks(folder: Path, said: exported.Exported) -> list[str]:
-    """Those whose item is a turn that is read, and whose answer is its label."""
-    found = [name for name in said.tasks if TASKS[name].answer == "label" and TASKS[name].reads == "turn"]
-    if not found:
-        raise UserError(
-            f"{folder}: its tasks ({', '.join(said.tasks)}) code no turn that is read; export a trial of tasks.classify"
-        )
-    return found
-
-
-def _roles(said: exported.Exported, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Who may carry which label, as far as these tasks go."""
-    wanted = {TASKS[name].role for name in tasks}
+def _roles(said: exported.Exported) -> dict[str, tuple[str, ...]]:
+    """Who may carry which label, as far as the model's tasks go."""
+    wanted = {TASKS[name].role for name in said.tasks if TASKS[name].answer == "label"}
     return {role: labels if wanted & {None, role} else () for role, labels in said.roles.items()}
 
 
-def _code(folder: Path, said: exported.Exported, tasks: Sequence[str], shards: Shards) -> list[Coding]:
+def _code(folder: Path, said: exported.Exported, shards: Shards) -> list[Coding]:
     config = _config(folder, shards)
-    hears = config.model.hears
+    hears, tasks = config.model.hears, list(said.tasks)
     if hears and not has_sound(shards):
         raise UserError(
             f"{folder}: the model listens (model.modality {config.model.modality}), and these sessions have no sound: "
             "give the folder of recordings with --audio, and times that lie in them"
         )
-    reasons = why_not(shards, read_findings(shards), hears)
-    _refuse_none(shards, reasons)
+    ids = shards.columns["id"]
+    reasons = {ids[row]: why for row, why in why_not(shards, read_findings(shards), tasks, hears).items()}
+    if not any(codable(shards, name, hears) for name in tasks):
+        raise _none(shards, reasons)
     settle(config)
     try:
-        model = SpeechLLM(config.model, {name: said.answer_sets()[name] for name in tasks}, available_device())
+        model = SpeechLLM(config.model, said.answer_sets(), available_device())
     except CheckpointError as error:
         raise UserError(str(error).removeprefix("model.init_from: ")) from None
     data = TrialData.open(shards, model, config.data, (SPLIT,), select=_fitting(model, config.data, reasons))
     if not data.splits[SPLIT].items:
-        _refuse_none(shards, reasons)
+        raise _none(shards, reasons)
     records = evaluate(model, data, SPLIT, config.train.token_budget)
-    return codings(shards, records, {name: said.tasks[name].labels for name in tasks}, reasons)
+    return codings(shards, records, {name: own.labels for name, own in said.tasks.items()}, reasons)
 
 
-def _refuse_none(shards: Shards, reasons: Mapping[int, str]) -> None:
-    if len(reasons) == len(shards.columns["id"]):
-        row = min(reasons)
-        raise UserError(
-            f"{shards.columns['where'][row]}: none of the {len(reasons)} turns can be coded; this one because: "
-            f"{reasons[row]}"
-        )
+def _none(shards: Shards, reasons: Mapping[str, str]) -> UserError:
+    columns = shards.columns
+    row = next((row for row, name in enumerate(columns["id"]) if name in reasons), 0)
+    why = reasons.get(columns["id"][row], "no turn has a recording")
+    return UserError(
+        f"{columns['where'][row]}: none of the {len(columns['id'])} turns can be coded; this one because: {why}"
+    )
 
 
 def _config(folder: Path, shards: Shards) -> Config:
@@ -148,32 +140,33 @@ def _config(folder: Path, shards: Shards) -> Config:
     )
 
 
-def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[int, str]) -> Select:
-    """Chooses the items that the model has room for, and notes the reasons of the others."""
+def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[str, str]) -> Select:
+    """Chooses the items that the model has room for, and notes the reasons of the others, by id."""
 
     def select(shards: Shards, name: str, split: str) -> list[Item]:
         found = []
         for item in codable(shards, name, model.config.hears):
+            example = read_example(shards, item, config, sound=False)
             try:
-                model.measure(read_example(shards, item, config, sound=False), clip_samples(shards, item, config))
+                model.measure(example, clip_samples(shards, item, config))
                 found.append(item)
             except MisfitError as error:
-                reasons[item[1]] = str(error)
+                reasons.setdefault(example.id, str(error))
         return found
 
     return select
 
 
 def codings(
-    shards: Shards, records: Sequence[Record], labels: Mapping[str, Sequence[str]], reasons: Mapping[int, str]
+    shards: Shards, records: Sequence[Record], labels: Mapping[str, Sequence[str]], reasons: Mapping[str, str]
 ) -> list[Coding]:
-    """Every turn with what the model said about it, or why it said nothing.
+    """Every turn with what the model said about it, or why it said nothing; before them, what it said of their session.
 
     Args:
         shards: of the sessions.
         records: of the evaluation.
-        labels: by task.
-        reasons: by row, of turns without a record.
+        labels: by task; none where its answer is a text.
+        reasons: by id, of turns and sessions without a record.
 
     Returns:
         In the order of the index; a turn that several tasks are about comes once for each.
@@ -181,15 +174,32 @@ def codings(
     said: dict[str, list[Record]] = {}
     for record in records:
         said.setdefault(record.id, []).append(record)
-    found = []
+    found: list[Coding] = []
     for row, name in enumerate(shards.columns["id"]):
-        turn = _turn(shards, row)
-        if name not in said:
-            found.append(replace(turn, reason=reasons[row]))
-        for record in said.get(name, []):
-            shares = dict(zip(labels[record.task], softmax(record.scores), strict=True))
-            found.append(replace(turn, task=record.task, code=record.prediction, shares=shares))
+        turn, rows = _turn(shards, row), shards.sessions[row]
+        if row == rows[0] and "quality" in labels:
+            whole = Coding(rows[-1], turn.session, "", "", None, None, "", task="quality")
+            found += _coded(whole, said, turn.session, labels, {turn.session: "no turn has a recording", **reasons})
+        found += _coded(turn, said, name, labels, reasons)
     return found
+
+
+def _coded(
+    plain: Coding,
+    said: Mapping[str, Sequence[Record]],
+    name: str,
+    labels: Mapping[str, Sequence[str]],
+    reasons: Mapping[str, str],
+) -> Iterator[Coding]:
+    """A turn or a session by its id, once for each task."""
+    if name not in said:
+        yield replace(plain, reason=reasons[name])
+    for record in said.get(name, []):
+        if known := labels[record.task]:
+            shares = dict(zip(known, softmax(record.scores), strict=True))
+            yield replace(plain, task=record.task, code=record.prediction, shares=shares)
+        else:
+            yield replace(plain, task=record.task, reply=record.prediction)
 
 
 def _turn(shards: Shards, row: int) -> Coding:

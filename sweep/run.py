@@ -194,7 +194,8 @@ class Driver:
     def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
-        config = as_run(trial_config(self.config, values), open_shards(resolved.data))
+        config = trial_config(self.config, values)
+        config = as_run(config, open_shards(builtin.resolve(config).data))  # which may be of another fold
         configuration.write(config, folder / "config.yaml")
         own = builtin.resolve(config)
         folders = frozen.folders_for(own, self.cache)

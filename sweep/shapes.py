@@ -19,6 +19,7 @@ LOOKED_AT = 1024  # combinations of values, at most; of more, as many are drawn
 # Settings that change neither, or by a position of a hundred. What is not named here counts.
 NO_MATTER = (
     "seed",
+    "data.fold",
     "data.sound",
     "data.snr_db",
     "model.adapter.init_",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Scalar = bool | int | float | str | None
-EPOCHS = "train.epochs"
+EPOCHS, FOLD = "train.epochs", "data.fold"
 # Of the epochs, before anybody is ended: earlier on, quick starters lead those that will win.
 LATE = Fraction(3, 5)
 GOLDEN = Fraction(618_033_988_749_895, 10**15)  # its multiples spread evenly over [0, 1)

@@ -27,6 +27,7 @@ AXES = (
     "train.losses.distillation",
     "train.losses.hidden",
     "train.losses.temperature",
+    "data.fold",
     "data.history",
     "data.last_text",
     "tasks.",

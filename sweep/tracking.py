@@ -30,7 +30,9 @@ from sweep.mlflow_data import Corpus
 from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
 from sweep.mlflow_runs import REFUSED, Runs, lacks, now
+from sweep.space import FOLD
 from sweep.watch import near
+from sweep.whole import write_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -201,7 +203,8 @@ class Tracker(threading.Thread):
         client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
         self._sum_up(self.runs, entries, ended)
-        for best in best_first(self.config, entries)[:1] if finished else []:
+        chooses = finished and FOLD not in self.config.search.space  # the best of folds is the easiest one
+        for best in best_first(self.config, entries)[:1] if chooses else []:
             publish(self.runs, self.config.name, self.folder, best, self._state(best.number)["run_id"])
         if finished:
             client.set_terminated(self.parent, "FINISHED")
@@ -322,6 +325,4 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "mlflow.json.unfinished"
-    unfinished.write_text(json.dumps(state))
-    unfinished.replace(folder / "mlflow.json")
+    write_file(folder / "mlflow.json", json.dumps(state))

@@ -25,7 +25,7 @@ def open_shards(config: DataConfig) -> Shards:
     return _opened(config.shards, config.fold)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # as many folds as a sweep may go through in turn
 def _opened(folder: str, fold: int) -> Shards:
     return Shards(folder, fold)
 

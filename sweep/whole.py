@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import os
@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import UserError, storing
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write or replace a file in one move; what a killed process left of it is removed."""
+    for leftover in path.parent.glob(f"{path.name}.unfinished*"):
+        leftover.unlink(missing_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    unfinished.replace(path)
 
 
 def refuse_taken(out: Path) -> None:

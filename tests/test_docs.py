@@ -24,6 +24,7 @@ GIVEN = {
     "sweep predict": "tests/sweep/test_predict.py",
     "sweep prepare": "tests/sweep/test_prepare.py",
     "make install": "Makefile",
+    "optuna-dashboard": "tests/sweep/test_dashboard.py",
     "python infra/k8s/validate.py": "tests/infra/test_k8s.py",
 }
 NEEDS = re.compile(r"needs (a cluster|Slurm|Docker, and a cluster|an account|a Ray cluster|Apptainer|root|a server)")

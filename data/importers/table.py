@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from data.corpus_config import CorpusConfig
+from data.corpus_config import ColumnConfig, CorpusConfig
 from data.errors import ConfigError, DataError
 from data.importers.draft import Draft
 from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings, within
@@ -11,6 +11,9 @@ from data.importers.rows import Row, agreed, by_conversation, read_rows
 from data.importers.times import read_time, set_ends
 from data.schema import Conversation, Corpus, Turn, is_rejected
 
+# Usual names of times, which are looked for where there is sound and nothing says where a turn is in it.
+STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")
+ENDS = ("end", "t_end", "end_time", "offset", "stop", "to")
 ADVICE = "; say with --set columns.text=NAME which column holds what, null for none"
 
 
@@ -31,15 +34,14 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
     if columns.annotator is not None and columns.id is None and columns.index is None:
         raise ConfigError("columns.annotator: set columns.id or columns.index too, or no rows are of one utterance")
     named = [name for name in columns.model_dump().values() if name is not None]
-    rows = read_rows(source, list(dict.fromkeys(named)), config, advice=ADVICE)
-    draft = Draft("table", config)
+    timeless = audio is not None and columns.start is None and columns.clip is None
+    usual = _spelt(*STARTS, *ENDS) if timeless else []
+    rows = read_rows(source, list(dict.fromkeys(named)), config, usual, advice=ADVICE)
     if audio is not None:
         refuse_no_folder(audio)
-        if columns.start is None and columns.clip is None:
-            raise ConfigError(
-                "columns.start: --audio is given, and nothing says where a turn is in it; name the column, or "
-                "columns.clip"
-            )
+    if timeless:
+        columns = _with_times(columns, rows[0])
+    draft = Draft("table", config.model_copy(update={"columns": columns}))
     sessions = by_conversation(rows, columns.conversation)
     conversations = [_conversation(name, own, audio, draft) for name, own in sessions.items()]
     if audio is not None and columns.clip is not None:
@@ -48,6 +50,20 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         files = {name: agreed(own, columns.recording) for name, own in sessions.items()}
         set_recordings(conversations, audio, {name: file for name, file in files.items() if file})
     return draft.corpus(conversations)
+
+
+def _spelt(*names: str) -> list[str]:
+    return [*names, *map(str.capitalize, names)]
+
+
+def _with_times(columns: ColumnConfig, row: Row) -> ColumnConfig:
+    start, end = (next((name for name in _spelt(*names) if name in row.cells), None) for names in (STARTS, ENDS))
+    if start is None:
+        raise ConfigError(
+            "columns.start: --audio is given, and no column says where a turn is in it; name it by --set "
+            f"columns.start=NAME (found without: {', '.join(STARTS)}), or files of turns by --set columns.clip=NAME"
+        )
+    return columns.model_copy(update={"start": start, "end": columns.end or end})
 
 
 def _conversation(name: str, rows: list[Row], audio: Path | None, draft: Draft) -> Conversation:

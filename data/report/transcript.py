@@ -15,17 +15,17 @@ from data.report import pictures
 from data.schema import SAMPLE_RATE, split_label
 from data.shards import Shards
 
-COLUMNS = ("session", "turn", "speaker", "start", "end", "text", "task", "code", "probability", "not_coded")
+COLUMNS = ("session", "turn", "speaker", "start", "end", "text", "task", "code", "probability", "reply", "not_coded")
 UNSURE = 0.5  # probability below which a code is marked
 
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """A turn with the code that a model gave it, or with the reason why it has none."""
+    """A turn or a session with the code that a model gave it, or with the reason why it has none."""
 
-    row: int  # of the index
+    row: int  # of the index; of a session the last one
     session: str
-    turn: str  # its id in the session
+    turn: str  # its id in the session; empty: it is about the session as a whole
     speaker: str
     start: float | None  # s
     end: float | None  # s
@@ -33,7 +33,13 @@ class Coding:
     task: str = ""
     code: str = ""
     shares: dict[str, float] = field(default_factory=dict)  # probability of each label; they sum to 1
-    reason: str = ""  # why it has no code
+    reply: str | None = None  # what the model would say in its place, where that is the task
+    reason: str = ""  # why there is neither
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the model said anything."""
+        return bool(self.code) or self.reply is not None
 
     @property
     def probability(self) -> float:
@@ -54,7 +60,8 @@ def codings_csv(codings: Sequence[Coding]) -> str:
     writer.writerow([*COLUMNS, *(f"p_{label}" for label in labels)])
     for coding in codings:
         times = ["" if time is None else f"{time:.3f}" for time in (coding.start, coding.end)]
-        said = [coding.task, coding.code, _number(coding.probability) if coding.code else "", coding.reason]
+        sure = _number(coding.probability) if coding.code else ""
+        said = [coding.task, coding.code, sure, coding.reply or "", coding.reason]
         shares = [_number(coding.shares[label]) if label in coding.shares else "" for label in labels]
         writer.writerow([coding.session, coding.turn, coding.speaker, *times, coding.text, *said, *shares])
     return sink.getvalue()
@@ -77,20 +84,22 @@ def transcript_html(codings: Sequence[Coding], model: str, shards: Shards) -> st
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["clock"] = clock
     template = environment.from_string((files("data.report") / "transcript.html.j2").read_text(encoding="utf-8"))
+    turns = [coding for coding in codings if coding.turn]
     labels = [label for coding in codings for code in coding.shares for label in split_label(code)]
     sessions: dict[str, list[Coding]] = {}
-    for coding in codings:
+    for coding in turns:
         sessions.setdefault(coding.session, []).append(coding)
     return template.render(
         model=model,
         sessions=sessions,
-        turns=len({coding.row for coding in codings}),
-        coded=len({coding.row for coding in codings if coding.code}),
-        several=len({coding.task for coding in codings if coding.code}) > 1,
+        rated={coding.session: coding for coding in codings if not coding.turn},
+        turns=len({coding.row for coding in turns}),
+        coded=len({coding.row for coding in turns if coding.is_coded}),
+        several=len({coding.task for coding in turns if coding.is_coded}) > 1,
         reasons=Counter(coding.reason for coding in codings if coding.reason).most_common(),
         counts={name: _counts(own) for name, own in sessions.items()},
         labels=pictures.coloured(list(dict.fromkeys(labels))),
-        roles=pictures.coloured(sorted({coding.speaker for coding in codings}), pictures.ROLE_COLOURS),
+        roles=pictures.coloured(sorted({coding.speaker for coding in turns}), pictures.ROLE_COLOURS),
         split=split_label,
         sound=lambda coding: _sound(shards.pcm(coding.row)),
         unsure=UNSURE,

@@ -18,6 +18,7 @@ from sweep.confirm import SEED, objective
 from sweep.leaderboard import shown
 from sweep.ledger import Entry, best_first, trial_folder
 from sweep.results import read_predictions, short_names
+from sweep.whole import write_file
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def write(table: pd.DataFrame, folder: Path, caption: str) -> list[Path]:
     paths = [folder / f"ablation.{ending}" for ending in ("md", "tex", "csv")]
     texts = [table.to_markdown(index=False, disable_numparse=True), _latex(table, caption), table.to_csv(index=False)]
     for path, text in zip(paths, texts, strict=True):
-        path.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+        write_file(path, f"{text.rstrip()}\n")
     return paths
 
 

@@ -1,6 +1,7 @@
 """The pictures of a sweep, by optuna.visualization and plotly; the same as PNG, by matplotlib."""
 
 import functools
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sweep.leaderboard import interval_of
 from sweep.ledger import Entry, Ledger, best_first
 from sweep.report.ablation import Choice, name_of
 from sweep.results import short_names
+from sweep.whole import write_file
 
 ENOUGH = 4  # complete trials that differ, below which importances mean nothing
 RATE, RANK, TRAINABLE = "train.learning_rate", "model.lora.rank", "model.trainable"
@@ -189,7 +191,8 @@ def pngs(ledger: Ledger, folder: Path) -> list[Path]:
             warnings.simplefilter("ignore")
             try:
                 draw()
-                pyplot.savefig(path := folder / f"{name}.png", dpi=110, bbox_inches="tight")
+                pyplot.savefig(drawn := io.BytesIO(), dpi=110, bbox_inches="tight")
+                write_file(path := folder / f"{name}.png", drawn.getvalue())
                 found.append(path)
             except (ValueError, RuntimeError, IndexError):
                 continue

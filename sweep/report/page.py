@@ -17,6 +17,7 @@ from sweep.report import ablation
 from sweep.report.figures import Figure
 from sweep.results import progress, read_predictions
 from sweep.watch import near, train_command
+from sweep.whole import write_file
 
 NEXT = 3  # trials behind the best one that are compared with it
 
@@ -32,12 +33,20 @@ class Sweep:
     apart: str  # why it cannot be ranked with the others; empty: it can
 
 
-def html(ledger: Ledger, folder: Path, found: Sequence[Figure], table: pd.DataFrame, others: Sequence[Sweep]) -> str:
+def html(
+    ledger: Ledger,
+    folder: Path,
+    said: Sequence[str],
+    found: Sequence[Figure],
+    table: pd.DataFrame,
+    others: Sequence[Sweep],
+) -> str:
     """The page.
 
     Args:
         ledger: of the sweep.
         folder: of the sweep.
+        said: its verdict.
         found: its pictures.
         table: its ablation.
         others: sweeps to be shown beside it, itself among them; may be empty.
@@ -52,7 +61,7 @@ def html(ledger: Ledger, folder: Path, found: Sequence[Figure], table: pd.DataFr
         config=config,
         facts=_facts(ledger, entries),
         states=", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "no trial yet",
-        verdict=verdict(config, folder, entries),
+        verdict=said,
         confirmed=confirm.read(folder),
         board=leaderboard.board(config, folder, entries, whole=True),
         notes=[*recall.lines(config, entries), *forecast.lines(config, folder, entries)],
@@ -168,10 +177,12 @@ def _apart(one: Ledger, other: Ledger) -> str:
     return ""
 
 
-def write(ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], reference: int | None) -> list[Path]:
+def write(
+    ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], reference: int | None
+) -> tuple[list[str], list[Path]]:
     """The page, the ablation as a table of a paper, and the pictures as PNG.
 
-    A page that was there stays until the new one is complete.
+    What was there stays until the new file is complete.
 
     Args:
         ledger: of the sweep.
@@ -181,7 +192,7 @@ def write(ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], refe
         reference: number of the trial that choices are compared with; see `ablation.reference_of`.
 
     Returns:
-        The files.
+        The verdict and the files.
 
     Raises:
         UserError: the reference is not complete.
@@ -193,14 +204,13 @@ def write(ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], refe
     choices = ablation.choices(config, folder, entries, chosen)
     table = ablation.frame(config, chosen, choices)
     others = beside([folder, *beside_]) if beside_ else []
-    text = html(ledger, folder, figures.figures(ledger, folder, entries, choices), table, others)
+    said = verdict(config, folder, entries)
+    text = html(ledger, folder, said, figures.figures(ledger, folder, entries, choices), table, others)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
-    unfinished = page.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(page)
+    write_file(page, text)
     metric = config.search.metric.replace("_", " ")
     caption = (
         f"{config.name}: what each choice changes of {metric}, on the validation split; 95 % intervals by session."
     )
-    return [page, *ablation.write(table, out, caption), *figures.pngs(ledger, out)]
+    return said, [page, *ablation.write(table, out, caption), *figures.pngs(ledger, out)]

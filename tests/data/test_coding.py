@@ -31,7 +31,7 @@ def test_every_turn_is_an_item_or_has_a_reason(tmp_path: Path) -> None:
     assert set(shards.columns["split"]) == {SPLIT}
     assert codable(shards, "classify", hears=False) == [("classify", 1)]
     assert codable(shards, "therapist_behaviour", hears=False) == []
-    reasons = why_not(shards, read_findings(shards), hears=False)
+    reasons = why_not(shards, read_findings(shards), ["classify"], hears=False)
     assert reasons.keys() == {0, 2, 3}
     assert reasons[0] == "only the client is coded"
     assert reasons[2].startswith("speaker 'S' has no role; add it")
@@ -41,6 +41,6 @@ def test_every_turn_is_an_item_or_has_a_reason(tmp_path: Path) -> None:
 def test_a_model_that_listens_needs_the_sound_of_each_turn(tmp_path: Path) -> None:
     shards = prepared(tmp_path)
     assert codable(shards, "classify", hears=True) == []
-    reasons = why_not(shards, read_findings(shards), hears=True)
+    reasons = why_not(shards, read_findings(shards), ["classify"], hears=True)
     assert reasons.keys() == {0, 1, 2, 3}
     assert reasons[1] == "no sound: the turn has no recording"

@@ -100,10 +100,23 @@ def test_recordings_are_taken_from_a_column_or_by_name(tmp_path: Path) -> None:
     columns = {"recording": "file", "start": "t"}
     corpus = read(tmp_path, text, tmp_path / "sound", columns=columns)
     assert [one.recording.name for one in corpus.conversations if one.recording] == ["one.wav", "b.flac"]
-    with pytest.raises(ConfigError, match=r"columns\.start: --audio is given, and nothing says where a turn is in it"):
+    with pytest.raises(
+        ConfigError, match=r"columns\.start: --audio is given, and no column says where a turn is in it"
+    ):
         read(tmp_path, text, tmp_path / "sound", columns={"recording": "file"})
     with pytest.raises(DataError, match=r"t\.csv:2: '\.\./one\.wav' leads out of the folder of recordings"):
         read(tmp_path, text.replace("one.wav", "../one.wav"), tmp_path / "sound", columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [("start", "end"), ("Onset", "Offset"), ("t_start", "other"), ("from", "to")]
+)
+def test_usual_names_of_times_need_not_be_told(tmp_path: Path, start: str, end: str) -> None:
+    (tmp_path / "a.wav").touch()
+    text = f"conversation,speaker,text,{start},{end}\na,c,x,1,2.5\na,t,y,3,4\n"
+    known = turns(read(tmp_path, text, tmp_path))
+    assert [(turn.start, turn.end) for turn in known] == [(1.0, 3.0 if end == "other" else 2.5), (3.0, known[1].end)]
+    assert [turn.start for turn in turns(read(tmp_path, text))] == [None, None], "without sound they are nobody's"
 
 
 @pytest.mark.parametrize("cell", ["robot", "other words"])

@@ -37,13 +37,19 @@ def test_the_value_is_that_of_the_metric(name: str, sets: bool) -> None:
     assert found.low < found.value < found.high
 
 
-def test_of_texts_the_perplexity_has_an_interval() -> None:
+@pytest.mark.parametrize("name", ["perplexity", "bleu", "rouge_l"])
+def test_of_texts_too(name: str) -> None:
     rows = [replace(row, conversation=f"c{place % 7}") for place, row in enumerate(texts())]
-    found = interval([rows], sums("perplexity", ()))
-    assert found.value == pytest.approx(summarise(rows, {"response": ()}, {})["perplexity"])
+    found = interval([rows], sums(name, ()))
+    assert found.value == pytest.approx(summarise(rows, {"response": ()}, {})[name], rel=1e-12)
     assert found.low is not None
-    assert sums_of("bleu", (), {}) is None
+    assert found.high is not None
+    assert found.low < found.value < found.high
+
+
+def test_what_resampling_would_shift_has_no_interval() -> None:
     assert sums_of("ece", LABELS, ROLES) is None
+    assert sums_of("bleu", LABELS, ROLES) is None
 
 
 def test_the_order_of_records_changes_nothing() -> None:

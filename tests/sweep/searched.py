@@ -27,7 +27,7 @@ REFERENCE = {
 }
 TEXT = {key: value for key, value in REFERENCE.items() if key != "model.end_of_audio"} | {"model.modality": "text"}
 POINTS = [REFERENCE, TEXT, REFERENCE | {"model.lora.rank": 16}, REFERENCE | {"model.end_of_audio": "learned"}]
-SESSIONS, TURNS = 16, 24
+SESSIONS, TURNS, FOLDS = 16, 24, 3
 
 
 def settings(**search: Any) -> Config:
@@ -53,6 +53,14 @@ def said(params: Mapping[str, Any], seed: int, split: str = "val") -> list[Recor
     return found
 
 
+def held(records: Sequence[Record], params: Mapping[str, Any], split: str = "val") -> list[Record]:
+    """Those that a trial on a fold predicts: of FOLDS, `data.fold` is for test, and the next one for validation."""
+    if "data.fold" not in params:
+        return list(records)
+    part = (params["data.fold"] + (split == "val")) % FOLDS
+    return [record for record in records if int(record.conversation.removeprefix(split)) % FOLDS == part]
+
+
 def write(folder: Path, records: Sequence[Record]) -> None:
     """As a trial does."""
     content = {"labels": {"classify": LABELS}, "records": [asdict(record) for record in records]}
@@ -68,7 +76,7 @@ def played(config: Config, folder: Path, search: bool = True) -> int:
         number, params = asked
         own = trial_folder(folder, number)
         own.mkdir(parents=True)
-        records = said(params, params.get("seed", 0))
+        records = held(said(params, params.get("seed", 0)), params)
         write(own, records)
         metrics = summarise(records, {"classify": LABELS}, {}) | {"seconds": 60.0 + number}
         for epoch in range(1, config.train.epochs + 1):

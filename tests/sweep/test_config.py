@@ -245,6 +245,15 @@ def test_controls_and_task_weights_can_be_searched_and_the_corpus_cannot(yaml: A
         assert "no setting that a search may vary" in problems(yaml(f"name: a\nsearch: {{space: {{{axis}}}}}"))[1]
 
 
+def test_folds_are_gone_through_and_not_searched(yaml: Any) -> None:
+    """Their trials are no rivals, so each must be a point, and none is pruned."""
+    search = "space: {data.fold: [0, 1, 2]}, points: [{data.fold: 0}, {data.fold: 2}]"
+    assert load(yaml(f"name: a\nsearch: {{{search}, trials: 2, pruning: null}}")).search.trials == 2
+    for more in ("trials: 3, pruning: null", "trials: 2"):
+        [_, problem] = problems(yaml(f"name: a\nsearch: {{{search}, {more}}}"))
+        assert problem.startswith("search.space.data.fold: a search would choose the easiest fold; ")
+
+
 def test_augmentation_and_imbalance_can_be_searched(yaml: Any) -> None:
     """A value of an axis is no list: numbers are written in one string."""
     axes = {

@@ -1,19 +1,28 @@
-"""`sweep confirm`: fresh seeds for the best, pairs, the optimism of a search, and the test split, read once."""
+"""`sweep confirm`: fresh seeds for the best, pairs, the optimism of a search, the test split, read once, and folds."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data.errors import MisfitError
+from data import synthetic
+from data.corpus_config import CorpusConfig
+from data.errors import MisfitError, UserError
+from data.prepare import prepare
+from data.shards import Shards
+from model.metrics import summarise
 from sweep import cli_confirm, confirm
-from sweep.config import load
+from sweep.config import Config, load
 from sweep.evaluate import Predicted
 from sweep.ledger import Ledger
+from sweep.results import read_predictions
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
-from tests.sweep.searched import REFERENCE, TEXT, played, said, settings
+from tests.sweep.searched import FOLDS, REFERENCE, TEXT, held, played, said, settings
 
 
 @pytest.fixture
@@ -28,9 +37,23 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         params = own.entries()[int(trial.name)].params
         read.append(f"{trial.name} {split}")
         (tmp_path / "read.json").write_text(json.dumps(read))
-        return Predicted(said(params, params["seed"], split), {"classify": LABELS}, {})
+        return Predicted(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
 
     monkeypatch.setattr(confirm, "predict", predict)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The settings of a search on the first fold of a corpus."""
+    corpus, split = synthetic.corpus(sessions=6, turns=4), {"folds": FOLDS}
+    shards = prepare(corpus, tmp_path_factory.mktemp("folds") / "shards", CorpusConfig.model_validate({"split": split}))
+    return settings().with_values({"data.shards": str(shards.folder)})
+
+
+@pytest.fixture
+def search_on_a_fold(search: Path, folded: Config) -> Path:
+    played(folded, folder := search.with_name("one-fold"))
     return folder
 
 
@@ -115,7 +138,64 @@ def test_trials_that_differ_by_seed_alone_are_one_configuration(tmp_path: Path) 
 def test_json_for_scripts(search: Path) -> None:
     outcome = sweep("confirm", search, "--top", 1, "--seeds", 2, "--json")
     found = json.loads(outcome.out[outcome.out.index("{") :])
-    assert found.keys() == {"metric", "ranked", "pairs", "lines"}
+    assert found.keys() == {"metric", "folds", "ranked", "pairs", "lines"}
+
+
+def test_each_configuration_is_trained_on_each_fold(search_on_a_fold: Path) -> None:
+    found = confirmed(search_on_a_fold, "--top", 2, "--folds", FOLDS)
+    config = load(str(confirm.place_of(search_on_a_fold, FOLDS) / "config.yaml"))
+    points = [(point["seed"], point["data.fold"]) for point in config.search.points]
+    assert sorted(points) == [(1000, 0), (1000, 0), (1000, 1), (1000, 1), (1000, 2), (1000, 2)]
+    assert (config.name, config.search.pruning, found["folds"]) == ("played-folds", None, FOLDS)
+    assert not confirm.place_of(search_on_a_fold).exists()
+
+
+def test_what_the_folds_hold_out_is_pooled_by_seed(search_on_a_fold: Path) -> None:
+    """The mean of the folds' own values would be another number."""
+    found = confirmed(search_on_a_fold, "--top", 2, "--seeds", 2, "--folds", FOLDS)
+    for own in found["ranked"]:
+        assert own["seeds"] == [1000, 1001]
+        for split in ("val", "test"):
+            whole = [summarise(said(own["params"], seed, split), {"classify": LABELS}, {}) for seed in own["seeds"]]
+            assert own[split]["value"] == pytest.approx(sum(one["macro_f1"] for one in whole) / 2)
+            assert own[split]["low"] < own[split]["value"] < own[split]["high"]
+    lines = "\n".join(found["lines"])
+    assert f"mean of 2 fresh seeds, {FOLDS} folds pooled; " in lines
+    assert f" on one fold, of which {found['ranked'][0]['val']['value']:.3f} (" in lines
+    assert f" stood on all {FOLDS}, and " in lines
+
+
+def test_a_seed_counts_once_all_of_its_folds_are_complete(search_on_a_fold: Path, folded: Config) -> None:
+    ledger = Ledger.read(search_on_a_fold, folded)
+    planned = confirm.plan(ledger, search_on_a_fold, top=1, seeds=2, folds=FOLDS)
+    place = confirm.place_of(search_on_a_fold, FOLDS)
+    played(planned.with_values({"search.trials": FOLDS - 1}), place)
+    with pytest.raises(UserError, match="no training is complete on every fold yet"):
+        confirm.confirmation(ledger, search_on_a_fold, FOLDS)
+    played(planned.with_values({"search.trials": FOLDS + 1}), place)
+    assert confirm.confirmation(ledger, search_on_a_fold, FOLDS).chosen.seeds == [1000]
+
+
+def test_the_last_confirmation_counts(search_on_a_fold: Path) -> None:
+    assert confirmed(search_on_a_fold, "--top", 1, "--folds", FOLDS)["folds"] == FOLDS
+    assert confirmed(search_on_a_fold, "--top", 1, "--seeds", 1)["folds"] is None
+    assert confirmed(search_on_a_fold, "--top", 1, "--folds", FOLDS)["folds"] == FOLDS
+
+
+def test_folds_that_are_not_there_are_told_in_a_line(search_on_a_fold: Path, folded: Config, corpus: Shards) -> None:
+    def refused(changed: dict[str, Any], folds: int) -> str:
+        config = folded.with_values(changed)
+        with pytest.raises(UserError) as error:
+            confirm.plan(Ledger.read(search_on_a_fold, config), search_on_a_fold, top=1, seeds=1, folds=folds)
+        return str(error.value)
+
+    assert refused({}, 5).startswith("--folds 5: ")
+    assert refused({}, 5).endswith(f" has {FOLDS} folds; use --folds {FOLDS}")
+    assert "has no folds; prepare the corpus with --set split.folds=5 into" in refused(
+        {"data.shards": str(corpus.folder)}, 5
+    )
+    for key in ("model.init_from", "model.adapter.init_from"):
+        assert f"{key} names weights that may have learnt from any fold" in refused({key: "former"}, FOLDS)
 
 
 def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
@@ -124,3 +204,40 @@ def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
     (folder / "study.journal").unlink()
     Ledger.open(folder, settings())
     assert "no trial is complete yet" in complaint(sweep("confirm", folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_session_is_held_out_once(folded: Config, models: Path, tmp_path: Path) -> None:
+    """Really trained, under Ray and with a teacher; the search before it is played."""
+    changed = {
+        "name": "real",
+        "data.reader": "local",
+        "data.fold": 1,
+        "model.modality": "text",
+        "model.llm.path": str(models / "llm"),
+        "train.epochs": 1,
+        "train.losses.distillation": 0.5,
+        "train.class_weights": "balanced",
+        "search.space": {"model.lora.rank": [2, 4], "train.learning_rate": [0.001, 0.01]},
+        "search.points": [],
+        "search.trials": 1,
+    }
+    played(folded.with_values(changed), folder := tmp_path / "runs" / "real")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "sweep", "confirm", str(folder), "--top", "1", "--folds", str(FOLDS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    shards, places = Shards(folded.data.shards), sorted((confirm.place_of(folder, FOLDS) / "trials").iterdir())
+    coded = {name for name, label in zip(shards.columns["id"], shards.columns["label"], strict=True) if label}
+    for name, behind in (("predictions.json", 1), ("test.json", 0)):
+        held = [{record.id for record in read_predictions(place, name)["classify"][1]} for place in places]
+        assert sum(map(len, held)) == len(set.union(*held)) == len(coded)
+        for place, ids in zip(places, held, strict=True):
+            part = (load(str(place / "config.yaml")).data.fold + behind) % FOLDS
+            folds = dict(zip(shards.columns["id"], shards.columns["fold"], strict=True))
+            assert {folds[one] for one in ids} == {part}
+    found = confirm.read(folder)
+    assert found is not None
+    assert (found["folds"], found["ranked"][0]["seeds"]) == (FOLDS, [1000])
+    assert (len(found["lines"]), found["ranked"][0]["test"] is None) == (2, False)

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from data import synthetic
+from data.corpus_config import CorpusConfig
+from data.prepare import prepare
 from data.schema import SPLITS
 from data.shards import Shards
 from data.tasks import answer_sets, items
 from model import checkpoint
-from sweep import builtin
+from sweep import builtin, frozen
 from sweep.config import Config, claim_folder, load, parse
 from sweep.inputs import resolve_inputs
 from sweep.ledger import Ledger, trial_config
@@ -213,6 +216,30 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     assert attempt._job(resolved, 0, values) == job, "as a resumed trial has it"
     claim_folder(load("good.yaml", asked), here / "s")
     assert load("s/config.yaml").train.class_weights == "balanced"
+
+
+def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_split(here: Path) -> None:
+    split = CorpusConfig.model_validate({"split": {"folds": 3, "stratify": []}})
+    shards = prepare(synthetic.corpus(sessions=9, turns=8, seed=3), here / "folds", split)
+    space = "search.space={data.fold: [0, 1, 2]}"
+    points = [
+        "search.points=[{data.fold: 0}, {data.fold: 1}, {data.fold: 2}]",
+        "search.trials=3",
+        "search.pruning=null",
+    ]
+    asked = [f"data.shards={shards.folder}", "train.class_weights=balanced", "train.losses.distillation=1"]
+    config = load("good.yaml", [*asked, space, *points])
+    claim_folder(config, here / "s")
+    attempt, weights = driver(config, here / "s"), []
+    for fold in range(3):
+        job = attempt._job(resolve_inputs(config), fold, {"data.fold": fold})
+        own = load(f"s/trials/000{fold}/config.yaml")
+        assert (own.data.fold, job["config"]["data"]["fold"]) == (fold, fold)
+        assert own == as_run(trial_config(config, {"data.fold": fold}), Shards(shards.folder, fold))
+        weights.append(own.train.class_weights)
+    assert weights[0] != weights[1] != weights[2]
+    courses = {tuple(part.name for part in need.parts) for need in frozen.needs(resolve_inputs(config), here)}
+    assert len(courses) == 1 + 3, "features of the whole corpus once, what the teacher reads once a fold"
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_error(trial: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data.corpus_config import CorpusConfig
 from data.errors import ConfigError, DataError, UserError
 from data.prepare import prepare
 from data.shards import Shards
@@ -119,6 +120,20 @@ def test_every_split_that_is_trained_or_chosen_by_needs_every_task(ask: Any, tmp
     ask({"tasks.quality": 1.0, "data.shards": str(tmp_path / "test")})  # only `evaluate` reads it
     with pytest.raises(DataError, match="the val split has nothing for the task quality"):
         ask({"tasks.quality": 1.0, "data.shards": str(tmp_path / "val")})
+
+
+def test_every_fold_needs_every_task(ask: Any, tmp_path: Path) -> None:
+    made = by_hand(["C:change! T:question! C:neutral!"] * 6)
+    listed = ["conversation,split", *(f"s{session},{session % 3}" for session in range(6))]
+    (tmp_path / "folds.csv").write_text("\n".join(listed))
+    for session in (1, 4):
+        made.conversations[session].quality = None
+    config = CorpusConfig.model_validate({"split": {"folds": 3, "file": str(tmp_path / "folds.csv")}})
+    shards = prepare(made, tmp_path / "folds", config)
+    wanted: dict[str, Any] = {"tasks.quality": 1.0, "data.shards": str(shards.folder), "data.fold": 1}
+    ask(wanted)  # fold 1 is for test, 2 for validation
+    with pytest.raises(DataError, match="the val split has nothing for the task quality"):
+        ask(wanted, space={"data.fold": [1, 0, 2]}, points=[{"data.fold": fold} for fold in (1, 0, 2)])
 
 
 def test_a_searched_modality_needs_sound(ask: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sweep import mlflow_model
-from sweep.ledger import Ledger, trial_folder
+from sweep.ledger import Ledger, sweep_id, trial_folder
 from sweep.tracking import is_shipped, mlflow_run_id, tracking_uri
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, append, runs, track
@@ -101,3 +101,19 @@ def test_without_a_checkpoint_to_send_there_is_no_version(
     assert is_shipped(folder)
     with pytest.raises(MlflowException, match="not found"):
         versions(folder)
+
+
+def test_a_model_of_another_sweep_is_left_alone(ended: Path) -> None:
+    """Two sweeps of one name on one server: neither takes the other's alias, whichever is extended."""
+    other = Path(shutil.copytree(ended, ended.with_name("other")))
+    for path in (*other.rglob("mlflow.json"), other / "sweep-id"):
+        path.unlink()
+    for folder in (other, ended, other):
+        track(folder)
+    client = MlflowClient(tracking_uri(ended))
+    names = {model.name for model in client.search_registered_models()}
+    own = f"{CONFIG.name}-{sweep_id(other)[:8]}"
+    assert names == {CONFIG.name, own}
+    for name, folder in {CONFIG.name: ended, own: other}.items():
+        assert client.get_model_version_by_alias(name, "best").run_id == mlflow_run_id(folder, 0)
+        assert len(client.search_model_versions(f"name = '{name}'")) == 1

@@ -244,11 +244,11 @@ def test_an_exported_folder_may_be_moved_and_its_trial_deleted(work: Path, made:
 
 
 def test_each_turn_is_coded_by_the_tasks_of_its_role(here: Path) -> None:
-    """Two tasks about different roles, and one that codes no turn; then one about each turn besides."""
+    """Two tasks about different roles; then one about each turn besides."""
     table = annomi(here, sessions=12)
     assert sweep("prepare", "annomi", table, "--set", "max_rejected=1", "--out", "shards").code == 0
     changed = ["--set=data.shards=shards", "--set=model.modality=text", "--set=train.epochs=1"]
-    weights = {"client_talk": 1, "therapist_behaviour": 1, "quality": 1}
+    weights = {"client_talk": 1, "therapist_behaviour": 1}
     for name, classify in {"roles": 0, "both": 1}.items():
         tasks = [f"--set=tasks.{task}={weight}" for task, weight in (weights | {"classify": classify}).items()]
         assert sweep("train", "good.yaml", *changed, *tasks, "--out", f"trial-{name}").code == 0
@@ -261,7 +261,7 @@ def test_each_turn_is_coded_by_the_tasks_of_its_role(here: Path) -> None:
     assert all(bool(row["p_change"]) == (row["speaker"] == "client") for row in rows)
     known = {(row["task"], row["id"]): row for row in evaluated(Path("trial-roles"))}
     compared = [known.get((row["task"], f"{row['session']}/{row['turn']}")) for row in rows]
-    assert sum(one is not None for one in compared) == sum(task != "quality" for task, _ in known)
+    assert sum(one is not None for one in compared) == len(known)
     assert all(one is None or one["prediction"] == row["code"] for one, row in zip(compared, rows, strict=True))
     both = read(Path("coded-both/predictions.csv"))
     assert len(both) == 2 * len(rows)
@@ -271,9 +271,45 @@ def test_each_turn_is_coded_by_the_tasks_of_its_role(here: Path) -> None:
     assert [row["task"] for row in read(Path("one/predictions.csv"))] == ["client_talk"]
 
 
-def test_a_model_that_codes_no_turn_is_one_error(here: Path) -> None:
-    changed = ("tasks.classify=0", "tasks.quality=1", "model.modality=text", "train.epochs=1")
-    assert sweep("train", "good.yaml", *(f"--set={one}" for one in changed), "--out", "trial").code == 0
+def test_turns_to_come_replies_and_sessions_are_answered_too(here: Path) -> None:
+    table = annomi(here, sessions=12)
+    assert sweep("prepare", "annomi", table, "--set", "max_rejected=1", "--out", "shards").code == 0
+    changed = ["data.shards=shards", "model.modality=text", "train.epochs=4", "model.max_new_tokens=4"]
+    weights = ["tasks.classify=0", "tasks.forecast=1", "tasks.response=1", "tasks.quality=1"]
+    options = [f"--set={one}" for one in (*changed, *weights)]
+    assert sweep("train", "good.yaml", *options, "--out", "trial").code == 0
     assert sweep("export", "trial", "--out", "m").code == 0
-    message = refused(here, "predict", "m", "--csv", "few.csv", "--format", "annomi", "--out", "o")
-    assert message.startswith("m: its tasks (quality) code no turn that is read")
+    outcome = sweep("predict", "m", "--csv", table, "--format", "annomi", "--out", "coded")
+    assert "coded 72 of 84 turns; 12 are listed with the reason; rated 12 sessions" in outcome.out
+    rows = read(Path("coded/predictions.csv"))
+    said = {(row["task"], "/".join(filter(None, (row["session"], row["turn"])))): row for row in rows if row["task"]}
+    known = evaluated(Path("trial"))
+    assert {one["task"] for one in known} == {"forecast", "response", "quality"}
+    for one in known:
+        row = said[one["task"], one["id"]]
+        text = one["task"] == "response"
+        assert (row["reply"], row["code"]) == ((one["prediction"], "") if text else ("", one["prediction"])), one
+        if not text:
+            shares = softmax(list(one["scores"].values()))
+            assert [float(row[f"p_{label}"]) for label in one["scores"]] == pytest.approx(shares, rel=1e-5)
+    first = [row for row in rows if row["turn"] and not row["task"]]
+    assert {row["not_coded"] for row in first} == {"nothing comes before it"}
+    assert {row["speaker"] for row in rows if row["task"] == "response"} == {"therapist"}
+    page = Path("coded/transcript.html").read_text(encoding="utf-8")
+    replies = [row["reply"] for row in rows if row["task"] == "response"]
+    assert (page.count("session quality: "), page.count(">the model: ")) == (12, len(replies))
+    assert any(replies), "the model must say something for this to test anything"
+
+
+def test_a_model_of_whole_sessions_rates_them(here: Path) -> None:
+    changed = ("tasks.classify=0", "tasks.quality=1", "model.modality=text", "train.epochs=1")
+    table = annomi(here, sessions=12)
+    assert sweep("prepare", "annomi", table, "--set", "max_rejected=1", "--out", "shards").code == 0
+    options = [f"--set={one}" for one in ("data.shards=shards", *changed)]
+    assert sweep("train", "good.yaml", *options, "--out", "trial").code == 0
+    assert sweep("export", "trial", "--out", "m").code == 0
+    outcome = sweep("predict", "m", "--csv", table, "--format", "annomi", "--out", "coded")
+    assert "coded 0 of 84 turns; 84 are listed with the reason; rated 12 sessions" in outcome.out
+    rows = read(Path("coded/predictions.csv"))
+    assert {row["not_coded"] for row in rows if row["turn"]} == {"only whole sessions are rated"}
+    assert all(float(row["p_high"]) + float(row["p_low"]) == pytest.approx(1) for row in rows if not row["turn"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from markupsafe import escape
 from mlflow import MlflowClient
 
 from sweep import cli_confirm, confirm
@@ -15,6 +16,7 @@ from sweep.config import claim_folder
 from sweep.evaluate import Predicted
 from sweep.ledger import Ledger, trial_folder
 from sweep.report import ablation, figures
+from sweep.report import page as report_page
 from sweep.report.artifacts import to_mlflow
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
@@ -48,6 +50,17 @@ def test_a_finished_sweep(finished: Path) -> None:
     names = {path.name for path in (finished / "report").iterdir()}
     tables, drawn = {"ablation.md", "ablation.tex", "ablation.csv"}, {"history.png", "importance.png", "slices.png"}
     assert names >= tables | drawn | {"report.html"}
+
+
+def test_the_page_and_the_terminal_say_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, verdict = [], report_page.verdict
+    monkeypatch.setattr(report_page, "verdict", lambda *args: asked.append(args) or verdict(*args))
+    outcome = sweep("report", finished)
+    text = (finished / "report" / "report.html").read_text()
+    said = outcome.out.split("\nin MLflow: ")[0].splitlines()
+    assert (len(asked), len(said) > 3) == (1, True)
+    assert all(f"<p>{escape(line)}</p>" in text for line in said)
+    assert not list((finished / "report").glob("*.unfinished*"))
 
 
 def test_the_page_needs_nothing_from_outside(finished: Path) -> None:

@@ -11,8 +11,9 @@ from model.metrics import Record, label_metrics
 from sweep import leaderboard
 from sweep.config import Config, parse
 from sweep.ledger import Entry, Ledger, State, trial_folder
-from sweep.results import Progress, entry_json, progress
+from sweep.results import Progress, entry_json, progress, read_predictions
 from tests.conftest import LABELS
+from tests.sweep import searched
 from tests.sweep.common import CODE, REPLY, ask
 
 
@@ -170,3 +171,21 @@ def test_the_interval_of_a_role_is_of_its_own_labels() -> None:
     found = leaderboard.said_interval({"classify": (labels, records)}, "macro_f1_client", roles)
     assert found is not None
     assert found.value == pytest.approx(label_metrics(records, LABELS, {})["macro_f1"])
+
+
+def test_an_interval_is_kept_until_the_predictions_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched.played(searched.settings(trials=1), tmp_path / "s")
+    [entry] = Ledger.read(tmp_path / "s", searched.settings()).entries()
+    folder = trial_folder(tmp_path / "s", 0)
+    first = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
+    assert first == leaderboard.said_interval(read_predictions(folder), "macro_f1", {})
+    assert leaderboard.interval_of(tmp_path / "s", entry, "ece") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(leaderboard, "_interval", lambda *_: pytest.fail("it was computed before"))
+        assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == first
+        assert leaderboard.interval_of(tmp_path / "s", entry, "ece") is None
+    searched.write(folder, searched.said(entry.params, seed=7))
+    second = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
+    assert second == leaderboard.said_interval(read_predictions(folder), "macro_f1", {}) != first
+    (folder / leaderboard.KEPT).write_text("[]")
+    assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == second

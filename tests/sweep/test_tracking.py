@@ -1,18 +1,20 @@
 """MLflow shows the ledger as it is: a run a trial, a point once, however often the driver is killed."""
 
 import json
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from sweep.config import dump
-from sweep.ledger import Ledger, trial_config
-from sweep.tracking import is_shipped, mlflow_run_id
+from sweep.config import dump, parse
+from sweep.ledger import Ledger, trial_config, trial_folder
+from sweep.tracking import is_shipped, mlflow_run_id, tracking_uri
 from tests.conftest import LABELS
-from tests.sweep.common import report
+from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track
 
 
@@ -34,6 +36,26 @@ def test_a_run_for_the_sweep_and_one_for_each_trial(folder: Path) -> None:
     rows = [line for line in parent.data.tags["mlflow.note.content"].splitlines() if line.startswith("|")]
     linked = [f"[{run.data.tags['sweep.trial']}](#/experiments/1/runs/{run.info.run_id})" for run in children]
     assert sorted(row.split()[1] for row in rows) == ["#", "---", *linked]
+
+
+def test_trials_on_folds_are_of_other_splits_and_none_is_the_best_model(folder: Path) -> None:
+    points = [{"data.fold": fold} for fold in (0, 1)]
+    search = {"space": {"data.fold": [0, 1, 2]}, "points": points, "trials": 2, "pruning": None}
+    config = parse({"name": "folds", "train": {"epochs": 1}, "search": search}, "test")
+    (own := folder.with_name("folds")).mkdir()
+    ledger = Ledger.open(own, config)
+    ask(ledger, 2)
+    for number in range(2):
+        append(own, number)
+        (trial_folder(own, number) / "checkpoint.pt").write_bytes(b"weights")
+        report(ledger, number, 0.5)
+        ledger.complete(number)
+    track(own, config, corpus=replace(DATA, fingerprint="f00d-0", fold=0))
+    parent, children = runs(own)
+    told = [(run.data.tags["data.fingerprint"], run.inputs.dataset_inputs[0].dataset.digest) for run in children]
+    assert told == [("f00d-0", "f00d-0"), ("f00d-1", "f00d-1")]
+    assert parent.data.tags["data.fingerprint"] == "f00d-0"
+    assert (is_shipped(own), MlflowClient(tracking_uri(own)).search_registered_models()) == (True, [])
 
 
 def test_states_are_true_to_life(folder: Path) -> None:

@@ -34,9 +34,9 @@ def append(folder: Path, number: int, *points: Point) -> None:
             file.write(json.dumps({"time": seconds, "step": step, "values": {"loss": value, "f1": 1 - value}}) + "\n")
 
 
-def track(folder: Path, config: Config = CONFIG, seconds: float = 60) -> None:
+def track(folder: Path, config: Config = CONFIG, seconds: float = 60, corpus: Corpus = DATA) -> None:
     """A driver that has nothing to run."""
-    tracker = Tracker(config, folder, DATA, every=0.05)
+    tracker = Tracker(config, folder, corpus, every=0.05)
     tracker.start()
     assert tracker.finish(seconds), tracker.error
 
