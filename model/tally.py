@@ -4,7 +4,7 @@ Legend: N numbers of a step, S steps, L losses, B examples.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,3 +89,12 @@ class Tally:
                 entry = sums.setdefault(f"{task}/{loss}", [0.0, 0.0])
                 entry[0], entry[1] = entry[0] + value, entry[1] + step.tokens[task]
         return total
+
+
+def means(sums: Mapping[str, Sequence[float]], first: str) -> dict[str, float]:
+    """Mean per token over an epoch, of every loss by itself; those of the first task go without its name."""
+    found = {}
+    for name, (value, count) in sums.items():
+        shown = name.removesuffix("/next_token").removeprefix(first).strip("/")
+        found[f"train_loss/{shown}".rstrip("/")] = value / count
+    return found

@@ -25,7 +25,7 @@ from model.metrics import Record, summarise
 from model.optimizer import make_optimizer, make_schedule
 from model.speech_llm import SpeechLLM
 from model.state import Resumable
-from model.tally import NonFiniteError, Step, Tally
+from model.tally import NonFiniteError, Step, Tally, means
 from model.workers import any_worker, sum_gradients
 
 __all__ = ["Interrupted", "NonFiniteError", "Superseded", "Trainer", "fit"]
@@ -253,7 +253,7 @@ class Trainer(Resumable):
         self._count_time()
         metrics: dict[str, Any] = {
             **self._measure(records),
-            **self._train_losses(),
+            **means(state.sums, next(iter(self.model.tasks))),
             "epoch": state.epoch,
             "steps": state.total_steps,
             "seconds": state.seconds,
@@ -299,15 +299,6 @@ class Trainer(Resumable):
             names = ["loss", *(f"{task}/loss" for task in list(self.labels)[1:])]
             weights = [self.task_weights[task] for task in self.labels]
             found["total_loss"] = sum(weight * found[name] for weight, name in zip(weights, names, strict=True))
-        return found
-
-    def _train_losses(self) -> dict[str, float]:
-        """Mean per token over the epoch, of every loss by itself."""
-        first = next(iter(self.model.tasks))
-        found = {}
-        for name, (value, count) in self.state.sums.items():
-            shown = name.removesuffix("/next_token").removeprefix(first).strip("/")
-            found[f"train_loss/{shown}".rstrip("/")] = value / count
         return found
 
 
