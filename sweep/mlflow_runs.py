@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CHUNK = 1000  # metrics a request may hold
 PARAMS = 100  # params a request may hold
 MISSING, REFUSED = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
+KIND = ("mlflow.experimentKind", "custom_model_development")  # of an experiment that opens on its runs, not on traces
 # Trying again is the tracker's work. A request that the client repeats by itself would hide that the server was away
 # and may have come back as another one.
 CLIENT = {
@@ -94,8 +95,7 @@ class Runs:
         if experiment is not None:
             return self._alive(experiment)
         location = store.as_uri() if self.uri.startswith("sqlite:") else None
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # opens on the runs, not on traces
-        return str(self.client.create_experiment(name, artifact_location=location, tags=kind))
+        return str(self.client.create_experiment(name, artifact_location=location, tags=dict([KIND])))
 
     def _alive(self, experiment: Any) -> str:
         if _deleted(experiment):
