@@ -3,7 +3,7 @@
 from urllib.parse import urlsplit
 
 from data.errors import UserError
-from sweep.mlflow_runs import KIND, Runs
+from sweep.mlflow_runs import DENIED, KIND, Runs
 
 CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
@@ -43,7 +43,7 @@ def denial(error: Exception) -> str | None:
     code = getattr(error, "error_code", None)
     if code == "UNAUTHENTICATED":
         return f"does not know this user and password; set {CREDENTIALS} as its administrator gave them"
-    if code != "PERMISSION_DENIED":
+    if code != DENIED:
         return None
     if "Host header" in str(error):
         return "does not go by this name; its administrator can allow it"
