@@ -22,5 +22,6 @@ fi
 (cd "$unfinished" && sha256sum -- * > SHA256SUMS)
 sync --file-system "$unfinished"
 mv --no-target-directory "$unfinished" "$MLFLOW_BACKUPS/$name"
-find "$MLFLOW_BACKUPS" -maxdepth 1 -name 'mlflow-*' | sort | head --lines="-${MLFLOW_BACKUPS_KEEP:-14}" | xargs --no-run-if-empty rm -r
+find "$MLFLOW_BACKUPS" -maxdepth 1 -name 'mlflow-*' -print0 | sort --zero-terminated |
+    head --zero-terminated --lines="-${MLFLOW_BACKUPS_KEEP:-14}" | xargs --null --no-run-if-empty rm -r
 echo "$MLFLOW_BACKUPS/$name"

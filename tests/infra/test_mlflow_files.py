@@ -261,3 +261,16 @@ def test_a_damaged_backup_is_refused(whole: dict[str, str], tmp_path: Path) -> N
         check=False,
     )
     assert (found.returncode, "damaged; take another one" in found.stderr) == (2, True)
+
+
+def test_the_commands_of_the_page_are_those_that_tests_run_or_are_marked() -> None:
+    """What is neither a script nor a user's own command needs root or a Docker daemon, and says so."""
+    page = (ROOT / "docs/mlflow.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    lines = [line for block in blocks if not block.startswith("# needs root\n") for line in block.splitlines()]
+    unmarked = [line for line in lines if "# needs docker" not in line]
+    known = re.compile(r"(infra/mlflow/(\S+\.sh) |export MLFLOW_|sweep run demo )")
+    assert [line for line in unmarked if not known.match(line)] == []
+    assert {found[2] for line in unmarked if (found := known.match(line)) and found[2]} == set(SCRIPTS) - {"serve.sh"}
+    for words in re.findall(r"account\.sh (\w+) \w+", page):
+        assert words in ("add", "reset", "remove")

@@ -26,7 +26,7 @@ from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
 from tests.sweep.tracked import written
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 User = dict[str, str]
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=5"
 
@@ -141,6 +141,19 @@ def test_secrets_stay_secret_and_files_private(site: Site, anna: User) -> None:
     assert {path.stat().st_mode & 0o077 for path in made} == {0}
 
 
+def test_a_backup_is_whole_or_not_there_and_old_ones_make_room(site: Site) -> None:
+    old = [f"mlflow-{year}0101T000000Z" for year in range(2001, 2016)]
+    for name in (*old, ".unfinished-mlflow-20160101T000000Z"):
+        (site.backups / name).mkdir(parents=True)
+    site.configure("PGPORT=9")
+    assert site.call("backup.sh").returncode != 0
+    site.configure()
+    before = sorted(path.name for path in site.backups.glob("mlflow-*"))
+    newest = Path(site.do("backup.sh")).name
+    assert before[:15] == old
+    assert {path.name for path in site.backups.iterdir()} == {".lock", *[*before, newest][-14:]}
+
+
 def test_what_was_deleted_long_ago_is_removed_for_good(site: Site, anna: User) -> None:
     run, kept = logged(anna, "to delete"), logged(anna, "to keep")
     with acting(anna) as client:
@@ -170,12 +183,24 @@ def config(folder: Path, models: Path, corpus: Shards, name: str) -> Path:
     return path
 
 
-def begin(user: User, config: Path, out: Path) -> subprocess.Popen[str]:
-    """`sweep run …` as a user types it."""
-    environment = {"HOME": str(out.parent), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sweep", "run", str(config), "--out", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=out.parent, env=environment | user, text=True, **pipes)
+@pytest.fixture
+def begin() -> Iterator[Callable[[User, Path, Path], subprocess.Popen[str]]]:
+    """`sweep run …` as a user types it; none outlives its test."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def run(user: User, config: Path, out: Path) -> subprocess.Popen[str]:
+        environment = {"HOME": str(out.parent), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "sweep", "run", str(config), "--out", str(out)]
+        with (out.parent / "said").open("w") as said:
+            begun.append(
+                subprocess.Popen(command, cwd=out.parent, env=environment | user, stdout=said, stderr=said, text=True)
+            )
+        return begun[-1]
+
+    yield run
+    for each in begun:
+        each.terminate()
+        each.wait()
 
 
 def shown(client: MlflowClient, name: str) -> dict[str, Any]:
@@ -209,24 +234,29 @@ def test_a_sweep_that_may_not_write_says_so_before_it_starts(
 
 
 def test_nothing_is_lost_when_the_server_dies_nor_when_all_of_it_does(
-    site: Site, anna: User, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site,
+    anna: User,
+    begin: Any,
+    models: Path,
+    corpus: Shards,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own, out, before = config(tmp_path, models, corpus, "mine"), tmp_path / "mine", logged(anna, "before")
     running = begin(anna, own, out)
 
-    def arrived(client: MlflowClient) -> bool:
+    def begun(client: MlflowClient) -> bool:
         experiment = client.get_experiment_by_name("mine")
-        return experiment is not None and any("loss" in one["points"] for one in shown(client, "mine").values())
+        return experiment is not None and len(client.search_runs([experiment.experiment_id])) > 1
 
     with acting(anna) as client:
-        wait_for(lambda: running.poll() is not None or arrived(client), 400)
+        wait_for(lambda: running.poll() is not None or begun(client), 900)
         backup = site.do("backup.sh")
         site.stop(signal.SIGKILL)
-        assert running.poll() is None, running.communicate()
+        assert running.poll() is None, (tmp_path / "said").read_text()
         site.start()
-        said, _ = running.communicate()
         # 75: the server took longer to come back than the sweep waits for it.
-        assert running.returncode in (0, 75), said
+        assert running.wait() in (0, 75), (tmp_path / "said").read_text()
         monkeypatch.setattr(Driver, "execute", lambda *_: pytest.fail("it would train again"))
         assert sweep("run", own, "--out", out).code == 0
         whole = shown(client, "mine")
