@@ -19,12 +19,12 @@ from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
 from data.shards import Shards
-from sweep.run import Driver
+from sweep.ledger import Ledger
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
-from tests.sweep.common import complaint, sweep
+from tests.sweep.common import ask, complaint, report, sweep
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
-from tests.sweep.tracked import written
+from tests.sweep.tracked import CONFIG, append, track, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 User = dict[str, str]
@@ -233,16 +233,10 @@ def test_a_sweep_that_may_not_write_says_so_before_it_starts(
     assert (len(wrong.splitlines()), len(other.splitlines()), out.exists()) == (1, 1, False)
 
 
-def test_nothing_is_lost_when_the_server_dies_nor_when_all_of_it_does(
-    site: Site,
-    anna: User,
-    begin: Any,
-    models: Path,
-    corpus: Shards,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_server_that_dies_in_the_middle_of_a_sweep_loses_nothing(
+    site: Site, anna: User, begin: Any, models: Path, corpus: Shards, tmp_path: Path
 ) -> None:
-    own, out, before = config(tmp_path, models, corpus, "mine"), tmp_path / "mine", logged(anna, "before")
+    own, out = config(tmp_path, models, corpus, "mine"), tmp_path / "mine"
     running = begin(anna, own, out)
 
     def begun(client: MlflowClient) -> bool:
@@ -251,40 +245,55 @@ def test_nothing_is_lost_when_the_server_dies_nor_when_all_of_it_does(
 
     with acting(anna) as client:
         wait_for(lambda: running.poll() is not None or begun(client), 900)
-        backup = site.do("backup.sh")
         site.stop(signal.SIGKILL)
         assert running.poll() is None, (tmp_path / "said").read_text()
         site.start()
         # 75: the server took longer to come back than the sweep waits for it.
         assert running.wait() in (0, 75), (tmp_path / "said").read_text()
-        monkeypatch.setattr(Driver, "execute", lambda *_: pytest.fail("it would train again"))
         assert sweep("run", own, "--out", out).code == 0
-        whole = shown(client, "mine")
-        assert set(whole) == {"sweep", "0", "1"}
-        for number in (0, 1):
-            for name in ("loss", "macro_f1"):
-                points = [(step, value) for step, _, value in written(out, number, name)]
-                assert whole[str(number)]["points"][name] == points
-                assert points
+        found = shown(client, "mine")
+    assert {key: run["status"] for key, run in found.items()} == dict.fromkeys(("sweep", "0", "1"), "FINISHED")
+    for number in (0, 1):
+        for name in ("loss", "macro_f1"):
+            points = [(step, value) for step, _, value in written(out, number, name)]
+            assert found[str(number)]["points"][name] == points
+            assert points
 
-        # All is lost, and the backup is put back.
+
+def test_a_backup_brings_back_runs_accounts_and_artifacts_and_a_sweep_adds_the_rest(
+    site: Site, anna: User, tmp_path: Path
+) -> None:
+    """The sweep is a ledger and what its trials wrote: nothing trains here."""
+    (folder := tmp_path / "sweep").mkdir()
+    ask(ledger := Ledger.open(folder, CONFIG), 2)
+    append(folder, 0, (16, 1000.25, 0.5))
+    with acting(anna) as client:
+        track(folder, seconds=300)
+        backup, before = site.do("backup.sh"), shown(client, CONFIG.name)
+        append(folder, 0, (32, 1001.5, 0.75))
+        append(folder, 1, (16, 1002.0, 0.1))
+        report(ledger, 0, 0.9, 0.8)
+        ledger.complete(0)
+        track(folder, seconds=300)
+        whole = shown(client, CONFIG.name)
+        assert whole["0"]["points"]["loss"] == [(16, 0.5), (32, 0.75)]
+        assert whole["0"]["files"].keys() > before["0"]["files"].keys()
+
         assert "is not empty" in site.call("restore.sh", backup).stderr
         site.stop()
         site.lose_everything()
         site.make_database()
         site.do("restore.sh", backup)
         site.start()
-        assert shown(client, "mine") != whole
-        assert client.get_run(before).data.metrics == {"f1": 0.5}
-        assert Path(client.download_artifacts(before, "notes/said.txt")).read_text() == "words"
-        assert sweep("run", own, "--out", out).code == 0
-        assert shown(client, "mine") == whole
+        assert shown(client, CONFIG.name) == before
+        track(folder, seconds=300)
+        assert shown(client, CONFIG.name) == whole
 
         # Somebody deletes it for good.
-        client.delete_experiment(client.get_experiment_by_name("mine").experiment_id)
+        client.delete_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id)
         site.do("gc.sh", "0d")
-        assert sweep("run", own, "--out", out).code == 0
-        assert shown(client, "mine") == whole
+        track(folder, seconds=300)
+        assert shown(client, CONFIG.name) == whole
 
 
 def test_artifacts_in_a_bucket_and_walls_between_users(postgres: Postgres, tmp_path: Path) -> None:
