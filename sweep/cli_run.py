@@ -171,14 +171,18 @@ def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
 
     from sweep.cluster import ClusterError
     from sweep.lease import Busy, Lost, hold
+    from sweep.mlflow_access import check_access
     from sweep.run import SweepFault
     from sweep.stop import Stop
+    from sweep.tracking import tracking_uri
 
     (stop := Stop()).install()
     try:
         # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
         # unless there is something left to do.
         resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
+        if resolved:
+            check_access(tracking_uri(folder), config.name)
         with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
 
             def check() -> None:
@@ -281,7 +285,8 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
 
     say = driver.say
     driver.bind(resolved)
-    tracker = Tracker(driver.config, driver.folder, Corpus.of(open_shards(resolved.data)))
+    corpus = Corpus.of(open_shards(resolved.data))
+    tracker = Tracker(driver.config, driver.folder, corpus, say=lambda text: say(escape(text)))
     tracker.start()
     try:
         if driver.left():

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1000  # metrics a request may hold
 PARAMS = 100  # params a request may hold
-MISSING, REFUSED = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
+MISSING, DENIED, REFUSED = "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"
+KIND = ("mlflow.experimentKind", "custom_model_development")  # of an experiment that opens on its runs, not on traces
 # Trying again is the tracker's work. A request that the client repeats by itself would hide that the server was away
 # and may have come back as another one.
 CLIENT = {
@@ -83,7 +84,7 @@ class Runs:
         try:
             run = self.client.get_run(parent)
         except MlflowException as error:
-            if error.error_code == MISSING:
+            if error.error_code in (MISSING, DENIED):  # what a server with accounts says of a run that it has not
                 return None
             raise
         if run.data.tags.get("sweep.key") != self.key:
@@ -95,8 +96,7 @@ class Runs:
         if experiment is not None:
             return self._alive(experiment)
         location = store.as_uri() if self.uri.startswith("sqlite:") else None
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # opens on the runs, not on traces
-        return str(self.client.create_experiment(name, artifact_location=location, tags=kind))
+        return str(self.client.create_experiment(name, artifact_location=location, tags=dict([KIND])))
 
     def _alive(self, experiment: Any) -> str:
         if _deleted(experiment):

@@ -16,9 +16,9 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from data.errors import UserError
 from sweep import mlflow_summary as summary
@@ -26,6 +26,7 @@ from sweep.changes import code_version
 from sweep.config import Config, dump
 from sweep.curves import Curve, Point, attempts, times
 from sweep.ledger import Entry, Ledger, best_first, is_drawn, sweep_id, trial_config, trial_folder
+from sweep.mlflow_access import address, denial
 from sweep.mlflow_data import Corpus
 from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 LASTING = ("started", "finished", "codes")  # of a trial's mlflow.json: true whatever the server has
+Say = Callable[[str], object]
 LONGEST = 15.0  # seconds between two attempts at a server that is away
 
 
@@ -51,8 +53,7 @@ def ui_command(folder: Path, program: str = "mlflow") -> str:
     """What a person types to look at the runs."""
     uri = tracking_uri(folder)
     if not uri.startswith("sqlite:///"):
-        place = urlsplit(uri)  # without user and password: they are nobody's to print
-        return f"open {place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}"
+        return f"open {address(uri)}"
     database = Path(uri.removeprefix("sqlite:///"))
     return f"{program} server --backend-store-uri sqlite:///{near(database)} --host 127.0.0.1 --port 5000"
 
@@ -77,9 +78,11 @@ def is_shipped(folder: Path) -> bool:
 class Tracker(threading.Thread):
     """Keeps MLflow up to date with the ledger until `finish` is called."""
 
-    def __init__(self, config: Config, folder: Path, corpus: Corpus, every: float = 1.0) -> None:
+    def __init__(
+        self, config: Config, folder: Path, corpus: Corpus, every: float = 1.0, say: Say = lambda _: None
+    ) -> None:
         super().__init__(daemon=True, name="mlflow")
-        self.config, self.folder, self.corpus, self.every = config, folder.absolute(), corpus, every
+        self.config, self.folder, self.corpus, self.every, self.say = config, folder.absolute(), corpus, every, say
         self.uri = tracking_uri(folder)
         self.key = sweep_id(self.folder)
         self.ended = threading.Event()
@@ -102,17 +105,27 @@ class Tracker(threading.Thread):
                 if self.runs is None or last:
                     self._connect()
                 self._sync(last)
-                self.error, wait = None, self.every
+                self._tell(None)
+                wait = self.every
                 if last:
                     self.complete = True
                     return
             except Exception as error:  # whatever the server's trouble is, training goes on and this is tried again
-                self.error, wait = f"{type(error).__name__}: {error}".splitlines()[0], min(wait * 2, LONGEST)
+                self._tell(denial(error) or f"{type(error).__name__}: {error}".splitlines()[0])
+                wait = min(wait * 2, LONGEST)
                 self._doubt()
             if self.ended.is_set():
                 time.sleep(min(wait, 1.0))
             else:
                 self.ended.wait(wait)
+
+    def _tell(self, error: str | None) -> None:
+        """Keep what is wrong, and say when something begins to be wrong, or ends to."""
+        before, self.error = self.error, error
+        if error is not None and before is None:
+            self.say(f"MLflow lacks some results ({error}); training goes on, and they are sent when it takes them")
+        elif error is None and before is not None:
+            self.say("MLflow has all results again")
 
     def _doubt(self) -> None:
         """Believe nothing about the server that is not on disk; `_connect` compares that with what the server has."""
