@@ -173,7 +173,9 @@ def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
     from sweep.lease import Busy, Lost, hold
     from sweep.run import SweepFault
     from sweep.stop import Stop
+    from sweep.tracking import given_uri
 
+    given_uri()
     (stop := Stop()).install()
     try:
         # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -101,6 +102,7 @@ def _start(scratch: Path) -> None:
 def _start_once(scratch: Path) -> None:
     import ray
 
+    keep_token()
     port = free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
@@ -125,6 +127,22 @@ def _start_once(scratch: Path) -> None:
         )
     finally:
         del os.environ["RAY_ADDRESS"]  # it is for them alone
+
+
+def keep_token() -> None:
+    """Make the token that Ray's processes want, where Ray looks for it; Ray's own would be readable for everybody."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as made:  # for its owner alone
+            made.write(secrets.token_hex(32))
+            made.flush()
+            with contextlib.suppress(FileExistsError):  # another sweep was faster
+                os.link(made.name, path)
+    path.parent.chmod(0o700)
+    path.chmod(0o600)
 
 
 def _end_new(before: leftovers.Known) -> None:

@@ -41,8 +41,28 @@ LONGEST = 15.0  # seconds between two attempts at a server that is away
 
 
 def tracking_uri(folder: Path) -> str:
-    """$MLFLOW_TRACKING_URI, or SQLite beside the sweep's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
+    """$MLFLOW_TRACKING_URI, or SQLite beside the sweep's folder.
+
+    Raises:
+        UserError: it holds a user's name or password, which MLflow's errors would show.
+    """
+    return given_uri() or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
+
+
+def given_uri() -> str:
+    """$MLFLOW_TRACKING_URI; "" if it is not set.
+
+    Raises:
+        UserError: see `tracking_uri`.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    place = urlsplit(uri)
+    if place.password is not None or (place.username is not None and place.scheme.startswith("http")):
+        raise UserError(
+            "MLFLOW_TRACKING_URI: holds a user's name or password, which logs and a job's metadata would show; take it "
+            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD)"
+        )
+    return uri
 
 
 def ui_command(folder: Path, program: str = "mlflow") -> str:
