@@ -65,7 +65,7 @@ def codings_csv(codings: Sequence[Coding]) -> str:
 def inert(text: str) -> str:
     """A cell that spreadsheets show as it is: they would compute one that begins like a formula, and some of these send
     other cells away."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _number(share: float) -> str:
