@@ -25,9 +25,10 @@ NAMES = """MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOK
     AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN PGPASSWORD RAY_AUTH_TOKEN""".split()
 # The command, without deleting what it would: Ray's folder, and that of Tune and Train.
 COMMAND = """
-import shutil, sys
-shutil.rmtree = lambda path, *args, **kwargs: print("kept", path, flush=True)
+from types import SimpleNamespace
+from sweep import leftovers, run
 from sweep.cli import main
+leftovers.shutil = run.shutil = SimpleNamespace(rmtree=lambda path, **_: print("kept", path, flush=True))
 main()
 """
 
