@@ -1,6 +1,7 @@
 """Recordings to clips: decode, mix down, resample and cut; all time arithmetic goes through whole samples."""
 
 import io
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ MIN_SAMPLES = SAMPLE_RATE // 10  # a clip under 0.1 s holds no speech
 
 _BLOCK = 60  # s of a recording that are decoded at once: an hour in stereo would fill a gigabyte
 _CONTEXT = 1  # s on both sides of a block that resampling may look at; its kernel needs a few ms
+_KERNEL = 5e7  # numbers of a resampling kernel at most: 44100 Hz needs 1e5, a rate that nothing divides gigabytes
 _CANCELLED = 0.06  # power of the mix over that of the louder channel: 12 dB below
 
 
@@ -64,6 +66,7 @@ def read_recording(path: Path, *, separate: bool = False) -> Recording:
 
     try:
         with soundfile.SoundFile(path) as file:
+            _check_rate(file.samplerate)
             if separate or file.channels == 1:
                 return _decode(file, lambda block: block)
             power = np.zeros(1 + file.channels)
@@ -79,8 +82,14 @@ def read_recording(path: Path, *, separate: bool = False) -> Recording:
             loudest = int(power[1:].argmax())
             file.seek(0)
             return _decode(file, lambda block: block[:, [loudest]])
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as audio ({error}); convert it to WAV or FLAC") from None
+
+
+def _check_rate(rate: int) -> None:
+    """Raise a ValueError where resampling would fill the memory."""
+    if rate < 1 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > _KERNEL:
+        raise ValueError(f"{rate} Hz")
 
 
 def _decode(file: Any, pick: Callable[[np.ndarray], np.ndarray]) -> Recording:
@@ -125,7 +134,7 @@ def _blocks(file: Any) -> Iterator[tuple[np.ndarray, bool]]:
 
 def _resample(signal: np.ndarray, rate: int) -> np.ndarray:
     """[channels, n] → [channels, n x SAMPLE_RATE / rate]."""
-    if rate == SAMPLE_RATE:
+    if rate == SAMPLE_RATE or not signal.size:
         return signal
     import torch
     import torchaudio.functional

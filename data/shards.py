@@ -7,6 +7,7 @@ findings.jsonl          every finding of the preparation, one a line
 report.html             the same for people
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -142,9 +143,9 @@ def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:
     """
     try:
         file = ipc.open_file(buffer)
-        table = file.read_all()
+        table = _whole(file, TURN_SCHEMA)
         findings, conversations = _said(file)
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{name}: not a readable shard ({reason(error)}); prepare the corpus again") from None
     index = table.drop_columns("audio")
     offsets, lengths = _places(table["audio"], buffer.address)
@@ -160,6 +161,21 @@ def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:
         conversations=conversations,
     )
     return ShardFile(info, index.cast(SHARD_INDEX_SCHEMA), findings)
+
+
+def _whole(file: ipc.RecordBatchFileReader, schema: pa.Schema) -> pa.Table:
+    """The table of a file, every offset of which leads into the file: Arrow would follow any.
+
+    Raises:
+        ArrowInvalid: one does not, or its columns are others.
+    """
+    table = file.read_all()
+    if not table.schema.equals(schema):
+        raise pa.ArrowInvalid("its columns are not those of a corpus")
+    table.validate(full=True)
+    if holes := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
+        raise pa.ArrowInvalid(f"{holes[0]} has holes")
+    return table
 
 
 def _said(file: ipc.RecordBatchFileReader) -> tuple[list[Finding], dict[str, str]]:
@@ -247,8 +263,8 @@ class Shards:
         """Every turn without its audio; row numbers of the project are rows of this table."""
         with self._open(self.manifest.index) as file:
             try:
-                return ipc.open_file(file).read_all()
-            except (pa.ArrowInvalid, OSError) as error:
+                return _whole(ipc.open_file(file), INDEX_SCHEMA)
+            except (pa.ArrowException, OSError, ValueError) as error:
                 name = self.store / self.manifest.index
                 raise DataError(f"{name}: not a readable Arrow file ({reason(error)}); {AGAIN}") from None
 
@@ -291,19 +307,23 @@ class Shards:
         columns = self.columns
         if columns["n_samples"][row] == 0:
             return None
-        content, length = self._bytes(row), columns["length"][row]
+        content, pcm = self._bytes(row), None
         # A page that was right once stays right: the checksum costs as much as all other reading.
-        if not self._checked[row]:
-            if len(content) != length or audio.checksum(content) != columns["crc32"][row]:
-                name = self.store / self.manifest.shards[columns["shard"][row]].name
-                raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum differs); {AGAIN}")
-            self._checked[row] = True
-        return audio.decode(content, self.manifest.config.codec)
+        if self._checked[row] or audio.checksum(content) == columns["crc32"][row]:
+            with contextlib.suppress(ValueError, RuntimeError):  # of bytes that never were a clip
+                pcm = audio.decode(content, self.manifest.config.codec)
+        if pcm is None or pcm.shape != (columns["n_samples"][row],):
+            name = self.store / self.manifest.shards[columns["shard"][row]].name
+            raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum or length differs); {AGAIN}")
+        self._checked[row] = True
+        return pcm
 
     def _bytes(self, row: int) -> bytes | memoryview:
         """The stored bytes of a row; fewer where the file is too short."""
         columns, offset = self.columns, self.columns["offset"][row]
         shard, end = columns["shard"][row], offset + columns["length"][row]
+        if not (0 <= shard < len(self.manifest.shards) and 0 <= offset <= end):
+            raise DataError(f"{self.store / self.manifest.index}: row {row} lies in no shard; {AGAIN}")
         file = self._file(shard)
         content: bytes | memoryview = file[offset:end] if self.store.local else file.read_at(end - offset, offset)
         return content

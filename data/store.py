@@ -13,6 +13,7 @@ from data.errors import DataError, reason
 
 UNFINISHED = ".unfinished-"  # in the name of a file that is being written
 LOCK = ".lock"
+SECRET = ("key", "secret", "token", "password", "sig")  # in the name of an option of a URL
 
 
 class Store:
@@ -128,13 +129,22 @@ class Store:
             raise DataError(f"{place}: cannot be used ({reason(error)}); check path, rights and connection") from None
 
 
+def secret_in(url: str) -> str:
+    """What to say about a URL that holds credentials, without them; "" if it holds none."""
+    scheme, _, rest = url.partition("://")
+    head, _, options = rest.partition("?")
+    names = [option.partition("=")[0].lower() for option in options.split("&")]
+    if "@" not in head.partition("/")[0] and not any(word in name for name in names for word in SECRET):
+        return ""
+    return (
+        f"{scheme}://…: a URL must not hold credentials, it is written into configurations; give them in the "
+        "environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+
+
 def _open(url: str) -> tuple[fs.FileSystem, str]:
-    head, _, options = url.partition("?")
-    if "@" in head.partition("://")[2].partition("/")[0] or "secret" in options.lower():
-        raise DataError(
-            f"{url.partition('://')[0]}://…: a URL must not hold credentials, it is written into configurations; give "
-            "them in the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+    if said := secret_in(url):
+        raise DataError(said)
     try:
         try:
             files, root = fs.FileSystem.from_uri(url)

@@ -85,9 +85,15 @@ def load_ctc(path: str) -> CTCModel:
     """
     _config(path)
     with _loading(path), torch.random.fork_rng(devices=[]):  # making a model draws weights
-        extractor, tokenizer = AutoFeatureExtractor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        extractor = AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, report = AutoModelForCTC.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     missing = {name for name in missing if not name.endswith("masked_spec_embed")}  # only training uses it
@@ -118,7 +124,7 @@ def identity(path: str) -> str:
 
 def _config(path: str) -> Any:
     with _loading(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CTC_MAPPING:
         raise ConfigError(f"align.model: {path} is a {config.model_type} model, which has no CTC; use e.g. a wav2vec2")
     if config.pad_token_id is None:

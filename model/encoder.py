@@ -107,14 +107,14 @@ def _checked(path: str) -> tuple[Any, Any]:
         ConfigError: see `encoder_kind`.
     """
     with _loading(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in ENCODERS:
         raise ConfigError(
             f"model.encoder.path: {path} is a {config.model_type} model, which is not known to give a clip the same "
             f"frames in every batch; use one of {', '.join(ENCODERS)}"
         )
     with _loading(path):
-        extractor = AutoFeatureExtractor.from_pretrained(path)
+        extractor = AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False)
     obstacle = ENCODERS[config.model_type].obstacle(config, extractor)
     if obstacle:
         raise ConfigError(f"model.encoder.path: {path} ({config.model_type}) cannot be used: {obstacle}")
@@ -139,7 +139,7 @@ def _with_weights(path: str) -> Any:
     """Raises ConfigError where the folder lacks weights: random ones would stand in for them."""
     with _loading(path):
         model, report = AutoModel.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     missing = {name for name in missing if not name.startswith("decoder.")}  # Whisper's is not used

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import reason
-from data.tasks import AnswerSet
+from data.tasks import TASKS, AnswerSet
 from model.checkpoint import CheckpointError, digest
 from model.parts import part_of
 
@@ -48,6 +48,15 @@ class Exported(BaseModel):
     tasks: dict[str, Answers]
     meaning: dict[str, str]  # see SpeechLLM.meaning
     digest: str  # of all tensors
+
+    @model_validator(mode="after")
+    def _tasks_are_known(self) -> "Exported":
+        for name, own in self.tasks.items():
+            if name not in TASKS:
+                raise ValueError(f"{name!r} is no task")
+            if not len(own.labels) == len(own.counts) == len(set(own.labels)):
+                raise ValueError(f"the labels of {name} must differ, and have a count each")
+        return self
 
     def answer_sets(self) -> dict[str, AnswerSet]:
         """What may be answered, by task."""

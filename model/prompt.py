@@ -86,8 +86,8 @@ class Vocabulary:
 def load_vocabulary(path: str) -> Vocabulary:
     """Load the tokenizer of an LLM once per process."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the folder's fault, and the libraries have errors of their own
         raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.llm.path: the tokenizer of {path} has no EOS token, which ends every answer; set one")

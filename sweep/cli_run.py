@@ -171,18 +171,18 @@ def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
 
     from sweep.cluster import ClusterError
     from sweep.lease import Busy, Lost, hold
-    from sweep.mlflow_access import check_access
+    from sweep.mlflow_access import check_access, tracking_uri
     from sweep.run import SweepFault
     from sweep.stop import Stop
-    from sweep.tracking import tracking_uri
 
+    server = tracking_uri(folder)
     (stop := Stop()).install()
     try:
         # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
         # unless there is something left to do.
         resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
         if resolved:
-            check_access(tracking_uri(folder), config.name)
+            check_access(server, config.name)
         with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
 
             def check() -> None:
@@ -303,7 +303,7 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
 def _conclude(driver: Any, shipped: bool, search: bool) -> int:
     """Show what came out and choose the exit code."""
     from sweep import forecast, leaderboard
-    from sweep.tracking import ui_command
+    from sweep.mlflow_access import ui_command
 
     entries = driver.ledger.entries()
     console.print(leaderboard.table(driver.config, driver.folder, entries))

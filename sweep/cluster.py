@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -101,6 +102,7 @@ def _start(scratch: Path) -> None:
 def _start_once(scratch: Path) -> None:
     import ray
 
+    keep_token()
     port = free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     # Keep the processes of Ray Data's read tasks from one epoch to the next: starting one costs 2 CPU-seconds.
@@ -132,6 +134,22 @@ def _fewer_cpus() -> int | None:
     """The CPUs of this process, where a batch system left it fewer than the machine has: Ray would take them all."""
     own = len(os.sched_getaffinity(0))
     return own if own < (os.cpu_count() or own) else None
+
+
+def keep_token() -> None:
+    """Make the token that Ray's processes want, where Ray looks for it; Ray's own would be readable for everybody."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as made:  # for its owner alone
+            made.write(secrets.token_hex(32))
+            made.flush()
+            with contextlib.suppress(FileExistsError):  # another sweep was faster
+                os.link(made.name, path)
+    path.parent.chmod(0o700)
+    path.chmod(0o600)
 
 
 def _end_new(before: leftovers.Known) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from data.config import DataConfig, Section, TaskWeights
 from data.errors import ConfigError
+from data.store import secret_in
 from data.tasks import TASKS
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.settings import flat, problems_error, read_tree, rule, validated
@@ -92,6 +93,8 @@ class StorageConfig(Section):
     def _mirror_problems(self) -> list[str]:
         if self.mirror is None:
             return []
+        if said := secret_in(self.mirror):
+            return [f"storage.mirror: {said}"]
         if "://" not in self.mirror or self.mirror.startswith("file:"):
             return [f"storage.mirror: {self.mirror!r} is no store; write s3://bucket/path, or null"]
         if self.ledger is not None and self.ledger.startswith("sqlite"):
@@ -137,6 +140,8 @@ class Config(Section):
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
         found = self.model.problems() + self.train.problems() + self.storage.problems()
+        if said := secret_in(self.data.shards):
+            found.append(f"data.shards: {said}")
         tasks = self.tasks.active()
         if not tasks:
             return [*found, "tasks: all weights are 0, so there is nothing to learn; raise one"]

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from sweep.config import Config
 from sweep.ledger import Entry
 from sweep.results import device_hours, device_seconds, shown_time
@@ -29,7 +31,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The plan of a sweep: `steps`, results by key; `excluded`, lines; `forecast`. Empty where there is none."""
     try:
         content = json.loads((folder / FILE).read_text())
-    except (FileNotFoundError, ValueError):  # a crash of the machine left it empty: it is made again
+    except (FileNotFoundError, ValueError, RecursionError):  # a crash of the machine left it empty: it is made again
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -40,9 +42,11 @@ def write(folder: Path, **changed: Any) -> None:
 
 
 def forecast(folder: Path) -> Forecast | None:
-    """What was said first."""
-    found = read(folder).get("forecast")
-    return None if found is None else Forecast(**found)
+    """What was said first; None where nothing is left of it."""
+    try:
+        return TypeAdapter(Forecast).validate_python(read(folder).get("forecast"))
+    except ValidationError:
+        return None
 
 
 def remember(folder: Path, said: Forecast) -> None:
@@ -60,7 +64,8 @@ def ended(folder: Path, said: Forecast, seconds: float) -> None:
 
 def lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
     """What the plan excluded; and once all trials have ended, how it compares with what they took."""
-    excluded = [f"plan: {line}" for line in read(folder).get("excluded", [])]
+    told = read(folder).get("excluded")
+    excluded = [f"plan: {line}" for line in told] if isinstance(told, list) else []
     said = forecast(folder)
     done = sum(entry.state != "RUNNING" for entry in entries)
     if said is None or said.trials != config.search.trials or done < said.trials:

@@ -86,7 +86,7 @@ def end_leftovers(folder: Path) -> list[int]:
         The pids of the processes that were ended.
     """
     path = folder / FILE
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # or no such record
         left = json.loads(path.read_text(encoding="utf-8"))
         if left["host"] != socket.gethostname() or abs(left["boot"] - psutil.boot_time()) > 60:
             return []  # of another machine, or from before its last start: its processes are not here

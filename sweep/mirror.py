@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, reason
+from data.errors import DataError, UserError, reason
 from data.store import Store
 from sweep import lease
 from sweep.lease import Busy, Holder, Lost
@@ -195,6 +195,8 @@ def _owner(store: Store) -> tuple[Holder, int, bool] | None:
         return Holder(**content["holder"]), content["generation"], content["open"]
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(f"{store / OWNER}: says nobody's name; remove it if nobody works on the sweep") from None
 
 
 def _write_owner(store: Store, owner: Holder, generation: int, open_: bool) -> None:

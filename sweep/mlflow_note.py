@@ -1,5 +1,6 @@
 """The note of a sweep's MLflow run: its trials, ranked and linked to their runs, and how those ended that lost."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +21,11 @@ def note(config: Config, folder: Path, entries: Sequence[Entry], links: Mapping[
         links: to the runs of its trials, by number.
     """
     found = leaderboard.board(config, folder, entries)
-    reasons = [f"- {line}" for line in leaderboard.notes(entries)]
+    reasons = [f"- {_plain(line)}" for line in leaderboard.notes(entries)]
     warning = recall.warning(config, entries)
     cost = [*(f"- {line}" for line in recall.lines(config, entries)), *([f"- **{warning}**"] if warning else [])]
-    head = [_row(found.header), _row(["---"] * len(found.header))]
-    table = [_row([_linked(number, links or {}), *cells]) for number, *cells in found.rows]
+    head = [_row([*map(_plain, found.header)]), _row(["---"] * len(found.header))]
+    table = [_row([_linked(number, links or {}), *map(_plain, cells)]) for number, *cells in found.rows]
     room = LONGEST - _size([*head, *cost]) - 100  # for the line about what is left out
     shown = _fitting(table, room)
     why = _fitting(reasons, room - _size(shown))
@@ -45,6 +46,11 @@ def _linked(number: str, links: Mapping[int, str]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Names, values and errors are neither markup nor the border of a cell."""
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def _size(lines: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data.errors import UserError, reason
 from model.metrics import Record
 from sweep.config import Config
 from sweep.ledger import Entry, best_first, horizon
@@ -134,16 +135,25 @@ def shown_time(seconds: float) -> str:
 
 
 def read_predictions(folder: Path, name: str = "predictions.json") -> dict[str, tuple[list[str], list[Record]]]:
-    """By task, the labels and the predictions of a trial's last evaluation; empty if there was none."""
+    """By task, the labels and the predictions of a trial's last evaluation; empty if there was none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / name
     if not path.exists():
         return {}
-    content = json.loads(path.read_text())
-    records = [Record(**{**row, "scores": tuple(row["scores"])}) for row in content["records"]]
-    return {
-        task: (labels, [record for record in records if record.task == task])
-        for task, labels in content["labels"].items()
-    }
+    try:
+        content = json.loads(path.read_text())
+        records = [Record(**{**row, "scores": tuple(row["scores"])}) for row in content["records"]]
+        return {
+            task: (labels, [record for record in records if record.task == task])
+            for task, labels in content["labels"].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged ({reason(error)}); remove it, and do without this trial's intervals"
+        ) from None
 
 
 def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:

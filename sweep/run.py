@@ -30,6 +30,7 @@ from sweep.trial import as_run, open_shards
 
 TRIAL_RETRIES = 5  # times Tune starts a trial again in a new slot after its slot was lost
 GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is to stop
+AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 Say = Callable[[str], None]
 
 
@@ -119,10 +120,13 @@ class Driver:
 
     def _tuner(self, config: Config, searcher: Any, notice: Any, slots: int, storage: Path) -> Any:
         import ray.tune
+        from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
         from sweep.executor import LedgerScheduler
         from sweep.slot import slot_class
 
+        # Tune would describe its actors by them, which Ray's logs and everybody on the cluster see.
+        ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
         scaling = {
             "num_workers": config.resources.workers,
             "use_gpu": config.resources.gpus_per_worker > 0,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from data.errors import ConfigError, reason
 
 Settings = TypeVar("Settings", bound=BaseModel)
+MOST = 100_000  # values in a file: aliases of aliases make more of a few lines, and fill the memory
 
 
 def read_tree(path: Path | None, overrides: Sequence[str]) -> Any:
@@ -23,21 +24,43 @@ def read_tree(path: Path | None, overrides: Sequence[str]) -> Any:
         ConfigError: it is no YAML file of settings, or an override is no value.
     """
     try:
+        if path is not None:
+            _refuse_bomb(path)
         tree: Any = OmegaConf.create({}) if path is None else OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path}: holds no mapping of settings; see the presets for the form")
         for override in overrides:
             tree = _override(tree, override)
-        return OmegaConf.to_container(tree, resolve=True)
+        plain = OmegaConf.to_container(tree, resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {reason(error)}") from None
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not a YAML file of settings ({reason(error)}); see the presets for the form"
         ) from None
+    if "${" in str(plain):  # with the environment's variables, secrets would be written to files and to MLflow
+        raise ConfigError(f"{path or '--set'}: ${{…}} is not filled in; write the value, or let a shell do it in --set")
+    return plain
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise a ConfigError where aliases would make more values than a memory holds."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    if root is not None and _values(root, {}) > MOST:
+        raise ConfigError(f"{path}: more than {MOST} values, with its aliases written out; make it shorter")
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node holds with its aliases written out."""
+    if id(node) not in known:
+        known[id(node)] = MOST  # of one that holds itself
+        parts = [node.value] if not isinstance(node.value, list) else node.value
+        nodes = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_values(one, known) for one in nodes if isinstance(one, yaml.Node))
+    return known[id(node)]
 
 
 def _override(tree: Any, override: str) -> Any:

@@ -103,7 +103,21 @@ def _repair(folder: Path) -> None:
 
 
 def _journal(path: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    """The storage of a journal, which is read here.
+
+    Raises:
+        UserError: a line of it is none of Optuna's.
+    """
+    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+    try:
+        return JournalStorage(backend)
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, by what the line holds
+        raise UserError(
+            f"{path}: damaged ledger ({type(error).__name__}: {reason(error)}); put a copy of it back, or choose "
+            "another folder with --out"
+        ) from None
 
 
 def _url(text: str, folder: Path) -> "URL":

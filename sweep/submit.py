@@ -3,18 +3,19 @@
 import asyncio
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from data.errors import UserError, reason
+from data.errors import reason
 from sweep import config as configuration
 from sweep.builtin import absolute
 from sweep.cluster import ClusterError
 from sweep.config import Config
+from sweep.mlflow_access import given_uri
 
 PACKAGES = ("data", "model", "sweep")
 SOURCES = ("*.py", "*.yaml", "*.j2")
@@ -62,7 +63,7 @@ def start(client: Any, config: Config, staged: Path, out: Path) -> str:
     """
     return str(
         client.submit_job(
-            entrypoint=f"python -m sweep run sweep.yaml --out {out}",
+            entrypoint=f"python -m sweep run sweep.yaml --out {shlex.quote(str(out))}",
             submission_id=f"{config.name}-{int(time.time())}",
             runtime_env={"working_dir": str(staged), "env_vars": _variables()},
         )
@@ -70,16 +71,9 @@ def start(client: Any, config: Config, staged: Path, out: Path) -> str:
 
 
 def _variables() -> dict[str, str]:
-    """Environment of the job. Everybody who sees the cluster sees it, so nothing secret is in it."""
+    """Environment of the job. Everybody who sees the cluster sees it; secrets lie in the environment of its nodes."""
     found = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "PYTHONUNBUFFERED": "1"}
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        if "@" in urlsplit(uri).netloc:
-            raise UserError(
-                "MLFLOW_TRACKING_URI: holds a user's name or password, and the job's metadata would show it; set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment of the cluster's nodes"
-            )
-        found["MLFLOW_TRACKING_URI"] = uri
-    return found
+    return found | ({"MLFLOW_TRACKING_URI": uri} if (uri := given_uri()) else {})
 
 
 def follow(client: Any, job: str, write: Write) -> int | None:

@@ -13,7 +13,6 @@ again. A driver that is killed cannot say so; its runs stay RUNNING until the co
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,13 +25,12 @@ from sweep.changes import code_version
 from sweep.config import Config, dump
 from sweep.curves import Curve, Point, attempts, times
 from sweep.ledger import Entry, Ledger, best_first, is_drawn, sweep_id, trial_config, trial_folder
-from sweep.mlflow_access import address, denial
+from sweep.mlflow_access import denial, tracking_uri
 from sweep.mlflow_data import Corpus
 from sweep.mlflow_model import publish
 from sweep.mlflow_note import link, note
 from sweep.mlflow_runs import REFUSED, Runs, lacks, now
 from sweep.space import FOLD
-from sweep.watch import near
 from sweep.whole import write_file
 
 if TYPE_CHECKING:
@@ -42,20 +40,6 @@ STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 LASTING = ("started", "finished", "codes")  # of a trial's mlflow.json: true whatever the server has
 Say = Callable[[str], object]
 LONGEST = 15.0  # seconds between two attempts at a server that is away
-
-
-def tracking_uri(folder: Path) -> str:
-    """$MLFLOW_TRACKING_URI, or SQLite beside the sweep's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
-
-
-def ui_command(folder: Path, program: str = "mlflow") -> str:
-    """What a person types to look at the runs."""
-    uri = tracking_uri(folder)
-    if not uri.startswith("sqlite:///"):
-        return f"open {address(uri)}"
-    database = Path(uri.removeprefix("sqlite:///"))
-    return f"{program} server --backend-store-uri sqlite:///{near(database)} --host 127.0.0.1 --port 5000"
 
 
 def mlflow_run_id(folder: Path, number: int) -> str | None:

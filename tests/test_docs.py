@@ -25,9 +25,12 @@ GIVEN = {
     "sweep prepare": "tests/sweep/test_prepare.py",
     "make install": "Makefile",
     "optuna-dashboard": "tests/sweep/test_dashboard.py",
+    "infra/mlflow/": "tests/infra/test_mlflow_server.py",
     "python infra/k8s/validate.py": "tests/infra/test_k8s.py",
 }
-NEEDS = re.compile(r"needs (a cluster|Slurm|Docker, and a cluster|an account|a Ray cluster|Apptainer|root|a server)")
+NEEDS = re.compile(
+    r"needs (docker|a cluster|Slurm|Docker, and a cluster|an account|a Ray cluster|Apptainer|root|a server)"
+)
 
 
 def names(pages: list[Path]) -> list[str]:

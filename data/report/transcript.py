@@ -61,10 +61,17 @@ def codings_csv(codings: Sequence[Coding]) -> str:
     for coding in codings:
         times = ["" if time is None else f"{time:.3f}" for time in (coding.start, coding.end)]
         sure = _number(coding.probability) if coding.code else ""
-        said = [coding.task, coding.code, sure, coding.reply or "", coding.reason]
+        said = [coding.task, inert(coding.code), sure, inert(coding.reply or ""), inert(coding.reason)]
         shares = [_number(coding.shares[label]) if label in coding.shares else "" for label in labels]
-        writer.writerow([coding.session, coding.turn, coding.speaker, *times, coding.text, *said, *shares])
+        who = map(inert, (coding.session, coding.turn, coding.speaker))
+        writer.writerow([*who, *times, inert(coding.text), *said, *shares])
     return sink.getvalue()
+
+
+def inert(text: str) -> str:
+    """A cell that spreadsheets show as it is: they would compute one that begins like a formula, and some of these send
+    other cells away."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _number(share: float) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import reason
+from sweep.mlflow_access import tracking_uri
 from sweep.mlflow_runs import CLIENT
-from sweep.tracking import parent_run_id, tracking_uri
+from sweep.tracking import parent_run_id
 
 
 def to_mlflow(folder: Path, written: Sequence[Path]) -> str:

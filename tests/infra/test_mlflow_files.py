@@ -125,19 +125,6 @@ def _runs(command: list[str], **environment: str) -> bool:
     return found.returncode == 0
 
 
-def test_the_scripts_have_no_faults() -> None:
-    checker = Path(sys.executable).parent / "shellcheck"
-    scripts = sorted(INFRA.glob("*.sh"))
-    assert [path.name for path in scripts] == sorted([*SCRIPTS, "common.sh"])
-    found = subprocess.run(
-        [checker, "--external-sources", "--source-path=SCRIPTDIR", *scripts],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.stdout == ""
-
-
 def test_the_image_has_no_faults_and_gets_nothing_but_what_it_needs() -> None:
     linter = Path(sys.executable).parent / "hadolint"
     found = subprocess.run([linter, INFRA / "Dockerfile"], capture_output=True, text=True, check=False)

@@ -22,5 +22,11 @@ def scripts() -> list[str]:
 @pytest.mark.parametrize("name", scripts())
 def test_script(name: str) -> None:
     check = shutil.which("shellcheck", path=Path(sys.executable).parent)
-    found = subprocess.run([str(check), name], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [str(check), "--external-sources", "--source-path=SCRIPTDIR", name],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stdout

@@ -141,7 +141,7 @@ def test_a_yaml_error_names_file_and_line(yaml: Any) -> None:
     assert problems(name)[0].startswith(f"{name}:4: not valid YAML (")
     assert problems(yaml("name: a\nname: b\n"))[0].startswith(f"{name}:2: not valid YAML (found duplicate key name)")
     assert problems(yaml("- a\n"))[0] == f"{name}: holds no mapping of settings; see the presets for the form"
-    assert problems(yaml("name: ${nowhere}\n"))[0].startswith(f"{name}: Interpolation key 'nowhere' not found")
+    assert problems(yaml("name: ${seed}\n"))[0].startswith(f"{name}: ${{…}} is not filled in; write the value")
 
 
 @pytest.mark.parametrize("content", [b"3", b"name: \xe9", b"name: a\x01b"])

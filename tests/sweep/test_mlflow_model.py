@@ -9,7 +9,8 @@ from mlflow.exceptions import MlflowException
 
 from sweep import mlflow_model
 from sweep.ledger import Ledger, sweep_id, trial_folder
-from sweep.tracking import is_shipped, mlflow_run_id, tracking_uri
+from sweep.mlflow_access import tracking_uri
+from sweep.tracking import is_shipped, mlflow_run_id
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, append, runs, track
 

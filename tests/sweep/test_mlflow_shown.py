@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 
 from sweep.changes import code_version
 from sweep.ledger import Ledger
+from sweep.mlflow_access import tracking_uri
 from sweep.mlflow_summary import is_summary
-from sweep.tracking import tracking_uri
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, runs, track
 

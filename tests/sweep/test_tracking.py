@@ -12,7 +12,8 @@ from PIL import Image
 
 from sweep.config import dump, parse
 from sweep.ledger import Ledger, trial_config, trial_folder
-from sweep.tracking import is_shipped, mlflow_run_id, tracking_uri
+from sweep.mlflow_access import tracking_uri
+from sweep.tracking import is_shipped, mlflow_run_id
 from tests.conftest import LABELS
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track

@@ -11,8 +11,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from sweep.ledger import Ledger
+from sweep.mlflow_access import tracking_uri
 from sweep.mlflow_summary import is_summary
-from sweep.tracking import is_shipped, mlflow_run_id, still_has, tracking_uri
+from sweep.tracking import is_shipped, mlflow_run_id, still_has
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append, curve, runs, track, written
 

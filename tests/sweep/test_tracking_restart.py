@@ -7,7 +7,8 @@ import pytest
 from mlflow import MlflowClient
 
 from sweep.ledger import Ledger
-from sweep.tracking import Tracker, is_shipped, mlflow_run_id, tracking_uri
+from sweep.mlflow_access import tracking_uri
+from sweep.tracking import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import report
 from tests.sweep.mlflow_server import Server, wait_for
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written

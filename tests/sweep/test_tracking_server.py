@@ -12,7 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from sweep.ledger import Ledger, trial_folder
-from sweep.tracking import Tracker, is_shipped, mlflow_run_id, tracking_uri, ui_command
+from sweep.mlflow_access import tracking_uri, ui_command
+from sweep.tracking import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track
 

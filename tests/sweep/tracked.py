@@ -8,9 +8,10 @@ from mlflow.entities import Run
 
 from sweep.config import Config
 from sweep.ledger import Entry, trial_folder
+from sweep.mlflow_access import tracking_uri
 from sweep.mlflow_data import Corpus
 from sweep.mlflow_summary import params
-from sweep.tracking import Tracker, mlflow_run_id, tracking_uri
+from sweep.tracking import Tracker, mlflow_run_id
 from tests.sweep.common import settings
 
 DATA = Corpus(

@@ -1,0 +1,133 @@
+"""The cluster that `sweep run` starts by itself: strangers on the same machine or network do not get in."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sweep.cluster import keep_token
+
+CLUSTER = """
+import json, sys
+from sweep.cluster import local_or_remote_ray
+with local_or_remote_ray():
+    import ray
+    from ray._private.worker import get_dashboard_url
+    found = {"address": ray.get_runtime_context().gcs_address, "dashboard": get_dashboard_url()}
+    print(json.dumps(found), flush=True)
+    sys.stdin.read()
+"""
+CLIENT = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print(len(ray.nodes()))"
+PRIVATE = ("/api/version", "/api/jobs/", "/api/cluster_status", "/nodes?view=summary", "/api/v0/actors")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return kept | {"HOME": str(home)} | more
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A cluster of somebody who has no token yet; its addresses, his home, and the process that it ends with."""
+    home = tmp_path_factory.mktemp("home")
+    words = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(
+        words, env=environment(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = next((line for line in process.stdout if line.startswith("{")), "{}")
+        yield {**json.loads(said), "home": home, "pid": process.pid}
+        process.communicate("", timeout=120)
+
+
+def status(url: str, token: str | None) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        return int(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60).status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def joined(address: str, **env: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CLIENT, address],
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_http_api_wants_the_token(cluster: dict[str, Any]) -> None:
+    token = (cluster["home"] / ".ray/auth_token").read_text()
+    for path in PRIVATE:
+        url = f"http://{cluster['dashboard']}{path}"
+        assert [status(url, given) for given in (None, "f" * 64, token)] == [401, 403, 200], path
+
+
+@pytest.mark.slow
+def test_nobody_joins_without_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
+    own = joined(cluster["address"], home=cluster["home"], RAY_AUTH_MODE="token")
+    assert (own.returncode, own.stdout.strip()) == (0, "1"), own.stderr[-2000:]
+    for stranger in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
+        refused = joined(cluster["address"], home=tmp_path, **stranger)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "AuthenticationError" in refused.stderr, refused.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_dashboard_listens_on_loopback_alone(cluster: dict[str, Any]) -> None:
+    port = int(cluster["dashboard"].rpartition(":")[2])
+    own = psutil.Process(cluster["pid"]).children(recursive=True)
+    listening = [
+        found.laddr
+        for process in own
+        for found in process.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port
+    ]
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_the_token_is_its_owners_alone(cluster: dict[str, Any]) -> None:
+    folder = cluster["home"] / ".ray"
+    assert (mode(folder), mode(folder / "auth_token")) == (0o700, 0o600)
+
+
+def test_a_token_that_ray_left_open_is_closed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes it as the umask has it, which is readable for everybody on most machines."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    path = tmp_path / ".ray/auth_token"
+    path.parent.mkdir(mode=0o755)
+    path.write_text("known")
+    path.chmod(0o644)
+    keep_token()
+    assert (path.read_text(), mode(path), mode(path.parent)) == ("known", 0o600, 0o700)
+    path.unlink()
+    keep_token()
+    assert len(path.read_text()) == 64
+    assert [mode(path), sorted(path.parent.iterdir())] == [0o600, [path]]
+
+
+def test_a_token_that_was_given_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/elsewhere/token")
+    keep_token()
+    assert list(tmp_path.iterdir()) == []

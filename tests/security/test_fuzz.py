@@ -1,0 +1,223 @@
+"""Adversarial files: of each comes a valid result or the line of a UserError, and never another exception; nothing is
+written beside the place that was asked for."""
+
+import io
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from data.audio import read_recording
+from data.corpus_config import CorpusConfig
+from data.importers import IMPORTERS
+from data.prepare import prepare
+from data.schema import SAMPLE_RATE
+from data.shards import MANIFEST, Shards, describe_shard, to_bytes
+from sweep import config as configuration
+from sweep.settings import read_tree, validated
+from tests.data.test_importers import DIALOGUES, MAKERS, Maker, records, write
+from tests.security.mutations import changed, check_variety, mutated, outcome
+
+SESSIONS = {f"s{number}": said for number in range(6) for said in DIALOGUES.values()}
+
+
+@pytest.mark.parametrize(
+    "name", ["annomi-full", "whisperx", "daic", "mi-tags", "table", "table-jsonl", "table-parquet"]
+)
+def test_sources(name: str, tmp_path: Path) -> None:
+    """From the file to shards: what a reader lets through, the validation and the writer meet."""
+    maker = MAKERS.get(name, MAKERS["table"])
+    settings = maker.config.model_copy(update={"max_rejected": 1.0})
+    outcomes = []
+    for seed in range(25):
+        source = _source(maker, name, tmp_path / "source")
+        path = random.Random(seed).choice(sorted(source.iterdir()) if maker.folder else [source])
+        path.write_bytes(mutated(path.read_bytes(), seed))
+
+        def work(source: Path = source) -> None:
+            corpus = IMPORTERS[maker.format].read(source, None, settings)
+            prepare(corpus, tmp_path / "out", settings).verify()
+
+        outcomes.append(outcome(work))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    check_variety(outcomes)
+
+
+def _source(maker: Maker, name: str, folder: Path) -> Path:
+    if name != "table-parquet":
+        return write(maker, folder, maker.files(SESSIONS))
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records(SESSIONS)), folder / "table.parquet")
+    return folder / "table.parquet"
+
+
+def test_manifests(corpus: Shards, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
+    whole = (folder / MANIFEST).read_bytes()
+    cases = [mutated(whole, seed) for seed in range(60)]
+    cases += [json.dumps(changed(json.loads(whole), seed)).encode() for seed in range(60)]
+    outcomes = []
+    for case in cases:
+        (folder / MANIFEST).write_bytes(case)
+        outcomes.append(outcome(lambda: _read_all(folder)))
+    check_variety(outcomes)
+
+
+@pytest.mark.parametrize("which", ["index", "shard"])
+def test_arrow_files(which: str, corpus: Shards, tmp_path: Path) -> None:
+    """Not what `verify` finds by their hash: who poisons a corpus writes the hash anew."""
+    folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
+    path = folder / (corpus.manifest.index if which == "index" else corpus.manifest.shards[0].name)
+    whole, outcomes = path.read_bytes(), []
+    for seed in range(80):
+        path.write_bytes(mutated(whole, seed))
+        outcomes.append(outcome(lambda: _read_all(folder)))
+    assert any(outcomes)
+
+
+def _read_all(folder: Path) -> None:
+    shards = Shards(folder)
+    for row in range(shards.index.num_rows):
+        shards.pcm(row)
+
+
+def test_recordings(tmp_path: Path) -> None:
+    """Of every container that people have, from the header on."""
+    path, outcomes = tmp_path / "x", []
+    tone = np.random.default_rng(1).uniform(-0.5, 0.5, (SAMPLE_RATE // 4, 2))
+    for place, kind in enumerate(("WAV", "FLAC", "OGG", "AIFF", "W64", "AU")):
+        soundfile.write(sink := io.BytesIO(), tone, 22_050, format=kind)
+        whole = sink.getvalue()
+        for seed in range(25):
+            cut = len(whole) if seed % 2 else 100  # every second case changes the header
+            path.write_bytes(mutated(whole[:cut], 100 * place + seed) + whole[cut:])
+            outcomes.append(outcome(lambda: read_recording(path)))
+    check_variety(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "bits", "length"),
+    [
+        (2**31 - 1, 1, 16, 1000),
+        (4_294_967_295, 1, 16, 1000),
+        (44_101, 1, 16, 1000),
+        (0, 1, 16, 1000),
+        (1, 1, 16, 1000),
+        (16_000, 65_535, 16, 1000),
+        (16_000, 0, 16, 1000),
+        (16_000, 1, 0, 1000),
+        (16_000, 1, 16, 0),
+        (16_000, 1, 16, 2**32 - 1),
+    ],
+)
+def test_absurd_headers(rate: int, channels: int, bits: int, length: int, tmp_path: Path) -> None:
+    """A rate that nothing divides made the resampler ask for gigabytes."""
+    frame = channels * bits // 8 % 2**16
+    form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * frame % 2**32, frame, bits)
+    head = b"RIFF" + struct.pack("<I", 2**32 - 1) + b"WAVEfmt " + form + b"data" + struct.pack("<I", length)
+    (path := tmp_path / "x.wav").write_bytes(head + bytes(1000))
+    said = outcome(lambda: read_recording(path))
+    assert said == "" or said.startswith(f"{path}: not readable as audio (")
+
+
+def test_settings(tmp_path: Path) -> None:
+    """What is accepted is a configuration that reads back as it was written."""
+    whole = configuration.dump(configuration.load("demo")).encode()
+    path, outcomes = tmp_path / "a.yaml", []
+
+    def work() -> None:
+        loaded = configuration.load(str(path))
+        (tmp_path / "b.yaml").write_text(configuration.dump(loaded), encoding="utf-8")
+        assert configuration.load(str(tmp_path / "b.yaml")) == loaded
+
+    plain = read_tree(_written(path, whole), ())
+    for seed in range(60):
+        _written(path, mutated(whole, seed) if seed % 3 == 0 else json.dumps(changed(plain, seed)).encode())
+        outcomes.append(outcome(work))
+    check_variety(outcomes)
+    plain = json.loads(CorpusConfig().model_dump_json())
+    for seed in range(60):
+        _written(path, json.dumps(changed(plain, seed)).encode())
+        outcomes.append(outcome(lambda: validated(CorpusConfig, read_tree(path, ()), "a.yaml")))
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
+)
+
+
+YAML = {
+    "bomb": (BOMB, "more than 100000 values"),
+    "itself": ("name: a\nsearch: &a {space: *a}\n", "more than 100000 values"),
+    "deep": ("name: " + "[" * 5000, "not a YAML file of settings"),
+    "object": ("name: !!python/object/apply:os.system [touch pwned]\n", "not valid YAML"),
+    "name": ("name: !!python/name:os.system\n", "not valid YAML"),
+    "secret": ("name: ${oc.env:HOME}\n", "is not filled in"),
+    "hidden": ('name: "\\x24{oc.env:HOME}"\n', "is not filled in"),
+    "strings": ("a: ${b}${b}\nb: ${c}${c}\nc: x\n", "is not filled in"),
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml_that_is_more_than_it_seems(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, said = YAML[name]
+    monkeypatch.chdir(tmp_path)
+    error = outcome(lambda: configuration.load(str(_written(tmp_path / "a.yaml", text.encode()))))
+    assert said in error
+    assert str(Path.home()) not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+@pytest.mark.parametrize("override", ["=1", ".=1", "a..b=1", "train.[=1", "train.epochs=" + "[" * 3000, "name=${seed}"])
+def test_overrides(override: str) -> None:
+    assert outcome(lambda: configuration.load("demo", [override]))
+
+
+def test_an_empty_recording_of_any_rate_is_a_finding(tmp_path: Path) -> None:
+    """The resampler took no signal without samples."""
+    soundfile.write(tmp_path / "x.wav", np.zeros(0), 44_100)
+    assert read_recording(tmp_path / "x.wav").pcm.shape == (1, 0)
+
+
+def test_a_poisoned_index_is_refused_where_it_is_read(corpus: Shards, tmp_path: Path) -> None:
+    """With columns of its own, holes, or places that lie nowhere; Arrow itself follows any offset."""
+    folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
+    index, path = corpus.index, folder / corpus.manifest.index
+    row = corpus.columns["n_samples"].index(max(corpus.columns["n_samples"]))
+    for column, value, said in (
+        ("text", None, "text has holes"),
+        ("shard", 99, f"row {row} lies in no shard"),
+        ("offset", -1, f"row {row} lies in no shard"),
+        ("n_samples", 2**30, "is corrupt"),
+        ("length", 2**40, "is corrupt"),
+    ):
+        values = index[column].to_pylist()
+        values[row] = value
+        place, field = index.column_names.index(column), index.schema.field(column)
+        path.write_bytes(to_bytes(index.set_column(place, field, pa.array(values, field.type))))
+        assert said in outcome(lambda: Shards(folder).pcm(row)), column
+    path.write_bytes(to_bytes(index.drop_columns("text")))
+    assert "its columns are not those of a corpus" in outcome(lambda: Shards(folder).columns)
+
+
+def test_a_damaged_shard_of_an_unfinished_preparation_is_one_line(corpus: Shards) -> None:
+    name = corpus.manifest.shards[0].name
+    whole = (Path(corpus.folder) / name).read_bytes()
+    outcomes = [
+        outcome(lambda seed=seed: describe_shard(name, pa.py_buffer(mutated(whole, seed)))) for seed in range(60)
+    ]
+    assert all(said.startswith(f"{name}: not a readable shard (") for said in outcomes if said)
+    check_variety(outcomes)

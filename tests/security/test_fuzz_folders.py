@@ -1,0 +1,115 @@
+"""Adversarial folders: of a sweep, of its copy in a store, of an exported model."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from model import exported
+from sweep.config import claim_folder
+from sweep.ledger import Ledger, trial_folder
+from sweep.leftovers import end_leftovers
+from sweep.mirror import OWNER, mirrored
+from tests.security.mutations import ODD, VALUES, changed, check_variety, mutated, outcome
+from tests.sweep.common import PREDICTIONS, ask, report, settings, sweep, tree
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a sweep with a complete and a running trial, and all that lies in one."""
+    config = settings(trials=3)
+    claim_folder(config, folder := tmp_path / "sweep")
+    ledger = Ledger.open(folder, config)
+    ask(ledger, 2)
+    report(ledger, 0, 0.5, 0.75)
+    ledger.complete(0)
+    own = trial_folder(folder, 0)
+    own.mkdir(parents=True)
+    (own / "predictions.json").write_text(json.dumps(PREDICTIONS))
+    (own / "metrics.jsonl").write_text(
+        json.dumps({"time": 1.0, "step": 8, "attempt": 1, "values": {"loss": 1.0}}) + "\n"
+    )
+    (own / "mlflow.json").write_text(json.dumps({"run_id": "a", "ended": True}))
+    said = {"trials": 3, "before": 0.0, "work": 1.0, "seconds": 1.0, "took": None}
+    (folder / "plan.json").write_text(json.dumps({"steps": {}, "excluded": ["x"], "forecast": said}))
+    return folder
+
+
+def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
+    """`sweep status` reads all of it: it shows what is left, or says in one line what is damaged."""
+    whole, files = tree(folder), sorted(path for path in folder.rglob("*") if path.is_file())
+    outcomes = []
+    for seed in range(120):
+        path = random.Random(seed).choice(files)
+        path.write_bytes(mutated(path.read_bytes(), seed))
+        said = sweep("status", folder, *(["--json"] if seed % 2 else []))
+        assert said.code in (0, 2), (path.name, said.err)
+        assert said.err.count("error: ") == (said.code == 2)
+        assert "Traceback" not in said.err
+        outcomes.append(said.err)
+        path.write_bytes(whole[str(path.relative_to(folder))] or b"")
+        assert tree(folder) == whole
+    check_variety(outcomes)
+
+
+def test_the_record_of_processes_is_no_list_of_targets(tmp_path: Path) -> None:
+    """Whatever stands there, nothing else is ended and no other folder removed."""
+    (tmp_path / "sweep-ray-mine").mkdir()
+    plain = {"host": "h", "boot": 0.0, "scratch": str(tmp_path / "sweep-ray-mine"), "processes": {"1": 0.0}}
+    for seed in range(40):
+        (tmp_path / "processes.json").write_text(json.dumps(changed(plain, seed)))
+        assert end_leftovers(tmp_path) == []
+    for value in VALUES:
+        (tmp_path / "processes.json").write_text(json.dumps(value))
+        assert end_leftovers(tmp_path) == []
+    assert (tmp_path / "sweep-ray-mine").exists()
+
+
+@pytest.mark.parametrize("content", [*ODD, b"[]", b"{}", b'{"holder": 1, "generation": 0, "open": true}'])
+def test_a_copy_whose_owner_cannot_be_read_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (folder := tmp_path / "sweep").mkdir()
+    (store := tmp_path / "store").mkdir()
+    (store / OWNER).write_bytes(content)
+
+    def work() -> None:
+        with mirrored(folder, str(store), print, settle=0.0):
+            pytest.fail("it was taken over")
+
+    assert outcome(work).startswith(f"{store}/{OWNER}: ")
+
+
+def test_exported_models(tmp_path: Path) -> None:
+    plain = {
+        "format": 1,
+        "sweep": "a",
+        "trial": 0,
+        "corpus": "c",
+        "fingerprint": "f",
+        "roles": {"client": ["change", "neutral"]},
+        "tasks": {"classify": {"labels": ["change", "neutral"], "counts": [3, 4]}},
+        "meaning": {},
+        "digest": "d",
+    }
+    outcomes = []
+    for seed in range(80):
+        content = json.dumps(changed(plain, seed)).encode()
+        (tmp_path / exported.LABELS).write_bytes(mutated(content, seed) if seed % 2 else content)
+        outcomes.append(outcome(lambda: exported.read(tmp_path)))
+    check_variety(outcomes)
+    for tasks in ({"clasify": {"labels": [], "counts": []}}, {"classify": {"labels": ["a", "a"], "counts": [1, 1]}}):
+        (tmp_path / exported.LABELS).write_text(json.dumps(plain | {"tasks": tasks}))
+        assert f"{exported.LABELS}: file: Value error, " in outcome(lambda: exported.read(tmp_path))
+
+
+def test_a_damaged_ledger_is_one_line(folder: Path) -> None:
+    """Lines that are no JSON, or none of Optuna's."""
+    path = folder / "study.journal"
+    whole = path.read_bytes()
+    for damaged in (whole + b"[1]\n", whole + b"{}\n", b"\xff\n" + whole, b"[" * 5000 + b"\n" + whole):
+        path.write_bytes(damaged)
+        for work in (Ledger.read, Ledger.open):
+            said = outcome(lambda work=work: work(folder, settings(trials=3)))
+            assert said.startswith(f"{path}: damaged ledger ("), damaged
+    shutil.rmtree(folder)

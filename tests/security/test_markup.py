@@ -1,0 +1,50 @@
+"""Words of a corpus and values of settings are data wherever they are shown: no markup in pages, no formulas in sheets.
+
+tests/data/test_report.py has the page of a corpus, tests/sweep/test_predict.py the page of a transcript.
+"""
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.report.transcript import Coding, codings_csv
+from sweep.ledger import Ledger
+from sweep.mlflow_note import note
+from tests.sweep.common import sweep
+from tests.sweep.searched import SPACE, played, settings
+
+EVIL = "<script>alert(1)</script>|</td><img src=x onerror=alert(1)>"
+
+
+def test_a_sweeps_page_and_note(tmp_path: Path) -> None:
+    """A value of an axis, as the path of a model may be, and the words of an error."""
+    config = settings(space=SPACE | {"model.llm.path": [EVIL, "b"]})
+    played(config, folder := tmp_path / "sweep")
+    ledger = Ledger.open(folder, config)
+    asked = ledger.ask([], config.search.trials + 1)
+    assert asked is not None
+    ledger.fail(asked[0], EVIL)
+    outcome = sweep("report", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    page = (folder / "report/report.html").read_text(encoding="utf-8")
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    said = note(config, folder, ledger.entries())
+    assert "alert(1)" in said
+    assert "<script" not in said
+    assert "<img" not in said
+
+
+@pytest.mark.parametrize("text", ["=HYPERLINK(A1)", "+1", "-1+cmd|'/c calc'!A0", "@SUM(1)"])
+def test_a_sheet_computes_no_words(text: str) -> None:
+    """Spreadsheets compute a cell that begins so, and a formula can send the cells beside it away."""
+    coding = Coding(0, text, text, text, -0.5, 1.0, text, reason=text)
+    [row] = list(csv.DictReader(io.StringIO(codings_csv([coding]), newline="")))
+    assert {row[name] for name in ("session", "turn", "speaker", "text", "not_coded")} == {f"'{text}"}
+    assert row["start"] == "-0.500", "a number stays one"
+    plain = replace(coding, text="well, 1 = 1 - 0")
+    assert "well, 1 = 1 - 0" in codings_csv([plain])
