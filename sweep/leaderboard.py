@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +26,13 @@ SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the 
 HEALTH = ("eos_rate", "run_on", "empty")  # of generated texts
 Said = Mapping[str, tuple[list[str], list[Record]]]
 MEASURED = (*SHOWN, "weighted_f1", "loss", "ece", *HEALTH)
+
+
+class Kept(BaseModel):
+    """Intervals, and what they are of: the time of the predictions, and the code that counted."""
+
+    of: tuple[int, str]
+    intervals: dict[str, Interval | None] = {}
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,15 @@ def interval_of(folder: Path, entry: Entry, name: str) -> Interval | None:
     if entry.state == "RUNNING" or not path.exists():
         return None
     changed = path.stat().st_mtime_ns
-    kept, of = path.with_name(KEPT), [changed, code_version()]
-    content: dict[str, Any] = {"of": of}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        known = json.loads(kept.read_text())
-        content = known if known["of"] == of else content
-    if name not in content:
-        found = _interval(path.parent, changed, name)
-        content[name] = found and [found.value, found.low, found.high]
+    kept, now = path.with_name(KEPT), Kept(of=(changed, code_version()))
+    with contextlib.suppress(OSError, ValueError):
+        known = Kept.model_validate_json(kept.read_bytes())
+        now = known if known.of == now.of else now
+    if name not in now.intervals:
+        now.intervals[name] = _interval(path.parent, changed, name)
         with contextlib.suppress(OSError):
-            write_file(kept, json.dumps(content))
-    return content[name] and Interval(*content[name])
+            write_file(kept, now.model_dump_json())
+    return now.intervals[name]
 
 
 @functools.lru_cache(maxsize=4096)

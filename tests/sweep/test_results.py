@@ -187,5 +187,7 @@ def test_an_interval_is_kept_until_the_predictions_change(tmp_path: Path, monkey
     searched.write(folder, searched.said(entry.params, seed=7))
     second = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
     assert second == leaderboard.said_interval(read_predictions(folder), "macro_f1", {}) != first
-    (folder / leaderboard.KEPT).write_text("[]")
-    assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == second
+    kept = (folder / leaderboard.KEPT).read_text()
+    for damaged in ("[]", kept[:-9], kept.replace("{", "["), kept.replace('"macro_f1":{', '"macro_f1":{"no":1,')[:-1]):
+        (folder / leaderboard.KEPT).write_text(damaged)
+        assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == second
