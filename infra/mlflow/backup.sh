@@ -8,7 +8,7 @@ exec 9> "$MLFLOW_BACKUPS/.lock"
 flock --nonblock 9 || refuse "$MLFLOW_BACKUPS: another backup is running"
 rm -rf "$MLFLOW_BACKUPS"/.unfinished-*
 
-name=mlflow-$(date --utc +%Y%m%dT%H%M%SZ)
+while name=mlflow-$(date --utc +%Y%m%dT%H%M%SZ) && [[ -e $MLFLOW_BACKUPS/$name ]]; do sleep 0.2; done
 unfinished=$MLFLOW_BACKUPS/.unfinished-$name
 mkdir "$unfinished"
 # The database first: what comes later is in no run of the dump, and a sweep sends what it knows anew.

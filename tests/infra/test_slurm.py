@@ -198,6 +198,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
     assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_on_two_nodes_is_cancelled_and_given_again(cluster: Slurm, config: Path, tmp_path: Path) -> None:

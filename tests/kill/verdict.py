@@ -18,7 +18,16 @@ from tests.model.trials import equal
 ENDED = ("COMPLETE", "PRUNED")
 CLOCK = ("seconds", "data_wait")
 SWEEP_FILES = (".lock", "config.yaml", "mlflow.json", "plan.json", "sweep-id", "study.journal", "ledger.db")
-TRIAL_FILES = (".lock", "attempt-*", "checkpoint.pt", "config.yaml", "metrics.jsonl", "mlflow.json", "predictions.json")
+TRIAL_FILES = (
+    "predictions.json",
+    "intervals.json",
+    ".lock",
+    "attempt-*",
+    "checkpoint.pt",
+    "config.yaml",
+    "metrics.jsonl",
+    "mlflow.json",
+)
 BESIDE = "checkpoint.previous.pt"  # of a trial that was pruned: nothing tells its worker in time to remove it
 
 

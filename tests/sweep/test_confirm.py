@@ -206,6 +206,7 @@ def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
     assert "no trial is complete yet" in complaint(sweep("confirm", folder))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_session_is_held_out_once(folded: Config, models: Path, tmp_path: Path) -> None:

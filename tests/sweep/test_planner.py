@@ -232,6 +232,7 @@ def mortal(config: Config, folders: Mapping[str, str | None]) -> Said:
     return {**dry_steps(config, folders), "pid": os.getpid(), "rest": memory._at_rest()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_on_a_cluster_a_shape_that_takes_its_process_along_is_excluded(

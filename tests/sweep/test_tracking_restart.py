@@ -13,7 +13,8 @@ from tests.sweep.common import report
 from tests.sweep.mlflow_server import Server, wait_for
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# What tests/infra/test_mlflow_server.py does in every run, with fewer kills.
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_server_that_is_killed_and_comes_back_with_less(
