@@ -56,6 +56,7 @@ def test_the_second_stage_starts_from_the_first(models: Path, corpus: Shards, tm
     first = configuration.load("research-log", small(models, corpus))
     point = first.search.points[2]
     assert point["model.lora.enabled"] is False
+    assert first.storage.keep is None  # or its checkpoint would be gone unless it was one of the best
     train(first, point, tmp_path / "trials" / "0002")
     second = configuration.load(
         "research-log-stage-2", small(models, corpus, f"model.init_from={tmp_path / 'trials' / '0002'}")
