@@ -1,11 +1,8 @@
 """The batch script in a real Slurm: its decisions with stand-ins for `ray` and `sweep`, and whole sweeps."""
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +10,7 @@ import yaml
 from data import synthetic
 from data.prepare import prepare
 from tests.infra.slurm import Slurm, missing, processes_of, slurm
-from tests.sweep.cluster import until
+from tests.sweep.cluster import epochs, settings, trials, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "infra/slurm/sweep.sbatch")
@@ -142,35 +139,10 @@ def test_no_program_is_one_line(cluster: Slurm, tmp_path: Path) -> None:
     assert "there is no `sweep` here" in cluster.log(number)
 
 
-def settings(models: Path, shards: Path) -> dict[str, Any]:
-    return {
-        "name": "job",
-        "data": {"shards": str(shards), "history": 1, "reader": "local"},
-        "model": {
-            "modality": "speech",
-            "trainable": "encoder+new",
-            "encoder": {"path": str(models / "whisper")},
-            "llm": {"path": str(models / "llm")},
-        },
-        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": 4},
-        "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
-    }
-
-
-def epochs(out: Path) -> int:
-    return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
-
-
-def status(out: Path) -> list[dict[str, Any]]:
-    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
-    found: list[dict[str, Any]] = json.loads(subprocess.run(told, capture_output=True, check=True).stdout)["trials"]
-    return found
-
-
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> Path:
     shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), tmp_path / "shards")
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder, EPOCHS, TRIALS)))
     return tmp_path / "job.yaml"
 
 
@@ -190,7 +162,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
     cluster("scontrol", "requeue", str(number))
     job = cluster.wait(number, "COMPLETED", seconds=600)
     assert job["Restarts"] == "2"
-    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in status(out)] == [
+    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
         (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
     ]
     assert "USR1: the sweep is asked" in cluster.log(number)
@@ -214,4 +186,4 @@ def test_a_sweep_on_two_nodes_is_cancelled_and_given_again(cluster: Slurm, confi
     again = cluster.submit(*command, **BIN)
     cluster.wait(again, "COMPLETED", seconds=600)
     assert "goes on" in cluster.log(again)
-    assert [(trial["state"], trial["epochs"]) for trial in status(out)] == [("COMPLETE", 4)] * 2
+    assert [(trial["state"], trial["epochs"]) for trial in trials(out)] == [("COMPLETE", 4)] * 2

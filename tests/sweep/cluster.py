@@ -39,6 +39,36 @@ def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str])
     return found
 
 
+def settings(models: Path, shards: Path, epochs: int, trials: int, **changed: Any) -> dict[str, Any]:
+    """A sweep whose trials train an encoder, so that it takes long enough to be disturbed."""
+    return {
+        "name": "job",
+        "data": {"shards": str(shards), "history": 1, "reader": "ray"},
+        "model": {
+            "modality": "speech",
+            "trainable": "encoder+new",
+            "encoder": {"path": str(models / "whisper")},
+            "llm": {"path": str(models / "llm")},
+        },
+        "train": {"epochs": epochs, "batch_size": 4, "checkpoint_steps": 4},
+        "search": {"trials": trials, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
+        "storage": {"keep": None},
+        **changed,
+    }
+
+
+def epochs(out: Path) -> int:
+    """That all trials of a sweep have finished so far."""
+    return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
+
+
+def trials(out: Path) -> list[dict[str, Any]]:
+    """What `sweep status` says of each."""
+    told = [os.sys.executable, "-m", "sweep", "status", str(out), "--json"]  # type: ignore[attr-defined]
+    found = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+    return list(json.loads(found)["trials"])
+
+
 @dataclass
 class Cluster:
     """Nodes that are up, and what a client needs to reach them."""

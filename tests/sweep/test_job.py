@@ -4,7 +4,6 @@ One cluster carries all the checks: what costs is to start it.
 """
 
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,26 +16,10 @@ import yaml
 
 from data import synthetic
 from data.prepare import prepare
-from tests.sweep.cluster import Cluster, cluster, kill, until
+from tests.sweep.cluster import Cluster, cluster, epochs, kill, settings, trials, until
 
 TRIALS = 4
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def settings(models: Path, shards: Path, **changed: Any) -> dict[str, Any]:
-    return changed | {
-        "name": "job",
-        "data": {"shards": str(shards), "history": 1, "reader": "ray"},
-        "model": {
-            "modality": "speech",
-            "trainable": "encoder+new",
-            "encoder": {"path": str(models / "whisper")},
-            "llm": {"path": str(models / "llm")},
-        },
-        "train": {"epochs": 8, "batch_size": 4, "checkpoint_steps": 4},
-        "search": {"trials": TRIALS, "pruning": None, "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}},
-        "storage": {"keep": None},
-    }
 
 
 class Job:
@@ -70,10 +53,6 @@ class Job:
         self.cluster.state("job", "stop", self.id)
 
 
-def epochs(out: Path) -> int:
-    return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
-
-
 def steps(out: Path, number: int) -> int:
     path = out / f"trials/{number:04d}/checkpoint.pt"
     return int(torch.load(path, weights_only=True)["progress"]["total_steps"]) if path.exists() else 0
@@ -101,7 +80,7 @@ def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     """What was seen while the sweep was stopped and submitted again, and lost one node after a notice, one without."""
     root = tmp_path_factory.mktemp("job")
     shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), root / "shards")
-    (root / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder)))
+    (root / "job.yaml").write_text(yaml.safe_dump(settings(models, shards.folder, 8, TRIALS)))
     out, seen = root / "out", {}
     with cluster() as made, contextlib.ExitStack() as ends:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
@@ -128,8 +107,7 @@ def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
         seen["ended"] = again.command.wait(400)
         seen["log"] = again.said
         until(lambda: not leftovers(made), 30, lambda: str(leftovers(made)))
-    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
-    seen["status"] = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
+    seen["trials"] = trials(out)
     yield seen
 
 
@@ -142,17 +120,15 @@ def test_a_job_that_is_stopped_ends_in_order_with_a_checkpoint(played: dict[str,
 def test_the_job_that_is_submitted_again_goes_on_and_ends(played: dict[str, Any]) -> None:
     assert played["ended"] == 0, played["log"][-3000:]
     assert "goes on" in played["log"]
-    trials = played["status"]["trials"]
-    assert [trial["number"] for trial in trials] == list(range(TRIALS))
-    assert {trial["state"] for trial in trials} == {"COMPLETE"}
+    assert [trial["number"] for trial in played["trials"]] == list(range(TRIALS))
+    assert {trial["state"] for trial in played["trials"]} == {"COMPLETE"}
 
 
 def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path) -> None:
     """Each node has one CPU, so a trial of two workers needs both; one of them dies on the way."""
     shards = prepare(synthetic.corpus(sessions=12, turns=12, seed=5), tmp_path / "shards")
     out = tmp_path / "out"
-    content = settings(models, shards.folder, resources={"workers": 2})
-    content["search"]["trials"], content["train"]["epochs"] = 2, 4
+    content = settings(models, shards.folder, 4, 2, resources={"workers": 2})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
     with cluster() as made:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
@@ -173,6 +149,4 @@ def test_the_workers_of_a_trial_may_be_on_two_nodes(models: Path, tmp_path: Path
                 assert driver.wait(500) == 0, said()[-3000:]
             finally:
                 driver.kill()
-    told = [sys.executable, "-m", "sweep", "status", str(out), "--json"]
-    status = json.loads(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
-    assert [(trial["state"], trial["epochs"]) for trial in status["trials"]] == [("COMPLETE", 4)] * 2
+    assert [(trial["state"], trial["epochs"]) for trial in trials(out)] == [("COMPLETE", 4)] * 2
