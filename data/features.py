@@ -16,7 +16,7 @@ from data.frozen import Files, Part, named, runs
 from data.schema import SAMPLE_RATE
 from data.shards import Shards
 
-PART_SAMPLES = 600 * SAMPLE_RATE  # of a file: ten minutes of sound, which is what a kill may lose
+PART_SAMPLES = 600 * SAMPLE_RATE  # of a file, at most: ten minutes of sound, which is what a kill may lose
 BYTES = 2  # of a number
 LAYOUT = {"features": "<f2"}  # [T, D]
 
@@ -34,8 +34,13 @@ def _parts(shards: Shards, sound: str) -> list[Part[int]]:
     samples = columns["n_samples"]
     sized = ((row, shard, samples[row]) for row, shard in enumerate(columns["shard"]) if samples[row] > 0)
     return [
-        named("features", json.dumps([[columns[name][row] for name in heard] for row in rows]), rows, size)
-        for rows, size in ((rows, sum(samples[row] for row in rows)) for rows in runs(sized, PART_SAMPLES))
+        named(
+            "features",
+            json.dumps([[columns[name][row] for name in heard] for row in rows]),
+            rows,
+            [samples[row] for row in rows],
+        )
+        for rows in runs(sized, PART_SAMPLES)
     ]
 
 

@@ -8,6 +8,7 @@ move, so it is there whole or not at all.
 """
 
 import hashlib
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +32,31 @@ class Part(Generic[Row]):
 
     name: str  # of the file
     rows: tuple[Row, ...]
-    size: int  # of what is read for them: samples, or tokens
+    sizes: tuple[int, ...]  # of what is read for each: samples, or tokens
+
+    @property
+    def size(self) -> int:
+        """Of what is read for all of them."""
+        return sum(self.sizes)
 
 
-def named(kind: str, read: str, rows: Sequence[Row], size: int) -> Part[Row]:
+def named(kind: str, read: str, rows: Sequence[Row], sizes: Iterable[int]) -> Part[Row]:
     """The part of some rows; `read` says what is read for them, and nothing else."""
-    return Part(f"{kind}-{hashlib.sha256(read.encode()).hexdigest()[:16]}.arrow", tuple(rows), size)
+    return Part(f"{kind}-{hashlib.sha256(read.encode()).hexdigest()[:16]}.arrow", tuple(rows), tuple(sizes))
 
 
 def runs(sized: Iterable[tuple[Row, Hashable, int]], most: int) -> list[list[Row]]:
-    """Rows with a group and a size each → runs within a group, of about `most`: so what comes later leaves them."""
+    """Rows with a group and a size each → runs within a group, which end where they do whatever comes later.
+
+    The first ones are short, so that a small corpus, too, is work for several processes: their ends lie at
+    `most` / 32, / 16 … / 2; all further ones are of about `most`.
+    """
     found: dict[tuple[Hashable, int], list[Row]] = {}
     before: dict[Hashable, int] = {}  # by group
     for row, group, size in sized:
-        found.setdefault((group, before.get(group, 0) // most), []).append(row)
+        share = before.get(group, 0) / most
+        place = math.floor(share) + 5 if share >= 1 else math.frexp(max(share, 1 / 64))[1] + 5
+        found.setdefault((group, place), []).append(row)
         before[group] = before.get(group, 0) + size
     return list(found.values())
 

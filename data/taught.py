@@ -42,7 +42,7 @@ def parts(shards: Shards, lessons: Mapping[Item, Lesson]) -> list[Part[Item]]:
     found = []
     for own in runs(sized, PART_TOKENS):
         read = [lessons[item] for item in own]
-        found.append(named("teacher", " ".join(one.digest for one in read), own, sum(len(one.ids) for one in read)))
+        found.append(named("teacher", " ".join(one.digest for one in read), own, [len(one.ids) for one in read]))
     return found
 
 

@@ -9,7 +9,8 @@ Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (
 
 import functools
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +33,8 @@ from model.speech_encoder import SpeechEncoder
 
 VERSION = 1  # raise it when the same encoder would give other features
 LARGEST = float(torch.finfo(torch.float16).max)
+# The layers that are computed (0: all, and what follows them), and window and stride of an average over frames.
+Kept = tuple[int, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Recipe(Keyed):
     sound: str  # see `DataConfig.sound`; shuffled clips have the features of their own rows
     snr_db: float | None
     version: int = VERSION
+
+    @property
+    def kept(self) -> Kept:
+        """What is kept of a clip."""
+        return self.layers, self.pool
+
+    @property
+    def reading(self) -> str:
+        """Equal for features that one pass of the encoder yields."""
+        return replace(self, layers=0, pool=None).key
 
 
 def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> Recipe:
@@ -83,20 +96,19 @@ def encoder_digest(path: str) -> str:
 
 
 @torch.no_grad()
-def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, pool: tuple[int, int] | None, layers: int = 0) -> Tensor:
-    """The features of a clip, [T, D] in float16.
+def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, kept: Sequence[Kept]) -> list[Tensor]:
+    """The features of a clip, [T, D] in float16, for all that is to be kept of one pass.
 
     Args:
         encoder: frozen, in eval mode.
         pcm: int16 samples at 16 kHz.
-        pool: window and stride of an average over frames; a clip shorter than one window is filled with zeros to it.
-        layers: those that are frozen, as in `Recipe`.
+        kept: see `Kept`; a clip shorter than one window is filled with zeros to it.
     """
-    if layers:
-        frames_FD = encoder.prefix(waveform(pcm), layers).float()
-    else:
-        frames_BFD, lengths_B = encoder([waveform(pcm)])
-        frames_FD = frames_BFD[0, : lengths_B[0]].float()
+    states = encoder.states(waveform(pcm), {layers for layers, _ in kept})
+    return [_rounded(states[layers].float(), pool) for layers, pool in kept]
+
+
+def _rounded(frames_FD: Tensor, pool: tuple[int, int] | None) -> Tensor:
     if pool is not None:
         window, stride = pool
         filled_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))
@@ -107,24 +119,29 @@ def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, pool: tuple[int, int]
 
 @dataclass(frozen=True)
 class Job:
-    """The features of a part of a corpus, to be computed: travels to the process that does it."""
+    """The features of a part of a corpus, to be computed in one pass: travels to the process that does it."""
 
     shards: Shards
     part: Part[int]
     config: DataConfig
-    recipe: Recipe
-    folder: Path
+    recipes: Mapping[Path, Recipe]  # by the folders of their keys; all of one reading
     threads: int
+
+    def compute(self, rows: Sequence[int]) -> list[list[np.ndarray]]:
+        """The features of some rows, by recipe."""
+        some, *_ = self.recipes.values()
+        encoder = load_encoder(some.encoder, some.device, some.dtype)
+        config = self.config.model_copy(update={"sound": some.sound})
+        kept = [own.kept for own in self.recipes.values()]
+        with computing(self.threads, some.device, some.precision):
+            found = [
+                [own.cpu().numpy() for own in clip_features(encoder, clip_of(self.shards, row, config), kept)]
+                for row in rows
+            ]
+        return [list(own) for own in zip(*found, strict=True)]
 
     def __call__(self) -> pa.Table:
         """Compute and write them; a table with the bytes and the samples."""
-        encoder = load_encoder(self.recipe.encoder, self.recipe.device, self.recipe.dtype)
-        config = self.config.model_copy(update={"sound": self.recipe.sound})
-        pool, layers = self.recipe.pool, self.recipe.layers
-        with computing(self.threads, self.recipe.device, self.recipe.precision):
-            found = [
-                clip_features(encoder, clip_of(self.shards, row, config), pool, layers).cpu().numpy()
-                for row in self.part.rows
-            ]
-        size = features.write(self.folder, self.part, found)
-        return pa.table({"bytes": [size], "size": [self.part.size]})
+        computed = self.compute(self.part.rows)
+        written = [features.write(folder, self.part, own) for folder, own in zip(self.recipes, computed, strict=True)]
+        return pa.table({"bytes": [sum(written)], "size": [self.part.size]})

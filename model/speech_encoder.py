@@ -3,7 +3,7 @@
 Legend: B clips, F frames, D width, W windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -63,28 +63,42 @@ class SpeechEncoder(nn.Module):
         return self._encode(filled, masks)
 
     @torch.no_grad()
-    def prefix(self, clip: np.ndarray, start: int) -> Tensor:
-        """What layer `start`, at least 1, reads of a clip by itself: the part of an encoder whose upper layers train.
+    def states(self, clip: np.ndarray, starts: Collection[int]) -> dict[int, Tensor]:
+        """What layers read of a clip by itself, in one pass; it is the same for ever where all below is frozen.
+
+        Args:
+            clip: a waveform, see `forward`.
+            starts: the layers, at least 1 each; 0 stands for what follows the last one.
 
         Returns:
-            hidden_FD, of all `cost(len(clip))` frames that are computed.
+            For each, hidden_FD of all `cost(len(clip))` frames that are computed; for 0, the `frames(len(clip))` that
+            `forward` returns.
         """
-        stack, layers, seen = self.stack, self.stack.layers, []
-        hook = layers[start - 1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
-        stack.layers = layers[:start]  # the others would be computed for nothing
+        stack, layers, found = self.stack, self.stack.layers, dict[int, Tensor]()
+
+        def hold(start: int, output: Any) -> None:
+            hidden_WFD: Tensor = output[0] if isinstance(output, tuple) else output
+            found[start] = hidden_WFD.flatten(0, 1).clone()  # what comes later may write into it
+
+        hooks = [
+            layers[start - 1].register_forward_hook(lambda layer, inputs, output, start=start: hold(start, output))
+            for start in set(starts) - {0}
+        ]
+        if 0 not in starts:
+            stack.layers = layers[: max(starts)]  # the others would be computed for nothing
         try:
-            self([clip])
+            frames_BFD, lengths_B = self([clip])
         finally:
             stack.layers = layers
-            hook.remove()
-        hidden_WFD: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return hidden_WFD.flatten(0, 1)
+            for hook in hooks:
+                hook.remove()
+        return found | ({0: frames_BFD[0, : lengths_B[0]]} if 0 in starts else {})
 
     def rest(self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
         """Compute the layers from `start` on, and what follows them.
 
         Args:
-            hidden: of each clip, what `prefix` says.
+            hidden: of each clip, what `states` says.
             n_samples: of each clip.
             start: the first layer that is computed.
 

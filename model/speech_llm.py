@@ -278,8 +278,8 @@ class SpeechLLM(nn.Module):
         if example.features is not None:
             return on_device(example.features, self.device).float()
         assert example.pcm is not None, "items() selects utterances with sound"
-        pool = pooling(self.config, self.frozen_layers)
-        return clip_features(self.encoder, example.pcm, pool, self.frozen_layers).float()
+        kept = self.frozen_layers, pooling(self.config, self.frozen_layers)
+        return clip_features(self.encoder, example.pcm, [kept])[0].float()
 
     def _encoded(self, examples: Sequence[Example]) -> list[Tensor]:
         """Of an encoder that trains, or whose upper layers do; all clips are padded to the longest one."""

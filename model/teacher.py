@@ -28,7 +28,7 @@ from data.examples import Example, read_example
 from data.frozen import Part
 from data.shards import Shards
 from data.tasks import Item, items
-from data.taught import Lesson
+from data.taught import Lesson, Taught
 from model.config import ModelConfig
 from model.frozen import Keyed, computing, model_digest
 from model.llm import load_llm
@@ -153,11 +153,15 @@ class Job:
     folder: Path
     threads: int
 
-    def __call__(self) -> pa.Table:
-        """Compute and write it; a table with the bytes and the tokens."""
-        made = self.recipe
+    def compute(self, rows: Sequence[Item]) -> list[Taught]:
+        """What the teacher says about some rows."""
+        made, own = self.recipe, dict(zip(self.part.rows, self.lessons, strict=True))
         llm = load_llm(made.llm, made.dtype, made.device)
         with computing(self.threads, made.device, made.precision):
-            found = [likeliest(read(llm, own)[0], made.temperature) for own in self.lessons]
-        size = taught.write(self.folder, self.part, [(ids.cpu().numpy(), own.cpu().numpy()) for ids, own in found])
+            found = [likeliest(read(llm, own[row])[0], made.temperature) for row in rows]
+        return [(ids.cpu().numpy(), log_probs.cpu().numpy()) for ids, log_probs in found]
+
+    def __call__(self) -> pa.Table:
+        """Compute and write it; a table with the bytes and the tokens."""
+        size = taught.write(self.folder, self.part, self.compute(self.part.rows))
         return pa.table({"bytes": [size], "size": [self.part.size]})

@@ -91,10 +91,18 @@ class Need:
         kept = map(model.adapter.embeddings, frames) if self.recipe.pool is not None else frames
         return sum(kept) * model.encoder.width * BYTES
 
-    def jobs(self, parts: Sequence[Part[int]]) -> list[Job]:
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """Layers and pooling are no part of it: an encoder passes all of them on its way."""
+        return self.recipe.reading, *(part.name for part in self.parts)
+
+    def jobs(self, parts: Sequence[Part[int]], needs: Sequence["Need"]) -> list[Job]:
         """The work."""
-        shards, config = open_shards(self.config.data), self.config
-        return [Job(shards, part, config.data, self.recipe, self.folder, config.resources.threads) for part in parts]
+        shards, config, found = open_shards(self.config.data), self.config, []
+        for part in parts:
+            recipes = {need.folder: need.recipe for need in needs if not (need.folder / part.name).exists()}
+            found.append(Job(shards, part, config.data, recipes, config.resources.threads))
+        return found
 
 
 def need_of(config: Config, cache: Path) -> Need | None:

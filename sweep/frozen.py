@@ -1,19 +1,19 @@
 """Frozen passes: what models that no trial changes make of a corpus, computed once by Ray Data before the trials start.
 
-space ─► needs of trials that may be drawn ─► what is missing ─► Ray Data: a job, a file ─► <cache>/<kind>/<key>/
+space ─► needs of trials that may be drawn ─► what is missing ─► Ray Data: jobs ─► <cache>/<kind>/<key>/
 
 The kinds are features of encoders (`sweep.features`) and what distillations learn from (`sweep.teacher`). A trial whose
 files are all there reads them; any other computes by itself, with the same bits.
 """
 
+import contextlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 from filelock import FileLock
@@ -33,7 +33,7 @@ from sweep.space import Axis
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
 SMALL = 2e11  # positions times parameters: about ten seconds of one CPU
-FEW = 8  # rows that are computed beforehand, to say how long all will take
+FEW, MOMENT = 8, 2.0  # rows, or s, that are computed beforehand, to say how long all will take
 EVERY = 10.0  # seconds between two lines about the progress
 # Numbers of which only counts whether they are 0.
 SIGN = (
@@ -85,8 +85,33 @@ class Need(Protocol):
     def bytes(self, parts: Sequence[Part[Any]]) -> int:
         """What parts take on the disk."""
 
-    def jobs(self, parts: Sequence[Part[Any]]) -> Sequence[Callable[[], pa.Table]]:
-        """The work, a job a part; each returns a table with the part's size."""
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """Needs with the same are met by one pass: of the same model over the same rows."""
+
+    def jobs(self, parts: Sequence[Part[Any]], needs: Sequence[Any]) -> "Sequence[Job]":
+        """The work, a job a part: for those of the needs, all of this reading, that miss it."""
+
+
+class Read(NamedTuple):
+    """A need, and how many epochs of trials read it."""
+
+    need: Need
+    epochs: float
+
+
+class Job(Protocol):
+    """Work on a part; travels to the process that does it."""
+
+    @property
+    def part(self) -> Part[Any]:
+        """What is computed, and what it is called."""
+
+    def compute(self, rows: Sequence[Any]) -> Any:
+        """Compute some of its rows, and write nothing."""
+
+    def __call__(self) -> pa.Table:
+        """Compute all and write them; a table with the part's size."""
 
 
 KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], Need | None]]] = {
@@ -154,31 +179,42 @@ def compute(config: Config, cache: Path, say: Say) -> None:
 
     search, epochs = config.search, config.train.epochs
     passes = search.trials * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
+    groups: dict[tuple[str, ...], list[Read]] = {}
     for need, share in _counted(config, cache):
-        need.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(need.folder / LOCK):  # another sweep may be at it
-            Store(need.folder).write(ABOUT, json.dumps(asdict(need.recipe), indent=1).encode())
-            if left := need.missing:
-                say(described(need))
-                _check_room(need, left)
-                try:
-                    _compute(need, left, passes * share, say)
-                except ray.exceptions.RayError as error:
-                    raise ClusterError(f"the frozen passes were lost ({error}); the same command goes on") from None
+        groups.setdefault(need.reading, []).append(Read(need, passes * share))
+    for group in groups.values():
+        with contextlib.ExitStack() as held:
+            for need, _ in sorted(group, key=lambda own: own.need.folder):  # in one order: another sweep may be at them
+                need.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(need.folder / LOCK))
+                Store(need.folder).write(ABOUT, json.dumps(asdict(need.recipe), indent=1).encode())
+            try:
+                if lacking := [own for own in group if own.need.missing]:
+                    _compute(lacking, say)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"the frozen passes were lost ({error}); the same command goes on") from None
 
 
-def _compute(need: Need, left: Sequence[Part[Any]], epochs: float, say: Say) -> None:
-    """Compute parts; `epochs` of trials will read them."""
-    total, done, gpus = sum(part.size for part in left), 0, need.config.resources.gpus_per_worker
+def _compute(group: Sequence[Read], say: Say) -> None:
+    """Meet needs of one reading in one pass."""
+    needs = [own.need for own in group]
+    for need in needs:
+        say(described(need))
+    _check_room(needs)
+    need = max(needs, key=lambda own: own.work(1))
+    left = list({part.name: part for own in needs for part in own.missing}.values())
+    jobs, total, done = need.jobs(left, needs), sum(part.size for part in left), 0
 
     def spared(seconds: float) -> str:
-        return f"about {shown_time(max(0.0, seconds * need.epoch / total * epochs - seconds))}"
+        """Each epoch would compute its own need anew."""
+        online = sum(own.epochs * own.need.work(own.need.epoch) / need.work(total) for own in group)
+        return f"about {shown_time(max(0.0, seconds * online - seconds))}"
 
-    if need.work(total) > SMALL and gpus == 0:  # here is no GPU that would tell
-        seconds = _expected(need, left[0]) * total
+    if need.work(total) > SMALL and _gpus(need) == 0:  # here is no GPU that would tell
+        seconds = _expected(jobs[0]) * total
         say(f"frozen passes: about {shown_time(seconds)} of a worker, which spares the trials {spared(seconds)}")
     started = told = time.monotonic()
-    for table in _done(need, need.jobs(left), total):
+    for table in _done(need, jobs, total):
         done += table["size"][0].as_py()
         now = time.monotonic()
         if now - told >= EVERY and done < total:
@@ -188,32 +224,36 @@ def _compute(need: Need, left: Sequence[Part[Any]], epochs: float, say: Say) -> 
     say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch is spared: {spared(taken)} in all")
 
 
-def _expected(need: Need, part: Part[Any]) -> float:
-    """Seconds of a worker for a size of 1, from a few rows of a part, computed here and thrown away."""
-    rows = part.rows[:: max(1, len(part.rows) // FEW)][:FEW]
-    taken = []
-    with tempfile.TemporaryDirectory() as folder:
-        for own in (rows[:1], rows):  # the first one loads the model, too
-            [job] = need.jobs([replace(part, name="few", rows=own)])
-            started = time.monotonic()
-            replace(job, folder=Path(folder))()  # type: ignore[type-var]
-            taken.append(time.monotonic() - started)
-    return taken[-1] / (part.size * len(rows) / len(part.rows))
+def _expected(job: Job) -> float:
+    """Seconds of a worker for a size of 1, from a few rows, computed here and thrown away."""
+    part, size = job.part, 0
+    job.compute(part.rows[:1])  # which loads the model, too
+    started = time.monotonic()
+    for place in range(0, len(part.rows), max(1, len(part.rows) // FEW)):
+        job.compute(part.rows[place : place + 1])
+        size += part.sizes[place]
+        if time.monotonic() - started > MOMENT:
+            break
+    return (time.monotonic() - started) / size
 
 
-def _done(need: Need, jobs: Sequence[Callable[[], pa.Table]], total: int) -> Iterator[pa.Table]:
+def _done(need: Need, jobs: Sequence[Job], total: int) -> Iterator[pa.Table]:
     """The results of jobs: by Ray Data, unless its processes would take longer to start than the work takes here."""
-    resources = need.config.resources
-    if need.work(total) <= SMALL and resources.gpus_per_worker == 0:
+    if need.work(total) <= SMALL and _gpus(need) == 0:
         return (job() for job in jobs)
-    return ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
+    return ray_jobs(jobs, cpus=need.config.resources.cpus_per_worker, gpus=_gpus(need))
 
 
-def _check_room(need: Need, left: Sequence[Part[Any]]) -> None:
-    size, free = need.bytes(left), shutil.disk_usage(need.folder).free
+def _gpus(need: Need) -> float:
+    return need.config.resources.gpus_per_worker
+
+
+def _check_room(needs: Sequence[Need]) -> None:
+    folder, size = needs[0].folder, sum(need.bytes(need.missing) for need in needs)
+    free = shutil.disk_usage(folder).free
     if size > free:
         raise StorageError(
-            f"{need.folder}: what is computed takes {shown_size(size)} and {shown_size(free)} are free; free some "
+            f"{folder}: what is computed takes {shown_size(size)} and {shown_size(free)} are free; free some "
             "space (`sweep cache prune`), name another folder in storage.cache, or set storage.features=live"
         )
 

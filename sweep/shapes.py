@@ -71,21 +71,23 @@ def shapes(config: Config, whole: bool = False) -> tuple[list[Shape], int]:
         Those to be tried, and how many were left out: of more than MOST, as many are drawn.
     """
     points = config.search.points[: config.search.trials]
-    drawn = _drawn(config, _combinations(config, whole) if config.search.trials > len(points) else points)
+    drawn = _drawn(config, _combinations(config, whole) if config.search.trials > len(points) else points, whole)
     names = list(drawn) if len(drawn) <= MOST else random.Random(0).sample(list(drawn), MOST)
     total = sum(count for _, count in drawn.values())
     made = [_shape(config, own, count / total) for own, count in map(drawn.__getitem__, names)]
     return [shape for shape in made if shape is not None], len(drawn) - len(names)
 
 
-def _drawn(config: Config, wanted: Iterable[Values]) -> dict[str, tuple[Values, int]]:
+def _drawn(config: Config, wanted: Iterable[Values], whole: bool) -> dict[str, tuple[Values, int]]:
     """Trials by shape: the values of one, and how many there are."""
     found: dict[str, tuple[Values, int]] = {}
     for values in wanted:
         own = config.search.suggest(Chooser(values), flat(config))
-        name = repr(sorted((key, value) for key, value in own.items() if counts_for(key)))
-        first, count = found.get(name, (own, 0))
-        found[name] = (first, count + 1)
+        merged = () if whole else LARGEST
+        name = repr(sorted((key, value) for key, value in own.items() if counts_for(key) and key not in merged))
+        known, count = found.get(name, (own, 0))
+        largest = max(known, own, key=lambda one: [one.get(key, 0) for key in LARGEST])
+        found[name] = (largest, count + 1)
     return found
 
 
@@ -145,6 +147,4 @@ def _values(key: str, axis: Axis, whole: bool) -> list[Any]:
         return values
     if key.startswith(SIGN):
         return list({value > 0: value for value in values}.values())
-    if whole:
-        return sorted(values)
-    return [max(values)] if key in LARGEST else list(dict.fromkeys((min(values), max(values))))
+    return sorted(values) if whole else list(dict.fromkeys((min(values), max(values))))

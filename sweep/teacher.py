@@ -87,7 +87,12 @@ class Need:
         """At most: smaller vocabularies take less."""
         return BYTES * sum(self.course.lessons[item].predicted for part in parts for item in part.rows)
 
-    def jobs(self, parts: Sequence[Part[Item]]) -> list[Job]:
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """Nothing else has the same."""
+        return self.recipe.key, *(part.name for part in self.parts)
+
+    def jobs(self, parts: Sequence[Part[Item]], needs: Sequence["Need"]) -> list[Job]:
         """The work."""
         read, threads = self.course.lessons, self.config.resources.threads
         return [Job(part, [read[item] for item in part.rows], self.recipe, self.folder, threads) for part in parts]

@@ -48,7 +48,7 @@ def distillation() -> Row:
     taught = alone.with_values({"train.losses.distillation": 1.0})
     need = need_of(taught, CACHE)
     assert need is not None
-    for job in need.jobs(need.missing):
+    for job in need.jobs(need.missing, [need]):
         job()
     models = {"alone": trainer(alone), "read": trainer(taught, taught=need.folder), "live": trainer(taught)}
     taken = in_turns({name: steps_of(own) for name, own in models.items()}, PAIRS)
@@ -88,7 +88,7 @@ def compared(name: str, config: Config, goal: float | None = None) -> Row:
     need = features_of(config, CACHE)
     assert need is not None
     left, started = need.missing, time.monotonic()
-    for job in need.jobs(left):
+    for job in need.jobs(left, [need]):
         job()
     took = f"; {need.shown(sum(part.size for part in left))} in {time.monotonic() - started:.0f} s" if left else ""
     live, read = (trainer(config, features) for features in (None, need.folder))

@@ -58,7 +58,7 @@ def rows(llm: Path, encoder: Path) -> list[Row]:
     need = need_of(config, CACHE)
     assert need is not None
     started = time.monotonic()
-    for job in need.jobs(need.missing):
+    for job in need.jobs(need.missing, [need]):
         job()
     passed = f"frozen pass: {need.shown(sum(part.size for part in need.parts))} in {time.monotonic() - started:.0f} s"
     trainers = [trainer(config, features, device=DEVICE) for features in (need.folder, None)]

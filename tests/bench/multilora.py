@@ -80,7 +80,7 @@ def trials(count: int, items: int, turns: int) -> list[Trainer]:
     shards, passed = open_shards(base.data), recipe(base.model, base.data, "cpu")
     features = CACHE / "features" / passed.key
     for part in missing(features, shards, base.data):
-        Job(shards, part, base.data, passed, features, 1)()
+        Job(shards, part, base.data, {features: passed}, 1)()
     varied: list[dict[str, Any]] = [
         {"model.lora.rank": rank, "train.learning_rate": 1e-3 * (place + 1)} for place, rank in enumerate(RANKS[:count])
     ]

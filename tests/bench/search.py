@@ -109,7 +109,7 @@ def train(config: Config) -> Curve:
         shards, passed = open_shards(config.data), recipe(config.model, config.data, "cpu")
         features = CACHE / "features" / passed.key
         for part in missing(features, shards, config.data):
-            Job(shards, part, config.data, passed, features, 1)()
+            Job(shards, part, config.data, {features: passed}, 1)()
     curve: Curve = []
     model, data = build(config, "local", ("train", "val"), "cpu", features)
     with tempfile.TemporaryDirectory() as folder:

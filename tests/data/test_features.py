@@ -14,7 +14,7 @@ from data.config import DataConfig
 from data.errors import StorageError
 from data.examples import read_clip
 from data.features import LAYOUT, Features, missing, parts, write
-from data.frozen import Files, Part
+from data.frozen import Files, Part, runs
 from data.frozen import write as write_rows
 from data.prepare import prepare
 from data.shards import Shards
@@ -145,7 +145,7 @@ def hold(folder: Path, part: Part[int], told: Connection) -> None:
 
 def test_the_processes_of_a_node_share_the_pages_of_a_file(tmp_path: Path) -> None:
     """Each of two slots holds half of what it reads, and nothing of its own."""
-    part, size = Part("features-of-two.arrow", (0, 1), 2), 4 << 20
+    part, size = Part("features-of-two.arrow", (0, 1), (1, 1)), 4 << 20
     write_rows(tmp_path, part, LAYOUT, [[np.full((size // 64, 32), 1 + row, "<f2")] for row in part.rows])
     spawned, pipes, slots = multiprocessing.get_context("spawn"), [], []
     for _ in range(2):
@@ -162,3 +162,13 @@ def test_the_processes_of_a_node_share_the_pages_of_a_file(tmp_path: Path) -> No
     for pipe, slot in zip(pipes, slots, strict=True):
         pipe.send(None)
         slot.join()
+
+
+def test_the_first_files_are_short_and_what_comes_later_changes_none() -> None:
+    rows = [(row, "shard", 10) for row in range(200)]
+    found = runs(rows, 640)
+    assert [10 * len(own) for own in found] == [20, 20, 40, 80, 160, 320, 640, 640, 80]
+    for count in range(1, 200, 7):
+        *whole, _ = runs(rows[:count], 640)
+        assert whole == found[: len(whole)]
+    assert runs([*rows, (200, "another", 10)], 640) == [*found, [200]]

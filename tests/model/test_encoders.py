@@ -200,19 +200,22 @@ def test_an_encoder_in_two_steps_yields_the_same_frames(kind: str, folders: dict
     assert len(encoder.stack.layers) == 2
     whole = [encode(encoder, [clip])[0] for clip in clips]
     for start in (1, 2):
-        hidden = [encoder.prefix(clip, start) for clip in clips]
+        hidden = [encoder.states(clip, [start])[start] for clip in clips]
         assert [row.shape for row in hidden] == [(encoder.cost(len(clip)), encoder.width) for clip in clips]
         for order in ([0], [3, 2, 1, 0]):
             frames = on_top(encoder, [hidden[place] for place in order], [clips[place] for place in order], start)
             assert same(frames, [whole[place] for place in order])
-        assert torch.equal(encoder.prefix(clips[1], start), hidden[1])  # whatever was computed before
+        assert torch.equal(encoder.states(clips[1], [start])[start], hidden[1])  # whatever was computed before
     assert same(encode(encoder, clips), whole)
+    every = encoder.states(clips[0], [1, 0, 2])  # in one pass
+    assert torch.equal(every[0], whole[0])
+    assert all(torch.equal(every[start], encoder.states(clips[0], [start])[start]) for start in (1, 2))
 
 
 @pytest.mark.parametrize("kind", ["hubert-group", "wavlm-layer", "conformer-relative", "w2v-bert", "whisper"])
 def test_upper_layers_train_independently_of_the_batch(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = without_dropout(folders[kind], tmp_path / kind)
-    hidden = [encoder.prefix(clip, 1) for clip in CLIPS[:3]]
+    hidden = [encoder.states(clip, [1])[1] for clip in CLIPS[:3]]
     direction_D = torch.randn(encoder.width, generator=torch.Generator().manual_seed(0))
 
     def gradient(*batches: Sequence[int]) -> Tensor:

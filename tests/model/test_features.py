@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from data.config import DataConfig
 from data.examples import Example
-from data.features import missing
+from data.features import missing, parts
 from data.shards import Shards
 from data.tasks import answer_sets
 from model.checkpoint import seed_everything
@@ -38,7 +38,7 @@ def computed(trial: Trial, models: Path, shards: Shards, root: Path) -> Path:
     made = recipe(config, trial.data, "cpu", SpeechLLM(config, answers, "meta").frozen_layers)
     folder = root / made.key
     for part in missing(folder, shards, trial.data):
-        told = Job(shards, part, trial.data, made, folder, 1)().to_pylist()
+        told = Job(shards, part, trial.data, {folder: made}, 1)().to_pylist()
         assert told[0]["size"] == part.size
         assert told[0]["bytes"] > 0
     return folder
@@ -94,9 +94,10 @@ def test_the_files_are_what_is_read(models: Path, corpus: Shards, tmp_path: Path
     model = train(trial, models, corpus, tmp_path / "read", features)
     assert model.encoder is not None
     assert all(parameter.is_meta for parameter in model.encoder.parameters())
-    other = computed(replace(trial, data=DataConfig(history=DATA.history, sound="zeroed")), models, corpus, tmp_path)
-    for path, wrong in zip(sorted(features.glob("*.arrow")), sorted(other.glob("*.arrow")), strict=True):
-        shutil.copy(wrong, path)
+    silent = DataConfig(history=DATA.history, sound="zeroed")
+    other = computed(replace(trial, data=silent), models, corpus, tmp_path)
+    for part, wrong in zip(parts(corpus, trial.data), parts(corpus, silent), strict=True):
+        shutil.copy(other / wrong.name, features / part.name)
     train(trial, models, corpus, tmp_path / "wrong", features)
     assert not same_end(tmp_path / "read", tmp_path / "wrong")
 
@@ -133,7 +134,7 @@ def test_the_layers_above_frozen_ones_train_on_what_is_kept(models: Path, exampl
     torch.cat(clips).square().mean().backward()
     given = {name for name, parameter in model.encoder.named_parameters() if parameter.grad is not None}
     assert given == {name for name, _ in model.encoder.named_parameters() if ".layers.1." in name}
-    kept = [clip_features(model.encoder, example.pcm, None, 1) for example in heard if example.pcm is not None]
+    kept = [clip_features(model.encoder, example.pcm, [(1, None)])[0] for example in heard if example.pcm is not None]
     assert all(features.dtype == torch.float16 for features in kept)
     read = [
         replace(example, pcm=None, features=features.numpy(), n_samples=0 if example.pcm is None else len(example.pcm))

@@ -85,7 +85,7 @@ def test_words_and_features_are_read_together(models: Path, corpus: Shards, tmp_
     found = computed(trial, models, corpus, tmp_path / "teacher")
     made = feature_recipe(trial.config(models), trial.data, "cpu")
     for part in feature_parts(corpus, trial.data):
-        FeatureJob(corpus, part, trial.data, made, tmp_path / "features", 1)()
+        FeatureJob(corpus, part, trial.data, {tmp_path / "features": made}, 1)()
     train(trial, models, corpus, tmp_path / "live", None)
     train(trial, models, corpus, tmp_path / "read", found, tmp_path / "features")
     assert same_end(tmp_path / "live", tmp_path / "read")

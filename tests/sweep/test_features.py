@@ -14,6 +14,7 @@ from data.errors import StorageError
 from data.prepare import prepare
 from data.shards import Shards
 from data.store import LOCK
+from model.speech_encoder import SpeechEncoder
 from sweep import frozen
 from sweep.config import Config
 from sweep.features import need_of
@@ -120,6 +121,37 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     [need] = needs(one, tmp_path)
     written = sum(path.stat().st_size for path in folder.glob("features-*.arrow"))
     assert abs(need.bytes(need.parts) / written - 1) < 0.5  # of small files
+
+
+def test_what_one_pass_of_an_encoder_yields_is_computed_in_one(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    states = SpeechEncoder.states
+    monkeypatch.setattr(SpeechEncoder, "states", lambda *args: encoded.append(1) or states(*args))
+    monkeypatch.setattr(frozen, "FEW", 1)
+    space = {"model.trainable": [FROZEN, UPPER], "model.adapter.window": [4, 8], "model.lora.rank": [2, 4]}
+    said: list[str] = []
+    compute(config(models, shards, space), tmp_path / "both", said.append)
+    clips = sum(n_samples > 0 for n_samples in shards.columns["n_samples"])
+    assert (len(encoded), len(made)) == (2 + clips, 3)  # two beforehand, to say how long it takes
+    assert sum("once for all trials" in line for line in said) == 3
+    for trainable, window in ((FROZEN, 4), (FROZEN, 8), (UPPER, 4)):
+        alone = config(models, shards, {"model.trainable": [trainable], "model.adapter.window": [window]})
+        compute(alone, tmp_path / "alone", said.append)
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.arrow")}
+        for root in (tmp_path / "both", tmp_path / "alone")
+    )
+    assert first == second != {}
+
+
+def test_a_pass_writes_only_what_is_missing(models: Path, shards: Shards, tmp_path: Path, made: list[str]) -> None:
+    compute(config(models, shards), tmp_path, lambda text: None)
+    [kept] = tmp_path.rglob("*.arrow")
+    before = kept.stat().st_mtime_ns
+    compute(config(models, shards, {"model.trainable": [FROZEN, UPPER]}), tmp_path, lambda text: None)
+    assert (len(made), kept.stat().st_mtime_ns) == (2, before)
 
 
 def test_little_work_is_not_worth_a_process(
