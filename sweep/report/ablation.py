@@ -13,24 +13,29 @@ import pandas as pd
 
 from data.errors import UserError
 from model.intervals import Comparison, compare
-from sweep.config import Config
-from sweep.confirm import SEED, objective
+from sweep.config import SEARCHABLE, Config
+from sweep.confirm import FORMER, SEED, objective
 from sweep.leaderboard import shown
-from sweep.ledger import Entry, best_first, trial_folder
+from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions, short_names
+from sweep.settings import flat
 from sweep.whole import write_file
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A trial that differs from the reference in one choice."""
+    """A trial that differs from the reference in a choice, or in two."""
 
-    key: str  # of the setting
-    before: Any  # its value in the reference
-    after: Any
+    changed: dict[str, tuple[Any, Any]]  # by setting, its value in the reference and in the trial
     number: int  # of the trial
     value: float  # of its objective
     comparison: Comparison  # of the trial with the reference
+    sweep: str = ""  # that the trial is of, if another one
+
+    @property
+    def trial(self) -> str:
+        """The trial, for people."""
+        return f"#{self.number} of {self.sweep}" if self.sweep else f"#{self.number}"
 
 
 def reference_of(config: Config, entries: Sequence[Entry], number: int | None = None) -> Entry | None:
@@ -50,40 +55,72 @@ def reference_of(config: Config, entries: Sequence[Entry], number: int | None = 
     return next((entry for entry in done if first is not None and entry.params == first), next(iter(done), None))
 
 
-def choices(config: Config, folder: Path, entries: Sequence[Entry], reference: Entry | None) -> list[Choice]:
-    """Every complete trial that differs from the reference in one choice, by axis and value.
+def choices(ledger: Ledger, reference: Entry | None, others: Sequence[Ledger] = ()) -> list[Choice]:
+    """Every complete trial that differs from the reference in one choice, or in two where it was asked for: a second
+    stage starts from another trial and may train other parts. By number of choices, axis and value.
 
-    A choice that takes others along counts as one: in a text trial there is no end-of-audio vector to choose.
+    Args:
+        ledger: of the reference's sweep.
+        reference: the trial; None: there is none, so there are no choices.
+        others: of sweeps of the same items and objective, whose trials count as well.
     """
     if reference is None:
         return []
-    said, found = trial_folder(folder, reference.number), []
-    if not read_predictions(said):
+    place, found = trial_folder(ledger.folder, reference.number), []
+    if not (said := read_predictions(place)):
         return []
-    sums, task = objective(config, said)
-    before = read_predictions(said)[task][1]
-    for entry in best_first(config, entries):
-        differing = [key for key in config.search.space if _differs(entry, reference, key)]
-        own = read_predictions(trial_folder(folder, entry.number))
-        if len(differing) != 1 or task not in own or differing == [SEED]:
-            continue
-        compared = compare([own[task][1]], [before], sums, config.search.direction == "maximize")
-        assert entry.value is not None
-        [key] = differing
-        found.append(Choice(key, reference.params[key], entry.params[key], entry.number, entry.value, compared))
-    order = list(config.search.space)
-    return sorted(found, key=lambda choice: (order.index(choice.key), str(choice.after), choice.number))
+    (sums, task), maximize = objective(ledger.config, place), ledger.config.search.direction == "maximize"
+    for own in (ledger, *others):
+        name, rows = "" if own is ledger else own.config.name, []
+        for entry in best_first(own.config, own.entries()):
+            changed, asked = _changed(ledger, reference, own, entry), entry.params in own.config.search.points
+            if SEED in changed or not 1 <= len(changed) <= 1 + asked:
+                continue
+            if task in (after := read_predictions(trial_folder(own.folder, entry.number))):
+                compared = compare([after[task][1]], [said[task][1]], sums, maximize)
+                rows.append(Choice(changed, entry.number, entry.value or 0.0, compared, name))
+        found += sorted(rows, key=lambda row: _order(ledger.config, row))
+    return found
 
 
-def _differs(entry: Entry, reference: Entry, key: str) -> bool:
-    """Whether both trials have the choice, and made it differently."""
-    both = key in entry.params and key in reference.params
-    return both and entry.params[key] != reference.params[key]
+def _order(config: Config, choice: Choice) -> tuple[int, list[tuple[int, str]], int]:
+    axes = [*config.search.space, *choice.changed]
+    values = sorted((axes.index(key), str(after)) for key, (_, after) in choice.changed.items())
+    return len(values), values, choice.number
+
+
+def _changed(ledger: Ledger, reference: Entry, own: Ledger, entry: Entry) -> dict[str, tuple[Any, Any]]:
+    """What a trial does otherwise than the reference. Within a sweep, a choice that takes others along counts as one:
+    in a text trial there is no end-of-audio vector to choose."""
+    if own is ledger:
+        keys = [key for key in ledger.config.search.space if key in entry.params and key in reference.params]
+        before, after = reference.params, entry.params
+    else:
+        before, after = (flat(whose.trial_config(trial)) for whose, trial in ((ledger, reference), (own, entry)))
+        keys = [key for key in after if key.startswith(SEARCHABLE)]
+    return {key: (before[key], after[key]) for key in keys if before[key] != after[key]}
 
 
 def name_of(config: Config, choice: Choice) -> str:
     """What was chosen in place of what."""
-    return f"{short_names(list(config.search.space))[choice.key]}: {shown(choice.before)} → {shown(choice.after)}"
+    names = short_names(list(dict.fromkeys([*config.search.space, *choice.changed])))
+    changed = choice.changed.items()
+    return ", ".join(f"{names[key]}: {_told(key, before)} → {_told(key, after)}" for key, (before, after) in changed)
+
+
+def described(config: Config, reference: Entry) -> str:
+    """A trial and its choices."""
+    names = short_names(list(config.search.space))
+    chosen = [f"{names[key]} {_told(key, value)}" for key, value in reference.params.items()]
+    return f"trial {reference.number}" + (f" ({', '.join(chosen)})" if chosen else "")
+
+
+def _told(key: str, value: Any) -> str:
+    """The value of a choice; a former trial by its number and sweep."""
+    parts = Path(value).parts if key in FORMER and value else ()
+    if len(parts) > 2 and parts[-2] == trial_folder(Path(), 0).parent.name:
+        return f"trial {int(parts[-1])} of {parts[-3]}"
+    return "none" if value is None else shown(value)
 
 
 def frame(config: Config, reference: Entry | None, found: Sequence[Choice]) -> pd.DataFrame:
@@ -92,14 +129,14 @@ def frame(config: Config, reference: Entry | None, found: Sequence[Choice]) -> p
     columns = ["choice", "trial", metric, "difference", "95 % interval", "McNemar p", "verdict"]
     rows: list[list[str]] = []
     if reference is not None and reference.value is not None:
-        rows.append(["reference", str(reference.number), f"{reference.value:.3f}", "", "", "", ""])
+        rows.append(["reference", f"#{reference.number}", f"{reference.value:.3f}", "", "", "", ""])
     for own in found:
         low, high, p = own.comparison.difference.low, own.comparison.difference.high, own.comparison.mcnemar
         limits = "" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
         rows.append(
             [
                 name_of(config, own),
-                str(own.number),
+                own.trial,
                 f"{own.value:.3f}",
                 f"{own.comparison.difference.value:+.3f}",
                 limits,

@@ -131,7 +131,7 @@ def _intervals(config: Config, folder: Path, done: Sequence[Entry]) -> Figure:
 
 def _ablation(config: Config, choices: Sequence[Choice]) -> Figure:
     """What each choice adds or takes away; left or right of 0 by more than its limits, it is no noise."""
-    names = [f"{name_of(config, own)} (#{own.number})" for own in choices]
+    names = [f"{name_of(config, own)} ({own.trial})" for own in choices]
     content = _bars(names, [(own.comparison.difference.value, own.comparison.difference) for own in choices], flat=True)
     content.add_vline(x=0, line_color="grey", line_dash="dot")
     height = 140 + 34 * len(choices)

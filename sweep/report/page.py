@@ -39,6 +39,7 @@ def html(
     said: Sequence[str],
     found: Sequence[Figure],
     table: pd.DataFrame,
+    reference: str,
     others: Sequence[Sweep],
 ) -> str:
     """The page.
@@ -49,6 +50,7 @@ def html(
         said: its verdict.
         found: its pictures.
         table: its ablation.
+        reference: what its choices are compared with.
         others: sweeps to be shown beside it, itself among them; may be empty.
     """
     from jinja2 import Environment, StrictUndefined
@@ -68,6 +70,7 @@ def html(
         warning=recall.warning(config, entries),
         figures=[(own, _embedded(own, first=place == 0)) for place, own in enumerate(found)],
         ablation=table.to_dict("split"),
+        reference=reference,
         others=others,
         health=_health(config, entries),
         commands=_commands(config, folder, entries),
@@ -149,7 +152,7 @@ def _commands(config: Config, folder: Path, entries: Sequence[Entry]) -> list[tu
 
 def beside(folders: Sequence[Path]) -> list[Sweep]:
     """Several sweeps, best first; those that cannot be compared with the first one stand behind, with the reason."""
-    ledgers = [Ledger.read(folder, configuration.load(str(folder / "config.yaml"))) for folder in folders]
+    ledgers = [_opened(folder) for folder in folders]
     first, rows = ledgers[0], []
     for ledger, folder in zip(ledgers, folders, strict=True):
         best = ledger.best()
@@ -161,6 +164,10 @@ def beside(folders: Sequence[Path]) -> list[Sweep]:
     sign = -1 if first.config.search.direction == "maximize" else 1
     rows.sort(key=lambda row: (bool(row[0].apart), row[1] is None, sign * (row[1] or 0.0)))
     return [own for own, _ in rows]
+
+
+def _opened(folder: Path) -> Ledger:
+    return Ledger.read(folder, configuration.load(str(folder / "config.yaml")))
 
 
 def _apart(one: Ledger, other: Ledger) -> str:
@@ -201,11 +208,13 @@ def write(
 
     entries, config = ledger.entries(), ledger.config
     chosen = ablation.reference_of(config, entries, reference)
-    choices = ablation.choices(config, folder, entries, chosen)
+    rivals = [other for other in map(_opened, beside_) if not _apart(ledger, other)]
+    choices = ablation.choices(ledger, chosen, rivals)
     table = ablation.frame(config, chosen, choices)
     others = beside([folder, *beside_]) if beside_ else []
     said = verdict(config, folder, entries)
-    text = html(ledger, folder, said, figures.figures(ledger, folder, entries, choices), table, others)
+    against = ablation.described(config, chosen) if chosen is not None else ""
+    text = html(ledger, folder, said, figures.figures(ledger, folder, entries, choices), table, against, others)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     write_file(page, text)

@@ -71,7 +71,8 @@ def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
 
 
 def test_the_ablation_is_paired_and_holds_one_choice_at_a_time(finished: Path) -> None:
-    page(finished)
+    text = page(finished)
+    assert "The reference: trial 0 (modality speech, rank 8, learning_rate 1.00e-03, end_of_audio none)." in text
     table = pd.read_csv(finished / "report" / "ablation.csv").set_index("choice")
     assert table.loc["modality: speech → text", "verdict"] == "worse"
     assert table.loc["rank: 8 → 16", "verdict"] == "tied within noise"
@@ -162,6 +163,40 @@ def test_sweeps_of_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -
     assert "another objective: loss, not macro_f1" in found
 
 
+def test_a_point_may_differ_in_two_choices(tmp_path: Path) -> None:
+    """One that is drawn may not: its difference would say nothing of either."""
+    both = REFERENCE | {"model.lora.rank": 16, "model.end_of_audio": "learned"}
+    for name, points in {"asked": [REFERENCE, both], "drawn": [REFERENCE]}.items():
+        config = settings(trials=2, points=points)
+        played(config.with_values({"search.points": [REFERENCE, both]}), folder := tmp_path / name)
+        ledger = Ledger.read(folder, config)
+        found = ablation.choices(ledger, ledger.entries()[0])
+        expected = ["rank: 8 → 16, end_of_audio: none → learned"] if name == "asked" else []
+        assert [ablation.name_of(config, choice) for choice in found] == expected
+
+
+def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> None:
+    """As does what differs in one setting; what differs in three, in the seed, or in its corpus does not."""
+    played(settings(trials=4), first := tmp_path / "first")
+
+    def other(name: str, fingerprint: str = "f" * 16, **changed: Any) -> list[object]:
+        own = settings(trials=1).with_values({"name": name} | {key.replace("__", "."): changed[key] for key in changed})
+        played(own, folder := tmp_path / name)
+        Ledger.open(folder, own).study.set_user_attr("fingerprint", fingerprint)
+        return ["--with", folder]
+
+    stage = {"model__init_from": "/elsewhere/first/trials/0002", "model__trainable": "lora"}
+    others = other("stage-2", **stage) + other("longer", train__epochs=3) + other("both", train__epochs=3, **stage)
+    others += other("again", seed=1) + other("elsewhere", "0" * 16, **stage)
+    text = page(first, *others)
+    table = pd.read_csv(first / "report" / "ablation.csv").set_index("trial")
+    assert [name for name in table.index if "of" in name] == ["#0 of stage-2", "#0 of longer"]
+    assert table.loc["#0 of stage-2", "choice"] == "trainable: new → lora, model.init_from: none → trial 2 of first"
+    assert table.loc["#0 of stage-2", "difference"] == 0.0
+    assert table.loc["#0 of longer", "choice"] == "epochs: 2 → 3"
+    assert "none → trial 2 of first" in text
+
+
 def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
     assert "not the folder of a sweep" in complaint(sweep("report", tmp_path))
     assert "not the folder of a sweep" in complaint(sweep("report", finished, "--with", tmp_path))
@@ -171,8 +206,8 @@ def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
 def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
     ledger = Ledger.read(finished, settings(trials=10))
     entries = ledger.entries()
-    found = ablation.choices(ledger.config, finished, entries, ablation.reference_of(ledger.config, entries))
-    [modality] = [choice for choice in found if choice.key == "model.modality"]
+    found = ablation.choices(ledger, ablation.reference_of(ledger.config, entries))
+    [modality] = [choice for choice in found if choice.changed.keys() == {"model.modality"}]
     assert entries[modality.number].params == TEXT
 
 
