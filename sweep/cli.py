@@ -14,7 +14,7 @@ from data.errors import UserError
 from sweep import cli_cache
 from sweep.cli_confirm import confirm
 from sweep.cli_export import export, predict
-from sweep.cli_prepare import console, prepare, show_shards
+from sweep.cli_prepare import prepare, show_shards
 from sweep.cli_report import report
 from sweep.cli_run import (
     BAD_INPUT,
@@ -27,6 +27,7 @@ from sweep.cli_run import (
     show_model,
     submit,
 )
+from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
     from sweep.ledger import Entry
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(BAD_INPUT)
 
 

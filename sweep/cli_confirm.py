@@ -9,8 +9,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sweep.cli_prepare import console
 from sweep.cli_run import DONE, open_ledger, run_sweep
+from sweep.terminal import console
 
 if TYPE_CHECKING:
     from sweep.confirm import Confirmation

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from data.errors import UserError, reason
-from sweep.cli_prepare import console
+from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
     from model.speech_llm import SpeechLLM
@@ -82,7 +82,7 @@ def _or_exit(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(INFRASTRUCTURE)
 
 
@@ -193,16 +193,16 @@ def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
             code = _drive(config, folder, resolved, check, stop, search)
         return UNFINISHED if code == DONE and mirror and not mirror.complete else code
     except SweepFault as fault:
-        print(f"error: {fault}; the sweep was stopped, and the same command goes on ({folder})", file=sys.stderr)
+        complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
     except (Busy, Lost, ClusterError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return INFRASTRUCTURE
     except OSError as error:
-        print(f"error: {folder}: {reason(error)}; mend this, and give the same command again", file=sys.stderr)
+        complain(f"{folder}: {reason(error)}; mend this, and give the same command again")
         return INFRASTRUCTURE
     except StorageInternalError:
-        print(f"error: {folder}: the ledger's database went away; the same command goes on", file=sys.stderr)
+        complain(f"{folder}: the ledger's database went away; the same command goes on")
         return INFRASTRUCTURE
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where it was ({folder})")
@@ -317,7 +317,7 @@ def _conclude(driver: Any, shipped: bool, search: bool) -> int:
     best = driver.ledger.best()
     if best is None:
         reasons = "; ".join(sorted({entry.why for entry in entries}))
-        print(f"error: no trial was completed ({reasons})", file=sys.stderr)
+        complain(f"no trial was completed ({reasons})")
         return INFRASTRUCTURE
     if search:
         print_best(driver.ledger, driver.folder)
