@@ -22,11 +22,10 @@ from sweep.cli_run import (
     SetOption,
     check_inputs,
     open_ledger,
-    print_best,
     run,
-    show_model,
     submit,
 )
+from sweep.cli_show import print_best, show_model, show_trials
 from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
@@ -72,7 +71,6 @@ def _trial_json(folder: Path, entry: "Entry") -> dict[str, Any]:
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
     """Every trial and its state, also while the sweep runs."""
-    from sweep import leaderboard
     from sweep.watch import progress_json, status_lines
 
     ledger = open_ledger(folder)
@@ -80,9 +78,7 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
     if not as_json:
         for line in status_lines(config, folder, entries):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(leaderboard.table(config, folder, entries))
-        for line in leaderboard.notes(entries):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        show_trials(config, folder, entries)
         return
     content = {
         "sweep": config.name,

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ import typer
 from rich.markup import escape
 
 from data.errors import UserError, reason
+from sweep.cli_show import print_best, program, show_model, show_trials
 from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
-    from model.speech_llm import SpeechLLM
     from sweep.config import Config
     from sweep.ledger import Ledger
     from sweep.mirror import Mirror
@@ -159,14 +158,8 @@ def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
     yield from preview(resolved, cache, folder)
 
 
-def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
-    """Start a sweep, or go on with it; returns the exit code.
-
-    Args:
-        config: of the sweep.
-        folder: of the sweep.
-        search: whether its best trial is what it is for, and is told.
-    """
+def run_sweep(config: "Config", folder: Path) -> int:
+    """Start a sweep, or go on with it; returns the exit code."""
     from optuna.exceptions import StorageInternalError
 
     from sweep.cluster import ClusterError
@@ -190,7 +183,7 @@ def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
                 if mirror:
                     mirror.check()
 
-            code = _drive(config, folder, resolved, check, stop, search)
+            code = _drive(config, folder, resolved, check, stop)
         return UNFINISHED if code == DONE and mirror and not mirror.complete else code
     except SweepFault as fault:
         complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
@@ -227,9 +220,7 @@ def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | Non
                 )
 
 
-def _drive(
-    config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any, search: bool
-) -> int:
+def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any) -> int:
     """What the holder of the lease does."""
     from sweep.config import claim_folder
     from sweep.display import Display
@@ -247,7 +238,7 @@ def _drive(
         with Display(console, config, folder) as display:
             driver.say = display.say
             shipped = _attempt(driver, resolved)
-    return _conclude(driver, shipped, search)
+    return _conclude(driver, shipped)
 
 
 def check_inputs(config: "Config") -> "Config":
@@ -261,20 +252,6 @@ def check_inputs(config: "Config") -> "Config":
         resolved = resolve_inputs(config)
         show_model(resolved)
     return resolved
-
-
-def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
-    """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
-    from sweep.inputs import first_trial, skeleton
-    from sweep.inspect import notes, parts_table
-
-    config = first_trial(resolved)
-    model = skeleton(config)
-    which = ", first trial" if resolved.search.space else ""
-    console.print(parts_table(model, config, f"parts of the model{which}"))
-    for note in notes(model):
-        console.print(note, markup=False, highlight=False)
-    return model, config
 
 
 def _attempt(driver: Any, resolved: "Config") -> bool:
@@ -300,16 +277,15 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
     return shipped
 
 
-def _conclude(driver: Any, shipped: bool, search: bool) -> int:
+def _conclude(driver: Any, shipped: bool) -> int:
     """Show what came out and choose the exit code."""
-    from sweep import forecast, leaderboard
+    from sweep import forecast
     from sweep.mlflow_access import ui_command
+    from sweep.trainings import search_of
 
     entries = driver.ledger.entries()
-    console.print(leaderboard.table(driver.config, driver.folder, entries))
+    show_trials(driver.config, driver.folder, entries)
     for line in forecast.lines(driver.config, driver.folder, entries):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    for line in leaderboard.notes(entries):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if driver.left():
         console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
@@ -319,31 +295,7 @@ def _conclude(driver: Any, shipped: bool, search: bool) -> int:
         reasons = "; ".join(sorted({entry.why for entry in entries}))
         complain(f"no trial was completed ({reasons})")
         return INFRASTRUCTURE
-    if search:
+    if search_of(driver.config, driver.folder) is None:
         print_best(driver.ledger, driver.folder)
     console.print(f"MLflow UI:  {ui_command(driver.folder, program('mlflow'))}", soft_wrap=True, highlight=False)
     return DONE if shipped else UNFINISHED
-
-
-def print_best(ledger: "Ledger", folder: Path) -> None:
-    from sweep.watch import near, train_command
-
-    best = ledger.best()
-    assert best is not None
-    console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
-    for key, value in best.params.items():
-        console.print(f"  {key}: {value}", highlight=False)
-    where = near(folder)
-    again = f"{program('sweep')} {train_command(folder, best.params)}"
-    console.print(f"again:      {again}", soft_wrap=True, highlight=False)
-    console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
-    console.print(f"is it best? {program('sweep')} confirm {where}", soft_wrap=True, highlight=False)
-    console.print(f"a page:     {program('sweep')} report {where}", soft_wrap=True, highlight=False)
-
-
-def program(name: str) -> str:
-    """How a program of this environment is called from here."""
-    from sweep.watch import near
-
-    path = Path(sys.executable).parent / name
-    return name if shutil.which(name) == str(path) else str(near(path))
