@@ -163,28 +163,15 @@ def run_sweep(config: "Config", folder: Path) -> int:
     from optuna.exceptions import StorageInternalError
 
     from sweep.cluster import ClusterError
-    from sweep.lease import Busy, Lost, hold
-    from sweep.mlflow_access import check_access, tracking_uri
+    from sweep.lease import Busy, Lost
+    from sweep.mlflow_access import tracking_uri
     from sweep.run import SweepFault
     from sweep.stop import Stop
 
     server = tracking_uri(folder)
     (stop := Stop()).install()
     try:
-        # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
-        # unless there is something left to do.
-        resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
-        if resolved:
-            check_access(server, config.name)
-        with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
-
-            def check() -> None:
-                lease.check()
-                if mirror:
-                    mirror.check()
-
-            code = _drive(config, folder, resolved, check, stop)
-        return UNFINISHED if code == DONE and mirror and not mirror.complete else code
+        return _hold(config, folder, server, stop)
     except SweepFault as fault:
         complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
@@ -200,6 +187,27 @@ def run_sweep(config: "Config", folder: Path) -> int:
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where it was ({folder})")
         return UNFINISHED
+
+
+def _hold(config: "Config", folder: Path, server: str, stop: Any) -> int:
+    """Work on a sweep as the one who may; returns the exit code."""
+    from sweep.lease import hold
+    from sweep.mlflow_access import check_access
+
+    # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
+    # unless there is something left to do.
+    resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
+    if resolved:
+        check_access(server, config.name)
+    with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
+
+        def check() -> None:
+            lease.check()
+            if mirror:
+                mirror.check()
+
+        code = _drive(config, folder, resolved, check, stop)
+    return UNFINISHED if code == DONE and mirror and not mirror.complete else code
 
 
 @contextlib.contextmanager
