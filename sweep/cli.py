@@ -14,7 +14,7 @@ from data.errors import UserError
 from sweep import cli_cache
 from sweep.cli_confirm import confirm
 from sweep.cli_export import export, predict
-from sweep.cli_prepare import console, prepare, show_shards
+from sweep.cli_prepare import prepare, show_shards
 from sweep.cli_report import report
 from sweep.cli_run import (
     BAD_INPUT,
@@ -22,11 +22,11 @@ from sweep.cli_run import (
     SetOption,
     check_inputs,
     open_ledger,
-    print_best,
     run,
-    show_model,
     submit,
 )
+from sweep.cli_show import print_best, show_model, show_trials
+from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
     from sweep.ledger import Entry
@@ -55,7 +55,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(BAD_INPUT)
 
 
@@ -71,7 +71,6 @@ def _trial_json(folder: Path, entry: "Entry") -> dict[str, Any]:
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
     """Every trial and its state, also while the sweep runs."""
-    from sweep import leaderboard
     from sweep.watch import progress_json, status_lines
 
     ledger = open_ledger(folder)
@@ -79,9 +78,7 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
     if not as_json:
         for line in status_lines(config, folder, entries):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(leaderboard.table(config, folder, entries))
-        for line in leaderboard.notes(entries):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        show_trials(config, folder, entries)
         return
     content = {
         "sweep": config.name,

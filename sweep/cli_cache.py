@@ -14,7 +14,7 @@ from rich.table import Table
 from data.errors import UserError
 from data.frozen import ABOUT
 from data.store import LOCK, UNFINISHED
-from sweep.cli_prepare import console
+from sweep.terminal import console
 
 KINDS = ("features", "teacher")  # folders of a cache
 DAY, JUST = 86400.0, 3600.0  # seconds; what was used within JUST may be in use

@@ -9,8 +9,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sweep.cli_prepare import console
 from sweep.cli_run import DONE, open_ledger, run_sweep
+from sweep.terminal import console
 
 if TYPE_CHECKING:
     from sweep.confirm import Confirmation
@@ -36,7 +36,7 @@ def confirm(
     planned, place = own.plan(ledger, folder, top, seeds, folds), own.place_of(folder, folds)
     under = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
     console.print(f"{len(planned.search.points)} trainings of the best {top} under {under}, in {place.name}")
-    code = run_sweep(planned, place, search=False)
+    code = run_sweep(planned, place)
     if code != DONE:
         sys.exit(code)
     found = own.confirmation(ledger, folder, folds, console.print)

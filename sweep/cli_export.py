@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from data.errors import UserError
-from sweep.cli_prepare import console, make_aligner, make_shards
+from sweep.cli_prepare import make_aligner, make_shards
+from sweep.terminal import console
 
 
 def export(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.errors import UserError
+from sweep.terminal import console
 
 if TYPE_CHECKING:
     from data.corpus_config import CorpusConfig
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 UNFINISHED = 75
 WORTH_RAY = 8  # shards: starting Ray takes as long as cutting these, about four hours of sound
 REPORT = "report.html"
-
-# Into a file or a pipe, tables keep the width of a wide terminal.
-console = Console(width=None if sys.stdout.isatty() else 132)
 
 
 def prepare(

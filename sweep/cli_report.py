@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sweep.cli_prepare import console
 from sweep.cli_run import open_ledger
+from sweep.terminal import console
 
 
 def report(

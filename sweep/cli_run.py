@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ import typer
 from rich.markup import escape
 
 from data.errors import UserError, reason
-from sweep.cli_prepare import console
+from sweep.cli_show import print_best, program, show_model, show_trials
+from sweep.terminal import complain, console
 
 if TYPE_CHECKING:
-    from model.speech_llm import SpeechLLM
     from sweep.config import Config
     from sweep.ledger import Ledger
     from sweep.mirror import Mirror
@@ -82,7 +81,7 @@ def _or_exit(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(INFRASTRUCTURE)
 
 
@@ -159,54 +158,56 @@ def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
     yield from preview(resolved, cache, folder)
 
 
-def run_sweep(config: "Config", folder: Path, search: bool = True) -> int:
-    """Start a sweep, or go on with it; returns the exit code.
-
-    Args:
-        config: of the sweep.
-        folder: of the sweep.
-        search: whether its best trial is what it is for, and is told.
-    """
+def run_sweep(config: "Config", folder: Path) -> int:
+    """Start a sweep, or go on with it; returns the exit code."""
     from optuna.exceptions import StorageInternalError
 
     from sweep.cluster import ClusterError
-    from sweep.lease import Busy, Lost, hold
-    from sweep.mlflow_access import check_access, tracking_uri
+    from sweep.lease import Busy, Lost
+    from sweep.mlflow_access import tracking_uri
     from sweep.run import SweepFault
     from sweep.stop import Stop
 
     server = tracking_uri(folder)
     (stop := Stop()).install()
     try:
-        # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
-        # unless there is something left to do.
-        resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
-        if resolved:
-            check_access(server, config.name)
-        with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
-
-            def check() -> None:
-                lease.check()
-                if mirror:
-                    mirror.check()
-
-            code = _drive(config, folder, resolved, check, stop, search)
-        return UNFINISHED if code == DONE and mirror and not mirror.complete else code
+        return _hold(config, folder, server, stop)
     except SweepFault as fault:
-        print(f"error: {fault}; the sweep was stopped, and the same command goes on ({folder})", file=sys.stderr)
+        complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
     except (Busy, Lost, ClusterError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return INFRASTRUCTURE
     except OSError as error:
-        print(f"error: {folder}: {reason(error)}; mend this, and give the same command again", file=sys.stderr)
+        complain(f"{folder}: {reason(error)}; mend this, and give the same command again")
         return INFRASTRUCTURE
     except StorageInternalError:
-        print(f"error: {folder}: the ledger's database went away; the same command goes on", file=sys.stderr)
+        complain(f"{folder}: the ledger's database went away; the same command goes on")
         return INFRASTRUCTURE
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where it was ({folder})")
         return UNFINISHED
+
+
+def _hold(config: "Config", folder: Path, server: str, stop: Any) -> int:
+    """Work on a sweep as the one who may; returns the exit code."""
+    from sweep.lease import hold
+    from sweep.mlflow_access import check_access
+
+    # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
+    # unless there is something left to do.
+    resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
+    if resolved:
+        check_access(server, config.name)
+    with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
+
+        def check() -> None:
+            lease.check()
+            if mirror:
+                mirror.check()
+
+        code = _drive(config, folder, resolved, check, stop)
+    return UNFINISHED if code == DONE and mirror and not mirror.complete else code
 
 
 @contextlib.contextmanager
@@ -227,9 +228,7 @@ def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | Non
                 )
 
 
-def _drive(
-    config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any, search: bool
-) -> int:
+def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any) -> int:
     """What the holder of the lease does."""
     from sweep.config import claim_folder
     from sweep.display import Display
@@ -247,7 +246,7 @@ def _drive(
         with Display(console, config, folder) as display:
             driver.say = display.say
             shipped = _attempt(driver, resolved)
-    return _conclude(driver, shipped, search)
+    return _conclude(driver, shipped)
 
 
 def check_inputs(config: "Config") -> "Config":
@@ -261,20 +260,6 @@ def check_inputs(config: "Config") -> "Config":
         resolved = resolve_inputs(config)
         show_model(resolved)
     return resolved
-
-
-def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
-    """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
-    from sweep.inputs import first_trial, skeleton
-    from sweep.inspect import notes, parts_table
-
-    config = first_trial(resolved)
-    model = skeleton(config)
-    which = ", first trial" if resolved.search.space else ""
-    console.print(parts_table(model, config, f"parts of the model{which}"))
-    for note in notes(model):
-        console.print(note, markup=False, highlight=False)
-    return model, config
 
 
 def _attempt(driver: Any, resolved: "Config") -> bool:
@@ -300,16 +285,15 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
     return shipped
 
 
-def _conclude(driver: Any, shipped: bool, search: bool) -> int:
+def _conclude(driver: Any, shipped: bool) -> int:
     """Show what came out and choose the exit code."""
-    from sweep import forecast, leaderboard
+    from sweep import forecast
     from sweep.mlflow_access import ui_command
+    from sweep.trainings import search_of
 
     entries = driver.ledger.entries()
-    console.print(leaderboard.table(driver.config, driver.folder, entries))
+    show_trials(driver.config, driver.folder, entries)
     for line in forecast.lines(driver.config, driver.folder, entries):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    for line in leaderboard.notes(entries):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if driver.left():
         console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
@@ -317,33 +301,9 @@ def _conclude(driver: Any, shipped: bool, search: bool) -> int:
     best = driver.ledger.best()
     if best is None:
         reasons = "; ".join(sorted({entry.why for entry in entries}))
-        print(f"error: no trial was completed ({reasons})", file=sys.stderr)
+        complain(f"no trial was completed ({reasons})")
         return INFRASTRUCTURE
-    if search:
+    if search_of(driver.config, driver.folder) is None:
         print_best(driver.ledger, driver.folder)
     console.print(f"MLflow UI:  {ui_command(driver.folder, program('mlflow'))}", soft_wrap=True, highlight=False)
     return DONE if shipped else UNFINISHED
-
-
-def print_best(ledger: "Ledger", folder: Path) -> None:
-    from sweep.watch import near, train_command
-
-    best = ledger.best()
-    assert best is not None
-    console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
-    for key, value in best.params.items():
-        console.print(f"  {key}: {value}", highlight=False)
-    where = near(folder)
-    again = f"{program('sweep')} {train_command(folder, best.params)}"
-    console.print(f"again:      {again}", soft_wrap=True, highlight=False)
-    console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
-    console.print(f"is it best? {program('sweep')} confirm {where}", soft_wrap=True, highlight=False)
-    console.print(f"a page:     {program('sweep')} report {where}", soft_wrap=True, highlight=False)
-
-
-def program(name: str) -> str:
-    """How a program of this environment is called from here."""
-    from sweep.watch import near
-
-    path = Path(sys.executable).parent / name
-    return name if shutil.which(name) == str(path) else str(near(path))

@@ -19,7 +19,7 @@ from typing import Any
 from data.errors import MisfitError, UserError
 from model.intervals import Comparison, Interval, Sums, compare, interval, sums_of
 from model.metrics import Record
-from sweep import builtin
+from sweep import builtin, trainings
 from sweep import config as configuration
 from sweep.config import Config
 from sweep.evaluate import predict
@@ -27,11 +27,11 @@ from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions
 from sweep.settings import flat
 from sweep.space import FOLD
+from sweep.trainings import FILE, FOLDED, SUFFIX, without_luck
 from sweep.trial import open_shards
 from sweep.whole import write_file
 
-SUFFIX, FOLDED, FILE, TEST = "-confirm", "-folds", "confirmed.json", "test.json"
-SEED = "seed"
+SEED, TEST = trainings.SEED, "test.json"
 FORMER = ("model.init_from", "model.adapter.init_from")
 FIRST_SEED = 1000  # of the fresh ones, unless the search drew them
 
@@ -163,8 +163,8 @@ def distinct(entries: Sequence[Entry], top: int) -> list[dict[str, Any]]:
     """The values of the first trials that differ in more than seed and fold."""
     found: list[dict[str, Any]] = []
     for entry in entries:
-        if _values(entry) not in found and len(found) < top:
-            found.append(_values(entry))
+        if without_luck(entry.params) not in found and len(found) < top:
+            found.append(without_luck(entry.params))
     return found
 
 
@@ -230,7 +230,7 @@ def _measured(
 ) -> Confirmed:
     assert first.value is not None
     tested = interval(test, sums) if all(test) else None
-    return Confirmed(first.number, _values(first), first.value, list(rounds), interval(val, sums), tested)
+    return Confirmed(first.number, without_luck(first.params), first.value, list(rounds), interval(val, sums), tested)
 
 
 def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[tuple[Entry, dict[int, list[Entry]]]]:
@@ -239,17 +239,12 @@ def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[t
     for first in best:
         rounds: dict[int, list[Entry]] = {}
         for entry in again:
-            if entry.state == "COMPLETE" and _values(entry) == _values(first):
+            if entry.state == "COMPLETE" and without_luck(entry.params) == without_luck(first.params):
                 rounds.setdefault(entry.params[SEED], []).append(entry)
         rounds = {seed: entries for seed, entries in rounds.items() if len(entries) == parts}
-        if rounds and _values(first) not in [_values(known) for known, _ in found]:
+        if rounds and without_luck(first.params) not in [without_luck(known.params) for known, _ in found]:
             found.append((first, rounds))
     return found
-
-
-def _values(entry: Entry) -> dict[str, Any]:
-    """What a configuration is, under whatever seed and on whatever fold."""
-    return {key: value for key, value in entry.params.items() if key not in (SEED, FOLD)}
 
 
 def _runs(

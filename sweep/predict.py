@@ -53,8 +53,7 @@ def predict_sessions(
         kind: of IMPORTERS.
         settings: how the sessions are read, as of a corpus.
         out: gets TABLE and PAGE; is written whole or not at all.
-        align: refines the times of turns.
-        run: makes the shards.
+        align, run: refine the times of turns, and make the shards.
         say: told what is done.
 
     Returns:
@@ -63,29 +62,40 @@ def predict_sessions(
     Raises:
         UserError: `out` exists, the folder holds no model, or there is nothing that it can be asked about.
     """
-    refuse_taken(out)
-    if kind not in IMPORTERS:
-        raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
+    _refuse(kind, out)
     said = exported.read(folder)
     say(f"reading {source}")
-    qualities = said.tasks["quality"].labels if "quality" in said.tasks else ()
-    corpus = read_sessions(kind, source, audio, settings, _roles(said), qualities)
+    corpus = read_sessions(kind, source, audio, settings, _roles(said), _qualities(said))
     with tempfile.TemporaryDirectory() as place:
         shards = prepare_sessions(corpus, Path(place) / "shards", settings, align, run)
         say("coding")
         codings = _code(folder, said, shards)
-        title = said.sweep + ("" if said.trial is None else f", trial {said.trial}")
-        with whole_folder(out) as unfinished:
-            (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
-            page = transcript_html(codings, title, shards)
-            (unfinished / PAGE).write_text(page, encoding="utf-8")
+        _write(out, codings, said, shards)
     return codings
+
+
+def _refuse(kind: str, out: Path) -> None:
+    refuse_taken(out)
+    if kind not in IMPORTERS:
+        raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
+
+
+def _write(out: Path, codings: Sequence[Coding], said: exported.Exported, shards: Shards) -> None:
+    title = said.sweep + ("" if said.trial is None else f", trial {said.trial}")
+    with whole_folder(out) as unfinished:
+        (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
+        page = transcript_html(codings, title, shards)
+        (unfinished / PAGE).write_text(page, encoding="utf-8")
 
 
 def _roles(said: exported.Exported) -> dict[str, tuple[str, ...]]:
     """Who may carry which label, as far as the model's tasks go."""
     wanted = {TASKS[name].role for name in said.tasks if TASKS[name].answer == "label"}
     return {role: labels if wanted & {None, role} else () for role, labels in said.roles.items()}
+
+
+def _qualities(said: exported.Exported) -> Sequence[str]:
+    return said.tasks["quality"].labels if "quality" in said.tasks else ()
 
 
 def _code(folder: Path, said: exported.Exported, shards: Shards) -> list[Coding]:

@@ -48,7 +48,7 @@ def open_study(folder: Path, config: Config) -> optuna.Study:
     """The sweep's study for writing, made if it is not there. Only the holder of the folder's lease may do this.
 
     Raises:
-        UserError: the database cannot be used.
+        UserError: the database cannot be used, or the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if config.storage.ledger is None:
@@ -61,6 +61,7 @@ def open_study(folder: Path, config: Config) -> optuna.Study:
     # Asking first, so that opening a finished sweep writes nothing.
     with contextlib.suppress(KeyError):
         return optuna.load_study(study_name=name, storage=storage)
+    _refuse_headless(folder, config)
     return optuna.create_study(study_name=name, storage=storage, direction=config.search.direction)
 
 
@@ -68,7 +69,7 @@ def read_study(folder: Path, config: Config) -> optuna.Study:
     """The sweep's study to look at, also while a driver writes it; nothing is written.
 
     Raises:
-        UserError: there is none, or the database cannot be used.
+        UserError: there is none, the database cannot be used, or the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     none = UserError(f"{folder}: no trial has started yet; start with `sweep run`")
@@ -82,6 +83,7 @@ def read_study(folder: Path, config: Config) -> optuna.Study:
             raise none
         return optuna.load_study(study_name=_shared_name(folder, config), storage=_database(url, create=False))
     except KeyError:
+        _refuse_headless(folder, config)
         raise none from None
 
 
@@ -114,10 +116,18 @@ def _journal(path: Path) -> JournalStorage:
     except OSError:
         raise
     except Exception as error:  # of any kind, by what the line holds
-        raise UserError(
-            f"{path}: damaged ledger ({type(error).__name__}: {reason(error)}); put a copy of it back, or choose "
-            "another folder with --out"
-        ) from None
+        raise _damaged(path, f"{type(error).__name__}: {reason(error)}") from None
+
+
+def _refuse_headless(folder: Path, config: Config) -> None:
+    """A journal without this study: Optuna passes over lines about one that no line began, so trials would be lost."""
+    path = folder / FILE
+    if config.storage.ledger is None and path.exists() and b"\n" in path.read_bytes():
+        raise _damaged(path, f"no line begins the study {config.name}")
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: damaged ledger ({what}); put a copy of it back, or choose another folder with --out")
 
 
 def _url(text: str, folder: Path) -> "URL":

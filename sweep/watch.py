@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from sweep import forecast, lease
 from sweep.config import Config
 from sweep.ledger import Entry
 from sweep.recall import recall_json
-from sweep.results import progress
+from sweep.results import Progress, progress
+from sweep.trainings import search_of
 
 
 def train_command(folder: Path, params: Mapping[str, Any]) -> str:
@@ -37,21 +39,32 @@ def driver_of(folder: Path) -> tuple[str, int] | None:
 
 
 def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
-    """How far a sweep is, and whether somebody works on it."""
-    found, driver = progress(config, entries), driver_of(folder)
+    """How far a sweep is, whether somebody works on it, and what it confirms, if it is no search."""
+    search = search_of(config, folder)
+    compares = "" if search is None else f"`sweep confirm {near(search)}`"
+    found, driver = _progress(config, folder, entries), driver_of(folder)
     if driver is not None:
         who = f"running on {driver[0]} (pid {driver[1]})"
     elif found.done >= found.target:
         who = "finished"
+    elif search is not None:
+        who = f"nobody works on it; {compares}, given as before, goes on"
     else:
         where = near(folder)
         who = f"nobody works on it; `sweep run {where / 'config.yaml'} --out {where}` goes on"
-    return [f"{config.name}: {found.line()}", who, *forecast.lines(config, folder, entries)]
+    what = [] if search is None else [f"trainings that confirm {near(search)}; {compares} compares them"]
+    return [f"{config.name}: {found.line()}", who, *what, *forecast.lines(config, folder, entries)]
+
+
+def _progress(config: Config, folder: Path, entries: Sequence[Entry]) -> Progress:
+    """Of trainings that confirm, none is the best."""
+    found = progress(config, entries)
+    return found if search_of(config, folder) is None else replace(found, best=None)
 
 
 def progress_json(config: Config, folder: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """The same in the form that scripts rely on."""
-    found, driver = progress(config, entries), driver_of(folder)
+    found, driver = _progress(config, folder, entries), driver_of(folder)
     return {
         "target": found.target,
         "done": found.done,

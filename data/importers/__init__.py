@@ -5,7 +5,7 @@ An importer reads a source (file or folder), optionally a folder with recordings
 Whether labels, times, ids and recordings are right is judged in one place for all formats, `data.validate`; an importer
 notes only what it alone can know: times that cannot be read, speakers without a role, annotators without a majority.
 
-A new format needs a module with such a function, an entry here, and a maker in tests/data/test_importers.py.
+A new format needs a module with such a function, an entry here, and a maker in tests/data/makers.py.
 """
 
 from collections.abc import Callable, Mapping

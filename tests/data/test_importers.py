@@ -1,183 +1,21 @@
 """What all importers have in common: the same dialogues, written in every format, become the same corpus."""
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpus_config import ColumnConfig, CorpusConfig
+from data.corpus_config import CorpusConfig
 from data.errors import DataError
 from data.findings import BuildError
 from data.importers import IMPORTERS
 from data.schema import Corpus, Turn
 from data.validate import check
-
-
-class Said(NamedTuple):
-    speaker: str
-    text: str  # the first word is unique
-    label: str
-    start: int  # s
-    end: int  # s, the start of the next turn
-
-
-Dialogues = dict[str, list[Said]]
-Files = dict[str, str]  # name → content
-
-DIALOGUES: Dialogues = {
-    "12": [
-        Said("therapist", "What brings you here today?", "question", 0, 2),
-        Said("client", 'Well, my wife says "stop", olé', "neutral", 2, 5),
-        Said("therapist", "She worries\nabout you.", "reflection", 5, 6),
-        Said("client", "Smoking costs me too much; I want to stop.", "change", 6, 65),
-        Said("therapist", "Fine.", "other", 65, 66),
-    ],
-    "7": [
-        Said("client", "Beer helps me sleep.", "sustain", 1, 3),
-        Said("therapist", "Go on.", "other", 3, 4),
-    ],
-}
-
-
-def separated(header: str, rows: list[list[object]], mark: str = ",") -> str:
-    sink = io.StringIO()
-    csv.writer(sink, delimiter=mark, lineterminator="\n").writerows([header.split(), *rows])
-    return sink.getvalue()
-
-
-def clock(seconds: int) -> str:
-    return f"00:{seconds // 60:02}:{seconds % 60:02}"
-
-
-def annomi(dialogues: Dialogues, annotators: int = 0) -> Files:
-    header = "transcript_id mi_quality video_title video_url topic utterance_id interlocutor timestamp utterance_text"
-    rows: list[list[object]] = []
-    for name, said in dialogues.items():
-        for number, one in enumerate(said):
-            codes = [one.label, "n/a"] if one.speaker == "therapist" else ["n/a", one.label]
-            row = [name, "high", "t", f"video{name}", "x", number, one.speaker, clock(one.start), one.text]
-            rows += [[*row, *who, *codes] for who in ([[place] for place in range(annotators)] or [[]])]
-    who = " annotator_id" if annotators else ""
-    return {"annomi.csv": separated(f"{header}{who} main_therapist_behaviour client_talk_type", rows)}
-
-
-def annomi_full(dialogues: Dialogues) -> Files:
-    return annomi(dialogues, annotators=3)
-
-
-def whisperx(dialogues: Dialogues) -> Files:
-    speakers = {"therapist": "SPEAKER_00", "client": "SPEAKER_01"}
-    files = {}
-    for name, said in dialogues.items():
-        segments = [
-            {
-                "start": float(one.start),
-                "end": float(one.end),
-                "text": f" {one.text}",
-                "speaker": speakers.get(one.speaker, one.speaker),
-                "words": [{"word": "x", "score": 0.5}],
-            }
-            for one in said
-        ]
-        files[f"{name}.json"] = json.dumps({"segments": segments, "language": "en"}, ensure_ascii=False, indent=1)
-    return files
-
-
-def daic(dialogues: Dialogues) -> Files:
-    speakers = {"therapist": "Ellie", "client": "Participant"}
-    files = {}
-    for name, said in dialogues.items():
-        rows: list[list[object]] = [
-            [f"{one.start}.000", f"{one.end}.0", speakers.get(one.speaker, one.speaker), one.text] for one in said
-        ]
-        files[f"{name}_TRANSCRIPT.csv"] = separated("start_time stop_time speaker value", rows, "\t")
-    return files
-
-
-def mi_tags(dialogues: Dialogues) -> Files:
-    files = {}
-    for name, said in dialogues.items():
-        rows: list[list[object]] = [
-            [
-                number,
-                one.speaker[0].upper() if one.speaker in SPEAKERS else one.speaker,
-                one.text,
-                one.label.upper(),
-                who,
-            ]
-            for who in ("ann", "bob")
-            for number, one in enumerate(said)
-        ]
-        files[f"{name}.csv"] = separated("turn speaker text code annotator", rows)
-    return files
-
-
-SPEAKERS = ("therapist", "client")
-COLUMNS = "conversation speaker text label start end"
-
-
-def records(dialogues: Dialogues) -> list[dict[str, object]]:
-    rows = [
-        [name, one.speaker, one.text, one.label, one.start, one.end] for name in dialogues for one in dialogues[name]
-    ]
-    return [dict(zip(COLUMNS.split(), row, strict=True)) for row in rows]
-
-
-def table(dialogues: Dialogues) -> Files:
-    return {"table.csv": separated(COLUMNS, [list(row.values()) for row in records(dialogues)])}
-
-
-def semicolons(dialogues: Dialogues) -> Files:
-    return {"table.csv": separated(COLUMNS, [list(row.values()) for row in records(dialogues)], ";")}
-
-
-def tabs(dialogues: Dialogues) -> Files:
-    return {"table.tsv": separated(COLUMNS, [list(row.values()) for row in records(dialogues)], "\t")}
-
-
-def json_lines(dialogues: Dialogues) -> Files:
-    return {"table.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records(dialogues))}
-
-
-PLAIN = CorpusConfig()
-
-
-@dataclass(frozen=True)
-class Maker:
-    """How the dialogues are written in a format, and what it can tell of them."""
-
-    format: str
-    files: Callable[[Dialogues], Files]
-    column: str = ""  # one that it must have
-    config: CorpusConfig = PLAIN
-    folder: bool = False  # whether the source is a folder
-    ends: bool = True
-    times: bool = True
-    labels: bool = True
-    audio: str = "{}.wav"
-
-
-AS_TABLE = CorpusConfig(columns=ColumnConfig(label="label", start="start", end="end"))
-WHISPERX = CorpusConfig(roles={"speaker_00": "therapist", "SPEAKER_01": "client"})
-MAKERS = {
-    "annomi": Maker("annomi", annomi, "utterance_text", ends=False),
-    "annomi-full": Maker("annomi", annomi_full, "client_talk_type", ends=False),
-    "whisperx": Maker("whisperx", whisperx, config=WHISPERX, folder=True, labels=False),
-    "daic": Maker("daic", daic, "stop_time", folder=True, labels=False, audio="{}_AUDIO.wav"),
-    "mi-tags": Maker("mi-tags", mi_tags, "speaker", folder=True, times=False),
-    "table": Maker("table", table, "conversation", AS_TABLE),
-    "table-semicolons": Maker("table", semicolons, "label", AS_TABLE),
-    "table-tsv": Maker("table", tabs, "text", AS_TABLE),
-    "table-jsonl": Maker("table", json_lines, "speaker", AS_TABLE),
-}
+from tests.data.makers import AS_TABLE, DIALOGUES, MAKERS, SPEAKERS, Dialogues, Maker, Said, records, write
 
 
 @pytest.fixture(params=MAKERS)
@@ -186,13 +24,6 @@ def maker(request: pytest.FixtureRequest) -> Maker:
 
 
 timed = pytest.mark.parametrize("maker", [maker for maker in MAKERS.values() if maker.times], indirect=False)
-
-
-def write(maker: Maker, folder: Path, files: Files, *, encoding: str = "utf-8", newline: str = "\n") -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(content, encoding=encoding, newline=newline)
-    return folder if maker.folder else folder / next(iter(files))
 
 
 def read(maker: Maker, folder: Path, audio: Path | None = None, dialogues: Dialogues = DIALOGUES) -> Corpus:

@@ -1,104 +1,16 @@
 """Planted faults: each is found under its code, at its line, with its spans, and nothing else is said."""
 
-import csv
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
 from data.audio import SAMPLE_RATE
-from data.corpus_config import CorpusConfig
-from data.errors import ConfigError, DataError
-from data.findings import CODES, BuildError, Finding
-from data.importers import IMPORTERS
-from data.prepare import prepare
-from data.report.summary import read_findings
-from data.shards import Shards
-
-SESSIONS, TURNS, EVERY, LENGTH = 9, 20, 3.0, 2.5  # turns start every 3 s and take 2.5 s
-LABELS = {"client": ["change", "neutral", "sustain"], "therapist": ["question", "reflection"]}
-END = (TURNS - 1) * EVERY + LENGTH
-
-
-@dataclass
-class World:
-    """A clean corpus that a test spoils before it is prepared: rows by id, samples by session."""
-
-    rows: list[dict[str, Any]]
-    sound: dict[str, np.ndarray]  # float32 [n, channels]
-    rate: dict[str, int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    files: list[Callable[[Path], None]] = field(default_factory=list)  # spoil what was written
-
-    def row(self, name: str) -> dict[str, Any]:
-        return next(row for row in self.rows if row["id"] == name)
-
-    def line(self, name: str) -> int:
-        return 2 + max(place for place, row in enumerate(self.rows) if row["id"] == name)
-
-    def samples(self, name: str) -> np.ndarray:
-        row = self.row(name)
-        rate = self.rate[row["conversation"]]
-        return self.sound[row["conversation"]][round(row["start"] * rate) : round(row["end"] * rate)]
-
-    def write(self, folder: Path) -> tuple[Path, Path]:
-        table, audio = folder / "corpus.csv", folder / "audio"
-        audio.mkdir(parents=True)
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows({**row, "id": row["id"].partition("/")[2]} for row in self.rows)
-        for name, samples in self.sound.items():
-            soundfile.write(audio / f"{name}.wav", samples, self.rate[name], subtype="FLOAT")
-        for spoil in self.files:
-            spoil(folder)
-        return table, audio
-
-    def prepare(self, folder: Path) -> tuple[Shards, list[Finding]]:
-        table, audio = self.write(folder)
-        config = CorpusConfig.model_validate({**BASE, **self.settings})
-        shards = prepare(IMPORTERS["table"].read(table, audio, config), folder / "shards", config)
-        return shards, read_findings(shards)
-
-
-BASE: dict[str, Any] = {
-    "roles": {"T": "therapist", "C": "client"},
-    "labels": LABELS,
-    "max_rejected": 0.2,
-    "columns": {name: name for name in "conversation id speaker text label start end video split".split()},
-}
-
-
-@pytest.fixture
-def world() -> World:
-    rows, sound = [], {}
-    rng = np.random.default_rng(0)
-    for session in range(SESSIONS):
-        name = f"s{session}"
-        sound[name] = (rng.standard_normal((round((END + 1) * SAMPLE_RATE), 1)) * 0.05).astype(np.float32)
-        for turn in range(TURNS):
-            role = ("therapist", "client")[turn % 2]
-            rows.append(
-                {
-                    "conversation": name,
-                    "id": f"{name}/{turn}",
-                    "speaker": role[0].upper(),
-                    "text": f"words of turn {turn} in {name}",
-                    "label": LABELS[role][turn // 2 % len(LABELS[role])],
-                    "start": turn * EVERY,
-                    "end": turn * EVERY + LENGTH,
-                    "annotator": "a",
-                    "video": f"v{session}",
-                    "split": "",
-                }
-            )
-    return World(rows, sound, dict.fromkeys(sound, SAMPLE_RATE))
-
+from data.errors import ConfigError
+from data.findings import CODES, BuildError
+from tests.data.world import BASE, END, EVERY, LENGTH, SESSIONS, TURNS, World, refused
 
 Expected = list[tuple[str, str]]  # code and utterance
 FAULTS: dict[str, Callable[[World], Expected]] = {}
@@ -350,70 +262,6 @@ def test_the_same_sound_in_two_sessions_keeps_them_in_one_split(tmp_path: Path, 
     assert splits["s1"] == splits["s5"]
 
 
-def refused(world: World, folder: Path) -> str:
-    """The message of a failed build, which leaves no shards."""
-    with pytest.raises(DataError) as caught:
-        world.prepare(folder)
-    assert not (folder / "shards").exists()
-    return str(caught.value)
-
-
-def fixed_split(world: World, **other: str) -> None:
-    names = ["train", "train", "train", "train", "val", "val", "test", "test", "test"]
-    for row in world.rows:
-        row["split"] = other.get(row["conversation"], names[int(row["conversation"][1:])])
-
-
-def test_the_same_sound_in_two_splits_fails(tmp_path: Path, world: World) -> None:
-    fixed_split(world)
-    world.sound["s7"] = world.sound["s1"]
-    message = refused(world, tmp_path)
-    assert "F_LEAK_AUDIO" in message
-    assert "s1" in message
-    assert "s7" in message
-
-
-def test_a_video_in_two_splits_fails(tmp_path: Path, world: World) -> None:
-    fixed_split(world)
-    for row in world.rows:
-        row["video"] = row["video"].replace("v7", "v0")
-    assert "F_LEAK_GROUP" in refused(world, tmp_path)
-
-
-def test_a_conversation_in_two_splits_fails(tmp_path: Path, world: World) -> None:
-    fixed_split(world)
-    world.row("s2/9")["split"] = "test"
-    message = refused(world, tmp_path)
-    assert "F_LEAK_CONVERSATION" in message
-    assert f"corpus.csv:{world.line('s2/9')}" in message
-
-
-def test_an_id_with_two_contents_fails(tmp_path: Path, world: World) -> None:
-    world.rows.append({**world.row("s2/9"), "text": "other words"})
-    message = refused(world, tmp_path)
-    assert message.startswith("F_DUPLICATE: 1 id(s)")
-    assert f"corpus.csv:{len(world.rows) + 1}, s2/9: stands already at corpus.csv:51, with other content" in message
-
-
-def test_ids_that_are_equal_across_sessions_fail(tmp_path: Path, world: World) -> None:
-    world.rows[1]["conversation"] = "s0/0"
-    world.rows[0]["id"], world.rows[1]["id"] = "x/0/7", "x/7"  # both become s0/0/7
-    world.rows[0]["text"] = world.rows[1]["text"] = "the same"
-    config = CorpusConfig.model_validate(BASE)
-    with pytest.raises(DataError, match=r"F_DUPLICATE: 1 id\(s\) name different utterances"):
-        prepare(IMPORTERS["table"].read(world.write(tmp_path)[0], None, config), tmp_path / "shards", config)
-
-
-def test_a_session_in_two_places_is_not_mixed_up(tmp_path: Path) -> None:
-    (tmp_path / "coded").mkdir()
-    for part, turns in enumerate((range(3), range(3, 6))):
-        rows = "".join(f"c0,{turn},T,words {turn},x\n" for turn in turns)
-        (tmp_path / "coded" / f"{part}.csv").write_text("conversation,turn,speaker,text,code\n" + rows)
-    corpus = IMPORTERS["mi-tags"].read(tmp_path / "coded", None, CorpusConfig())
-    with pytest.raises(DataError, match=r"F_DUPLICATE 1\.csv:2, c0/3: the session stands already at 0\.csv:2"):
-        prepare(corpus, tmp_path / "shards")
-
-
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
@@ -461,23 +309,11 @@ def test_rejects_that_only_the_sound_shows_fail_too(tmp_path: Path, world: World
     assert not (tmp_path / "shards").exists()
 
 
-def test_text_in_another_encoding_fails_with_byte_and_line(tmp_path: Path, world: World) -> None:
-    def spoil(folder: Path) -> None:
-        path = folder / "corpus.csv"
-        path.write_bytes(path.read_bytes().replace(b"words of turn 3 in s0", b"caf\xe9 of turn 3 in s0"))
-
-    world.files.append(spoil)
-    message = refused(world, tmp_path)
-    assert "F_ENCODING" in message
-    assert "corpus.csv:5" in message
-    shutil.rmtree(tmp_path)
-    world.settings["encoding"] = "cp1252"
-    assert "café of turn 3 in s0" in world.prepare(tmp_path)[0].columns["text"]
-
-
 def test_every_code_is_planted_somewhere() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
     elsewhere = {"W_TS_FORMAT": "test_annomi.py", "W_ALIGN_LOW": "../model/test_align.py"}
+    faults = ("F_LEAK_AUDIO", "F_LEAK_GROUP", "F_LEAK_CONVERSATION", "F_DUPLICATE", "F_ENCODING")
+    elsewhere |= dict.fromkeys(faults, "test_build_faults.py")
     for code in CODES:
         text = (Path(__file__).parent / elsewhere[code]).read_text(encoding="utf-8") if code in elsewhere else here
         assert code in text, code

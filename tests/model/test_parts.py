@@ -12,31 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from data.config import DataConfig, TaskWeights
 from data.errors import ConfigError
-from data.shards import Shards
 from model.checkpoint import trained_tensors
-from model.config import ModelConfig, TrainConfig
-from model.encoder import load_encoder
-from model.evaluate import TrialData
 from model.llm import load_llm
 from model.parts import part_of, parts
 from model.speech_llm import SpeechLLM
-from model.train import fit
 from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
+from tests.model.parts import LORA, NEW, selected
 
-NEW = "adapter+lora+tokens"
-LORA = {"rank": 4, "dropout": 0.0}
 LLM_WIDTH, ENCODER_WIDTH = 32, 32
 
 
 def make(models: Path, kind: str = "hubert-layer", device: str = "meta", **changed: Any) -> SpeechLLM:
     return SpeechLLM(settings(models, kind, **changed), ANSWERS, device)
-
-
-def selected(model: SpeechLLM) -> set[str]:
-    return set(trained_tensors(model))
 
 
 def all_names(model: nn.Module, start: str = "") -> set[str]:
@@ -240,104 +229,6 @@ def test_the_scale_of_lora(changed: dict[str, Any], scale: float, models: Path) 
 def test_unknown_lora_targets_are_named(models: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model\.lora\.targets: c_attn match no linear layer; the LLM has .*q_proj"):
         make(models, lora={"targets": ["q_proj", "c_attn"]})
-
-
-def bases(models: Path, kind: str) -> list[nn.Parameter]:
-    """The parameters that all trials of a process share."""
-    loaded = load_llm(str(models / "llm"), "float32", "cpu"), load_encoder(str(models / kind), "cpu", "float32")
-    return [parameter for base in loaded for parameter in base.parameters()]
-
-
-def trained(config: ModelConfig, corpus: Shards, folder: Path) -> SpeechLLM:
-    model = SpeechLLM(config, {"classify": ANSWERS["classify"]})
-    data = TrialData.open(corpus, model, DataConfig(history=2), ("train", "val"))
-    train = TrainConfig(epochs=1, batch_size=8, learning_rate=3e-3)
-    fit(model, data, train, TaskWeights(), 0, folder, lambda epoch, metrics: None)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "trainable"),
-    [
-        ("whisper", NEW),
-        ("whisper", f"{NEW}+encoder"),
-        ("hubert-group", f"{NEW}+encoder"),
-        ("hubert-layer", f"{NEW}+encoder.*.layers.1.*+llm.*.layers.1.*"),
-        ("hubert-layer", f"{NEW}+llm"),
-    ],
-)
-def test_base_weights_are_shared_and_never_written_to(
-    kind: str, trainable: str, models: Path, corpus: Shards, tmp_path: Path
-) -> None:
-    """What trains is a copy; what does not is the very tensor of every other trial, as it was."""
-    shared = bases(models, kind)
-    before = [(tensor.clone(), tensor._version, tensor.requires_grad) for tensor in shared]
-    start = SpeechLLM(settings(models, kind, trainable=trainable), ANSWERS)
-    old = {name: tensor.clone() for name, tensor in start.named_parameters()}
-    model = trained(settings(models, kind, trainable=trainable), corpus, tmp_path)
-    for tensor, (value, version, flag) in zip(shared, before, strict=True):
-        assert torch.equal(tensor, value)
-        assert (tensor._version, tensor.requires_grad, tensor.grad) == (version, flag, None)
-    own = {tensor.data_ptr() for tensor in shared}
-    for name, tensor in model.named_parameters():
-        based = part_of(name) in ("encoder", "llm")
-        assert (tensor.data_ptr() in own) == (based and not tensor.requires_grad), name
-        if based and not tensor.requires_grad:
-            assert torch.equal(tensor, old[name])
-    moved = {part_of(name) for name, tensor in model.named_parameters() if not torch.equal(tensor, old[name])}
-    assert moved & {"encoder", "llm"} == {part for part in ("encoder", "llm") if part in trainable}
-
-
-@pytest.mark.parametrize("lora", [LORA, {"enabled": False}], ids=["lora", "plain"])
-def test_tied_embeddings_stay_tied_when_they_train(
-    lora: dict[str, Any], models: Path, corpus: Shards, tmp_path: Path
-) -> None:
-    base = load_llm(str(models / "llm"), "float32", "cpu")
-    before = base.get_input_embeddings().weight.clone()
-    config = settings(models, "whisper", trainable=f"{NEW}+*embed_tokens*", lora=lora)
-    model = trained(config, corpus, tmp_path)
-    weight = model.llm.get_input_embeddings().weight
-    assert model.llm.get_output_embeddings().weight is weight
-    assert weight.data_ptr() != base.get_input_embeddings().weight.data_ptr()
-    assert not torch.equal(weight, before)
-    assert torch.equal(base.get_output_embeddings().weight, before)
-    assert sum("embed_tokens" in name or "lm_head" in name for name in selected(model)) == 1
-
-
-def test_a_trial_leaves_no_trace_in_the_next(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    """Its LoRA layers, hooks, flags and gradients are its own."""
-    checked = {"path": str(models / "llm"), "gradient_checkpointing": True}
-    trained(settings(models, "whisper", trainable=f"{NEW}+encoder+llm", llm=checked), corpus, tmp_path)
-    base = load_llm(str(models / "llm"), "float32", "cpu")
-    assert not [name for name, _ in base.named_parameters() if "lora" in name]
-    assert not [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
-    assert not [module for module in base.modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert not [module for module in base.modules() if module.training]
-    plain = SpeechLLM(
-        settings(models, "whisper", modality="text", end_of_audio="none", lora={"enabled": False}), ANSWERS
-    )
-    assert not [name for name, _ in plain.named_parameters() if "lora" in name]
-    assert selected(plain) == {"cls"}
-
-
-@pytest.mark.parametrize(
-    ("trainable", "learning"),
-    [
-        ("adapter+lora+tokens", {"adapter", "llm"}),
-        ("encoder+adapter+lora+tokens", {"encoder", "adapter", "llm"}),
-        ("adapter+tokens+llm.*.layers.1.*", {"adapter", "llm"}),
-        ("adapter+tokens", {"adapter"}),
-    ],
-)
-def test_frozen_parts_keep_their_dropout_off(trainable: str, learning: set[str], models: Path) -> None:
-    lora = {"enabled": "lora" in trainable}
-    model = SpeechLLM(settings(models, "hubert-layer", trainable=trainable, lora=lora), ANSWERS).train()
-    children = {name: child for name, child in model.named_children() if list(child.parameters())}
-    assert {name for name, child in children.items() if child.training} == learning
-    for name, child in children.items():
-        if name not in learning:
-            assert not any(module.training for module in child.modules())
-    assert not any(module.training for module in model.eval().modules())
 
 
 def test_the_table_says_where_weights_come_from(models: Path) -> None:

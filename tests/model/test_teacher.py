@@ -28,7 +28,7 @@ from model.speech_llm import SpeechLLM
 from model.teacher import Job, lesson, lessons, likeliest, llm_digest, read, recipe
 from model.train import fit
 from tests.model.common import build, settings
-from tests.model.test_losses import mixed
+from tests.model.losses import mixed
 from tests.model.trials import CONFIG, TWO, Trial, same_end
 
 SHORT = CONFIG.model_copy(update={"epochs": 1, "losses": LossConfig(distillation=0.5, temperature=2.0)})

@@ -22,7 +22,7 @@ from data.schema import SAMPLE_RATE
 from data.shards import MANIFEST, Shards, describe_shard, to_bytes
 from sweep import config as configuration
 from sweep.settings import read_tree, validated
-from tests.data.test_importers import DIALOGUES, MAKERS, Maker, records, write
+from tests.data.makers import DIALOGUES, MAKERS, Maker, records, write
 from tests.security.mutations import changed, check_variety, mutated, outcome
 
 SESSIONS = {f"s{number}": said for number in range(6) for said in DIALOGUES.values()}

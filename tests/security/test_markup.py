@@ -1,4 +1,5 @@
-"""Words of a corpus and values of settings are data wherever they are shown: no markup in pages, no formulas in sheets.
+"""Words of a corpus and values of settings are data wherever they are shown: no markup in pages, no formulas in sheets,
+no orders to a terminal.
 
 tests/data/test_report.py has the page of a corpus, tests/sweep/test_predict.py the page of a transcript.
 """
@@ -48,3 +49,21 @@ def test_a_sheet_computes_no_words(text: str) -> None:
     assert row["start"] == "-0.500", "a number stays one"
     plain = replace(coding, text="well, 1 = 1 - 0")
     assert "well, 1 = 1 - 0" in codings_csv([plain])
+
+
+def test_a_terminal_obeys_no_words(tmp_path: Path) -> None:
+    """In tables, findings, examples and errors; an escape sequence may clear the screen, or rename its window."""
+    orders = "\x1b]0;mine\x07\x9b2J\x7f"
+    header, turns = ["conversation,speaker,text,label"], [("therapist", "question"), ("client", "change")] * 2
+    rows = [f"{n}{orders},{who},said{orders},{label}{orders}" for n in range(6) for who, label in turns]
+    (source := tmp_path / "a.csv").write_text("\n".join(header + rows))
+    prepare = ("prepare", "table", source, "--set", "columns.label=label")
+    outcomes = [
+        sweep(*prepare, "--out", tmp_path / "shards"),
+        sweep("inspect", tmp_path / "shards"),
+        sweep(*prepare, "--set", "labels.client=[other]", "--out", tmp_path / "refused"),
+    ]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 2]
+    for shown in [*(outcome.out for outcome in outcomes), outcomes[2].err]:
+        assert r"\x1b]0;mine\x07\x9b2j\x7f" in shown.lower()
+        assert shown.replace("\n", "").isprintable()

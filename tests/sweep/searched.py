@@ -67,7 +67,7 @@ def write(folder: Path, records: Sequence[Record]) -> None:
     (folder / "predictions.json").write_text(json.dumps(content))
 
 
-def played(config: Config, folder: Path, search: bool = True) -> int:
+def played(config: Config, folder: Path) -> int:
     """What `sweep run` does, without training anything; 0, as it ends."""
     claim_folder(config, folder)
     ledger = Ledger.open(folder, config)

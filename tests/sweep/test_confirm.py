@@ -16,7 +16,7 @@ from data.prepare import prepare
 from data.shards import Shards
 from model.metrics import summarise
 from sweep import cli_confirm, confirm
-from sweep.config import Config, load
+from sweep.config import Config, claim_folder, load
 from sweep.evaluate import Predicted
 from sweep.ledger import Ledger
 from sweep.results import read_predictions
@@ -133,6 +133,30 @@ def test_trials_that_differ_by_seed_alone_are_one_configuration(tmp_path: Path) 
     played(config, folder := tmp_path / "seeds")
     planned = confirm.plan(Ledger.read(folder, config), folder, top=3, seeds=1)
     assert len(planned.search.points) == 2
+
+
+def test_the_status_of_what_confirms_ranks_nothing(search_on_a_fold: Path, folded: Config) -> None:
+    ledger, search = Ledger.read(search_on_a_fold, folded), search_on_a_fold
+    best = ledger.best()
+    assert best is not None
+    for folds, where in ((None, ""), (FOLDS, ", fold 0")):
+        planned = confirm.plan(ledger, search, top=2, seeds=1, folds=folds)
+        place = confirm.place_of(search, folds)
+        played(planned.with_values({"search.trials": 1}), place)
+        claim_folder(planned, place)
+        shown = sweep("status", place).out
+        assert f"\n#0 trial {best.number}, seed 1000{where}: COMPLETE, macro_f1 0." in shown
+        assert f"trainings that confirm {search}; `sweep confirm {search}` compares them" in shown
+        assert "sweep run" not in shown
+        assert "best" not in shown
+        assert json.loads(sweep("status", place, "--json").out)["progress"]["best"] is None
+    confirmed(search, "--top", 2, "--seeds", 1)
+    assert "chosen: trial" in sweep("status", confirm.place_of(search)).out
+
+
+def test_a_search_that_is_named_like_a_confirmation_stays_one(search: Path) -> None:
+    played(settings(), named := confirm.place_of(search))
+    assert "best" in sweep("status", named).out
 
 
 def test_json_for_scripts(search: Path) -> None:

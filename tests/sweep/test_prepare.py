@@ -19,7 +19,7 @@ from data.jobs import serially
 from data.prepare import prepare
 from data.schema import SAMPLE_RATE
 from data.shards import Shards
-from tests.data.test_importers import MAKERS, Dialogues, Maker, Said, write
+from tests.data.makers import MAKERS, Dialogues, Maker, Said, write
 from tests.model import voices
 from tests.sweep.common import sweep, tree
 

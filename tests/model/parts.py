@@ -1,0 +1,27 @@
+"""What the tests of parts share."""
+
+from pathlib import Path
+
+from data.config import DataConfig, TaskWeights
+from data.shards import Shards
+from model.checkpoint import trained_tensors
+from model.config import ModelConfig, TrainConfig
+from model.evaluate import TrialData
+from model.speech_llm import SpeechLLM
+from model.train import fit
+from tests.model.common import ANSWERS
+
+NEW = "adapter+lora+tokens"
+LORA = {"rank": 4, "dropout": 0.0}
+
+
+def selected(model: SpeechLLM) -> set[str]:
+    return set(trained_tensors(model))
+
+
+def trained(config: ModelConfig, corpus: Shards, folder: Path) -> SpeechLLM:
+    model = SpeechLLM(config, {"classify": ANSWERS["classify"]})
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("train", "val"))
+    train = TrainConfig(epochs=1, batch_size=8, learning_rate=3e-3)
+    fit(model, data, train, TaskWeights(), 0, folder, lambda epoch, metrics: None)
+    return model

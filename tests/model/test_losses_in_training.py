@@ -1,0 +1,181 @@
+"""Losses in training: a step minimises what the settings say, whatever its micro-batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from data.config import DataConfig, TaskWeights
+from data.errors import DataError
+from data.examples import Example
+from data.shards import Shards
+from data.tasks import answer_sets
+from model.checkpoint import seed_everything
+from model.config import LossConfig, TrainConfig
+from model.evaluate import TrialData
+from model.losses import Losses, answer_losses
+from model.speech_llm import SpeechLLM
+from model.train import Trainer
+from tests.model.common import build, close, settings
+from tests.model.losses import ALL, counted, mixed, student_rows
+
+FROZEN_LLM = {"trainable": "adapter+tokens", "lora": {"enabled": False}}
+
+
+def gradients(model: SpeechLLM, losses: Losses, config: LossConfig) -> dict[str, Tensor]:
+    model.zero_grad()
+    losses.weighted(config).sum().backward()
+    return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, FROZEN_LLM, {"trainable": "adapter+lora+tokens+llm"}, {"trainable": "encoder+adapter+lora+tokens"}],
+    ids=["lora", "frozen-llm", "llm", "encoder"],
+)
+def test_gradient_checkpointing_changes_memory_only(
+    changed: dict[str, Any], models: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations are computed again in the backward pass, also through an LLM that is frozen."""
+    llm = {"path": str(models / "llm")}
+    calls = counted(monkeypatch, LlamaAttention)
+    found = []
+    for checkpointing in (False, True):
+        own = build(models, "whisper", llm=llm | {"gradient_checkpointing": checkpointing}, **changed).train()
+        calls.clear()
+        losses = answer_losses(own, mixed(examples), LossConfig())
+        assert len(calls) == 2
+        found.append((losses.next_token_B.detach(), gradients(own, losses, LossConfig())))
+        assert len(calls) == (4 if checkpointing else 2)
+    (one, gradient), (other, again) = found
+    assert close(one, other, 1e-6)
+    assert gradient.keys() == again.keys()
+    scale = max(tensor.abs().max() for tensor in gradient.values())
+    assert all((tensor - again[name]).abs().max() <= 1e-6 * scale for name, tensor in gradient.items())
+
+
+def test_gradient_checkpointing_is_for_training(models: Path, examples: list[Example]) -> None:
+    llm = {"path": str(models / "llm"), "gradient_checkpointing": True}
+    with torch.no_grad():
+        one = answer_losses(build(models, llm=llm, **FROZEN_LLM).eval(), examples, ALL)
+        other = answer_losses(build(models, **FROZEN_LLM).eval(), examples, ALL)
+    assert close(one.weighted(ALL), other.weighted(ALL))
+
+
+Setup = tuple[Trainer, list[int], list[Example]]
+
+
+def trainer(models: Path, corpus: Shards, folder: Path, tasks: TaskWeights, **changed: Any) -> Setup:
+    """One that is about to make a step over 12 items of all tasks."""
+    seed_everything(0)
+    model = SpeechLLM(settings(models, "whisper", trainable="adapter+lora+tokens"), answer_sets(corpus, tasks.active()))
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("train", "val"))
+    config = TrainConfig(batch_size=12, max_grad_norm=1e9, **changed)
+    made = Trainer(model, data, config, tasks, 0, folder)
+    model.train()
+    last = len(data.splits["train"].items) - 1
+    step = [place * last // 11 for place in range(12)]
+    return made, step, next(data.read("train", [step]))
+
+
+def expected_objective(setup: Setup, weigh: Callable[[str], float]) -> Tensor:
+    """Sum over tasks of weight x mean over tokens; each token counts as `weigh` says of its item's label."""
+    made, _, examples = setup
+    total = torch.zeros(())
+    for task, weight in made.task_weights.items():
+        nll, shares = [], []
+        for example in (one for one in examples if one.task == task):
+            logits, _, targets = student_rows(made.model, example)
+            nll.append(F.cross_entropy(logits, targets, reduction="none"))
+            shares.append(torch.full((len(targets),), weigh(example.answer)))
+        total = total + weight * (torch.cat(nll) * torch.cat(shares)).mean()
+    return total
+
+
+def minimised(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[float, Tensor]:
+    """The loss and the gradient of an optimizer step that is not made."""
+    made, step, examples = setup
+    found: list[float] = []
+    monkeypatch.setattr(made, "_note", lambda noted: found.append(float(noted.total)))
+    monkeypatch.setattr(made.optimizer, "zero_grad", lambda set_to_none: None)
+    monkeypatch.setattr(made.optimizer, "step", lambda: None)
+    made._optimizer_step(step, step, examples)
+    return found[0], torch.cat([parameter.grad.flatten() for parameter in made.parameters])
+
+
+def gradient_of(setup: Setup, objective: Tensor) -> Tensor:
+    parameters = setup[0].parameters
+    grads = torch.autograd.grad(objective, parameters, allow_unused=True)
+    pairs = zip(parameters, grads, strict=True)
+    return torch.cat([(torch.zeros_like(own) if grad is None else grad).flatten() for own, grad in pairs])
+
+
+@pytest.mark.parametrize("budget", [1, 400, 10**6])
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        TaskWeights(),
+        TaskWeights(classify=2.0),
+        TaskWeights(classify=2.0, response=0.5),
+        TaskWeights(classify=0.3, forecast=1.0, response=1.5, quality=0.7),
+    ],
+    ids=["one", "weighted", "two", "four"],
+)
+def test_a_step_minimises_the_weighted_mean_of_each_task(
+    tasks: TaskWeights, budget: int, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = trainer(models, corpus, tmp_path, tasks, token_budget=budget)
+    assert {example.task for example in setup[2]} == set(tasks.active())
+    objective = expected_objective(setup, lambda label: 1.0)
+    loss, gradient = minimised(setup, monkeypatch)
+    assert loss == pytest.approx(objective.item(), rel=1e-5)
+    assert close(gradient, gradient_of(setup, objective), 1e-4)
+
+
+@pytest.mark.parametrize("tasks", [TaskWeights(), TaskWeights(classify=1.0, response=2.0)], ids=["one", "two"])
+def test_balanced_classes_weigh_as_scikit_learn_has_it(
+    tasks: TaskWeights, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no part of the divisor, or they would cancel in a step of one item."""
+    setup = trainer(models, corpus, tmp_path, tasks, class_weights="balanced")
+    own = setup[0].data.splits["train"]
+    truth = [answer for (task, _), answer in zip(own.items, own.answers, strict=True) if task == "classify"]
+    names = np.unique(truth)
+    weights = dict(zip(names, compute_class_weight("balanced", classes=names, y=truth), strict=True))
+    assert len(set(weights.values())) > 1
+    objective = expected_objective(setup, lambda label: float(weights.get(label, 1.0)))
+    loss, gradient = minimised(setup, monkeypatch)
+    assert loss == pytest.approx(objective.item(), rel=1e-5)
+    assert close(gradient, gradient_of(setup, objective), 1e-4)
+    plain = expected_objective(setup, lambda label: 1.0)
+    assert abs(plain.item() - loss) > 1e-4
+
+
+def test_auxiliary_losses_are_part_of_the_step(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = trainer(models, corpus, tmp_path, TaskWeights(), losses=ALL)
+    made, _, examples = setup
+    losses = answer_losses(made.model, examples, ALL)
+    loss, gradient = minimised(setup, monkeypatch)
+    objective = losses.weighted(ALL).sum() / sum(losses.count_B)
+    assert loss == pytest.approx(objective.item(), rel=1e-5)
+    assert close(gradient, gradient_of(setup, objective), 1e-4)
+
+
+def test_a_transcript_beyond_the_teachers_reach_is_told_before_training(models: Path, corpus: Shards) -> None:
+    """The words of the heard turn are read by the teacher alone."""
+    model = SpeechLLM(settings(models, modality="speech"), answer_sets(corpus, ["classify"]), "meta")
+    plain = TrialData.open(corpus, model, DataConfig(history=2), ("train",))
+    taught = TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)
+    assert taught.splits["train"].costs == plain.splits["train"].costs  # it reads one example at a time, or has read it
+    model.reach = 20
+    with pytest.raises(DataError, match=r"utterance c\d+/\d+: .* reads 20 at once"):
+        TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)
