@@ -20,11 +20,12 @@ from requests import HTTPError
 
 from data.shards import Shards
 from sweep.ledger import Ledger
+from sweep.tracking import Tracker, mlflow_run_id
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
 from tests.sweep.common import ask, complaint, report, sweep
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
-from tests.sweep.tracked import CONFIG, append, track, written
+from tests.sweep.tracked import CONFIG, DATA, append, track, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 User = dict[str, str]
@@ -233,6 +234,7 @@ def test_a_sweep_that_may_not_write_says_so_before_it_starts(
     assert (len(wrong.splitlines()), len(other.splitlines()), out.exists()) == (1, 1, False)
 
 
+@pytest.mark.long
 def test_a_server_that_dies_in_the_middle_of_a_sweep_loses_nothing(
     site: Site, anna: User, begin: Any, models: Path, corpus: Shards, tmp_path: Path
 ) -> None:
@@ -260,23 +262,32 @@ def test_a_server_that_dies_in_the_middle_of_a_sweep_loses_nothing(
             assert points
 
 
-def test_a_backup_brings_back_runs_accounts_and_artifacts_and_a_sweep_adds_the_rest(
-    site: Site, anna: User, tmp_path: Path
+def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_sweep_adds_the_rest(
+    site: Site, anna: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep is a ledger and what its trials wrote: nothing trains here."""
+    monkeypatch.setattr("sweep.tracking.LONGEST", 0.5)
     (folder := tmp_path / "sweep").mkdir()
     ask(ledger := Ledger.open(folder, CONFIG), 2)
-    append(folder, 0, (16, 1000.25, 0.5))
+    append(folder, 0, (8, 1000.0, 0.4))
     with acting(anna) as client:
-        track(folder, seconds=300)
+        tracker = Tracker(CONFIG, folder, DATA, every=0.05)
+        tracker.start()
+        wait_for(lambda: mlflow_run_id(folder, 0) is not None)
+        site.stop(signal.SIGKILL)
+        append(folder, 0, (16, 1000.25, 0.5))
+        wait_for(lambda: tracker.error is not None)
+        site.start()
+        assert tracker.finish(300), tracker.error
         backup, before = site.do("backup.sh"), shown(client, CONFIG.name)
+        assert before["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5)]
         append(folder, 0, (32, 1001.5, 0.75))
         append(folder, 1, (16, 1002.0, 0.1))
         report(ledger, 0, 0.9, 0.8)
         ledger.complete(0)
         track(folder, seconds=300)
         whole = shown(client, CONFIG.name)
-        assert whole["0"]["points"]["loss"] == [(16, 0.5), (32, 0.75)]
+        assert whole["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5), (32, 0.75)]
         assert whole["0"]["files"].keys() > before["0"]["files"].keys()
 
         assert "is not empty" in site.call("restore.sh", backup).stderr

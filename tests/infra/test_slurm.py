@@ -15,7 +15,7 @@ from tests.sweep.cluster import epochs, settings, trials, until
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "infra/slurm/sweep.sbatch")
 SMALL = ("--cpus-per-task=2", "--mem=3000")
-TRIALS, EPOCHS = 2, 40  # longer than the time limit below
+TRIALS, EPOCHS = 2, 8
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
 )
@@ -34,7 +34,7 @@ read -r code < "$here/codes"
 sed -i 1d "$here/codes"
 echo "$@ $RAY_ADDRESS $(stat -c %a "$RAY_AUTH_TOKEN_PATH" "$(dirname "$RAY_AUTH_TOKEN_PATH")" | xargs)" > "$here/given"
 [ "$code" = stopped ] || exit "$code"
-trap 'touch "$here/asked"; exit 75' USR1
+trap 'touch "$here/asked"; exit 75' USR1 TERM
 touch "$here/runs"
 while :; do sleep 0.1; done
 """
@@ -112,16 +112,21 @@ def test_a_ray_that_does_not_start_is_told_from_a_sweep_that_fails(cluster: Slur
     assert not (programs / "given").exists()
 
 
-def test_a_job_whose_time_ends_goes_back_into_the_queue(cluster: Slurm, programs: Path) -> None:
+def test_a_job_whose_time_ends_or_that_is_requeued_goes_back_into_the_queue(cluster: Slurm, programs: Path) -> None:
     """Any number of times: that is no failure."""
-    number = play(cluster, programs, "stopped", "stopped", 0, SWEEP_FAILURES="1")
+    limit = ("--time=1", "--signal=B:USR1@50")  # Slurm looks every 30 s
+    number = play(cluster, programs, "stopped", "stopped", 0, options=limit, SWEEP_FAILURES="1")
     for restarts in ("1", "2"):
         until((programs / "runs").exists, 60, lambda: cluster.log(number))
         (programs / "runs").unlink()
-        cluster("scancel", "--batch", "--signal=USR1", str(number))  # as Slurm does by --signal=B:USR1@300
-        until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 60, lambda: cluster.log(number))
+        if restarts == "2":
+            cluster("scontrol", "requeue", str(number))
+        until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 120, lambda: cluster.log(number))
+        until((programs / "asked").exists, 60, lambda: cluster.log(number))
         (programs / "asked").unlink()
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
+    for name in ("USR1", "TERM"):
+        assert f"{name}: the sweep is asked" in cluster.log(number)
     assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
 
 
@@ -151,17 +156,13 @@ BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+def test_a_sweep_outlives_the_signal_before_its_time_limit(cluster: Slurm, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    limit = ("--time=2", "--signal=B:USR1@60")  # which comes after 30 to 60 s
-    number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
-    until(lambda: cluster.job(number)["Restarts"] == "1", 300, lambda: cluster.log(number))
-    cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")
-    done = epochs(out)
-    until(lambda: epochs(out) > done, 300, lambda: cluster.log(number))
-    cluster("scontrol", "requeue", str(number))
+    number = cluster.submit(*SMALL, SCRIPT, str(config), "--out", str(out), **BIN)
+    until(lambda: epochs(out) >= 1, 300, lambda: cluster.log(number))
+    cluster("scancel", "--batch", "--signal=USR1", str(number))  # as Slurm does by --signal=B:USR1@300
     job = cluster.wait(number, "COMPLETED", seconds=600)
-    assert job["Restarts"] == "2"
+    assert job["Restarts"] == "1"
     assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
         (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
     ]

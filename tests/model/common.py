@@ -1,10 +1,12 @@
 """Models for the tests of this folder."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import multiprocessing
 
 from data.examples import Example
 from data.tasks import AnswerSet
@@ -52,6 +54,12 @@ def replies(examples: list[Example]) -> list[Example]:
         replace(example, task="response", speaker="therapist", answer=" ".join(words[: 1 + int(example.id[2:])]))
         for example in examples
     ]
+
+
+def as_two_workers(work: Callable[..., None], *args: object) -> None:
+    """Run a function as rank 0 and as rank 1, in processes forked from one that imports torch once for all tests."""
+    multiprocessing.set_forkserver_preload(["tests.model.trials"])
+    multiprocessing.start_processes(work, args, nprocs=2, start_method="forkserver")
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:

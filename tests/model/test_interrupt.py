@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from data.shards import Shards
 from model import checkpoint, curve, train, usage
 from model.train import Interrupted, Trainer, fit
+from tests.model.common import as_two_workers
 from tests.model.trials import CONFIG, DROPOUT, TWO, KilledError, Trial, history, kill_after, same_end
 
 RARE = CONFIG.model_copy(update={"checkpoint_steps": 1000})
@@ -185,7 +185,7 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
 
 def test_several_workers_end_after_the_same_step(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """Whichever of them was asked; and the clock of the first decides, though theirs differ."""
-    multiprocessing.spawn(worker, (2, models, corpus.folder, tmp_path), nprocs=2)
+    as_two_workers(worker, 2, models, corpus.folder, tmp_path)
     for which, times in CUTS:
         said = [(tmp_path / f"{which}-{times}-rank-{rank}").read_text() for rank in (0, 1)]
         assert said[0] == said[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from data.config import DataConfig, TaskWeights
 from data.examples import Example
@@ -29,7 +29,7 @@ from model.score import generate, label_scores
 from model.speech_llm import SpeechLLM
 from model.train import Trainer
 from tests.conftest import ENCODERS
-from tests.model.common import build, close, replies, settings
+from tests.model.common import as_two_workers, build, close, replies, settings
 
 SIZES = (1, 2, 3, 8)
 ORDERS: dict[str, list[int]] = {
@@ -232,6 +232,6 @@ def worker(rank: int, models: Path, folder: Path, out: Path) -> None:
 
 def test_a_step_does_not_depend_on_the_number_of_workers(models: Path, corpus: Shards, tmp_path: Path) -> None:
     alone = one_step(models, corpus, None)
-    multiprocessing.spawn(worker, (models, corpus.folder, tmp_path), nprocs=2)
+    as_two_workers(worker, models, corpus.folder, tmp_path)
     for rank in range(2):
         check_equal(torch.load(tmp_path / f"{rank}.pt"), alone)

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from data.shards import Shards
 from model import checkpoint, curve, memory, train
 from model.llm import load_llm, shared_view
 from model.memory import OutOfMemory
-from tests.model.common import close
+from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, TWO, Trial, history
 
 WHOLE = CONFIG.model_copy(update={"token_budget": 10**6, "batch_size": 9})
@@ -194,7 +193,7 @@ def restarted(models: Path, corpus: Shards, out: Path) -> bool:
     """Start two workers as a group that starts again when one of them fails; whether they came to the end."""
     (out / "rendezvous").unlink(missing_ok=True)
     try:
-        multiprocessing.spawn(worker, (2, models, corpus.folder, out), nprocs=2)
+        as_two_workers(worker, 2, models, corpus.folder, out)
     except Exception as error:
         assert "OutOfMemoryError" in str(error) or "Connection" in str(error)
         return False

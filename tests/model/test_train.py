@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from data.config import AugmentConfig, DataConfig, TaskWeights
 from data.examples import Example
@@ -24,7 +24,7 @@ from model.evaluate import evaluate
 from model.parts import part_of
 from model.speech_llm import SpeechLLM
 from model.train import NonFiniteError, Trainer, fit
-from tests.model.common import build, close
+from tests.model.common import as_two_workers, build, close
 from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 
 
@@ -59,7 +59,7 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
 
 def test_two_workers_train_what_one_trains(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """Also where a step leaves a worker without an item, or without one of a task."""
-    multiprocessing.spawn(worker, (2, models, corpus.folder, tmp_path), nprocs=2)
+    as_two_workers(worker, 2, models, corpus.folder, tmp_path)
     for name, trial in SHARED_BY_WORKERS.items():
         trial.run(models, corpus, tmp_path / "alone" / name)
         folders = [tmp_path / how / name for how in ("alone", "together")]

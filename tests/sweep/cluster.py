@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.sweep.common import sweep
+
 RAY = str(Path(os.sys.executable).parent / "ray")  # type: ignore[attr-defined]
 
 
@@ -64,9 +66,7 @@ def epochs(out: Path) -> int:
 
 def trials(out: Path) -> list[dict[str, Any]]:
     """What `sweep status` says of each."""
-    told = [os.sys.executable, "-m", "sweep", "status", str(out), "--json"]  # type: ignore[attr-defined]
-    found = subprocess.run(told, capture_output=True, text=True, check=True).stdout
-    return list(json.loads(found)["trials"])
+    return list(json.loads(sweep("status", out, "--json").out)["trials"])
 
 
 @dataclass

@@ -62,7 +62,7 @@ def shown(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{server.uri}/#/experiments/{experiment}/runs"
 
 
-def test_the_best_trial_is_found_by_sorting_and_shows_what_it_did(page: Any, shown: str, folder: Path) -> None:
+def test_the_best_trial_is_found_and_shows_what_it_did(page: Any, shown: str, folder: Path) -> None:
     page.goto(shown)
     page.get_by_test_id("sort-select-dropdown").click()
     page.get_by_text("objective", exact=True).first.click()
@@ -76,6 +76,7 @@ def test_the_best_trial_is_found_by_sorting_and_shows_what_it_did(page: Any, sho
     for told in ("best_macro_f1", "synthetic (f00d)", "model.lora.rank", "Registered models"):
         playwright.expect(page.get_by_text(told, exact=True).first).to_be_visible()
     look_at_curves_and_files(page)
+    follow_the_links_of_the_note(page, shown, folder)
 
 
 def look_at_curves_and_files(page: Any) -> None:
@@ -96,7 +97,7 @@ def look_at_curves_and_files(page: Any) -> None:
     playwright.expect(files.filter(has_text="checkpoint.pt")).to_be_visible()
 
 
-def test_the_note_leads_to_the_trials_and_the_registry_to_the_best(page: Any, shown: str, folder: Path) -> None:
+def follow_the_links_of_the_note(page: Any, shown: str, folder: Path) -> None:
     page.goto(f"{shown}/{runs(folder)[0].info.run_id}")
     link = page.get_by_role("table").get_by_role("link", name="3", exact=True)
     place = link.get_attribute("href")

@@ -155,7 +155,7 @@ cli.main()
 @pytest.mark.timeout(300)
 def test_ray_makes_the_same_shards_and_a_kill_costs_little(tmp_path: Path) -> None:
     """The whole group of processes is killed with shards half made; the same command goes on, and repeats none."""
-    command = [sys.executable, "-c", SMALL, "prepare", "synthetic", "--out", "new", "--set", "sessions=40"]
+    command = [sys.executable, "-c", SMALL, "prepare", "synthetic", "--out", "new", "--set", "sessions=16"]
     root = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     options = {"cwd": tmp_path, "env": environment | {"PYTHONPATH": root}, "text": True}
@@ -174,6 +174,6 @@ def test_ray_makes_the_same_shards_and_a_kill_costs_little(tmp_path: Path) -> No
     assert len(written) < len(shards.manifest.shards)
     for name, changed in written.items():
         assert (tmp_path / "new" / name).stat().st_mtime_ns == changed
-    assert "prepared 40 of 40 sessions" in second.stdout
-    assert "prepared 0 of 40 sessions" not in second.stdout
-    assert shards.fingerprint == prepare(synthetic.corpus(sessions=40), tmp_path / "here").fingerprint
+    assert "prepared 16 of 16 sessions" in second.stdout
+    assert "prepared 0 of 16 sessions" not in second.stdout
+    assert shards.fingerprint == prepare(synthetic.corpus(sessions=16), tmp_path / "here").fingerprint

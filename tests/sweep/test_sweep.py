@@ -22,7 +22,8 @@ from tests.sweep.common import FROZEN, TUNED
 
 TRIALS = 7
 SAME = {"model.modality": "speech", "model.lora.rank": 4, "train.learning_rate": 3e-3, "model.cls": "none"}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# The short form of tests/kill compares ledger, bits and MLflow in every run; here no kill hides what differs.
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def settings(models: Path, shards: Path) -> dict[str, Any]:

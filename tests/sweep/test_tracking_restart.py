@@ -13,7 +13,7 @@ from tests.sweep.common import report
 from tests.sweep.mlflow_server import Server, wait_for
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written
 
-# What tests/infra/test_mlflow_server.py does in every run, with fewer kills.
+# What tests/infra/test_mlflow_server.py does in every run, with one kill.
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
