@@ -22,10 +22,11 @@ def report(
     from sweep.report.artifacts import to_mlflow
 
     ledger = open_ledger(folder)
-    for other in beside:
+    others = {other.resolve(): other for other in beside if other.resolve() != folder.resolve()}
+    for other in others.values():
         open_ledger(other)
     with console.status("drawing"):
-        verdict, written = page.write(ledger, folder, out or folder / "report", beside, reference)
+        verdict, written = page.write(ledger, folder, out or folder / "report", list(others.values()), reference)
     for line in verdict:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)

@@ -188,7 +188,7 @@ def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> N
     stage = {"model__init_from": "/elsewhere/first/trials/0002", "model__trainable": "lora"}
     others = other("stage-2", **stage) + other("longer", train__epochs=3) + other("both", train__epochs=3, **stage)
     others += other("again", seed=1) + other("elsewhere", "0" * 16, **stage)
-    text = page(first, *others)
+    text = page(first, *others, *others[:2], "--with", first)  # each is shown once
     table = pd.read_csv(first / "report" / "ablation.csv").set_index("trial")
     assert [name for name in table.index if "of" in name] == ["#0 of stage-2", "#0 of longer"]
     assert table.loc["#0 of stage-2", "choice"] == "trainable: new → lora, model.init_from: none → trial 2 of first"
