@@ -206,7 +206,7 @@ class Driver:
         frozen.used(folders)
         return {
             "folder": str(folder),
-            "config": own.model_dump(mode="json"),
+            "config": own.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
             "reader": choose_reader(resolved),
             "frozen": folders,
         }

@@ -107,7 +107,7 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
     Returns:
         Whether the trial came to its end; otherwise it was interrupted.
     """
-    config, folder = Config.model_validate(job["config"]), Path(job["folder"])
+    config, folder = Config.model_validate_json(job["config"]), Path(job["folder"])
     if not (folder / "config.yaml").exists():
         raise StorageError(
             f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"

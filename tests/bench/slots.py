@@ -122,7 +122,7 @@ def job_of(config: Path, folder: Path) -> dict[str, Any]:
     own = builtin.resolve(configuration.load(str(config), ["search.space={}"]))
     folder.mkdir(parents=True)
     configuration.write(own, folder / "config.yaml")
-    return {"folder": str(folder), "config": own.model_dump(mode="json"), "reader": "local", "frozen": {}}
+    return {"folder": str(folder), "config": own.model_dump_json(), "reader": "local", "frozen": {}}
 
 
 def train(config: dict[str, Any]) -> None:
