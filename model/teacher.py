@@ -35,7 +35,7 @@ from model.llm import load_llm
 from model.prompt import Prompter, written
 
 TOP = 64
-VERSION = 1  # raise it when the same LLM would say something else
+VERSION = 2  # raise it when the same LLM would say something else, or the files would be cut otherwise
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ AXES = (
     "data.augment.noise_db",
 )
 FRAMES = 50  # of an encoder, in a second of sound
+LARGE = 2**30  # bytes that a pass may hold for several needs at once: with more, each has its own
 _BUILT: dict[str, SpeechLLM] = {}  # without weights
 
 
@@ -70,8 +71,10 @@ class Need:
 
     def work(self, size: int) -> float:
         """Frames times parameters."""
-        frozen = (parameter for parameter in _encoder(self.config).parameters() if not parameter.requires_grad)
-        return size / SAMPLE_RATE * FRAMES * sum(parameter.numel() for parameter in frozen)
+        encoder, layers = _encoder(self.config), self.recipe.layers
+        above = {id(own) for module in (*encoder.stack.layers[layers:], encoder.norm) for own in module.parameters()}
+        used = sum(own.numel() for own in encoder.parameters() if not layers or id(own) not in above)
+        return size / SAMPLE_RATE * FRAMES * used
 
     @property
     def epoch(self) -> int:
@@ -100,8 +103,11 @@ class Need:
         """The work."""
         shards, config, found = open_shards(self.config.data), self.config, []
         for part in parts:
-            recipes = {need.folder: need.recipe for need in needs if not (need.folder / part.name).exists()}
-            found.append(Job(shards, part, config.data, recipes, config.resources.threads))
+            lacking = [need for need in needs if not (need.folder / part.name).exists()]
+            together = sum(need.bytes([part]) for need in lacking) <= LARGE
+            for own in [lacking] if together else [[need] for need in lacking]:
+                recipes = {need.folder: need.recipe for need in own}
+                found.append(Job(shards, part, config.data, recipes, config.resources.threads))
         return found
 
 

@@ -8,6 +8,7 @@ files are all there reads them; any other computes by itself, with the same bits
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,12 +185,17 @@ def compute(config: Config, cache: Path, say: Say) -> None:
         groups.setdefault(need.reading, []).append(Read(need, passes * share))
     for group in groups.values():
         with contextlib.ExitStack() as held:
-            for need, _ in sorted(group, key=lambda own: own.need.folder):  # in one order: another sweep may be at them
-                need.folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(need.folder / LOCK))
-                Store(need.folder).write(ABOUT, json.dumps(asdict(need.recipe), indent=1).encode())
+            lacking = []
+            for own in sorted(group, key=lambda one: one.need.folder):  # in one order: another sweep may be at them
+                own.need.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.ExitStack() as lock:
+                    lock.enter_context(FileLock(own.need.folder / LOCK))
+                    Store(own.need.folder).write(ABOUT, json.dumps(asdict(own.need.recipe), indent=1).encode())
+                    if own.need.missing:
+                        lacking.append(own)
+                        held.enter_context(lock.pop_all())  # a need that is met makes nobody wait
             try:
-                if lacking := [own for own in group if own.need.missing]:
+                if lacking:
                     _compute(lacking, say)
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"the frozen passes were lost ({error}); the same command goes on") from None
@@ -201,27 +207,33 @@ def _compute(group: Sequence[Read], say: Say) -> None:
     for need in needs:
         say(described(need))
     _check_room(needs)
-    need = max(needs, key=lambda own: own.work(1))
-    left = list({part.name: part for own in needs for part in own.missing}.values())
-    jobs, total, done = need.jobs(left, needs), sum(part.size for part in left), 0
+    need, left = needs[0], list({part.name: part for own in needs for part in own.missing}.values())
+    jobs, works, done = need.jobs(left, needs), [_work(needs, part) for part in left], 0
+    work, total = sum(works), sum(job.part.size for job in jobs)
 
     def spared(seconds: float) -> str:
         """Each epoch would compute its own need anew."""
-        online = sum(own.epochs * own.need.work(own.need.epoch) / need.work(total) for own in group)
+        online = sum(own.epochs * own.need.work(own.need.epoch) for own in group) / work
         return f"about {shown_time(max(0.0, seconds * online - seconds))}"
 
-    if need.work(total) > SMALL and _gpus(need) == 0:  # here is no GPU that would tell
-        seconds = _expected(jobs[0]) * total
+    if work > SMALL and _gpus(need) == 0:  # here is no GPU that would tell
+        seconds = _expected(jobs[0]) * left[0].size * work / works[0]
         say(f"frozen passes: about {shown_time(seconds)} of a worker, which spares the trials {spared(seconds)}")
     started = told = time.monotonic()
-    for table in _done(need, jobs, total):
+    for table in _done(need, jobs, work):
         done += table["size"][0].as_py()
         now = time.monotonic()
         if now - told >= EVERY and done < total:
             told = now
             say(f"frozen passes: {done / total:.0%}, about {(now - started) * (total / done - 1):.0f} s left")
     taken = time.monotonic() - started
-    say(f"frozen passes: {need.shown(total)} in {taken:.1f} s, which every epoch is spared: {spared(taken)} in all")
+    size = need.shown(sum(part.size for part in left))
+    say(f"frozen passes: {size} in {taken:.1f} s, which spares the trials {spared(taken)}")
+
+
+def _work(needs: Sequence[Need], part: Part[Any]) -> float:
+    """What one pass over a part takes: as much as the deepest need that misses it."""
+    return max(own.work(part.size) for own in needs if not (own.folder / part.name).exists())
 
 
 def _expected(job: Job) -> float:
@@ -229,7 +241,7 @@ def _expected(job: Job) -> float:
     part, size = job.part, 0
     job.compute(part.rows[:1])  # which loads the model, too
     started = time.monotonic()
-    for place in range(0, len(part.rows), max(1, len(part.rows) // FEW)):
+    for place in range(0, len(part.rows), math.ceil(len(part.rows) / FEW)):
         job.compute(part.rows[place : place + 1])
         size += part.sizes[place]
         if time.monotonic() - started > MOMENT:
@@ -237,9 +249,9 @@ def _expected(job: Job) -> float:
     return (time.monotonic() - started) / size
 
 
-def _done(need: Need, jobs: Sequence[Job], total: int) -> Iterator[pa.Table]:
+def _done(need: Need, jobs: Sequence[Job], work: float) -> Iterator[pa.Table]:
     """The results of jobs: by Ray Data, unless its processes would take longer to start than the work takes here."""
-    if need.work(total) <= SMALL and _gpus(need) == 0:
+    if work <= SMALL and _gpus(need) == 0:
         return (job() for job in jobs)
     return ray_jobs(jobs, cpus=need.config.resources.cpus_per_worker, gpus=_gpus(need))
 

@@ -147,4 +147,6 @@ def _values(key: str, axis: Axis, whole: bool) -> list[Any]:
         return values
     if key.startswith(SIGN):
         return list({value > 0: value for value in values}.values())
-    return sorted(values) if whole else list(dict.fromkeys((min(values), max(values))))
+    if whole:
+        return sorted(values)
+    return [max(values)] if key in LARGEST else list(dict.fromkeys((min(values), max(values))))

@@ -1,6 +1,7 @@
 """Where the ledger lies: a journal file in the sweep's folder, or a database that several sweeps may share."""
 
 import contextlib
+import json
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
 
 FILE = "study.journal"
+CREATE_STUDY = 0  # what Optuna writes as the `op_code` of the line that begins a study
 CONNECT_SECONDS = 10  # for one attempt
 PATIENCE = 60.0  # seconds that a running sweep waits for a database that went away
 FIRST_ATTEMPTS = 3  # two sweeps may make the tables of a new database at the same moment, and one of them fails
@@ -120,10 +122,16 @@ def _journal(path: Path) -> JournalStorage:
 
 
 def _refuse_headless(folder: Path, config: Config) -> None:
-    """A journal without this study: Optuna passes over lines about one that no line began, so trials would be lost."""
+    """Without the line that begins the study, Optuna would pass over all others, and the trials would be lost.
+
+    The line itself is looked at, since a driver may write it after somebody has looked for the study.
+    """
     path = folder / FILE
-    if config.storage.ledger is None and path.exists() and b"\n" in path.read_bytes():
-        raise _damaged(path, f"no line begins the study {config.name}")
+    if config.storage.ledger is None and path.exists():
+        with path.open("rb") as file:
+            first = file.readline()
+        if first.endswith(b"\n") and json.loads(first)["op_code"] != CREATE_STUDY:
+            raise _damaged(path, f"no line begins the study {config.name}")
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -19,6 +19,7 @@ from sweep.leaderboard import shown
 from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions, short_names
 from sweep.settings import flat
+from sweep.space import FOLD
 from sweep.whole import write_file
 
 
@@ -74,7 +75,7 @@ def choices(ledger: Ledger, reference: Entry | None, others: Sequence[Ledger] = 
         name, rows = "" if own is ledger else own.config.name, []
         for entry in best_first(own.config, own.entries()):
             changed, asked = _changed(ledger, reference, own, entry), entry.params in own.config.search.points
-            if SEED in changed or not 1 <= len(changed) <= 1 + asked:
+            if {SEED, FOLD} & changed.keys() or not 1 <= len(changed) <= 1 + asked:
                 continue
             if task in (after := read_predictions(trial_folder(own.folder, entry.number))):
                 compared = compare([after[task][1]], [said[task][1]], sums, maximize)

@@ -1,5 +1,6 @@
 """Frozen passes of a sweep: which there are, that each is computed once, and what a kill leaves."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data import features as files
 from data.errors import StorageError
@@ -15,7 +16,7 @@ from data.prepare import prepare
 from data.shards import Shards
 from data.store import LOCK
 from model.speech_encoder import SpeechEncoder
-from sweep import frozen
+from sweep import features, frozen
 from sweep.config import Config
 from sweep.features import need_of
 from sweep.frozen import cache_of, compute, described, folders_for, needs
@@ -111,7 +112,7 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     compute(one, tmp_path, said.append)
     assert len(made) == 1
     assert "of a worker, which spares the trials about " in said[1]
-    assert ["1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True, True]
+    assert ["1 of 1 parts to compute" in said[0], "s, which spares the trials" in said[-1]] == [True, True]
     folder = folder_of(config(models, shards), tmp_path)
     assert folder is not None
     compute(one, tmp_path, said.append)
@@ -144,6 +145,64 @@ def test_what_one_pass_of_an_encoder_yields_is_computed_in_one(
         for root in (tmp_path / "both", tmp_path / "alone")
     )
     assert first == second != {}
+
+
+def test_what_a_pass_cannot_hold_at_once_is_computed_one_by_one(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"model.trainable": [FROZEN, UPPER], "model.adapter.window": [4, 8]}
+    compute(config(models, shards, space), tmp_path / "at once", lambda text: None)
+    monkeypatch.setattr(features, "LARGE", 0)
+    jobs: list[Any] = []
+    here = frozen.ray_jobs
+    monkeypatch.setattr(frozen, "ray_jobs", lambda work, **options: jobs.extend(work) or here(work, **options))
+    compute(config(models, shards, space), tmp_path / "apart", lambda text: None)
+    assert [len(job.recipes) for job in jobs] == [1, 1, 1]
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.arrow")}
+        for root in (tmp_path / "at once", tmp_path / "apart")
+    )
+    assert first == second != {}
+
+
+def test_needs_that_lack_different_parts_get_what_they_lack(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PART_SAMPLES", 10_000)
+    files._parts.cache_clear()
+    both = config(models, shards, {"model.trainable": [FROZEN, UPPER]})
+    compute(both, tmp_path, lambda text: None)
+    whole, upper = sorted(needs(both, tmp_path), key=lambda need: need.recipe.layers)
+    assert whole.work(1) > upper.work(1) > 0  # which is spared the layers that train
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.arrow")}
+    gone = {whole.folder / whole.parts[0].name, upper.folder / upper.parts[0].name, upper.folder / upper.parts[1].name}
+    for path in gone:
+        path.unlink()
+    made.clear()
+    compute(both, tmp_path, lambda text: None)
+    assert sorted(made) == sorted(f"{path.parent.name}/{path.name}" for path in gone)
+    for path, (content, written) in before.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == written) == (path not in gone)
+    files._parts.cache_clear()
+
+
+def test_a_need_that_is_met_makes_no_other_sweep_wait(
+    models: Path, shards: Shards, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute(config(models, shards), tmp_path, lambda text: None)
+    both = config(models, shards, {"model.trainable": [FROZEN, UPPER]})
+    met, lacking = sorted(needs(both, tmp_path), key=lambda need: len(need.missing))
+    tried: list[bool] = []
+
+    def look(*args: Any) -> None:
+        for need in (met, lacking):
+            with contextlib.suppress(Timeout), FileLock(need.folder / LOCK, timeout=0):
+                tried.append(need is met)
+
+    monkeypatch.setattr(frozen, "_compute", look)
+    compute(both, tmp_path, lambda text: None)
+    assert tried == [True]
 
 
 def test_a_pass_writes_only_what_is_missing(models: Path, shards: Shards, tmp_path: Path, made: list[str]) -> None:

@@ -175,6 +175,17 @@ def test_a_point_may_differ_in_two_choices(tmp_path: Path) -> None:
         assert [ablation.name_of(config, choice) for choice in found] == expected
 
 
+def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
+    """They predict other items."""
+    points = [REFERENCE | {"seed": 1, "data.fold": fold} for fold in (0, 1)]
+    config = settings(trials=2, points=points)
+    space = config.search.model_dump(mode="json")["space"] | {"seed": [1, 2], "data.fold": [0, 1]}
+    played(config := config.with_values({"search.space": space}), tmp_path)
+    ledger = Ledger.read(tmp_path, config)
+    assert len(ledger.entries()) == 2
+    assert ablation.choices(ledger, ledger.entries()[0]) == []
+
+
 def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> None:
     """As does what differs in one setting; what differs in three, in the seed, or in its corpus does not."""
     played(settings(trials=4), first := tmp_path / "first")

@@ -86,7 +86,11 @@ def test_each_pass_is_computed_once_and_shared_by_trials_and_sweeps(
     compute(one, tmp_path, said.append)
     assert len(made) == 1
     assert "of a worker, which spares the trials about " in said[1]
-    assert [said[0].startswith("teacher "), "1 of 1 parts to compute" in said[0], "is spared" in said[-1]] == [True] * 3
+    assert [
+        said[0].startswith("teacher "),
+        "1 of 1 parts to compute" in said[0],
+        "s, which spares the trials" in said[-1],
+    ] == [True] * 3
     folder = folder_of(config(models, shards), tmp_path)
     assert folder is not None
     assert folder_of(config(models, shards, losses={"distillation": 0.0}), tmp_path) is None
