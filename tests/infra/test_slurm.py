@@ -15,7 +15,7 @@ from tests.sweep.cluster import epochs, settings, trials, until
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "infra/slurm/sweep.sbatch")
 SMALL = ("--cpus-per-task=2", "--mem=3000")
-TRIALS, EPOCHS = 2, 8
+TRIALS, EPOCHS = 2, 40  # longer than the time limit below
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
 )
@@ -154,40 +154,25 @@ def config(models: Path, tmp_path: Path) -> Path:
 BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
 
 
-def check_carried_on(cluster: Slurm, number: int, out: Path, restarts: int, each: int) -> None:
-    """The job ends well, whatever was in between: every trial is there once, and nothing is left behind."""
-    assert cluster.wait(number, "COMPLETED", seconds=600)["Restarts"] == str(restarts)
-    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
-        (place, "COMPLETE", each) for place in range(TRIALS)
-    ]
-    assert "USR1: the sweep is asked" in cluster.log(number)
-    assert not processes_of(number)
-    assert not list(Path("/tmp").glob(f"sw-{number}-*"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_sweep_outlives_the_signal_before_its_time_limit(cluster: Slurm, config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    number = cluster.submit(*SMALL, SCRIPT, str(config), "--out", str(out), **BIN)
-    until(lambda: epochs(out) >= 1, 300, lambda: cluster.log(number))
-    cluster("scancel", "--batch", "--signal=USR1", str(number))  # as Slurm does by --signal=B:USR1@300
-    check_carried_on(cluster, number, out, restarts=1, each=EPOCHS)
-
-
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+    """In every run: the same with a sweep that is played (above), and a real one that is killed (tests/kill)."""
     out, limit = tmp_path / "out", ("--time=2", "--signal=B:USR1@60")  # which comes after 30 to 60 s
-    longer = ("--set", "train.epochs=40")
-    number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), *longer, **BIN)
+    number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
     until(lambda: cluster.job(number)["Restarts"] == "1", 300, lambda: cluster.log(number))
     cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     done = epochs(out)
     until(lambda: epochs(out) > done, 300, lambda: cluster.log(number))
     cluster("scontrol", "requeue", str(number))
-    check_carried_on(cluster, number, out, restarts=2, each=40)
+    assert cluster.wait(number, "COMPLETED", seconds=600)["Restarts"] == "2"
+    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
+        (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
+    ]
+    assert "USR1: the sweep is asked" in cluster.log(number)
+    assert not processes_of(number)
+    assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
 @pytest.mark.long
