@@ -23,10 +23,9 @@ def report(
 
     ledger = open_ledger(folder)
     others = {other.resolve(): other for other in beside if other.resolve() != folder.resolve()}
-    for other in others.values():
-        open_ledger(other)
+    opened = [open_ledger(other) for other in others.values()]
     with console.status("drawing"):
-        verdict, written = page.write(ledger, folder, out or folder / "report", list(others.values()), reference)
+        verdict, written = page.write(ledger, folder, out or folder / "report", opened, reference)
     for line in verdict:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)

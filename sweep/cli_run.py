@@ -117,13 +117,11 @@ def open_ledger(folder: Path) -> "Ledger":
     Raises:
         UserError: it is not the folder of a sweep.
     """
-    from sweep import config as configuration
     from sweep.ledger import Ledger
 
-    path = folder / "config.yaml"
-    if not path.exists():
+    if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` makes one under runs/")
-    return Ledger.read(folder, configuration.load(str(path)))
+    return Ledger.of(folder)
 
 
 def _preview(config: "Config", folder: Path) -> None:

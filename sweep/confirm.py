@@ -19,7 +19,7 @@ from typing import Any
 from data.errors import MisfitError, UserError
 from model.intervals import Comparison, Interval, Sums, compare, interval, sums_of
 from model.metrics import Record
-from sweep import builtin, trainings
+from sweep import builtin
 from sweep import config as configuration
 from sweep.config import Config
 from sweep.evaluate import predict
@@ -27,11 +27,11 @@ from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions
 from sweep.settings import flat
 from sweep.space import FOLD
-from sweep.trainings import FILE, FOLDED, SUFFIX, without_luck
+from sweep.trainings import FILE, FOLDED, SEED, SUFFIX, without_luck
 from sweep.trial import open_shards
 from sweep.whole import write_file
 
-SEED, TEST = trainings.SEED, "test.json"
+TEST = "test.json"
 FORMER = ("model.init_from", "model.adapter.init_from")
 FIRST_SEED = 1000  # of the fresh ones, unless the search drew them
 
@@ -196,7 +196,7 @@ def confirmation(
         UserError: nothing was confirmed yet.
     """
     own, config = place_of(folder, folds), ledger.config
-    again = Ledger.read(own, configuration.load(str(own / "config.yaml")))
+    again = Ledger.of(own)
     groups = _groups(best_first(config, ledger.entries()), again.entries(), folds or 1)
     if not groups:
         whole = " on every fold" if folds else ""

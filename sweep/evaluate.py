@@ -123,7 +123,7 @@ def find_checkpoint(source: Path) -> Path:
         return folder / checkpoint.FILE
     if named or (folder / curve.FILE).exists():  # of a trial
         raise UserError(f"{source}: {_gone(folder)}")
-    ledger = Ledger.read(folder, configuration.load(str(folder / "config.yaml")))
+    ledger = Ledger.of(folder)
     best = ledger.best()
     if best is None:
         raise UserError(f"{folder}: no trial is complete yet; name a trial's folder, or finish the sweep")

@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data.errors import UserError
+from sweep import config as configuration
 from sweep import draw
 from sweep.config import Config
 from sweep.space import EPOCHS, better, is_audited, prune
@@ -85,6 +86,11 @@ class Ledger:
             UserError: there is none, or its database cannot be used.
         """
         return cls(folder, config, read_study(folder, config))
+
+    @classmethod
+    def of(cls, folder: Path) -> "Ledger":
+        """Open the ledger of the sweep in a folder to look at it, see `read`."""
+        return cls.read(folder, configuration.load(str(folder / "config.yaml")))
 
     def ask(self, busy: Sequence[int], target: int) -> tuple[int, dict[str, Any]] | None:
         """The next trial to run: the first one that a former attempt left unfinished, else a new one.

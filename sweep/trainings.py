@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweep import config as configuration
 from sweep.config import Config
 from sweep.ledger import Entry, Ledger, best_first
 from sweep.space import FOLD
@@ -38,7 +37,7 @@ def lines(config: Config, folder: Path, search: Path, entries: Sequence[Entry]) 
         search: folder of the search.
         entries: of the ledger of the sweep that confirms.
     """
-    ledger = Ledger.read(search, configuration.load(str(search / "config.yaml")))
+    ledger = Ledger.of(search)
     best, path = best_first(ledger.config, ledger.entries()), folder / FILE
     said = json.loads(path.read_text(encoding="utf-8"))["lines"] if path.exists() else []
     return [*(_line(config, entry, best) for entry in entries), *said]

@@ -14,12 +14,13 @@ import pandas as pd
 from data.errors import UserError
 from model.intervals import Comparison, compare
 from sweep.config import SEARCHABLE, Config
-from sweep.confirm import FORMER, SEED, objective
+from sweep.confirm import FORMER, objective
 from sweep.leaderboard import shown
 from sweep.ledger import Entry, Ledger, best_first, trial_folder
 from sweep.results import read_predictions, short_names
 from sweep.settings import flat
 from sweep.space import FOLD
+from sweep.trainings import SEED
 from sweep.whole import write_file
 
 

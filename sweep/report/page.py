@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from model.intervals import compare
-from sweep import config as configuration
 from sweep import confirm, forecast, leaderboard, recall
 from sweep.config import Config
 from sweep.ledger import Entry, Ledger, best_first, trial_folder
@@ -150,13 +149,12 @@ def _commands(config: Config, folder: Path, entries: Sequence[Entry]) -> list[tu
     return found
 
 
-def beside(folders: Sequence[Path]) -> list[Sweep]:
+def beside(ledgers: Sequence[Ledger]) -> list[Sweep]:
     """Several sweeps, best first; those that cannot be compared with the first one stand behind, with the reason."""
-    ledgers = [_opened(folder) for folder in folders]
     first, rows = ledgers[0], []
-    for ledger, folder in zip(ledgers, folders, strict=True):
+    for ledger in ledgers:
         best = ledger.best()
-        found = best and leaderboard.interval_of(folder, best, ledger.config.search.metric)
+        found = best and leaderboard.interval_of(ledger.folder, best, ledger.config.search.metric)
         shown = "no complete trial" if best is None else str(found or f"{best.value:.3f}")
         name = "" if best is None else f"#{best.number}"
         own = Sweep(ledger.config.name, ledger.config.search.metric, shown, name, _apart(first, ledger))
@@ -164,10 +162,6 @@ def beside(folders: Sequence[Path]) -> list[Sweep]:
     sign = -1 if first.config.search.direction == "maximize" else 1
     rows.sort(key=lambda row: (bool(row[0].apart), row[1] is None, sign * (row[1] or 0.0)))
     return [own for own, _ in rows]
-
-
-def _opened(folder: Path) -> Ledger:
-    return Ledger.read(folder, configuration.load(str(folder / "config.yaml")))
 
 
 def _apart(one: Ledger, other: Ledger) -> str:
@@ -185,7 +179,7 @@ def _apart(one: Ledger, other: Ledger) -> str:
 
 
 def write(
-    ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Path], reference: int | None
+    ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Ledger], reference: int | None
 ) -> tuple[list[str], list[Path]]:
     """The page, the ablation as a table of a paper, and the pictures as PNG.
 
@@ -195,7 +189,7 @@ def write(
         ledger: of the sweep.
         folder: of the sweep.
         out: folder that they are written into.
-        beside_: folders of other sweeps.
+        beside_: other sweeps.
         reference: number of the trial that choices are compared with; see `ablation.reference_of`.
 
     Returns:
@@ -208,10 +202,10 @@ def write(
 
     entries, config = ledger.entries(), ledger.config
     chosen = ablation.reference_of(config, entries, reference)
-    rivals = [other for other in map(_opened, beside_) if not _apart(ledger, other)]
+    rivals = [other for other in beside_ if not _apart(ledger, other)]
     choices = ablation.choices(ledger, chosen, rivals)
     table = ablation.frame(config, chosen, choices)
-    others = beside([folder, *beside_]) if beside_ else []
+    others = beside([ledger, *beside_]) if beside_ else []
     said = verdict(config, folder, entries)
     against = ablation.described(config, chosen) if chosen is not None else ""
     text = html(ledger, folder, said, figures.figures(ledger, folder, entries, choices), table, against, others)

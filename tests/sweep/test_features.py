@@ -44,6 +44,11 @@ def folder_of(config: Config, cache: Path) -> Path | None:
     return Path(found) if found else None
 
 
+def kept(cache: Path) -> dict[Path, bytes]:
+    """The files of a cache."""
+    return {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*.arrow")}
+
+
 def test_only_what_is_frozen_and_hears_clips_as_they_are_has_features(
     models: Path, shards: Shards, tmp_path: Path
 ) -> None:
@@ -140,11 +145,7 @@ def test_what_one_pass_of_an_encoder_yields_is_computed_in_one(
     for trainable, window in ((FROZEN, 4), (FROZEN, 8), (UPPER, 4)):
         alone = config(models, shards, {"model.trainable": [trainable], "model.adapter.window": [window]})
         compute(alone, tmp_path / "alone", said.append)
-    first, second = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.arrow")}
-        for root in (tmp_path / "both", tmp_path / "alone")
-    )
-    assert first == second != {}
+    assert kept(tmp_path / "both") == kept(tmp_path / "alone") != {}
 
 
 def test_what_a_pass_cannot_hold_at_once_is_computed_one_by_one(
@@ -158,11 +159,7 @@ def test_what_a_pass_cannot_hold_at_once_is_computed_one_by_one(
     monkeypatch.setattr(frozen, "ray_jobs", lambda work, **options: jobs.extend(work) or here(work, **options))
     compute(config(models, shards, space), tmp_path / "apart", lambda text: None)
     assert [len(job.recipes) for job in jobs] == [1, 1, 1]
-    first, second = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.arrow")}
-        for root in (tmp_path / "at once", tmp_path / "apart")
-    )
-    assert first == second != {}
+    assert kept(tmp_path / "at once") == kept(tmp_path / "apart") != {}
 
 
 def test_needs_that_lack_different_parts_get_what_they_lack(
