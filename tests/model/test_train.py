@@ -1,20 +1,17 @@
-"""Training: steps do not depend on micro-batches or workers; rates, patience, masks, reports, checkpoints."""
+"""Training: steps do not depend on micro-batches or workers; rates, patience, reports, checkpoints."""
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.config import AugmentConfig, DataConfig, TaskWeights
-from data.examples import Example
 from data.shards import Shards
 from data.tasks import items
 from model import checkpoint
@@ -22,9 +19,8 @@ from model.checkpoint import CheckpointError, digest, trained_tensors
 from model.config import LearningRates, LossConfig, TrainConfig
 from model.evaluate import evaluate
 from model.parts import part_of
-from model.speech_llm import SpeechLLM
 from model.train import NonFiniteError, Trainer, fit
-from tests.model.common import as_two_workers, build, close
+from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 
 
@@ -239,67 +235,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(models: Path, cor
     with pytest.raises(NonFiniteError, match=r"^non-finite gradient at step 3, learning rate"):
         fit(model, data, CONFIG.model_copy(update={"token_budget": 10**6}), ONE, 7, tmp_path, lambda *report: None)
     assert all(tensor.isfinite().all() for tensor in trained_tensors(model).values())
-
-
-@pytest.fixture
-def calm(models: Path, tmp_path: Path) -> Path:
-    """A HuBERT without dropout, so that its masks are all that is drawn."""
-    shutil.copytree(models / "hubert-layer", tmp_path / "calm")
-    path = tmp_path / "calm" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({name: 0.0 if "dropout" in name else value for name, value in config.items()}))
-    return tmp_path / "calm"
-
-
-def augmented(models: Path, folder: Path, share: float = 0.3) -> SpeechLLM:
-    model = build(models, encoder={"path": str(folder), "spec_augment": share}, modality="speech")
-    model.augment = (7, 2)
-    return model.train()
-
-
-@torch.no_grad()
-def test_masks_do_not_depend_on_the_batch(models: Path, calm: Path, examples: list[Example]) -> None:
-    """Nor do the embeddings of masked clips."""
-    model = augmented(models, calm)
-    together = model.clips(examples)
-    for place, example in enumerate(examples):
-        assert close(model.clips([example])[0], together[place])
-    for one, other in zip(model.clips(examples[::-1]), together[::-1], strict=True):
-        assert close(one, other)
-
-
-@torch.no_grad()
-def test_masks_follow_from_seed_epoch_and_utterance(models: Path, calm: Path, examples: list[Example]) -> None:
-    model = augmented(models, calm)
-    long = examples[-1]
-
-    def masks(seed: int, epoch: int, example: Example = long) -> list[bool]:
-        model.augment = (seed, epoch)
-        return model._masks([example], [np.zeros(len(long.pcm), np.float32)])[0].tolist()
-
-    assert masks(7, 2) == masks(7, 2)
-    assert 0 < sum(masks(7, 2)) < len(masks(7, 2))
-    others = [masks(8, 2), masks(7, 3), masks(7, 2, examples[0])]
-    assert all(other != masks(7, 2) for other in others)
-
-
-@torch.no_grad()
-def test_frames_are_masked_in_training_only(models: Path, calm: Path, examples: list[Example]) -> None:
-    def clips(model: SpeechLLM) -> Tensor:
-        return torch.cat(model.clips(examples))
-
-    plain = clips(augmented(models, calm, share=0.0))
-    masked = augmented(models, calm)
-    assert not close(clips(masked), plain, 1e-2)
-    assert close(clips(masked.eval()), plain)
-
-
-def test_every_epoch_has_masks_of_its_own(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    trial = Trial(train=TrainConfig(epochs=3, batch_size=64))
-    model, data = trial.start(models, corpus)
-    fit(model, data, trial.train, ONE, 7, tmp_path, lambda epoch, metrics: seen.append(model.augment))
-    assert seen == [(7, 0), (7, 1), (7, 2)]
 
 
 def test_an_epoch_reports_every_task(models: Path, corpus: Shards, tmp_path: Path) -> None:
