@@ -22,8 +22,8 @@ from transformers import (
     WhisperModel,
 )
 
-from data import synthetic
-from data.schema import SAMPLE_RATE
+from data.corpus import synthetic
+from data.corpus.schema import SAMPLE_RATE
 
 VERSION = "1"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
 

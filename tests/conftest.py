@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import synthetic
-from data.examples import Example
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE
-from data.shards import Shards
+from data.corpus import synthetic
+from data.corpus.schema import SAMPLE_RATE
+from data.loading.examples import Example
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests import tiny_models
 from tests.model import voices
 

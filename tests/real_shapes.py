@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, HubertConfig, LlamaConfig
 
-from model import encoder as encoder_module
-from model import llm as llm_module
+from model.encoders import loading as encoder_module
+from model.speech_llm import language_model as llm_module
 
 LLAMA_3B = LlamaConfig(
     vocab_size=128_256,

@@ -8,8 +8,8 @@ import pytest
 import typer
 import yaml
 
-from sweep.cli import app
-from sweep.config import parse
+from sweep.cli.app import app
+from sweep.config.schema import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Corpus
 from data.importers.annomi import read_annomi
 from data.importers.daic import read_daic
 from data.importers.mi_tags import read_mi_tags
 from data.importers.table import read_table
 from data.importers.whisperx import read_whisperx
-from data.schema import Corpus
 
 Importer = Callable[[Path, Path | None, CorpusConfig], Corpus]  # source, folder of recordings or None, settings
 

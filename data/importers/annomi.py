@@ -7,13 +7,13 @@ starts only, in whole seconds: a turn ends where the next one starts.
 import re
 from pathlib import Path
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.draft import UNKNOWN, Draft
+from data.importers.builder import UNKNOWN, Draft
 from data.importers.recordings import set_recordings
-from data.importers.rows import Row, agreed, by_conversation, read_rows
-from data.importers.times import read_time, set_ends
-from data.schema import Conversation, Corpus, Turn
+from data.importers.tabular import Row, agreed, by_conversation, read_rows
+from data.importers.timestamps import read_time, set_ends
 
 LABELS = {
     "client": ("change", "neutral", "sustain"),

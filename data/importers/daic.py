@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.draft import Draft
+from data.importers.builder import Draft
 from data.importers.recordings import SUFFIXES, by_name, refuse_no_folder, refuse_none
-from data.importers.rows import Row, read_rows
-from data.importers.times import read_time, set_ends
-from data.schema import Conversation, Corpus, Turn
+from data.importers.tabular import Row, read_rows
+from data.importers.timestamps import read_time, set_ends
 
 COLUMNS = ("start_time", "stop_time", "speaker", "value")
 SPEAKERS = {"ellie": "therapist", "participant": "client"}

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.draft import Draft
-from data.importers.rows import Row, by_conversation, read_rows
-from data.schema import Conversation, Corpus, Turn
+from data.importers.builder import Draft
+from data.importers.tabular import Row, by_conversation, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
 CODE = "code"

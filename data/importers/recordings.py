@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data.audio import exists
+from data.corpus.audio import exists
+from data.corpus.schema import Conversation
 from data.errors import DataError
-from data.schema import Conversation
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus")  # of several files of one name the first is taken
 

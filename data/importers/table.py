@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
-from data.corpus_config import ColumnConfig, CorpusConfig
+from data.corpus.config import ColumnConfig, CorpusConfig
+from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
-from data.importers.draft import Draft
+from data.importers.builder import Draft
 from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings, within
-from data.importers.rows import Row, agreed, by_conversation, read_rows
-from data.importers.times import read_time, set_ends
-from data.schema import Conversation, Corpus, Turn, is_rejected
+from data.importers.tabular import Row, agreed, by_conversation, read_rows
+from data.importers.timestamps import read_time, set_ends
 
 # Usual names of times, which are looked for where there is sound and nothing says where a turn is in it.
 STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError, reason
-from data.importers.draft import Draft
+from data.importers.builder import Draft
 from data.importers.recordings import set_recordings
-from data.importers.rows import as_text, read_text
-from data.importers.times import read_time, set_ends
-from data.schema import Conversation, Corpus, Turn
+from data.importers.tabular import as_text, read_text
+from data.importers.timestamps import read_time, set_ends
 
 
 def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:

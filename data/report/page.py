@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from data import audio
-from data.findings import CODES, Finding
+from data.corpus import audio
+from data.corpus.issues import CODES, Finding
+from data.corpus.schema import SAMPLE_RATE, split_label
+from data.preparation.validate import LONG
 from data.report import pictures
 from data.report.summary import Part, by_code, parts
 from data.report.timeline import shown_span, strips
 from data.report.view import View
-from data.schema import SAMPLE_RATE, split_label
-from data.shards import Shards
-from data.validate import LONG
+from data.shards.dataset import Shards
 
 EXAMPLES = 5  # findings that are shown of a code
 CLIPS = 8

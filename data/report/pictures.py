@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import audio
-from data.schema import SAMPLE_RATE
+from data.corpus import audio
+from data.corpus.schema import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.corpus.issues import Finding
 from data.errors import DataError
-from data.findings import Finding
-from data.shards import FINDINGS, Shards
+from data.shards.dataset import FINDINGS, Shards
 
 Rows = tuple[list[str], list[list[str]]]  # header, and as many cells a row
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.corpus.schema import is_rejected, split_label
 from data.report import pictures
 from data.report.view import View
-from data.schema import is_rejected, split_label
 
 STRIPS = 12  # sessions that are shown
 WIDTH = 1000.0  # of a strip, in its own units

@@ -10,10 +10,10 @@ from importlib.resources import files
 
 import numpy as np
 
-from data import audio
+from data.corpus import audio
+from data.corpus.schema import SAMPLE_RATE, split_label
 from data.report import pictures
-from data.schema import SAMPLE_RATE, split_label
-from data.shards import Shards
+from data.shards.dataset import Shards
 
 COLUMNS = ("session", "turn", "speaker", "start", "end", "text", "task", "code", "probability", "reply", "not_coded")
 UNSURE = 0.5  # probability below which a code is marked

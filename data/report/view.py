@@ -4,10 +4,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
+from data.corpus.schema import SAMPLE_RATE, is_rejected
 from data.report import pictures
 from data.report.summary import part_names
-from data.schema import SAMPLE_RATE, is_rejected
-from data.shards import Shards
+from data.shards.dataset import Shards
 
 
 class View:

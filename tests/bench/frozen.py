@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from data.plan import plan
-from data.prepare import prepare
-from data.schema import Corpus
-from model.checkpoint import seed_everything
+from data.corpus.schema import Corpus
+from data.loading.batching import plan
+from data.preparation.build import prepare
 from model.tiny import _fixed, _llama, _tokenizer
-from model.train import Trainer
-from sweep import builtin
-from sweep import config as configuration
-from sweep.config import Config
-from sweep.features import need_of as features_of
-from sweep.teacher import need_of
-from sweep.trial import build
+from model.training.random_state import seed_everything
+from model.training.trainer import Trainer
+from sweep.config import resolve as builtin
+from sweep.config.files import load
+from sweep.config.schema import Config
+from sweep.execution.trial import build
+from sweep.preflight.encoder_pass import need_of as features_of
+from sweep.preflight.teacher_pass import need_of
 from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
@@ -124,7 +124,7 @@ def settings(**own: Any) -> Config:
         "search.points": [],
     }
     changed |= own
-    return builtin.resolve(configuration.load("annomi").with_values(changed))
+    return builtin.resolve(load("annomi").with_values(changed))
 
 
 def make_hubert(folder: Path) -> None:

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2FeatureExtractor
 
-from data.plan import plan
+from data.loading.batching import plan
 from model.tiny import _tokenizer
-from model.train import Trainer
-from sweep.features import need_of
+from model.training.trainer import Trainer
+from sweep.preflight.encoder_pass import need_of
 from tests.bench.frozen import made, said_equal, settings, trainer
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE, Corpus
-from data.shards import Shards
-from sweep import builtin
-from sweep import config as configuration
-from sweep.config import Config
+from data.corpus.schema import SAMPLE_RATE, Corpus
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from sweep.config import resolve as builtin
+from sweep.config.files import load
+from sweep.config.schema import Config
 from tests.bench.frozen import made
 from tests.bench.measure import Row
 from tests.bench.reading import _conversations
@@ -93,7 +93,7 @@ def settings(trials: int, hours: int, slots: int, workers: int) -> Config:
         slots: trials at a time.
         workers: of a trial.
     """
-    config = configuration.load("demo").with_values(
+    config = load("demo").with_values(
         {
             "name": "growth",
             "data.shards": str(made(f"growth-{hours}", functools.partial(make_corpus, hours=hours))),

@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE, Conversation, Corpus, Turn
-from data.shards import MANIFEST, Shards, to_bytes
-from data.stream import Reading, local_source
+from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
+from data.loading.local_source import local_source
+from data.loading.prefetch import Reading
+from data.preparation.build import prepare
+from data.shards.dataset import MANIFEST, Shards
+from data.shards.format import to_bytes
 from tests.bench.measure import Row
 
 NAMES, SECONDS, TURNS = 320, 10, 200  # shards of 64 MB

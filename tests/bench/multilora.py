@@ -17,15 +17,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from data.examples import Example
-from data.features import missing
-from data.plan import plan
-from model.features import Job, recipe
-from model.llm import load_llm, shared_view
-from model.losses import _by_example, _read
+from data.loading.batching import plan
+from data.loading.examples import Example
+from data.loading.feature_files import missing
+from model.encoders.frozen_features import Job, recipe
+from model.objectives.losses import _by_example, _read
+from model.speech_llm.language_model import load_llm, shared_view
 from model.tiny import _fixed
-from model.train import Trainer
-from sweep.trial import open_shards
+from model.training.trainer import Trainer
+from sweep.execution.trial import open_shards
 from tests.bench.frozen import made, settings, trainer, weights
 from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE

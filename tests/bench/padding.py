@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import SAMPLE_RATE, Conversation
 from data.importers.annomi import read_annomi
-from data.plan import Cost, groups, micro_batches, plan, share
-from data.schema import SAMPLE_RATE, Conversation
-from sweep import config as configuration
-from sweep.config import Config
+from data.loading.batching import Cost, groups, micro_batches, plan, share
+from sweep.config.files import load
+from sweep.config.schema import Config
 from tests.bench.measure import Row
 from tests.conftest import SHARED
 
@@ -31,7 +31,7 @@ def run() -> list[Row]:
     conversations = conversations[: round(TRAINING * len(conversations))]
     rows = []
     for preset in ("llama-3b-hubert-large", "annomi"):
-        config = configuration.load(preset)
+        config = load(preset)
         for times in ("as given", "cut finely") if config.model.hears else ("as given",):
             for trains in (False, True) if config.model.hears else (False,):
                 costs = list(measured(conversations, config, fine=times == "cut finely", trains=trains))

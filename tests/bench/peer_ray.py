@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 # What the actors around the workers would have to import is imported where it is used.
-from sweep import config as configuration
-from sweep.cluster import local_or_remote_ray
-from sweep.config import Config
+from sweep.config import schema as configuration
+from sweep.config.files import load
+from sweep.config.schema import Config
+from sweep.execution.cluster import local_or_remote_ray
 
 
 def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
@@ -80,8 +81,8 @@ def worker(loop: dict[str, Any]) -> None:
     """What Train runs in a trial's worker."""
     import ray.train
 
-    from model.checkpoint import FILE
-    from sweep.trial import run_trial
+    from model.checkpoints.checkpoint import FILE
+    from sweep.execution.trial import run_trial
 
     config = configuration.parse(loop["config"], "stock").with_values(loop["values"])
     with tempfile.TemporaryDirectory() as name:
@@ -100,4 +101,4 @@ def worker(loop: dict[str, Any]) -> None:
 if __name__ == "__main__":
     made = Path(sys.argv[2])
     made.mkdir(parents=True, exist_ok=True)
-    (made / "results.json").write_text(json.dumps(sweep(configuration.load(sys.argv[1]), made)))
+    (made / "results.json").write_text(json.dumps(sweep(load(sys.argv[1]), made)))

@@ -21,15 +21,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from data.examples import read_example
-from data.plan import plan
-from data.tasks import items
-from model.losses import answer_losses
-from model.score import label_scores
-from sweep import config as configuration
-from sweep.config import Config
-from sweep.settings import flat
-from sweep.trial import build, open_shards
+from data.loading.batching import plan
+from data.loading.examples import read_example
+from data.loading.tasks import items
+from model.evaluation.scoring import label_scores
+from model.objectives.losses import answer_losses
+from sweep.config.files import load
+from sweep.config.loader import flat
+from sweep.config.schema import Config
+from sweep.execution.trial import build, open_shards
 
 TASK = "classify"
 
@@ -157,4 +157,4 @@ def arguments(config: Config, folder: Path, steps: int) -> transformers.Training
 if __name__ == "__main__":
     made = Path(sys.argv[2])
     made.mkdir(parents=True, exist_ok=True)
-    (made / "results.json").write_text(json.dumps(sweep(configuration.load(sys.argv[1]), made)))
+    (made / "results.json").write_text(json.dumps(sweep(load(sys.argv[1]), made)))

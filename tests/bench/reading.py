@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.examples import Example, clip_samples
-from data.plan import Cost, plan
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE, Conversation, Corpus, Turn
-from data.shards import Shards
-from data.stream import Reading, local_source, ray_source
+from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
+from data.loading.batching import Cost, plan
+from data.loading.examples import Example, clip_samples
+from data.loading.local_source import local_source
+from data.loading.prefetch import Reading
+from data.loading.ray_source import ray_source
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.bench.measure import Cost as Spent
 from tests.bench.measure import Row, in_turns, measured, ratios
 

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import optuna
 
-from data import synthetic
-from data.corpus_config import CorpusConfig, SplitConfig
-from data.features import missing
-from data.prepare import prepare
-from model.features import Job, recipe
-from model.train import fit
-from sweep import builtin
-from sweep import config as configuration
-from sweep.config import Config
-from sweep.ledger import Ledger, trial_config
-from sweep.settings import flat
-from sweep.trial import build, open_shards
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig, SplitConfig
+from data.loading.feature_files import missing
+from data.preparation.build import prepare
+from model.encoders.frozen_features import Job, recipe
+from model.training.trainer import fit
+from sweep.config import resolve as builtin
+from sweep.config.files import load
+from sweep.config.loader import flat
+from sweep.config.schema import Config
+from sweep.execution.trial import build, open_shards
+from sweep.search.study import Ledger, trial_config
 from tests.bench.frozen import made
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE
@@ -60,7 +60,7 @@ def settings() -> Config:
         "search.space": SPACE,
         "search.points": [],
     }
-    return builtin.resolve(configuration.load("demo").with_values(changed))
+    return builtin.resolve(load("demo").with_values(changed))
 
 
 def make_corpus(folder: Path) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import psutil
 
-from data import synthetic
-from data.prepare import prepare
-from sweep import builtin
-from sweep import config as configuration
-from sweep.cluster import local_or_remote_ray
-from sweep.ledger import trial_folder
-from sweep.trial import fit_job
+from data.corpus import synthetic
+from data.preparation.build import prepare
+from sweep.config import files
+from sweep.config import resolve as builtin
+from sweep.config.paths import trial_folder
+from sweep.execution.cluster import local_or_remote_ray
+from sweep.execution.trial import fit_job
 from tests.bench.measure import Cost, Row, cpu_times, spent
 from tests.tiny_models import random_llm
 
@@ -119,9 +119,9 @@ def with_trainers(config: Path, folder: Path) -> list[Cost]:
 
 def job_of(config: Path, folder: Path) -> dict[str, Any]:
     """What the worker of a trial is given."""
-    own = builtin.resolve(configuration.load(str(config), ["search.space={}"]))
+    own = builtin.resolve(files.load(str(config), ["search.space={}"]))
     folder.mkdir(parents=True)
-    configuration.write(own, folder / "config.yaml")
+    files.write(own, folder / "config.yaml")
     return {"folder": str(folder), "config": own.model_dump_json(), "reader": "local", "frozen": {}}
 
 

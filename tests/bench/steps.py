@@ -10,12 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.plan import plan
-from model.checkpoint import seed_everything
-from model.train import Trainer
-from sweep import builtin
-from sweep import config as configuration
-from sweep.trial import build
+from data.loading.batching import plan
+from model.training.random_state import seed_everything
+from model.training.trainer import Trainer
+from sweep.config import resolve as builtin
+from sweep.config.files import load
+from sweep.execution.trial import build
 from tests.bench.measure import Row
 
 STEPS, ROUNDS = 3, 7
@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[str]] = {
 def trainer(overrides: list[str]) -> Trainer:
     """A trainer on the demo's corpus."""
     base = ["model.trainable=adapter+lora+tokens", "search.space={}", "search.points=[]"]
-    config = builtin.resolve(configuration.load("demo", [*base, *overrides]))
+    config = builtin.resolve(load("demo", [*base, *overrides]))
     seed_everything(0)
     model, data = build(config, "local", ("train",), "cpu")
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))

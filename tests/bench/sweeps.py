@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus_config import CorpusConfig, SplitConfig
-from data.prepare import prepare
-from data.schema import Corpus
-from sweep import builtin
-from sweep import config as configuration
-from sweep.config import Config
+from data.corpus.config import CorpusConfig, SplitConfig
+from data.corpus.schema import Corpus
+from data.preparation.build import prepare
+from sweep.config import resolve as builtin
+from sweep.config.files import load, write
+from sweep.config.schema import Config
 from tests.bench.frozen import made, make_hubert, make_llm
 from tests.bench.measure import Row
 from tests.bench.reading import _conversations
@@ -135,7 +135,7 @@ def makespan(config: Config, peer: str | None = None) -> Outcome:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     with tempfile.TemporaryDirectory() as name:
         path, folder = Path(name) / "config.yaml", Path(name) / "sweep"
-        configuration.write(config, path)
+        write(config, path)
         command = [peer, str(path), str(folder)] if peer else ["sweep", "run", str(path), "--out", str(folder)]
         started = time.monotonic()
         done = subprocess.run(
@@ -158,7 +158,7 @@ def own_results(folder: Path) -> list[dict[str, Any]]:
 def settings(size: Size, chosen: list[dict[str, Any]]) -> Config:
     """The sweep over some points."""
     axes = {key: list(dict.fromkeys(point[key] for point in chosen)) for key in chosen[0]}
-    config = configuration.load("annomi").with_values(
+    config = load("annomi").with_values(
         {
             "name": "makespan",
             "data.shards": str(made("sweeps-corpus", make_corpus)),

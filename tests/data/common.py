@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from data.examples import Example
-from data.prepare import prepare
-from data.schema import Conversation, Corpus, Turn, split_label
-from data.shards import Shards
+from data.corpus.schema import Conversation, Corpus, Turn, split_label
+from data.loading.examples import Example
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 
 ROLES = {"client": ("change", "neutral"), "therapist": ("other", "question", "reflection")}
 LABELS = ("change", "neutral", "other", "question", "reflection")

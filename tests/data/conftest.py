@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.audio import SAMPLE_RATE
+from data.corpus.audio import SAMPLE_RATE
 from tests.data.world import END, EVERY, LABELS, LENGTH, SESSIONS, TURNS, World
 
 

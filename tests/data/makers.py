@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.corpus_config import ColumnConfig, CorpusConfig
+from data.corpus.config import ColumnConfig, CorpusConfig
 
 
 class Said(NamedTuple):

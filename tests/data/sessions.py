@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.schema import Conversation, Turn
-from data.split import Place
+from data.corpus.schema import Conversation, Turn
+from data.preparation.split import Place
 
 
 def session(

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.issues import BuildError
+from data.corpus.schema import Corpus
 from data.errors import DataError
-from data.findings import BuildError
 from data.importers.annomi import read_annomi
-from data.prepare import prepare
-from data.schema import Corpus
-from data.validate import check
+from data.preparation.build import prepare
+from data.preparation.validate import check
 from tests.conftest import SHARED
 
 HEADER = (

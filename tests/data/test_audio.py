@@ -8,12 +8,12 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from data import audio
-from data.audio import SAMPLE_RATE, decode, encode, read_recording
+from data.corpus import audio
+from data.corpus.audio import SAMPLE_RATE, decode, encode, read_recording
+from data.corpus.issues import Finding
+from data.corpus.schema import Conversation, Turn
 from data.errors import DataError
-from data.findings import Finding
-from data.schema import Conversation, Turn
-from data.validate import cut
+from data.preparation.validate import cut
 
 
 def noise(seconds: float, rate: int, channels: int) -> np.ndarray:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data.audio import MIN_SAMPLES
-from data.augment import Draw, at_speed, augmented, longest, with_noise
 from data.config import AugmentConfig, DataConfig
-from data.examples import from_arrow, read_example
-from data.schema import SAMPLE_RATE
-from data.shards import Shards
-from data.stream import _plan_datasource, local_source
-from data.tasks import Item, items
+from data.corpus.audio import MIN_SAMPLES
+from data.corpus.schema import SAMPLE_RATE
+from data.loading.augment import Draw, at_speed, augmented, longest, with_noise
+from data.loading.examples import from_arrow, read_example
+from data.loading.local_source import local_source
+from data.loading.ray_source import _plan_datasource
+from data.loading.tasks import Item, items
+from data.shards.dataset import Shards
 from tests.data.common import clip, make
 
 ROOT = Path(__file__).parents[2]

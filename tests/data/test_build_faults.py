@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
 from data.errors import DataError
 from data.importers import IMPORTERS
-from data.prepare import prepare
+from data.preparation.build import prepare
 from tests.data.world import BASE, World, refused
 
 

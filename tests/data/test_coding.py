@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from data.coding import SPLIT, codable, prepare_sessions, read_sessions, why_not
-from data.corpus_config import ColumnConfig, CorpusConfig
-from data.jobs import serially
+from data.corpus.config import ColumnConfig, CorpusConfig
+from data.preparation.shard_jobs import serially
+from data.preparation.unlabelled import SPLIT, codable, prepare_sessions, read_sessions, why_not
 from data.report.summary import read_findings
-from data.shards import Shards
+from data.shards.dataset import Shards
 
 ROLES = {"client": ("change", "neutral"), "therapist": ()}
 SEGMENTS = [

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.corpus.schema import SPLITS
 from data.errors import DataError
-from data.examples import clip_samples, read_example
-from data.prepare import prepare
-from data.schema import SPLITS
-from data.shards import Shards
-from data.stream import local_source
-from data.tasks import Item, items
+from data.loading.examples import clip_samples, read_example
+from data.loading.local_source import local_source
+from data.loading.tasks import Item, items
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.data.common import clip, corpus, make, same, text
 
 ROOT = Path(__file__).parents[2]

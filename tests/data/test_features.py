@@ -9,17 +9,18 @@ import numpy as np
 import psutil
 import pytest
 
-from data import features
 from data.config import DataConfig
 from data.errors import StorageError
-from data.examples import read_clip
-from data.features import LAYOUT, Features, missing, parts, write
-from data.frozen import Files, Part, runs
-from data.frozen import write as write_rows
-from data.prepare import prepare
-from data.shards import Shards
-from data.stream import feature_source, local_source
-from data.tasks import items
+from data.loading import feature_files as features
+from data.loading.array_files import Files, Part, runs
+from data.loading.array_files import write as write_rows
+from data.loading.examples import read_clip
+from data.loading.feature_files import LAYOUT, Features, missing, parts, write
+from data.loading.local_source import local_source
+from data.loading.sources import feature_source
+from data.loading.tasks import items
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.data.common import corpus, make, same
 
 DIALOGUE = "T:question! C:change! T:other C:neutral!"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
 from data.errors import DataError
 from data.importers.daic import read_daic
 from data.importers.mi_tags import read_mi_tags

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from data.findings import Finding
-from data.importers.times import read_time, set_ends
-from data.schema import Turn
+from data.corpus.issues import Finding
+from data.corpus.schema import Turn
+from data.importers.timestamps import read_time, set_ends
 
 
 def turn(number: int, start: float | None = None, end: float | None = None) -> Turn:

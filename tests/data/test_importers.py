@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.issues import BuildError
+from data.corpus.schema import Corpus, Turn
 from data.errors import DataError
-from data.findings import BuildError
 from data.importers import IMPORTERS
-from data.schema import Corpus, Turn
-from data.validate import check
+from data.preparation.validate import check
 from tests.data.makers import AS_TABLE, DIALOGUES, MAKERS, SPEAKERS, Dialogues, Maker, Said, records, write
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data.plan import PADDING, SPARED, Cost, groups, micro_batches, plan, plan_hash, share
+from data.loading.batching import PADDING, SPARED, Cost, groups, micro_batches, plan, plan_hash, share
 
 
 def costs(count: int, seed: int = 0) -> list[Cost]:

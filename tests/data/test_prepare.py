@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import jobs, synthetic
-from data.corpus_config import CorpusConfig
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.errors import DataError
-from data.jobs import Job, serially
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE, Corpus
-from data.shards import ShardFile, Shards
-from data.store import Store
+from data.preparation import shard_jobs as jobs
+from data.preparation.build import prepare
+from data.preparation.shard_jobs import Job, serially
+from data.shards.dataset import Shards
+from data.shards.format import ShardFile
+from data.shards.store import Store
 
 
 @pytest.fixture(autouse=True)

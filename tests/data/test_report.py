@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import synthetic
-from data.corpus_config import CorpusConfig, SplitConfig
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig, SplitConfig
+from data.corpus.issues import CODES, Finding
+from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.errors import DataError
-from data.findings import CODES, Finding
-from data.prepare import FINDINGS, prepare
+from data.preparation.build import FINDINGS, prepare
 from data.report.page import CLIP_SECONDS, CLIPS, EXAMPLES, corpus_html
 from data.report.summary import finding_rows, parts, read_findings, split_rows
 from data.report.timeline import STRIPS
-from data.schema import SAMPLE_RATE, Corpus
-from data.shards import Shards
+from data.shards.dataset import Shards
 from tests.data.common import corpus
 
 DIALOGUE = "T:question C:change! T:reflection C:neutral! C T:other C:neutral!"

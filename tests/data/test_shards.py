@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import jobs, synthetic
 from data.config import DataConfig
-from data.corpus_config import CorpusConfig
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import Corpus
 from data.errors import DataError
-from data.examples import read_example
-from data.prepare import prepare
-from data.schema import Corpus
-from data.shards import Shards
-from data.tasks import items
+from data.loading.examples import read_example
+from data.loading.tasks import items
+from data.preparation import shard_jobs as jobs
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.data.common import same
 
 

@@ -7,10 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from data.corpus_config import SplitConfig
+from data.corpus.config import SplitConfig
+from data.corpus.schema import SPLITS, Conversation
 from data.errors import DataError
-from data.schema import SPLITS, Conversation
-from data.split import deal, fold_split, groups, split_conversations, strata
+from data.preparation.split import deal, groups, split_conversations, strata
+from data.shards.format import fold_split
 from tests.data.sessions import part, parts, session
 
 SHARES = (0.7, 0.15, 0.15)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from data.corpus_config import SplitConfig
+from data.corpus.config import SplitConfig
+from data.corpus.issues import BuildError
+from data.corpus.schema import SPLITS, Conversation
 from data.errors import DataError
-from data.findings import BuildError
-from data.schema import SPLITS, Conversation
-from data.split import Place, groups, split_conversations
+from data.preparation.split import Place, groups, split_conversations
 from tests.data.sessions import parts, session
 
 # What hangs together

@@ -18,24 +18,22 @@ from ray.exceptions import RayTaskError
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.examples import from_arrow, to_arrow
-from data.shards import Shards
-from data.store import Store
-from data.stream import (
-    BURST,
+from data.loading.examples import from_arrow, to_arrow
+from data.loading.local_source import local_source
+from data.loading.prefetch import BURST, PREFETCH, Reading
+from data.loading.ray_source import (
     FIRST_STEPS,
-    PREFETCH,
     STEPS_PER_TASK,
-    Reading,
     _kept,
     _memory,
     _parts,
     _plan_datasource,
     _unwrapped,
-    local_source,
     ray_source,
 )
-from data.tasks import items
+from data.loading.tasks import items
+from data.shards.dataset import Shards
+from data.shards.store import Store
 from tests.data.common import make, same
 
 TASKS = ("classify", "forecast", "response", "quality")
@@ -67,7 +65,7 @@ def test_both_sources_give_the_same_examples(corpus: Shards, monkeypatch: pytest
         assert len(tables) == blocks
         yield from from_arrow(pa.concat_tables(tables))
 
-    monkeypatch.setattr("data.stream._clips", carried)
+    monkeypatch.setattr("data.loading.ray_source._clips", carried)
     own = [items(corpus, task, "train")[0] for task in TASKS]
     for config in (DataConfig(history=4), DataConfig(history=1, sound="shuffled", last_text="omitted")):
         for sound in (True, False):
@@ -80,7 +78,7 @@ def test_both_sources_give_the_same_examples(corpus: Shards, monkeypatch: pytest
 
 
 def test_words_need_no_ray(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("data.stream._clips")
+    monkeypatch.delattr("data.loading.ray_source._clips")
     [batch] = ray_source(corpus, DataConfig(), False)([items(corpus, "classify", "val")])
     assert batch
     assert all(example.pcm is None for example in batch)
@@ -237,8 +235,8 @@ def test_clips_behind_a_url_are_fetched_at_the_same_time(corpus: Shards, monkeyp
 
 def test_only_so_many_shards_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a large corpus would fill the memory that a scheduler counts as the process's own."""
-    monkeypatch.setattr("data.jobs.SHARD_BYTES", 1)
-    monkeypatch.setattr("data.shards.MAPPED", 2)
+    monkeypatch.setattr("data.preparation.shard_jobs.SHARD_BYTES", 1)
+    monkeypatch.setattr("data.shards.dataset.MAPPED", 2)
     shards = make(tmp_path / "shards", "C:change! T:question!")
     assert len(shards.manifest.shards) == 6
     batches = [items(shards, "classify", split) for split in ("train", "val", "test")]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data import synthetic
-from data.schema import Conversation
+from data.corpus import synthetic
+from data.corpus.schema import Conversation
 
 
 def sessions(count: int) -> list[Conversation]:

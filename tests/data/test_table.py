@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.issues import BuildError
+from data.corpus.schema import Corpus, Turn
 from data.errors import ConfigError, DataError
-from data.findings import BuildError
 from data.importers.table import read_table
-from data.schema import Corpus, Turn
 
 
 def read(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.corpus.schema import SPLITS, split_label
 from data.errors import DataError
-from data.examples import clip_samples, read_example
-from data.prepare import prepare
-from data.schema import SPLITS, split_label
-from data.shards import Shards
-from data.tasks import TASKS, AnswerSet, answer_sets, items
+from data.loading.examples import clip_samples, read_example
+from data.loading.tasks import TASKS, AnswerSet, answer_sets, items
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.data.common import LABELS, ROLES, clip, corpus, make, same, text
 
 #            0          1         2           3         4            5           6  7

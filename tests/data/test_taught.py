@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import taught
 from data.config import DataConfig
 from data.errors import StorageError
-from data.examples import read_example
-from data.frozen import missing
-from data.prepare import prepare
-from data.shards import Shards
-from data.stream import local_source, taught_source
-from data.tasks import Item, items
-from data.taught import Lesson, Taught, TaughtFiles, parts, write
+from data.loading import teacher_files as taught
+from data.loading.array_files import missing
+from data.loading.examples import read_example
+from data.loading.local_source import local_source
+from data.loading.sources import taught_source
+from data.loading.tasks import Item, items
+from data.loading.teacher_files import Lesson, Taught, TaughtFiles, parts, write
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from tests.data.common import corpus, make, same
 
 DIALOGUE = "T:question! C:change! T:other! C:neutral!"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.audio import SAMPLE_RATE
+from data.corpus.audio import SAMPLE_RATE
+from data.corpus.issues import CODES, BuildError
 from data.errors import ConfigError
-from data.findings import CODES, BuildError
 from tests.data.world import BASE, END, EVERY, LENGTH, SESSIONS, TURNS, World, refused
 
 Expected = list[tuple[str, str]]  # code and utterance

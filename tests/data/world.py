@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
+from data.corpus.issues import Finding
 from data.errors import DataError
-from data.findings import Finding
 from data.importers import IMPORTERS
-from data.prepare import prepare
+from data.preparation.build import prepare
 from data.report.summary import read_findings
-from data.shards import Shards
+from data.shards.dataset import Shards
 
 SESSIONS, TURNS, EVERY, LENGTH = 9, 20, 3.0, 2.5  # turns start every 3 s and take 2.5 s
 LABELS = {"client": ["change", "neutral", "sustain"], "therapist": ["question", "reflection"]}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.examples import Example
-from data.schema import SAMPLE_RATE
-from model.checkpoint import seed_everything
+from data.corpus.schema import SAMPLE_RATE
+from data.loading.examples import Example
 from model.config import LossConfig, ModelConfig
-from model.losses import answer_losses
-from model.score import label_scores
-from model.speech_llm import SpeechLLM
+from model.evaluation.scoring import label_scores
+from model.objectives.losses import answer_losses
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS
 from tests.real_shapes import random_weights

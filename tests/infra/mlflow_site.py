@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from mlflow import MlflowClient
 
-from sweep.cluster import free_port
+from sweep.execution.cluster import free_port
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
 

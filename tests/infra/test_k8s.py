@@ -217,7 +217,7 @@ def test_the_head_is_never_on_a_spot_node_and_workers_always_are() -> None:
 
 
 def test_pods_have_time_for_checkpoints_before_they_end() -> None:
-    from sweep.submit import STOP_SECONDS
+    from sweep.cli.submit import STOP_SECONDS
 
     found = pods(rayjob())
     head, worker = found["head"], found["gpu-spot"]

@@ -90,6 +90,6 @@ def test_nobody_gets_in_without_the_token(cloud: str) -> None:
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_a_job_that_is_stopped_has_time_for_checkpoints(cloud: str) -> None:
-    from sweep.submit import STOP_SECONDS
+    from sweep.cli.submit import STOP_SECONDS
 
     assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_SECONDS} " in read(cloud)["head_start_ray_commands"][-1]

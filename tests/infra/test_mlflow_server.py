@@ -18,9 +18,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
-from data.shards import Shards
-from sweep.ledger import Ledger
-from sweep.tracking import Tracker, mlflow_run_id
+from data.shards.dataset import Shards
+from sweep.search.study import Ledger
+from sweep.tracking.tracker import Tracker, mlflow_run_id
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
 from tests.sweep.common import ask, complaint, report, sweep
 from tests.sweep.mlflow_server import wait_for
@@ -266,7 +266,7 @@ def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_
     site: Site, anna: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep is a ledger and what its trials wrote: nothing trains here."""
-    monkeypatch.setattr("sweep.tracking.LONGEST", 0.5)
+    monkeypatch.setattr("sweep.tracking.tracker.LONGEST", 0.5)
     (folder := tmp_path / "sweep").mkdir()
     ask(ledger := Ledger.open(folder, CONFIG), 2)
     append(folder, 0, (8, 1000.0, 0.4))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data import synthetic
-from data.prepare import prepare
+from data.corpus import synthetic
+from data.preparation.build import prepare
 from tests.infra.slurm import Slurm, missing, processes_of, slurm
 from tests.sweep.cluster import epochs, settings, trials, until
 

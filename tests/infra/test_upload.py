@@ -147,7 +147,7 @@ def test_a_sweep_that_is_submitted_carries_the_packages_and_its_configuration(
 def test_both_jobs_have_the_same_environment(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweep.submit import _variables
+    from sweep.cli.submit import _variables
 
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

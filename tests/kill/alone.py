@@ -48,15 +48,15 @@ class EnoughError(Exception):
 
 def train_one(config: Path, folder: Path, last: int) -> None:
     """One trial, up to an epoch."""
-    from sweep import config as configuration
-    from sweep.trial import run_trial
+    from sweep.config.files import load
+    from sweep.execution.trial import run_trial
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         if epoch == last:
             raise EnoughError
 
     try:
-        run_trial(configuration.load(str(config)), folder, report, "local", "cpu")
+        run_trial(load(str(config)), folder, report, "local", "cpu")
     except EnoughError:
         return
     raise RuntimeError(f"{config}: ended before epoch {last}")

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from sweep import config as configuration
-from sweep.config import Config
-from sweep.ledger import Entry, Ledger
+from sweep.config.files import load
+from sweep.config.schema import Config
+from sweep.search.study import Entry, Ledger
 
 
 def config_of(folder: Path) -> Config:
     """Of a sweep that has begun."""
-    return configuration.load(str(folder / "config.yaml"))
+    return load(str(folder / "config.yaml"))
 
 
 def entries(folder: Path) -> dict[int, Entry]:

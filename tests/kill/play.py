@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from data import synthetic
-from data.prepare import prepare
+from data.corpus import synthetic
+from data.preparation.build import prepare
 from tests import tiny_models
 
 FAULTS = Path(__file__).with_name("faults")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweep.ledger import Entry, Ledger
+from sweep.search.study import Entry, Ledger
 from tests.kill import alone
 from tests.kill.fire import Attack, Say
 from tests.kill.ledgers import config_of

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import checkpoint
-from model.usage import PREFIX
-from sweep.ledger import Entry
+from model.checkpoints import checkpoint
+from model.runtime.system_metrics import PREFIX
+from sweep.search.study import Entry
 from tests.kill import targets
 from tests.kill.fire import Kill
 from tests.kill.play import CHECKPOINT_STEPS, EPOCHS, Play

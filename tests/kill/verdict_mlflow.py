@@ -9,9 +9,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from sweep.ledger import Entry
-from sweep.mlflow_summary import is_summary
-from sweep.tracking import STATUS
+from sweep.search.study import Entry
+from sweep.tracking.summary import is_summary
+from sweep.tracking.tracker import STATUS
 from tests.kill.verdict import Row, lines
 
 Key = tuple[str, int]  # metric and step

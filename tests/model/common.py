@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from data.examples import Example
-from data.tasks import AnswerSet
-from model.checkpoint import seed_everything
+from data.loading.examples import Example
+from data.loading.tasks import AnswerSet
 from model.config import ModelConfig
-from model.speech_llm import SpeechLLM
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
 from tests.conftest import LABELS
 
 ANSWERS = {

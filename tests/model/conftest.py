@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.encoder import SpeechEncoder
+from model.encoders.loading import SpeechEncoder
 from tests.conftest import ENCODERS
 from tests.model.encoders import VARIANTS, fresh
 

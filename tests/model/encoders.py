@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.audio import MIN_SAMPLES
-from data.schema import SAMPLE_RATE
-from model.encoder import SpeechEncoder, load_encoder, time_mask
+from data.corpus.audio import MIN_SAMPLES
+from data.corpus.schema import SAMPLE_RATE
+from model.encoders.loading import SpeechEncoder, load_encoder
+from model.encoders.spec_augment import time_mask
 from tests import tiny_models
 from tests.model.common import close
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from model import checkpoint, sealed
-from model.attempt import Attempt
+from model.checkpoints import checkpoint
+from model.checkpoints import checksum as sealed
+from model.checkpoints.fencing import Attempt
 
 CALLS = ("replace", "rename", "link", "unlink", "fsync", "open", "close")  # of os
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.examples import Example
+from data.loading.examples import Example
 from model.config import LossConfig
-from model.prompt import IGNORE
-from model.speech_llm import SpeechLLM
+from model.speech_llm.prompt import IGNORE
+from model.speech_llm.speech_llm import SpeechLLM
 from tests.model.common import replies
 
 ALL = LossConfig(distillation=0.5, temperature=2.0, hidden=0.25)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from data.config import DataConfig, TaskWeights
-from data.shards import Shards
-from model.checkpoint import trained_tensors
+from data.shards.dataset import Shards
+from model.checkpoints.checkpoint import trained_tensors
 from model.config import ModelConfig, TrainConfig
-from model.evaluate import TrialData
-from model.speech_llm import SpeechLLM
-from model.train import fit
+from model.evaluation.split_data import TrialData
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.trainer import fit
 from tests.model.common import ANSWERS
 
 NEW = "adapter+lora+tokens"

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from data.config import DataConfig, TaskWeights
 from data.errors import ConfigError
-from data.examples import Example
-from data.shards import Shards
-from data.tasks import AnswerSet
-from model import checkpoint
-from model.adapter import Adapter, load_adapter
-from model.checkpoint import seed_everything
+from data.loading.examples import Example
+from data.loading.tasks import AnswerSet
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
 from model.config import AdapterConfig, TrainConfig
-from model.evaluate import TrialData
-from model.speech_llm import SpeechLLM
-from model.train import fit
+from model.evaluation.split_data import TrialData
+from model.speech_llm.adapter import Adapter, load_adapter
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import fit
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS, build, close, settings
 

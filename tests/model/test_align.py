@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-from data.corpus_config import AlignConfig
+from data.corpus.config import AlignConfig
+from data.corpus.issues import Finding
+from data.corpus.schema import SAMPLE_RATE, Turn, reject
 from data.errors import ConfigError
-from data.findings import Finding
-from data.schema import SAMPLE_RATE, Turn, reject
-from model import align
-from model.align import CTCAligner
-from model.ctc import CTCModel, load_ctc
+from model.alignment import aligner as align
+from model.alignment.aligner import CTCAligner
+from model.alignment.ctc import CTCModel, load_ctc
 from tests.model import voices
 from tests.model.voices import HOP
 

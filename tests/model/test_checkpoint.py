@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from data.errors import StorageError
-from data.shards import Shards
-from model import checkpoint, curve, sealed
-from model.attempt import Attempt, Superseded
-from model.checkpoint import FILE, PREVIOUS, CheckpointError
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.checkpoints import checksum as sealed
+from model.checkpoints.checkpoint import FILE, PREVIOUS, CheckpointError
+from model.checkpoints.fencing import Attempt, Superseded
 from model.config import TrainConfig
+from model.training import metrics_log as curve
 from tests.model.faults import number_of, state_of
 from tests.model.trials import Trial, history, same_end
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import FILE, PREVIOUS
+from model.checkpoints.checkpoint import FILE, PREVIOUS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from data.plan import SPARED, Cost, micro_batches
-from model.device import spared
+from data.loading.batching import SPARED, Cost, micro_batches
+from model.runtime.device import spared
 
 
 def test_a_gpu_computes_a_ragged_step_in_few_parts() -> None:

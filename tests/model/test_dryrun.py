@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import Shards
-from model import dryrun, memory, train
-from model.dryrun import Measured, measure
-from model.memory import OutOfMemory, Peak
-from model.train import Trainer
+from data.shards.dataset import Shards
+from model.runtime import memory
+from model.runtime.memory import OutOfMemory, Peak
+from model.training import dry_run as dryrun
+from model.training import trainer as train
+from model.training.dry_run import Measured, measure
+from model.training.trainer import Trainer
 from tests.model.test_memory import WHOLE, full_above
 from tests.model.trials import TWO, Trial
 

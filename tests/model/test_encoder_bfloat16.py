@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.audio import MIN_SAMPLES
-from data.schema import SAMPLE_RATE
-from model.encoder import SpeechEncoder
+from data.corpus.audio import MIN_SAMPLES
+from data.corpus.schema import SAMPLE_RATE
+from model.encoders.loading import SpeechEncoder
 from tests.conftest import ENCODERS
 from tests.model.encoders import CLIPS, encode, fresh, masks_of, noise
 

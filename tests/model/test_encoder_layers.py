@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.encoder import SpeechEncoder
+from model.encoders.loading import SpeechEncoder
 from tests.conftest import ENCODERS
 from tests.model.common import close
 from tests.model.encoders import BELOW, CLIPS, encode, fresh, noise, same, without_dropout

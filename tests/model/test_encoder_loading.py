@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import ConfigError
-from model.encoder import encoder_kind, load_encoder, time_mask
+from model.encoders.loading import encoder_kind, load_encoder
+from model.encoders.spec_augment import time_mask
 from tests.conftest import ENCODERS
 from tests.model.encoders import CLIPS, edited, encode, fresh, same
 

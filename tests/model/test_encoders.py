@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel
 
-from data.audio import MIN_SAMPLES
-from data.schema import SAMPLE_RATE
-from model.encoder import MaskedConv1d, MaskedGroupNorm, SpeechEncoder
-from model.llm import shared_view
+from data.corpus.audio import MIN_SAMPLES
+from data.corpus.schema import SAMPLE_RATE
+from model.encoders.loading import MaskedConv1d, MaskedGroupNorm, SpeechEncoder
+from model.speech_llm.language_model import shared_view
 from tests.conftest import ENCODERS
 from tests.model.common import close
 from tests.model.encoders import (

@@ -11,10 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from data.shards import Shards
-from model import checkpoint, exported
-from model.checkpoint import CheckpointError, seed_everything
-from model.speech_llm import SpeechLLM
+from data.shards.dataset import Shards
+from model.checkpoints import peft_export as exported
+from model.checkpoints.checkpoint import CheckpointError
+from model.checkpoints.warm_start import chain
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
 from tests.model.common import ANSWERS, build, settings
 from tests.model.trials import Trial
 
@@ -100,11 +102,11 @@ def test_a_stage_on_an_exported_model_knows_it(models: Path, corpus: Shards, tmp
     """A trial that starts from it can be started from, and notices that it has changed."""
     folder = write(disturbed(models, "whisper", trainable="adapter+lora+tokens"), tmp_path / "exported")
     Trial(model={"init_from": str(folder)}).run(models, corpus, tmp_path / "next")
-    assert checkpoint.chain(str(tmp_path / "next")).links[0]["path"] == str(folder)
+    assert chain(str(tmp_path / "next")).links[0]["path"] == str(folder)
     shutil.rmtree(folder)
     write(disturbed(models, "whisper", seed=1, trainable="adapter+lora+tokens"), folder)
     with pytest.raises(CheckpointError, match="has changed since"):
-        checkpoint.chain(str(tmp_path / "next"))
+        chain(str(tmp_path / "next"))
 
 
 def test_what_is_not_whole_is_refused(models: Path, tmp_path: Path) -> None:

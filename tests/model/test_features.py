@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.config import DataConfig
-from data.examples import Example
-from data.features import missing, parts
-from data.shards import Shards
-from data.tasks import answer_sets
-from model.checkpoint import seed_everything
-from model.evaluate import TrialData
-from model.features import Job, Recipe, clip_features, encoder_digest, pooling, recipe
-from model.speech_llm import SpeechLLM
-from model.train import fit
+from data.loading.examples import Example
+from data.loading.feature_files import missing, parts
+from data.loading.tasks import answer_sets
+from data.shards.dataset import Shards
+from model.encoders.frozen_features import Job, Recipe, clip_features, encoder_digest, pooling, recipe
+from model.evaluation.split_data import TrialData
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import fit
 from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
 from tests.model.trials import DATA, NEW, TWO, Trial, same_end

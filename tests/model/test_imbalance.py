@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from data.augment import Draw, augmented
 from data.config import AugmentConfig, DataConfig
 from data.errors import ConfigError, DataError
-from data.examples import Example
-from data.plan import Cost, plan, plan_hash, share
-from data.shards import Shards
-from data.tasks import TASKS, AnswerSet, heard_row
+from data.loading.augment import Draw, augmented
+from data.loading.batching import Cost, plan, plan_hash, share
+from data.loading.examples import Example
+from data.loading.tasks import TASKS, AnswerSet, heard_row
+from data.shards.dataset import Shards
 from model.config import TrainConfig
-from model.evaluate import TrialData
-from model.imbalance import by_item, with_numbers
-from model.train import fit
+from model.evaluation.split_data import TrialData
+from model.objectives.class_weights import by_item, with_numbers
+from model.training.trainer import fit
 from tests.model.trials import CONFIG, TWO, Trial, equal, same_end
 
 ANSWERS = {

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.shards import Shards
-from model import checkpoint, curve, train, usage
-from model.train import Interrupted, Trainer, fit
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.runtime import system_metrics as usage
+from model.training import metrics_log as curve
+from model.training import trainer as train
+from model.training.trainer import Interrupted, Trainer, fit
 from tests.model.common import as_two_workers
 from tests.model.trials import CONFIG, DROPOUT, TWO, KilledError, Trial, history, kill_after, same_end
 
@@ -123,7 +126,7 @@ def test_the_time_of_all_attempts_counts(
         original(self, *args)
 
     monkeypatch.setattr(Trainer, "_optimizer_step", step)
-    monkeypatch.setattr("model.train.time.monotonic", lambda: now)
+    monkeypatch.setattr("model.training.trainer.time.monotonic", lambda: now)
     with pytest.raises(Interrupted):
         run(TRIAL, models, corpus, tmp_path, asked_after(3))
     progress = checkpoint.load(tmp_path / checkpoint.FILE)["progress"]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.intervals import Interval, Sums, compare, interval, sums_of, vote
-from model.metrics import Record, summarise
+from model.evaluation.bootstrap import Interval, Sums, compare, interval, sums_of, vote
+from model.evaluation.metrics import Record, summarise
 from tests.model.test_metrics import LABELS, ROLES, SETS, record, records, texts
 
 NAMES = ("accuracy", "macro_f1", "weighted_f1", "loss", "accuracy_client", "macro_f1_therapist", "accuracy_hard")

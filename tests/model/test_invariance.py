@@ -16,18 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.config import DataConfig, TaskWeights
-from data.examples import Example
-from data.plan import share
-from data.shards import Shards
-from data.tasks import answer_sets
-from model.checkpoint import seed_everything
+from data.loading.batching import share
+from data.loading.examples import Example
+from data.loading.tasks import answer_sets
+from data.shards.dataset import Shards
 from model.config import LossConfig, TrainConfig
-from model.evaluate import TrialData, evaluate
-from model.losses import answer_losses
-from model.metrics import summarise
-from model.score import generate, label_scores
-from model.speech_llm import SpeechLLM
-from model.train import Trainer
+from model.evaluation.evaluator import evaluate
+from model.evaluation.metrics import summarise
+from model.evaluation.scoring import generate, label_scores
+from model.evaluation.split_data import TrialData
+from model.objectives.losses import answer_losses
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import Trainer
 from tests.conftest import ENCODERS
 from tests.model.common import as_two_workers, build, close, replies, settings
 
@@ -177,7 +178,7 @@ def one_step(
     trainer.optimizer.register_step_pre_hook(keep)
     with pytest.MonkeyPatch.context() as patch:
         if cut is not None:
-            patch.setattr("model.train.micro_batches", lambda costs, budget, spared: cut)
+            patch.setattr("model.training.trainer.micro_batches", lambda costs, budget, spared: cut)
         trainer._optimizer_step(step, own, examples)
     trainer.tally.read(trainer.state.sums)
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}

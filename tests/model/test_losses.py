@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from data.examples import Example
+from data.loading.examples import Example
 from model.config import LossConfig
-from model.llm import load_llm
-from model.losses import answer_losses, divergence
-from model.prompt import Prompter
-from model.speech_llm import SpeechLLM
-from model.teacher import likeliest
+from model.objectives.losses import answer_losses, divergence
+from model.objectives.teacher import likeliest
+from model.speech_llm.language_model import load_llm
+from model.speech_llm.prompt import Prompter
+from model.speech_llm.speech_llm import SpeechLLM
 from tests.model.common import ANSWERS, build, close, settings
 from tests.model.losses import ALL, counted, mixed, student_rows
 

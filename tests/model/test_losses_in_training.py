@@ -14,15 +14,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from data.config import DataConfig, TaskWeights
 from data.errors import DataError
-from data.examples import Example
-from data.shards import Shards
-from data.tasks import answer_sets
-from model.checkpoint import seed_everything
+from data.loading.examples import Example
+from data.loading.tasks import answer_sets
+from data.shards.dataset import Shards
 from model.config import LossConfig, TrainConfig
-from model.evaluate import TrialData
-from model.losses import Losses, answer_losses
-from model.speech_llm import SpeechLLM
-from model.train import Trainer
+from model.evaluation.split_data import TrialData
+from model.objectives.losses import Losses, answer_losses
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import Trainer
 from tests.model.common import build, close, settings
 from tests.model.losses import ALL, counted, mixed, student_rows
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.examples import Example
-from data.shards import Shards
+from data.loading.examples import Example
+from data.shards.dataset import Shards
 from model.config import TrainConfig
-from model.speech_llm import SpeechLLM
-from model.train import fit
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.trainer import fit
 from tests.model.common import build, close
 from tests.model.trials import ONE, Trial
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.shards import Shards
-from model import checkpoint, curve, memory, train
-from model.llm import load_llm, shared_view
-from model.memory import OutOfMemory
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.runtime import memory
+from model.runtime.memory import OutOfMemory
+from model.speech_llm.language_model import load_llm, shared_view
+from model.training import metrics_log as curve
+from model.training import trainer as train
 from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, TWO, Trial, history
 
@@ -153,7 +156,7 @@ def test_an_optimizer_without_memory_does_not_make_a_step_twice(
 def test_an_evaluation_that_does_not_fit_is_made_again(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from model import evaluate
+    from model.evaluation import evaluator as evaluate
 
     trial = Trial(tasks=TWO, train=WHOLE)
     trial.run(models, corpus, tmp_path / "whole")

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from model.metrics import BINS, Record, calibration_error, confusion, per_label, summarise
+from model.evaluation.metrics import BINS, Record, calibration_error, confusion, per_label, summarise
 
 LABELS = ("change", "neutral", "sustain", "question", "other")
 ROLES = {"client": ("change", "neutral", "sustain"), "therapist": ("question", "other")}

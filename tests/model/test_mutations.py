@@ -15,13 +15,20 @@ import torch
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-import model.encoder_families as families
-from data.examples import Example
-from data.shards import Shards
-from model import evaluate, losses, metrics, parts, score, speech_llm, train
-from model.metrics import Record
-from model.speech_encoder import SpeechEncoder
-from model.speech_llm import SpeechLLM, pad_left
+import model.encoders.wav2vec2 as families
+from data.loading.examples import Example
+from data.shards.dataset import Shards
+from model import parts
+from model.encoders.base import SpeechEncoder
+from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
+from model.evaluation import evaluator as evaluate
+from model.evaluation import metrics
+from model.evaluation import scoring as score
+from model.evaluation.metrics import Record
+from model.objectives import losses
+from model.speech_llm import speech_llm
+from model.speech_llm.speech_llm import SpeechLLM, pad_left
+from model.training import trainer as train
 from tests.model import test_invariance, test_metrics, test_parts, test_resume
 from tests.model.common import build
 
@@ -48,11 +55,11 @@ def no_encoder_mask(patch: Patch) -> None:
 
 
 def unmasked_group_norm(patch: Patch) -> None:
-    patch.setattr(families.MaskedGroupNorm, "forward", nn.GroupNorm.forward)
+    patch.setattr(MaskedGroupNorm, "forward", nn.GroupNorm.forward)
 
 
 def unmasked_convolution(patch: Patch) -> None:
-    patch.setattr(families.MaskedConv1d, "forward", nn.Conv1d.forward)
+    patch.setattr(MaskedConv1d, "forward", nn.Conv1d.forward)
 
 
 def normalising_after_padding(patch: Patch) -> None:

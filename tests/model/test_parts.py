@@ -13,10 +13,10 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from data.errors import ConfigError
-from model.checkpoint import trained_tensors
-from model.llm import load_llm
+from model.checkpoints.checkpoint import trained_tensors
 from model.parts import part_of, parts
-from model.speech_llm import SpeechLLM
+from model.speech_llm.language_model import load_llm
+from model.speech_llm.speech_llm import SpeechLLM
 from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
 from tests.model.parts import LORA, NEW, selected

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from data.shards import Shards
-from model.encoder import load_encoder
-from model.llm import load_llm
+from data.shards.dataset import Shards
+from model.encoders.loading import load_encoder
 from model.parts import part_of
-from model.speech_llm import SpeechLLM
+from model.speech_llm.language_model import load_llm
+from model.speech_llm.speech_llm import SpeechLLM
 from tests.model.common import ANSWERS, settings
 from tests.model.parts import LORA, NEW, selected, trained
 

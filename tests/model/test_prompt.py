@@ -10,11 +10,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from data.errors import ConfigError, DataError
-from data.examples import Example
-from data.tasks import TASKS
-from model.prompt import CLIP, CLS, END, IGNORE, Prompter, load_vocabulary, shared_beginnings
-from model.prompt import written as answer_text
-from model.speech_llm import SpeechLLM
+from data.loading.examples import Example
+from data.loading.tasks import TASKS
+from model.speech_llm.label_trie import shared_beginnings
+from model.speech_llm.prompt import CLIP, CLS, END, IGNORE, Prompter
+from model.speech_llm.prompt import written as answer_text
+from model.speech_llm.speech_llm import SpeechLLM
+from model.speech_llm.tokenizer import load_vocabulary
 from tests.model.common import ANSWERS, settings
 
 BARE = {"modality": "text", "cls": "none", "end_of_audio": "none"}

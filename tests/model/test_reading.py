@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from data.shards import Shards
-from data.stream import PREFETCH
-from model import checkpoint, train
+from data.loading.prefetch import PREFETCH
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.training import trainer as train
 from tests.model.trials import CONFIG, KilledError, Trial, history
 
 TRIAL = Trial(train=CONFIG.model_copy(update={"epochs": 3, "batch_size": 2}))

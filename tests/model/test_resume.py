@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.config import AugmentConfig, DataConfig
-from data.shards import Shards
+from data.shards.dataset import Shards
 from model.config import LearningRates, LossConfig
 from tests.model.trials import CONFIG, DROPOUT, NEW, TWO, KilledError, Trial, history, kill_after, same_end
 

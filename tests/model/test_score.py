@@ -14,14 +14,15 @@ import torch
 from transformers import AutoTokenizer
 
 from data.errors import ConfigError
-from data.examples import Example
-from data.tasks import AnswerSet
+from data.loading.examples import Example
+from data.loading.tasks import AnswerSet
 from model.config import LossConfig
-from model.evaluate import predict
-from model.losses import answer_losses
-from model.prompt import CLS, IGNORE, Answer, label_trie
-from model.score import Reply, decide, generate, label_scores
-from model.speech_llm import SpeechLLM, pad_left
+from model.evaluation.evaluator import predict
+from model.evaluation.scoring import Reply, decide, generate, label_scores
+from model.objectives.losses import answer_losses
+from model.speech_llm.label_trie import label_trie
+from model.speech_llm.prompt import CLS, IGNORE, Answer
+from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS, build, close, replies, settings
 

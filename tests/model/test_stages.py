@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data.errors import ConfigError
-from data.shards import Shards
-from model import checkpoint
-from model.checkpoint import CheckpointError, trained_tensors
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.checkpoints.checkpoint import CheckpointError, trained_tensors
 from model.config import TrainConfig
-from model.encoder import load_encoder
-from model.evaluate import evaluate
-from model.train import fit
+from model.encoders.loading import load_encoder
+from model.evaluation.evaluator import evaluate
+from model.training.trainer import fit
 from tests.model.common import close
 from tests.model.trials import DROPOUT, NEW, ONE, KilledError, Trial, kill_after, same_end
 

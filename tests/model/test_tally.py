@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from data.shards import Shards
-from model.checkpoint import digest, trained_tensors
+from data.shards.dataset import Shards
+from model.checkpoints.checkpoint import digest, trained_tensors
 from model.config import LossConfig
-from model.speech_llm import SpeechLLM
-from model.tally import NonFiniteError, Tally
-from model.train import LOG_EVERY
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.loss_accumulator import NonFiniteError, Tally
+from model.training.trainer import LOG_EVERY
 from tests.model.trials import CONFIG, TWO, Trial
 
 

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.config import DataConfig
-from data.examples import Example
-from data.features import parts as feature_parts
-from data.frozen import missing
-from data.shards import Shards
-from data.tasks import answer_sets
-from data.taught import TaughtFiles, parts
-from model.checkpoint import seed_everything
+from data.loading.array_files import missing
+from data.loading.examples import Example
+from data.loading.feature_files import parts as feature_parts
+from data.loading.tasks import answer_sets
+from data.loading.teacher_files import TaughtFiles, parts
+from data.shards.dataset import Shards
 from model.config import LossConfig
-from model.evaluate import TrialData
-from model.features import Job as FeatureJob
-from model.features import recipe as feature_recipe
-from model.llm import load_llm
-from model.losses import answer_losses
-from model.speech_llm import SpeechLLM
-from model.teacher import Job, lesson, lessons, likeliest, llm_digest, read, recipe
-from model.train import fit
+from model.encoders.frozen_features import Job as FeatureJob
+from model.encoders.frozen_features import recipe as feature_recipe
+from model.evaluation.split_data import TrialData
+from model.objectives.losses import answer_losses
+from model.objectives.teacher import Job, lesson, lessons, likeliest, llm_digest, read, recipe
+from model.speech_llm.language_model import load_llm
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import fit
 from tests.model.common import build, settings
 from tests.model.losses import mixed
 from tests.model.trials import CONFIG, TWO, Trial, same_end
@@ -98,7 +98,7 @@ def test_the_files_are_what_is_read(
     trial = Trial(model=TEXT, train=SHORT)
     found = computed(trial, models, corpus, tmp_path / "teacher")
     with monkeypatch.context() as patch:
-        patch.setattr("model.teacher.read", None)  # nobody calls it
+        patch.setattr("model.objectives.teacher.read", None)  # nobody calls it
         train(trial, models, corpus, tmp_path / "read", found)
     losses = SHORT.losses.model_copy(update={"temperature": 0.5})
     other = computed(replace(trial, train=SHORT.model_copy(update={"losses": losses})), models, corpus, tmp_path)

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.config import AugmentConfig, DataConfig, TaskWeights
-from data.shards import Shards
-from data.tasks import items
-from model import checkpoint
-from model.checkpoint import CheckpointError, digest, trained_tensors
+from data.loading.tasks import items
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from model.checkpoints.checkpoint import CheckpointError, digest, trained_tensors
 from model.config import LearningRates, LossConfig, TrainConfig
-from model.evaluate import evaluate
+from model.evaluation.evaluator import evaluate
 from model.parts import part_of
-from model.train import NonFiniteError, Trainer, fit
+from model.training.trainer import NonFiniteError, Trainer, fit
 from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 

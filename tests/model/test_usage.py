@@ -6,9 +6,11 @@ import pytest
 import torch
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
-from data.shards import Shards
-from model import curve, train, usage
-from model.usage import EVERY, PREFIX, Usage
+from data.shards.dataset import Shards
+from model.runtime import system_metrics as usage
+from model.runtime.system_metrics import EVERY, PREFIX, Usage
+from model.training import metrics_log as curve
+from model.training import trainer as train
 from tests.model.trials import Trial
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

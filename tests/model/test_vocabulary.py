@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.errors import ConfigError
-from model.prompt import load_vocabulary
+from model.speech_llm.tokenizer import load_vocabulary
 from tests.model.test_prompt import prompter
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, TaskWeights
-from data.shards import Shards
-from data.tasks import answer_sets
-from model import checkpoint
-from model.checkpoint import seed_everything
+from data.loading.tasks import answer_sets
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
 from model.config import ModelConfig, TrainConfig
-from model.evaluate import TrialData
-from model.speech_llm import SpeechLLM
-from model.train import Trainer, fit
+from model.evaluation.split_data import TrialData
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import Trainer, fit
 from tests.model.common import settings
 
 CONFIG = TrainConfig(epochs=2, batch_size=5, learning_rate=3e-3, checkpoint_steps=3)

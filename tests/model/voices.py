@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 
-from data import synthetic
-from data.audio import waveform
-from data.schema import SAMPLE_RATE, Turn
+from data.corpus import synthetic
+from data.corpus.audio import waveform
+from data.corpus.schema import SAMPLE_RATE, Turn
 from model.tiny import _fixed, _optimise
 
 SECONDS = 3  # of a training clip

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sweep.cluster import keep_token
+from sweep.execution.cluster import keep_token
 
 CLUSTER = """
 import json, sys

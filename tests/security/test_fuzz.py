@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from data.audio import read_recording
-from data.corpus_config import CorpusConfig
+from data.corpus.audio import read_recording
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import SAMPLE_RATE
 from data.importers import IMPORTERS
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE
-from data.shards import MANIFEST, Shards, describe_shard, to_bytes
-from sweep import config as configuration
-from sweep.settings import read_tree, validated
+from data.preparation.build import prepare
+from data.shards.dataset import MANIFEST, Shards
+from data.shards.format import describe_shard, to_bytes
+from sweep.config.files import dump, load
+from sweep.config.loader import read_tree, validated
 from tests.data.makers import DIALOGUES, MAKERS, Maker, records, write
 from tests.security.mutations import changed, check_variety, mutated, outcome
 
@@ -130,13 +131,13 @@ def test_absurd_headers(rate: int, channels: int, bits: int, length: int, tmp_pa
 
 def test_settings(tmp_path: Path) -> None:
     """What is accepted is a configuration that reads back as it was written."""
-    whole = configuration.dump(configuration.load("demo")).encode()
+    whole = dump(load("demo")).encode()
     path, outcomes = tmp_path / "a.yaml", []
 
     def work() -> None:
-        loaded = configuration.load(str(path))
-        (tmp_path / "b.yaml").write_text(configuration.dump(loaded), encoding="utf-8")
-        assert configuration.load(str(tmp_path / "b.yaml")) == loaded
+        loaded = load(str(path))
+        (tmp_path / "b.yaml").write_text(dump(loaded), encoding="utf-8")
+        assert load(str(tmp_path / "b.yaml")) == loaded
 
     plain = read_tree(_written(path, whole), ())
     for seed in range(60):
@@ -175,7 +176,7 @@ YAML = {
 def test_yaml_that_is_more_than_it_seems(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, said = YAML[name]
     monkeypatch.chdir(tmp_path)
-    error = outcome(lambda: configuration.load(str(_written(tmp_path / "a.yaml", text.encode()))))
+    error = outcome(lambda: load(str(_written(tmp_path / "a.yaml", text.encode()))))
     assert said in error
     assert str(Path.home()) not in error
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
@@ -183,7 +184,7 @@ def test_yaml_that_is_more_than_it_seems(name: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("override", ["=1", ".=1", "a..b=1", "train.[=1", "train.epochs=" + "[" * 3000, "name=${seed}"])
 def test_overrides(override: str) -> None:
-    assert outcome(lambda: configuration.load("demo", [override]))
+    assert outcome(lambda: load("demo", [override]))
 
 
 def test_an_empty_recording_of_any_rate_is_a_finding(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from model import exported
-from sweep.config import claim_folder
-from sweep.leaderboard import KEPT
-from sweep.ledger import Ledger, trial_folder
-from sweep.leftovers import end_leftovers
-from sweep.mirror import OWNER, mirrored
+from model.checkpoints import peft_export as exported
+from sweep.analysis.leaderboard import KEPT
+from sweep.config.diff import claim_folder
+from sweep.config.paths import trial_folder
+from sweep.durability.mirror import OWNER, mirrored
+from sweep.execution.orphans import end_leftovers
+from sweep.search.study import Ledger
 from tests.security.mutations import ODD, VALUES, changed, check_variety, mutated, outcome
 from tests.sweep.common import PREDICTIONS, ask, report, settings, sweep, tree
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data.report.transcript import Coding, codings_csv
-from sweep.ledger import Ledger
-from sweep.mlflow_note import note
+from sweep.search.study import Ledger
+from sweep.tracking.note import note
 from tests.sweep.common import sweep
 from tests.sweep.searched import SPACE, played, settings
 

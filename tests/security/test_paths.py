@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.coding import read_sessions
-from data.corpus_config import ColumnConfig, CorpusConfig
+from data.corpus.config import ColumnConfig, CorpusConfig
 from data.errors import DataError, UserError
-from data.shards import MANIFEST, Shards
-from data.store import Store
-from sweep import mirror
-from sweep.config import parse
-from sweep.leftovers import end_leftovers, temporary
+from data.preparation.unlabelled import read_sessions
+from data.shards.dataset import MANIFEST, Shards
+from data.shards.store import Store
+from sweep.config.schema import parse
+from sweep.durability import mirror
+from sweep.execution.orphans import end_leftovers, temporary
 from tests.sweep.common import tree
 
 OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret"]

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from data.shards import Shards
-from model import checkpoint, exported
-from model.adapter import _read_tensors
-from model.ctc import load_ctc
-from model.encoder import load_encoder
-from model.llm import load_llm
-from model.prompt import load_vocabulary
-from sweep.ledger import Ledger
-from sweep.results import read_predictions
+from data.shards.dataset import Shards
+from model.alignment.ctc import load_ctc
+from model.checkpoints import checkpoint
+from model.checkpoints import peft_export as exported
+from model.checkpoints.warm_start import chain
+from model.encoders.loading import load_encoder
+from model.speech_llm.adapter import _read_tensors
+from model.speech_llm.language_model import load_llm
+from model.speech_llm.tokenizer import load_vocabulary
+from sweep.analysis.results import read_predictions
+from sweep.search.study import Ledger
 from tests.security.mutations import outcome
 from tests.sweep.common import settings
 
@@ -92,7 +94,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
     for name in (checkpoint.FILE, "study.journal", "predictions.json"):
         (folder / name).write_bytes(poison + b"\n")  # a journal's last line may be unfinished
     assert "damaged checkpoint" in outcome(lambda: checkpoint.load(folder / checkpoint.FILE))
-    assert "damaged checkpoint" in outcome(lambda: checkpoint.chain(str(folder)))
+    assert "damaged checkpoint" in outcome(lambda: chain(str(folder)))
     assert "damaged ledger" in outcome(lambda: Ledger.read(folder, settings()))
     assert "predictions.json: damaged" in outcome(lambda: read_predictions(folder))
     assert "not a file of tensors" in outcome(lambda: _read_tensors(folder / checkpoint.FILE))

@@ -12,12 +12,12 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus
 
-from data import synthetic
+from data.corpus import synthetic
 from data.errors import ConfigError, UserError
-from data.prepare import prepare
-from sweep.config import parse
-from sweep.mlflow_access import tracking_uri
-from sweep.submit import stage, start
+from data.preparation.build import prepare
+from sweep.cli.submit import stage, start
+from sweep.config.schema import parse
+from sweep.tracking.access import tracking_uri
 from tests.sweep.common import settings, sweep
 from tests.sweep.test_submit import Client
 

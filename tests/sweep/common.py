@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from sweep.cli import main
-from sweep.config import Config, parse
-from sweep.ledger import Ledger
-from sweep.run import Driver
-from sweep.stop import Stop
+from sweep.cli.app import main
+from sweep.config.schema import Config, parse
+from sweep.execution.signals import Stop
+from sweep.runner import Driver
+from sweep.search.study import Ledger
 from tests.conftest import LABELS
 
 FROZEN, TUNED = "adapter+lora+tokens", "encoder+adapter+lora+tokens"

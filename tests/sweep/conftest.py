@@ -11,9 +11,10 @@ import pytest
 from mlflow import MlflowClient
 from transformers.utils.logging import disable_progress_bar
 
-from data.shards import Shards
-from sweep.ledger import Ledger, trial_folder
-from sweep.run import Driver
+from data.shards.dataset import Shards
+from sweep.config.paths import trial_folder
+from sweep.runner import Driver
+from sweep.search.study import Ledger
 from tests.sweep.common import PREDICTIONS, ask, report, sweep
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append

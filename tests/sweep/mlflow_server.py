@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from sweep.cluster import free_port
+from sweep.execution.cluster import free_port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from data.shards import Shards
-from sweep import frozen
-from sweep.config import Config, parse
-from sweep.frozen import Need, compute, folders_for, needs
+from data.shards.dataset import Shards
+from sweep.config.schema import Config, parse
+from sweep.preflight import cache_passes as frozen
+from sweep.preflight.cache_passes import Need, compute, folders_for, needs
 
 Jobs = Sequence[Any]
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from model.metrics import Record, summarise
-from sweep.config import Config, claim_folder, parse
-from sweep.ledger import Ledger, trial_folder
+from model.evaluation.metrics import Record, summarise
+from sweep.config.diff import claim_folder
+from sweep.config.paths import trial_folder
+from sweep.config.schema import Config, parse
+from sweep.search.study import Ledger
 from tests.conftest import LABELS
 
 SPACE = {

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from sweep.config import Config
+from sweep.config.schema import Config
 from tests.sweep import common
 
 BINARIES = ("initdb", "postgres")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from sweep.ledger import Ledger, trial_folder
-from sweep.tracking import mlflow_run_id
+from sweep.config.paths import trial_folder
+from sweep.search.study import Ledger
+from sweep.tracking.tracker import mlflow_run_id
 from tests.sweep.common import PREDICTIONS, report
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append, runs, track

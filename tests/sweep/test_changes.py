@@ -8,10 +8,16 @@ import torch
 from rich.console import Console
 
 from data.errors import ConfigError
-from sweep import changes as module
-from sweep.changes import Preview, code_version, compare, preview, preview_table
-from sweep.config import Config, claim_folder, load, parse
-from sweep.ledger import Ledger, trial_folder
+from sweep.cli.show import preview_table
+from sweep.config import version
+from sweep.config.diff import claim_folder, compare
+from sweep.config.files import load
+from sweep.config.paths import trial_folder
+from sweep.config.schema import Config, parse
+from sweep.config.version import code_version
+from sweep.preflight import preview as preview_module
+from sweep.preflight.preview import Preview, preview
+from sweep.search.study import Ledger
 from tests.sweep.common import POINTS, SPACE, ask, report, settings, tree
 
 RANK, RATE = "model.lora.rank", "train.learning_rate"
@@ -195,7 +201,7 @@ def test_a_sweep_of_before_this_section_was_there_goes_on(tmp_path: Path) -> Non
 
 def test_the_code_version_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_version() == code_version.__wrapped__()
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "sweep/changes.py"))
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "sweep/config/version.py"))
     versions = []
     for name, content in {"sweep/a.py": "1", "model/b.py": "2", "data/deep/c.py": "3", "docs/d.py": "4"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +244,7 @@ def a_sweep(folder: Path, *, config: Config | None = None) -> Config:
 
 
 def save(path: Path) -> None:
-    from model import checkpoint
+    from model.checkpoints import checkpoint
 
     state = {"tensors": {"w": torch.zeros(1)}, "progress": PROGRESS, "parents": [], "files": {}, "meaning": {}}
     checkpoint.save(path, state)
@@ -263,7 +269,7 @@ def test_a_dry_run_says_what_goes_on_from_where_and_what_starts(tmp_path: Path) 
 
 def test_a_dry_run_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
     config = a_sweep(tmp_path)
-    from model import checkpoint
+    from model.checkpoints import checkpoint
 
     save(trial_folder(tmp_path, 3) / checkpoint.PREVIOUS)
     assert preview(config, tmp_path, "aa").going_on[1] == (
@@ -287,7 +293,7 @@ def test_a_dry_run_of_a_sweep_that_is_done(tmp_path: Path) -> None:
 
 def test_a_dry_run_tells_of_other_data_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = a_sweep(tmp_path)
-    monkeypatch.setattr(module, "code_version", lambda: "2+new")
+    monkeypatch.setattr(preview_module, "code_version", lambda: "2+new")
     found = preview(config, tmp_path, "bb")
     assert found.refused
     assert "data: aa → bb: another corpus, which is refused" in shown(found)

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 from filelock import FileLock
 
-from data import synthetic
-from data.prepare import prepare
-from data.shards import Shards, to_bytes
+from data.corpus import synthetic
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from data.shards.format import to_bytes
 from tests.sweep.common import complaint, refused, sweep, tree
 
 REFUSED = {

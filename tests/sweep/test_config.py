@@ -8,8 +8,9 @@ import pytest
 
 from data.config import AugmentConfig
 from data.errors import ConfigError
-from sweep import config as configuration
-from sweep.config import claim_folder, dump, load, presets, write
+from sweep.config import files
+from sweep.config.diff import claim_folder
+from sweep.config.files import dump, load, presets, write
 
 BAD = """
 name: "a b"
@@ -306,7 +307,7 @@ def test_a_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> No
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(load("demo"), path := tmp_path / "config.yaml")
     before = path.read_bytes()
-    monkeypatch.setattr(configuration, "dump", lambda config: "\ud800")  # cannot be encoded
+    monkeypatch.setattr(files, "dump", lambda config: "\ud800")  # cannot be encoded
     with pytest.raises(UnicodeEncodeError):
         write(load("demo"), path)
     assert path.read_bytes() == before

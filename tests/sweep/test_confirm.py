@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 
-from data import synthetic
-from data.corpus_config import CorpusConfig
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig
 from data.errors import MisfitError, UserError
-from data.prepare import prepare
-from data.shards import Shards
-from model.metrics import summarise
-from sweep import cli_confirm, confirm
-from sweep.config import Config, claim_folder, load
-from sweep.evaluate import Predicted
-from sweep.ledger import Ledger
-from sweep.results import read_predictions
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from model.evaluation.metrics import summarise
+from sweep.analysis import confirm
+from sweep.analysis.evaluate import Predicted
+from sweep.analysis.results import read_predictions
+from sweep.cli import results as cli_confirm
+from sweep.config.diff import claim_folder
+from sweep.config.files import load
+from sweep.config.schema import Config
+from sweep.search.study import Ledger
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
 from tests.sweep.searched import FOLDS, REFERENCE, TEXT, held, played, said, settings

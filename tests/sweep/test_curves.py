@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sweep.curves import FILE, Curve, Point, attempts, times
+from model.training.metrics_log import FILE, Curve, Point, attempts, times
 
 
 def line(step: Any, loss: Any = 0.5, seconds: Any = 1000.0, **more: Any) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sweep.cluster import free_port
-from sweep.ledger import FILE, Ledger
+from sweep.execution.cluster import free_port
+from sweep.search.study import FILE, Ledger
 from tests.sweep.common import ask, report
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.tracked import CONFIG

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweep.display import QUIET, Display
-from sweep.ledger import Ledger
-from sweep.watch import driver_of, progress_json, status_lines
+from sweep.analysis.status import driver_of, progress_json, status_lines
+from sweep.cli.progress import QUIET, Display
+from sweep.search.study import Ledger
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append
 

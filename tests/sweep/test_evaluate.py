@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from data import synthetic
-from data.corpus_config import CorpusConfig
-from data.prepare import prepare
-from data.schema import SPLITS
-from data.shards import Shards
-from data.tasks import answer_sets, items
-from model import checkpoint
-from sweep import builtin, frozen
-from sweep.config import Config, claim_folder, load, parse
-from sweep.inputs import resolve_inputs
-from sweep.ledger import Ledger, trial_config
-from sweep.results import read_predictions
-from sweep.trial import as_run, open_shards
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig
+from data.corpus.schema import SPLITS
+from data.loading.tasks import answer_sets, items
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from model.checkpoints import checkpoint
+from sweep.analysis.results import read_predictions
+from sweep.config import resolve as builtin
+from sweep.config.diff import claim_folder
+from sweep.config.files import load
+from sweep.config.schema import Config, parse
+from sweep.execution.trial import as_run, open_shards
+from sweep.preflight import cache_passes as frozen
+from sweep.preflight.checks import resolve_inputs
+from sweep.search.study import Ledger, trial_config
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, driver, refused, report, settings, sweep, tree
 

@@ -8,8 +8,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from data.errors import ConfigError
-from sweep.executor import LedgerSearcher
-from sweep.ledger import Ledger
+from sweep.execution.tune import LedgerSearcher
+from sweep.search.study import Ledger
 from tests.sweep.common import settings
 
 

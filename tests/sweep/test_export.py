@@ -9,15 +9,16 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from model import checkpoint
-from model.train import never
-from sweep.changes import code_version
-from sweep.config import claim_folder, load
-from sweep.inputs import resolve_inputs
-from sweep.ledger import Ledger
-from sweep.results import read_predictions
-from sweep.retention import prune_checkpoints
-from sweep.trial import fit_job
+from model.checkpoints import checkpoint
+from model.training.trainer import never
+from sweep.analysis.results import read_predictions
+from sweep.config.diff import claim_folder
+from sweep.config.files import load
+from sweep.config.version import code_version
+from sweep.durability.retention import prune_checkpoints
+from sweep.execution.trial import fit_job
+from sweep.preflight.checks import resolve_inputs
+from sweep.search.study import Ledger
 from tests.conftest import LABELS
 from tests.model.trials import history
 from tests.sweep.common import ask, complaint, driver, refused, sweep, tree
@@ -150,6 +151,6 @@ def test_a_failure_in_the_middle_leaves_nothing(swept_here: Ledger, monkeypatch:
         raise OSError(28, "No space left on device")
 
     before = tree(Path())
-    monkeypatch.setattr("sweep.config.write", full)
+    monkeypatch.setattr("sweep.export.export.write", full)
     assert complaint(sweep("export", "s", "--out", "m")).startswith("m: the disk is full")
     assert tree(Path()) == before

@@ -10,16 +10,17 @@ import pytest
 import yaml
 from filelock import FileLock, Timeout
 
-from data import features as files
 from data.errors import StorageError
-from data.prepare import prepare
-from data.shards import Shards
-from data.store import LOCK
-from model.speech_encoder import SpeechEncoder
-from sweep import features, frozen
-from sweep.config import Config
-from sweep.features import need_of
-from sweep.frozen import cache_of, compute, described, folders_for, needs
+from data.loading import feature_files as files
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from data.shards.store import LOCK
+from model.encoders.base import SpeechEncoder
+from sweep.config.schema import Config
+from sweep.preflight import cache_passes as frozen
+from sweep.preflight import encoder_pass as features
+from sweep.preflight.cache_passes import cache_of, compute, described, folders_for, needs
+from sweep.preflight.encoder_pass import need_of
 from tests.data.common import corpus
 from tests.sweep.common import FROZEN, TUNED, sweep
 from tests.sweep.passes import config, in_this_process, killed_and_continued

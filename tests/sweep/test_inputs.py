@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from data.corpus_config import CorpusConfig
+from data.corpus.config import CorpusConfig
 from data.errors import ConfigError, DataError, UserError
-from data.prepare import prepare
-from data.shards import Shards
-from sweep import builtin
-from sweep.config import parse
-from sweep.inputs import _structures, resolve_inputs, skeleton
-from sweep.settings import flat
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from sweep.config import resolve as builtin
+from sweep.config.loader import flat
+from sweep.config.schema import parse
+from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.search.candidates import _structures
 from tests.data.common import corpus as by_hand
 from tests.sweep.common import FROZEN, TUNED, refused
 

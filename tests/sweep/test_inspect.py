@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import Shards
+from data.shards.dataset import Shards
 from tests.sweep.common import sweep, tree
 
 

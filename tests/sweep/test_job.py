@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from data import synthetic
-from data.prepare import prepare
+from data.corpus import synthetic
+from data.preparation.build import prepare
 from tests.sweep.cluster import Cluster, cluster, epochs, kill, settings, trials, until
 
 TRIALS = 4

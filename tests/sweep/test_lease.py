@@ -17,8 +17,8 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from sweep import lease as module
-from sweep.lease import FILE, LOCK, Busy, Holder, Lease, Lost, hold
+from sweep.durability import lease as module
+from sweep.durability.lease import FILE, LOCK, Busy, Holder, Lease, Lost, hold
 from tests.sweep.common import tree
 
 BEAT, PATIENCE = 0.02, 1.0  # a busy machine may hold a thread up for a good part of a second

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from sweep.ledger import Entry, Ledger
+from sweep.search.study import Entry, Ledger
 from tests.sweep.common import POINTS, Asked, ask, play, report
 from tests.sweep.stores import postgres, pruned, settings, shared_sqlite, storage  # noqa: F401 — fixtures
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from optuna.trial import Trial
 
-from sweep.config import Config
-from sweep.ledger import Ledger
+from sweep.config.schema import Config
+from sweep.search.study import Ledger
 from tests.sweep.common import ask, report
 from tests.sweep.stores import postgres, pruned, shared_sqlite, storage  # noqa: F401 — fixtures
 

@@ -5,7 +5,7 @@ Every test runs on a journal file, SQLite and PostgreSQL.
 
 from pathlib import Path
 
-from sweep.ledger import Ledger, Reason
+from sweep.search.study import Ledger, Reason
 from tests.sweep.common import Asked, ask, report
 from tests.sweep.stores import postgres, settings, shared_sqlite, storage  # noqa: F401 — fixtures
 

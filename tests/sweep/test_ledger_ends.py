@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from sweep.config import dump, load
-from sweep.ledger import Ledger, trial_config
+from sweep.config.files import dump, load
+from sweep.search.study import Ledger, trial_config
 from tests.sweep.common import POINTS, ask, report
 from tests.sweep.stores import postgres, pruned, settings, shared_sqlite, storage  # noqa: F401 — fixtures
 

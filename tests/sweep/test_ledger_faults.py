@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sweep.config import Config, parse
-from sweep.ledger import Entry, Ledger, Reason, common_fault
+from sweep.config.schema import Config, parse
+from sweep.search.study import Entry, Ledger, Reason, common_fault
 from tests.sweep.common import report, settings
 
 RANK, RATE = "model.lora.rank", "train.learning_rate"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.errors import ConfigError, UserError
-from sweep import storage as module
-from sweep.config import Config, load, parse
-from sweep.ledger import FILE, Ledger, has_ledger, sweep_id
+from sweep.config.files import load
+from sweep.config.schema import Config, parse
+from sweep.search import study_storage as module
+from sweep.search.study import FILE, Ledger, has_ledger, sweep_id
 from tests.sweep.common import ask, pruned, report, settings, tree
 from tests.sweep.stores import Postgres, at, postgres  # noqa: F401 — fixture
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sweep import leftovers
-from sweep.leftovers import FILE, PREFIX, end_leftovers, recorded
+from sweep.execution import orphans as leftovers
+from sweep.execution.orphans import FILE, PREFIX, end_leftovers, recorded
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sweep.mailbox import RETRIES, Mailbox
+from sweep.execution.mailbox import RETRIES, Mailbox
 
 JOB = {"folder": "f"}
 make: Callable[[], Any] = Mailbox.__ray_metadata__.modified_class  # type: ignore[attr-defined]

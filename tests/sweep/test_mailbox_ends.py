@@ -6,8 +6,8 @@ import psutil
 import pytest
 import ray
 
-from sweep.cluster import local_or_remote_ray
-from sweep.mailbox import Mailbox
+from sweep.execution.cluster import local_or_remote_ray
+from sweep.execution.mailbox import Mailbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -9,11 +9,12 @@ import fsspec
 import pytest
 
 from data.errors import DataError
-from data.store import Store
-from sweep import lease, mirror
-from sweep.lease import Busy, Lost
-from sweep.ledger import Ledger, trial_folder
-from sweep.mirror import below, mirrored
+from data.shards.store import Store
+from sweep.config.paths import trial_folder
+from sweep.durability import lease, mirror
+from sweep.durability.lease import Busy, Lost
+from sweep.durability.mirror import below, mirrored
+from sweep.search.study import Ledger
 from tests.sweep.common import ask, complaint, report, settings, sweep
 
 CONFIG = settings(trials=4)

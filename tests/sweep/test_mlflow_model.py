@@ -7,10 +7,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from sweep import mlflow_model
-from sweep.ledger import Ledger, sweep_id, trial_folder
-from sweep.mlflow_access import tracking_uri
-from sweep.tracking import is_shipped, mlflow_run_id
+from sweep.config.paths import trial_folder
+from sweep.search.study import Ledger, sweep_id
+from sweep.tracking import registry as mlflow_model
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.tracker import is_shipped, mlflow_run_id
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, append, runs, track
 

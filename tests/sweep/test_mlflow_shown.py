@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweep.changes import code_version
-from sweep.ledger import Ledger
-from sweep.mlflow_access import tracking_uri
-from sweep.mlflow_summary import is_summary
+from sweep.config.version import code_version
+from sweep.search.study import Ledger
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.summary import is_summary
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, runs, track
 
@@ -71,7 +71,7 @@ def test_the_sums_of_a_sweep_follow_its_trials_and_are_told_once(folder: Path) -
 
 def test_a_trial_that_goes_on_under_other_code_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     track(folder)
-    monkeypatch.setattr("sweep.tracking.code_version", lambda: "2+changed")
+    monkeypatch.setattr("sweep.tracking.tracker.code_version", lambda: "2+changed")
     track(folder)
     track(folder)
     _, children = runs(folder)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data.shards import Shards
-from sweep.curves import Point
-from sweep.ledger import Entry
-from sweep.mlflow_data import Corpus, without_secrets
-from sweep.mlflow_note import LONGEST, link, note
-from sweep.mlflow_summary import end_tags, is_summary, params, start_tags, sweep_metrics, trial_metrics, unvaried
+from data.shards.dataset import Shards
+from model.training.metrics_log import Point
+from sweep.search.study import Entry
+from sweep.tracking.dataset import Corpus, without_secrets
+from sweep.tracking.note import LONGEST, link, note
+from sweep.tracking.summary import end_tags, is_summary, params, start_tags, sweep_metrics, trial_metrics, unvaried
 from tests.sweep.common import FROZEN, settings
 
 CONFIG = settings()

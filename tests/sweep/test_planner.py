@@ -11,14 +11,15 @@ import pytest
 from ray.tune.search import Searcher
 
 from data.errors import UserError
-from data.shards import Shards
-from model import memory
-from sweep import forecast, planner
-from sweep.config import Config
-from sweep.executor import LedgerSearcher
-from sweep.forecast import Forecast
-from sweep.ledger import Ledger
-from sweep.planner import Plan, dry_steps
+from data.shards.dataset import Shards
+from model.runtime import memory
+from sweep.config.schema import Config
+from sweep.execution.tune import LedgerSearcher
+from sweep.preflight import dry_run as planner
+from sweep.preflight import eta as forecast
+from sweep.preflight.dry_run import Plan, dry_steps
+from sweep.preflight.eta import Forecast
+from sweep.search.study import Ledger
 from tests.sweep.common import Asked, ask, play, report, sweep
 from tests.sweep.passes import config
 
@@ -238,7 +239,7 @@ def mortal(config: Config, folders: Mapping[str, str | None]) -> Said:
 def test_on_a_cluster_a_shape_that_takes_its_process_along_is_excluded(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweep.cluster import local_or_remote_ray
+    from sweep.execution.cluster import local_or_remote_ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(planner, "SMALL", 0)

@@ -12,10 +12,10 @@ import pytest
 import soundfile
 import yaml
 
-from data import synthetic
-from data.schema import SAMPLE_RATE
-from data.shards import Shards
-from sweep.predict import softmax
+from data.corpus import synthetic
+from data.corpus.schema import SAMPLE_RATE
+from data.shards.dataset import Shards
+from sweep.export.predict import softmax
 from tests.conftest import LABELS
 from tests.data.test_annomi import write as annomi
 from tests.sweep.common import complaint, refused, sweep, tree

@@ -14,11 +14,11 @@ import soundfile
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from data import synthetic
-from data.jobs import serially
-from data.prepare import prepare
-from data.schema import SAMPLE_RATE
-from data.shards import Shards
+from data.corpus import synthetic
+from data.corpus.schema import SAMPLE_RATE
+from data.preparation.build import prepare
+from data.preparation.shard_jobs import serially
+from data.shards.dataset import Shards
 from tests.data.makers import MAKERS, Dialogues, Maker, Said, write
 from tests.model import voices
 from tests.sweep.common import sweep, tree
@@ -89,7 +89,7 @@ def test_times_in_whole_seconds_are_aligned(
         truth |= {f"{seed}/{turn.index}": span for turn, span in zip(turns, times, strict=True)}
     Path("turns.tsv").write_text("\n".join(lines) + "\n")
     options = ["--audio", "audio", "--set", "columns.start=start"]
-    monkeypatch.setattr("sweep.cli_prepare.make_shards", serially)
+    monkeypatch.setattr("sweep.cli.prepare.make_shards", serially)
     for out, more in {"given": [], "aligned": ["--align", ctc]}.items():
         outcome = sweep("prepare", "table", "turns.tsv", *options, *more, "--out", out)
         assert (outcome.code, outcome.err) == (0, "")

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from data.shards import Shards
-from sweep import config as configuration
-from sweep.config import Config
-from sweep.inputs import resolve_inputs
-from sweep.ledger import trial_config
-from sweep.trial import run_trial
+from data.shards.dataset import Shards
+from sweep.config.files import load, presets
+from sweep.config.schema import Config
+from sweep.execution.trial import run_trial
+from sweep.preflight.checks import resolve_inputs
+from sweep.search.study import trial_config
 from tests.sweep.common import sweep
 
-OWN = [name for name in configuration.presets() if name not in ("research-log-stage-2", "llama-3b-hubert-large")]
+OWN = [name for name in presets() if name not in ("research-log-stage-2", "llama-3b-hubert-large")]
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -43,7 +43,7 @@ def train(config: Config, point: dict[str, Any], folder: Path) -> dict[str, Any]
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_point_of_a_preset_trains(name: str, models: Path, corpus: Shards, tmp_path: Path) -> None:
-    config = configuration.load(name, small(models, corpus))
+    config = load(name, small(models, corpus))
     if not config.search.points:
         config = config.with_values({"search.points": [{}]})
     for number, point in enumerate(config.search.points):
@@ -53,14 +53,12 @@ def test_every_point_of_a_preset_trains(name: str, models: Path, corpus: Shards,
 
 def test_the_second_stage_starts_from_the_first(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """As docs/model.md has it: the adapter of trial 2, then LoRA beside it, frozen or not."""
-    first = configuration.load("research-log", small(models, corpus))
+    first = load("research-log", small(models, corpus))
     point = first.search.points[2]
     assert point["model.lora.enabled"] is False
     assert first.storage.keep is None  # or its checkpoint would be gone unless it was one of the best
     train(first, point, tmp_path / "trials" / "0002")
-    second = configuration.load(
-        "research-log-stage-2", small(models, corpus, f"model.init_from={tmp_path / 'trials' / '0002'}")
-    )
+    second = load("research-log-stage-2", small(models, corpus, f"model.init_from={tmp_path / 'trials' / '0002'}"))
     for number, point in enumerate(second.search.points):
         train(second, point, tmp_path / str(number))
 
@@ -71,7 +69,7 @@ def test_the_real_preset_runs_on_folders_of_its_kinds(models: Path, corpus: Shar
     settings = json.loads((tmp_path / "llm" / "tokenizer_config.json").read_text())
     (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
     paths = [f"model.llm.path={tmp_path / 'llm'}", f"model.encoder.path={models / 'hubert-layer'}"]
-    config = configuration.load("llama-3b-hubert-large", [*small(models, corpus), *paths])
+    config = load("llama-3b-hubert-large", [*small(models, corpus), *paths])
     assert config.model.llm.dtype == config.model.precision == "bfloat16"
     for number, point in enumerate(config.search.points):
         train(config, point, tmp_path / str(number))

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from sweep import leaderboard
-from sweep.config import Config, parse
-from sweep.ledger import Entry, State
-from sweep.mlflow_note import note as mlflow_note
-from sweep.recall import Rung, lines, recall, recall_json, warning
-from sweep.results import entry_json
-from sweep.watch import progress_json
+from sweep.analysis import leaderboard
+from sweep.analysis.results import entry_json
+from sweep.analysis.status import progress_json
+from sweep.config.schema import Config, parse
+from sweep.search.pruning_audit import Rung, lines, recall, recall_json, warning
+from sweep.search.study import Entry, State
+from sweep.tracking.note import note as mlflow_note
 
 
 def config(**search: Any) -> Config:

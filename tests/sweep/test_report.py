@@ -11,13 +11,15 @@ import pytest
 from markupsafe import escape
 from mlflow import MlflowClient
 
-from sweep import cli_confirm, confirm
-from sweep.config import claim_folder
-from sweep.evaluate import Predicted
-from sweep.ledger import Ledger, trial_folder
-from sweep.report import ablation, figures
-from sweep.report import page as report_page
-from sweep.report.artifacts import to_mlflow
+from sweep.analysis import confirm
+from sweep.analysis.evaluate import Predicted
+from sweep.analysis.report import ablation, figures
+from sweep.analysis.report import page as report_page
+from sweep.cli import results as cli_confirm
+from sweep.config.diff import claim_folder
+from sweep.config.paths import trial_folder
+from sweep.search.study import Ledger
+from sweep.tracking.report_artifacts import to_mlflow
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
 from tests.sweep.searched import REFERENCE, TEXT, played, said, settings

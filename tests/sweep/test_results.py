@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from model.metrics import Record, label_metrics
-from sweep import leaderboard
-from sweep.config import Config, parse
-from sweep.ledger import Entry, Ledger, State, trial_folder
-from sweep.results import Progress, entry_json, progress, read_predictions
+from model.evaluation.metrics import Record, label_metrics
+from sweep.analysis import leaderboard
+from sweep.analysis.results import Progress, entry_json, progress, read_predictions
+from sweep.config.paths import trial_folder
+from sweep.config.schema import Config, parse
+from sweep.search.study import Entry, Ledger, State
 from tests.conftest import LABELS
 from tests.sweep import searched
 from tests.sweep.common import CODE, REPLY, ask

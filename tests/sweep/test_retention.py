@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from data.errors import StorageError
-from model.attempt import Attempt, Superseded
-from sweep.config import Config
-from sweep.ledger import Ledger, trial_folder
-from sweep.retention import DiskNeed, check_disk, disk_need, prune_checkpoints
+from model.checkpoints.fencing import Attempt, Superseded
+from sweep.config.paths import trial_folder
+from sweep.config.schema import Config
+from sweep.durability.retention import DiskNeed, check_disk, disk_need, prune_checkpoints
+from sweep.search.study import Ledger
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep
 
 FILES = ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged-2.pt")

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from data.shards import Shards
-from sweep.config import load
-from sweep.shapes import LOOKED_AT, MOST, alike, counts_for, shapes
-from sweep.space import SearchConfig
+from data.shards.dataset import Shards
+from sweep.config.files import load
+from sweep.config.space import SearchConfig
+from sweep.preflight.trial_profiles import LOOKED_AT, MOST, alike, counts_for, shapes
 from tests.sweep.passes import config
 
 SPACE: dict[str, Any] = {

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from sweep.nodes import count_slots
-from sweep.run import count_trained
+from sweep.execution.resources import count_slots
+from sweep.runner import count_trained
 from tests.sweep.common import settings
 
 SMALL, LARGE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 1.0}

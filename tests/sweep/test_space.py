@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from data.errors import ConfigError
-from sweep.config import parse
-from sweep.settings import flat
-from sweep.space import Axis, PruningConfig, SearchConfig, better, is_audited, prune
+from sweep.config.loader import flat
+from sweep.config.schema import parse
+from sweep.config.space import Axis, PruningConfig, SearchConfig
+from sweep.search.pruning import better, is_audited, prune
 from tests.sweep.common import FROZEN, TUNED
 
 SPEECH = {"model.modality": ["speech", "text+speech"]}

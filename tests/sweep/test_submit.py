@@ -9,10 +9,10 @@ import pytest
 from ray.job_submission import JobStatus
 
 from data.errors import UserError
-from sweep import submit
-from sweep.cli_run import _leave_package
-from sweep.config import load
-from sweep.submit import PACKAGES, follow, stage, start
+from sweep.cli import submit
+from sweep.cli.run import _leave_package
+from sweep.cli.submit import PACKAGES, follow, stage, start
+from sweep.config.files import load
 from tests.sweep.common import settings, sweep
 
 ROOT = Path(submit.__file__).resolve().parents[1]

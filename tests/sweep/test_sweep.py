@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from data import synthetic
-from data.prepare import prepare
+from data.corpus import synthetic
+from data.preparation.build import prepare
 from tests.sweep.common import FROZEN, TUNED
 
 TRIALS = 7
@@ -98,8 +98,8 @@ def test_every_trial_ended_once_and_kept_what_it_was(finished: Path) -> None:
 
 def test_every_trial_equals_the_same_configuration_trained_by_itself(finished: Path, tmp_path: Path) -> None:
     """First or later in its slot, in either slot, killed or not, fed by Ray Data or from the local shards."""
-    from sweep import config as configuration
-    from sweep.trial import run_trial
+    from sweep.config.files import load
+    from sweep.execution.trial import run_trial
 
     digests = {}
     for trial in sweep_json("status", finished)["trials"]:
@@ -108,7 +108,7 @@ def test_every_trial_equals_the_same_configuration_trained_by_itself(finished: P
         digests[number] = state["digest"]
         epochs = state["progress"]["epoch"]
         assert (epochs == 3) == (trial["state"] == "COMPLETE")
-        config = configuration.load(str(finished / "trials" / f"{number:04d}" / "config.yaml"))
+        config = load(str(finished / "trials" / f"{number:04d}" / "config.yaml"))
 
         class EnoughError(Exception):
             pass

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from data import taught as files
-from data.prepare import prepare
-from data.shards import Shards
-from sweep import frozen
-from sweep.config import Config
-from sweep.frozen import compute, described, folders_for, needs
-from sweep.teacher import need_of
-from sweep.trial import build
+from data.loading import teacher_files as files
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from sweep.config.schema import Config
+from sweep.execution.trial import build
+from sweep.preflight import cache_passes as frozen
+from sweep.preflight.cache_passes import compute, described, folders_for, needs
+from sweep.preflight.teacher_pass import need_of
 from tests.data.common import corpus
 from tests.sweep.common import sweep
 from tests.sweep.passes import config as any_config

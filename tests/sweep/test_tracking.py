@@ -10,10 +10,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from sweep.config import dump, parse
-from sweep.ledger import Ledger, trial_config, trial_folder
-from sweep.mlflow_access import tracking_uri
-from sweep.tracking import is_shipped, mlflow_run_id
+from sweep.config.files import dump
+from sweep.config.paths import trial_folder
+from sweep.config.schema import parse
+from sweep.search.study import Ledger, trial_config
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.tracker import is_shipped, mlflow_run_id
 from tests.conftest import LABELS
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track

@@ -10,10 +10,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweep.ledger import Ledger
-from sweep.mlflow_access import tracking_uri
-from sweep.mlflow_summary import is_summary
-from sweep.tracking import is_shipped, mlflow_run_id, still_has
+from sweep.search.study import Ledger
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.summary import is_summary
+from sweep.tracking.tracker import is_shipped, mlflow_run_id, still_has
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append, curve, runs, track, written
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweep.ledger import Ledger
-from sweep.mlflow_access import tracking_uri
-from sweep.tracking import Tracker, is_shipped, mlflow_run_id
+from sweep.search.study import Ledger
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.tracker import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import report
 from tests.sweep.mlflow_server import Server, wait_for
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written
@@ -22,7 +22,7 @@ def test_a_server_that_is_killed_and_comes_back_with_less(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("sweep.tracking.LONGEST", 0.5)
+    monkeypatch.setattr("sweep.tracking.tracker.LONGEST", 0.5)
     steps = iter(range(48, 1000, 16))
 
     def train(points: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from sweep.ledger import Ledger, trial_folder
-from sweep.mlflow_access import tracking_uri, ui_command
-from sweep.tracking import Tracker, is_shipped, mlflow_run_id
+from sweep.config.paths import trial_folder
+from sweep.search.study import Ledger
+from sweep.tracking.access import tracking_uri, ui_command
+from sweep.tracking.tracker import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, track
 

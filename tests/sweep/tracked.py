@@ -6,12 +6,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweep.config import Config
-from sweep.ledger import Entry, trial_folder
-from sweep.mlflow_access import tracking_uri
-from sweep.mlflow_data import Corpus
-from sweep.mlflow_summary import params
-from sweep.tracking import Tracker, mlflow_run_id
+from sweep.config.paths import trial_folder
+from sweep.config.schema import Config
+from sweep.search.study import Entry
+from sweep.tracking.access import tracking_uri
+from sweep.tracking.dataset import Corpus
+from sweep.tracking.summary import params
+from sweep.tracking.tracker import Tracker, mlflow_run_id
 from tests.sweep.common import settings
 
 DATA = Corpus(

@@ -141,7 +141,7 @@ class Watcher(importlib.abc.MetaPathFinder):
     """Waits for the import of the training loop."""
 
     def find_spec(self, name, path, target=None):
-        if name != "model.train":
+        if name != "model.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

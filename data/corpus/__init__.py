@@ -1,0 +1,1 @@
+"""A corpus before it is sharded: its schema, audio, settings and findings."""

@@ -1,0 +1,1 @@
+"""From shards to batches: tasks, examples, batch plans and sources."""

@@ -1,0 +1,1 @@
+"""From a corpus to shards: validation, splits and the build."""

@@ -1,0 +1,1 @@
+"""Arrow shards: where they are stored, their format and their reader."""

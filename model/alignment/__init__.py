@@ -1,0 +1,1 @@
+"""Forced alignment of transcripts and recordings."""

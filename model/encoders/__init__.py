@@ -1,0 +1,1 @@
+"""Speech encoders whose output does not depend on the batch."""

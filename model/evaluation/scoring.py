@@ -1,0 +1,98 @@
+"""Answers of a trained model: labels are scored, replies are generated. Neither depends on what is batched together.
+
+Legend: B examples, T positions of the padded prompt, E width, V vocabulary, K labels, N nodes of the label trie.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from data.loading.examples import Example
+from model.speech_llm.speech_llm import SpeechLLM, pad_left
+
+
+@torch.no_grad()
+def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
+    """Log-probability (nats) of every label string followed by EOS, for examples of one task.
+
+    The prompt is read once; then one forward pass over the trie of all labels scores them together.
+
+    Returns:
+        scores_BK, in the order of the task's labels.
+    """
+    trie = model.tries[examples[0].task]
+    with model.autocast():
+        embeddings_BTE, mask_BT, positions_BT = pad_left(model.prompts(examples))
+        cache = DynamicCache(config=model.llm.config)
+        first_B1V = model.llm(
+            inputs_embeds=embeddings_BTE,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        batch, nodes = len(examples), len(trie.nodes)
+        ancestors_NN = torch.tensor(trie.ancestors, device=model.device)
+        seen = torch.cat(
+            [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
+        )  # [B, N, T+N]
+        lowest = torch.finfo(embeddings_BTE.dtype).min
+        bias = torch.zeros(seen.shape, dtype=embeddings_BTE.dtype, device=model.device).masked_fill(~seen, lowest)
+        depth_N = ancestors_NN.sum(-1) - 1
+        rest_BNV = model.llm(
+            inputs_embeds=model.embed(trie.nodes).expand(batch, -1, -1),
+            attention_mask=bias[:, None],
+            position_ids=mask_BT.sum(-1, keepdim=True) + depth_N,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    logp_BNV = torch.cat([first_B1V, rest_BNV], dim=1).float().log_softmax(-1)
+    columns = [torch.stack([logp_BNV[:, node + 1, target] for node, target in path]).sum(0) for path in trie.paths]
+    return torch.stack(columns, dim=1)
+
+
+def decide(model: SpeechLLM, task: str, scores_BK: Tensor) -> Tensor:
+    """The scores by which labels are chosen: as they are, or divided by the labels' shares in training.
+
+    The latter is the optimal choice for the balanced error (logit adjustment, Menon et al., arXiv 2007.07314).
+    """
+    if model.config.priors == "as-is":
+        return scores_BK
+    counts_K = torch.tensor(model.tasks[task].counts, dtype=torch.float64) + 1  # a label that never occurs has a share
+    return scores_BK - (counts_K / counts_K.sum()).log().to(scores_BK)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A generated text."""
+
+    text: str
+    ended: bool  # by EOS; else it was cut at the limit
+
+
+@torch.no_grad()
+def generate(model: SpeechLLM, examples: Sequence[Example]) -> list[Reply]:
+    """Greedy replies, padded on the left: on the right, most of them would depend on the batch."""
+    tokenizer = model.prompter.vocabulary.tokenizer
+    eos = tokenizer.eos_token_id
+    settings = GenerationConfig(
+        max_new_tokens=model.config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    with model.autocast():
+        embeddings_BTE, mask_BT, _ = pad_left(model.prompts(examples))
+        ids_BT = model.llm.generate(
+            inputs_embeds=embeddings_BTE, attention_mask=mask_BT, generation_config=settings, use_cache=True
+        )
+    replies = []
+    for row in ids_BT.tolist():
+        ended = eos in row
+        tokens = row[: row.index(eos)] if ended else row
+        replies.append(Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended))
+    return replies

@@ -1,0 +1,1 @@
+"""Losses, class weights and the teacher of a distillation."""

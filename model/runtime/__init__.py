@@ -1,0 +1,1 @@
+"""Devices, memory, workers and system metrics."""

@@ -1,0 +1,1 @@
+"""The model: encoder, adapter and LLM in one sequence of embeddings."""

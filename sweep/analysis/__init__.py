@@ -1,0 +1,1 @@
+"""Results of a sweep: leaderboard, status, confirmation and report."""

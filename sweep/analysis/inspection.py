@@ -1,0 +1,167 @@
+"""What a configuration makes of a corpus before any training: the model's parts, and examples as it reads them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from data.corpus.schema import SAMPLE_RATE, SPLITS
+from data.errors import UserError
+from data.loading.examples import Example, clip_samples, read_example
+from data.loading.tasks import TASKS, Item, has_sound, heard_row, items
+from data.shards.dataset import Shards
+from model.parts import parts
+from model.speech_llm.label_trie import shared_beginnings
+from model.speech_llm.prompt import CLIP, CLS, END, IGNORE
+from model.speech_llm.speech_llm import SpeechLLM
+from sweep.config.schema import Config
+from sweep.execution.trial import open_shards
+
+
+def parts_table(model: SpeechLLM, config: Config, title: str) -> Table:
+    """The parts of a model: how many parameters they have, how many train, and at what peak rate."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("part", "parameters", "trained", "learning rate", "from"):
+        table.add_column(name, justify="left" if name in ("part", "from") else "right")
+    rows = parts(model)
+    for part in rows:
+        rate = getattr(config.train.learning_rates, part.name, None) or config.train.learning_rate
+        shown = f"{rate:.2e}" if part.trained else "frozen"
+        source = part.loaded or "new"
+        source = Path(source).name if Path(source).is_dir() else source
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", shown, escape(source))
+    total, trained = sum(part.parameters for part in rows), sum(part.trained for part in rows)
+    table.add_row("all", f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", "", style="bold")
+    return table
+
+
+def notes(model: SpeechLLM) -> list[str]:
+    """What a person should know about the labels."""
+    return [
+        f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
+        for task, answers in model.answers.items()
+        for short, long in shared_beginnings(answers)
+    ]
+
+
+def settings_for(shards: Shards) -> list[str]:
+    """Overrides that make a configuration for any corpus: the embedded models, and a task that it has answers for."""
+    found = ["name=inspect", f"data.shards={json.dumps(str(shards.folder))}"]
+    found += [] if has_sound(shards) else ["model.modality=text"]
+    return found + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
+
+
+def choose(config: Config, task: str, split: str | None, wanted: str | None) -> Item | None:
+    """The first item of a task, or the one with this id, in a split or in any; None if this task has no such item.
+
+    Raises:
+        DataError: the split has nothing for the task.
+    """
+    shards = open_shards(config.data)
+    names = {"quality": "conversation"}
+    splits = [split] if split else SPLITS if wanted else ["train"]
+    for item in (item for name in splits for item in items(shards, task, name)):
+        if wanted in (None, shards.columns[names.get(task, "id")][item[1]]):
+            return item
+    return None
+
+
+def example_lines(model: SpeechLLM, config: Config, item: Item) -> list[str]:
+    """An example as the model reads it: the sequence, then the tokens that the loss is over.
+
+    Placeholders of vectors stand in brackets; ⏎ is a line break.
+    """
+    shards = open_shards(config.data)
+    example = read_example(shards, item, config.data, sound=False)
+    samples = clip_samples(shards, item, config.data)
+    measure, prompt, answer = model.measure(example, samples), model.prompter.prompt(example), model.answer(example)
+    clip = _clip(model, samples) if CLIP in prompt.ids else ""
+    targets = [_token(model, target) for target in answer.targets if target != IGNORE]
+    heard = heard_row(shards, TASKS[item[0]], item[1])
+    return [
+        f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
+        f"  reads     {_text(model, prompt.ids, clip)}",
+        f"  answers   {_text(model, answer.inputs, clip)}",
+        *([] if heard is None else [f"  hears     {_heard(shards, heard)}"]),
+        *([] if not clip else [f"  clip      {_where_the_clip_is(model, prompt.ids, samples)}"]),
+        f"  loss over {' | '.join(targets)}",
+        f"  loss mask {_mask(prompt.ids, answer.targets)}",
+        f"  {_counts(prompt.ids, measure.predicted, prompt.dropped_turns, example)}",
+    ]
+
+
+def _heard(shards: Shards, row: int) -> str:
+    columns = shards.columns
+    start, end, samples = (columns[name][row] for name in ("t_start", "t_end", "n_samples"))
+    seconds = f"{samples} samples, {samples / SAMPLE_RATE:.2f} s"
+    place = "" if start is None or end is None else f", {start:.2f}-{end:.2f} s of the recording"
+    flags = columns["flags"][row]
+    return f"{columns['id'][row]}: {seconds}{place}{f' ({flags})' if flags else ''}"
+
+
+def _where_the_clip_is(model: SpeechLLM, ids: Sequence[int], samples: int) -> str:
+    """Positions of the clip's embeddings in the sequence that the LLM reads."""
+    assert model.encoder is not None
+    assert model.adapter is not None
+    first, count = list(ids).index(CLIP), model.adapter.embeddings(model.encoder.frames(samples))
+    return f"positions {first} to {first + count - 1} of {len(ids) - 1 + count}"
+
+
+def _mask(prompt: Sequence[int], targets: Sequence[int]) -> str:
+    """One character a token: · without loss, ■ with; the prompt never has any."""
+    marks = "".join("·" if target == IGNORE else "■" for target in targets)
+    return f"prompt {len(prompt)} x ·, answer {marks}"
+
+
+def _counts(ids: Sequence[int], predicted: int, dropped: int, example: Example) -> str:
+    words = f"{sum(token >= 0 for token in ids)} text tokens, {predicted} predicted"
+    return f"{words}, {len(example.turns) - dropped} turns, {dropped} dropped"
+
+
+def _clip(model: SpeechLLM, samples: int) -> str:
+    assert model.encoder is not None
+    assert model.adapter is not None
+    frames = model.encoder.frames(samples)
+    seconds = samples / SAMPLE_RATE
+    return f"[sound: {seconds:.2f} s → {frames} frames → {model.adapter.embeddings(frames)} embeddings]"
+
+
+def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
+    """Token ids as text, each run of tokens decoded together."""
+    vectors = {CLIP: clip, END: "[END]", CLS: "[CLS]"}
+    pieces: list[str] = []
+    run: list[int] = []
+    for token in (*ids, None):
+        if token is not None and token >= 0:
+            run.append(token)
+            continue
+        pieces.append(model.prompter.vocabulary.tokenizer.decode(run))
+        run = []
+        if token is not None:
+            pieces.append(vectors[token])
+    return "".join(pieces).replace("\n", "⏎")
+
+
+def _token(model: SpeechLLM, token: int) -> str:
+    text = model.prompter.vocabulary.tokenizer.decode([token]).replace("\n", "⏎")
+    return f"{text!r} {token}"
+
+
+def lines(model: SpeechLLM, config: Config, split: str | None, wanted: str | None) -> list[str]:
+    """Examples of every task.
+
+    Raises:
+        UserError: no task has an item with the wanted id.
+    """
+    found = [(task, choose(config, task, split, wanted)) for task in model.tasks]
+    chosen = [item for _, item in found if item is not None]
+    if not chosen:
+        where = f"the {split} split has" if split else "there is"
+        raise UserError(
+            f"--example {wanted}: {where} no such item for {', '.join(model.tasks)}; ids are listed in "
+            "predictions.json of a trial, e.g. c003/7"
+        )
+    return [line for item in chosen for line in example_lines(model, config, item)]

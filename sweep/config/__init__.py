@@ -1,0 +1,1 @@
+"""The configuration tree: schema, files, search space and resolution."""

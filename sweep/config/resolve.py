@@ -1,0 +1,102 @@
+"""The embedded defaults: the synthetic corpus and the tiny models, made on first use and cached by their version."""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from data.corpus import synthetic
+from data.corpus.config import CorpusConfig, SplitConfig
+from data.corpus.schema import SCHEMA_VERSION
+from data.errors import ConfigError
+from data.preparation.build import prepare
+from model import tiny
+from sweep.config.loader import flat
+from sweep.config.schema import Config
+
+PREFIX = "builtin:"
+
+
+def _make_corpus(folder: Path) -> None:
+    prepare(synthetic.corpus(), folder, CorpusConfig(split=SplitConfig(fractions=(0.64, 0.18, 0.18))))
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "synthetic": _make_corpus,
+    "tiny-whisper": tiny.make_encoder,
+    "tiny-llama": tiny.make_llm,
+}
+KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
+FILES = (*KEYS, "model.init_from", "model.adapter.init_from")
+
+
+def cache_folder() -> Path:
+    """Where made things are kept: $SWEEP_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
+    return Path(os.environ.get("SWEEP_CACHE", default))
+
+
+def missing(config: Config) -> list[str]:
+    """Built-in inputs of a configuration that are not made yet.
+
+    Raises:
+        ConfigError: there is no built-in of that name.
+    """
+    return sorted({name for name in _named(config).values() if not _folder(name).exists()})
+
+
+def resolve(config: Config) -> Config:
+    """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones: workers run in
+    folders of their own.
+
+    Raises:
+        ConfigError: there is no built-in of that name.
+    """
+    _make_all(missing(config))
+    return absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
+
+
+def absolute(config: Config) -> Config:
+    """Replace local paths by absolute ones, so that they lead to the same place from another folder."""
+    settings = flat(config)
+    return config.with_values(
+        {key: str(Path(settings[key]).absolute()) for key in FILES if settings[key] and Path(settings[key]).exists()}
+    )
+
+
+def _named(config: Config) -> dict[str, str]:
+    """The settings that name a built-in, and which."""
+    settings = flat(config)
+    named = {key: settings[key].removeprefix(PREFIX) for key in KEYS if settings[key].startswith(PREFIX)}
+    for key, name in named.items():
+        if name not in MAKERS:
+            known = ", ".join(PREFIX + other for other in MAKERS)
+            raise ConfigError(f"{key}: {PREFIX}{name} is not built in; use one of {known}, or a path")
+    return named
+
+
+def _folder(name: str) -> Path:
+    return cache_folder() / f"{name}-{synthetic.VERSION}.{tiny.VERSION}.{SCHEMA_VERSION}"
+
+
+def _make_all(names: list[str]) -> None:
+    """Make several at once, each in a process of its own: they are independent, and use one thread each."""
+    if not names:
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for result in [pool.submit(_make, name) for name in names]:
+            result.result()
+
+
+def _make(name: str) -> None:
+    folder = _folder(name)
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        MAKERS[name](unfinished)
+        if not folder.exists():
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""Check the axes and points of a search against the configuration."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from data.config import TaskWeights
+from sweep.config.loader import flat, rule
+from sweep.config.schema import Config
+from sweep.config.space import FOLD
+
+SEARCHABLE = (
+    "seed",
+    FOLD,
+    "data.history",
+    "data.sound",
+    "data.snr_db",
+    "data.last_text",
+    "data.augment.",
+    "tasks.",
+    "model.",
+    "train.",
+)
+
+
+def _space_problems(config: Config) -> Iterable[str]:
+    """Axes that lie outside the configuration, or whose values it would refuse."""
+    leaves = set(flat(config))
+    for key, axis in config.search.space.items():
+        where = f"search.space.{key}"
+        if key not in leaves or not key.startswith(SEARCHABLE):
+            near = get_close_matches(key, sorted(leaf for leaf in leaves if leaf.startswith(SEARCHABLE)), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{where}: no setting that a search may vary has this name{hint}"
+            continue
+        for condition in axis.when:
+            if condition not in leaves:
+                yield f"{where}.when.{condition}: no such setting"
+        refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
+        yield from refused or _refusals(config, where, {key: axis.inside()})
+    yield from _first_task_problems(config)
+    if FOLD in config.search.space and (config.search.pruning or config.search.trials > len(config.search.points)):
+        yield (
+            f"search.space.{FOLD}: a search would choose the easiest fold; set {FOLD}, and `sweep confirm --folds` "
+            "trains the best on all of them"
+        )
+    for number, point in enumerate(config.search.points):
+        for key, value in point.items():
+            space = config.search.space.get(key)
+            if space is None:
+                yield f"search.points[{number}].{key}: not an axis of search.space; add the axis or remove the key"
+            elif not space.contains(value):
+                yield f"search.points[{number}].{key}: {value!r} lies outside its axis; {space.describe()}"
+
+
+def _first_task_problems(config: Config) -> Iterable[str]:
+    """Axes under which metrics without a prefix would speak of different tasks in different trials."""
+    for key, axis in config.search.space.items():
+        if not key.startswith("tasks.") or any(not isinstance(value, int | float) for value in axis.extremes()):
+            continue
+        weights = config.tasks.model_dump()
+        first = {
+            next(iter(TaskWeights(**{**weights, key.removeprefix("tasks."): value}).active()), None)
+            for value in axis.extremes()
+            if value >= 0
+        }
+        if len(first) > 1:
+            named = " or ".join(sorted(str(task) for task in first))
+            yield (
+                f"search.space.{key}: its values make {named} the first task, of which metrics without a prefix speak, "
+                "so trials could not be compared; leave 0 out, or search another task's weight"
+            )
+
+
+def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:
+    tree = config.model_dump(exclude={"search": {"space", "points"}})
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        section = tree
+        for name in path:
+            section = section[name]
+        section[leaf] = value
+    try:
+        changed = Config.model_validate(tree)
+    except ValidationError as error:
+        for detail in error.errors():
+            yield f"{where}: the axis holds {detail['input']!r}: {rule(detail)}"
+        return
+    # Rules over several settings are judged here only if no other axis could mend them.
+    if len(config.search.space) == 1:
+        for problem in changed.problems():
+            yield f"{where}: {problem}"

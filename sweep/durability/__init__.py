@@ -1,0 +1,1 @@
+"""What survives a kill: lease, mirror and retention of checkpoints."""

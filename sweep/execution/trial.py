@@ -1,0 +1,123 @@
+"""One trial: from its configuration to a trained, evaluated model. Runs in a slot's worker, or plainly in a process."""
+
+import functools
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.config import DataConfig
+from data.errors import StorageError, UserError
+from data.loading.tasks import answer_sets
+from data.shards.dataset import Shards
+from model.evaluation.split_data import TrialData
+from model.objectives.class_weights import with_numbers
+from model.speech_llm.speech_llm import SpeechLLM
+from model.training.random_state import seed_everything
+from model.training.trainer import Interrupted, Report, fit, never
+from sweep.config.schema import Config
+
+
+def open_shards(config: DataConfig) -> Shards:
+    """The corpus, opened once per process."""
+    return _opened(config.shards, config.fold)
+
+
+@functools.lru_cache(maxsize=16)  # as many folds as a sweep may go through in turn
+def _opened(folder: str, fold: int) -> Shards:
+    return Shards(folder, fold)
+
+
+def as_run(config: Config, shards: Shards) -> Config:
+    """The configuration that says what is trained: with numbers where it asks for balanced classes.
+
+    Raises:
+        ConfigError: it has numbers for a task or a label that there is not.
+    """
+    if (config.train.class_weights, config.train.sampling) == ("equal", "none"):
+        return config
+    train = with_numbers(config.train, answer_sets(shards, config.tasks.active()))
+    return config.model_copy(update={"train": train})
+
+
+def settle(config: Config) -> None:
+    """Make this process compute as a trial does."""
+    # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(config.resources.threads)
+    seed_everything(config.seed)
+
+
+def build(
+    config: Config,
+    reader: str,
+    splits: Sequence[str],
+    device: str,
+    features: Path | None = None,
+    taught: Path | None = None,
+) -> tuple[SpeechLLM, TrialData]:
+    """The model of a trial as it is before training, and its data.
+
+    Args:
+        config: with paths in place of built-in names.
+        reader: "ray" or "local".
+        splits: those that will be read.
+        device: "cpu" or "cuda".
+        features: where those of its frozen encoder or layers lie; None: it encodes by itself, with the same result.
+        taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
+    """
+    settle(config)
+    shards = open_shards(config.data)
+    answers = answer_sets(shards, config.tasks.active())
+    model = SpeechLLM(config.model, answers, device, encodes=features is None)
+    return model, TrialData.open(
+        shards, model, config.data, splits, reader, teacher=config.train.teaches, features=features, taught=taught
+    )
+
+
+def available_device() -> str:
+    """The device of a process that nobody shares out devices to."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_trial(
+    config: Config,
+    folder: Path,
+    report: Report,
+    reader: str,
+    device: str,
+    interrupted: Callable[[], bool] = never,
+    features: Path | None = None,
+    taught: Path | None = None,
+) -> None:
+    """Train a trial to its end, or on from its checkpoint in `folder`; see `build` and `fit`.
+
+    Raises:
+        Interrupted: `interrupted` said so; the checkpoint is written.
+    """
+    model, data = build(config, reader, ("train", "val"), device, features, taught)
+    fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
+
+
+def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]) -> bool:
+    """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial.
+
+    Returns:
+        Whether the trial came to its end; otherwise it was interrupted.
+    """
+    config, folder = Config.model_validate_json(job["config"]), Path(job["folder"])
+    if not (folder / "config.yaml").exists():
+        raise StorageError(
+            f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"
+        )
+    device = config.resources.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
+    frozen = {name: None if place is None else Path(place) for name, place in job["frozen"].items()}
+    try:
+        run_trial(config, folder, report, job["reader"], device, interrupted, **frozen)
+    except Interrupted:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""A trained model for use elsewhere: folder, model card and predictions."""

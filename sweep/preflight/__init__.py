@@ -1,0 +1,1 @@
+"""What runs before the first trial: checks, feature caches and dry runs."""

@@ -1,0 +1,69 @@
+"""What a sweep needs before it starts: corpus and models are looked at, and every structure that the search may ask for
+is built without weights, so that a mistake is one line now and not a failed trial later."""
+
+from data.errors import ConfigError, UserError
+from data.loading.tasks import answer_sets, has_sound
+from model.evaluation.split_data import TrialData
+from model.objectives.class_weights import with_numbers
+from model.speech_llm.speech_llm import SpeechLLM
+from sweep.config import resolve as builtin
+from sweep.config.schema import Config
+from sweep.execution.trial import open_shards
+from sweep.search.candidates import _structures
+
+
+def resolve_inputs(config: Config) -> Config:
+    """Make what is built in, and check the rest.
+
+    Returns:
+        The configuration with paths in place of built-in names.
+
+    Raises:
+        UserError: a shard is missing or corrupt, a split has nothing for a task, a label that there is not has a
+            weight, an example does not fit, a model is not to be found or does not fit its settings, or the corpus has
+            no sound and an axis wants it.
+    """
+    resolved = builtin.resolve(config)
+    shards = open_shards(resolved.data)
+    shards.verify()
+    check_sound(resolved, has_sound(shards))
+    measured = set()
+    for values in _structures(resolved):
+        try:
+            changed = builtin.resolve(resolved.with_values(values | {"search.space": {}, "search.points": []}))
+        except ConfigError:
+            continue  # values that are allowed one by one and not together: should they be drawn, the trial says so
+        model = skeleton(changed)
+        with_numbers(changed.train, model.tasks)
+        if (lengths := _lengths(changed)) not in measured:
+            measured.add(lengths)
+            own = open_shards(changed.data)
+            TrialData.open(own, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
+    return resolved
+
+
+def _lengths(config: Config) -> str:
+    """The settings that decide how long an example is: others need not be measured anew."""
+    lora = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
+    return repr((config.model.model_dump(exclude=lora), config.tasks.active(), config.data.fold))
+
+
+def skeleton(config: Config) -> SpeechLLM:
+    """The model of a configuration without its weights.
+
+    Raises:
+        UserError: see `SpeechLLM`.
+    """
+    shards = open_shards(config.data)
+    return SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), "meta")
+
+
+def check_sound(config: Config, audible: bool) -> None:
+    """Raise a UserError where a modality needs sound and the corpus has none."""
+    axis = config.search.space.get("model.modality")
+    wanted = [config.model.modality] if axis is None else axis.extremes()
+    if any(modality != "text" for modality in wanted) and not audible:
+        raise UserError(
+            f"{config.data.shards}: model.modality {' / '.join(map(str, wanted))} needs sound and this corpus is text "
+            "only; use --set model.modality=text, or prepare the corpus with --audio"
+        )

@@ -1,0 +1,152 @@
+"""The shapes of a search: what its axes may ask for, as far as it changes what a trial takes of time and memory."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import ConfigError
+from sweep.config import resolve as builtin
+from sweep.config.loader import flat
+from sweep.config.schema import Config
+from sweep.config.space import Axis
+from sweep.search.candidates import Chooser
+
+MOST = 16  # shapes that are tried
+LOOKED_AT = 1024  # combinations of values, at most; of more, as many are drawn
+# Settings that change neither, or by a position of a hundred. What is not named here counts.
+NO_MATTER = (
+    "seed",
+    "data.fold",
+    "data.sound",
+    "data.snr_db",
+    "model.adapter.init_",
+    "model.cls",
+    "model.encoder.spec_augment",
+    "model.end_of_audio",
+    "model.lora.alpha",
+    "model.lora.rslora",
+    "model.priors",
+    "train.checkpoint_",
+    "train.class_weights",
+    "train.epochs",
+    "train.learning_rate",
+    "train.losses.next_token",
+    "train.losses.temperature",
+    "train.max_grad_norm",
+    "train.patience",
+    "train.sampling",
+    "train.schedule",
+    "train.warmup",
+    "train.weight_decay",
+)
+# Numbers of which only counts whether they are 0.
+SIGN = ("tasks.", "train.losses.", "model.lora.dropout", "model.encoder.dropout", "data.augment.noise_probability")
+LARGEST = ("model.lora.rank",)  # numbers of which the largest says whether it fits: they take hardly more time
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Trials that take the same."""
+
+    values: Values  # of the axes that count
+    config: Config  # of such a trial, with paths in place of built-in names
+    weight: float  # its share of all combinations
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.values.items()) or "all trials"
+
+
+def shapes(config: Config, whole: bool = False) -> tuple[list[Shape], int]:
+    """The shapes of trials that may start.
+
+    Args:
+        config: of the sweep.
+        whole: with every number of a list; else with its least and its largest one, or the latter alone (LARGEST).
+
+    Returns:
+        Those to be tried, and how many were left out: of more than MOST, as many are drawn.
+    """
+    points = config.search.points[: config.search.trials]
+    drawn = _drawn(config, _combinations(config, whole) if config.search.trials > len(points) else points, whole)
+    names = list(drawn) if len(drawn) <= MOST else random.Random(0).sample(list(drawn), MOST)
+    total = sum(count for _, count in drawn.values())
+    made = [_shape(config, own, count / total) for own, count in map(drawn.__getitem__, names)]
+    return [shape for shape in made if shape is not None], len(drawn) - len(names)
+
+
+def _drawn(config: Config, wanted: Iterable[Values], whole: bool) -> dict[str, tuple[Values, int]]:
+    """Trials by shape: the values of one, and how many there are."""
+    found: dict[str, tuple[Values, int]] = {}
+    for values in wanted:
+        own = config.search.suggest(Chooser(values), flat(config))
+        merged = () if whole else LARGEST
+        name = repr(sorted((key, value) for key, value in own.items() if counts_for(key) and key not in merged))
+        known, count = found.get(name, (own, 0))
+        largest = max(known, own, key=lambda one: [one.get(key, 0) for key in LARGEST])
+        found[name] = (largest, count + 1)
+    return found
+
+
+def counts_for(key: str) -> bool:
+    """Whether a setting changes what a trial takes."""
+    return not key.startswith(NO_MATTER)
+
+
+def alike(values: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Places of the known shapes that stand for a trial: equal ones; for a number that is not known, both neighbours.
+
+    Args:
+        values: of the trial's axes, or of some of them.
+        known: values of shapes.
+    """
+    found = list(range(len(known)))
+    for key, value in values.items():
+        if counts_for(key):
+            near = _near(key, value, [shape[key] for shape in known if key in shape])
+            found = [place for place in found if known[place].get(key, value) in (value, *near)]
+    return found
+
+
+def _near(key: str, value: Any, known: Sequence[Any]) -> list[Any]:
+    if value in known or not _is_number(value):
+        return []
+    if key.startswith(SIGN):
+        return [other for other in known if (other > 0) == (value > 0)]
+    numbers = list(filter(_is_number, known))
+    below, above = [other for other in numbers if other < value], [other for other in numbers if other > value]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shape(config: Config, drawn: Values, weight: float) -> Shape | None:
+    try:
+        trial = builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
+    except ConfigError:
+        return None  # values that are allowed one by one and not together
+    return Shape({key: value for key, value in drawn.items() if counts_for(key)}, trial, weight)
+
+
+def _combinations(config: Config, whole: bool) -> Iterator[Values]:
+    axes = {key: _values(key, axis, whole) for key, axis in config.search.space.items() if counts_for(key)}
+    if math.prod(map(len, axes.values())) <= LOOKED_AT:
+        return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    generator = random.Random(0)
+    return ({key: generator.choice(values) for key, values in axes.items()} for _ in range(LOOKED_AT))
+
+
+def _values(key: str, axis: Axis, whole: bool) -> list[Any]:
+    values = axis.extremes()
+    if not all(map(_is_number, values)):
+        return values
+    if key.startswith(SIGN):
+        return list({value > 0: value for value in values}.values())
+    if whole:
+        return sorted(values)
+    return [max(values)] if key in LARGEST else list(dict.fromkeys((min(values), max(values))))

@@ -1,0 +1,1 @@
+"""The study: trials, sampler, pruning and candidates."""
