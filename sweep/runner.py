@@ -30,7 +30,7 @@ from sweep.execution.cluster import ClusterError, local_or_remote_ray
 from sweep.execution.resources import Nodes, count_slots, worker_resources
 from sweep.execution.signals import Stop
 from sweep.execution.trial import as_run, open_shards
-from sweep.execution.tune import AWS_SECRETS, GRACE, TRIAL_RETRIES, SweepFault, _look_after, _Work
+from sweep.execution.tune import AWS_SECRETS, GRACE, TRIAL_RETRIES, SweepAbortedError, _look_after, _Work
 from sweep.preflight import cache_passes as frozen
 from sweep.preflight import dry_run as planner
 from sweep.preflight import eta as forecast
@@ -38,18 +38,18 @@ from sweep.preflight.checks import skeleton
 from sweep.preflight.dry_run import Plan
 from sweep.preflight.eta import Forecast
 from sweep.search.candidates import first_trial
-from sweep.search.study import Ledger, trial_config
+from sweep.search.study import StudyStore, trial_config
 
 if TYPE_CHECKING:
     from sweep.config.schema import Config
     from sweep.durability.mirror import Mirror
-    from sweep.search.study import Ledger
+    from sweep.search.study import StudyStore
 
 
 Say = Callable[[str], None]
 
 
-class Driver:
+class SweepRunner:
     """One attempt at a sweep, by the holder of its lease.
 
     Args:
@@ -63,19 +63,19 @@ class Driver:
     def __init__(self, config: Config, folder: Path, say: Say, check: Callable[[], object], stop: Stop) -> None:
         self.config, self.folder = config, folder.absolute()
         self.say, self.check, self.stop = say, check, stop
-        self.ledger = Ledger.open(self.folder, config)
+        self.study = StudyStore.open(self.folder, config)
         self.cache = frozen.cache_of(config, self.folder)
         self.plan: Plan | None = None
 
     def bind(self, resolved: Config) -> None:
         """Hold the sweep to its corpus, and note the code that runs."""
-        note = self.ledger.bind(open_shards(resolved.data).fingerprint, code_version())
+        note = self.study.bind(open_shards(resolved.data).fingerprint, code_version())
         if note:
             self.say(note)
 
     def left(self) -> int:
         """Trials that are not in a final state yet."""
-        ended = sum(entry.state != "RUNNING" for entry in self.ledger.entries())
+        ended = sum(entry.state != "RUNNING" for entry in self.study.trials())
         return max(0, self.config.search.trials - ended)
 
     def execute(self, resolved: Config) -> None:
@@ -92,8 +92,8 @@ class Driver:
         os.environ.update(TUNE_GLOBAL_CHECKPOINT_S="1e9")
         import ray
 
-        from sweep.execution.mailbox import Notice
-        from sweep.execution.tune import LedgerSearcher
+        from sweep.execution.mailbox import StopEvent
+        from sweep.execution.tune import StudySearcher
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a slot that is lost is told by what follows
         ray_folder = self.folder / "ray"
@@ -106,13 +106,13 @@ class Driver:
             self._compute(lambda: self._plan(resolved, nodes, slots), is_up)
             self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
-            notice = Notice.remote()  # type: ignore[attr-defined]
-            searcher = LedgerSearcher(
-                self.ledger,
+            notice = StopEvent.remote()  # type: ignore[attr-defined]
+            searcher = StudySearcher(
+                self.study,
                 make_job=lambda number, values: self._job(resolved, number, values),
                 check=self.check,
                 stop=notice.give.remote,
-                ended=lambda: prune_checkpoints(self.ledger, self.folder),
+                ended=lambda: prune_checkpoints(self.study, self.folder),
             )
             said, started = self._foretell(slots), time.monotonic()
             self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher, is_up)
@@ -124,8 +124,8 @@ class Driver:
         import ray.tune
         from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
-        from sweep.execution.tune import LedgerScheduler
-        from sweep.execution.worker_group import slot_class
+        from sweep.execution.tune import StudyScheduler
+        from sweep.execution.worker_group import worker_group_class
 
         # Tune would describe its actors by them, which Ray's logs and everybody on the cluster see.
         ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
@@ -134,12 +134,12 @@ class Driver:
             "use_gpu": config.resources.gpus_per_worker > 0,
             "resources_per_worker": worker_resources(config),
         }
-        slot = slot_class("sweep.execution.trial:fit_job", scaling, str(storage), notice)
+        slot = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), notice)
         return ray.tune.Tuner(
             ray.tune.with_resources(slot, {"CPU": 0, "memory": 1}),
             tune_config=ray.tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=LedgerScheduler(searcher),
+                scheduler=StudyScheduler(searcher),
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -157,12 +157,12 @@ class Driver:
     def _plan(self, resolved: Config, nodes: Nodes, slots: int) -> None:
         """What cannot fit is not drawn."""
         self.plan = planner.make(resolved, self.cache, self.folder, nodes, slots, self.say)
-        self.ledger.fits = self.plan.fits
+        self.study.fits = self.plan.fits
 
     def _foretell(self, slots: int) -> Forecast:
         """Say what is left, and keep it until the end."""
         assert self.plan is not None
-        said = self.plan.forecast(self.ledger.entries(), self.ledger.points_left(), slots)
+        said = self.plan.forecast(self.study.trials(), self.study.points_left(), slots)
         self.say(planner.told(self.config, said, slots))
         forecast.remember(self.folder, said)
         return said
@@ -184,7 +184,7 @@ class Driver:
             self.stop.patient = False
         self.check()
         if searcher.fault:
-            raise SweepFault(*searcher.fault)
+            raise SweepAbortedError(*searcher.fault)
         thread.raise_error()
 
     def _watch(self, thread: threading.Thread, searcher: Any, is_up: Callable[[], bool]) -> None:
@@ -234,19 +234,19 @@ def run_sweep(config: "Config", folder: Path) -> int:
     """Start a sweep, or go on with it; returns the exit code."""
     from optuna.exceptions import StorageInternalError
 
-    from sweep.durability.lease import Busy, Lost
+    from sweep.durability.lease import LeaseHeldError, LeaseLostError
     from sweep.execution.signals import Stop
-    from sweep.execution.tune import SweepFault
+    from sweep.execution.tune import SweepAbortedError
     from sweep.tracking.access import tracking_uri
 
     server = tracking_uri(folder)
     (stop := Stop()).install()
     try:
         return _hold(config, folder, server, stop)
-    except SweepFault as fault:
+    except SweepAbortedError as fault:
         complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
         return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
-    except (Busy, Lost, ClusterError) as error:
+    except (LeaseHeldError, LeaseLostError, ClusterError) as error:
         complain(error)
         return INFRASTRUCTURE
     except OSError as error:
@@ -312,7 +312,7 @@ def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Cal
     ended = end_leftovers(folder)
     if ended:
         console.print(f"ended {len(ended)} processes that a killed attempt had left")
-    driver, shipped = Driver(config, folder, console.print, check, stop), True
+    driver, shipped = SweepRunner(config, folder, console.print, check, stop), True
     if driver.left() or not is_shipped(folder) or not still_has(config, folder):
         resolved = resolved or check_inputs(config)
         with Display(console, config, folder) as display:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "model", "sweep")
 LADDERS = {
     "data": (
-        {"errors", "atomic", "config", "compat"},
+        {"errors"},
+        {"atomic", "config", "compat"},
         {"corpus"},
         {"shards", "importers"},
         {"loading"},

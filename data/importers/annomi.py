@@ -10,7 +10,7 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import UNKNOWN, Draft
+from data.importers.builder import UNKNOWN, TurnBuilder
 from data.importers.recordings import set_recordings
 from data.importers.tabular import Row, agreed, by_conversation, read_rows
 from data.importers.timestamps import read_time, set_ends
@@ -42,14 +42,14 @@ def read_annomi(source: Path, audio: Path | None, config: CorpusConfig) -> Corpu
     codes = tuple(LABEL_COLUMN.values())
     needed = (*COLUMNS, *codes) if config.coded else COLUMNS
     rows = read_rows(source, needed, config, optional=(ANNOTATOR, *codes))
-    draft = Draft("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
+    draft = TurnBuilder("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
     sessions = by_conversation(rows, "transcript_id")
     conversations = [_conversation(name, own, draft) for name, own in sessions.items()]
     set_recordings(conversations, audio)
     return draft.corpus(conversations)
 
 
-def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
+def _conversation(name: str, rows: list[Row], draft: TurnBuilder) -> Conversation:
     for row in rows:
         if row["mi_quality"].lower() not in draft.qualities:
             known = ", ".join(draft.qualities)
@@ -64,7 +64,7 @@ def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
     return Conversation(name, agreed(rows, "video_url") or name, turns, quality=quality)
 
 
-def _turn(conversation: str, rows: list[Row], draft: Draft) -> Turn:
+def _turn(conversation: str, rows: list[Row], draft: TurnBuilder) -> Turn:
     first = rows[0]
     speaker = first["interlocutor"]
     column = LABEL_COLUMN.get(draft.role(speaker, conversation))

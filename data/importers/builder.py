@@ -19,7 +19,7 @@ SPEAKERS = {  # usual names of the roles
 
 
 @dataclass(slots=True)
-class Draft:
+class TurnBuilder:
     """Makes turns of what a format says, by the format's habits and the settings, which come first.
 
     Raises:

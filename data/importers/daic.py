@@ -7,7 +7,7 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import Draft
+from data.importers.builder import TurnBuilder
 from data.importers.recordings import SUFFIXES, by_name, refuse_no_folder, refuse_none
 from data.importers.tabular import Row, read_rows
 from data.importers.timestamps import read_time, set_ends
@@ -36,7 +36,7 @@ def read_daic(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
         raise DataError(f"{source}: no <id>{TRANSCRIPT} in it; give the folder that holds the sessions")
     if audio is not None:
         refuse_no_folder(audio)
-    draft = Draft("daic", config, SPEAKERS)
+    draft = TurnBuilder("daic", config, SPEAKERS)
     listing = cache(by_name)  # many sessions may share a folder
     conversations = [_conversation(path, audio, listing, draft) for path in paths]
     if audio is not None:
@@ -44,7 +44,7 @@ def read_daic(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
     return draft.corpus(conversations)
 
 
-def _conversation(path: Path, audio: Path | None, listing: Listing, draft: Draft) -> Conversation:
+def _conversation(path: Path, audio: Path | None, listing: Listing, draft: TurnBuilder) -> Conversation:
     name = path.name.removesuffix(TRANSCRIPT)
     rows = read_rows(path, COLUMNS, draft.config)
     turns = [_turn(name, index, row, draft) for index, row in enumerate(rows)]
@@ -60,7 +60,7 @@ def _recording(name: str, beside: Path, audio: Path | None, listing: Listing) ->
     return None if audio is None else audio / f"{name}_AUDIO{SUFFIXES[0]}"
 
 
-def _turn(conversation: str, index: int, row: Row, draft: Draft) -> Turn:
+def _turn(conversation: str, index: int, row: Row, draft: TurnBuilder) -> Turn:
     turn = draft.turn(conversation, str(index), row["speaker"], row["value"], (), row.where)
     turn.index = index
     times = (row["start_time"], row["stop_time"])

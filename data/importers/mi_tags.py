@@ -5,7 +5,7 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import Draft
+from data.importers.builder import TurnBuilder
 from data.importers.tabular import Row, by_conversation, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
@@ -31,7 +31,7 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
     paths = sorted(source.glob("*.[ct]sv")) if source.is_dir() else [source]
     if not paths:
         raise DataError(f"{source}: no CSV files; give the folder that holds one a session")
-    draft = Draft("mi-tags", config)
+    draft = TurnBuilder("mi-tags", config)
     conversations = []
     for path in paths:
         needed = (*COLUMNS, CODE) if config.coded else COLUMNS
@@ -42,7 +42,7 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
     return draft.corpus(conversations)
 
 
-def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
+def _conversation(name: str, rows: list[Row], draft: TurnBuilder) -> Conversation:
     for row in rows:
         if not row["turn"].isdecimal() or len(row["turn"]) > 9:
             raise DataError(f"{row.where}: turn {row['turn']!r} is not a whole number")
@@ -55,7 +55,7 @@ def _conversation(name: str, rows: list[Row], draft: Draft) -> Conversation:
     return Conversation(name, name, turns)
 
 
-def _turn(conversation: str, rows: list[Row], draft: Draft) -> Turn:
+def _turn(conversation: str, rows: list[Row], draft: TurnBuilder) -> Turn:
     first = rows[0]
     codes = [row[CODE] for row in rows]
     return draft.turn(conversation, first["turn"], first["speaker"], first["text"], codes, first.where)

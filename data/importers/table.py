@@ -6,7 +6,7 @@ from pathlib import Path
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
-from data.importers.builder import Draft
+from data.importers.builder import TurnBuilder
 from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings, within
 from data.importers.tabular import Row, agreed, by_conversation, read_rows
 from data.importers.timestamps import read_time, set_ends
@@ -41,7 +41,7 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         refuse_no_folder(audio)
     if timeless:
         columns = _with_times(columns, rows[0])
-    draft = Draft("table", config.model_copy(update={"columns": columns}))
+    draft = TurnBuilder("table", config.model_copy(update={"columns": columns}))
     sessions = by_conversation(rows, columns.conversation)
     conversations = [_conversation(name, own, audio, draft) for name, own in sessions.items()]
     if audio is not None and columns.clip is not None:
@@ -66,7 +66,7 @@ def _with_times(columns: ColumnConfig, row: Row) -> ColumnConfig:
     return columns.model_copy(update={"start": start, "end": columns.end or end})
 
 
-def _conversation(name: str, rows: list[Row], audio: Path | None, draft: Draft) -> Conversation:
+def _conversation(name: str, rows: list[Row], audio: Path | None, draft: TurnBuilder) -> Conversation:
     columns = draft.config.columns
     key = columns.id or columns.index
     keys = {row.where: row.need(key) if key else str(place) for place, row in enumerate(rows)}
@@ -105,7 +105,7 @@ def _place(row: Row, column: str | None) -> float:
     return place
 
 
-def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None, draft: Draft) -> Turn:
+def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None, draft: TurnBuilder) -> Turn:
     columns, first = draft.config.columns, rows[0]
     codes = [row[columns.label] for row in rows]
     turn = draft.turn(conversation, utterance, first[columns.speaker], first[columns.text], codes, first.where)

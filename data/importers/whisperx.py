@@ -7,7 +7,7 @@ from typing import Any
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError, reason
-from data.importers.builder import Draft
+from data.importers.builder import TurnBuilder
 from data.importers.recordings import set_recordings
 from data.importers.tabular import as_text, read_text
 from data.importers.timestamps import read_time, set_ends
@@ -27,13 +27,13 @@ def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Cor
     paths = sorted(source.glob("*.json")) if source.is_dir() else [source]
     if not paths:
         raise DataError(f"{source}: no JSON files; give the folder that holds one a session")
-    draft = Draft("whisperx", config)
+    draft = TurnBuilder("whisperx", config)
     conversations = [_conversation(path, draft) for path in paths]
     set_recordings(conversations, audio)
     return draft.corpus(conversations)
 
 
-def _conversation(path: Path, draft: Draft) -> Conversation:
+def _conversation(path: Path, draft: TurnBuilder) -> Conversation:
     turns = [
         _turn(path.stem, index, segment, f"{path.name}:segments[{index}]", draft)
         for index, segment in enumerate(_segments(path, draft.config.encoding))
@@ -57,7 +57,7 @@ def _segments(path: Path, encoding: str) -> list[Any]:
     return segments
 
 
-def _turn(conversation: str, index: int, segment: Any, where: str, draft: Draft) -> Turn:
+def _turn(conversation: str, index: int, segment: Any, where: str, draft: TurnBuilder) -> Turn:
     if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
         raise DataError(f"{where}: the segment has no text; write the file anew, or remove the segment")
     speaker, code = as_text(segment.get("speaker")), as_text(segment.get("label"))

@@ -54,7 +54,7 @@ def missing(folder: Path, shards: Shards, config: DataConfig) -> list[Part[int]]
     return frozen.missing(folder, parts(shards, config))
 
 
-class Features(Files[int]):
+class FeatureFiles(Files[int]):
     """The features of a corpus.
 
     Args:

@@ -18,7 +18,7 @@ BURST = 8  # batches read in a row: to wake the thread for each costs as much as
 PREFETCH = 2 * BURST  # batches read ahead of the training step, at most
 
 
-class Reading:
+class Prefetcher:
     """Batches in their order, read ahead by a thread from the moment on that this is made. Iterate over it once.
 
     Args:
@@ -26,7 +26,7 @@ class Reading:
         after: what is read first. This starts once that has been read, or is wanted itself.
     """
 
-    def __init__(self, read: Callable[[], Generator[Batch, None, None]], after: "Reading | None" = None) -> None:
+    def __init__(self, read: Callable[[], Generator[Batch, None, None]], after: "Prefetcher | None" = None) -> None:
         self.waited = 0.0  # seconds for which the consumer was blocked
         self._over, self._taken = False, 0
         self._batches: SimpleQueue[Batch | BaseException | None] = SimpleQueue()

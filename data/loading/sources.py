@@ -1,6 +1,6 @@
 """The two sources of batches behind one seam: Ray Data, and memory-mapped shards. Both yield identical examples.
 
-Either is read by a thread (`Reading`), ahead of the training step that needs the batch.
+Either is read by a thread (`Prefetcher`), ahead of the training step that needs the batch.
 """
 
 import contextlib
@@ -10,16 +10,16 @@ from collections.abc import Callable, Generator
 from data.config import DataConfig
 from data.loading.augment import Draw
 from data.loading.examples import Example, heard_source, read_example
-from data.loading.feature_files import Features
+from data.loading.feature_files import FeatureFiles
 from data.loading.local_source import local_source
 from data.loading.prefetch import Batch, Batches, Source
 from data.loading.ray_source import ray_source
 from data.loading.tasks import Item
-from data.loading.teacher_files import TaughtFiles
+from data.loading.teacher_files import TeacherFiles
 from data.shards.dataset import Shards
 
 
-def feature_source(shards: Shards, config: DataConfig, features: Features) -> Source:
+def feature_source(shards: Shards, config: DataConfig, features: FeatureFiles) -> Source:
     """Read what a frozen encoder, or its frozen layers, made of the clips: memory-mapped, without Ray."""
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
@@ -29,14 +29,14 @@ def feature_source(shards: Shards, config: DataConfig, features: Features) -> So
     return read
 
 
-def _with_features(shards: Shards, item: Item, config: DataConfig, features: Features) -> Example:
+def _with_features(shards: Shards, item: Item, config: DataConfig, features: FeatureFiles) -> Example:
     example, row = read_example(shards, item, config, sound=False), heard_source(shards, item, config)
     if row is None:
         return example
     return dataclasses.replace(example, features=features.read(row), n_samples=shards.columns["n_samples"][row])
 
 
-def taught_source(source: Source, taught: TaughtFiles) -> Source:
+def taught_source(source: Source, taught: TeacherFiles) -> Source:
     """The same examples, with what a distillation's teacher made of them."""
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:

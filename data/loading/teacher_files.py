@@ -22,7 +22,7 @@ Taught = tuple[np.ndarray, np.ndarray]  # those of an item
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
+class TeacherLogits:
     """What a teacher reads for an item, and where it predicts."""
 
     ids: np.ndarray  # int32, tokens of the transcript and of the answer but for its last target
@@ -35,7 +35,7 @@ class Lesson:
         return hashlib.sha256(said).hexdigest()
 
 
-def parts(shards: Shards, lessons: Mapping[Item, Lesson]) -> list[Part[Item]]:
+def parts(shards: Shards, lessons: Mapping[Item, TeacherLogits]) -> list[Part[Item]]:
     """The files that hold what is made of the lessons: of a task and a shard, as both may come and go by themselves."""
     shard = shards.columns["shard"]
     sized = ((item, (item[0], shard[item[1]]), len(lesson.ids)) for item, lesson in lessons.items())
@@ -51,7 +51,7 @@ def write(folder: Path, part: Part[Item], taught: Iterable[Taught]) -> int:
     return frozen.write(folder, part, LAYOUT, taught)
 
 
-class TaughtFiles(Files[Item]):
+class TeacherFiles(Files[Item]):
     """What the teacher makes of the training items.
 
     Args:

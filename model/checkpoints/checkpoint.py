@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.errors import StorageError, UserError, storing
 from model.checkpoints import checksum as sealed
-from model.checkpoints.fencing import Attempt
+from model.checkpoints.fencing import TrialLock
 
 FILE, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged-{}.pt"
 REMOVE = "remove it to start this trial again"
@@ -74,7 +74,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return content.hexdigest()[:16]
 
 
-def save(path: Path, state: dict[str, Any], attempt: Attempt | None = None) -> None:
+def save(path: Path, state: dict[str, Any], attempt: TrialLock | None = None) -> None:
     """Write a checkpoint beside its name, flush it, and rename it; the one before is kept as PREVIOUS.
 
     A kill between any two steps leaves one of the two whole under its name, and a name never holds half a file.
@@ -88,7 +88,7 @@ def save(path: Path, state: dict[str, Any], attempt: Attempt | None = None) -> N
         Superseded: a later attempt has begun; nothing was changed.
         StorageError: the disk is full, or cannot be written; the former checkpoints are as they were.
     """
-    own = attempt or Attempt.claim(path.parent)
+    own = attempt or TrialLock.claim(path.parent)
     own.check()
     unfinished = own.unfinished(path.name)
     with storing(path):
@@ -102,7 +102,7 @@ def save(path: Path, state: dict[str, Any], attempt: Attempt | None = None) -> N
             unfinished.unlink(missing_ok=True)
 
 
-def _keep(path: Path, attempt: Attempt) -> None:
+def _keep(path: Path, attempt: TrialLock) -> None:
     """Name a checkpoint PREVIOUS, by a second name where the file system has such, so that it keeps its own."""
     if not path.exists():
         return

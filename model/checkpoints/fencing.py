@@ -18,18 +18,18 @@ WRITTEN = ("checkpoint", "predictions.json", "token_budget")  # how the names of
 PATIENCE = 60.0  # seconds for which another's lock is waited for: nobody holds it for longer than a rename
 
 
-class Superseded(Exception):  # noqa: N818 — nothing is wrong with the trial
+class StaleAttemptError(Exception):
     """A later attempt at the trial has begun: this one must write nothing any more."""
 
 
-class Attempt:
+class TrialLock:
     """The right to write into a trial's folder, until somebody else claims it."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
 
     @classmethod
-    def claim(cls, folder: Path) -> "Attempt":
+    def claim(cls, folder: Path) -> "TrialLock":
         """Begin the next attempt; what former ones have not finished writing is removed.
 
         Raises:
@@ -65,7 +65,7 @@ class Attempt:
         with storing(self.folder):
             newest = max(_numbers(self.folder), default=0)
         if newest != self.number:
-            raise Superseded(f"{self.folder}: attempt {self.number} is over, number {newest} has begun")
+            raise StaleAttemptError(f"{self.folder}: attempt {self.number} is over, number {newest} has begun")
 
     def unfinished(self, name: str) -> Path:
         """The name under which a file is written; no two attempts share it."""

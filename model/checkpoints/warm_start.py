@@ -12,7 +12,7 @@ from model.checkpoints.checkpoint import FILE, REMOVE, CheckpointError, load
 
 
 @dataclass(frozen=True)
-class Former:
+class ParentCheckpoint:
     """What a former trial knows."""
 
     tensors: dict[str, Tensor]  # what it trained, over what the trials trained that it had started from
@@ -28,7 +28,7 @@ def _link(path: Path) -> dict[str, Any]:
     return exported.as_state(path) if exported.is_exported(path) else load(path)
 
 
-def chain(source: str) -> Former:
+def chain(source: str) -> ParentCheckpoint:
     """Read a former trial and those that it had started from, or an exported model, which holds what they trained.
 
     Args:
@@ -56,10 +56,12 @@ def chain(source: str) -> Former:
         why = str(error).replace(REMOVE, "name another trial")
         raise CheckpointError(f"model.init_from: {why}") from None
     own = {"path": str(path.absolute()), "digest": state["digest"]}
-    return Former(tensors | state["tensors"], [*state["parents"], own], state["meaning"], state["fingerprint"])
+    return ParentCheckpoint(
+        tensors | state["tensors"], [*state["parents"], own], state["meaning"], state["fingerprint"]
+    )
 
 
-def check_meaning(former: Former, here: dict[str, str], parts: set[str]) -> None:
+def check_meaning(former: ParentCheckpoint, here: dict[str, str], parts: set[str]) -> None:
     """Refuse loaded parts that mean something else in this model.
 
     Raises:

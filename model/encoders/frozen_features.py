@@ -38,7 +38,7 @@ Kept = tuple[int, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
-class Recipe(Keyed):
+class CacheKey(Keyed):
     """What features depend on, besides the sound itself."""
 
     place: ClassVar[str] = "encoder"
@@ -64,9 +64,9 @@ class Recipe(Keyed):
         return replace(self, layers=0, pool=None).key
 
 
-def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> Recipe:
+def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> CacheKey:
     """The features that a frozen encoder gives a trial, or its frozen layers (see `SpeechLLM.frozen_layers`)."""
-    return Recipe(
+    return CacheKey(
         encoder=model.encoder.path,
         digest=encoder_digest(model.encoder.path),
         dtype=model.encoder.dtype,
@@ -124,7 +124,7 @@ class Job:
     shards: Shards
     part: Part[int]
     config: DataConfig
-    recipes: Mapping[Path, Recipe]  # by the folders of their keys; all of one reading
+    recipes: Mapping[Path, CacheKey]  # by the folders of their keys; all of one reading
     threads: int
 
     def compute(self, rows: Sequence[int]) -> list[list[np.ndarray]]:

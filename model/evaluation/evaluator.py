@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from data.loading.batching import micro_batches, plan, share
 from data.loading.examples import Example
-from data.loading.prefetch import Reading
+from data.loading.prefetch import Prefetcher
 from model.config import LossConfig
 from model.evaluation.metrics import Record
 from model.evaluation.scoring import decide, generate, label_scores
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
     """A pass over items that has been asked for: it is read ahead while something else is computed."""
 
     batches: list[list[int]]  # positions in the split's items
-    reading: Reading
+    reading: Prefetcher
 
 
 def ask(model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None) -> Asked:

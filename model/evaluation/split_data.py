@@ -9,11 +9,11 @@ from data.errors import ConfigError, UserError
 from data.loading.augment import Draw, longest
 from data.loading.batching import Cost
 from data.loading.examples import clip_samples, read_example
-from data.loading.feature_files import Features
-from data.loading.prefetch import Reading, Source
+from data.loading.feature_files import FeatureFiles
+from data.loading.prefetch import Prefetcher, Source
 from data.loading.sources import SOURCES, feature_source, taught_source
 from data.loading.tasks import Item, has_sound, items
-from data.loading.teacher_files import TaughtFiles, parts
+from data.loading.teacher_files import TeacherFiles, parts
 from data.shards.dataset import Shards
 from model.objectives.teacher import lessons
 from model.speech_llm.speech_llm import SpeechLLM
@@ -40,7 +40,7 @@ class TrialData:
     splits: dict[str, SplitData]
     dropped_turns: int  # turns of history that no prompt had room for, over all splits
     short_clips: int  # clips that were filled up to one window of the adapter
-    readings: list[Reading] = field(default_factory=list)  # that have not ended
+    readings: list[Prefetcher] = field(default_factory=list)  # that have not ended
 
     @classmethod
     def open(
@@ -78,7 +78,7 @@ class TrialData:
         if features is None:
             source = SOURCES[reader](shards, config, model.config.hears)
         else:
-            source = feature_source(shards, config, Features(features, shards, config))
+            source = feature_source(shards, config, FeatureFiles(features, shards, config))
         found = cls(shards, source, {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
@@ -97,10 +97,10 @@ class TrialData:
         if teacher and "train" in splits:
             read = lessons(model.prompter, model.reach, shards, config, list(model.tasks))
             if taught is not None:
-                found.source = taught_source(source, TaughtFiles(taught, parts(shards, read)))
+                found.source = taught_source(source, TeacherFiles(taught, parts(shards, read)))
         return found
 
-    def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Reading:
+    def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Prefetcher:
         """Examples by batch, read ahead as soon as what was asked for before has been read.
 
         Args:
@@ -110,7 +110,7 @@ class TrialData:
         """
         chosen = self.splits[split].items
         own = [[chosen[position] for position in batch] for batch in batches]
-        reading = Reading(lambda: self.source(own, draw), after=self.readings[-1] if self.readings else None)
+        reading = Prefetcher(lambda: self.source(own, draw), after=self.readings[-1] if self.readings else None)
         self.readings = [*(known for known in self.readings if not known.ended), reading]
         return reading
 

@@ -27,7 +27,7 @@ from data.loading import teacher_files as taught
 from data.loading.array_files import Part
 from data.loading.examples import Example, read_example
 from data.loading.tasks import Item, items
-from data.loading.teacher_files import Lesson, Taught
+from data.loading.teacher_files import Taught, TeacherLogits
 from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import Keyed, computing, model_digest
 from model.config import ModelConfig
@@ -39,7 +39,7 @@ VERSION = 2  # raise it when the same LLM would say something else, or the files
 
 
 @dataclass(frozen=True)
-class Recipe(Keyed):
+class CacheKey(Keyed):
     """What a teacher's word depends on, besides what it reads."""
 
     place: ClassVar[str] = "llm"
@@ -53,11 +53,11 @@ class Recipe(Keyed):
     version: int = VERSION
 
 
-def recipe(model: ModelConfig, temperature: float, device: str) -> Recipe:
+def recipe(model: ModelConfig, temperature: float, device: str) -> CacheKey:
     """What the teacher says in a trial."""
     llm = model.llm
     digest = llm_digest(llm.path, llm.dtype)
-    return Recipe(llm.path, digest, llm.dtype, model.precision, device, temperature)
+    return CacheKey(llm.path, digest, llm.dtype, model.precision, device, temperature)
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,7 +71,7 @@ def llm_digest(path: str, dtype: str) -> str:
     return model_digest(llm.state_dict(), llm.config.to_dict())
 
 
-def lesson(prompter: Prompter, example: Example) -> Lesson:
+def lesson(prompter: Prompter, example: Example) -> TeacherLogits:
     """What the teacher reads for an example: the turns that the model reads, in words, and the answer; no learned
     vectors. Where it predicts, the model predicts, too.
 
@@ -83,12 +83,12 @@ def lesson(prompter: Prompter, example: Example) -> Lesson:
     turns = example.turns[prompter.prompt(example).dropped_turns :]  # there may be no room for all
     answer = own.answer(written(example.task, example.answer))
     ids = [*own.prompt(replace(example, turns=turns)).ids, *answer.inputs]
-    return Lesson(np.array(ids, "<i4"), len(answer.targets))
+    return TeacherLogits(np.array(ids, "<i4"), len(answer.targets))
 
 
 def lessons(
     prompter: Prompter, reach: int | None, shards: Shards, config: DataConfig, tasks: Sequence[str]
-) -> dict[Item, Lesson]:
+) -> dict[Item, TeacherLogits]:
     """What the teacher reads for the training split: the only one that is learnt from.
 
     Args:
@@ -115,7 +115,7 @@ def lessons(
 
 
 @torch.no_grad()
-def read(llm: Any, own: Lesson, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+def read(llm: Any, own: TeacherLogits, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
     """A lesson read by itself, unpadded: logits_PV in float32, and the last hidden states_PE if asked for."""
     ids = torch.tensor(own.ids, dtype=torch.long, device=llm.get_input_embeddings().weight.device)[None]
     out = llm(
@@ -148,8 +148,8 @@ class Job:
     """What a teacher makes of some lessons, to be computed: travels to the process that does it."""
 
     part: Part[Item]
-    lessons: Sequence[Lesson]  # of its rows
-    recipe: Recipe
+    lessons: Sequence[TeacherLogits]  # of its rows
+    recipe: CacheKey
     folder: Path
     threads: int
 

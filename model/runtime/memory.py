@@ -26,7 +26,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 
 
-class OutOfMemory(UserError):  # noqa: N818 — that is what everybody calls it
+class OutOfMemoryError(UserError):
     """A trial needs more memory than its device has, however little is computed at once."""
 
     reason = "out of memory"
@@ -37,9 +37,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
-def one_at_a_time(tokens: int) -> OutOfMemory:
+def one_at_a_time(tokens: int) -> OutOfMemoryError:
     """The error where an example does not fit by itself."""
-    return OutOfMemory(f"out of memory with one example at a time ({tokens} tokens); {ADVICE}")
+    return OutOfMemoryError(f"out of memory with one example at a time ({tokens} tokens); {ADVICE}")
 
 
 def free() -> None:
@@ -61,7 +61,7 @@ def told(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory in {what}; train fewer parameters, or use a larger device") from None
+        raise OutOfMemoryError(f"out of memory in {what}; train fewer parameters, or use a larger device") from None
 
 
 class Peak:

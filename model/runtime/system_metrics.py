@@ -15,7 +15,7 @@ PREFIX = "system/"
 MEGABYTE = 1e6
 
 
-class Usage:
+class SystemMetrics:
     """Of the node that a trial's first worker runs on, and of the GPUs that it sees.
 
     Args:

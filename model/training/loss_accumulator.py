@@ -37,7 +37,7 @@ class Step(NamedTuple):
     sums_N: Tensor  # of every loss of every task, of this worker
 
 
-class Tally:
+class LossAccumulator:
     """The sums of every loss of every task, over steps.
 
     Args:

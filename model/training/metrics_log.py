@@ -74,7 +74,7 @@ class Point(NamedTuple):
     value: float
 
 
-class Curve:
+class MetricsLog:
     """Reads the points of a trial as they come; remembers which it gave, exactly: a late point fills its hole."""
 
     def __init__(self, folder: Path, known: Mapping[str, set[int]] | None = None) -> None:
@@ -130,7 +130,7 @@ def attempts(folder: Path) -> int | None:
 
 def times(folder: Path) -> tuple[int, int] | None:
     """When the first and the last point of a trial were measured, in milliseconds."""
-    found = [point.milliseconds for point in Curve(folder).read()]
+    found = [point.milliseconds for point in MetricsLog(folder).read()]
     return (min(found), max(found)) if found else None
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from model.checkpoints import checkpoint
-from model.checkpoints.fencing import Attempt
+from model.checkpoints.fencing import TrialLock
 from model.config import TrainConfig
 from model.evaluation.metrics import Record
 from model.evaluation.split_data import TrialData
 from model.runtime.distributed import from_first, world
-from model.runtime.system_metrics import Usage
+from model.runtime.system_metrics import SystemMetrics
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training import metrics_log as curve
 from model.training.random_state import generator_state, restore_generators
@@ -55,14 +55,14 @@ class Resumable:
         self.state = Progress()
         self.budget = config.token_budget  # in effect
         self.saved = 0  # steps that the checkpoint holds
-        self.usage = Usage(model.device)
-        self._attempt: Attempt | None = None
+        self.usage = SystemMetrics(model.device)
+        self._attempt: TrialLock | None = None
 
     @property
-    def attempt(self) -> Attempt:
+    def attempt(self) -> TrialLock:
         """The right to write; claimed by `resume`, or else with the first write."""
         if self._attempt is None:
-            self._attempt = Attempt.claim(self.folder)
+            self._attempt = TrialLock.claim(self.folder)
         return self._attempt
 
     @property
@@ -123,7 +123,7 @@ class Resumable:
         held: dict[str, Any] = {}  # rank 0 reads the checkpoint while it looks for one that is whole
 
         def begin() -> tuple[int, str | None, int]:
-            attempt = self._attempt = Attempt.claim(self.folder)
+            attempt = self._attempt = TrialLock.claim(self.folder)
             name, state, notes = checkpoint.newest(self.folder)
             held.update(state)
             for note in notes:
@@ -131,7 +131,7 @@ class Resumable:
             return attempt.number, name, self._kept_budget()
 
         number, name, kept = from_first(begin)
-        self._attempt, self.budget = Attempt(self.folder, number), min(self.budget, kept)
+        self._attempt, self.budget = TrialLock(self.folder, number), min(self.budget, kept)
         if name is not None:
             self._restore(self.folder / name, held or checkpoint.load(self.folder / name))
 

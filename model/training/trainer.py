@@ -14,7 +14,6 @@ from data.loading.augment import Draw
 from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
-from model.checkpoints.fencing import Superseded
 from model.config import TrainConfig
 from model.evaluation.evaluator import Asked, ask, evaluate
 from model.evaluation.metrics import Record, summarise
@@ -25,18 +24,16 @@ from model.runtime import memory
 from model.runtime.device import on_device
 from model.runtime.distributed import any_worker, sum_gradients
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training.loss_accumulator import NonFiniteError, Step, Tally, means
+from model.training.loss_accumulator import LossAccumulator, Step, means
 from model.training.optimizer import make_optimizer, make_schedule
 from model.training.random_state import generator_state, restore_generators
 from model.training.run_folder import Resumable
-
-__all__ = ["Interrupted", "NonFiniteError", "Superseded", "Trainer", "fit"]
 
 Report = Callable[[int, dict[str, Any]], None]
 LOG_EVERY = 10  # optimizer steps between two points of the training curve, and for which none waits for the device
 
 
-class Interrupted(Exception):  # noqa: N818 — not an error
+class TrialInterrupted(Exception):  # noqa: N818 — not an error
     """The training was asked to end; all that it did is in the checkpoint."""
 
 
@@ -72,7 +69,7 @@ class Trainer(Resumable):
         self.begun: Asked | None = None  # the first steps of the next epoch
         self.validation: Asked | None = None
         self.stop = self.due = False  # what all workers know since the last step: to end; to write a checkpoint
-        self.tally = Tally(list(model.tasks), config.losses, model.device)
+        self.tally = LossAccumulator(list(model.tasks), config.losses, model.device)
         self.found_inf = torch.zeros((), device=model.device)  # 1: no step is made any more
         self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.since = time.monotonic()  # the last checkpoint, or the start of the epoch
@@ -128,7 +125,7 @@ class Trainer(Resumable):
             self._end()
 
     def _end(self) -> NoReturn:
-        raise Interrupted(f"ended after step {self.state.total_steps}, which is in the checkpoint")
+        raise TrialInterrupted(f"ended after step {self.state.total_steps}, which is in the checkpoint")
 
     def save(self) -> None:
         """Write the checkpoint, of steps that are known to be sound.

@@ -29,7 +29,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.execution.trial import open_shards
-from sweep.search.study import Entry, Ledger, best_first
+from sweep.search.study import StudyStore, TrialRecord, best_first
 
 TEST = "test.json"
 FORMER = ("model.init_from", "model.adapter.init_from")
@@ -99,7 +99,7 @@ def place_of(folder: Path, folds: int | None = None) -> Path:
     return folder.absolute().with_name(folder.absolute().name + (FOLDED if folds else SUFFIX))
 
 
-def plan(ledger: Ledger, folder: Path, top: int, seeds: int, folds: int | None = None) -> Config:
+def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | None = None) -> Config:
     """The sweep that confirms: each of the best configurations under each of the fresh seeds, on each fold if asked.
 
     Given again with larger numbers, it holds what it held before, and more.
@@ -115,8 +115,8 @@ def plan(ledger: Ledger, folder: Path, top: int, seeds: int, folds: int | None =
         UserError: no trial is complete, the corpus has not so many folds, or a trial began with weights that may have
             learnt from any of them.
     """
-    config, suffix = ledger.config, FOLDED if folds else SUFFIX
-    best = list(distinct(best_first(config, ledger.entries()), top))
+    config, suffix = study.config, FOLDED if folds else SUFFIX
+    best = list(distinct(best_first(config, study.trials()), top))
     if not best:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
     if folds:
@@ -159,7 +159,7 @@ def _refuse_misfit(config: Config, best: Sequence[Mapping[str, Any]], folds: int
             )
 
 
-def distinct(entries: Sequence[Entry], top: int) -> list[dict[str, Any]]:
+def distinct(entries: Sequence[TrialRecord], top: int) -> list[dict[str, Any]]:
     """The values of the first trials that differ in more than seed and fold."""
     found: list[dict[str, Any]] = []
     for entry in entries:
@@ -182,7 +182,7 @@ def fresh_seeds(config: Config, count: int) -> list[int]:
 
 
 def confirmation(
-    ledger: Ledger, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
+    study: StudyStore, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
 ) -> Confirmation:
     """Compare what was trained again; test splits that were not read yet are read now.
 
@@ -195,9 +195,9 @@ def confirmation(
     Raises:
         UserError: nothing was confirmed yet.
     """
-    own, config = place_of(folder, folds), ledger.config
-    again = Ledger.of(own)
-    groups = _groups(best_first(config, ledger.entries()), again.entries(), folds or 1)
+    own, config = place_of(folder, folds), study.config
+    again = StudyStore.of(own)
+    groups = _groups(best_first(config, study.trials()), again.trials(), folds or 1)
     if not groups:
         whole = " on every fold" if folds else ""
         raise UserError(f"{own}: no training is complete{whole} yet; `sweep status {own}` shows what became of each")
@@ -226,18 +226,20 @@ def confirmation(
 
 
 def _measured(
-    first: Entry, rounds: Mapping[int, Any], val: list[list[Record]], test: list[list[Record]], sums: Sums
+    first: TrialRecord, rounds: Mapping[int, Any], val: list[list[Record]], test: list[list[Record]], sums: Sums
 ) -> Confirmed:
     assert first.value is not None
     tested = interval(test, sums) if all(test) else None
     return Confirmed(first.number, without_luck(first.params), first.value, list(rounds), interval(val, sums), tested)
 
 
-def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[tuple[Entry, dict[int, list[Entry]]]]:
+def _groups(
+    best: Sequence[TrialRecord], again: Sequence[TrialRecord], parts: int
+) -> list[tuple[TrialRecord, dict[int, list[TrialRecord]]]]:
     """Each confirmed trial of the search, with its complete trainings by seed: as many as the data have parts."""
-    found: list[tuple[Entry, dict[int, list[Entry]]]] = []
+    found: list[tuple[TrialRecord, dict[int, list[TrialRecord]]]] = []
     for first in best:
-        rounds: dict[int, list[Entry]] = {}
+        rounds: dict[int, list[TrialRecord]] = {}
         for entry in again:
             if entry.state == "COMPLETE" and without_luck(entry.params) == without_luck(first.params):
                 rounds.setdefault(entry.params[SEED], []).append(entry)
@@ -248,7 +250,7 @@ def _groups(best: Sequence[Entry], again: Sequence[Entry], parts: int) -> list[t
 
 
 def _runs(
-    folder: Path, rounds: Mapping[int, Sequence[Entry]], read: Callable[[Path], list[Record]]
+    folder: Path, rounds: Mapping[int, Sequence[TrialRecord]], read: Callable[[Path], list[Record]]
 ) -> list[list[Record]]:
     """By seed, the records of its trainings: those of all folds together."""
     return [
@@ -336,7 +338,7 @@ def without_luck(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in (SEED, FOLD)}
 
 
-def lines(config: Config, folder: Path, search: Path, entries: Sequence[Entry]) -> list[str]:
+def lines(config: Config, folder: Path, search: Path, entries: Sequence[TrialRecord]) -> list[str]:
     """A line for each training, in their order; then what came out, once they were compared.
 
     Args:
@@ -345,13 +347,13 @@ def lines(config: Config, folder: Path, search: Path, entries: Sequence[Entry]) 
         search: folder of the search.
         entries: of the ledger of the sweep that confirms.
     """
-    ledger = Ledger.of(search)
-    best, path = best_first(ledger.config, ledger.entries()), folder / FILE
+    study = StudyStore.of(search)
+    best, path = best_first(study.config, study.trials()), folder / FILE
     said = json.loads(path.read_text(encoding="utf-8"))["lines"] if path.exists() else []
     return [*(_line(config, entry, best) for entry in entries), *said]
 
 
-def _line(config: Config, entry: Entry, best: Sequence[Entry]) -> str:
+def _line(config: Config, entry: TrialRecord, best: Sequence[TrialRecord]) -> str:
     own = without_luck(entry.params)
     number = next((str(first.number) for first in best if without_luck(first.params) == own), "unknown")
     which = f"trial {number}, seed {entry.params[SEED]}"

@@ -18,7 +18,7 @@ from sweep.config import schema as configuration
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.execution.trial import available_device, build
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def find_checkpoint(source: Path) -> Path:
         return folder / checkpoint.FILE
     if named or (folder / curve.FILE).exists():  # of a trial
         raise UserError(f"{source}: {_gone(folder)}")
-    ledger = Ledger.of(folder)
-    best = ledger.best()
+    study = StudyStore.of(folder)
+    best = study.best()
     if best is None:
         raise UserError(f"{folder}: no trial is complete yet; name a trial's folder, or finish the sweep")
     path = trial_folder(folder, best.number) / checkpoint.FILE

@@ -20,8 +20,8 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.search import pruning_audit as recall
-from sweep.search.cost import device_hours, shown_time
-from sweep.search.study import Entry
+from sweep.search.cost import device_hours, format_duration
+from sweep.search.study import TrialRecord
 
 KEPT = "intervals.json"  # beside the predictions that they are of
 SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
@@ -45,7 +45,7 @@ class Board:
     rows: list[list[str]]
 
 
-def board(config: Config, folder: Path, entries: Sequence[Entry], whole: bool = False) -> Board:
+def board(config: Config, folder: Path, entries: Sequence[TrialRecord], whole: bool = False) -> Board:
     """The leaderboard of a sweep.
 
     Args:
@@ -78,18 +78,18 @@ def _is_subset(name: str, known: set[str]) -> bool:
     return name.startswith("accuracy_") and f"macro_f1_{name.removeprefix('accuracy_')}" not in known
 
 
-def _state(config: Config, entry: Entry, whole: bool) -> str:
+def _state(config: Config, entry: TrialRecord, whole: bool) -> str:
     if entry.state == "COMPLETE" or whole:
         return entry.state
     return f"{entry.state} {len(entry.curve)}/{config.train.epochs}"
 
 
-def _cost(config: Config, entry: Entry) -> list[str]:
+def _cost(config: Config, entry: TrialRecord) -> list[str]:
     seconds = float(entry.metrics.get("seconds", 0.0))
-    return [str(len(entry.curve)), str(entry.steps), shown_time(seconds), device_hours(config, seconds)]
+    return [str(len(entry.curve)), str(entry.steps), format_duration(seconds), device_hours(config, seconds)]
 
 
-def interval_of(folder: Path, entry: Entry, name: str) -> Interval | None:
+def interval_of(folder: Path, entry: TrialRecord, name: str) -> Interval | None:
     """That of a trial's metric on the validation split, from its last predictions; None where there is none.
 
     It is kept beside them, where that can be written: hundreds of trials would take a while each time.
@@ -129,7 +129,7 @@ def said_interval(said: Said, name: str, roles: Mapping[str, Sequence[str]]) -> 
     return interval([records], sums) if sums and records else None
 
 
-def _with_interval(folder: Path, entry: Entry, name: str, value: float | None, digits: int) -> str:
+def _with_interval(folder: Path, entry: TrialRecord, name: str, value: float | None, digits: int) -> str:
     if value is None:
         return ""
     found = interval_of(folder, entry, name)
@@ -139,7 +139,7 @@ def _with_interval(folder: Path, entry: Entry, name: str, value: float | None, d
     return f"{value:.{digits}f} [{found.low:.2f},{found.high:.2f}]"
 
 
-def table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
+def table(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> Table:
     """For a terminal."""
     found = board(config, folder, entries)
     inside = any("[" in cell for row in found.rows for cell in row)
@@ -164,7 +164,7 @@ def table(config: Config, folder: Path, entries: Sequence[Entry]) -> Table:
     return drawn
 
 
-def notes(entries: Sequence[Entry]) -> list[str]:
+def notes(entries: Sequence[TrialRecord]) -> list[str]:
     """A line for each trial that did not simply train to its end."""
     told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.spared is not None]
     return [f"#{entry.number} {entry.why}" for entry in told]

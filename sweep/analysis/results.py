@@ -12,18 +12,18 @@ from typing import Any, Literal
 from data.errors import UserError, reason
 from model.evaluation.metrics import Record
 from sweep.config.schema import Config
-from sweep.search.cost import _device, _hours, _in_hours, device_seconds, shown_time
-from sweep.search.study import Entry, best_first, horizon
+from sweep.search.cost import _device, _hours, _in_hours, device_seconds, format_duration
+from sweep.search.study import TrialRecord, best_first, horizon
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
 
 
-def ranked(config: Config, entries: Sequence[Entry]) -> list[Entry]:
+def ranked(config: Config, entries: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Complete trials first, best first; then the others by how far they came."""
     sign = -1 if config.search.direction == "maximize" else 1
 
-    def key(entry: Entry) -> tuple[int, int, float, int]:
+    def key(entry: TrialRecord) -> tuple[int, int, float, int]:
         reached = 0 if entry.state == "COMPLETE" else -len(entry.curve)
         return ORDER.index(entry.state), reached, sign * (entry.value if entry.value is not None else 0), entry.number
 
@@ -39,7 +39,7 @@ class Progress:
     pruned: int
     failed: int
     running: int  # by the ledger: begun and not ended, whether or not somebody works on them
-    best: Entry | None
+    best: TrialRecord | None
     seconds_left: float | None  # an estimate; None before the first epoch, and when nothing is left
     hours: float  # of the devices, in the epochs that were finished
     device: Literal["GPU", "CPU"]
@@ -63,7 +63,7 @@ class Progress:
         return "; ".join(part for part in [*parts, self.hours_text() if self.hours else ""] if part)
 
 
-def progress(config: Config, entries: Sequence[Entry], slots: int | None = None) -> Progress:
+def progress(config: Config, entries: Sequence[TrialRecord], slots: int | None = None) -> Progress:
     """How far a sweep is.
 
     Args:
@@ -85,7 +85,7 @@ def progress(config: Config, entries: Sequence[Entry], slots: int | None = None)
     )
 
 
-def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float | None:
+def _seconds_left(config: Config, entries: Sequence[TrialRecord], slots: int) -> float | None:
     """Median seconds of an epoch, times the epochs that a slot still has to do, as far as one can know."""
     paces = [
         entry.metrics["seconds"] / len(entry.curve) for entry in entries if entry.curve and "seconds" in entry.metrics
@@ -102,7 +102,7 @@ def _seconds_left(config: Config, entries: Sequence[Entry], slots: int) -> float
 
 
 def _time_left(seconds: float) -> str:
-    return f"about {shown_time(max(10, round(seconds / 10) * 10) if seconds < 90 else seconds)} left"
+    return f"about {format_duration(max(10, round(seconds / 10) * 10) if seconds < 90 else seconds)} left"
 
 
 def read_predictions(folder: Path, name: str = "predictions.json") -> dict[str, tuple[list[str], list[Record]]]:
@@ -127,7 +127,7 @@ def read_predictions(folder: Path, name: str = "predictions.json") -> dict[str, 
         ) from None
 
 
-def entry_json(entry: Entry, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:
+def entry_json(entry: TrialRecord, run_id: str | None, attempts: int | None = None) -> dict[str, Any]:
     """A trial in the form that scripts rely on.
 
     Args:

@@ -14,7 +14,7 @@ from sweep.config.schema import Config
 from sweep.durability import lease
 from sweep.preflight import eta as forecast
 from sweep.search.pruning_audit import recall_json
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 
 
 def train_command(folder: Path, params: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def driver_of(folder: Path) -> tuple[str, int] | None:
         return None
 
 
-def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
+def status_lines(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[str]:
     """How far a sweep is, whether somebody works on it, and what it confirms, if it is no search."""
     search = search_of(config, folder)
     compares = "" if search is None else f"`sweep confirm {near(search)}`"
@@ -52,13 +52,13 @@ def status_lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list
     return [f"{config.name}: {found.line()}", who, *what, *forecast.lines(config, folder, entries)]
 
 
-def _progress(config: Config, folder: Path, entries: Sequence[Entry]) -> Progress:
+def _progress(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> Progress:
     """Of trainings that confirm, none is the best."""
     found = progress(config, entries)
     return found if search_of(config, folder) is None else replace(found, best=None)
 
 
-def progress_json(config: Config, folder: Path, entries: Sequence[Entry]) -> dict[str, Any]:
+def progress_json(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> dict[str, Any]:
     """The same in the form that scripts rely on."""
     found, driver = _progress(config, folder, entries), driver_of(folder)
     return {

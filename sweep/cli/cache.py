@@ -126,9 +126,9 @@ def _read(about: Path) -> dict[str, Any]:
 
 
 def _shown(size: int) -> str:
-    from sweep.search.cost import shown_size
+    from sweep.search.cost import format_bytes
 
-    return shown_size(size)
+    return format_bytes(size)
 
 
 def _ago(seconds: float) -> str:

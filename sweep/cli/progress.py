@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from sweep.analysis.results import progress, short_names
 from sweep.config.schema import Config
-from sweep.search.study import Entry, Ledger, has_ledger, is_drawn
+from sweep.search.study import StudyStore, TrialRecord, is_drawn
+from sweep.search.study_storage import has_study
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 QUIET = 60.0  # seconds between two lines about the whole
@@ -40,7 +41,7 @@ class Display:
         self.task = self.progress.add_task("starting", total=config.search.trials)
         self.names = short_names(list(config.search.space))
         self.seen: dict[int, str] = {}
-        self.ledger: Ledger | None = None
+        self.study: StudyStore | None = None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True, name="display")
         self.started = time.monotonic()
@@ -70,13 +71,13 @@ class Display:
 
     def _look(self) -> None:
         """Show what is new. What cannot be read now is shown later, and stops nobody."""
-        if has_ledger(self.folder, self.config):
+        if has_study(self.folder, self.config):
             with contextlib.suppress(Exception):
                 self._update()
 
     def _update(self) -> None:
-        self.ledger = ledger = self.ledger or Ledger.read(self.folder, self.config)
-        entries = [entry for entry in ledger.entries() if is_drawn(self.folder, entry)]
+        self.study = study = self.study or StudyStore.read(self.folder, self.config)
+        entries = [entry for entry in study.trials() if is_drawn(self.folder, entry)]
         for entry in entries:
             self._tell(entry)
         found = progress(self.config, entries, self.slots)
@@ -92,7 +93,7 @@ class Display:
             self.told, self.told_at = line, now
             self.say(escape(line))
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell(self, entry: TrialRecord) -> None:
         known, epoch = self.seen.get(entry.number), len(entry.curve)
         self.seen[entry.number] = entry.state
         if known is None:

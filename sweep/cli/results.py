@@ -11,19 +11,19 @@ from rich.table import Table
 
 from data.errors import UserError
 from sweep.cli.console import console
-from sweep.cli.run import DONE, open_ledger
+from sweep.cli.run import DONE, open_study_store
 from sweep.cli.show import print_best, show_trials
 from sweep.runner import run_sweep
 
 if TYPE_CHECKING:
     from sweep.analysis.confirm import Confirmation
-    from sweep.search.study import Entry
+    from sweep.search.study import TrialRecord
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 
 
-def _trial_json(folder: Path, entry: "Entry") -> dict[str, Any]:
+def _trial_json(folder: Path, entry: "TrialRecord") -> dict[str, Any]:
     from model.training.metrics_log import attempts
     from sweep.analysis.results import entry_json
     from sweep.config.paths import trial_folder
@@ -36,8 +36,8 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], a
     """Every trial and its state, also while the sweep runs."""
     from sweep.analysis.status import progress_json, status_lines
 
-    ledger = open_ledger(folder)
-    config, entries = ledger.config, ledger.entries()
+    study = open_study_store(folder)
+    config, entries = study.config, study.trials()
     if not as_json:
         for line in status_lines(config, folder, entries):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -62,19 +62,19 @@ def best(
     """The best complete trial, and how to have it again; what `sweep confirm` said about it, if it was asked."""
     from sweep.analysis.confirm import read as confirmed
 
-    ledger = open_ledger(folder)
-    entry = ledger.best()
+    study = open_study_store(folder)
+    entry = study.best()
     if entry is None:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
     if as_config:
         from sweep.config.files import dump
 
-        print(dump(ledger.trial_config(entry)), end="")
+        print(dump(study.trial_config(entry)), end="")
     elif as_json:
-        config = ledger.trial_config(entry).model_dump(mode="json")
+        config = study.trial_config(entry).model_dump(mode="json")
         print(json.dumps({**_trial_json(folder, entry), "config": config}, indent=1))
     else:
-        print_best(ledger, folder)
+        print_best(study, folder)
         for line in (confirmed(folder) or {"lines": []})["lines"]:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -122,15 +122,15 @@ def confirm(
     """Train the best again under fresh seeds, compare them in pairs, and read the test split. Goes on after a kill."""
     from sweep.analysis import confirm as own
 
-    ledger = open_ledger(folder)
+    study = open_study_store(folder)
     seeds = seeds or (1 if folds else 5)
-    planned, place = own.plan(ledger, folder, top, seeds, folds), own.place_of(folder, folds)
+    planned, place = own.plan(study, folder, top, seeds, folds), own.place_of(folder, folds)
     under = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
     console.print(f"{len(planned.search.points)} trainings of the best {top} under {under}, in {place.name}")
     code = run_sweep(planned, place)
     if code != DONE:
         sys.exit(code)
-    found = own.confirmation(ledger, folder, folds, console.print)
+    found = own.confirmation(study, folder, folds, console.print)
     if as_json:
         print(json.dumps(own.read(folder), indent=1))
         return
@@ -168,11 +168,11 @@ def report(
     from sweep.analysis.report import page
     from sweep.tracking.report_artifacts import to_mlflow
 
-    ledger = open_ledger(folder)
+    study = open_study_store(folder)
     others = {other.resolve(): other for other in beside if other.resolve() != folder.resolve()}
-    opened = [open_ledger(other) for other in others.values()]
+    opened = [open_study_store(other) for other in others.values()]
     with console.status("drawing"):
-        verdict, written = page.write(ledger, folder, out or folder / "report", opened, reference)
+        verdict, written = page.write(study, folder, out or folder / "report", opened, reference)
     for line in verdict:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)

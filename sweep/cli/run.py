@@ -15,7 +15,7 @@ from sweep.cli.show import print_best, program, show_model, show_trials
 
 if TYPE_CHECKING:
     from sweep.config.schema import Config
-    from sweep.search.study import Ledger
+    from sweep.search.study import StudyStore
 
 DONE, INFRASTRUCTURE, BAD_INPUT, UNFINISHED = 0, 1, 2, 75
 
@@ -109,17 +109,17 @@ def _folder(config: "Config", out: Path | None) -> Path:
     return folder
 
 
-def open_ledger(folder: Path) -> "Ledger":
+def open_study_store(folder: Path) -> "StudyStore":
     """The trials of the sweep in a folder.
 
     Raises:
         UserError: it is not the folder of a sweep.
     """
-    from sweep.search.study import Ledger
+    from sweep.search.study import StudyStore
 
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` makes one under runs/")
-    return Ledger.of(folder)
+    return StudyStore.of(folder)
 
 
 def _preview(config: "Config", folder: Path) -> None:
@@ -174,19 +174,19 @@ def _conclude(driver: Any, shipped: bool) -> int:
     from sweep.preflight import eta as forecast
     from sweep.tracking.access import ui_command
 
-    entries = driver.ledger.entries()
+    entries = driver.study.trials()
     show_trials(driver.config, driver.folder, entries)
     for line in forecast.lines(driver.config, driver.folder, entries):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if driver.left():
         console.print(f"unfinished: {driver.left()} trials are left; the same command goes on")
         return UNFINISHED
-    best = driver.ledger.best()
+    best = driver.study.best()
     if best is None:
         reasons = "; ".join(sorted({entry.why for entry in entries}))
         complain(f"no trial was completed ({reasons})")
         return INFRASTRUCTURE
     if search_of(driver.config, driver.folder) is None:
-        print_best(driver.ledger, driver.folder)
+        print_best(driver.study, driver.folder)
     console.print(f"MLflow UI:  {ui_command(driver.folder, program('mlflow'))}", soft_wrap=True, highlight=False)
     return DONE if shipped else UNFINISHED

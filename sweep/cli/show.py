@@ -18,7 +18,7 @@ from sweep.preflight.preview import Preview
 if TYPE_CHECKING:
     from model.speech_llm.speech_llm import SpeechLLM
     from sweep.config.schema import Config
-    from sweep.search.study import Entry, Ledger
+    from sweep.search.study import StudyStore, TrialRecord
 
 
 def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
@@ -36,7 +36,7 @@ def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
     return model, config
 
 
-def show_trials(config: "Config", folder: Path, entries: "Sequence[Entry]") -> None:
+def show_trials(config: "Config", folder: Path, entries: "Sequence[TrialRecord]") -> None:
     """The leaderboard of a search; of trainings that confirm one, what each of them is."""
     from sweep.analysis import confirm as trainings
     from sweep.analysis import leaderboard
@@ -51,13 +51,13 @@ def show_trials(config: "Config", folder: Path, entries: "Sequence[Entry]") -> N
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def print_best(ledger: "Ledger", folder: Path) -> None:
+def print_best(study: "StudyStore", folder: Path) -> None:
     from sweep.analysis.status import train_command
     from sweep.config.paths import near
 
-    best = ledger.best()
+    best = study.best()
     assert best is not None
-    console.print(f"\nbest: trial {best.number}, {ledger.config.search.metric} {best.value:.3f}", style="bold")
+    console.print(f"\nbest: trial {best.number}, {study.config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
     where = near(folder)

@@ -29,11 +29,11 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 Say = Callable[[str], None]
 
 
-class Busy(Exception):  # noqa: N818
+class LeaseHeldError(Exception):
     """Another process runs this sweep."""
 
 
-class Lost(Exception):  # noqa: N818
+class LeaseLostError(Exception):
     """Another process took this sweep over: this one must not write to it any more."""
 
 
@@ -77,9 +77,11 @@ class Lease:
             if other is None or other.token != self.holder.token:
                 self._lost.set()
                 who = "nobody" if other is None else in_words(other)
-                raise Lost(f"{self.path.parent}: this sweep was taken over ({who}); this process stops writing to it")
+                raise LeaseLostError(
+                    f"{self.path.parent}: this sweep was taken over ({who}); this process stops writing to it"
+                )
         if self.lost:
-            raise Lost(f"{self.path.parent}: this sweep was taken over; this process stops writing to it")
+            raise LeaseLostError(f"{self.path.parent}: this sweep was taken over; this process stops writing to it")
 
     def start(self) -> None:
         """Begin to renew the lease."""
@@ -97,7 +99,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(self.every):
-            with contextlib.suppress(OSError, Lost):
+            with contextlib.suppress(OSError, LeaseLostError):
                 self.check()
                 self.holder = replace(self.holder, beat=self.holder.beat + 1)
                 _write(self.path, self.holder)
@@ -269,6 +271,6 @@ def in_words(holder: Holder) -> str:
     return f"host {holder.host}, process {holder.pid}, since {minutes:.0f} min"
 
 
-def _busy(folder: Path, holder: Holder | None) -> Busy:
+def _busy(folder: Path, holder: Holder | None) -> LeaseHeldError:
     who = "" if holder is None else f" ({in_words(holder)})"
-    return Busy(f"{folder}: another `sweep run` is working on this sweep{who}; wait for it, or end it first")
+    return LeaseHeldError(f"{folder}: another `sweep run` is working on this sweep{who}; wait for it, or end it first")

@@ -19,8 +19,8 @@ from data.atomic import write_file
 from data.errors import DataError, UserError, reason
 from data.shards.store import Store
 from sweep.durability import lease
-from sweep.durability.lease import Busy, Holder, Lost
-from sweep.search.study import FILE as JOURNAL
+from sweep.durability.lease import Holder, LeaseHeldError, LeaseLostError
+from sweep.search.study_storage import FILE as JOURNAL
 
 OWNER = "owner.json"  # in the store: who writes the copy, and how often it was taken over
 RECORD = "mirror.json"  # in the folder: which files the copy has
@@ -47,7 +47,9 @@ class Mirror(threading.Thread):
     def check(self) -> None:
         """Raise Lost where another machine has taken the sweep over."""
         if self.lost.is_set():
-            raise Lost(f"{self.folder}: another machine took this sweep over; this process stops writing to it")
+            raise LeaseLostError(
+                f"{self.folder}: another machine took this sweep over; this process stops writing to it"
+            )
 
     def finish(self, timeout: float) -> bool:
         """Write what is left; False when the store did not take it all within `timeout` seconds."""
@@ -66,7 +68,7 @@ class Mirror(threading.Thread):
                     self._beat(last=True)
                     self.complete = True
                     return
-            except Lost:
+            except LeaseLostError:
                 self.lost.set()
             except (UserError, OSError) as error:  # the store is away: this is tried again
                 self.error = reason(error)
@@ -79,7 +81,7 @@ class Mirror(threading.Thread):
         store = Store(self.url)
         now = _owner(store)
         if now is not None and now[0].token != self.owner.token:
-            raise Lost
+            raise LeaseLostError
         self.owner = dataclasses.replace(self.owner, beat=self.owner.beat + 1)
         _write_owner(store, self.owner, self.generation, open_=not last)
 
@@ -136,7 +138,7 @@ def mirrored(
         time.sleep(settle)  # of two that found a dead writer at the same moment, the last one to write holds the copy
         now = _owner(store)
         if now is None or now[0].token != owner.token:
-            raise Busy(f"{folder}: another machine took this sweep over at the same moment; it goes on there")
+            raise LeaseHeldError(f"{folder}: another machine took this sweep over at the same moment; it goes on there")
     _write_record(folder, generation + 1, _record(folder)["files"])
     mirror = Mirror(folder, url, owner, generation + 1, every)
     mirror.start()
@@ -185,7 +187,7 @@ def _wait_for_the_dead(store: Store, folder: Path, say: Say, patience: float) ->
             if now is not None and not now[2]:
                 return now[1]
             who = lease.in_words(owner)
-            raise Busy(f"{folder}: another machine works on this sweep ({who}); wait for it, or end it first")
+            raise LeaseHeldError(f"{folder}: another machine works on this sweep ({who}); wait for it, or end it first")
     return generation
 
 

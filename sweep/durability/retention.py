@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from data.errors import StorageError
 from model.checkpoints.checkpoint import DAMAGED, FILE, PREVIOUS
-from model.checkpoints.fencing import Attempt
+from model.checkpoints.fencing import TrialLock
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.search.cost import shown_size
+from sweep.search.cost import format_bytes
 from sweep.search.pruning import better
-from sweep.search.study import Entry, Ledger
+from sweep.search.study import StudyStore, TrialRecord
 
 NUMBERS = 3 * 4  # bytes of a parameter that trains: fp32, and as much for each of AdamW's two moments
 COPIES = 3  # of a running trial: the checkpoint, the one before, and the next one while it is written
@@ -25,7 +25,7 @@ class DiskNeed(NamedTuple):
     total: int  # at most
 
 
-def prune_checkpoints(ledger: Ledger, folder: Path) -> list[int]:
+def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
     """Delete the checkpoints of ended trials, but for the best `storage.keep` complete ones.
 
     Of running trials nothing is touched, and of all others configuration, curves and predictions stay. To do it again,
@@ -37,18 +37,18 @@ def prune_checkpoints(ledger: Ledger, folder: Path) -> list[int]:
     Raises:
         StorageError: a file cannot be deleted.
     """
-    if ledger.config.storage.keep is None:
+    if study.config.storage.keep is None:
         return []
-    entries = ledger.entries()
-    kept = _best(entries, ledger.config.search.direction, ledger.config.storage.keep)
+    entries = study.trials()
+    kept = _best(entries, study.config.search.direction, study.config.storage.keep)
     ended = [entry.number for entry in entries if entry.state != "RUNNING"]
     return [number for number in ended if _delete(trial_folder(folder, number), keep_last=number in kept)]
 
 
-def _best(entries: list[Entry], direction: str, count: int) -> set[int]:
+def _best(entries: list[TrialRecord], direction: str, count: int) -> set[int]:
     """Numbers of the best complete trials; on a tie the earlier one."""
     done = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
-    ranked: list[Entry] = []
+    ranked: list[TrialRecord] = []
     for entry in done:  # by number
         value = entry.value or 0.0
         place = sum(not better(value, other.value or 0.0, direction) for other in ranked)
@@ -63,7 +63,7 @@ def _delete(folder: Path, keep_last: bool) -> bool:
     if not doomed:
         return False
     # A worker that was given up for lost may still be training: from here on it can write nothing.
-    with Attempt.claim(folder).writing():
+    with TrialLock.claim(folder).writing():
         for path in doomed:  # the last one last: as long as it is there, the work is not done
             path.unlink(missing_ok=True)
     return folder / FILE in doomed
@@ -94,7 +94,9 @@ def check_disk(folder: Path, need: DiskNeed) -> str:
         there = there.parent
     free = shutil.disk_usage(there).free
     had = sum(path.stat().st_size for path in folder.glob("trials/*/checkpoint*"))
-    said = f"checkpoints: up to {shown_size(need.total)} ({shown_size(need.each)} each); {shown_size(free)} are free"
+    said = (
+        f"checkpoints: up to {format_bytes(need.total)} ({format_bytes(need.each)} each); {format_bytes(free)} are free"
+    )
     if need.total - had > free:
         raise StorageError(
             f"{folder}: {said}; free some space, use --out on another disk, or lower storage.keep or resources.slots"

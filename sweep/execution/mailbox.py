@@ -23,7 +23,7 @@ def end_on_term() -> None:
 
 
 @ray.remote(num_cpus=0)
-class Notice:
+class StopEvent:
     """Tells everybody who asks that the sweep is to stop, once it is."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import with_numbers
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
-from model.training.trainer import Interrupted, Report, fit, never
+from model.training.trainer import Report, TrialInterrupted, fit, never
 from sweep.config.schema import Config
 
 
@@ -102,7 +102,7 @@ def run_trial(
 
 
 def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]) -> bool:
-    """`run_trial` in a slot's worker; the job is what `Driver` makes of a trial.
+    """`run_trial` in a slot's worker; the job is what `SweepRunner` makes of a trial.
 
     Returns:
         Whether the trial came to its end; otherwise it was interrupted.
@@ -118,6 +118,6 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
     frozen = {name: None if place is None else Path(place) for name, place in job["frozen"].items()}
     try:
         run_trial(config, folder, report, job["reader"], device, interrupted, **frozen)
-    except Interrupted:
+    except TrialInterrupted:
         return False
     return True

@@ -10,12 +10,12 @@ from ray.tune.search import Searcher
 
 from data.errors import UserError
 from sweep.execution.cluster import ClusterError
-from sweep.search.study import Ledger, Reason, common_fault
+from sweep.search.study import Reason, StudyStore, common_fault
 
 MakeJob = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
-class LedgerSearcher(Searcher):
+class StudySearcher(Searcher):
     """First the trials that a former attempt left running, under their numbers, then new ones, until the target.
 
     Args:
@@ -28,14 +28,14 @@ class LedgerSearcher(Searcher):
 
     def __init__(
         self,
-        ledger: Ledger,
+        study: StudyStore,
         make_job: MakeJob,
         check: Callable[[], object],
         stop: Callable[[], object],
         ended: Callable[[], object],
     ) -> None:
-        super().__init__(metric=ledger.config.search.metric, mode="max")
-        self.ledger, self.make_job = ledger, make_job
+        super().__init__(metric=study.config.search.metric, mode="max")
+        self.study, self.make_job = study, make_job
         self.check, self.stop, self.ended = check, stop, ended
         self.numbers: dict[str, int] = {}  # Tune's trial id → number in the ledger, of trials that run now
         self.stopping = False
@@ -50,7 +50,7 @@ class LedgerSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         self.check()
-        target = self.ledger.config.search.trials
+        target = self.study.config.search.trials
         while not self.stopping and (asked := self._ask(target)) is not None:
             number, values = asked
             try:
@@ -64,7 +64,7 @@ class LedgerSearcher(Searcher):
 
     def _ask(self, target: int) -> tuple[int, dict[str, Any]] | None:
         try:
-            return self.ledger.ask(list(self.numbers.values()), target)
+            return self.study.ask(list(self.numbers.values()), target)
         except UserError as error:  # nothing that is drawn fits into memory
             self._stop_for(str(error), "out of memory")
             return None
@@ -82,7 +82,7 @@ class LedgerSearcher(Searcher):
 
     def _tell(self, number: int, result: dict[str, Any], error: bool) -> None:
         if result.get("finished"):
-            self.ledger.complete(number)
+            self.study.complete(number)
         elif result.get("interrupted"):
             return  # goes on when the command is given again
         elif result.get("common"):
@@ -93,8 +93,8 @@ class LedgerSearcher(Searcher):
             self._fail(number, "its workers were lost too often", "workers lost")
 
     def _fail(self, number: int, why: str, reason: Reason) -> None:
-        self.ledger.fail(number, why, reason=reason)
-        if (fault := common_fault(self.ledger.entries())) is not None:
+        self.study.fail(number, why, reason=reason)
+        if (fault := common_fault(self.study.trials())) is not None:
             self._stop_for(fault, reason)
 
     def _stop_for(self, why: str, reason: str) -> None:
@@ -110,7 +110,7 @@ class LedgerSearcher(Searcher):
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tell the ledger about an epoch; True when the trial ends here."""
         self.check()
-        return self.ledger.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
+        return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is persistent."""
@@ -119,10 +119,10 @@ class LedgerSearcher(Searcher):
         """Nothing to restore."""
 
 
-class LedgerScheduler(FIFOScheduler):
+class StudyScheduler(FIFOScheduler):
     """Asks the ledger after every report whether the trial goes on."""
 
-    def __init__(self, searcher: LedgerSearcher) -> None:
+    def __init__(self, searcher: StudySearcher) -> None:
         super().__init__()
         self.searcher = searcher
 
@@ -140,12 +140,12 @@ GRACE = 60.0  # seconds that trials have for their last checkpoint when the swee
 AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 
-class SweepFault(Exception):  # noqa: N818
+class SweepAbortedError(Exception):
     """Something hits every trial, so the sweep was stopped; those that were running go on when it is mended.
 
     Args:
         why: in one line.
-        reason: in a word, see `Ledger.fail`.
+        reason: in a word, see `StudyStore.fail`.
     """
 
     def __init__(self, why: str, reason: str) -> None:

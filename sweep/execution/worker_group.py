@@ -19,17 +19,17 @@ import ray.train
 import ray.tune
 
 from data.errors import UserError, reason
-from model.checkpoints.fencing import Superseded
+from model.checkpoints.fencing import StaleAttemptError
 from sweep.execution.mailbox import Mailbox
 
 DRAIN_CHECK = 3.0  # seconds between two looks at whether this node is to go away
 
 
-class Stopped(Exception):  # noqa: N818 — not an error
+class TrialStopped(Exception):  # noqa: N818 — not an error
     """The trial was ended from outside: unwind `fit` and take the next one."""
 
 
-class Leaving(Exception):  # noqa: N818 — not an error
+class NodeDrainingError(Exception):
     """This node goes away: the trial has its checkpoint and goes on elsewhere."""
 
 
@@ -46,19 +46,19 @@ def serve(slot: dict[str, Any]) -> None:
 
         def report(step: int, metrics: dict[str, Any], version: int = seen) -> None:
             if not ray.get(mailbox.report.remote(version, step, metrics if rank == 0 else None)):
-                raise Stopped
+                raise TrialStopped
 
         try:
             finished = fit(job, report, interrupted)
             if finished and rank == 0:
                 ray.get(mailbox.done.remote(seen))
             if not finished and not ray.get(mailbox.interrupted.remote(seen)):
-                raise Leaving("this node is to be drained")
-        except Stopped:
+                raise NodeDrainingError("this node is to be drained")
+        except TrialStopped:
             pass
-        except Superseded:
+        except StaleAttemptError:
             return  # this process was given up for lost, and the trial goes on elsewhere
-        except Leaving:
+        except NodeDrainingError:
             raise  # Train starts the group again, on nodes that stay
         except Exception as error:
             if _is_last_word(mailbox, seen, error, alone):
@@ -105,7 +105,7 @@ def watch(mailbox: Any) -> Callable[[], bool]:
     return flag.is_set
 
 
-class Slot(ray.tune.Trainable):
+class WorkerGroup(ray.tune.Trainable):
     """A Tune trainable whose actor owns a mailbox and, in a thread, one long TorchTrainer run.
 
     Run it with `reuse_actors=True` and resources {"CPU": 0, "memory": 1}: the workers hold the real ones.
@@ -191,7 +191,7 @@ def trainer_class(workers: int) -> type[Any]:
     return GroupTrainer
 
 
-def slot_class(fit: str, scaling: dict[str, Any], storage: str, notice: Any) -> type[Slot]:
+def worker_group_class(fit: str, scaling: dict[str, Any], storage: str, notice: Any) -> type[WorkerGroup]:
     """A slot whose workers run a function.
 
     Args:
@@ -199,6 +199,6 @@ def slot_class(fit: str, scaling: dict[str, Any], storage: str, notice: Any) -> 
             trial came to its end.
         scaling: arguments of `ray.train.ScalingConfig`.
         storage: folder for Ray Train's own state.
-        notice: the sweep's `Notice`.
+        notice: the sweep's `StopEvent`.
     """
-    return type("Slot", (Slot,), {"fit": fit, "scaling": scaling, "storage": storage, "notice": notice})
+    return type("Slot", (WorkerGroup,), {"fit": fit, "scaling": scaling, "storage": storage, "notice": notice})

@@ -15,7 +15,8 @@ from sweep.config.files import load, write
 from sweep.config.paths import trial_folder
 from sweep.config.version import code_version
 from sweep.export.model_card import Figures, model_card
-from sweep.search.study import Ledger, has_ledger
+from sweep.search.study import StudyStore
+from sweep.search.study_storage import has_study
 
 BEST = "best"
 
@@ -70,19 +71,19 @@ def _origin(source: Path, trial: str) -> Origin:
         raise UserError(f"--trial {trial}: give the number of a trial, or {BEST}")
     path = source / "config.yaml"
     config = load(str(path)) if path.exists() else None
-    if config is not None and has_ledger(source, config):
-        ledger = Ledger.read(source, config)
-        number = _number(ledger, source, trial)
-        codes = " → ".join(ledger.codes()) or code_version()
+    if config is not None and has_study(source, config):
+        study = StudyStore.read(source, config)
+        number = _number(study, source, trial)
+        codes = " → ".join(study.codes()) or code_version()
         return Origin(find_checkpoint(trial_folder(source, number)), number, codes)
     if trial != BEST:
         raise UserError(f"--trial {trial}: {source} is no sweep; leave it out for a trial that was trained alone")
     return Origin(find_checkpoint(source), None, f"{code_version()} (at the export)")
 
 
-def _number(ledger: Ledger, source: Path, trial: str) -> int:
-    number = int(trial) if trial != BEST else _chosen(ledger, source)
-    states = {entry.number: entry.state for entry in ledger.entries()}
+def _number(study: StudyStore, source: Path, trial: str) -> int:
+    number = int(trial) if trial != BEST else _chosen(study, source)
+    states = {entry.number: entry.state for entry in study.trials()}
     if number not in states:
         raise UserError(f"--trial {number}: the sweep has no such trial; `sweep status {source}` shows them")
     if states[number] == "RUNNING":
@@ -90,9 +91,9 @@ def _number(ledger: Ledger, source: Path, trial: str) -> int:
     return number
 
 
-def _chosen(ledger: Ledger, source: Path) -> int:
+def _chosen(study: StudyStore, source: Path) -> int:
     """The one that was confirmed, else the best of the search."""
-    best, confirmed = ledger.best(), confirm.read(source)
+    best, confirmed = study.best(), confirm.read(source)
     if best is None:
         raise UserError(f"{source}: no trial is complete yet; name one with --trial N, or finish the sweep")
     return best.number if confirmed is None else int(confirmed["ranked"][0]["number"])

@@ -30,7 +30,7 @@ from sweep.config.space import Axis
 from sweep.execution.cluster import ClusterError
 from sweep.preflight import encoder_pass as features
 from sweep.preflight import teacher_pass as teacher
-from sweep.search.cost import shown_size, shown_time
+from sweep.search.cost import format_bytes, format_duration
 
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
@@ -48,7 +48,7 @@ SIGN = (
 Say = Callable[[str], None]
 
 
-class Need(Protocol):
+class CacheRequest(Protocol):
     """Files of a key that trials of a sweep read."""
 
     @property
@@ -98,7 +98,7 @@ class Need(Protocol):
 class Read(NamedTuple):
     """A need, and how many epochs of trials read it."""
 
-    need: Need
+    need: CacheRequest
     epochs: float
 
 
@@ -116,7 +116,7 @@ class Job(Protocol):
         """Compute all and write them; a table with the part's size."""
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], Need | None]]] = {
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], CacheRequest | None]]] = {
     "features": (features.AXES, features.need_of),
     "taught": (teacher.AXES, teacher.need_of),
 }
@@ -127,14 +127,14 @@ def cache_of(config: Config, sweep_folder: Path) -> Path:
     return sweep_folder.absolute().parent / (config.storage.cache or "cache")
 
 
-def needs(config: Config, cache: Path) -> list[Need]:
+def needs(config: Config, cache: Path) -> list[CacheRequest]:
     """What trials of a sweep may read, as far as the axes that decide about it can be counted."""
     return [need for need, _ in _counted(config, cache)]
 
 
-def _counted(config: Config, cache: Path) -> list[tuple[Need, float]]:
+def _counted(config: Config, cache: Path) -> list[tuple[CacheRequest, float]]:
     """The needs, each with the share of the trials that have it, as if all values were drawn equally often."""
-    found: dict[tuple[Any, ...], tuple[Need, float]] = {}
+    found: dict[tuple[Any, ...], tuple[CacheRequest, float]] = {}
     for axes, need_of in KINDS.values():
         combinations = list(_combinations(config, axes))
         for values in combinations:
@@ -162,12 +162,12 @@ def used(folders: Mapping[str, str | None]) -> None:
         (Path(place) / ABOUT).touch()
 
 
-def described(need: Need) -> str:
+def described(need: CacheRequest) -> str:
     """In a line: what is computed, over how much, and the disk it takes."""
     whole, left = need.parts, need.missing
     state = "there already" if not left else f"{len(left)} of {len(whole)} parts to compute"
     size = need.shown(sum(part.size for part in whole))
-    return f"{need.describe()}: {size}, {shown_size(need.bytes(whole))}, once for all trials; {state}"
+    return f"{need.describe()}: {size}, {format_bytes(need.bytes(whole))}, once for all trials; {state}"
 
 
 def compute(config: Config, cache: Path, say: Say) -> None:
@@ -215,11 +215,11 @@ def _compute(group: Sequence[Read], say: Say) -> None:
     def spared(seconds: float) -> str:
         """Each epoch would compute its own need anew."""
         online = sum(own.epochs * own.need.work(own.need.epoch) for own in group) / work
-        return f"about {shown_time(max(0.0, seconds * online - seconds))}"
+        return f"about {format_duration(max(0.0, seconds * online - seconds))}"
 
     if work > SMALL and _gpus(need) == 0:  # here is no GPU that would tell
         seconds = _expected(jobs[0]) * left[0].size * work / works[0]
-        say(f"frozen passes: about {shown_time(seconds)} of a worker, which spares the trials {spared(seconds)}")
+        say(f"frozen passes: about {format_duration(seconds)} of a worker, which spares the trials {spared(seconds)}")
     started = told = time.monotonic()
     for table in _done(need, jobs, work):
         done += table["size"][0].as_py()
@@ -232,7 +232,7 @@ def _compute(group: Sequence[Read], say: Say) -> None:
     say(f"frozen passes: {size} in {taken:.1f} s, which spares the trials {spared(taken)}")
 
 
-def _work(needs: Sequence[Need], part: Part[Any]) -> float:
+def _work(needs: Sequence[CacheRequest], part: Part[Any]) -> float:
     """What one pass over a part takes: as much as the deepest need that misses it."""
     return max(own.work(part.size) for own in needs if not (own.folder / part.name).exists())
 
@@ -250,23 +250,23 @@ def _expected(job: Job) -> float:
     return (time.monotonic() - started) / size
 
 
-def _done(need: Need, jobs: Sequence[Job], work: float) -> Iterator[pa.Table]:
+def _done(need: CacheRequest, jobs: Sequence[Job], work: float) -> Iterator[pa.Table]:
     """The results of jobs: by Ray Data, unless its processes would take longer to start than the work takes here."""
     if work <= SMALL and _gpus(need) == 0:
         return (job() for job in jobs)
     return ray_jobs(jobs, cpus=need.config.resources.cpus_per_worker, gpus=_gpus(need))
 
 
-def _gpus(need: Need) -> float:
+def _gpus(need: CacheRequest) -> float:
     return need.config.resources.gpus_per_worker
 
 
-def _check_room(needs: Sequence[Need]) -> None:
+def _check_room(needs: Sequence[CacheRequest]) -> None:
     folder, size = needs[0].folder, sum(need.bytes(need.missing) for need in needs)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StorageError(
-            f"{folder}: what is computed takes {shown_size(size)} and {shown_size(free)} are free; free some "
+            f"{folder}: what is computed takes {format_bytes(size)} and {format_bytes(free)} are free; free some "
             "space (`sweep cache prune`), name another folder in storage.cache, or set storage.features=live"
         )
 

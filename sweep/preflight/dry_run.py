@@ -28,9 +28,10 @@ from sweep.preflight import cache_passes as frozen
 from sweep.preflight import eta as forecast
 from sweep.preflight.checks import skeleton
 from sweep.preflight.eta import Forecast
-from sweep.preflight.trial_profiles import Shape, Values, alike, shapes
-from sweep.search.cost import device_hours, device_seconds, shown_size, shown_time
-from sweep.search.study import Entry, Ledger, has_ledger, horizon
+from sweep.preflight.trial_profiles import TrialProfile, Values, alike, shapes
+from sweep.search.cost import device_hours, device_seconds, format_bytes, format_duration
+from sweep.search.study import StudyStore, TrialRecord, horizon
+from sweep.search.study_storage import has_study
 
 SMALL = 20 * 10**6  # parameters: a process of its own would take longer to start than such dry steps take
 START = 20.0  # seconds until the workers of a slot are up, see `sweep.slot`
@@ -39,10 +40,10 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Tried:
+class ProfileResult:
     """A shape, and what its dry steps said."""
 
-    shape: Shape
+    shape: TrialProfile
     measured: Measured | None  # None: they did not come to their end
     build: float  # seconds until a trial trains
     have: int  # bytes that a worker may take
@@ -65,7 +66,7 @@ class Plan:
     """What the dry steps say about a sweep."""
 
     config: Config
-    tried: list[Tried]
+    tried: list[ProfileResult]
     left_out: int  # shapes that were not tried
 
     def fits(self, values: Values) -> bool:
@@ -73,7 +74,7 @@ class Plan:
         found = self._alike(values)
         return not found or any(own.fits for own in found)
 
-    def _alike(self, values: Values) -> list[Tried]:
+    def _alike(self, values: Values) -> list[ProfileResult]:
         return [self.tried[place] for place in alike(values, [own.shape.values for own in self.tried])]
 
     def excluded(self) -> list[str]:
@@ -89,8 +90,8 @@ class Plan:
                 yield f"{own.shape}: has room for {own.measured.budget} tokens at once, not train.token_budget"
             elif own.measured and own.measured.full > own.have:
                 yield (
-                    f"{own.shape}: needs {shown_size(own.measured.full)} with train.token_budget at once, and has "
-                    f"{shown_size(own.have)}; lower it"
+                    f"{own.shape}: needs {format_bytes(own.measured.full)} with train.token_budget at once, and has "
+                    f"{format_bytes(own.have)}; lower it"
                 )
         if self.left_out:
             yield f"{self.left_out} more shapes were not tried: none of them is excluded, and the mean stands for them"
@@ -102,7 +103,7 @@ class Plan:
         found = like or known
         return sum(own.epoch * own.shape.weight for own in found) / (sum(own.shape.weight for own in found) or 1)
 
-    def forecast(self, entries: Sequence[Entry], points: Sequence[Values], slots: int) -> Forecast:
+    def forecast(self, entries: Sequence[TrialRecord], points: Sequence[Values], slots: int) -> Forecast:
         """What the trials that are left will take.
 
         Args:
@@ -126,7 +127,7 @@ class Plan:
 def told(config: Config, said: Forecast, slots: int) -> str:
     """A forecast in a line."""
     at_once = f"{slots} trial{'s' if slots > 1 else ''} at a time"
-    return f"plan: about {shown_time(said.seconds)} ({at_once}), {device_hours(config, said.work)}"
+    return f"plan: about {format_duration(said.seconds)} ({at_once}), {device_hours(config, said.work)}"
 
 
 def make(config: Config, cache: Path, folder: Path | None, nodes: Nodes, slots: int, say: Say) -> Plan:
@@ -172,10 +173,10 @@ def preview(config: Config, cache: Path, folder: Path) -> list[str]:
     found, _ = shapes(config)
     if not is_small(found):
         return [f"plan: dry steps of {len(found)} shapes of trials say how long it takes, when the sweep starts"]
-    entries, points = list[Entry](), config.search.points
-    if has_ledger(folder, config):
-        ledger = Ledger.read(folder, config)
-        entries, points = ledger.entries(), ledger.points_left()
+    entries, points = list[TrialRecord](), config.search.points
+    if has_study(folder, config):
+        study = StudyStore.read(folder, config)
+        entries, points = study.trials(), study.points_left()
     left = config.search.trials - sum(entry.state != "RUNNING" for entry in entries)
     nodes, said = [{"CPU": float(os.cpu_count() or 1)}], list[str]()
     slots = count_slots(config, nodes, left)
@@ -185,14 +186,16 @@ def preview(config: Config, cache: Path, folder: Path) -> list[str]:
     return [*said, f"{line}; less once the frozen passes are done" if live else line]
 
 
-def is_small(found: Iterable[Shape]) -> bool:
+def is_small(found: Iterable[TrialProfile]) -> bool:
     """Whether dry steps are made in this process."""
     configs = {own.config.model.llm.path + own.config.model.encoder.path: own.config for own in found}
     sizes = [sum(parameter.numel() for parameter in skeleton(own).parameters()) for own in configs.values()]
     return max(sizes, default=0) <= SMALL and all(own.resources.device == "cpu" for own in configs.values())
 
 
-def _try_all(found: list[Shape], cache: Path, folder: Path | None, nodes: Nodes, slots: int) -> list[Tried]:
+def _try_all(
+    found: list[TrialProfile], cache: Path, folder: Path | None, nodes: Nodes, slots: int
+) -> list[ProfileResult]:
     """Try the shapes; each result is kept as soon as it is there."""
     read = [frozen.folders_for(own.config, cache) for own in found]
     keys = [_key(own, folders, nodes) for own, folders in zip(found, read, strict=True)]
@@ -206,15 +209,15 @@ def _try_all(found: list[Shape], cache: Path, folder: Path | None, nodes: Nodes,
     return [_judged(own, known[key], nodes, slots) for own, key in zip(found, keys, strict=True)]
 
 
-def _judged(shape: Shape, said: Said, nodes: Nodes, slots: int) -> Tried:
+def _judged(shape: TrialProfile, said: Said, nodes: Nodes, slots: int) -> ProfileResult:
     measured = Measured(**said["measured"]) if "measured" in said else None
     have, full = int(said.get("capacity", 0) * memory_share(shape.config, nodes, slots)), said.get("full", "")
     if measured and measured.least > have:
-        full = f"needs {shown_size(measured.least)} with one example at a time, and has {shown_size(have)}"
-    return Tried(shape, measured, said.get("build", 0.0), have, full, said.get("trouble", ""))
+        full = f"needs {format_bytes(measured.least)} with one example at a time, and has {format_bytes(have)}"
+    return ProfileResult(shape, measured, said.get("build", 0.0), have, full, said.get("trouble", ""))
 
 
-def _key(shape: Shape, folders: Mapping[str, str | None], nodes: Nodes) -> str:
+def _key(shape: TrialProfile, folders: Mapping[str, str | None], nodes: Nodes) -> str:
     """Names what the dry steps of a shape depend on."""
     config = shape.config
     kinds = sorted({repr(sorted(_lasting(node).items())) for node in nodes})
@@ -291,7 +294,7 @@ def dry_steps(config: Config, folders: Mapping[str, str | None]) -> Said:
         model, data = build(config, "local", ("train", "val"), device, **read)
         took = time.monotonic() - started
         found = dryrun.measure(model, data, config.train, config.tasks, config.seed, config.resources.workers, peak)
-    except memory.OutOfMemory as error:
+    except memory.OutOfMemoryError as error:
         return {"full": reason(error)}
     except UserError as error:  # its trials say so themselves
         return {"trouble": reason(error)}

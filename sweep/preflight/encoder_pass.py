@@ -10,7 +10,7 @@ from data.loading.examples import clip_samples
 from data.loading.feature_files import BYTES, missing, parts
 from data.loading.tasks import items
 from model.encoders.base import SpeechEncoder
-from model.encoders.frozen_features import Job, Recipe, recipe
+from model.encoders.frozen_features import CacheKey, Job, recipe
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
@@ -40,10 +40,10 @@ _BUILT: dict[str, SpeechLLM] = {}  # without weights
 
 
 @dataclass(frozen=True)
-class Need:
+class CacheRequest:
     """Features that trials of a sweep read."""
 
-    recipe: Recipe
+    recipe: CacheKey
     config: Config
     folder: Path
 
@@ -99,7 +99,7 @@ class Need:
         """Layers and pooling are no part of it: an encoder passes all of them on its way."""
         return self.recipe.reading, *(part.name for part in self.parts)
 
-    def jobs(self, parts: Sequence[Part[int]], needs: Sequence["Need"]) -> list[Job]:
+    def jobs(self, parts: Sequence[Part[int]], needs: Sequence["CacheRequest"]) -> list[Job]:
         """The work."""
         shards, config, found = open_shards(self.config.data), self.config, []
         for part in parts:
@@ -111,7 +111,7 @@ class Need:
         return found
 
 
-def need_of(config: Config, cache: Path) -> Need | None:
+def need_of(config: Config, cache: Path) -> CacheRequest | None:
     """The features that a trial may read in place of the sound; None if all of its encoder trains, or something is
     drawn in what would be computed once."""
     augment = config.data.augment
@@ -121,7 +121,7 @@ def need_of(config: Config, cache: Path) -> Need | None:
     if model.has_own_encoder or not (model.encoder_is_frozen or model.frozen_layers):
         return None
     made = recipe(config.model, config.data, config.resources.device, model.frozen_layers)
-    return Need(made, config, cache / "features" / made.key)
+    return CacheRequest(made, config, cache / "features" / made.key)
 
 
 def shown_name(path: str) -> str:

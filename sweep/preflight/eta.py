@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.atomic import write_file
 from sweep.config.schema import Config
-from sweep.search.cost import device_hours, device_seconds, shown_time
-from sweep.search.study import Entry
+from sweep.search.cost import device_hours, device_seconds, format_duration
+from sweep.search.study import TrialRecord
 
 FILE = "plan.json"
 
@@ -62,7 +62,7 @@ def ended(folder: Path, said: Forecast, seconds: float) -> None:
         write(folder, forecast=asdict(said) | {"took": seconds})
 
 
-def lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
+def lines(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[str]:
     """What the plan excluded; and once all trials have ended, how it compares with what they took."""
     told = read(folder).get("excluded")
     excluded = [f"plan: {line}" for line in told] if isinstance(told, list) else []
@@ -75,7 +75,8 @@ def lines(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
     hours = f"{expected} estimated, {real} used{_times(used, said.work)}"
     if said.took is None:
         return [*excluded, f"plan: {hours}, by several attempts"]
-    took = f"{shown_time(said.seconds)} estimated, {shown_time(said.took)} taken{_times(said.took, said.seconds)}"
+    estimated, taken = format_duration(said.seconds), format_duration(said.took)
+    took = f"{estimated} estimated, {taken} taken{_times(said.took, said.seconds)}"
     return [*excluded, f"plan: {took}; {hours}"]
 
 

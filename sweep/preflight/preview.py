@@ -39,31 +39,32 @@ def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
     Raises:
         UserError: the ledger's database cannot be used.
     """
-    from sweep.search.study import Ledger, has_ledger
+    from sweep.search.study import StudyStore
+    from sweep.search.study_storage import has_study
 
     path = folder / "config.yaml"
     if not path.exists():
         return _fresh(config, folder, started=False, changes=Changes(()))
     before = load(str(path))
     changes = compare(before, config)
-    if not has_ledger(folder, before):
+    if not has_study(folder, before):
         return _fresh(config, folder, started=True, changes=changes)
     try:
         # Where the trials lie is for the sweep to say, and what is left of them for the new settings.
-        ledger = Ledger.read(folder, before.model_copy(update={"search": config.search}))
+        study = StudyStore.read(folder, before.model_copy(update={"search": config.search}))
     except UserError:
         if before.storage.ledger is not None:
             raise
         return _fresh(config, folder, started=True, changes=changes)
-    known, codes, code = ledger.fingerprint(), ledger.codes(), code_version()
+    known, codes, code = study.fingerprint(), study.codes(), code_version()
     other_data = known is not None and fingerprint is not None and known != fingerprint
     notes = [f"data: {known} → {fingerprint}: another corpus, which is refused"] if other_data else []
     notes += (
         [f"code: {codes[-1]} → {code}: results may differ from those so far"] if codes[-1:] not in ([], [code]) else []
     )
-    entries = ledger.entries()
+    entries = study.trials()
     new = max(0, config.search.trials - len(entries))
-    points = ledger.points_left()[:new]
+    points = study.points_left()[:new]
     return Preview(
         folder,
         config,
@@ -71,7 +72,7 @@ def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
         changes,
         notes,
         other_data or bool(changes.refused),
-        [(number, _place(folder, number)) for number in ledger.running()],
+        [(number, _place(folder, number)) for number in study.running()],
         points,
         new - len(points),
         dict(Counter(entry.state for entry in entries if entry.state != "RUNNING")),

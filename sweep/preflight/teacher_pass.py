@@ -8,8 +8,8 @@ from data.errors import ConfigError, MisfitError
 from data.loading import array_files as frozen
 from data.loading.array_files import Part
 from data.loading.tasks import Item
-from data.loading.teacher_files import Lesson, parts
-from model.objectives.teacher import TOP, Job, Recipe, lessons, recipe
+from data.loading.teacher_files import TeacherLogits, parts
+from model.objectives.teacher import TOP, CacheKey, Job, lessons, recipe
 from model.speech_llm.language_model import load_llm, reach
 from model.speech_llm.prompt import Prompter
 from model.speech_llm.tokenizer import load_vocabulary
@@ -35,25 +35,25 @@ AXES = (
 )
 BYTES = 4 * (2 * TOP + 1)  # of a predicted token
 COURSES = 8  # kept in memory: each holds the tokens of a whole training split
-_READ: dict[tuple[str, ...], "Course"] = {}
+_READ: dict[tuple[str, ...], "TeacherInputs"] = {}
 
 
 @dataclass(frozen=True)
-class Course:
+class TeacherInputs:
     """What a teacher reads in a trial."""
 
-    lessons: dict[Item, Lesson]
+    lessons: dict[Item, TeacherLogits]
     parts: list[Part[Item]]
 
 
 @dataclass(frozen=True)
-class Need:
+class CacheRequest:
     """What a teacher says, in files that trials of a sweep read."""
 
-    recipe: Recipe
+    recipe: CacheKey
     config: Config
     folder: Path
-    course: Course
+    course: TeacherInputs
 
     @property
     def parts(self) -> list[Part[Item]]:
@@ -93,13 +93,13 @@ class Need:
         """Nothing else has the same."""
         return self.recipe.key, *(part.name for part in self.parts)
 
-    def jobs(self, parts: Sequence[Part[Item]], needs: Sequence["Need"]) -> list[Job]:
+    def jobs(self, parts: Sequence[Part[Item]], needs: Sequence["CacheRequest"]) -> list[Job]:
         """The work."""
         read, threads = self.course.lessons, self.config.resources.threads
         return [Job(part, [read[item] for item in part.rows], self.recipe, self.folder, threads) for part in parts]
 
 
-def need_of(config: Config, cache: Path) -> Need | None:
+def need_of(config: Config, cache: Path) -> CacheRequest | None:
     """What a trial may read in place of a teacher; None if it has none, or one whose hidden states it needs, too: they
     would take E numbers a token, and with the teacher at hand its words cost nothing."""
     losses = config.train.losses
@@ -110,10 +110,10 @@ def need_of(config: Config, cache: Path) -> Need | None:
     except (ConfigError, MisfitError):
         return None  # should it be drawn, the trial says so
     made = recipe(config.model, losses.temperature, config.resources.device)
-    return Need(made, config, cache / "teacher" / made.key, course)
+    return CacheRequest(made, config, cache / "teacher" / made.key, course)
 
 
-def _course(config: Config) -> Course:
+def _course(config: Config) -> TeacherInputs:
     tasks = config.tasks.active()
     read = {"llm", "prompt", "modality", "cls", "end_of_audio"}  # by the prompter
     key = (config.model.model_dump_json(include=read), config.data.model_dump_json(), *tasks)
@@ -124,5 +124,5 @@ def _course(config: Config) -> Course:
         prompter = Prompter(load_vocabulary(llm.path), config.model)
         longest = reach(load_llm(llm.path, llm.dtype, "meta"))
         own = lessons(prompter, longest, shards, config.data, tasks)
-        _READ[key] = Course(own, parts(shards, own))
+        _READ[key] = TeacherInputs(own, parts(shards, own))
     return _READ[key]

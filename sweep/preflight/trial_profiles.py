@@ -12,7 +12,7 @@ from sweep.config import resolve as builtin
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.config.space import Axis
-from sweep.search.candidates import Chooser
+from sweep.search.candidates import FixedSampler
 
 MOST = 16  # shapes that are tried
 LOOKED_AT = 1024  # combinations of values, at most; of more, as many are drawn
@@ -49,7 +49,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrialProfile:
     """Trials that take the same."""
 
     values: Values  # of the axes that count
@@ -60,7 +60,7 @@ class Shape:
         return ", ".join(f"{key} {value}" for key, value in self.values.items()) or "all trials"
 
 
-def shapes(config: Config, whole: bool = False) -> tuple[list[Shape], int]:
+def shapes(config: Config, whole: bool = False) -> tuple[list[TrialProfile], int]:
     """The shapes of trials that may start.
 
     Args:
@@ -82,7 +82,7 @@ def _drawn(config: Config, wanted: Iterable[Values], whole: bool) -> dict[str, t
     """Trials by shape: the values of one, and how many there are."""
     found: dict[str, tuple[Values, int]] = {}
     for values in wanted:
-        own = config.search.suggest(Chooser(values), flat(config))
+        own = config.search.suggest(FixedSampler(values), flat(config))
         merged = () if whole else LARGEST
         name = repr(sorted((key, value) for key, value in own.items() if counts_for(key) and key not in merged))
         known, count = found.get(name, (own, 0))
@@ -125,12 +125,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shape(config: Config, drawn: Values, weight: float) -> Shape | None:
+def _shape(config: Config, drawn: Values, weight: float) -> TrialProfile | None:
     try:
         trial = builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
     except ConfigError:
         return None  # values that are allowed one by one and not together
-    return Shape({key: value for key, value in drawn.items() if counts_for(key)}, trial, weight)
+    return TrialProfile({key: value for key, value in drawn.items() if counts_for(key)}, trial, weight)
 
 
 def _combinations(config: Config, whole: bool) -> Iterator[Values]:

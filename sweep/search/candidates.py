@@ -14,7 +14,7 @@ STRUCTURE = ("model.", "tasks.", FOLD)  # axes that change what is built, or wha
 def first_trial(config: Config) -> Config:
     """The configuration of a trial that the search may draw: its first point, or the first value of every axis."""
     points = config.search.points
-    drawn = config.search.suggest(Chooser(points[0] if points else {}), flat(config))
+    drawn = config.search.suggest(FixedSampler(points[0] if points else {}), flat(config))
     return builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
 
 
@@ -26,7 +26,7 @@ def _structures(config: Config) -> Iterator[dict[str, Any]]:
     wanted += [_wanted(search.space, key, value) for key, axis in search.space.items() for value in axis.extremes()]
     seen = set()
     for values in wanted:
-        drawn = search.suggest(Chooser(values), flat(config))
+        drawn = search.suggest(FixedSampler(values), flat(config))
         structural = {key: value for key, value in drawn.items() if key.startswith(STRUCTURE)}
         if repr(structural) not in seen:
             seen.add(repr(structural))
@@ -42,7 +42,7 @@ def _wanted(space: Mapping[str, Axis], key: str, value: Any) -> dict[str, Any]:
     return found
 
 
-class Chooser:
+class FixedSampler:
     """A sampler that draws what is wanted, or else the first or lowest value."""
 
     def __init__(self, wanted: Mapping[str, Any]) -> None:

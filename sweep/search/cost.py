@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sweep.config.schema import Config
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 
 
-def device_seconds(entries: Sequence[Entry]) -> float:
+def device_seconds(entries: Sequence[TrialRecord]) -> float:
     """Of the epochs that trials have finished."""
     return sum(float(entry.metrics.get("seconds", 0.0)) for entry in entries)
 
@@ -30,14 +30,14 @@ def _in_hours(hours: float, device: str) -> str:
     return f"{hours:.3g} {device}-hours"
 
 
-def shown_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def shown_size(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes for people."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9)):
         if size >= factor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sweep.config.schema import Config
 from sweep.search.pruning import prune
-from sweep.search.study import Entry, best_first, horizon
+from sweep.search.study import TrialRecord, best_first, horizon
 
 TOP = 4  # of so many complete trials one counts as top, and at least one does
 LOW = 0.8  # recall below which something is said
@@ -37,7 +37,7 @@ class Rung:
         return self.kept < LOW * len(self.top) or self.top[0] in self.lost
 
 
-def recall(config: Config, entries: Sequence[Entry]) -> list[Rung]:
+def recall(config: Config, entries: Sequence[TrialRecord]) -> list[Rung]:
     """For each rung at which enough trials have been, what the rule would do to the trials that ended best.
 
     It is asked afterwards, with the values of all trials that have been there. A trial that came early, among few, may
@@ -61,7 +61,7 @@ def recall(config: Config, entries: Sequence[Entry]) -> list[Rung]:
     return found
 
 
-def lines(config: Config, entries: Sequence[Entry]) -> list[str]:
+def lines(config: Config, entries: Sequence[TrialRecord]) -> list[str]:
     """The recall at each rung, and what the audit showed, for people; nothing as long as there is nothing to say."""
     found, done = recall(config, entries), best_first(config, entries)
     top = max((len(rung.top) for rung in found), default=0)
@@ -70,7 +70,7 @@ def lines(config: Config, entries: Sequence[Entry]) -> list[str]:
     return [*([f"pruning: {of}, the rule keeps {kept}"] if found else []), *_audit(entries, done)]
 
 
-def _audit(entries: Sequence[Entry], done: Sequence[Entry]) -> list[str]:
+def _audit(entries: Sequence[TrialRecord], done: Sequence[TrialRecord]) -> list[str]:
     """Which audited trials ended, and what became of those that would have been pruned."""
     audited = [entry for entry in done if entry.audited]
     if not audited:
@@ -85,7 +85,7 @@ def _audit(entries: Sequence[Entry], done: Sequence[Entry]) -> list[str]:
     return [f"audit: {count}; the rule would have ended {'; '.join(spared) or 'none'}"]
 
 
-def warning(config: Config, entries: Sequence[Entry]) -> str | None:
+def warning(config: Config, entries: Sequence[TrialRecord]) -> str | None:
     """That the rule loses winners, and what to do about it, in a line; None where there is no sign of it."""
     low = [rung for rung in recall(config, entries) if rung.is_low]
     if not low:
@@ -98,7 +98,7 @@ def warning(config: Config, entries: Sequence[Entry]) -> str | None:
     )
 
 
-def recall_json(config: Config, entries: Sequence[Entry]) -> dict[str, Any] | None:
+def recall_json(config: Config, entries: Sequence[TrialRecord]) -> dict[str, Any] | None:
     """The same in the form that scripts rely on; None where nothing is pruned."""
     if config.search.pruning is None:
         return None

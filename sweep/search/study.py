@@ -20,22 +20,7 @@ from sweep.config.schema import Config
 from sweep.config.space import EPOCHS
 from sweep.search import sampler as draw
 from sweep.search.pruning import better, is_audited, prune
-from sweep.search.study_storage import FILE, has_ledger, open_study, read_study, sweep_id
-
-__all__ = [
-    "FILE",
-    "Entry",
-    "Ledger",
-    "Reason",
-    "best_first",
-    "common_fault",
-    "has_ledger",
-    "horizon",
-    "is_drawn",
-    "sweep_id",
-    "trial_config",
-    "trial_folder",
-]
+from sweep.search.study_storage import open_study, read_study
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
@@ -45,7 +30,7 @@ BY_PARAMETERS = ("non-finite", "out of memory")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TrialRecord:
     """What the ledger says about a trial."""
 
     number: int
@@ -61,7 +46,7 @@ class Entry:
     spared: int | None = None  # the epoch at which an audited trial would have been pruned
 
 
-class Ledger:
+class StudyStore:
     """The trials of a sweep. One process writes (the driver, which holds the folder's lease); any may read."""
 
     def __init__(self, folder: Path, config: Config, study: optuna.Study) -> None:
@@ -69,10 +54,10 @@ class Ledger:
         self.config = config
         self.study = study
         self.fits: draw.Fits = lambda values: True  # whether a new trial may start; see `sweep.planner`
-        self._ended: dict[int, Entry] = {}  # which do not change any more
+        self._ended: dict[int, TrialRecord] = {}  # which do not change any more
 
     @classmethod
-    def open(cls, folder: Path, config: Config) -> "Ledger":
+    def open(cls, folder: Path, config: Config) -> "StudyStore":
         """Open or create the ledger for writing; only the holder of the folder's lease may do this.
 
         Raises:
@@ -81,7 +66,7 @@ class Ledger:
         return cls(folder, config, open_study(folder, config))
 
     @classmethod
-    def read(cls, folder: Path, config: Config) -> "Ledger":
+    def read(cls, folder: Path, config: Config) -> "StudyStore":
         """Open an existing ledger to look at it, also while a driver writes it.
 
         Raises:
@@ -90,7 +75,7 @@ class Ledger:
         return cls(folder, config, read_study(folder, config))
 
     @classmethod
-    def of(cls, folder: Path) -> "Ledger":
+    def of(cls, folder: Path) -> "StudyStore":
         """Open the ledger of the sweep in a folder to look at it, see `read`."""
         return cls.read(folder, load(str(folder / "config.yaml")))
 
@@ -231,22 +216,22 @@ class Ledger:
             trial.set_user_attr("reason", reason)
             self.study.tell(number, state=TrialState.FAIL)
 
-    def entries(self) -> list[Entry]:
+    def trials(self) -> list[TrialRecord]:
         """Every trial that was started, by number."""
         trials = self.study.get_trials(deepcopy=False)
         return [self._entry(trial) for trial in trials if trial.state != TrialState.WAITING]
 
-    def _entry(self, trial: FrozenTrial) -> Entry:
+    def _entry(self, trial: FrozenTrial) -> TrialRecord:
         found = self._ended.get(trial.number) or _entry(self.config, trial)
         if trial.state.is_finished():
             self._ended[trial.number] = found
         return found
 
-    def best(self) -> Entry | None:
+    def best(self) -> TrialRecord | None:
         """The complete trial with the best value; on a tie the earlier one."""
-        return next(iter(best_first(self.config, self.entries())), None)
+        return next(iter(best_first(self.config, self.trials())), None)
 
-    def trial_config(self, entry: Entry) -> Config:
+    def trial_config(self, entry: TrialRecord) -> Config:
         """The configuration of one trial: the sweep's with the trial's values in place, and no search."""
         return trial_config(self.config, entry.params)
 
@@ -254,7 +239,7 @@ class Ledger:
         return self.study.get_trials(deepcopy=False)[number]
 
 
-def best_first(config: Config, entries: Sequence[Entry]) -> list[Entry]:
+def best_first(config: Config, entries: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The complete trials, best first; on a tie the earlier one."""
     done = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
     sign = -1 if config.search.direction == "maximize" else 1
@@ -266,7 +251,7 @@ def horizon(config: Config, params: Mapping[str, Any]) -> int:
     return int(params.get(EPOCHS, config.train.epochs))
 
 
-def common_fault(entries: Sequence[Entry]) -> str | None:
+def common_fault(entries: Sequence[TrialRecord]) -> str | None:
     """What hits every trial (a wrong path, a full disk), in a line; ask when a trial has just failed.
 
     It is a fault of the sweep if no trial ever came to an end of its own, and the last ones failed alike. Failures
@@ -293,19 +278,19 @@ def trial_config(config: Config, values: dict[str, Any]) -> Config:
     return config.with_values({**values, "search.space": {}, "search.points": []})
 
 
-def is_drawn(folder: Path, entry: Entry) -> bool:
+def is_drawn(folder: Path, entry: TrialRecord) -> bool:
     """Whether a trial has begun for those who look on: its folder is made right after it was written."""
     return entry.state != "RUNNING" or (trial_folder(folder, entry.number) / "config.yaml").exists()
 
 
-def _entry(config: Config, trial: FrozenTrial) -> Entry:
+def _entry(config: Config, trial: FrozenTrial) -> TrialRecord:
     metrics = trial.user_attrs.get("metrics", {})
     curve = dict(sorted(trial.intermediate_values.items()))
     value = trial.value if trial.state == TrialState.COMPLETE else (curve[max(curve)] if curve else None)
     spared, rule = trial.user_attrs.get("spared"), config.search.pruning
     ended = "trained to the end" + (f" as an audit: else pruned at epoch {spared}" if spared else "")
     default = {"COMPLETE": ended, "RUNNING": "running"}.get(trial.state.name, "")
-    return Entry(
+    return TrialRecord(
         number=trial.number,
         state=trial.state.name,
         params=draw.params(config, trial),

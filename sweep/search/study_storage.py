@@ -41,7 +41,7 @@ def sweep_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def has_ledger(folder: Path, config: Config) -> bool:
+def has_study(folder: Path, config: Config) -> bool:
     """Whether a ledger may be there to be read; asks no server."""
     return (folder / (FILE if config.storage.ledger is None else "sweep-id")).exists()
 
@@ -75,7 +75,7 @@ def read_study(folder: Path, config: Config) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     none = UserError(f"{folder}: no trial has started yet; start with `sweep run`")
-    if not has_ledger(folder, config):
+    if not has_study(folder, config):
         raise none
     try:
         if config.storage.ledger is None:

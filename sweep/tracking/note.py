@@ -7,12 +7,12 @@ from pathlib import Path
 from sweep.analysis import leaderboard
 from sweep.config.schema import Config
 from sweep.search import pruning_audit as recall
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 
 LONGEST = 8000  # characters of a tag; what is longer the server cuts, in mid-row
 
 
-def note(config: Config, folder: Path, entries: Sequence[Entry], links: Mapping[int, str] | None = None) -> str:
+def note(config: Config, folder: Path, entries: Sequence[TrialRecord], links: Mapping[int, str] | None = None) -> str:
     """Markdown. Where not all of it fits, the first rows do, then reasons; what pruning may have cost always does.
 
     Args:

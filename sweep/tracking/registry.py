@@ -10,7 +10,7 @@ from typing import Any
 
 from model.checkpoints import checkpoint
 from sweep.config.paths import trial_folder
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 from sweep.tracking.runs import MISSING, Runs
 
 FILES = (checkpoint.FILE, "config.yaml")  # what `sweep evaluate` needs of a trial's folder
@@ -19,7 +19,7 @@ LARGEST = 10**9  # bytes of a checkpoint that is sent: the server keeps it, and 
 EXISTS = "RESOURCE_ALREADY_EXISTS"
 
 
-def publish(runs: Runs, name: str, folder: Path, entry: Entry, run_id: str) -> str | None:
+def publish(runs: Runs, name: str, folder: Path, entry: TrialRecord, run_id: str) -> str | None:
     """Log the model of a trial and make it the best version of the sweep's; again, nothing changes.
 
     Args:
@@ -52,7 +52,7 @@ def _send(client: Any, folder: Path, run_id: str) -> None:
             client.log_artifact(run_id, str(path), PLACE)
 
 
-def _version(client: Any, name: str, entry: Entry, run_id: str) -> str:
+def _version(client: Any, name: str, entry: TrialRecord, run_id: str) -> str:
     """The version of a run, made where there is none."""
     for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         return str(known.version)

@@ -12,7 +12,7 @@ from model.training.metrics_log import Point
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.search.pruning import better
-from sweep.search.study import Entry, best_first
+from sweep.search.study import TrialRecord, best_first
 
 BEST, OBJECTIVE = "best_", "objective"
 # Of the validation split; those of later tasks have the task before them, those of a role or subset have it behind.
@@ -25,7 +25,7 @@ def is_summary(name: str) -> bool:
     return name == OBJECTIVE or name.startswith(BEST)
 
 
-def params(config: Config, entry: Entry) -> dict[str, Any]:
+def params(config: Config, entry: TrialRecord) -> dict[str, Any]:
     """The value of every axis, so that runs can be compared on all of them.
 
     A trial outside the condition of an axis ran with the sweep's own setting, which is then the value;
@@ -35,12 +35,12 @@ def params(config: Config, entry: Entry) -> dict[str, Any]:
     return {key: base[key] for key in config.search.space} | entry.params
 
 
-def unvaried(config: Config, entry: Entry) -> list[str]:
+def unvaried(config: Config, entry: TrialRecord) -> list[str]:
     """Axes whose condition did not hold for a trial."""
     return [key for key in config.search.space if key not in entry.params]
 
 
-def start_tags(config: Config, entry: Entry, codes: Sequence[str]) -> dict[str, str]:
+def start_tags(config: Config, entry: TrialRecord, codes: Sequence[str]) -> dict[str, str]:
     """What is known of a trial when it begins.
 
     Args:
@@ -54,7 +54,7 @@ def start_tags(config: Config, entry: Entry, codes: Sequence[str]) -> dict[str, 
     return told | ({"sweep.unvaried": ", ".join(fixed)} if fixed else {})
 
 
-def end_tags(entry: Entry, attempts: int | None) -> dict[str, str]:
+def end_tags(entry: TrialRecord, attempts: int | None) -> dict[str, str]:
     """How a trial ended; `sweep.rung` is the epoch that it reached, where pruned ones were judged last."""
     told = {
         "state": entry.state,
@@ -66,7 +66,7 @@ def end_tags(entry: Entry, attempts: int | None) -> dict[str, str]:
     return {f"sweep.{name}": str(value) for name, value in told.items() if value is not None}
 
 
-def trial_metrics(config: Config, entry: Entry, points: Iterable[Point]) -> dict[str, float]:
+def trial_metrics(config: Config, entry: TrialRecord, points: Iterable[Point]) -> dict[str, float]:
     """`best_<metric>` over the epochs of a trial that has ended, each in its own direction, and its `objective`.
 
     Of a failed trial there is no objective: nothing that sorts by it should put one first.
@@ -78,9 +78,9 @@ def trial_metrics(config: Config, entry: Entry, points: Iterable[Point]) -> dict
     """
     metric, direction = config.search.metric, config.search.direction
     found: dict[str, float] = {}
-    ledger = [(metric, value, direction) for value in entry.curve.values()]
+    study = [(metric, value, direction) for value in entry.curve.values()]
     curves = [(point.name, point.value, _direction(point.name)) for point in points if point.name != metric]
-    for name, value, way in [*ledger, *curves]:
+    for name, value, way in [*study, *curves]:
         key = f"{BEST}{name}"
         if way is not None and math.isfinite(value) and (key not in found or better(value, found[key], way)):
             found[key] = value
@@ -89,7 +89,7 @@ def trial_metrics(config: Config, entry: Entry, points: Iterable[Point]) -> dict
     return found
 
 
-def sweep_metrics(config: Config, entries: Sequence[Entry]) -> dict[str, float]:
+def sweep_metrics(config: Config, entries: Sequence[TrialRecord]) -> dict[str, float]:
     """The best complete trial of a sweep, and its value; empty before there is one.
 
     There is no `objective`, or the sweep's run would stand among its trials where they are sorted by it.

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from data.atomic import write_file
 from data.errors import UserError
-from model.training.metrics_log import Curve, Point, attempts, times
+from model.training.metrics_log import MetricsLog, Point, attempts, times
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
-from sweep.search.study import Entry, Ledger, best_first, is_drawn, sweep_id, trial_config
+from sweep.search.study import StudyStore, TrialRecord, best_first, is_drawn, trial_config
+from sweep.search.study_storage import sweep_id
 from sweep.tracking import summary
 from sweep.tracking.access import denial, tracking_uri
 from sweep.tracking.dataset import Corpus
@@ -74,7 +75,7 @@ class Tracker(threading.Thread):
         self.ended = threading.Event()
         self.error: str | None = None
         self.complete = False
-        self.ledger: Ledger | None = None
+        self.study: StudyStore | None = None
         self._doubt()
 
     def finish(self, timeout: float = 120.0) -> bool:
@@ -117,7 +118,7 @@ class Tracker(threading.Thread):
         """Believe nothing about the server that is not on disk; `_connect` compares that with what the server has."""
         self.runs: Runs | None = None
         self.states: dict[int, dict[str, Any]] = {}  # as in mlflow.json, by trial
-        self.curves: dict[int, Curve] = {}  # of trials that run
+        self.curves: dict[int, MetricsLog] = {}  # of trials that run
         self.status: dict[str, str] = {}  # that MLflow shows, by run
         self.summed: dict[str, float] = {}  # the metrics of the sweep's own run
 
@@ -139,12 +140,12 @@ class Tracker(threading.Thread):
             self._compare(runs, entry, found.get(f"{self.key}/{entry.number}"))
         self.runs = runs
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[TrialRecord]:
         try:
-            self.ledger = self.ledger or Ledger.read(self.folder, self.config)
+            self.study = self.study or StudyStore.read(self.folder, self.config)
         except UserError:
             return []  # no trial has started yet
-        return [entry for entry in self.ledger.entries() if is_drawn(self.folder, entry)]
+        return [entry for entry in self.study.trials() if is_drawn(self.folder, entry)]
 
     def _state(self, number: int) -> dict[str, Any]:
         if number not in self.states:
@@ -154,7 +155,7 @@ class Tracker(threading.Thread):
     def _remember(self, number: int) -> None:
         _write_state(trial_folder(self.folder, number), self.states[number])
 
-    def _compare(self, runs: Runs, entry: Entry, run: "Run | None") -> None:
+    def _compare(self, runs: Runs, entry: TrialRecord, run: "Run | None") -> None:
         """Forget what is believed of a trial if its run says otherwise, so that it is shipped again."""
         state = self._state(entry.number)
         kept = {name: value for name, value in state.items() if name in LASTING}
@@ -172,7 +173,7 @@ class Tracker(threading.Thread):
         if run.data.tags.get("mlflow.parentRunId") != self.parent:
             runs.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
 
-    def _note_code(self, runs: Runs, entry: Entry, run_id: str) -> None:
+    def _note_code(self, runs: Runs, entry: TrialRecord, run_id: str) -> None:
         """A trial may go on under another version of the code than the one that it began with."""
         state = self._state(entry.number)
         if entry.state == "RUNNING" and state.get("codes", [])[-1:] != [code_version()]:
@@ -197,7 +198,7 @@ class Tracker(threading.Thread):
         if refusal is not None:
             raise refusal
 
-    def _end_sweep(self, entries: list[Entry], whole: bool) -> None:
+    def _end_sweep(self, entries: list[TrialRecord], whole: bool) -> None:
         assert self.runs is not None
         client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
         finished = whole and ended >= self.config.search.trials
@@ -211,19 +212,19 @@ class Tracker(threading.Thread):
             client.update_run(self.parent, status="SCHEDULED")
         _write_state(self.folder, {"run_id": self.parent, "ended": finished})
 
-    def _sum_up(self, runs: Runs, entries: list[Entry], ended: int) -> None:
+    def _sum_up(self, runs: Runs, entries: list[TrialRecord], ended: int) -> None:
         """The note, the best trial and the code, on the sweep's own run; each value once for so many trials."""
         own = {entry.number: str(self._state(entry.number).get("run_id", "")) for entry in entries}
         links = {number: link(runs.experiment, run_id) for number, run_id in own.items() if run_id}
         told = {"mlflow.note.content": note(self.config, self.folder, entries, links)}
-        told["sweep.code"] = ", ".join((self.ledger.codes() if self.ledger else []) or [code_version()])
+        told["sweep.code"] = ", ".join((self.study.codes() if self.study else []) or [code_version()])
         for best in best_first(self.config, entries)[:1]:
             told |= {"sweep.best_trial": str(best.number), "sweep.best_run": own[best.number]}
         metrics = summary.sweep_metrics(self.config, entries)
         new = [Point(name, ended, now(), value) for name, value in metrics.items() if self.summed.get(name) != value]
         runs.send(self.parent, new, told)
 
-    def _sync_trial(self, entry: Entry, last: bool) -> None:
+    def _sync_trial(self, entry: TrialRecord, last: bool) -> None:
         assert self.runs is not None
         number, state = entry.number, self._state(entry.number)
         if state.get("ended"):
@@ -242,7 +243,7 @@ class Tracker(threading.Thread):
             self.runs.client.update_run(run_id, status=status)
             self.status[run_id] = status
 
-    def _start(self, runs: Runs, entry: Entry) -> None:
+    def _start(self, runs: Runs, entry: TrialRecord) -> None:
         """Make the run of a trial that has none."""
         state, known = self._state(entry.number), times(trial_folder(self.folder, entry.number))
         state.setdefault("started", known[0] if known else now())
@@ -253,26 +254,28 @@ class Tracker(threading.Thread):
         state["offset"] = 0
         self._remember(entry.number)
 
-    def _curve(self, runs: Runs, number: int) -> Curve:
+    def _curve(self, runs: Runs, number: int) -> MetricsLog:
         """The points of a trial that its run lacks."""
         state, folder = self._state(number), trial_folder(self.folder, number)
-        curve = Curve(folder)
+        curve = MetricsLog(folder)
         if "offset" in state and curve.skip(state["offset"]) and curve.highest() == state.get("highest", {}):
             return curve
-        return Curve(folder, runs.steps(state["run_id"]))  # the file does not tell, or is not the one that was sent
+        return MetricsLog(
+            folder, runs.steps(state["run_id"])
+        )  # the file does not tell, or is not the one that was sent
 
-    def _ship(self, runs: Runs, number: int, curve: Curve) -> None:
+    def _ship(self, runs: Runs, number: int, curve: MetricsLog) -> None:
         state, points = self._state(number), curve.read()
         runs.send(state["run_id"], points)
         if points or state.get("offset") != curve.offset:
             state.update(offset=curve.offset, highest=curve.highest())
             self._remember(number)
 
-    def _end(self, runs: Runs, entry: Entry) -> None:
+    def _end(self, runs: Runs, entry: TrialRecord) -> None:
         """Complete the run of a trial that is over."""
         number, state, folder = entry.number, self._state(entry.number), trial_folder(self.folder, entry.number)
-        known, points = runs.steps(state["run_id"]), Curve(folder).read()
-        self._ship(runs, number, Curve(folder, known))
+        known, points = runs.steps(state["run_id"]), MetricsLog(folder).read()
+        self._ship(runs, number, MetricsLog(folder, known))
         own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
         content = own.read_text(encoding="utf-8") if own.exists() else dump(trial_config(self.config, entry.params))
         tags = runs.artifacts(state["run_id"], content, folder)
@@ -303,7 +306,7 @@ def still_has(config: Config, folder: Path) -> bool:
         found = runs.look()
     except MlflowException:
         return True
-    for entry in Ledger.read(folder, config).entries():
+    for entry in StudyStore.read(folder, config).trials():
         state = _read_state(trial_folder(folder, entry.number))
         run = found.get(f"{runs.key}/{entry.number}")
         if run is None or run.info.run_id != state.get("run_id") or lacks(run, state.get("highest", {})):

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 from data.loading.local_source import local_source
-from data.loading.prefetch import Reading
+from data.loading.prefetch import Prefetcher
 from data.preparation.build import prepare
 from data.shards.dataset import MANIFEST, Shards
 from data.shards.format import to_bytes
@@ -83,7 +83,7 @@ def stream(folder: str) -> dict[str, Any]:
     rows = np.random.default_rng(0).permutation(len(shards.columns["id"])).tolist()
     steps = [[("classify", row) for row in rows[start : start + 16]] for start in range(0, len(rows), 16)]
     most, clips = (0.0, 0.0), 0
-    for number, batch in enumerate(sounds(Reading(lambda: local_source(shards, DataConfig(), True)(steps)))):
+    for number, batch in enumerate(sounds(Prefetcher(lambda: local_source(shards, DataConfig(), True)(steps)))):
         clips += len(padded(batch)[1])
         if number % 50 == 0:
             most = tuple(map(max, most, used()))

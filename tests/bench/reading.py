@@ -27,7 +27,7 @@ from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 from data.loading.batching import Cost, plan
 from data.loading.examples import Example, clip_samples
 from data.loading.local_source import local_source
-from data.loading.prefetch import Reading
+from data.loading.prefetch import Prefetcher
 from data.loading.ray_source import ray_source
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
@@ -133,7 +133,7 @@ def consume(source: Iterable[list[np.ndarray]]) -> int:
 
 def mapped(shards: Shards, steps: list[list[tuple[str, int]]]) -> Iterator[list[np.ndarray]]:
     """The project's own reader, examples and all, read ahead by its thread."""
-    return sounds(Reading(lambda: local_source(shards, CONFIG, True)(steps)))
+    return sounds(Prefetcher(lambda: local_source(shards, CONFIG, True)(steps)))
 
 
 def sounds(batches: Iterable[list[Example]]) -> Iterator[list[np.ndarray]]:
@@ -309,7 +309,7 @@ def _on_its_cluster(name: str, end: Connection) -> None:
         return consume([np.frombuffer(value.as_buffer(), "<i2") for value in table["audio"]] for table in tables)
 
     def own() -> int:
-        return consume(sounds(Reading(lambda: ray_source(shards, CONFIG, True)(steps))))
+        return consume(sounds(Prefetcher(lambda: ray_source(shards, CONFIG, True)(steps))))
 
     work = repeated({"own": own, "parquet": parquet}[name])
     while end.recv():

@@ -30,7 +30,7 @@ from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.execution.trial import build, open_shards
-from sweep.search.study import Ledger, trial_config
+from sweep.search.study import StudyStore, trial_config
 from tests.bench.frozen import made
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE
@@ -81,10 +81,10 @@ def points() -> Iterator[dict[str, Any]]:
             yield point
 
 
-Curve = list[dict[str, Any]]  # what was reported, by epoch
+MetricsLog = list[dict[str, Any]]  # what was reported, by epoch
 
 
-def table(config: Config) -> dict[str, Curve]:
+def table(config: Config) -> dict[str, MetricsLog]:
     """The learning curves of all points, by `key`; those that were not trained yet are."""
     path = CACHE / TABLE
     known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
@@ -102,7 +102,7 @@ def key(values: Mapping[str, Any]) -> str:
     return json.dumps({**values, RATE: rate}, sort_keys=True)
 
 
-def train(config: Config) -> Curve:
+def train(config: Config) -> MetricsLog:
     """One trial, as `sweep train` trains it."""
     features = None
     if config.model.hears:
@@ -110,7 +110,7 @@ def train(config: Config) -> Curve:
         features = CACHE / "features" / passed.key
         for part in missing(features, shards, config.data):
             Job(shards, part, config.data, {features: passed}, 1)()
-    curve: Curve = []
+    curve: MetricsLog = []
     model, data = build(config, "local", ("train", "val"), "cpu", features)
     with tempfile.TemporaryDirectory() as folder:
         fit(model, data, config.train, config.tasks, config.seed, Path(folder), lambda _, told: curve.append(told))
@@ -131,7 +131,12 @@ Judge = Callable[[int, int, dict[str, Any]], bool]
 
 
 def play(
-    known: Mapping[str, Curve], metric: str, target: float, ask: Ask, report: Judge, complete: Callable[[int], None]
+    known: Mapping[str, MetricsLog],
+    metric: str,
+    target: float,
+    ask: Ask,
+    report: Judge,
+    complete: Callable[[int], None],
 ) -> Spent:
     """Run trials in SLOTS slots, which take the same time for an epoch, until one has ended at the target.
 
@@ -143,7 +148,7 @@ def play(
         report: tells (number, epoch, metrics), and whether the trial ends there.
         complete: tells that a trial has trained to its end.
     """
-    running: dict[int, tuple[Curve, int]] = {}
+    running: dict[int, tuple[MetricsLog, int]] = {}
     spent = Spent(0, 0, 0)
     while spent.trials < LIMIT:
         while len(running) < SLOTS:
@@ -164,20 +169,20 @@ def play(
     return spent
 
 
-def ours(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
+def ours(config: Config, known: Mapping[str, MetricsLog], target: float) -> Spent:
     """The product's search."""
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder), config, optuna.create_study(direction=config.search.direction))
+        study = StudyStore(Path(folder), config, optuna.create_study(direction=config.search.direction))
 
         def ask(busy: list[int]) -> tuple[int, dict[str, Any]]:
-            asked = ledger.ask(busy, LIMIT)
+            asked = study.ask(busy, LIMIT)
             assert asked is not None
             return asked
 
-        return play(known, config.search.metric, target, ask, ledger.report, ledger.complete)
+        return play(known, config.search.metric, target, ask, study.report, study.complete)
 
 
-def at_random(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
+def at_random(config: Config, known: Mapping[str, MetricsLog], target: float) -> Spent:
     """Optuna's random search; every trial trains to its end."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(config.seed))
 
@@ -197,7 +202,7 @@ def run() -> list[Row]:
     return [row(config, known, best[math.ceil(top * len(best)) - 1], f"top {top:.1%}") for top in TOPS]
 
 
-def row(config: Config, known: Mapping[str, Curve], target: float, name: str) -> Row:
+def row(config: Config, known: Mapping[str, MetricsLog], target: float, name: str) -> Row:
     """A round is a ratio of medians over SEEDS searches each."""
     taken: dict[str, list[list[Spent]]] = {"ours": [], "random": []}
     for number in range(ROUNDS):

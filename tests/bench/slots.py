@@ -93,7 +93,9 @@ def memory(driver: int) -> dict[str, float]:
         with contextlib.suppress(psutil.Error):
             called = process.cmdline()[0]
             found |= {
-                name: process for name in ("RayTrainWorker", "Slot", "Mailbox") if called.startswith(f"ray::{name}")
+                name: process
+                for name in ("RayTrainWorker", "WorkerGroup", "Mailbox")
+                if called.startswith(f"ray::{name}")
             }
     return {name: process.memory_full_info().uss / 1e6 for name, process in found.items()}
 

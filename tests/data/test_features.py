@@ -15,7 +15,7 @@ from data.loading import feature_files as features
 from data.loading.array_files import Files, Part, runs
 from data.loading.array_files import write as write_rows
 from data.loading.examples import read_clip
-from data.loading.feature_files import LAYOUT, Features, missing, parts, write
+from data.loading.feature_files import LAYOUT, FeatureFiles, missing, parts, write
 from data.loading.local_source import local_source
 from data.loading.sources import feature_source
 from data.loading.tasks import items
@@ -38,10 +38,10 @@ def of_row(row: int) -> np.ndarray:
     return np.full((1 + row % 5, 3), row, "<f2")
 
 
-def computed(folder: Path, shards: Shards, config: DataConfig = RECORDED) -> Features:
+def computed(folder: Path, shards: Shards, config: DataConfig = RECORDED) -> FeatureFiles:
     for part in missing(folder, shards, config):
         write(folder, part, [of_row(row) for row in part.rows])
-    return Features(folder, shards, config)
+    return FeatureFiles(folder, shards, config)
 
 
 def names(shards: Shards, config: DataConfig) -> list[str]:
@@ -123,10 +123,10 @@ def test_a_file_that_is_gone_or_damaged_is_named(shards: Shards, tmp_path: Path)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(StorageError, match=rf"{name}: damaged .*delete it"):
-        Features(tmp_path, shards, RECORDED)
+        FeatureFiles(tmp_path, shards, RECORDED)
     path.unlink()
     with pytest.raises(StorageError, match=rf"{name}: not seen from here; storage.cache"):
-        Features(tmp_path, shards, RECORDED)
+        FeatureFiles(tmp_path, shards, RECORDED)
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_nothing_half_written_stays(shards: Shards, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.loading.examples import from_arrow, to_arrow
 from data.loading.local_source import local_source
-from data.loading.prefetch import BURST, PREFETCH, Reading
+from data.loading.prefetch import BURST, PREFETCH, Prefetcher
 from data.loading.ray_source import (
     FIRST_STEPS,
     STEPS_PER_TASK,
@@ -99,16 +99,16 @@ def until(condition: Callable[[], bool]) -> bool:
 
 
 def test_a_reading_yields_everything_in_order() -> None:
-    assert list(Reading(lambda: numbers([]))) == [[number] for number in range(100)]
-    assert list(Reading(lambda: numbers([], 0))) == []
-    reading = Reading(lambda: numbers([], 1))
+    assert list(Prefetcher(lambda: numbers([]))) == [[number] for number in range(100)]
+    assert list(Prefetcher(lambda: numbers([], 0))) == []
+    reading = Prefetcher(lambda: numbers([], 1))
     assert [*reading, *reading] == [[0]]  # it is over for good
     assert reading.waited < 1
 
 
 def test_a_reading_is_ahead_before_it_is_asked_but_not_by_much() -> None:
     made: list[int] = []
-    reading = Reading(lambda: numbers(made))
+    reading = Prefetcher(lambda: numbers(made))
     assert until(lambda: len(made) == PREFETCH)
     time.sleep(0.05)
     assert len(made) == PREFETCH
@@ -121,15 +121,15 @@ def test_time_that_is_waited_is_told() -> None:
         time.sleep(0.3)
         yield [1]
 
-    reading = Reading(slow)
+    reading = Prefetcher(slow)
     assert list(reading) == [[1]]
     assert 0.2 < reading.waited < 2
 
 
 def test_a_reading_comes_after_the_former_or_when_it_is_wanted() -> None:
     first, second = list[int](), list[int]()
-    former = Reading(lambda: numbers(first))
-    later = Reading(lambda: numbers(second), after=former)
+    former = Prefetcher(lambda: numbers(first))
+    later = Prefetcher(lambda: numbers(second), after=former)
     assert until(lambda: len(first) == PREFETCH)
     time.sleep(0.1)
     assert second == []
@@ -137,7 +137,7 @@ def test_a_reading_comes_after_the_former_or_when_it_is_wanted() -> None:
     assert len(list(former)) == 100
 
     second.clear()
-    later = Reading(lambda: numbers(second), after=former)
+    later = Prefetcher(lambda: numbers(second), after=former)
     assert until(lambda: len(second) == PREFETCH)
 
 
@@ -149,7 +149,7 @@ def test_an_error_is_raised_where_its_batch_is_missed_and_as_it_was() -> None:
         yield [1]
         raise error
 
-    reading = Reading(broken)
+    reading = Prefetcher(broken)
     assert until(lambda: reading.ended)
     assert [next(reading), next(reading)] == [[0], [1]]
     with pytest.raises(DataError) as raised:
@@ -171,7 +171,7 @@ def test_an_abandoned_reading_ends_its_thread_and_its_source(taken: int, end: st
             ended.set()
 
     def train() -> None:
-        for number, _ in enumerate(Reading(source), start=1):
+        for number, _ in enumerate(Prefetcher(source), start=1):
             if number > taken:
                 raise KeyError
 
@@ -179,7 +179,7 @@ def test_an_abandoned_reading_ends_its_thread_and_its_source(taken: int, end: st
         with contextlib.suppress(KeyError):
             train()
     else:
-        reading = Reading(source)
+        reading = Prefetcher(source)
         thread = reading.thread
         for _ in range(taken):
             next(reading)
@@ -202,8 +202,8 @@ def test_closing_never_waits_for_the_batch_that_is_being_read() -> None:
         go.wait(10)
         yield [0]
 
-    reading = Reading(stuck)
-    following = Reading(lambda: numbers([]), after=reading)
+    reading = Prefetcher(stuck)
+    following = Prefetcher(lambda: numbers([]), after=reading)
     assert started.wait(5)
     for one in (following, reading):
         before = time.monotonic()
@@ -251,7 +251,7 @@ def test_only_so_many_shards_are_mapped_at_a_time(tmp_path: Path, monkeypatch: p
 
 
 def through_local(shards: Shards, batches: Any) -> list[Any]:
-    return list(Reading(lambda: local_source(shards, DataConfig(), True)(batches)))
+    return list(Prefetcher(lambda: local_source(shards, DataConfig(), True)(batches)))
 
 
 def through_ray(shards: Shards, batches: Any) -> list[Any]:

@@ -14,14 +14,14 @@ from data.loading.examples import read_example
 from data.loading.local_source import local_source
 from data.loading.sources import taught_source
 from data.loading.tasks import Item, items
-from data.loading.teacher_files import Lesson, Taught, TaughtFiles, parts, write
+from data.loading.teacher_files import Taught, TeacherFiles, TeacherLogits, parts, write
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from tests.data.common import corpus, make, same
 
 DIALOGUE = "T:question! C:change! T:other! C:neutral!"
 CONFIG = DataConfig(history=2)
-Lessons = dict[Item, Lesson]
+Lessons = dict[Item, TeacherLogits]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,21 @@ def read(shards: Shards, config: DataConfig = CONFIG, tasks: tuple[str, ...] = (
     for item in (item for task in tasks for item in items(shards, task, "train")):
         example = read_example(shards, item, config, sound=False)
         ids = np.frombuffer(f"{example.turns} {example.answer}".encode(), "u1")
-        found[item] = Lesson(ids.astype("<i4"), len(example.answer))
+        found[item] = TeacherLogits(ids.astype("<i4"), len(example.answer))
     return found
 
 
-def said(lesson: Lesson) -> Taught:
+def said(lesson: TeacherLogits) -> Taught:
     """What tells its lesson, and is as long as its prediction."""
     number = int(lesson.digest[:6], 16)
     return np.full((lesson.predicted, 4), number, "<i4"), np.full((lesson.predicted, 5), -number / 7, "<f4")
 
 
-def computed(folder: Path, shards: Shards, lessons: Lessons) -> TaughtFiles:
+def computed(folder: Path, shards: Shards, lessons: Lessons) -> TeacherFiles:
     found = parts(shards, lessons)
     for part in missing(folder, found):
         write(folder, part, [said(lessons[item]) for item in part.rows])
-    return TaughtFiles(folder, found)
+    return TeacherFiles(folder, found)
 
 
 def names(shards: Shards, lessons: Lessons) -> list[str]:
@@ -90,7 +90,7 @@ def test_files_are_named_by_what_is_read_and_predicted(shards: Shards, tmp_path:
     assert set(names(shards, read(shards, tasks=("response",)))) < set(own)
     assert len(set(names(labels, read(labels))) & set(own)) == 1
     assert not set(names(shards, read(shards, DataConfig(history=0)))) & set(own)
-    longer = {item: Lesson(one.ids, one.predicted + 1) for item, one in read(shards).items()}
+    longer = {item: TeacherLogits(one.ids, one.predicted + 1) for item, one in read(shards).items()}
     assert not set(names(shards, longer)) & set(own)
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_gone_or_damaged_is_named(shards: Shards, tmp_path: Path)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(StorageError, match=rf"{name}: damaged .*delete it"):
-        TaughtFiles(tmp_path, parts(shards, lessons))
+        TeacherFiles(tmp_path, parts(shards, lessons))
     path.unlink()
     with pytest.raises(StorageError, match=rf"{name}: not seen from here; storage.cache"):
-        TaughtFiles(tmp_path, parts(shards, lessons))
+        TeacherFiles(tmp_path, parts(shards, lessons))

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
 from data.shards.dataset import Shards
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.tracker import Tracker, mlflow_run_id
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
 from tests.sweep.common import ask, complaint, report, sweep
@@ -268,7 +268,7 @@ def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_
     """The sweep is a ledger and what its trials wrote: nothing trains here."""
     monkeypatch.setattr("sweep.tracking.tracker.LONGEST", 0.5)
     (folder := tmp_path / "sweep").mkdir()
-    ask(ledger := Ledger.open(folder, CONFIG), 2)
+    ask(study := StudyStore.open(folder, CONFIG), 2)
     append(folder, 0, (8, 1000.0, 0.4))
     with acting(anna) as client:
         tracker = Tracker(CONFIG, folder, DATA, every=0.05)
@@ -283,8 +283,8 @@ def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_
         assert before["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5)]
         append(folder, 0, (32, 1001.5, 0.75))
         append(folder, 1, (16, 1002.0, 0.1))
-        report(ledger, 0, 0.9, 0.8)
-        ledger.complete(0)
+        report(study, 0, 0.9, 0.8)
+        study.complete(0)
         track(folder, seconds=300)
         whole = shown(client, CONFIG.name)
         assert whole["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5), (32, 0.75)]

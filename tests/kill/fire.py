@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.kill import targets
-from tests.kill.ledgers import entries
 from tests.kill.plan import KILL, ORDERLY, Shot
 from tests.kill.play import Play
 from tests.kill.server import Server
 from tests.kill.steps import Progress, Step, Steps, lives, redone
+from tests.kill.studies import entries
 
 STUCK = 180.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0

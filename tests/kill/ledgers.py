@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sweep.config.files import load
 from sweep.config.schema import Config
-from sweep.search.study import Entry, Ledger
+from sweep.search.study import StudyStore, TrialRecord
 
 
 def config_of(folder: Path) -> Config:
@@ -12,9 +12,9 @@ def config_of(folder: Path) -> Config:
     return load(str(folder / "config.yaml"))
 
 
-def entries(folder: Path) -> dict[int, Entry]:
+def entries(folder: Path) -> dict[int, TrialRecord]:
     """Every trial by number; none, if the sweep has not begun, or a line of its ledger is just being written."""
     try:
-        return {entry.number: entry for entry in Ledger.read(folder, config_of(folder)).entries()}
+        return {entry.number: entry for entry in StudyStore.read(folder, config_of(folder)).trials()}
     except Exception:  # asked again, and in the end without this mercy
         return {}

@@ -33,7 +33,7 @@ class Variant:
     workers: int
     reader: str
     server: bool = False
-    ledger: str | None = None
+    study: str | None = None
     trials: int = 10
 
     @property
@@ -41,13 +41,13 @@ class Variant:
         """For people."""
         said = f"{self.workers} rank{'s' if self.workers > 1 else ''}, {self.reader} reader"
         said += ", MLflow server" if self.server else ""
-        return said + (", SQLite ledger" if self.ledger else "")
+        return said + (", SQLite ledger" if self.study else "")
 
 
 VARIANTS = (
     Variant(1, "ray"),
     Variant(2, "local"),
-    Variant(1, "local", server=True, ledger="sqlite:///ledger.db"),
+    Variant(1, "local", server=True, study="sqlite:///ledger.db"),
     Variant(2, "ray", server=True),
 )
 
@@ -86,7 +86,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
         },
         "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS},
         "resources": {"workers": variant.workers, "slots": 2 // variant.workers},
-        "storage": {"keep": None, "ledger": variant.ledger},
+        "storage": {"keep": None, "ledger": variant.study},
         "search": {
             "trials": variant.trials,
             "startup_trials": 3,

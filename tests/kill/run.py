@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweep.search.study import Entry, Ledger
+from sweep.search.study import StudyStore, TrialRecord
 from tests.kill import alone
 from tests.kill.fire import Attack, Say
-from tests.kill.ledgers import config_of
 from tests.kill.plan import Shot, draw
 from tests.kill.play import VARIANTS, Play, Stuff, Variant, make_stuff
 from tests.kill.report import Result
 from tests.kill.server import Server
+from tests.kill.studies import config_of
 from tests.kill.verdict import Row, again_row, bits_row, cost_rows, ledger_rows, left_rows, reference_row
 from tests.kill.verdict_mlflow import mlflow_rows
 
@@ -35,7 +35,7 @@ def run(kills: int, sweeps: int, seed: int, say: Say, calm: bool = True) -> list
     say(f"everything lies in {root}, which is kept if there are faults")
     stuff = make_stuff(root / "stuff")
     plans = draw(kills, [VARIANTS[place % len(VARIANTS)].server for place in range(sweeps)], seed)
-    known: dict[Variant, tuple[Mapping[int, Entry], float]] = {}
+    known: dict[Variant, tuple[Mapping[int, TrialRecord], float]] = {}
     results: list[Result] = []
     rest: list[Shot] = []  # of plays that were over before
     while len(results) < len(plans) or (rest and len(results) < len(plans) + EXTRA):
@@ -54,7 +54,7 @@ def run(kills: int, sweeps: int, seed: int, say: Say, calm: bool = True) -> list
     return results
 
 
-def undisturbed(variant: Variant, stuff: Stuff, root: Path, say: Say) -> tuple[Mapping[int, Entry], float]:
+def undisturbed(variant: Variant, stuff: Stuff, root: Path, say: Say) -> tuple[Mapping[int, TrialRecord], float]:
     """The trials of a variant when nothing is killed, and what it took."""
     say(f"undisturbed: {variant.name}")
     own = Play(variant, stuff, root)
@@ -73,7 +73,7 @@ def play(
     shots: Sequence[Shot],
     rng: random.Random,
     say: Say,
-    calm: tuple[Mapping[int, Entry], float] | None = None,
+    calm: tuple[Mapping[int, TrialRecord], float] | None = None,
 ) -> Result:
     """A sweep under fire, and what is to be said of it."""
     say(f"under fire: {variant.name}; {', '.join(shot.name for shot in shots)}")
@@ -110,7 +110,7 @@ def play(
     )
 
 
-def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, Entry] | None) -> list[Row]:
+def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, TrialRecord] | None) -> list[Row]:
     """All that must hold."""
     entries = entries_of(own)
     epochs = {number: max(entry.curve) for number, entry in entries.items() if entry.curve}
@@ -124,6 +124,6 @@ def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, Entry] | None)
     return rows + mlflow_rows(entries, own.folder, uri)
 
 
-def entries_of(own: Play) -> dict[int, Entry]:
+def entries_of(own: Play) -> dict[int, TrialRecord]:
     """The ledger of a play that is over."""
-    return {entry.number: entry for entry in Ledger.read(own.folder, config_of(own.folder)).entries()}
+    return {entry.number: entry for entry in StudyStore.read(own.folder, config_of(own.folder)).trials()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.checkpoints import checkpoint
 from model.runtime.system_metrics import PREFIX
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 from tests.kill import targets
 from tests.kill.fire import Kill
 from tests.kill.play import CHECKPOINT_STEPS, EPOCHS, Play
@@ -48,7 +48,7 @@ class Row:
     counts: str = ""
 
 
-def ledger_rows(entries: Mapping[int, Entry], kills: Sequence[Kill], play: Play) -> list[Row]:
+def ledger_rows(entries: Mapping[int, TrialRecord], kills: Sequence[Kill], play: Play) -> list[Row]:
     """Every trial once, with the parameters that it had, in a final state, each epoch once."""
     states = [entry.state for entry in entries.values()]
     numbers = list(range(play.variant.trials))
@@ -75,12 +75,12 @@ def ledger_rows(entries: Mapping[int, Entry], kills: Sequence[Kill], play: Play)
     ]
 
 
-def _whole(entry: Entry) -> list[int]:
+def _whole(entry: TrialRecord) -> list[int]:
     last = EPOCHS if entry.state == "COMPLETE" else max(entry.curve, default=0)
     return list(range(1, last + 1))
 
 
-def _changed(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
+def _changed(entries: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
     return [
         f"trial {number}: {params} became {entries[number].params if number in entries else 'nothing'}"
         for kill in kills
@@ -89,7 +89,7 @@ def _changed(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
     ]
 
 
-def _reopened(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
+def _reopened(entries: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
     return [
         f"trial {number}: {ended} became {entries[number].state, entries[number].value}"
         for kill in kills
@@ -98,7 +98,9 @@ def _reopened(entries: Mapping[int, Entry], kills: Sequence[Kill]) -> list[str]:
     ]
 
 
-def reference_row(entries: Mapping[int, Entry], calm: Mapping[int, Entry], kills: Sequence[Kill], points: int) -> Row:
+def reference_row(
+    entries: Mapping[int, TrialRecord], calm: Mapping[int, TrialRecord], kills: Sequence[Kill], points: int
+) -> Row:
     """Against the same sweep undisturbed: parameters that were given, or drawn before the first kill."""
     before = kills[0].params if kills else entries
     alike = [number for number in calm if number < points or number in before]
@@ -111,7 +113,7 @@ def reference_row(entries: Mapping[int, Entry], calm: Mapping[int, Entry], kills
     return Row("trials and parameters of the undisturbed sweep", faults, f"{len(alike)} of {len(calm)} comparable")
 
 
-def bits_row(entries: Mapping[int, Entry], folder: Path, alone: Path) -> Row:
+def bits_row(entries: Mapping[int, TrialRecord], folder: Path, alone: Path) -> Row:
     """Weights, optimizer and all metrics of every trial equal those of the trial trained by itself."""
     faults = []
     for number in entries:

@@ -9,7 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 from sweep.tracking.summary import is_summary
 from sweep.tracking.tracker import STATUS
 from tests.kill.verdict import Row, lines
@@ -17,7 +17,7 @@ from tests.kill.verdict import Row, lines
 Key = tuple[str, int]  # metric and step
 
 
-def mlflow_rows(entries: Mapping[int, Entry], folder: Path, uri: str) -> list[Row]:
+def mlflow_rows(entries: Mapping[int, TrialRecord], folder: Path, uri: str) -> list[Row]:
     """Compare what MLflow has with the ledger and the curves.
 
     Args:
@@ -39,13 +39,13 @@ def mlflow_rows(entries: Mapping[int, Entry], folder: Path, uri: str) -> list[Ro
     ]
 
 
-def _runs(entries: Mapping[int, Entry], known: Counter[Any]) -> list[str]:
+def _runs(entries: Mapping[int, TrialRecord], known: Counter[Any]) -> list[str]:
     return [f"trial {n}: {known[str(n)]} runs" for n in entries if known[str(n)] != 1] + [
         f"trial {n}: it is not in the ledger" for n in known if n is None or int(n) not in entries
     ]
 
 
-def _statuses(entries: Mapping[int, Entry], children: Mapping[int, Any]) -> list[str]:
+def _statuses(entries: Mapping[int, TrialRecord], children: Mapping[int, Any]) -> list[str]:
     faults = []
     for number, run in children.items():
         expected = STATUS.get(entries[number].state) if number in entries else None
@@ -56,7 +56,9 @@ def _statuses(entries: Mapping[int, Entry], children: Mapping[int, Any]) -> list
     return faults
 
 
-def _points(client: MlflowClient, entries: Mapping[int, Entry], children: Mapping[int, Any], folder: Path) -> list[Row]:
+def _points(
+    client: MlflowClient, entries: Mapping[int, TrialRecord], children: Mapping[int, Any], folder: Path
+) -> list[Row]:
     doubled, lost, count = [], [], 0
     for number in entries.keys() & children.keys():
         run, expected = children[number], _written(folder / "trials" / f"{number:04d}" / "metrics.jsonl")

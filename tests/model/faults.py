@@ -19,7 +19,7 @@ import torch
 
 from model.checkpoints import checkpoint
 from model.checkpoints import checksum as sealed
-from model.checkpoints.fencing import Attempt
+from model.checkpoints.fencing import TrialLock
 
 CALLS = ("replace", "rename", "link", "unlink", "fsync", "open", "close")  # of os
 
@@ -107,7 +107,7 @@ def main(folder: Path) -> list[dict[str, Any]]:
                     checkpoint.save(own / checkpoint.FILE, state_of(number))
                 own.mkdir(parents=True, exist_ok=True)
                 more = killed(own, former + 1, at, hard_links)
-                Attempt.claim(own)
+                TrialLock.claim(own)
                 name, state, notes = checkpoint.newest(own)
                 row = {"links": hard_links, "former": former, "at": at, "killed": more, "notes": notes}
                 row |= {"name": name, "number": number_of(state) if name else 0}

@@ -20,7 +20,7 @@ from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
 from model.checkpoints import checksum as sealed
 from model.checkpoints.checkpoint import FILE, PREVIOUS, CheckpointError
-from model.checkpoints.fencing import Attempt, Superseded
+from model.checkpoints.fencing import StaleAttemptError, TrialLock
 from model.config import TrainConfig
 from model.training import metrics_log as curve
 from tests.model.faults import number_of, state_of
@@ -37,7 +37,7 @@ def names(folder: Path, start: str = "checkpoint") -> list[str]:
 
 def saved(folder: Path, *numbers: int) -> Path:
     """A folder with checkpoints, of which the last two are kept."""
-    attempt = Attempt.claim(folder)
+    attempt = TrialLock.claim(folder)
     for number in numbers:
         checkpoint.save(folder / FILE, state_of(number), attempt)
     return folder
@@ -140,14 +140,14 @@ def test_attempts_are_counted_and_leave_one_file(tmp_path: Path) -> None:
     (tmp_path / "attempt-0002").touch()  # killed between the two steps of a claim
     for name in ("checkpoint.pt.unfinished-0002", "predictions.json.unfinished-0001", "config.yaml.unfinished-77"):
         (tmp_path / name).touch()
-    assert Attempt.claim(tmp_path).number == 3
+    assert TrialLock.claim(tmp_path).number == 3
     assert names(tmp_path, "attempt") == ["attempt-0003"]
     assert [path.name for path in tmp_path.glob("*.unfinished-*")] == ["config.yaml.unfinished-77"]  # not a trial's
 
 
 def test_writers_of_an_older_attempt_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before they write, and where the later attempt began while they wrote."""
-    first = Attempt.claim(tmp_path)
+    first = TrialLock.claim(tmp_path)
     checkpoint.save(tmp_path / FILE, state_of(1), first)
     write = sealed.write
 
@@ -157,11 +157,11 @@ def test_writers_of_an_older_attempt_lose(tmp_path: Path, monkeypatch: pytest.Mo
             patch.setattr(sealed, "write", write)
             saved(tmp_path, 2)
 
-    with monkeypatch.context() as patch, pytest.raises(Superseded):
+    with monkeypatch.context() as patch, pytest.raises(StaleAttemptError):
         patch.setattr(sealed, "write", slowly)
         checkpoint.save(tmp_path / FILE, state_of(7), first)
     for change in (lambda: checkpoint.save(tmp_path / FILE, state_of(8), first), lambda: first.replace("x", "y")):
-        with pytest.raises(Superseded, match="attempt 1 is over, number 2 has begun"):
+        with pytest.raises(StaleAttemptError, match="attempt 1 is over, number 2 has begun"):
             change()
     assert number_of(checkpoint.load(tmp_path / FILE)) == 2
     assert set(names(tmp_path, "")) - {".lock"} == {FILE, PREVIOUS, "attempt-0002"}
@@ -177,10 +177,10 @@ def test_a_run_that_lives_on_after_its_trial_began_elsewhere_writes_nothing(
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def elsewhere(epoch: int, metrics: dict[str, Any]) -> None:
-        Attempt.claim(tmp_path)
+        TrialLock.claim(tmp_path)
         at_takeover.update(content())
 
-    with pytest.raises(Superseded):
+    with pytest.raises(StaleAttemptError):
         SHORT.run(models, corpus, tmp_path, elsewhere)
     assert content() == at_takeover
     SHORT.run(models, corpus, tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from data.shards.dataset import Shards
 from model.runtime import memory
-from model.runtime.memory import OutOfMemory, Peak
+from model.runtime.memory import OutOfMemoryError, Peak
 from model.training import dry_run as dryrun
 from model.training import trainer as train
 from model.training.dry_run import Measured, measure
@@ -84,7 +84,7 @@ def test_less_at_once_is_noted_and_nothing_at_all_is_an_error(
         full_above(patch, 2)
         assert dry(Trial(train=WHOLE), models, corpus).budget < WHOLE.token_budget
     full_above(monkeypatch, 0)
-    with pytest.raises(OutOfMemory, match="one example at a time"):
+    with pytest.raises(OutOfMemoryError, match="one example at a time"):
         dry(Trial(train=WHOLE), models, corpus)
 
 
@@ -98,5 +98,5 @@ def test_a_process_without_memory_is_recognised(models: Path, corpus: Shards, mo
 
     monkeypatch.setattr(train, "answer_losses", compute)
     dry(Trial(train=WHOLE), models, corpus)
-    with limited(100 * MB), pytest.raises(OutOfMemory, match="one example at a time"):
+    with limited(100 * MB), pytest.raises(OutOfMemoryError, match="one example at a time"):
         dry(Trial(train=WHOLE), models, corpus)

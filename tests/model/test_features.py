@@ -14,7 +14,7 @@ from data.loading.examples import Example
 from data.loading.feature_files import missing, parts
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
-from model.encoders.frozen_features import Job, Recipe, clip_features, encoder_digest, pooling, recipe
+from model.encoders.frozen_features import CacheKey, Job, clip_features, encoder_digest, pooling, recipe
 from model.evaluation.split_data import TrialData
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
@@ -210,7 +210,7 @@ def test_a_key_names_all_that_features_depend_on_and_nothing_else(models: Path, 
     assert len({*same, *others}) == 10
     assert key(adapter={"kind": "conv"}) == key(adapter={"kind": "stack", "window": 2, "stride": 2})  # frames as such
     assert pooling(settings(models, adapter={"kind": "stack"})) is None
-    assert isinstance(recipe(settings(models), DataConfig(), "cpu"), Recipe)
+    assert isinstance(recipe(settings(models), DataConfig(), "cpu"), CacheKey)
 
 
 def test_an_encoder_is_known_by_its_weights_and_settings_wherever_it_lies(models: Path, tmp_path: Path) -> None:

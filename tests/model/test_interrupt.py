@@ -13,7 +13,7 @@ from model.checkpoints import checkpoint
 from model.runtime import system_metrics as usage
 from model.training import metrics_log as curve
 from model.training import trainer as train
-from model.training.trainer import Interrupted, Trainer, fit
+from model.training.trainer import Trainer, TrialInterrupted, fit
 from tests.model.common import as_two_workers
 from tests.model.trials import CONFIG, DROPOUT, TWO, KilledError, Trial, history, kill_after, same_end
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_asked_to_end_goes_on_bit_for_bit(
     folder, places = whole
     for place in range(len(places)):
         own = tmp_path / str(place)
-        with pytest.raises(Interrupted, match="ended after step"):
+        with pytest.raises(TrialInterrupted, match="ended after step"):
             run(TRIAL, models, corpus, own, asked_after(place))
         if place > 0:
             progress = checkpoint.load(own / checkpoint.FILE)["progress"]
@@ -99,7 +99,7 @@ def test_after_the_last_step_of_an_epoch_only_the_evaluation_is_left(
 ) -> None:
     folder, places = whole
     last = [place for place, name in enumerate(places) if "evaluating" in name][-2]
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrialInterrupted):
         run(TRIAL, models, corpus, tmp_path, asked_after(last))
     progress = checkpoint.load(tmp_path / checkpoint.FILE)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, progress["total_steps"] // 2)
@@ -109,7 +109,7 @@ def test_after_the_last_step_of_an_epoch_only_the_evaluation_is_left(
 
 
 def test_asked_before_the_first_step(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrialInterrupted):
         run(TRIAL, models, corpus, tmp_path, lambda: True)
     assert not (tmp_path / checkpoint.FILE).exists()
 
@@ -127,7 +127,7 @@ def test_the_time_of_all_attempts_counts(
 
     monkeypatch.setattr(Trainer, "_optimizer_step", step)
     monkeypatch.setattr("model.training.trainer.time.monotonic", lambda: now)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrialInterrupted):
         run(TRIAL, models, corpus, tmp_path, asked_after(3))
     progress = checkpoint.load(tmp_path / checkpoint.FILE)["progress"]
     assert 0 < progress["seconds"] == progress["step"]  # in the middle of an epoch
@@ -179,7 +179,7 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
         own, ended = out / f"{which}-{times}", ""
         try:
             run(SHARED, models, shards, own, asked_after(times) if rank == which else lambda: False)
-        except Interrupted as error:
+        except TrialInterrupted as error:
             ended = str(error)
         (out / f"{which}-{times}-rank-{rank}").write_text(ended)
         run(SHARED, models, shards, own, lambda: False)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
 from model.runtime import memory
-from model.runtime.memory import OutOfMemory
+from model.runtime.memory import OutOfMemoryError
 from model.speech_llm.language_model import load_llm, shared_view
 from model.training import metrics_log as curve
 from model.training import trainer as train
@@ -126,7 +126,9 @@ def test_an_example_that_does_not_fit_by_itself_is_one_error(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_above(monkeypatch, 0)
-    with pytest.raises(OutOfMemory, match=r"^out of memory with one example at a time \(\d+ tokens\); lower ") as error:
+    with pytest.raises(
+        OutOfMemoryError, match=r"^out of memory with one example at a time \(\d+ tokens\); lower "
+    ) as error:
         Trial(train=WHOLE).run(models, corpus, tmp_path)
     assert (error.value.reason, error.value.common) == ("out of memory", False)
 
@@ -149,7 +151,7 @@ def test_an_optimizer_without_memory_does_not_make_a_step_twice(
         raise WORDS[0]
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    with pytest.raises(OutOfMemory, match=r"^out of memory in the step of the optimizer; train fewer parameters"):
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory in the step of the optimizer; train fewer parameters"):
         Trial(train=WHOLE).run(models, corpus, tmp_path)
 
 
@@ -175,7 +177,7 @@ def test_an_evaluation_that_does_not_fit_is_made_again(
         assert small.keys() == whole.keys()
         assert small["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     monkeypatch.setattr(evaluate, "predict", lambda *_: (_ for _ in ()).throw(WORDS[0]))
-    with pytest.raises(OutOfMemory, match="one example at a time"):
+    with pytest.raises(OutOfMemoryError, match="one example at a time"):
         trial.run(models, corpus, tmp_path / "none")
 
 

@@ -14,7 +14,7 @@ from data.shards.dataset import Shards
 from model.checkpoints.checkpoint import digest, trained_tensors
 from model.config import LossConfig
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training.loss_accumulator import NonFiniteError, Tally
+from model.training.loss_accumulator import LossAccumulator, NonFiniteError
 from model.training.trainer import LOG_EVERY
 from tests.model.trials import CONFIG, TWO, Trial
 
@@ -31,7 +31,10 @@ def test_steps_are_made_where_no_number_can_be_read(
     made = trial.trainer(models, corpus, tmp_path)
     model = made.model = SpeechLLM(trial.config(models), made.model.tasks, device="meta").train()
     made.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    made.tally, made.found_inf = Tally(list(model.tasks), LossConfig(), model.device), torch.zeros((), device="meta")
+    made.tally, made.found_inf = (
+        LossAccumulator(list(model.tasks), LossConfig(), model.device),
+        torch.zeros((), device="meta"),
+    )
     monkeypatch.setattr(made.optimizer, "step", lambda: None)  # torch has none of a fused kind there,
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)  # nor mixed precision
     assert model.encoder is not None

@@ -15,7 +15,7 @@ from data.loading.array_files import missing
 from data.loading.examples import Example
 from data.loading.feature_files import parts as feature_parts
 from data.loading.tasks import answer_sets
-from data.loading.teacher_files import TaughtFiles, parts
+from data.loading.teacher_files import TeacherFiles, parts
 from data.shards.dataset import Shards
 from model.config import LossConfig
 from model.encoders.frozen_features import Job as FeatureJob
@@ -172,7 +172,7 @@ def test_a_token_takes_half_a_kilobyte(models: Path, corpus: Shards, tmp_path: P
     folder = computed(trial, models, corpus, tmp_path)
     model = SpeechLLM(trial.config(models), answer_sets(corpus, trial.tasks.active()), "meta")
     own = lessons(model.prompter, model.reach, corpus, trial.data, list(model.tasks))
-    files = TaughtFiles(folder, parts(corpus, own))
+    files = TeacherFiles(folder, parts(corpus, own))
     for item, one in own.items():
         ids, log_probs = files.read(item) or (np.empty(0), np.empty(0))
         assert (ids.shape, log_probs.shape) == ((one.predicted, 64), (one.predicted, 65))

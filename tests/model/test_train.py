@@ -19,7 +19,8 @@ from model.checkpoints.checkpoint import CheckpointError, digest, trained_tensor
 from model.config import LearningRates, LossConfig, TrainConfig
 from model.evaluation.evaluator import evaluate
 from model.parts import part_of
-from model.training.trainer import NonFiniteError, Trainer, fit
+from model.training.loss_accumulator import NonFiniteError
+from model.training.trainer import Trainer, fit
 from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 

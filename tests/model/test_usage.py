@@ -8,7 +8,7 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
 from data.shards.dataset import Shards
 from model.runtime import system_metrics as usage
-from model.runtime.system_metrics import EVERY, PREFIX, Usage
+from model.runtime.system_metrics import EVERY, PREFIX, SystemMetrics
 from model.training import metrics_log as curve
 from model.training import trainer as train
 from tests.model.trials import Trial
@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_node_has_the_names_of_mlflow(clock: Clock) -> None:
-    own = Usage(CPU)
+    own = SystemMetrics(CPU)
     (monitor := CPUMonitor()).collect_metrics()
     clock.now += EVERY
     found = own.sample()
@@ -41,7 +41,7 @@ def test_the_node_has_the_names_of_mlflow(clock: Clock) -> None:
 
 
 def test_it_is_told_now_and_then_and_once_at_least(clock: Clock) -> None:
-    own = Usage(CPU)
+    own = SystemMetrics(CPU)
     assert own.sample() == {}, "a moment is too short to measure"
     assert own.sample(once=True)
     assert own.sample(once=True) == {}
@@ -61,7 +61,7 @@ def test_what_a_gpu_does_not_tell_is_left_out(clock: Clock, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 12 * 10**9}))
     monkeypatch.setattr(torch.cuda, "utilization", lambda place: refuse(place) if place else 80)
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
-    found = Usage(GPU).sample(once=True)
+    found = SystemMetrics(GPU).sample(once=True)
     assert {name: value for name, value in found.items() if "gpu" in name} == {
         "system/gpu_0_memory_usage_megabytes": 3000.0,
         "system/gpu_0_memory_usage_percentage": 25.0,
@@ -72,7 +72,7 @@ def test_what_a_gpu_does_not_tell_is_left_out(clock: Clock, monkeypatch: pytest.
 
 
 def test_a_machine_without_the_gpu_it_names(clock: Clock) -> None:
-    found = Usage(GPU).sample(once=True)
+    found = SystemMetrics(GPU).sample(once=True)
     assert torch.cuda.is_available() or not any("gpu" in name for name in found)
 
 

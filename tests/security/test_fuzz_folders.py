@@ -13,7 +13,7 @@ from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.durability.mirror import OWNER, mirrored
 from sweep.execution.orphans import end_leftovers
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.security.mutations import ODD, VALUES, changed, check_variety, mutated, outcome
 from tests.sweep.common import PREDICTIONS, ask, report, settings, sweep, tree
 
@@ -23,10 +23,10 @@ def folder(tmp_path: Path) -> Path:
     """Of a sweep with a complete and a running trial, and all that lies in one."""
     config = settings(trials=3)
     claim_folder(config, folder := tmp_path / "sweep")
-    ledger = Ledger.open(folder, config)
-    ask(ledger, 2)
-    report(ledger, 0, 0.5, 0.75)
-    ledger.complete(0)
+    study = StudyStore.open(folder, config)
+    ask(study, 2)
+    report(study, 0, 0.5, 0.75)
+    study.complete(0)
     own = trial_folder(folder, 0)
     own.mkdir(parents=True)
     (own / "predictions.json").write_text(json.dumps(PREDICTIONS))
@@ -114,7 +114,7 @@ def test_a_damaged_ledger_is_one_line(folder: Path) -> None:
     headless = whole[whole.index(b"\n") + 1 :]
     for damaged in (whole + b"[1]\n", whole + b"{}\n", b"\xff\n" + whole, b"[" * 5000 + b"\n" + whole, headless):
         path.write_bytes(damaged)
-        for work in (Ledger.read, Ledger.open):
+        for work in (StudyStore.read, StudyStore.open):
             said = outcome(lambda work=work: work(folder, settings(trials=3)))
             assert said.startswith(f"{path}: damaged ledger ("), damaged
     shutil.rmtree(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.report.transcript import Coding, codings_csv
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.note import note
 from tests.sweep.common import sweep
 from tests.sweep.searched import SPACE, played, settings
@@ -24,17 +24,17 @@ def test_a_sweeps_page_and_note(tmp_path: Path) -> None:
     """A value of an axis, as the path of a model may be, and the words of an error."""
     config = settings(space=SPACE | {"model.llm.path": [EVIL, "b"]})
     played(config, folder := tmp_path / "sweep")
-    ledger = Ledger.open(folder, config)
-    asked = ledger.ask([], config.search.trials + 1)
+    study = StudyStore.open(folder, config)
+    asked = study.ask([], config.search.trials + 1)
     assert asked is not None
-    ledger.fail(asked[0], EVIL)
+    study.fail(asked[0], EVIL)
     outcome = sweep("report", folder)
     assert (outcome.code, outcome.err) == (0, "")
     page = (folder / "report/report.html").read_text(encoding="utf-8")
     assert "alert(1)" in page
     assert "<script>alert" not in page
     assert "<img src=x" not in page
-    said = note(config, folder, ledger.entries())
+    said = note(config, folder, study.trials())
     assert "alert(1)" in said
     assert "<script" not in said
     assert "<img" not in said

@@ -22,7 +22,7 @@ from model.speech_llm.adapter import _read_tensors
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.tokenizer import load_vocabulary
 from sweep.analysis.results import read_predictions
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.security.mutations import outcome
 from tests.sweep.common import settings
 
@@ -95,7 +95,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
         (folder / name).write_bytes(poison + b"\n")  # a journal's last line may be unfinished
     assert "damaged checkpoint" in outcome(lambda: checkpoint.load(folder / checkpoint.FILE))
     assert "damaged checkpoint" in outcome(lambda: chain(str(folder)))
-    assert "damaged ledger" in outcome(lambda: Ledger.read(folder, settings()))
+    assert "damaged ledger" in outcome(lambda: StudyStore.read(folder, settings()))
     assert "predictions.json: damaged" in outcome(lambda: read_predictions(folder))
     assert "not a file of tensors" in outcome(lambda: _read_tensors(folder / checkpoint.FILE))
 

@@ -15,8 +15,8 @@ import pytest
 from sweep.cli.app import main
 from sweep.config.schema import Config, parse
 from sweep.execution.signals import Stop
-from sweep.runner import Driver
-from sweep.search.study import Ledger
+from sweep.runner import SweepRunner
+from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 
 FROZEN, TUNED = "adapter+lora+tokens", "encoder+adapter+lora+tokens"
@@ -47,29 +47,29 @@ def pruned(audit: float = 0.0, **search: Any) -> Config:
     return settings(pruning={"first_epoch": 2, "after_trials": 4, "audit": audit}, **search)
 
 
-def ask(ledger: Ledger, count: int) -> list[Asked]:
+def ask(study: StudyStore, count: int) -> list[Asked]:
     """Start trials that run at the same time."""
     found: list[Asked] = []
     for _ in range(count):
-        asked = ledger.ask([number for number, _ in found], 99)
+        asked = study.ask([number for number, _ in found], 99)
         assert asked is not None
         found.append(asked)
     return found
 
 
-def report(ledger: Ledger, number: int, *values: float) -> list[bool]:
+def report(study: StudyStore, number: int, *values: float) -> list[bool]:
     """Epochs from the first on, as a trial reports them, also when it goes on after a kill."""
-    name = ledger.config.search.metric
+    name = study.config.search.metric
     epochs = enumerate(values, start=1)
-    return [ledger.report(number, epoch, {name: value, "steps": 10 * epoch}) for epoch, value in epochs]
+    return [study.report(number, epoch, {name: value, "steps": 10 * epoch}) for epoch, value in epochs]
 
 
-def play(ledger: Ledger, target: int) -> Iterator[Asked]:
+def play(study: StudyStore, target: int) -> Iterator[Asked]:
     """Run trials one after another to their ends; each value is a function of the number."""
-    while (asked := ledger.ask([], target)) is not None:
+    while (asked := study.ask([], target)) is not None:
         number = asked[0]
-        if not any(report(ledger, number, *(number * 7 % 5 + epoch for epoch in range(4)))):
-            ledger.complete(number)
+        if not any(report(study, number, *(number * 7 % 5 + epoch for epoch in range(4)))):
+            study.complete(number)
         yield asked
 
 
@@ -120,6 +120,6 @@ def complaint(outcome: Outcome) -> str:
     return message
 
 
-def driver(config: Config, folder: Path) -> Driver:
+def driver(config: Config, folder: Path) -> SweepRunner:
     """A driver that nobody competes with."""
-    return Driver(config, folder, print, lambda: None, Stop())
+    return SweepRunner(config, folder, print, lambda: None, Stop())

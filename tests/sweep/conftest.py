@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.shards.dataset import Shards
 from sweep.config.paths import trial_folder
-from sweep.runner import Driver
-from sweep.search.study import Ledger
+from sweep.runner import SweepRunner
+from sweep.search.study import StudyStore
 from tests.sweep.common import PREDICTIONS, ask, report, sweep
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append
@@ -60,7 +60,7 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     disable_progress_bar()  # as main() does before transformers is imported
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Driver, "execute", lambda *_: pytest.fail("Ray would start"))
+    monkeypatch.setattr(SweepRunner, "execute", lambda *_: pytest.fail("Ray would start"))
     return tmp_path
 
 
@@ -84,12 +84,12 @@ def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(database, tmp_path)
     (folder := tmp_path / "sweep").mkdir()
-    ledger = Ledger.open(folder, CONFIG)
-    ask(ledger, 4)
-    report(ledger, 0, 0.9, 0.8)
-    ledger.complete(0)
-    assert report(ledger, 1, 0.1) == [True]
-    ledger.fail(2, "lost")
+    study = StudyStore.open(folder, CONFIG)
+    ask(study, 4)
+    report(study, 0, 0.9, 0.8)
+    study.complete(0)
+    assert report(study, 1, 0.1) == [True]
+    study.fail(2, "lost")
     append(folder, 0, (16, 1000.25, 0.5), (32, 1001.5, 0.75))
     append(folder, 1, (16, 1002.0, 0.1))
     append(folder, 3, (16, 1003.0, nan), (32, 1004.0, 0.4))

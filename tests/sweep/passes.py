@@ -11,7 +11,7 @@ import pytest
 from data.shards.dataset import Shards
 from sweep.config.schema import Config, parse
 from sweep.preflight import cache_passes as frozen
-from sweep.preflight.cache_passes import Need, compute, folders_for, needs
+from sweep.preflight.cache_passes import CacheRequest, compute, folders_for, needs
 
 Jobs = Sequence[Any]
 
@@ -34,7 +34,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def killed_and_continued(
     one: Config, cache: Path, files: ModuleType, made: list[str], monkeypatch: pytest.MonkeyPatch
-) -> Need:
+) -> CacheRequest:
     """Compute the passes of a sweep, with a kill after two of its files; what came before is not computed again."""
     written, write = iter(range(2)), files.write
 

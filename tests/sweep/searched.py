@@ -12,7 +12,7 @@ from model.evaluation.metrics import Record, summarise
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config, parse
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 
 SPACE = {
@@ -72,9 +72,9 @@ def write(folder: Path, records: Sequence[Record]) -> None:
 def played(config: Config, folder: Path) -> int:
     """What `sweep run` does, without training anything; 0, as it ends."""
     claim_folder(config, folder)
-    ledger = Ledger.open(folder, config)
-    ledger.bind("f" * 16, "0+abc")
-    while (asked := ledger.ask([], config.search.trials)) is not None:
+    study = StudyStore.open(folder, config)
+    study.bind("f" * 16, "0+abc")
+    while (asked := study.ask([], config.search.trials)) is not None:
         number, params = asked
         own = trial_folder(folder, number)
         own.mkdir(parents=True)
@@ -82,6 +82,6 @@ def played(config: Config, folder: Path) -> int:
         write(own, records)
         metrics = summarise(records, {"classify": LABELS}, {}) | {"seconds": 60.0 + number}
         for epoch in range(1, config.train.epochs + 1):
-            ledger.report(number, epoch, metrics | {"steps": 12 * epoch})
-        ledger.complete(number)
+            study.report(number, epoch, metrics | {"steps": 12 * epoch})
+        study.complete(number)
     return 0

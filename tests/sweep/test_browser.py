@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweep.config.paths import trial_folder
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.tracker import mlflow_run_id
 from tests.sweep.common import PREDICTIONS, report
 from tests.sweep.mlflow_server import Server
@@ -56,8 +56,8 @@ def shown(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         file.write(json.dumps({"time": 1005.0, "step": 48, "values": values}) + "\n")
     (own / "predictions.json").write_text(json.dumps(PREDICTIONS))
     (own / "checkpoint.pt").write_bytes(b"weights")
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95, 0.97, 0.93)
-    ledger.complete(3)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95, 0.97, 0.93)
+    study.complete(3)
     track(folder, seconds=240)
     experiment = MlflowClient(server.uri).get_experiment_by_name(CONFIG.name).experiment_id
     return f"{server.uri}/#/experiments/{experiment}/runs"

@@ -17,7 +17,7 @@ from sweep.config.schema import Config, parse
 from sweep.config.version import code_version
 from sweep.preflight import preview as preview_module
 from sweep.preflight.preview import Preview, preview
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.sweep.common import POINTS, SPACE, ask, report, settings, tree
 
 RANK, RATE = "model.lora.rank", "train.learning_rate"
@@ -230,12 +230,12 @@ def a_sweep(folder: Path, *, config: Config | None = None) -> Config:
     """Five trials: complete, failed, and three that run, with a checkpoint, a damaged one, and none."""
     config = config or settings(points=[*POINTS, *[{RANK: rank} for rank in (2, 8, 16, 8)]])
     claim_folder(config, folder)
-    ledger = Ledger.open(folder, config)
-    ledger.bind("aa", code_version())
-    ask(ledger, 5)
-    report(ledger, 0, 0.1, 0.2, 0.3, 0.4)
-    ledger.complete(0)
-    ledger.fail(1, "lost")
+    study = StudyStore.open(folder, config)
+    study.bind("aa", code_version())
+    ask(study, 5)
+    report(study, 0, 0.1, 0.2, 0.3, 0.4)
+    study.complete(0)
+    study.fail(1, "lost")
     for number in (2, 3):
         trial_folder(folder, number).mkdir(parents=True)
     save(trial_folder(folder, 2) / "checkpoint.pt")
@@ -281,11 +281,11 @@ def test_a_dry_run_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
 def test_a_dry_run_of_a_sweep_that_is_done(tmp_path: Path) -> None:
     config = settings(trials=2, points=[])
     claim_folder(config, tmp_path)
-    ledger = Ledger.open(tmp_path, config)
-    ask(ledger, 2)
+    study = StudyStore.open(tmp_path, config)
+    ask(study, 2)
     for number in (0, 1):
-        report(ledger, number, 0.1)
-        ledger.complete(number)
+        report(study, number, 0.1)
+        study.complete(number)
     found = preview(config, tmp_path, None)
     assert (found.going_on, found.points, found.drawn, found.ended) == ([], [], 0, {"COMPLETE": 2})
     assert shown(found).count("no trial") == 2

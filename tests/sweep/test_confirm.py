@@ -22,7 +22,7 @@ from sweep.cli import results as cli_confirm
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.schema import Config
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
 from tests.sweep.searched import FOLDS, REFERENCE, TEXT, held, played, said, settings
@@ -36,8 +36,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     read: list[str] = []
 
     def predict(trial: Path, split: str) -> Predicted:
-        own = Ledger.read(trial.parents[1], load(str(trial.parents[1] / "config.yaml")))
-        params = own.entries()[int(trial.name)].params
+        own = StudyStore.read(trial.parents[1], load(str(trial.parents[1] / "config.yaml")))
+        params = own.trials()[int(trial.name)].params
         read.append(f"{trial.name} {split}")
         (tmp_path / "read.json").write_text(json.dumps(read))
         return Predicted(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
@@ -75,14 +75,14 @@ def test_the_best_are_trained_again_under_fresh_seeds(search: Path) -> None:
     assert sorted(seeds) == [1000, 1000, 1001, 1001, 1002, 1002]
     assert (config.search.trials, config.search.pruning, config.storage.keep) == (6, None, None)
     assert config.train == settings().train
-    assert Ledger.read(search, settings()).entries()[0].params == REFERENCE  # the search is as it was
+    assert StudyStore.read(search, settings()).trials()[0].params == REFERENCE  # the search is as it was
 
 
 def test_a_better_one_beats_and_equals_are_tied(search: Path) -> None:
     found = confirmed(search, "--top", 6, "--seeds", 3)
     best = found["ranked"][0]
     verdicts = {pair["other"]: (pair["val"]["better"], pair["test"]["better"]) for pair in found["pairs"]}
-    entries = {entry.number: entry for entry in Ledger.read(search, settings()).entries()}
+    entries = {entry.number: entry for entry in StudyStore.read(search, settings()).trials()}
     for number, verdict in verdicts.items():
         text = entries[number].params["model.modality"] == "text"
         assert verdict == ((True, True) if text else (None, None)), entries[number].params
@@ -134,16 +134,16 @@ def test_trials_that_differ_by_seed_alone_are_one_configuration(tmp_path: Path) 
     space = settings().model_dump()["search"]["space"] | {"seed": [0, 1, 2]}
     config = settings(space=space, points=points, trials=4)
     played(config, folder := tmp_path / "seeds")
-    planned = confirm.plan(Ledger.read(folder, config), folder, top=3, seeds=1)
+    planned = confirm.plan(StudyStore.read(folder, config), folder, top=3, seeds=1)
     assert len(planned.search.points) == 2
 
 
 def test_the_status_of_what_confirms_ranks_nothing(search_on_a_fold: Path, folded: Config) -> None:
-    ledger, search = Ledger.read(search_on_a_fold, folded), search_on_a_fold
-    best = ledger.best()
+    study, search = StudyStore.read(search_on_a_fold, folded), search_on_a_fold
+    best = study.best()
     assert best is not None
     for folds, where in ((None, ""), (FOLDS, ", fold 0")):
-        planned = confirm.plan(ledger, search, top=2, seeds=1, folds=folds)
+        planned = confirm.plan(study, search, top=2, seeds=1, folds=folds)
         place = confirm.place_of(search, folds)
         played(planned.with_values({"search.trials": 1}), place)
         claim_folder(planned, place)
@@ -193,14 +193,14 @@ def test_what_the_folds_hold_out_is_pooled_by_seed(search_on_a_fold: Path) -> No
 
 
 def test_a_seed_counts_once_all_of_its_folds_are_complete(search_on_a_fold: Path, folded: Config) -> None:
-    ledger = Ledger.read(search_on_a_fold, folded)
-    planned = confirm.plan(ledger, search_on_a_fold, top=1, seeds=2, folds=FOLDS)
+    study = StudyStore.read(search_on_a_fold, folded)
+    planned = confirm.plan(study, search_on_a_fold, top=1, seeds=2, folds=FOLDS)
     place = confirm.place_of(search_on_a_fold, FOLDS)
     played(planned.with_values({"search.trials": FOLDS - 1}), place)
     with pytest.raises(UserError, match="no training is complete on every fold yet"):
-        confirm.confirmation(ledger, search_on_a_fold, FOLDS)
+        confirm.confirmation(study, search_on_a_fold, FOLDS)
     played(planned.with_values({"search.trials": FOLDS + 1}), place)
-    assert confirm.confirmation(ledger, search_on_a_fold, FOLDS).chosen.seeds == [1000]
+    assert confirm.confirmation(study, search_on_a_fold, FOLDS).chosen.seeds == [1000]
 
 
 def test_the_last_confirmation_counts(search_on_a_fold: Path) -> None:
@@ -213,7 +213,7 @@ def test_folds_that_are_not_there_are_told_in_a_line(search_on_a_fold: Path, fol
     def refused(changed: dict[str, Any], folds: int) -> str:
         config = folded.with_values(changed)
         with pytest.raises(UserError) as error:
-            confirm.plan(Ledger.read(search_on_a_fold, config), search_on_a_fold, top=1, seeds=1, folds=folds)
+            confirm.plan(StudyStore.read(search_on_a_fold, config), search_on_a_fold, top=1, seeds=1, folds=folds)
         return str(error.value)
 
     assert refused({}, 5).startswith("--folds 5: ")
@@ -229,7 +229,7 @@ def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
     played(settings(), folder := tmp_path / "played")
     assert "not the folder of a sweep" in complaint(sweep("confirm", tmp_path / "nowhere"))
     (folder / "study.journal").unlink()
-    Ledger.open(folder, settings())
+    StudyStore.open(folder, settings())
     assert "no trial is complete yet" in complaint(sweep("confirm", folder))
 
 

@@ -1,4 +1,4 @@
-"""optuna-dashboard opens the ledger as it is: by the command of docs/choose.md, read by its own API."""
+"""optuna-dashboard opens the store as it is: by the command of docs/choose.md, read by its own API."""
 
 import contextlib
 import json
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from sweep.execution.cluster import free_port
-from sweep.search.study import FILE, Ledger
+from sweep.search.study import StudyStore
+from sweep.search.study_storage import FILE
 from tests.sweep.common import ask, report
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.tracked import CONFIG
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs `pip install optu
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def store(tmp_path: Path) -> StudyStore:
     """Of a sweep with a trial in every state."""
-    made = Ledger.open(tmp_path, CONFIG)
+    made = StudyStore.open(tmp_path, CONFIG)
     ask(made, 4)
     report(made, 0, 0.9, 0.8, 0.7, 0.95)
     made.complete(0)
@@ -35,7 +36,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-def api(ledger: Ledger, tmp_path: Path) -> Iterator[Any]:
+def api(store: StudyStore, tmp_path: Path) -> Iterator[Any]:
     """Asks a dashboard that shows the sweep."""
     root = f"http://127.0.0.1:{(port := free_port())}/api"
     words = [str(PROGRAM), str(tmp_path / FILE), "--host", "127.0.0.1", "--port", str(port)]
@@ -60,12 +61,12 @@ def api(ledger: Ledger, tmp_path: Path) -> Iterator[Any]:
         process.wait()
 
 
-def test_the_dashboard_shows_every_trial(api: Any, ledger: Ledger, tmp_path: Path) -> None:
+def test_the_dashboard_shows_every_trial(api: Any, store: StudyStore, tmp_path: Path) -> None:
     before = (tmp_path / FILE).read_bytes()
     [study] = api("studies")["study_summaries"]
     assert study["study_name"] == CONFIG.name
     shown = api(f"studies/{study['study_id']}?after=0")
-    trials, entries = shown["trials"], ledger.entries()
+    trials, entries = shown["trials"], store.trials()
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Fail", "Running"]
     for trial, entry in zip(trials, entries, strict=True):
         assert trial["number"] == entry.number

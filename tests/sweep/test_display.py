@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sweep.analysis.status import driver_of, progress_json, status_lines
 from sweep.cli.progress import QUIET, Display
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append
 
@@ -37,10 +37,10 @@ def test_a_log_gets_a_line_when_something_changed_and_not_too_often(folder: Path
     shown.told_at -= QUIET
     shown._look()
     assert len(lines(out)) == 1, "nothing changed"
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
     shown._look()
     assert len(lines(out)) == 2
-    ledger.complete(3)
+    study.complete(3)
     shown._look()
     assert len(lines(out)) == 2, "too soon"
 
@@ -59,11 +59,11 @@ def test_a_terminal_gets_a_bar(folder: Path) -> None:
 def test_a_ledger_that_cannot_be_read_now_stops_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, out = display(folder)
 
-    def away(self: Ledger) -> None:
+    def away(self: StudyStore) -> None:
         raise ConnectionError("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "entries", away)
+        patch.setattr(StudyStore, "trials", away)
         shown._look()
     assert out.getvalue() == ""
     shown._look()
@@ -84,7 +84,7 @@ def lease(folder: Path, age: float, content: str = json.dumps({"host": "node7", 
 
 def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    entries = Ledger.read(folder, CONFIG).entries()
+    entries = StudyStore.read(folder, CONFIG).trials()
     nobody = "nobody works on it; `sweep run sweep/config.yaml --out sweep` goes on"
     head = f"{CONFIG.name}: 3/4 trials done; 1 complete, 1 running, 1 pruned, 1 failed; best 0.800 (#0)"
     assert status_lines(CONFIG, folder, entries) == [head, nobody]
@@ -99,9 +99,9 @@ def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_a_sweep_that_is_over_wants_nothing(folder: Path) -> None:
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
-    ledger.complete(3)
-    assert status_lines(CONFIG, folder, ledger.entries())[1] == "finished"
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
+    study.complete(3)
+    assert status_lines(CONFIG, folder, study.trials())[1] == "finished"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": "a", "pid": null}'])
@@ -111,7 +111,7 @@ def test_a_lease_that_is_being_written_is_nobody_s(content: str, tmp_path: Path)
 
 
 def test_trials_that_go_on_say_so(folder: Path) -> None:
-    report(Ledger.open(folder, CONFIG), 3, 0.95)
+    report(StudyStore.open(folder, CONFIG), 3, 0.95)
     append(folder, 3)
     shown, out = display(folder)
     shown._look()

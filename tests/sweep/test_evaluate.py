@@ -23,7 +23,7 @@ from sweep.config.schema import Config, parse
 from sweep.execution.trial import as_run, open_shards
 from sweep.preflight import cache_passes as frozen
 from sweep.preflight.checks import resolve_inputs
-from sweep.search.study import Ledger, trial_config
+from sweep.search.study import StudyStore, trial_config
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, driver, refused, report, settings, sweep, tree
 
@@ -271,19 +271,19 @@ def test_a_checkpoint_of_another_configuration_is_one_error(trial: Path) -> None
     assert refused(trial, "evaluate", "trial").startswith("the checkpoint belongs to another configuration: ")
 
 
-def a_sweep(here: Path) -> Ledger:
+def a_sweep(here: Path) -> StudyStore:
     """A sweep of three trials: complete, failed, running."""
     claim_folder(config := settings(), here / "s")
-    ledger = Ledger.open(here / "s", config)
-    ask(ledger, 3)
-    report(ledger, 0, 0.25, 0.5)
-    ledger.complete(0)
-    ledger.fail(1, "lost")
-    return ledger
+    study = StudyStore.open(here / "s", config)
+    ask(study, 3)
+    report(study, 0, 0.25, 0.5)
+    study.complete(0)
+    study.fail(1, "lost")
+    return study
 
 
 def test_status_and_best_for_scripts(here: Path) -> None:
-    ledger = a_sweep(here)
+    study = a_sweep(here)
     status = strict(sweep("status", "s", "--json").out)
     assert status.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
@@ -291,7 +291,7 @@ def test_status_and_best_for_scripts(here: Path) -> None:
     keys |= {"attempts", "reason", "why", "audited", "spared"}
     assert all(trial.keys() == keys for trial in status["trials"])
     best = strict(sweep("best", "s", "--json").out)
-    own = ledger.trial_config(ledger.entries()[0]).model_dump(mode="json")
+    own = study.trial_config(study.trials()[0]).model_dump(mode="json")
     assert best == status["trials"][0] | {"config": own}
     assert (best["number"], best["value"], best["steps"]) == (0, 0.5, 20)
     shown = sweep("best", "s").out.replace("\n", " ")
@@ -303,14 +303,14 @@ def test_status_and_best_for_scripts(here: Path) -> None:
 def test_a_sweep_without_a_complete_trial_has_no_best(here: Path) -> None:
     claim_folder(config := settings(), here / "s")
     assert refused(here, "status", "s").startswith("s: no trial has started yet")
-    ask(Ledger.open(here / "s", config), 1)
+    ask(StudyStore.open(here / "s", config), 1)
     assert refused(here, "best", "s").startswith("s: no trial is complete yet; `sweep status s`")
     assert refused(here, "evaluate", "s").startswith("s: no trial is complete yet")
 
 
 def test_a_value_that_is_not_finite_leaves_the_json_valid(here: Path) -> None:
-    ledger = a_sweep(here)
-    report(ledger, 2, float("nan"))
+    study = a_sweep(here)
+    report(study, 2, float("nan"))
     strict(sweep("status", "s", "--json").out)
 
 

@@ -8,8 +8,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from data.errors import ConfigError
-from sweep.execution.tune import LedgerSearcher
-from sweep.search.study import Ledger
+from sweep.execution.tune import StudySearcher
+from sweep.search.study import StudyStore
 from tests.sweep.common import settings
 
 
@@ -28,17 +28,17 @@ class Calls:
 
 def make(
     folder: Path, job: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda number, values: {"number": number}
-) -> tuple[LedgerSearcher, Calls]:
+) -> tuple[StudySearcher, Calls]:
     calls = Calls()
-    ledger = Ledger.open(folder, settings(trials=5))
-    return LedgerSearcher(ledger, job, lambda: None, calls.stop, calls.end), calls
+    study = StudyStore.open(folder, settings(trials=5))
+    return StudySearcher(study, job, lambda: None, calls.stop, calls.end), calls
 
 
-def states(searcher: LedgerSearcher) -> list[tuple[str, str | None]]:
-    return [(entry.state, entry.reason) for entry in searcher.ledger.entries()]
+def states(searcher: StudySearcher) -> list[tuple[str, str | None]]:
+    return [(entry.state, entry.reason) for entry in searcher.study.trials()]
 
 
-def ends(searcher: LedgerSearcher, *results: dict[str, Any] | None) -> list[int]:
+def ends(searcher: StudySearcher, *results: dict[str, Any] | None) -> list[int]:
     """Each result ends a trial of its own; how many are still known to run."""
     for number, result in enumerate(results):
         searcher.suggest(str(number))

@@ -18,7 +18,7 @@ from sweep.config.version import code_version
 from sweep.durability.retention import prune_checkpoints
 from sweep.execution.trial import fit_job
 from sweep.preflight.checks import resolve_inputs
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.model.trials import history
 from tests.sweep.common import ask, complaint, driver, refused, sweep, tree
@@ -36,23 +36,23 @@ def swept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resolved, attempt = resolve_inputs(config), driver(config, folder)
     attempt.bind(resolved)
     for number in range(2):
-        [asked] = ask(attempt.ledger, 1)
+        [asked] = ask(attempt.study, 1)
         job = attempt._job(resolved, *asked)
-        assert fit_job(job, partial(attempt.ledger.report, number), never)
-        attempt.ledger.complete(number)
-    ask(attempt.ledger, 1)
-    assert len(prune_checkpoints(attempt.ledger, folder)) == 1
+        assert fit_job(job, partial(attempt.study.report, number), never)
+        attempt.study.complete(number)
+    ask(attempt.study, 1)
+    assert len(prune_checkpoints(attempt.study, folder)) == 1
     return folder
 
 
 @pytest.fixture
-def swept_here(here: Path, swept: Path) -> Ledger:
+def swept_here(here: Path, swept: Path) -> StudyStore:
     """The same in the working folder, as `s`."""
     shutil.copytree(swept, here / "s")
-    return Ledger.read(Path("s"), load("s/config.yaml"))
+    return StudyStore.read(Path("s"), load("s/config.yaml"))
 
 
-def test_the_configuration_of_the_best_trains_it_again(swept_here: Ledger) -> None:
+def test_the_configuration_of_the_best_trains_it_again(swept_here: StudyStore) -> None:
     best = swept_here.best()
     assert best is not None
     outcome = sweep("best", "s", "--config")
@@ -68,7 +68,7 @@ def test_the_configuration_of_the_best_trains_it_again(swept_here: Ledger) -> No
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_trial_of_a_sweep_is_exported(named: bool, swept_here: Ledger) -> None:
+def test_a_trial_of_a_sweep_is_exported(named: bool, swept_here: StudyStore) -> None:
     best = swept_here.best()
     assert best is not None
     which = ("--trial", best.number) if named else ()
@@ -88,7 +88,7 @@ def test_a_trial_of_a_sweep_is_exported(named: bool, swept_here: Ledger) -> None
     assert len(load_file("made/m/lora/adapter_model.safetensors")) == len(state["tensors"]) - len(speech)
 
 
-def test_the_card_says_where_it_comes_from_and_how_good_it_was(swept_here: Ledger) -> None:
+def test_the_card_says_where_it_comes_from_and_how_good_it_was(swept_here: StudyStore) -> None:
     best = swept_here.best()
     assert best is not None
     assert sweep("export", "s", "--out", "m").code == 0
@@ -106,7 +106,7 @@ def test_the_card_says_where_it_comes_from_and_how_good_it_was(swept_here: Ledge
     assert 'PeftModel.from_pretrained(base, "lora")' in card
 
 
-def test_the_command_of_the_card_trains_it_again(swept_here: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_the_card_trains_it_again(swept_here: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     best = swept_here.best()
     assert best is not None
     assert sweep("export", "s", "--out", "m").code == 0
@@ -129,7 +129,7 @@ def test_without_lora_there_is_none(here: Path) -> None:
     assert ("PeftModel" in card, "| trial | trained alone |" in card, "(at the export)" in card) == (False, True, True)
 
 
-def test_what_cannot_be_exported_is_one_error(here: Path, swept_here: Ledger) -> None:
+def test_what_cannot_be_exported_is_one_error(here: Path, swept_here: StudyStore) -> None:
     best = swept_here.best()
     assert best is not None
     other = 1 - best.number
@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_one_error(here: Path, swept_here: Ledger) ->
         assert refused(here, "export", *words).startswith(message), message
 
 
-def test_a_failure_in_the_middle_leaves_nothing(swept_here: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_leaves_nothing(swept_here: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

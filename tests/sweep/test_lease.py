@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from sweep.durability import lease as module
-from sweep.durability.lease import FILE, LOCK, Busy, Holder, Lease, Lost, hold
+from sweep.durability.lease import FILE, LOCK, Holder, Lease, LeaseHeldError, LeaseLostError, hold
 from tests.sweep.common import tree
 
 BEAT, PATIENCE = 0.02, 1.0  # a busy machine may hold a thread up for a good part of a second
@@ -90,7 +90,7 @@ def test_a_second_driver_of_this_machine_is_refused_at_once(tmp_path: Path) -> N
         message = (
             rf"another `sweep run` .*\(host .*, process {os.getpid()}, since 0 min\); wait for it, or end it first"
         )
-        with pytest.raises(Busy, match=message), hold(tmp_path):
+        with pytest.raises(LeaseHeldError, match=message), hold(tmp_path):
             pass
         assert time.monotonic() - started < 5
         lease.check()
@@ -101,7 +101,7 @@ def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> 
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
-            with pytest.raises(Busy, match=f"process {other.pid}"), hold(tmp_path):
+            with pytest.raises(LeaseHeldError, match=f"process {other.pid}"), hold(tmp_path):
                 pass
         finally:
             other.kill()
@@ -131,7 +131,10 @@ def test_a_living_process_of_this_kernel_is_not_replaced(tmp_path: Path) -> None
     parent = psutil.Process(os.getppid())
     here = socket.gethostname()
     leave(tmp_path, host=here, boot=module.boot(), pid=parent.pid, started=parent.create_time())
-    with pytest.raises(Busy, match=f"host {here}, process {parent.pid}, since 10 min"), hold(tmp_path, **FAST):
+    with (
+        pytest.raises(LeaseHeldError, match=f"host {here}, process {parent.pid}, since 10 min"),
+        hold(tmp_path, **FAST),
+    ):
         pass
     assert content(tmp_path)["token"] == "their-token"
 
@@ -153,7 +156,7 @@ def test_a_driver_of_another_machine_whose_heart_beats_is_not_replaced(
     with hold(tmp_path, **FAST) as lease:
         elsewhere()
         for _ in range(3):
-            with pytest.raises(Busy, match=f"process {os.getpid()}"), hold(tmp_path, **FAST):
+            with pytest.raises(LeaseHeldError, match=f"process {os.getpid()}"), hold(tmp_path, **FAST):
                 pass
         lease.check()
 
@@ -164,11 +167,11 @@ def test_a_driver_that_had_been_suspended_learns_that_it_was_replaced(
     with hold(tmp_path, beat=600) as suspended:  # no heartbeat while the other one watches
         elsewhere()
         with hold(tmp_path, **FAST) as other:
-            with pytest.raises(Lost, match=f"taken over .*process {os.getpid()}.*stops writing"):
+            with pytest.raises(LeaseLostError, match=f"taken over .*process {os.getpid()}.*stops writing"):
                 suspended.check()
             assert suspended.lost
             other.check()
-    with pytest.raises(Lost):
+    with pytest.raises(LeaseLostError):
         suspended.check()
 
 
@@ -185,7 +188,7 @@ def test_a_lease_that_is_gone_is_lost(tmp_path: Path) -> None:
     with hold(tmp_path, **FAST) as lease:
         (tmp_path / FILE).unlink()
         until(lambda: lease.lost)
-        with pytest.raises(Lost):
+        with pytest.raises(LeaseLostError):
             lease.check()
 
 
@@ -214,7 +217,7 @@ def test_of_many_machines_that_start_together_one_wins(
         leave(tmp_path)
     together, ended = threading.Barrier(8), threading.Event()
     held: list[Lease] = []
-    refused: list[Busy] = []
+    refused: list[LeaseHeldError] = []
 
     def start() -> None:
         together.wait()
@@ -222,7 +225,7 @@ def test_of_many_machines_that_start_together_one_wins(
             with hold(tmp_path, beat=BEAT, patience=PATIENCE, settle=0.5) as lease:
                 held.append(lease)
                 ended.wait(10)
-        except Busy as error:
+        except LeaseHeldError as error:
             refused.append(error)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
@@ -242,7 +245,7 @@ def test_a_suspended_process_is_alive_on_its_own_machine(tmp_path: Path) -> None
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
             other.send_signal(signal.SIGSTOP)
-            with pytest.raises(Busy), hold(tmp_path, **FAST):
+            with pytest.raises(LeaseHeldError), hold(tmp_path, **FAST):
                 pass
         finally:
             other.kill()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sweep.config.schema import Config, parse
-from sweep.search.study import Entry, Ledger, Reason, common_fault
+from sweep.search.study import Reason, StudyStore, TrialRecord, common_fault
 from tests.sweep.common import report, settings
 
 RANK, RATE = "model.lora.rank", "train.learning_rate"
@@ -16,17 +16,17 @@ def too_large(folder: Path, reason: Reason, seed: int) -> int:
     """How many of the later trials of a sweep want a rank above 32, which fails; the rate is what counts for others."""
     space = {RANK: {"low": 1, "high": 64}, RATE: {"low": 1e-4, "high": 1e-2, "log": True}}
     config = settings(points=[], space=space, startup_trials=8)
-    ledger = Ledger.open(folder, config.model_copy(update={"seed": seed}))
+    study = StudyStore.open(folder, config.model_copy(update={"seed": seed}))
     for _ in range(30):
-        asked = ledger.ask([], 30)
+        asked = study.ask([], 30)
         assert asked is not None
         number, values = asked
         if values[RANK] > 32:
-            ledger.fail(number, "out of memory at step 3", reason=reason)
+            study.fail(number, "out of memory at step 3", reason=reason)
         else:
-            report(ledger, number, values[RATE])
-            ledger.complete(number)
-    return sum(entry.params[RANK] > 32 for entry in ledger.entries()[12:])
+            report(study, number, values[RATE])
+            study.complete(number)
+    return sum(entry.params[RANK] > 32 for entry in study.trials()[12:])
 
 
 def test_what_ran_out_of_memory_is_avoided(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_what_ran_out_of_memory_is_avoided(tmp_path: Path) -> None:
     assert found["out of memory"] < 0.5 * found["error"], found
 
 
-def failures(*whys: tuple[Reason, str], state: Any = "FAIL") -> list[Entry]:
-    return [Entry(number, state, {}, None, {}, 0, {}, why, reason) for number, (reason, why) in enumerate(whys)]
+def failures(*whys: tuple[Reason, str], state: Any = "FAIL") -> list[TrialRecord]:
+    return [TrialRecord(number, state, {}, None, {}, 0, {}, why, reason) for number, (reason, why) in enumerate(whys)]
 
 
 def test_a_fault_of_every_trial_is_told_after_three() -> None:
@@ -53,7 +53,7 @@ def test_a_fault_of_every_trial_is_told_after_three() -> None:
     assert said is not None
     assert "bad data: /runs/x/0001/part-3: no such file" in said
     assert "\n" not in said
-    assert common_fault([*alike, Entry(3, "RUNNING", {}, None, {}, 0, {}, "running")]) == said
+    assert common_fault([*alike, TrialRecord(3, "RUNNING", {}, None, {}, 0, {}, "running")]) == said
     assert common_fault(failures(("error", "a"), missing, missing, missing)) is not None, "the last ones count"
 
 
@@ -63,7 +63,7 @@ def test_other_failures_do_not_end_a_sweep() -> None:
     assert common_fault(failures(missing, missing, ("error", "no such file"))) is None
     assert common_fault(failures(missing, missing, ("bad data", "damaged"))) is None
     for state in ("COMPLETE", "PRUNED"):
-        done = Entry(9, state, {}, 0.5, {}, 1, {1: 0.5}, "trained to the end")
+        done = TrialRecord(9, state, {}, 0.5, {}, 1, {1: 0.5}, "trained to the end")
         assert common_fault([done, *failures(missing, missing, missing)]) is None
 
 

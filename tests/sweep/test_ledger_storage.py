@@ -11,7 +11,8 @@ from data.errors import ConfigError, UserError
 from sweep.config.files import load
 from sweep.config.schema import Config, parse
 from sweep.search import study_storage as module
-from sweep.search.study import FILE, Ledger, has_ledger, sweep_id
+from sweep.search.study import StudyStore
+from sweep.search.study_storage import FILE, has_study, sweep_id
 from tests.sweep.common import ask, pruned, report, settings, tree
 from tests.sweep.stores import Postgres, at, postgres  # noqa: F401 — fixture
 
@@ -19,37 +20,37 @@ SECRET = "hunter2"
 
 
 def test_a_killed_drivers_lock_and_half_a_line_are_removed(tmp_path: Path) -> None:
-    ask(Ledger.open(tmp_path, settings()), 1)
+    ask(StudyStore.open(tmp_path, settings()), 1)
     (tmp_path / f"{FILE}.lock").touch()  # held for ever
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"op_code": 8, "trial_')  # a full disk
-    ledger = Ledger.open(tmp_path, settings())
+    study = StudyStore.open(tmp_path, settings())
     assert not (tmp_path / f"{FILE}.lock").exists(), "Optuna would wait half a minute for it"
-    report(ledger, 0, 0.5)
-    assert Ledger.open(tmp_path, settings()).entries()[0].curve == {1: 0.5}
+    report(study, 0, 0.5)
+    assert StudyStore.open(tmp_path, settings()).trials()[0].curve == {1: 0.5}
 
 
 def test_looking_on_does_not_touch_the_writers_lock_nor_its_line(tmp_path: Path) -> None:
-    writer = Ledger.open(tmp_path, settings())
-    reader = Ledger.read(tmp_path, settings())
+    writer = StudyStore.open(tmp_path, settings())
+    reader = StudyStore.read(tmp_path, settings())
     ask(writer, 1)
     report(writer, 0, 0.5)
     (tmp_path / f"{FILE}.lock").touch()  # held by the writer at this moment
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"op_code": 8, "trial_')  # and its line is on the way
     before = tree(tmp_path)
-    for looking in (reader, Ledger.read(tmp_path, settings())):
-        assert looking.entries()[0].curve == {1: 0.5}
+    for looking in (reader, StudyStore.read(tmp_path, settings())):
+        assert looking.trials()[0].curve == {1: 0.5}
     assert tree(tmp_path) == before
 
 
 def test_what_is_known_already_is_not_written_again(tmp_path: Path) -> None:
-    ledger = Ledger.open(tmp_path, pruned())
-    ask(ledger, 1)
-    report(ledger, 0, 0.5, 0.6)
-    ledger.bind("aa", "1")
+    study = StudyStore.open(tmp_path, pruned())
+    ask(study, 1)
+    report(study, 0, 0.5, 0.6)
+    study.bind("aa", "1")
     before = tree(tmp_path)
-    again = Ledger.open(tmp_path, pruned())
+    again = StudyStore.open(tmp_path, pruned())
     again.bind("aa", "1")
     report(again, 0, 0.5, 0.6)
     assert tree(tmp_path) == before
@@ -76,11 +77,11 @@ def test_an_id_is_made_once_whoever_asks(tmp_path: Path) -> None:
 def two_sweeps_of_one_name(folder: Path, config: Config) -> None:
     for name in ("a", "b"):
         (folder / name).mkdir()
-    one, other = (Ledger.open(folder / name, config) for name in ("a", "b"))
+    one, other = (StudyStore.open(folder / name, config) for name in ("a", "b"))
     ask(one, 3)
-    assert other.entries() == []
+    assert other.trials() == []
     ask(other, 1)
-    assert [len(Ledger.read(folder / name, config).entries()) for name in ("a", "b")] == [3, 1]
+    assert [len(StudyStore.read(folder / name, config).trials()) for name in ("a", "b")] == [3, 1]
 
 
 def test_sweeps_of_one_name_do_not_mix_in_sqlite(tmp_path: Path) -> None:
@@ -95,18 +96,18 @@ def test_a_relative_sqlite_file_lies_in_the_sweeps_folder(tmp_path: Path, monkey
     config = at("sqlite:///ledger.db", settings())
     monkeypatch.chdir(tmp_path)
     Path("s").mkdir()
-    ask(Ledger.open(Path("s"), config), 1)
+    ask(StudyStore.open(Path("s"), config), 1)
     monkeypatch.chdir("/")
-    assert len(Ledger.read(tmp_path / "s", config).entries()) == 1
+    assert len(StudyStore.read(tmp_path / "s", config).trials()) == 1
     assert (tmp_path / "s/ledger.db").exists()
 
 
 def test_looking_at_a_sweep_that_is_not_there_makes_no_file(tmp_path: Path) -> None:
     config = at("sqlite:///ledger.db", settings())
-    assert not has_ledger(tmp_path, config)
+    assert not has_study(tmp_path, config)
     sweep_id(tmp_path)
     with pytest.raises(UserError, match="no trial has started yet"):
-        Ledger.read(tmp_path, config)
+        StudyStore.read(tmp_path, config)
     assert list(tree(tmp_path)) == ["sweep-id"]
 
 
@@ -122,7 +123,7 @@ def test_new_tables_are_made_by_two_sweeps_at_once(tmp_path: Path, postgres: Pos
         folder.mkdir()
         together.wait()
         try:
-            ask(Ledger.open(folder, config), 1)
+            ask(StudyStore.open(folder, config), 1)
         except Exception as error:
             failed.append(error)
 
@@ -132,24 +133,24 @@ def test_new_tables_are_made_by_two_sweeps_at_once(tmp_path: Path, postgres: Pos
     for thread in threads:
         thread.join()
     assert failed == []
-    assert [len(Ledger.read(tmp_path / str(number), config).entries()) for number in range(4)] == [1] * 4
+    assert [len(StudyStore.read(tmp_path / str(number), config).trials()) for number in range(4)] == [1] * 4
 
 
 def test_a_server_that_is_restarted_is_waited_for(tmp_path: Path) -> None:
     server = Postgres()
     try:
         config = at(server.url, pruned())
-        ledger, reader = Ledger.open(tmp_path, config), Ledger.read(tmp_path, config)
-        ask(ledger, 1)
-        report(ledger, 0, 0.1)
+        study, reader = StudyStore.open(tmp_path, config), StudyStore.read(tmp_path, config)
+        ask(study, 1)
+        report(study, 0, 0.1)
         server.stop()
         back = threading.Timer(1.5, server.start)
         back.start()
         started = time.monotonic()
-        report(ledger, 0, 0.1, 0.2)
+        report(study, 0, 0.1, 0.2)
         assert time.monotonic() - started > 1
         back.join()
-        assert reader.entries()[0].curve == {1: 0.1, 2: 0.2}
+        assert reader.trials()[0].curve == {1: 0.1, 2: 0.2}
     finally:
         server.end()
 
@@ -163,12 +164,12 @@ def test_a_server_that_stays_away_ends_the_wait(
     monkeypatch.setattr(module, "PATIENCE", 0.5)
     server = Postgres()
     try:
-        ledger = Ledger.open(tmp_path, at(server.url, settings()))
+        study = StudyStore.open(tmp_path, at(server.url, settings()))
         server.stop()
         with pytest.raises(optuna.exceptions.StorageInternalError):
-            ledger.ask([], 1)
+            study.ask([], 1)
         server.start()
-        assert ledger.ask([], 1) is not None, "the next call connects again"
+        assert study.ask([], 1) is not None, "the next call connects again"
     finally:
         server.end()
 
@@ -181,7 +182,7 @@ def test_a_server_that_is_not_there_is_one_error_without_the_password(
         port = free.getsockname()[1]
     config = at(f"postgresql://me@127.0.0.1:{port}/sweeps", settings())
     sweep_id(tmp_path)
-    for work in (Ledger.open, Ledger.read):
+    for work in (StudyStore.open, StudyStore.read):
         with pytest.raises(UserError) as error:
             work(tmp_path, config)
         message = str(error.value)
@@ -199,7 +200,7 @@ def test_a_file_that_is_no_database_is_one_error(tmp_path: Path) -> None:
         "sqlite:////no/such/folder/x.db": "unable to open",
     }.items():
         with pytest.raises(UserError, match=rf"storage\.ledger: sqlite:.*cannot be used \(.*{said}.*\)"):
-            Ledger.open(tmp_path, at(url, settings()))
+            StudyStore.open(tmp_path, at(url, settings()))
 
 
 @pytest.mark.parametrize(

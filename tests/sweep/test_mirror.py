@@ -12,9 +12,9 @@ from data.errors import DataError
 from data.shards.store import Store
 from sweep.config.paths import trial_folder
 from sweep.durability import lease, mirror
-from sweep.durability.lease import Busy, Lost
+from sweep.durability.lease import LeaseHeldError, LeaseLostError
 from sweep.durability.mirror import below, mirrored
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.sweep.common import ask, complaint, report, settings, sweep
 
 CONFIG = settings(trials=4)
@@ -45,20 +45,20 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def begin(folder: Path) -> Ledger:
+def begin(folder: Path) -> StudyStore:
     """A sweep with an ended and a running trial."""
     folder.mkdir()
     (folder / "config.yaml").write_text("name: test\n")
-    ledger = Ledger.open(folder, CONFIG)
-    ask(ledger, 2)
-    report(ledger, 0, 0.5, 0.6)
-    ledger.complete(0)
-    report(ledger, 1, 0.4)
+    study = StudyStore.open(folder, CONFIG)
+    ask(study, 2)
+    report(study, 0, 0.5, 0.6)
+    study.complete(0)
+    report(study, 1, 0.4)
     for number in (0, 1):
         (place := trial_folder(folder, number)).mkdir(parents=True)
         for name in ("config.yaml", "checkpoint.pt", "metrics.jsonl"):
             (place / name).write_bytes(f"{name} of {number}".encode())
-    return ledger
+    return study
 
 
 def keep(folder: Path, url: str, say: Any = print, **times: float) -> Any:
@@ -91,10 +91,10 @@ def test_another_machine_goes_on_from_the_copy(url: str, tmp_path: Path) -> None
     said: list[str] = []
     with keep(two, url, said.append) as own:
         assert content(two) == content(one)
-        ledger = Ledger.open(two, CONFIG)
-        assert [entry.state for entry in ledger.entries()] == ["COMPLETE", "RUNNING"]
-        assert ledger.ask([], 4) == Ledger.read(one, CONFIG).ask([], 4)
-        report(ledger, 1, 0.4, 0.7)
+        study = StudyStore.open(two, CONFIG)
+        assert [entry.state for entry in study.trials()] == ["COMPLETE", "RUNNING"]
+        assert study.ask([], 4) == StudyStore.read(one, CONFIG).ask([], 4)
+        report(study, 1, 0.4, 0.7)
         (trial_folder(two, 0) / "checkpoint.pt").unlink()
         assert own.finish(20), own.error
     assert [line for line in said if line.startswith("fetching")]
@@ -109,9 +109,9 @@ def test_a_machine_that_comes_back_drops_what_did_not_count(tmp_path: Path, url:
     leave(one, url)
     (two := tmp_path / "two").mkdir()
     with keep(two, url) as own:
-        report(Ledger.open(two, CONFIG), 1, 0.4, 0.9)
+        report(StudyStore.open(two, CONFIG), 1, 0.4, 0.9)
         assert own.finish(20)
-    report(Ledger.open(one, CONFIG), 1, 0.4, 0.1)  # it had gone on for a while without the store
+    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.1)  # it had gone on for a while without the store
     (trial_folder(one, 7)).mkdir()
     leave(one, url)
     assert content(one) == content(two)
@@ -122,7 +122,7 @@ def test_the_same_machine_keeps_what_the_copy_lacks(tmp_path: Path) -> None:
     url = "memory://bucket/same"
     begin(one := tmp_path / "one")
     leave(one, url)
-    report(Ledger.open(one, CONFIG), 1, 0.4, 0.9)  # and was killed before the copy had it
+    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.9)  # and was killed before the copy had it
     before = content(one)
     leave(one, url)
     assert content(one) == before
@@ -151,7 +151,7 @@ def test_a_writer_that_lives_is_not_replaced_and_a_dead_one_is(tmp_path: Path) -
     begin(one := tmp_path / "one")
     (two := tmp_path / "two").mkdir()
     with keep(one, url) as own:
-        with pytest.raises(Busy, match="another machine works on this sweep"), keep(two, url, patience=2.0):
+        with pytest.raises(LeaseHeldError, match="another machine works on this sweep"), keep(two, url, patience=2.0):
             pass
         assert content(two) == {}
         assert own.is_alive()
@@ -161,7 +161,7 @@ def test_a_writer_that_lives_is_not_replaced_and_a_dead_one_is(tmp_path: Path) -
         with keep(two, url) as other:
             assert content(two) == content(one)
             own.lost.clear()
-            with pytest.raises(Lost):
+            with pytest.raises(LeaseLostError):
                 own._beat(last=False)
             assert other.finish(10)
 
@@ -175,7 +175,7 @@ def test_a_driver_whose_copy_was_taken_over_stops(tmp_path: Path) -> None:
         while own.is_alive():  # its own heartbeat may come just after
             mirror._write_owner(Store(url), other, 9, open_=True)
             own.join(0.1)
-        with pytest.raises(Lost, match="another machine took this sweep over"):
+        with pytest.raises(LeaseLostError, match="another machine took this sweep over"):
             own.check()
         assert not own.finish(1)
 

@@ -8,7 +8,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sweep.config.paths import trial_folder
-from sweep.search.study import Ledger, sweep_id
+from sweep.search.study import StudyStore
+from sweep.search.study_storage import sweep_id
 from sweep.tracking import registry as mlflow_model
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.tracker import is_shipped, mlflow_run_id
@@ -35,7 +36,7 @@ def versions(folder: Path) -> list[tuple[str, str | None]]:
 def ended(folder: Path) -> Path:
     """The folder of a sweep whose best trial is 0, with a checkpoint."""
     trained(folder, 0)
-    Ledger.open(folder, CONFIG).fail(3, "lost")
+    StudyStore.open(folder, CONFIG).fail(3, "lost")
     track(folder)
     assert is_shipped(folder)
     return folder
@@ -64,12 +65,12 @@ def test_the_same_best_again_makes_no_second_version(ended: Path) -> None:
 
 @pytest.mark.parametrize(("value", "best"), [(0.95, 4), (0.5, 0)])
 def test_the_alias_follows_a_sweep_that_grows(value: float, best: int, ended: Path) -> None:
-    ask(ledger := Ledger.open(ended, MORE), 1)
+    ask(study := StudyStore.open(ended, MORE), 1)
     trained(ended, 4, b"better")
     track(ended, MORE)
     assert len(versions(ended)) == 2, "no version of a sweep that has not ended"
-    report(ledger, 4, 0.95, 0.95, value)  # epoch 3 is no rung
-    ledger.complete(4)
+    report(study, 4, 0.95, 0.95, value)  # epoch 3 is no rung
+    study.complete(4)
     track(ended, MORE)
     known = [("1", mlflow_run_id(ended, 0))]
     new = [("2", mlflow_run_id(ended, 4))] if best == 4 else []
@@ -98,7 +99,7 @@ def test_without_a_checkpoint_to_send_there_is_no_version(
     if why == "large":
         trained(folder, 0)
         monkeypatch.setattr(mlflow_model, "LARGEST", 3)
-    Ledger.open(folder, CONFIG).fail(3, "lost")
+    StudyStore.open(folder, CONFIG).fail(3, "lost")
     track(folder)
     assert is_shipped(folder)
     with pytest.raises(MlflowException, match="not found"):

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweep.config.version import code_version
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.summary import is_summary
 from tests.sweep.common import ask, report
@@ -49,12 +49,12 @@ def test_every_run_is_linked_to_the_corpus(folder: Path) -> None:
 def test_the_sums_of_a_sweep_follow_its_trials_and_are_told_once(folder: Path) -> None:
     track(folder)
     track(folder)
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
-    ledger.complete(3)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
+    study.complete(3)
     track(folder)
     more = CONFIG.with_values({"search.trials": 5})
-    ask(ledger := Ledger.open(folder, more), 1)
-    ledger.fail(4, "lost")
+    ask(study := StudyStore.open(folder, more), 1)
+    study.fail(4, "lost")
     track(folder, more)
     parent, children = runs(folder)
     client = MlflowClient(tracking_uri(folder))

@@ -9,7 +9,7 @@ import pytest
 
 from data.shards.dataset import Shards
 from model.training.metrics_log import Point
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 from sweep.tracking.dataset import Corpus, without_secrets
 from sweep.tracking.note import LONGEST, link, note
 from sweep.tracking.summary import end_tags, is_summary, params, start_tags, sweep_metrics, trial_metrics, unvaried
@@ -18,10 +18,10 @@ from tests.sweep.common import FROZEN, settings
 CONFIG = settings()
 
 
-def trial(number: int = 0, *curve: float, state: Any = "COMPLETE", **more: Any) -> Entry:
+def trial(number: int = 0, *curve: float, state: Any = "COMPLETE", **more: Any) -> TrialRecord:
     epochs = dict(enumerate(curve, start=1))
     own = {"params": {}, "metrics": {}, "why": "so"} | more
-    return Entry(number, state, value=curve[-1] if curve else None, steps=0, curve=epochs, **own)
+    return TrialRecord(number, state, value=curve[-1] if curve else None, steps=0, curve=epochs, **own)
 
 
 def points(**curves: list[float]) -> list[Point]:

@@ -14,12 +14,12 @@ from data.errors import UserError
 from data.shards.dataset import Shards
 from model.runtime import memory
 from sweep.config.schema import Config
-from sweep.execution.tune import LedgerSearcher
+from sweep.execution.tune import StudySearcher
 from sweep.preflight import dry_run as planner
 from sweep.preflight import eta as forecast
 from sweep.preflight.dry_run import Plan, dry_steps
 from sweep.preflight.eta import Forecast
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.sweep.common import Asked, ask, play, report, sweep
 from tests.sweep.passes import config
 
@@ -118,8 +118,8 @@ def test_where_the_largest_number_does_not_fit_those_below_are_tried(
     assert shown in forecast.lines(own(models, corpus), tmp_path, [])
 
 
-def run(ledger: Ledger, target: int) -> list[Asked]:
-    return list(play(ledger, target))
+def run(study: StudyStore, target: int) -> list[Asked]:
+    return list(play(study, target))
 
 
 def test_what_cannot_fit_takes_no_trials_place(models: Path, corpus: Shards, tmp_path: Path, tried: list[Any]) -> None:
@@ -131,23 +131,23 @@ def test_what_cannot_fit_takes_no_trials_place(models: Path, corpus: Shards, tmp
     for folder in (one, many):
         folder.mkdir()
 
-    def opened(folder: Path) -> Ledger:
-        ledger = Ledger.open(folder, sweep_)
-        ledger.fits = plan.fits
-        return ledger
+    def opened(folder: Path) -> StudyStore:
+        study = StudyStore.open(folder, sweep_)
+        study.fits = plan.fits
+        return study
 
-    whole = run(ledger := opened(one), 12)
+    whole = run(study := opened(one), 12)
     resumed = [asked for target in range(1, 13) for asked in run(opened(many), target)]
     assert resumed == whole
     assert [number for number, _ in whole] == list(range(12))
     assert {values[RANK] for _, values in whole} == {2, 4}
     assert whole[0][1] | points[1] == whole[0][1]
-    assert {entry.state for entry in ledger.entries()} == {"COMPLETE"}
-    assert ledger.points_left() == points[:1]
-    ledger.fits = lambda values: True  # on a larger machine
-    [(_, values)] = run(ledger, 13)
+    assert {entry.state for entry in study.trials()} == {"COMPLETE"}
+    assert study.points_left() == points[:1]
+    study.fits = lambda values: True  # on a larger machine
+    [(_, values)] = run(study, 13)
     assert values | points[0] == values
-    assert ledger.points_left() == []
+    assert study.points_left() == []
 
 
 def test_without_exclusions_the_same_trials_are_drawn(models: Path, corpus: Shards, tmp_path: Path) -> None:
@@ -155,36 +155,36 @@ def test_without_exclusions_the_same_trials_are_drawn(models: Path, corpus: Shar
     found = []
     for name in ("all", "some"):
         (tmp_path / name).mkdir()
-        ledger = Ledger.open(tmp_path / name, sweep_)
+        study = StudyStore.open(tmp_path / name, sweep_)
         if name == "some":
-            ledger.fits = lambda values: values[RANK] < 99
-        found.append(run(ledger, 8))
+            study.fits = lambda values: values[RANK] < 99
+        found.append(run(study, 8))
     assert found[0] == found[1]
 
 
 def test_a_search_of_which_nothing_fits_stops_and_fails_no_trial(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    ledger = Ledger.open(tmp_path, own(models, corpus))
-    ledger.fits = lambda values: False
-    searcher = LedgerSearcher(ledger, lambda *_: {}, lambda: None, lambda: None, lambda: None)
+    study = StudyStore.open(tmp_path, own(models, corpus))
+    study.fits = lambda values: False
+    searcher = StudySearcher(study, lambda *_: {}, lambda: None, lambda: None, lambda: None)
     assert searcher.suggest("0") == Searcher.FINISHED
     assert searcher.fault is not None
     assert searcher.fault[0].startswith("search.space: of 100 draws none fits into memory")
-    assert ledger.entries() == []
+    assert study.trials() == []
 
 
 def test_the_forecast_counts_what_is_left(models: Path, corpus: Shards, tmp_path: Path, tried: list[Any]) -> None:
     text, speech = {RANK: 2, MODALITY: "text"}, {RANK: 2, MODALITY: "speech"}
     sweep_ = own(models, corpus, trials=4, points=[text, speech, speech])
-    plan, ledger = make(sweep_, tmp_path), Ledger.open(tmp_path, sweep_)
-    whole = plan.forecast(ledger.entries(), ledger.points_left(), slots=1)
+    plan, study = make(sweep_, tmp_path), StudyStore.open(tmp_path, sweep_)
+    whole = plan.forecast(study.trials(), study.points_left(), slots=1)
     mean = 2 * (3.0 + 1.5) / 2  # two epochs, of speech or text
     assert whole.work == pytest.approx(3 + 6 + 6 + mean)
     assert whole.seconds == pytest.approx(planner.START + whole.work + 4 * 0.25)
-    two = plan.forecast(ledger.entries(), ledger.points_left(), slots=2)
+    two = plan.forecast(study.trials(), study.points_left(), slots=2)
     assert two.seconds == pytest.approx(planner.START + max(3 + 6 + 0.5, 6 + mean + 0.5))
-    ask(ledger, 2)
-    report(ledger, 1, 0.5)
-    left = plan.forecast(ledger.entries(), ledger.points_left(), slots=1)
+    ask(study, 2)
+    report(study, 1, 0.5)
+    left = plan.forecast(study.trials(), study.points_left(), slots=1)
     assert left.work == pytest.approx(3 + 3 + 6 + mean)
 
 
@@ -192,27 +192,27 @@ def test_the_end_is_compared_with_what_was_said_first(
     models: Path, corpus: Shards, tmp_path: Path, tried: list[Any]
 ) -> None:
     sweep_ = own(models, corpus, trials=2)
-    plan, ledger = make(sweep_, tmp_path), Ledger.open(tmp_path, sweep_)
+    plan, study = make(sweep_, tmp_path), StudyStore.open(tmp_path, sweep_)
     said = plan.forecast([], [], 2)
     forecast.remember(tmp_path, said)
 
     def lines() -> list[str]:
-        return [line for line in forecast.lines(sweep_, tmp_path, ledger.entries()) if "cannot fit" not in line]
+        return [line for line in forecast.lines(sweep_, tmp_path, study.trials()) if "cannot fit" not in line]
 
-    for number, _ in ask(ledger, 2):
+    for number, _ in ask(study, 2):
         assert lines() == []
-        ledger.report(number, 1, {"macro_f1": 0.5, "steps": 1, "seconds": said.work})
-        ledger.complete(number)
-        forecast.remember(tmp_path, plan.forecast(ledger.entries(), [], 2))  # another attempt: the first word stays
+        study.report(number, 1, {"macro_f1": 0.5, "steps": 1, "seconds": said.work})
+        study.complete(number)
+        forecast.remember(tmp_path, plan.forecast(study.trials(), [], 2))  # another attempt: the first word stays
     assert forecast.forecast(tmp_path) == said
     assert lines() == ["plan: 0.0025 CPU-hours estimated, 0.005 CPU-hours used (2.00 times that), by several attempts"]
-    forecast.ended(tmp_path, plan.forecast(ledger.entries(), [], 2), 7.0)  # by one that did a part
+    forecast.ended(tmp_path, plan.forecast(study.trials(), [], 2), 7.0)  # by one that did a part
     assert "several attempts" in lines()[0]
     forecast.ended(tmp_path, said, 2 * said.seconds)
     assert lines()[0].startswith("plan: 25 s estimated, 50 s taken (2.00 times that); ")
     more = sweep_.with_values({"search.trials": 3})
     forecast.remember(tmp_path, Forecast(trials=3, before=9.0, work=1.0, seconds=2.0))
-    assert [line for line in forecast.lines(more, tmp_path, ledger.entries()) if "estimated" in line] == []
+    assert [line for line in forecast.lines(more, tmp_path, study.trials()) if "estimated" in line] == []
     assert json.loads((tmp_path / forecast.FILE).read_text())["forecast"]["before"] == 9.0
 
 

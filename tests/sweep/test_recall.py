@@ -11,7 +11,7 @@ from sweep.analysis.results import entry_json
 from sweep.analysis.status import progress_json
 from sweep.config.schema import Config, parse
 from sweep.search.pruning_audit import Rung, lines, recall, recall_json, warning
-from sweep.search.study import Entry, State
+from sweep.search.study import State, TrialRecord
 from sweep.tracking.note import note as mlflow_note
 
 
@@ -21,12 +21,12 @@ def config(**search: Any) -> Config:
     return parse({"name": "a", "train": {"epochs": 4}, "search": {"pruning": rule} | search}, "a")
 
 
-def trial(number: int, *curve: float, state: State = "COMPLETE", **more: Any) -> Entry:
+def trial(number: int, *curve: float, state: State = "COMPLETE", **more: Any) -> TrialRecord:
     epochs = dict(enumerate(curve, start=1))
-    return Entry(number, state, more.pop("params", {}), curve[-1], {}, 0, epochs, "so", **more)
+    return TrialRecord(number, state, more.pop("params", {}), curve[-1], {}, 0, epochs, "so", **more)
 
 
-def crossing(count: int) -> list[Entry]:
+def crossing(count: int) -> list[TrialRecord]:
     """A higher number ends higher, and is behind after the first epoch."""
     return [trial(number, -number, number, number, number) for number in range(count)]
 

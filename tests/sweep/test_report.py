@@ -18,7 +18,7 @@ from sweep.analysis.report import page as report_page
 from sweep.cli import results as cli_confirm
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.report_artifacts import to_mlflow
 from tests.conftest import LABELS
 from tests.sweep.common import complaint, sweep
@@ -41,7 +41,7 @@ def page(folder: Path, *args: object) -> str:
 
 def test_a_finished_sweep(finished: Path) -> None:
     text = page(finished)
-    best = Ledger.read(finished, settings(trials=10)).best()
+    best = StudyStore.read(finished, settings(trials=10)).best()
     assert best is not None
     assert f"best in the search: trial {best.number}, macro_f1 {best.value:.3f} [" in text
     assert "tied within noise" in text
@@ -96,14 +96,14 @@ def test_another_reference(finished: Path) -> None:
 
 def test_importances_are_of_choices_that_all_trials_have(finished: Path) -> None:
     """Those of text trials are not left out because text has no end of audio."""
-    study = figures.study_of(Ledger.read(finished, settings(trials=10)))
+    study = figures.study_of(StudyStore.read(finished, settings(trials=10)))
     assert figures.always(study) == ["learning_rate", "modality", "rank"]
     assert {trial.params["modality"] for trial in study.trials} == {"speech", "text"}
 
 
 def test_no_trial_yet(tmp_path: Path) -> None:
     claim_folder(settings(), folder := tmp_path / "empty")
-    Ledger.open(folder, settings())
+    StudyStore.open(folder, settings())
     text = page(folder)
     assert "No trial is complete" in text
     assert "There is nothing to draw yet" in text
@@ -111,10 +111,10 @@ def test_no_trial_yet(tmp_path: Path) -> None:
 
 def test_all_failed(tmp_path: Path) -> None:
     claim_folder(settings(), folder := tmp_path / "failed")
-    ledger = Ledger.open(folder, settings())
+    study = StudyStore.open(folder, settings())
     for number in range(2):
-        ledger.ask([], 9)
-        ledger.fail(number, "non-finite loss at step 840, learning rate 9e-3 <b>", "non-finite")
+        study.ask([], 9)
+        study.fail(number, "non-finite loss at step 840, learning rate 9e-3 <b>", "non-finite")
     text = page(folder)
     assert "non-finite loss at step 840, learning rate 9e-3 &lt;b&gt;" in text
     assert "<b>" not in text
@@ -122,8 +122,8 @@ def test_all_failed(tmp_path: Path) -> None:
 
 def test_a_single_trial_and_one_that_runs(tmp_path: Path) -> None:
     played(settings(trials=1), folder := tmp_path / "single")
-    ledger = Ledger.open(folder, settings(trials=2))
-    ledger.ask([], 2)
+    study = StudyStore.open(folder, settings(trials=2))
+    study.ask([], 2)
     text = page(folder)
     assert "best in the search: trial 0" in text
     assert "1 complete, 1 running" in text
@@ -154,7 +154,7 @@ def test_what_was_confirmed_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sweeps_of_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -> None:
     def other(name: str, fingerprint: str = "f" * 16, **search: Any) -> Path:
         played(settings(trials=1, **search), folder := tmp_path / name)
-        Ledger.open(folder, settings(trials=1, **search)).study.set_user_attr("fingerprint", fingerprint)
+        StudyStore.open(folder, settings(trials=1, **search)).study.set_user_attr("fingerprint", fingerprint)
         return folder
 
     first, text, corpus = other("a"), other("b", points=[TEXT]), other("c", fingerprint="0" * 16)
@@ -171,8 +171,8 @@ def test_a_point_may_differ_in_two_choices(tmp_path: Path) -> None:
     for name, points in {"asked": [REFERENCE, both], "drawn": [REFERENCE]}.items():
         config = settings(trials=2, points=points)
         played(config.with_values({"search.points": [REFERENCE, both]}), folder := tmp_path / name)
-        ledger = Ledger.read(folder, config)
-        found = ablation.choices(ledger, ledger.entries()[0])
+        study = StudyStore.read(folder, config)
+        found = ablation.choices(study, study.trials()[0])
         expected = ["rank: 8 → 16, end_of_audio: none → learned"] if name == "asked" else []
         assert [ablation.name_of(config, choice) for choice in found] == expected
 
@@ -183,9 +183,9 @@ def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
     config = settings(trials=2, points=points)
     space = config.search.model_dump(mode="json")["space"] | {"seed": [1, 2], "data.fold": [0, 1]}
     played(config := config.with_values({"search.space": space}), tmp_path)
-    ledger = Ledger.read(tmp_path, config)
-    assert len(ledger.entries()) == 2
-    assert ablation.choices(ledger, ledger.entries()[0]) == []
+    study = StudyStore.read(tmp_path, config)
+    assert len(study.trials()) == 2
+    assert ablation.choices(study, study.trials()[0]) == []
 
 
 def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> N
     def other(name: str, fingerprint: str = "f" * 16, **changed: Any) -> list[object]:
         own = settings(trials=1).with_values({"name": name} | {key.replace("__", "."): changed[key] for key in changed})
         played(own, folder := tmp_path / name)
-        Ledger.open(folder, own).study.set_user_attr("fingerprint", fingerprint)
+        StudyStore.open(folder, own).study.set_user_attr("fingerprint", fingerprint)
         return ["--with", folder]
 
     stage = {"model__init_from": "/elsewhere/first/trials/0002", "model__trainable": "lora"}
@@ -217,9 +217,9 @@ def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
 
 
 def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
-    ledger = Ledger.read(finished, settings(trials=10))
-    entries = ledger.entries()
-    found = ablation.choices(ledger, ablation.reference_of(ledger.config, entries))
+    study = StudyStore.read(finished, settings(trials=10))
+    entries = study.trials()
+    found = ablation.choices(study, ablation.reference_of(study.config, entries))
     [modality] = [choice for choice in found if choice.changed.keys() == {"model.modality"}]
     assert entries[modality.number].params == TEXT
 

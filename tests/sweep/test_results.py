@@ -12,7 +12,7 @@ from sweep.analysis import leaderboard
 from sweep.analysis.results import Progress, entry_json, progress, read_predictions
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config, parse
-from sweep.search.study import Entry, Ledger, State
+from sweep.search.study import State, StudyStore, TrialRecord
 from tests.conftest import LABELS
 from tests.sweep import searched
 from tests.sweep.common import CODE, REPLY, ask
@@ -27,12 +27,12 @@ def board(
     folder: Path, config: Config, metrics: dict[str, float], said: dict[str, Any], whole: bool = False
 ) -> list[tuple[str, str]]:
     """Header and only row of a sweep with one complete trial."""
-    ask(ledger := Ledger.open(folder, config), 1)
-    ledger.report(0, 1, metrics)
-    ledger.complete(0)
+    ask(study := StudyStore.open(folder, config), 1)
+    study.report(0, 1, metrics)
+    study.complete(0)
     trial_folder(folder, 0).mkdir(parents=True)
     (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(said))
-    found = leaderboard.board(config, folder, ledger.entries(), whole)
+    found = leaderboard.board(config, folder, study.trials(), whole)
     return list(zip(found.header, found.rows[0], strict=True))
 
 
@@ -76,10 +76,12 @@ def test_the_objective_has_an_interval_and_the_whole_board_says_what_a_trial_cos
     assert found.items() >= (told | {"cost": "2 CPU-hours", "why": "trained to the end"}).items()
 
 
-def trial(number: int, state: State, epochs: int, seconds: float, value: float | None = None, **more: Any) -> Entry:
+def trial(
+    number: int, state: State, epochs: int, seconds: float, value: float | None = None, **more: Any
+) -> TrialRecord:
     metrics = {"seconds": seconds} if epochs else {}
     curve = dict.fromkeys(range(1, epochs + 1), value or 0.0)
-    return Entry(number, state, more.pop("params", {}), value, metrics, 0, curve, "so", **more)
+    return TrialRecord(number, state, more.pop("params", {}), value, metrics, 0, curve, "so", **more)
 
 
 def of_four(trials: int = 4, **resources: float) -> Config:
@@ -106,7 +108,7 @@ def test_nothing_is_foretold_before_an_epoch_is_known() -> None:
         ([trial(0, "COMPLETE", 4, 40, 0.5), trial(1, "FAIL", 0, 0)], 3, 1, 40),  # a failure says nothing of length
     ],
 )
-def test_time_left(entries: list[Entry], trials: int, slots: int | None, seconds: float) -> None:
+def test_time_left(entries: list[TrialRecord], trials: int, slots: int | None, seconds: float) -> None:
     assert progress(of_four(trials), entries, slots).seconds_left == pytest.approx(seconds)
 
 
@@ -176,7 +178,7 @@ def test_the_interval_of_a_role_is_of_its_own_labels() -> None:
 
 def test_an_interval_is_kept_until_the_predictions_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched.played(searched.settings(trials=1), tmp_path / "s")
-    [entry] = Ledger.read(tmp_path / "s", searched.settings()).entries()
+    [entry] = StudyStore.read(tmp_path / "s", searched.settings()).trials()
     folder = trial_folder(tmp_path / "s", 0)
     first = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
     assert first == leaderboard.said_interval(read_predictions(folder), "macro_f1", {})

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from data.errors import StorageError
-from model.checkpoints.fencing import Attempt, Superseded
+from model.checkpoints.fencing import StaleAttemptError, TrialLock
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.durability.retention import DiskNeed, check_disk, disk_need, prune_checkpoints
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep
 
 FILES = ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged-2.pt")
@@ -24,20 +24,20 @@ def keeping(keep: int | None, metric: str = "macro_f1") -> Config:
     return config.model_copy(update={"storage": config.storage.model_copy(update={"keep": keep})})
 
 
-def a_sweep(folder: Path, config: Config) -> Ledger:
+def a_sweep(folder: Path, config: Config) -> StudyStore:
     """Complete, with two equal values: 0, 1, 2, 3. Failed: 4. Running: 5."""
     folder.mkdir(exist_ok=True)
-    ledger = Ledger.open(folder, config)
-    ask(ledger, 6)
+    study = StudyStore.open(folder, config)
+    ask(study, 6)
     for number, value in enumerate([0.3, 0.9, 0.5, 0.5]):
-        report(ledger, number, value)
-        ledger.complete(number)
-    ledger.fail(4, "lost")
+        report(study, number, value)
+        study.complete(number)
+    study.fail(4, "lost")
     for number in range(6):
         (own := trial_folder(folder, number)).mkdir(parents=True)
         for name in (*FILES, *OTHERS):
             (own / name).write_text(f"{number} {name}")
-    return ledger
+    return study
 
 
 def left(folder: Path) -> dict[int, list[str]]:
@@ -53,8 +53,8 @@ def test_the_best_and_the_running_keep_their_checkpoints(
     keep: int, metric: str, best: list[int], tmp_path: Path
 ) -> None:
     """On a tie the earlier trial; nothing else of any trial is touched."""
-    ledger = a_sweep(tmp_path, keeping(keep, metric))
-    deleted = prune_checkpoints(ledger, tmp_path)
+    study = a_sweep(tmp_path, keeping(keep, metric))
+    deleted = prune_checkpoints(study, tmp_path)
     assert deleted == [number for number in range(5) if number not in best]
     assert left(tmp_path) == {
         number: list(FILES) if number == 5 else [FILES[0]] if number in best else [] for number in range(6)
@@ -62,22 +62,22 @@ def test_the_best_and_the_running_keep_their_checkpoints(
     for number in range(6):
         for name in OTHERS:
             assert (trial_folder(tmp_path, number) / name).read_text() == f"{number} {name}"
-    assert prune_checkpoints(ledger, tmp_path) == []
+    assert prune_checkpoints(study, tmp_path) == []
     assert len(list(tmp_path.glob("trials/*/attempt-0002"))) == 0, "done already: nothing is claimed again"
 
 
 def test_null_keeps_all(tmp_path: Path) -> None:
-    ledger = a_sweep(tmp_path, keeping(None))
-    assert prune_checkpoints(ledger, tmp_path) == []
+    study = a_sweep(tmp_path, keeping(None))
+    assert prune_checkpoints(study, tmp_path) == []
     assert left(tmp_path) == {key: list(FILES) for key in range(6)}
 
 
 def test_a_later_better_trial_takes_the_place_of_a_kept_one(tmp_path: Path) -> None:
-    ledger = a_sweep(tmp_path, keeping(1))
-    prune_checkpoints(ledger, tmp_path)
-    report(ledger, 5, 0.95)
-    ledger.complete(5)
-    assert prune_checkpoints(ledger, tmp_path) == [1]
+    study = a_sweep(tmp_path, keeping(1))
+    prune_checkpoints(study, tmp_path)
+    report(study, 5, 0.95)
+    study.complete(5)
+    assert prune_checkpoints(study, tmp_path) == [1]
     assert left(tmp_path)[5] == [FILES[0]]
 
 
@@ -98,28 +98,28 @@ def test_a_kill_between_two_deletions_leaves_the_rest_for_the_next_time(
             done += 1
         unlink(path, **options)
 
-    ledger = a_sweep(tmp_path, keeping(1))
+    study = a_sweep(tmp_path, keeping(1))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "unlink", killing)
-        prune_checkpoints(ledger, tmp_path)
-    prune_checkpoints(ledger, tmp_path)
+        prune_checkpoints(study, tmp_path)
+    prune_checkpoints(study, tmp_path)
     assert left(tmp_path) == {0: [], 1: [FILES[0]], 2: [], 3: [], 4: [], 5: list(FILES)}
 
 
 def test_a_worker_that_still_trains_an_ended_trial_loses(tmp_path: Path) -> None:
     """Otherwise the checkpoint would come back, and nobody would look again."""
-    ledger = a_sweep(tmp_path, keeping(1))
-    running, ended = (Attempt.claim(trial_folder(tmp_path, number)) for number in (5, 4))
-    prune_checkpoints(ledger, tmp_path)
-    with pytest.raises(Superseded):
+    study = a_sweep(tmp_path, keeping(1))
+    running, ended = (TrialLock.claim(trial_folder(tmp_path, number)) for number in (5, 4))
+    prune_checkpoints(study, tmp_path)
+    with pytest.raises(StaleAttemptError):
         ended.check()
     running.check()
 
 
 def test_trials_that_never_began_are_no_trouble(tmp_path: Path) -> None:
-    ledger = a_sweep(tmp_path, keeping(1))
+    study = a_sweep(tmp_path, keeping(1))
     shutil.rmtree(trial_folder(tmp_path, 4))
-    prune_checkpoints(ledger, tmp_path)
+    prune_checkpoints(study, tmp_path)
     assert not trial_folder(tmp_path, 4).exists()
 
 

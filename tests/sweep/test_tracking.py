@@ -13,7 +13,7 @@ from PIL import Image
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import parse
-from sweep.search.study import Ledger, trial_config
+from sweep.search.study import StudyStore, trial_config
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.tracker import is_shipped, mlflow_run_id
 from tests.conftest import LABELS
@@ -29,7 +29,7 @@ def artifacts(folder: Path, run: Run) -> dict[str, Path]:
 def test_a_run_for_the_sweep_and_one_for_each_trial(folder: Path) -> None:
     track(folder)
     parent, children = runs(folder)
-    entries = Ledger.read(folder, CONFIG).entries()
+    entries = StudyStore.read(folder, CONFIG).trials()
     assert [run.data.tags["sweep.trial"] for run in children] == ["0", "1", "2", "3"]
     assert [run.info.run_id for run in children] == [mlflow_run_id(folder, number) for number in range(4)]
     for run, entry in zip(children, entries, strict=True):
@@ -46,13 +46,13 @@ def test_trials_on_folds_are_of_other_splits_and_none_is_the_best_model(folder: 
     search = {"space": {"data.fold": [0, 1, 2]}, "points": points, "trials": 2, "pruning": None}
     config = parse({"name": "folds", "train": {"epochs": 1}, "search": search}, "test")
     (own := folder.with_name("folds")).mkdir()
-    ledger = Ledger.open(own, config)
-    ask(ledger, 2)
+    study = StudyStore.open(own, config)
+    ask(study, 2)
     for number in range(2):
         append(own, number)
         (trial_folder(own, number) / "checkpoint.pt").write_bytes(b"weights")
-        report(ledger, number, 0.5)
-        ledger.complete(number)
+        report(study, number, 0.5)
+        study.complete(number)
     track(own, config, corpus=replace(DATA, fingerprint="f00d-0", fold=0))
     parent, children = runs(own)
     told = [(run.data.tags["data.fingerprint"], run.inputs.dataset_inputs[0].dataset.digest) for run in children]
@@ -97,16 +97,16 @@ def test_artifacts(folder: Path) -> None:
     replies = json.loads(found["response_predictions.json"].read_text())
     assert replies["data"] == [["c/2", "c", "client", "go on", "tell me more"]]
     [only] = artifacts(folder, children[2]).values()  # it never began: what it would have been
-    params = Ledger.read(folder, CONFIG).entries()[2].params
+    params = StudyStore.read(folder, CONFIG).trials()[2].params
     assert (only.name, only.read_text()) == ("config.yaml", dump(trial_config(CONFIG, params)))
 
 
 def finish_sweep(folder: Path) -> None:
     """The running trial goes on: it redoes its last step, at another time and with another value, and ends."""
     append(folder, 3, (32, 2000.0, 0.41), (48, 2001.0, 0.3))
-    ledger = Ledger.open(folder, CONFIG)
-    report(ledger, 3, 0.95)
-    ledger.complete(3)
+    study = StudyStore.open(folder, CONFIG)
+    report(study, 3, 0.95)
+    study.complete(3)
 
 
 @pytest.mark.parametrize("lost", ["nothing", "state", "last state"])

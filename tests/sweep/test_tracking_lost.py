@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.summary import is_summary
 from sweep.tracking.tracker import is_shipped, mlflow_run_id, still_has
@@ -23,8 +23,8 @@ NUMBERS = range(4)
 def end(folder: Path) -> None:
     """The trial that runs comes to its end."""
     append(folder, 3, (48, 1005.0, 0.3))
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
-    ledger.complete(3)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
+    study.complete(3)
 
 
 def database(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.tracker import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import report
@@ -52,8 +52,8 @@ def test_a_server_that_is_killed_and_comes_back_with_less(
         wait_for(arrived)
         assert ([run.info.run_id for run in runs(folder)[1]] == before) == (database is not server.empty)
     train(1)
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
-    ledger.complete(3)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
+    study.complete(3)
     assert tracker.finish(180), tracker.error
     check(folder)
     assert capsys.readouterr().out == "", "standard output is the command line's"
@@ -62,7 +62,7 @@ def test_a_server_that_is_killed_and_comes_back_with_less(
 def check(folder: Path) -> None:
     """MLflow shows the ledger, and the curves that were written, point by point."""
     parent, children = runs(folder)
-    entries = Ledger.read(folder, CONFIG).entries()
+    entries = StudyStore.read(folder, CONFIG).trials()
     assert (parent.info.status, is_shipped(folder)) == ("FINISHED", True)
     assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "FINISHED"]
     for entry, run in zip(entries, children, strict=True):

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweep.config.paths import trial_folder
-from sweep.search.study import Ledger
+from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri, ui_command
 from sweep.tracking.tracker import Tracker, is_shipped, mlflow_run_id
 from tests.sweep.common import ask, report
@@ -140,7 +140,7 @@ def test_a_server_that_fails_between_two_requests_doubles_nothing(
     _, children = runs(folder)
     assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "SCHEDULED"]
     assert curve(folder, 0) == [(16, 1000.25, 0.5), (32, 1001.5, 0.75)]
-    assert children[0].data.params == shown_params(Ledger.read(folder, CONFIG).entries()[0])
+    assert children[0].data.params == shown_params(StudyStore.read(folder, CONFIG).trials()[0])
 
 
 def test_a_trial_that_the_server_refuses_does_not_stop_the_others(begin: Any, folder: Path) -> None:
@@ -155,16 +155,16 @@ def test_a_trial_that_the_server_refuses_does_not_stop_the_others(begin: Any, fo
 
 
 def test_a_sweep_that_grows_gets_more_runs(folder: Path) -> None:
-    report(ledger := Ledger.open(folder, CONFIG), 3, 0.95)
-    ledger.complete(3)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
+    study.complete(3)
     track(folder)
     first, before = runs(folder)
     assert (first.info.status, is_shipped(folder)) == ("FINISHED", True)
     more = CONFIG.with_values({"search.trials": 5})
-    ask(ledger := Ledger.open(folder, more), 1)
+    ask(study := StudyStore.open(folder, more), 1)
     track(folder, more)
     assert (runs(folder)[0].info.status, is_shipped(folder)) == ("SCHEDULED", False)
-    ledger.fail(4, "lost")
+    study.fail(4, "lost")
     track(folder, more)
     parent, after = runs(folder)
     assert parent.info.run_id == first.info.run_id
@@ -175,7 +175,7 @@ def test_a_sweep_that_grows_gets_more_runs(folder: Path) -> None:
 
 def test_two_sweeps_of_a_name_stay_apart(folder: Path) -> None:
     (other := folder.with_name("other")).mkdir()
-    ask(Ledger.open(other, CONFIG), 1)
+    ask(StudyStore.open(other, CONFIG), 1)
     append(other, 0)
     track(folder)
     track(other)

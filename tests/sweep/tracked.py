@@ -8,7 +8,7 @@ from mlflow.entities import Run
 
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.search.study import Entry
+from sweep.search.study import TrialRecord
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.summary import params
@@ -53,7 +53,7 @@ def runs(folder: Path) -> tuple[Run, list[Run]]:
     return parent, children
 
 
-def shown_params(entry: Entry, config: Config = CONFIG) -> dict[str, str]:
+def shown_params(entry: TrialRecord, config: Config = CONFIG) -> dict[str, str]:
     """Every axis of the search, as MLflow has it."""
     return {key: str(value) for key, value in params(config, entry).items()}
 

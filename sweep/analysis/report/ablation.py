@@ -22,7 +22,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.search_checks import SEARCHABLE
 from sweep.config.space import FOLD
-from sweep.search.study import Entry, Ledger, best_first
+from sweep.search.study import StudyStore, TrialRecord, best_first
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Choice:
         return f"#{self.number} of {self.sweep}" if self.sweep else f"#{self.number}"
 
 
-def reference_of(config: Config, entries: Sequence[Entry], number: int | None = None) -> Entry | None:
+def reference_of(config: Config, entries: Sequence[TrialRecord], number: int | None = None) -> TrialRecord | None:
     """The trial that others are compared with: the one that is named, else that of the first point, else the best.
 
     Raises:
@@ -58,7 +58,7 @@ def reference_of(config: Config, entries: Sequence[Entry], number: int | None = 
     return next((entry for entry in done if first is not None and entry.params == first), next(iter(done), None))
 
 
-def choices(ledger: Ledger, reference: Entry | None, others: Sequence[Ledger] = ()) -> list[Choice]:
+def choices(study: StudyStore, reference: TrialRecord | None, others: Sequence[StudyStore] = ()) -> list[Choice]:
     """Every complete trial that differs from the reference in one choice, or in two where it was asked for: a second
     stage starts from another trial and may train other parts. By number of choices, axis and value.
 
@@ -69,20 +69,20 @@ def choices(ledger: Ledger, reference: Entry | None, others: Sequence[Ledger] = 
     """
     if reference is None:
         return []
-    place, found = trial_folder(ledger.folder, reference.number), []
+    place, found = trial_folder(study.folder, reference.number), []
     if not (said := read_predictions(place)):
         return []
-    (sums, task), maximize = objective(ledger.config, place), ledger.config.search.direction == "maximize"
-    for own in (ledger, *others):
-        name, rows = "" if own is ledger else own.config.name, []
-        for entry in best_first(own.config, own.entries()):
-            changed, asked = _changed(ledger, reference, own, entry), entry.params in own.config.search.points
+    (sums, task), maximize = objective(study.config, place), study.config.search.direction == "maximize"
+    for own in (study, *others):
+        name, rows = "" if own is study else own.config.name, []
+        for entry in best_first(own.config, own.trials()):
+            changed, asked = _changed(study, reference, own, entry), entry.params in own.config.search.points
             if {SEED, FOLD} & changed.keys() or not 1 <= len(changed) <= 1 + asked:
                 continue
             if task in (after := read_predictions(trial_folder(own.folder, entry.number))):
                 compared = compare([after[task][1]], [said[task][1]], sums, maximize)
                 rows.append(Choice(changed, entry.number, entry.value or 0.0, compared, name))
-        found += sorted(rows, key=lambda row: _order(ledger.config, row))
+        found += sorted(rows, key=lambda row: _order(study.config, row))
     return found
 
 
@@ -92,14 +92,16 @@ def _order(config: Config, choice: Choice) -> tuple[int, list[tuple[int, str]], 
     return len(values), values, choice.number
 
 
-def _changed(ledger: Ledger, reference: Entry, own: Ledger, entry: Entry) -> dict[str, tuple[Any, Any]]:
+def _changed(
+    study: StudyStore, reference: TrialRecord, own: StudyStore, entry: TrialRecord
+) -> dict[str, tuple[Any, Any]]:
     """What a trial does otherwise than the reference. Within a sweep, a choice that takes others along counts as one:
     in a text trial there is no end-of-audio vector to choose."""
-    if own is ledger:
-        keys = [key for key in ledger.config.search.space if key in entry.params and key in reference.params]
+    if own is study:
+        keys = [key for key in study.config.search.space if key in entry.params and key in reference.params]
         before, after = reference.params, entry.params
     else:
-        before, after = (flat(whose.trial_config(trial)) for whose, trial in ((ledger, reference), (own, entry)))
+        before, after = (flat(whose.trial_config(trial)) for whose, trial in ((study, reference), (own, entry)))
         keys = [key for key in after if key.startswith(SEARCHABLE)]
     return {key: (before[key], after[key]) for key in keys if before[key] != after[key]}
 
@@ -111,7 +113,7 @@ def name_of(config: Config, choice: Choice) -> str:
     return ", ".join(f"{names[key]}: {_told(key, before)} → {_told(key, after)}" for key, (before, after) in changed)
 
 
-def described(config: Config, reference: Entry) -> str:
+def described(config: Config, reference: TrialRecord) -> str:
     """A trial and its choices."""
     names = short_names(list(config.search.space))
     chosen = [f"{names[key]} {_told(key, value)}" for key, value in reference.params.items()]
@@ -126,7 +128,7 @@ def _told(key: str, value: Any) -> str:
     return "none" if value is None else shown(value)
 
 
-def frame(config: Config, reference: Entry | None, found: Sequence[Choice]) -> pd.DataFrame:
+def frame(config: Config, reference: TrialRecord | None, found: Sequence[Choice]) -> pd.DataFrame:
     """The table of a paper: the reference, and what each choice adds to it or takes away."""
     metric = config.search.metric
     columns = ["choice", "trial", metric, "difference", "95 % interval", "McNemar p", "verdict"]

@@ -18,7 +18,7 @@ from sweep.analysis.report.ablation import Choice, name_of
 from sweep.analysis.results import short_names
 from sweep.config.schema import Config
 from sweep.search.sampler import history
-from sweep.search.study import Entry, Ledger, best_first
+from sweep.search.study import StudyStore, TrialRecord, best_first
 
 ENOUGH = 4  # complete trials that differ, below which importances mean nothing
 RATE, RANK, TRAINABLE = "train.learning_rate", "model.lora.rank", "model.trainable"
@@ -43,12 +43,12 @@ class Figure:
     content: go.Figure
 
 
-def study_of(ledger: Ledger) -> optuna.Study:
+def study_of(store: StudyStore) -> optuna.Study:
     """The trials in the space as it is now, with short names, in memory."""
-    config = ledger.config
+    config = store.config
     names = short_names(list(config.search.space))
     study = optuna.create_study(direction=config.search.direction, study_name=config.name)
-    for trial in history(config, ledger.study.get_trials(deepcopy=False)):
+    for trial in history(config, store.study.get_trials(deepcopy=False)):
         trial.params = {names[key]: value for key, value in trial.params.items()}
         trial.distributions = {names[key]: own for key, own in trial.distributions.items()}
         if trial.state.is_finished():
@@ -56,9 +56,9 @@ def study_of(ledger: Ledger) -> optuna.Study:
     return study
 
 
-def figures(ledger: Ledger, folder: Path, entries: Sequence[Entry], choices: Sequence[Choice]) -> list[Figure]:
+def figures(store: StudyStore, folder: Path, entries: Sequence[TrialRecord], choices: Sequence[Choice]) -> list[Figure]:
     """Those for which a sweep has enough trials, and that of its ablation."""
-    study, config = study_of(ledger), ledger.config
+    study, config = study_of(store), store.config
     done = best_first(config, entries)
     found = [_ablation(config, choices)] if choices else []
     found += [_intervals(config, folder, done)] if done else []
@@ -121,7 +121,7 @@ def _with_rungs(figure: go.Figure, rungs: Sequence[int]) -> go.Figure:
     return figure.update_layout(xaxis_title="epoch")
 
 
-def _intervals(config: Config, folder: Path, done: Sequence[Entry]) -> Figure:
+def _intervals(config: Config, folder: Path, done: Sequence[TrialRecord]) -> Figure:
     """The objective of each complete trial, with its limits."""
     labels = [f"#{entry.number}" for entry in done]
     content = _bars(labels, [(entry.value or 0.0, interval_of(folder, entry, config.search.metric)) for entry in done])
@@ -140,10 +140,10 @@ def _ablation(config: Config, choices: Sequence[Choice]) -> Figure:
     return Figure("ablation", "What each choice is worth", note, content)
 
 
-def _controls(config: Config, folder: Path, done: Sequence[Entry]) -> Figure | None:
+def _controls(config: Config, folder: Path, done: Sequence[TrialRecord]) -> Figure | None:
     """Speech against text, and the same model without what it should listen to."""
     axes = [key for key in CONTROLS if key in config.search.space]
-    best: dict[str, Entry] = {}
+    best: dict[str, TrialRecord] = {}
     for entry in done:
         best.setdefault(", ".join(str(entry.params[key]) for key in axes if key in entry.params), entry)
     if not axes or len(best) < 2:
@@ -169,7 +169,7 @@ def _bars(labels: list[str], shown: Sequence[tuple[float, Interval | None]], fla
     return go.Figure(go.Scatter(x=labels, y=values, error_y=error, **marks))
 
 
-def pngs(ledger: Ledger, folder: Path) -> list[Path]:
+def pngs(store: StudyStore, folder: Path) -> list[Path]:
     """The pictures as files, for places that show no HTML."""
     import matplotlib as mpl
 
@@ -177,7 +177,7 @@ def pngs(ledger: Ledger, folder: Path) -> list[Path]:
     import optuna.visualization.matplotlib as plots
     from matplotlib import pyplot
 
-    study, metric = study_of(ledger), ledger.config.search.metric
+    study, metric = study_of(store), store.config.search.metric
     wanted: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, target_name=metric),
         "rungs": lambda: plots.plot_intermediate_values(study),

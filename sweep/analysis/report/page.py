@@ -19,7 +19,7 @@ from sweep.config.paths import near, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight import eta as forecast
 from sweep.search import pruning_audit as recall
-from sweep.search.study import Entry, Ledger, best_first
+from sweep.search.study import StudyStore, TrialRecord, best_first
 
 NEXT = 3  # trials behind the best one that are compared with it
 
@@ -36,7 +36,7 @@ class Sweep:
 
 
 def html(
-    ledger: Ledger,
+    study: StudyStore,
     folder: Path,
     said: Sequence[str],
     found: Sequence[Figure],
@@ -57,13 +57,13 @@ def html(
     """
     from jinja2 import Environment, StrictUndefined
 
-    config, entries = ledger.config, ledger.entries()
+    config, entries = study.config, study.trials()
     template = files("sweep.analysis.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
     states = Counter(entry.state for entry in entries)
     return page.render(
         config=config,
-        facts=_facts(ledger, entries),
+        facts=_facts(study, entries),
         states=", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "no trial yet",
         verdict=said,
         confirmed=confirm.read(folder),
@@ -79,20 +79,20 @@ def html(
     )
 
 
-def _facts(ledger: Ledger, entries: Sequence[Entry]) -> dict[str, str]:
-    config, codes = ledger.config, ledger.codes()
+def _facts(study: StudyStore, entries: Sequence[TrialRecord]) -> dict[str, str]:
+    config, codes = study.config, study.codes()
     best = next(iter(best_first(config, entries)), None)
     return {
         "best": "none yet" if best is None or best.value is None else f"{best.value:.3f} (#{best.number})",
         "trials": f"{len(entries)} of {max(config.search.trials, len(entries))}",
         "cost": progress(config, entries).hours_text(),
-        "corpus": ledger.fingerprint() or "unknown",
+        "corpus": study.fingerprint() or "unknown",
         "code": codes[-1] if codes else "unknown",
         "seed": str(config.seed),
     }
 
 
-def verdict(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]:
+def verdict(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[str]:
     """What can be said about the best trial, in sentences."""
     done = best_first(config, entries)
     if not done:
@@ -109,7 +109,7 @@ def verdict(config: Config, folder: Path, entries: Sequence[Entry]) -> list[str]
     return [*told, f"this is the luckiest of {len(done)} trials; `sweep confirm {where}` says what stands of it"]
 
 
-def _pairs(config: Config, folder: Path, done: Sequence[Entry]) -> list[str]:
+def _pairs(config: Config, folder: Path, done: Sequence[TrialRecord]) -> list[str]:
     """The best trial against those behind it, on the same items."""
     places = [trial_folder(folder, entry.number) for entry in done[: NEXT + 1]]
     said = [read_predictions(place) for place in places]
@@ -130,7 +130,7 @@ def _embedded(figure: Figure, first: bool) -> str:
     return text
 
 
-def _health(config: Config, entries: Sequence[Entry]) -> list[list[str]]:
+def _health(config: Config, entries: Sequence[TrialRecord]) -> list[list[str]]:
     """How each complete trial ends the texts that it generates; empty where nothing is generated."""
     rows = []
     for entry in best_first(config, entries):
@@ -142,7 +142,7 @@ def _health(config: Config, entries: Sequence[Entry]) -> list[list[str]]:
     return rows
 
 
-def _commands(config: Config, folder: Path, entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def _commands(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[tuple[str, str]]:
     """Where each figure of the page comes from."""
     where, best = near(folder), next(iter(best_first(config, entries)), None)
     found = [("this page", f"sweep report {where}"), ("leaderboard", f"sweep status {where}")]
@@ -152,24 +152,24 @@ def _commands(config: Config, folder: Path, entries: Sequence[Entry]) -> list[tu
     return found
 
 
-def beside(ledgers: Sequence[Ledger]) -> list[Sweep]:
+def beside(studies: Sequence[StudyStore]) -> list[Sweep]:
     """Several sweeps, best first; those that cannot be compared with the first one stand behind, with the reason."""
-    first, rows = ledgers[0], []
-    for ledger in ledgers:
-        best = ledger.best()
-        found = best and leaderboard.interval_of(ledger.folder, best, ledger.config.search.metric)
+    first, rows = studies[0], []
+    for study in studies:
+        best = study.best()
+        found = best and leaderboard.interval_of(study.folder, best, study.config.search.metric)
         shown = "no complete trial" if best is None else str(found or f"{best.value:.3f}")
         name = "" if best is None else f"#{best.number}"
-        own = Sweep(ledger.config.name, ledger.config.search.metric, shown, name, _apart(first, ledger))
+        own = Sweep(study.config.name, study.config.search.metric, shown, name, _apart(first, study))
         rows.append((own, best.value if best is not None and best.value is not None else None))
     sign = -1 if first.config.search.direction == "maximize" else 1
     rows.sort(key=lambda row: (bool(row[0].apart), row[1] is None, sign * (row[1] or 0.0)))
     return [own for own, _ in rows]
 
 
-def _apart(one: Ledger, other: Ledger) -> str:
+def _apart(one: StudyStore, other: StudyStore) -> str:
     """Why the trials of two sweeps are no rivals."""
-    tasks = [ledger.config.tasks.active() for ledger in (one, other)]
+    tasks = [study.config.tasks.active() for study in (one, other)]
     if one.fingerprint() != other.fingerprint():
         return f"another corpus or split: {other.fingerprint()}, not {one.fingerprint()}"
     if list(tasks[0]) != list(tasks[1]):
@@ -182,7 +182,7 @@ def _apart(one: Ledger, other: Ledger) -> str:
 
 
 def write(
-    ledger: Ledger, folder: Path, out: Path, beside_: Sequence[Ledger], reference: int | None
+    study: StudyStore, folder: Path, out: Path, beside_: Sequence[StudyStore], reference: int | None
 ) -> tuple[list[str], list[Path]]:
     """The page, the ablation as a table of a paper, and the pictures as PNG.
 
@@ -203,15 +203,15 @@ def write(
     """
     from sweep.analysis.report import figures
 
-    entries, config = ledger.entries(), ledger.config
+    entries, config = study.trials(), study.config
     chosen = ablation.reference_of(config, entries, reference)
-    rivals = [other for other in beside_ if not _apart(ledger, other)]
-    choices = ablation.choices(ledger, chosen, rivals)
+    rivals = [other for other in beside_ if not _apart(study, other)]
+    choices = ablation.choices(study, chosen, rivals)
     table = ablation.frame(config, chosen, choices)
-    others = beside([ledger, *beside_]) if beside_ else []
+    others = beside([study, *beside_]) if beside_ else []
     said = verdict(config, folder, entries)
     against = ablation.described(config, chosen) if chosen is not None else ""
-    text = html(ledger, folder, said, figures.figures(ledger, folder, entries, choices), table, against, others)
+    text = html(study, folder, said, figures.figures(study, folder, entries, choices), table, against, others)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     write_file(page, text)
@@ -219,4 +219,4 @@ def write(
     caption = (
         f"{config.name}: what each choice changes of {metric}, on the validation split; 95 % intervals by session."
     )
-    return said, [page, *ablation.write(table, out, caption), *figures.pngs(ledger, out)]
+    return said, [page, *ablation.write(table, out, caption), *figures.pngs(study, out)]
