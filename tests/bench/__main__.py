@@ -1,6 +1,7 @@
 """Benchmarks of the goals: each compares in one run, and says what, against what, and whether its goal is met.
 
-python -m tests.bench [NAME …] [--json]
+python -m tests.bench [NAME …] [--json | --record]
+python -m tests.bench --docs   # the tables of docs/speed.md, from the records
 """
 
 import argparse
@@ -12,7 +13,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from data.atomic import write_file
 from tests.bench.measure import Row
+from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory"),
@@ -25,13 +28,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="print [{name, against, ratio, goal, runs}] instead")
+    parser.add_argument("--record", action="store_true", help="write tests/bench/results/NAME.json, too")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the tables of docs/speed.md")
     asked = parser.parse_args()
+    if asked.docs:
+        write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), read()))
+        return 0
     unknown = set(asked.names) - set(NAMES)
     if unknown:
         parser.error(f"no benchmark is called {min(unknown)}; there are {', '.join(NAMES)}")
     rows: list[Row] = []
     for name in asked.names or NAMES:
-        rows += importlib.import_module(f"tests.bench.{name}").run()
+        measured = importlib.import_module(f"tests.bench.{name}").run()
+        if asked.record:
+            print(record(name, measured), file=sys.stderr)
+        rows += measured
     if asked.json:
         print(json.dumps([_entry(row) for row in rows], indent=1))
     else:

@@ -1,9 +1,12 @@
-"""A ratio of makespans counts only where both sides came to the same results; exponents are slopes."""
+"""Ratios of makespans count only for equal results, exponents are slopes, and docs/speed.md shows the records."""
+
+from pathlib import Path
 
 import pytest
 
 from tests.bench.growth import Series
 from tests.bench.measure import Row
+from tests.bench.records import PAGE, page, read, record
 from tests.bench.sweeps import Outcome, compare
 
 
@@ -30,3 +33,19 @@ def test_an_exponent_is_the_power_by_which_makespans_grow() -> None:
     series = Series("trials", (1, 10, 100), (3, 3 * 10**1.5, 3 * 100**1.5))
     assert series.exponent == pytest.approx(1.5)
     assert series.last == pytest.approx(1.5)
+
+
+def test_speed_page_shows_the_committed_records() -> None:
+    text, records = PAGE.read_text(encoding="utf-8"), read()
+    assert page(text, records) == text, "run `python -m tests.bench --docs`"
+    assert all(figures["name"] in text for content in records.values() for figures in content["rows"])
+
+
+def test_record_keeps_figures_versions_and_machine(tmp_path: Path) -> None:
+    record("steps", [Row("step", "loop", [1.0, 3.0, 2.0], goal=1.5, most=True, note="n")], tmp_path)
+    content = read(tmp_path)["steps"]
+    assert (content["rows"][0]["runs"], content["machine"]["cpus"] >= 1) == ([1.0, 3.0, 2.0], True)
+    assert content["versions"].keys() >= {"python", "torch", "ray", "optuna"}
+    text = page("<!-- steps: written by `python -m tests.bench --docs` -->\nold\n<!-- end -->", {"steps": content})
+    assert "| step | loop | 2 (1 to 3, 3 rounds): n | ≤ 1.5: **missed** |" in text
+    assert "old" not in text
