@@ -225,7 +225,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_there_was(
 def limited(folder: Path, size: int) -> subprocess.CompletedProcess[str]:
     """Save in a process that may write no file larger than `size`."""
     script = (
-        "import sys; from pathlib import Path; from model import checkpoint; from tests.model.faults import state_of\n"
+        "import sys; from pathlib import Path\n"
+        "from model.checkpoints import checkpoint; from tests.model.faults import state_of\n"
         "try: checkpoint.save(Path(sys.argv[1]) / checkpoint.FILE, state_of(7))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

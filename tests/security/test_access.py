@@ -18,7 +18,7 @@ from sweep.execution.cluster import keep_token
 
 CLUSTER = """
 import json, sys
-from sweep.cluster import local_or_remote_ray
+from sweep.execution.cluster import local_or_remote_ray
 with local_or_remote_ray():
     import ray
     from ray._private.worker import get_dashboard_url

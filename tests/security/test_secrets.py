@@ -26,9 +26,10 @@ NAMES = """MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOK
 # The command, without deleting what it would: Ray's folder, and that of Tune and Train.
 COMMAND = """
 from types import SimpleNamespace
-from sweep import leftovers, run
-from sweep.cli import main
-leftovers.shutil = run.shutil = SimpleNamespace(rmtree=lambda path, **_: print("kept", path, flush=True))
+from sweep import runner
+from sweep.cli.app import main
+from sweep.execution import orphans
+orphans.shutil = runner.shutil = SimpleNamespace(rmtree=lambda path, **_: print("kept", path, flush=True))
 main()
 """
 

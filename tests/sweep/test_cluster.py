@@ -7,7 +7,7 @@ PROGRAM = """
 import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import ray
-from sweep.cluster import local_or_remote_ray
+from sweep.execution.cluster import local_or_remote_ray
 with local_or_remote_ray():
     print(ray.cluster_resources()["CPU"])
 """

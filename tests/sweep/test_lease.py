@@ -26,7 +26,7 @@ FAST: dict[str, Any] = {"beat": BEAT, "patience": PATIENCE, "settle": 0.05}
 HOLD = """
 import sys, time
 from pathlib import Path
-from sweep.lease import hold
+from sweep.durability.lease import hold
 with hold(Path(sys.argv[1]), beat=0.1):
     print("held", flush=True)
     time.sleep(600)

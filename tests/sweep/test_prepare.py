@@ -143,11 +143,11 @@ def test_shards_can_be_looked_at(here: Path, corpus: Shards) -> None:
 # Shards of a few kB, so that a small corpus has many: the limits are those of the process that plans them.
 SMALL = """
 import sys
-from data import jobs
-from sweep import cli, cli_prepare
-jobs.SHARD_BYTES, cli_prepare.WORTH_RAY = 1 << 17, 2
+from data.preparation import shard_jobs
+from sweep.cli import app, prepare
+shard_jobs.SHARD_BYTES, prepare.WORTH_RAY = 1 << 17, 2
 sys.argv = ["sweep", *sys.argv[1:]]
-cli.main()
+app.main()
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import sys, time
-from sweep.stop import Stop
+from sweep.execution.signals import Stop
 try:
     (stop := Stop()).install()
     stop.patient = {patient}
