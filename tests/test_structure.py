@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "model", "sweep")
 LADDERS = {
     "data": (
-        {"errors"},
+        {"errors", "formats"},
         {"atomic", "config", "compat"},
         {"corpus"},
         {"shards", "importers"},

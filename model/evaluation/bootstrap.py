@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.formats import format_interval
 from model.evaluation.metrics import Record, indicators, rouge_l, single_labels
 
 RESAMPLES, LEVEL = 2000, 0.95
@@ -26,9 +27,7 @@ class Interval:
     high: float | None
 
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format_interval(self.value, self.low, self.high)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.atomic import write_file
+from data.formats import format_duration
 from model.evaluation.bootstrap import Interval, interval, sums_of
 from model.evaluation.metrics import Record
 from sweep.analysis.results import progress, ranked, read_predictions, short_names
@@ -20,7 +21,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.search import pruning_audit as recall
-from sweep.search.cost import device_hours, format_duration
+from sweep.search.cost import format_device_hours
 from sweep.search.study import TrialRecord
 
 KEPT = "intervals.json"  # beside the predictions that they are of
@@ -86,7 +87,7 @@ def _state(config: Config, entry: TrialRecord, whole: bool) -> str:
 
 def _cost(config: Config, entry: TrialRecord) -> list[str]:
     seconds = float(entry.metrics.get("seconds", 0.0))
-    return [str(len(entry.curve)), str(entry.steps), format_duration(seconds), device_hours(config, seconds)]
+    return [str(len(entry.curve)), str(entry.steps), format_duration(seconds), format_device_hours(config, seconds)]
 
 
 def interval_of(folder: Path, entry: TrialRecord, name: str) -> Interval | None:

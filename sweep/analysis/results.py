@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError, reason
+from data.formats import format_duration, format_hours
 from model.evaluation.metrics import Record
 from sweep.config.schema import Config
-from sweep.search.cost import _device, _hours, _in_hours, device_seconds, format_duration
+from sweep.search.cost import device_hours, device_name, device_seconds
 from sweep.search.study import TrialRecord, best_first, horizon
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
@@ -51,7 +52,7 @@ class Progress:
 
     def hours_text(self) -> str:
         """What was used."""
-        return _in_hours(self.hours, self.device)
+        return format_hours(self.hours, self.device)
 
     def line(self) -> str:
         """In a line."""
@@ -80,8 +81,8 @@ def progress(config: Config, entries: Sequence[TrialRecord], slots: int | None =
         running=states["RUNNING"],
         best=next(iter(best_first(config, entries)), None),
         seconds_left=_seconds_left(config, entries, slots or resources.slots or max(1, states["RUNNING"])),
-        hours=_hours(config, device_seconds(entries)),
-        device=_device(config),
+        hours=device_hours(config, device_seconds(entries)),
+        device=device_name(config),
     )
 
 

@@ -126,7 +126,7 @@ def _read(about: Path) -> dict[str, Any]:
 
 
 def _shown(size: int) -> str:
-    from sweep.search.cost import format_bytes
+    from data.formats import format_bytes
 
     return format_bytes(size)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import StorageError
+from data.formats import format_bytes
 from model.checkpoints.checkpoint import DAMAGED, FILE, PREVIOUS
 from model.checkpoints.fencing import TrialLock
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.search.cost import format_bytes
 from sweep.search.pruning import better
 from sweep.search.study import StudyStore, TrialRecord
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from data.errors import ConfigError, StorageError
+from data.formats import format_bytes, format_duration
 from data.loading.array_files import ABOUT, Part
 from data.loading.ray_source import ray_jobs
 from data.shards.store import LOCK, Store
@@ -30,7 +31,6 @@ from sweep.config.space import Axis
 from sweep.execution.cluster import ClusterError
 from sweep.preflight import encoder_pass as features
 from sweep.preflight import teacher_pass as teacher
-from sweep.search.cost import format_bytes, format_duration
 
 MOST = 64  # combinations of the values of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are

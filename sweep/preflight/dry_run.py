@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, reason
+from data.formats import format_bytes, format_duration
 from model.runtime import memory
 from model.training import dry_run as dryrun
 from model.training.dry_run import Measured
@@ -29,7 +30,7 @@ from sweep.preflight import eta as forecast
 from sweep.preflight.checks import skeleton
 from sweep.preflight.eta import Forecast
 from sweep.preflight.trial_profiles import TrialProfile, Values, alike, shapes
-from sweep.search.cost import device_hours, device_seconds, format_bytes, format_duration
+from sweep.search.cost import device_seconds, format_device_hours
 from sweep.search.study import StudyStore, TrialRecord, horizon
 from sweep.search.study_storage import has_study
 
@@ -127,7 +128,7 @@ class Plan:
 def told(config: Config, said: Forecast, slots: int) -> str:
     """A forecast in a line."""
     at_once = f"{slots} trial{'s' if slots > 1 else ''} at a time"
-    return f"plan: about {format_duration(said.seconds)} ({at_once}), {device_hours(config, said.work)}"
+    return f"plan: about {format_duration(said.seconds)} ({at_once}), {format_device_hours(config, said.work)}"
 
 
 def make(config: Config, cache: Path, folder: Path | None, nodes: Nodes, slots: int, say: Say) -> Plan:

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from data.atomic import write_file
+from data.formats import format_duration
 from sweep.config.schema import Config
-from sweep.search.cost import device_hours, device_seconds, format_duration
+from sweep.search.cost import device_seconds, format_device_hours
 from sweep.search.study import TrialRecord
 
 FILE = "plan.json"
@@ -71,7 +72,7 @@ def lines(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[
     if said is None or said.trials != config.search.trials or done < said.trials:
         return excluded
     used = device_seconds(entries) - said.before
-    expected, real = (device_hours(config, seconds) for seconds in (said.work, used))
+    expected, real = (format_device_hours(config, seconds) for seconds in (said.work, used))
     hours = f"{expected} estimated, {real} used{_times(used, said.work)}"
     if said.took is None:
         return [*excluded, f"plan: {hours}, by several attempts"]
