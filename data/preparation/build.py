@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.atomic import UNFINISHED
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, failure
 from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Corpus, is_rejected, split_label
@@ -26,7 +27,7 @@ from data.preparation.split import Place, split_conversations
 from data.preparation.validate import TIMELESS, Aligner, check, check_channels
 from data.shards.dataset import AGAIN, FINDINGS, MANIFEST, Shards
 from data.shards.format import INDEX_SCHEMA, Manifest, ShardFile, ShardInfo, describe_shard, to_bytes
-from data.shards.store import UNFINISHED, Store
+from data.shards.store import Store
 
 Run = Callable[[Sequence[Job]], Iterator[ShardFile]]
 Dealer = Callable[..., dict[str, Place]]  # as `split_conversations`

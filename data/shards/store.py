@@ -9,9 +9,9 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from pyarrow import fs
 
+from data.atomic import UNFINISHED, write_file
 from data.errors import DataError, reason
 
-UNFINISHED = ".unfinished-"  # in the name of a file that is being written
 LOCK = ".lock"
 SECRET = ("key", "secret", "token", "password", "sig")  # in the name of an option of a URL
 
@@ -100,15 +100,8 @@ class Store:
                     stream.write(content)
                 return
             self.local.mkdir(parents=True, exist_ok=True)
-            unfinished = self.local / f".{name}{UNFINISHED}{os.getpid()}"
-            try:
-                with unfinished.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                unfinished.replace(self.local / name)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            temporary = self.local / f".{name}{UNFINISHED}{os.getpid()}"
+            write_file(self.local / name, memoryview(content), temporary=temporary, durable=True)
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.atomic import commit, removed_afterwards
 from data.errors import StorageError, UserError, storing
 from model.checkpoints import checksum as sealed
 from model.checkpoints.fencing import TrialLock
@@ -90,30 +91,24 @@ def save(path: Path, state: dict[str, Any], attempt: TrialLock | None = None) ->
     """
     own = attempt or TrialLock.claim(path.parent)
     own.check()
-    unfinished = own.unfinished(path.name)
-    with storing(path):
-        try:
-            sealed.write(unfinished, state)
-            with own.writing():
-                _keep(path, own)
-                unfinished.replace(path)
-                sealed.sync_folder(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with storing(path), removed_afterwards(own.unfinished(path.name)) as unfinished:
+        sealed.write(unfinished, state)
+        with own.writing():
+            _keep(path, own)
+            commit(unfinished, path, durable=True)
 
 
 def _keep(path: Path, attempt: TrialLock) -> None:
     """Name a checkpoint PREVIOUS, by a second name where the file system has such, so that it keeps its own."""
     if not path.exists():
         return
-    second = attempt.unfinished(PREVIOUS)
-    try:
-        second.hardlink_to(path)
-    except OSError:
-        path.replace(path.with_name(PREVIOUS))
-        return
-    second.replace(path.with_name(PREVIOUS))
-    second.unlink(missing_ok=True)  # where both named one file already, the move has left both names
+    with removed_afterwards(attempt.unfinished(PREVIOUS)) as second:  # a rename onto the same file leaves both names
+        try:
+            second.hardlink_to(path)
+        except OSError:
+            commit(path, path.with_name(PREVIOUS))
+        else:
+            commit(second, path.with_name(PREVIOUS))
 
 
 def load(path: Path) -> dict[str, Any]:

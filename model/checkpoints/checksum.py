@@ -97,12 +97,3 @@ def _is_sealed(file: BinaryIO) -> bool:
     if _end(checksum.hexdigest()) != end:
         raise DamagedError("its checksum differs")
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of a folder down to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

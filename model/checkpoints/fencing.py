@@ -9,11 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.atomic import UNFINISHED, commit, removed_afterwards
 from data.errors import StorageError, storing
 
 LOCK = ".lock"
 PREFIX = "attempt-"
-UNFINISHED = ".unfinished-"  # in the name of a file that is being written, before the number of the attempt
 WRITTEN = ("checkpoint", "predictions.json", "token_budget")  # how the names of such files begin
 PATIENCE = 60.0  # seconds for which another's lock is waited for: nobody holds it for longer than a rename
 
@@ -77,14 +77,10 @@ class TrialLock:
         Raises:
             Superseded, StorageError: as `writing`.
         """
-        unfinished = self.unfinished(name)
-        with storing(self.folder / name):
-            try:
-                unfinished.write_text(content, encoding="utf-8")
-                with self.writing():
-                    unfinished.replace(self.folder / name)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with storing(self.folder / name), removed_afterwards(self.unfinished(name)) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+            with self.writing():
+                commit(unfinished, self.folder / name)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ import typer
 from filelock import FileLock, Timeout
 from rich.table import Table
 
+from data.atomic import UNFINISHED
 from data.errors import UserError
 from data.loading.array_files import ABOUT
-from data.shards.store import LOCK, UNFINISHED
+from data.shards.store import LOCK
 from sweep.cli.console import console
 
 KINDS = ("features", "teacher")  # folders of a cache

@@ -2,11 +2,11 @@
 
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from data.atomic import shared_folder
 from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.schema import SCHEMA_VERSION
@@ -91,12 +91,5 @@ def _make_all(names: list[str]) -> None:
 
 
 def _make(name: str) -> None:
-    folder = _folder(name)
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with shared_folder(_folder(name)) as unfinished:
         MAKERS[name](unfinished)
-        if not folder.exists():
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from data.atomic import UNFINISHED, create_file, write_file
+
 FILE, LOCK = "lease.json", ".lock"
 BEAT = 5.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without a heartbeat after which a driver of another machine is dead
@@ -204,26 +206,15 @@ def _take(folder: Path, holder: Holder, left: str | None, settle: float) -> None
 
 def _create(path: Path, holder: Holder) -> bool:
     """Make the file if it is not there; of two at the same moment, one succeeds."""
-    unfinished = _unfinished(path, holder)
-    try:
-        path.hardlink_to(unfinished)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return True
+    return create_file(path, json.dumps(asdict(holder)), temporary=_temporary(path, holder))
 
 
 def _write(path: Path, holder: Holder) -> None:
-    _unfinished(path, holder).replace(path)
+    write_file(path, json.dumps(asdict(holder)), temporary=_temporary(path, holder))
 
 
-def _unfinished(path: Path, holder: Holder) -> Path:
-    unfinished = path.with_name(f"{path.name}.unfinished-{holder.token}")
-    unfinished.write_text(json.dumps(asdict(holder)))
-    return unfinished
+def _temporary(path: Path, holder: Holder) -> Path:
+    return path.with_name(f"{path.name}{UNFINISHED}{holder.token}")
 
 
 def _text(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data.atomic import UNFINISHED, create_file
 from data.errors import reason
 from sweep.execution import orphans as leftovers
 
@@ -142,12 +143,9 @@ def keep_token() -> None:
         return
     path = Path.home() / ".ray" / "auth_token"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.exists():
-        with tempfile.NamedTemporaryFile("w", dir=path.parent) as made:  # for its owner alone
-            made.write(secrets.token_hex(32))
-            made.flush()
-            with contextlib.suppress(FileExistsError):  # another sweep was faster
-                os.link(made.name, path)
+    if not path.exists():  # another sweep may make it at the same moment
+        token = secrets.token_hex(32)
+        create_file(path, token, temporary=path.with_name(f"{path.name}{UNFINISHED}{secrets.token_hex(8)}"), mode=0o600)
     path.parent.chmod(0o700)
     path.chmod(0o600)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.atomic import refuse_taken, whole_folder
+from data.atomic import new_folder, refuse_existing
 from data.errors import UserError
 from model.checkpoints import peft_export as exported
 from sweep.analysis import confirm
@@ -42,7 +42,7 @@ def export(source: Path, trial: str, out: Path) -> None:
         UserError: `out` exists, there is no such trial, its checkpoint was not kept or cannot be used, or its corpus
             has changed.
     """
-    refuse_taken(out)
+    refuse_existing(out)
     origin = _origin(source, trial)
     folder = origin.checkpoint.parent
     config = load(str(folder / "config.yaml"))
@@ -53,7 +53,7 @@ def export(source: Path, trial: str, out: Path) -> None:
     card = model_card(
         model, config, said, origin.code, _figures(state, folder, (confirm.read(source) or {"lines": []})["lines"])
     )
-    with whole_folder(out) as unfinished:
+    with new_folder(out) as unfinished:
         exported.write(model, unfinished, said)
         write(builtin.absolute(config), unfinished / "config.yaml")  # it holds from any folder
         (unfinished / "README.md").write_text(card, encoding="utf-8")

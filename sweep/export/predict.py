@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.atomic import refuse_taken, whole_folder
+from data.atomic import new_folder, refuse_existing
 from data.config import DataConfig
 from data.corpus.config import CorpusConfig
 from data.errors import MisfitError, UserError
@@ -76,14 +76,14 @@ def predict_sessions(
 
 
 def _refuse(kind: str, out: Path) -> None:
-    refuse_taken(out)
+    refuse_existing(out)
     if kind not in IMPORTERS:
         raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
 
 
 def _write(out: Path, codings: Sequence[Coding], said: exported.Exported, shards: Shards) -> None:
     title = said.sweep + ("" if said.trial is None else f", trial {said.trial}")
-    with whole_folder(out) as unfinished:
+    with new_folder(out) as unfinished:
         (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
         page = transcript_html(codings, title, shards)
         (unfinished / PAGE).write_text(page, encoding="utf-8")

@@ -12,6 +12,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from data.atomic import UNFINISHED, create_file
 from data.errors import UserError, reason
 from sweep.config.schema import Config
 
@@ -29,15 +30,7 @@ def sweep_id(folder: Path) -> str:
     """Names a sweep for ever, on any machine that sees its folder; made on the first call, complete or not at all."""
     path = folder / "sweep-id"
     if not path.exists():
-        unfinished = path.with_name(f"sweep-id.unfinished-{uuid.uuid4().hex}")
-        unfinished.write_text(uuid.uuid4().hex)
-        try:
-            path.hardlink_to(unfinished)  # unlike a rename, it leaves the id of somebody who was faster
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            unfinished.replace(path)
-        unfinished.unlink(missing_ok=True)
+        create_file(path, uuid.uuid4().hex, temporary=path.with_name(f"sweep-id{UNFINISHED}{uuid.uuid4().hex}"))
     return path.read_text().strip()
 
 
