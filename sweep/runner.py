@@ -20,9 +20,9 @@ from rich.markup import escape
 from data.errors import reason
 from sweep.cli.console import complain, console
 from sweep.cli.run import BAD_INPUT, DONE, INFRASTRUCTURE, UNFINISHED, _conclude, check_inputs
-from sweep.config import resolve as builtin
 from sweep.config.files import write
 from sweep.config.paths import trial_folder
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.durability.retention import check_disk, disk_need, prune_checkpoints
@@ -38,7 +38,7 @@ from sweep.preflight.checks import skeleton
 from sweep.preflight.dry_run import Plan
 from sweep.preflight.eta import Forecast
 from sweep.search.candidates import first_trial
-from sweep.search.study import StudyStore, trial_config
+from sweep.search.study import StudyStore
 
 if TYPE_CHECKING:
     from sweep.config.schema import Config
@@ -67,9 +67,9 @@ class SweepRunner:
         self.cache = frozen.cache_of(config, self.folder)
         self.plan: Plan | None = None
 
-    def bind(self, resolved: Config) -> None:
+    def bind(self, resolved: ResolvedConfig) -> None:
         """Hold the sweep to its corpus, and note the code that runs."""
-        note = self.study.bind(open_shards(resolved.data).fingerprint, code_version())
+        note = self.study.bind(open_shards(resolved).fingerprint, code_version())
         if note:
             self.say(note)
 
@@ -78,7 +78,7 @@ class SweepRunner:
         ended = sum(entry.state != "RUNNING" for entry in self.study.trials())
         return max(0, self.config.search.trials - ended)
 
-    def execute(self, resolved: Config) -> None:
+    def execute(self, resolved: ResolvedConfig) -> None:
         """Run the trials that are left. Returns early, in an orderly way, when the sweep is to stop.
 
         Raises:
@@ -154,7 +154,7 @@ class SweepRunner:
             ),
         )
 
-    def _plan(self, resolved: Config, nodes: Nodes, slots: int) -> None:
+    def _plan(self, resolved: ResolvedConfig, nodes: Nodes, slots: int) -> None:
         """What cannot fit is not drawn."""
         self.plan = planner.make(resolved, self.cache, self.folder, nodes, slots, self.say)
         self.study.fits = self.plan.fits
@@ -197,18 +197,19 @@ class SweepRunner:
                 self.say("stopping: the trials that run write their checkpoints")
                 searcher.end()
 
-    def _job(self, resolved: Config, number: int, values: dict[str, Any]) -> dict[str, Any]:
+    def _job(self, resolved: ResolvedConfig, number: int, values: dict[str, Any]) -> dict[str, Any]:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
-        config = trial_config(self.config, values)
-        config = as_run(config, open_shards(builtin.resolve(config).data))  # which may be of another fold
-        write(config, folder / "config.yaml")
-        own = builtin.resolve(config)
-        folders = frozen.folders_for(own, self.cache)
+        config = self.config.for_trial(values)
+        trial = resolve(config)
+        shards = open_shards(trial)  # which may be of another fold
+        write(as_run(config, shards), folder / "config.yaml")
+        trial = as_run(trial, shards)
+        folders = frozen.folders_for(trial, self.cache)
         frozen.used(folders)
         return {
             "folder": str(folder),
-            "config": own.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
+            "config": trial.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
             "reader": choose_reader(resolved),
             "frozen": folders,
         }
@@ -299,7 +300,9 @@ def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | Non
                 )
 
 
-def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Callable[[], object], stop: Any) -> int:
+def _drive(
+    config: "Config", folder: Path, resolved: ResolvedConfig | None, check: Callable[[], object], stop: Any
+) -> int:
     """What the holder of the lease does."""
     from sweep.cli.progress import Display
     from sweep.config.diff import claim_folder
@@ -321,7 +324,7 @@ def _drive(config: "Config", folder: Path, resolved: "Config | None", check: Cal
     return _conclude(driver, shipped)
 
 
-def _attempt(driver: Any, resolved: "Config") -> bool:
+def _attempt(driver: Any, resolved: ResolvedConfig) -> bool:
     """Run what is left; whether MLflow took everything."""
     from sweep.execution.trial import open_shards
     from sweep.tracking.dataset import Corpus
@@ -329,7 +332,7 @@ def _attempt(driver: Any, resolved: "Config") -> bool:
 
     say = driver.say
     driver.bind(resolved)
-    corpus = Corpus.of(open_shards(resolved.data))
+    corpus = Corpus.of(open_shards(resolved))
     tracker = Tracker(driver.config, driver.folder, corpus, say=lambda text: say(escape(text)))
     tracker.start()
     try:

@@ -22,10 +22,10 @@ from model.evaluation.bootstrap import Comparison, Interval, Sums, compare, inte
 from model.evaluation.metrics import Record
 from sweep.analysis.evaluate import predict
 from sweep.analysis.results import read_predictions
-from sweep.config import resolve as builtin
 from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.execution.trial import open_shards
@@ -142,7 +142,7 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
 
 
 def _refuse_misfit(config: Config, best: Sequence[Mapping[str, Any]], folds: int) -> None:
-    shards = open_shards(builtin.resolve(config).data)
+    shards = open_shards(resolve(config))
     has = shards.manifest.config.split.folds
     if has is None:
         raise UserError(

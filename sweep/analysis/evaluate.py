@@ -13,10 +13,9 @@ from model.evaluation.metrics import Record, per_label, summarise
 from model.evaluation.split_data import TrialData
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training import metrics_log as curve
-from sweep.config import resolve as builtin
-from sweep.config import schema as configuration
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import available_device, build
 from sweep.search.study import StudyStore
 
@@ -48,7 +47,7 @@ def predict(source: Path, split: str, batch_size: int | None = None, overrides: 
     other = [override for override in overrides if not override.startswith(("data.", "train.token_budget="))]
     if other:
         raise UserError(f"--set {other[0]}: only data.* can be changed for a trained model")
-    config = builtin.resolve(load(str(path.with_name("config.yaml")), overrides))
+    config = resolve(load(str(path.with_name("config.yaml")), overrides))
     model, data, _ = load_trained(path, config, (split,))
     records = evaluate(model, data, split, config.train.token_budget, batch_size)
     labels = {task: tuple(known.labels) for task, known in model.tasks.items()}
@@ -85,13 +84,13 @@ def evaluate_checkpoint(
 
 
 def load_trained(
-    path: Path, config: configuration.Config, splits: Sequence[str]
+    path: Path, config: ResolvedConfig, splits: Sequence[str]
 ) -> tuple[SpeechLLM, TrialData, dict[str, Any]]:
     """The model of a checkpoint, its data, and what else the checkpoint holds.
 
     Args:
         path: of the checkpoint.
-        config: of its trial, with paths in place of built-in names.
+        config: of its trial.
         splits: those that will be read.
 
     Raises:

@@ -17,6 +17,7 @@ from model.parts import parts
 from model.speech_llm.label_trie import shared_beginnings
 from model.speech_llm.prompt import CLIP, CLS, END, IGNORE
 from model.speech_llm.speech_llm import SpeechLLM
+from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
 
@@ -54,13 +55,13 @@ def settings_for(shards: Shards) -> list[str]:
     return found + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
 
 
-def choose(config: Config, task: str, split: str | None, wanted: str | None) -> Item | None:
+def choose(config: ResolvedConfig, task: str, split: str | None, wanted: str | None) -> Item | None:
     """The first item of a task, or the one with this id, in a split or in any; None if this task has no such item.
 
     Raises:
         DataError: the split has nothing for the task.
     """
-    shards = open_shards(config.data)
+    shards = open_shards(config)
     names = {"quality": "conversation"}
     splits = [split] if split else SPLITS if wanted else ["train"]
     for item in (item for name in splits for item in items(shards, task, name)):
@@ -69,12 +70,12 @@ def choose(config: Config, task: str, split: str | None, wanted: str | None) -> 
     return None
 
 
-def example_lines(model: SpeechLLM, config: Config, item: Item) -> list[str]:
+def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[str]:
     """An example as the model reads it: the sequence, then the tokens that the loss is over.
 
     Placeholders of vectors stand in brackets; ⏎ is a line break.
     """
-    shards = open_shards(config.data)
+    shards = open_shards(config)
     example = read_example(shards, item, config.data, sound=False)
     samples = clip_samples(shards, item, config.data)
     measure, prompt, answer = model.measure(example, samples), model.prompter.prompt(example), model.answer(example)
@@ -150,7 +151,7 @@ def _token(model: SpeechLLM, token: int) -> str:
     return f"{text!r} {token}"
 
 
-def lines(model: SpeechLLM, config: Config, split: str | None, wanted: str | None) -> list[str]:
+def lines(model: SpeechLLM, config: ResolvedConfig, split: str | None, wanted: str | None) -> list[str]:
     """Examples of every task.
 
     Raises:

@@ -14,6 +14,7 @@ from sweep.cli.console import complain, console
 from sweep.cli.show import print_best, program, show_model, show_trials
 
 if TYPE_CHECKING:
+    from sweep.config.resolve import ResolvedConfig
     from sweep.config.schema import Config
     from sweep.search.study import StudyStore
 
@@ -124,38 +125,31 @@ def open_study_store(folder: Path) -> "StudyStore":
 
 def _preview(config: "Config", folder: Path) -> None:
     from sweep.cli.show import preview_table
-    from sweep.config.resolve import missing
+    from sweep.config.resolve import missing, resolve
+    from sweep.execution.trial import open_shards
     from sweep.preflight.preview import preview
 
-    made = not missing(config)
-    found = preview(config, folder, _fingerprint(config) if made else None)
+    resolved = None if missing(config) else resolve(config)  # which would be made
+    found = preview(config, folder, open_shards(resolved).fingerprint if resolved else None)
     console.print(preview_table(found))
     if found.refused:
         sys.exit(BAD_INPUT)
-    if made and (found.going_on or found.points or found.drawn):
-        for line in _before_trials(config, folder):
+    if resolved and (found.going_on or found.points or found.drawn):
+        for line in _before_trials(resolved, folder):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _fingerprint(config: "Config") -> str:
-    from sweep.config.resolve import resolve
-    from sweep.execution.trial import open_shards
-
-    return open_shards(resolve(config).data).fingerprint
-
-
-def _before_trials(config: "Config", folder: Path) -> "Iterator[str]":
+def _before_trials(config: "ResolvedConfig", folder: Path) -> "Iterator[str]":
     """What is computed once before the trials start, and the plan, a line each."""
-    from sweep.config.resolve import resolve
     from sweep.preflight.cache_passes import cache_of, described, needs
     from sweep.preflight.dry_run import preview
 
-    resolved, cache = resolve(config), cache_of(config, folder)
-    yield from (described(need) for need in needs(resolved, cache))
-    yield from preview(resolved, cache, folder)
+    cache = cache_of(config, folder)
+    yield from (described(need) for need in needs(config, cache))
+    yield from preview(config, cache, folder)
 
 
-def check_inputs(config: "Config") -> "Config":
+def check_inputs(config: "Config") -> "ResolvedConfig":
     from sweep.config.resolve import missing
     from sweep.preflight.checks import resolve_inputs
 

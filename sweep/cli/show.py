@@ -17,11 +17,12 @@ from sweep.preflight.preview import Preview
 
 if TYPE_CHECKING:
     from model.speech_llm.speech_llm import SpeechLLM
+    from sweep.config.resolve import ResolvedConfig
     from sweep.config.schema import Config
     from sweep.search.study import StudyStore, TrialRecord
 
 
-def show_model(resolved: "Config") -> "tuple[SpeechLLM, Config]":
+def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]":
     """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
     from sweep.analysis.inspection import notes, parts_table
     from sweep.preflight.checks import skeleton

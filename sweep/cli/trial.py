@@ -20,19 +20,20 @@ def train(
     """One trial in this process, without Ray: the same training, bit for bit."""
     from sweep.config.diff import claim_folder
     from sweep.config.files import load
-    from sweep.config.resolve import resolve
     from sweep.execution.trial import as_run, available_device, open_shards, run_trial
 
-    loaded = load(config, set_).with_values({"search.space": {}, "search.points": []})
+    loaded = load(config, set_).for_trial({})
     folder = out or Path("runs") / f"{loaded.name}-train"
-    loaded = as_run(loaded, open_shards(check_inputs(loaded).data))
+    resolved = check_inputs(loaded)
+    shards = open_shards(resolved)
+    loaded = as_run(loaded, shards)
     claim_folder(loaded, folder)
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
         console.print(f"epoch {epoch}/{loaded.train.epochs}  {shown}", soft_wrap=True, highlight=False)
 
-    run_trial(resolve(loaded), folder, report, "local", available_device())
+    run_trial(as_run(resolved, shards), folder, report, "local", available_device())
     console.print(f"checkpoint: {folder / 'checkpoint.pt'}", highlight=False)
 
 
@@ -48,10 +49,10 @@ def inspect(
     from data.loading.tasks import has_sound
     from data.shards.dataset import Shards, is_shards
     from sweep.analysis.inspection import lines, settings_for
-    from sweep.config import resolve as builtin
-    from sweep.config import schema as configuration
     from sweep.config.files import load
     from sweep.config.loader import read_tree
+    from sweep.config.resolve import resolve
+    from sweep.config.schema import parse
     from sweep.execution.trial import open_shards
     from sweep.preflight.checks import check_sound
 
@@ -60,10 +61,10 @@ def inspect(
     if is_shards(source):
         shards = Shards(source)
         show_shards(shards)
-        loaded = configuration.parse(read_tree(None, [*settings_for(shards), *set_]), "--set")
+        loaded = parse(read_tree(None, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
-    resolved = builtin.resolve(loaded)
-    check_sound(resolved, has_sound(open_shards(resolved.data)))
+    resolved = resolve(loaded)
+    check_sound(resolved, has_sound(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

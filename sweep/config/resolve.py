@@ -32,6 +32,14 @@ KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
 FILES = (*KEYS, "model.init_from", "model.adapter.init_from")
 
 
+class ResolvedConfig(Config):
+    """A configuration whose local inputs are absolute paths and whose built-in inputs have been made.
+
+    `resolve` is its only source; its JSON travels to the workers. Changed values may name anything, so `with_values`
+    returns a plain `Config`.
+    """
+
+
 def cache_folder() -> Path:
     """Where made things are kept: $SWEEP_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
@@ -47,7 +55,7 @@ def missing(config: Config) -> list[str]:
     return sorted({name for name in _named(config).values() if not _folder(name).exists()})
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config) -> ResolvedConfig:
     """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones: workers run in
     folders of their own.
 
@@ -55,7 +63,8 @@ def resolve(config: Config) -> Config:
         ConfigError: there is no built-in of that name.
     """
     _make_all(missing(config))
-    return absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
+    resolved = absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
+    return ResolvedConfig.model_validate(dict(resolved))
 
 
 def absolute(config: Config) -> Config:

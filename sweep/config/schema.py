@@ -148,6 +148,14 @@ class Config(Section):
             section[leaf] = value
         return parse(tree, "trial")
 
+    def for_trial(self, values: Mapping[str, Any]) -> "Config":
+        """Return the configuration that reproduces one trial by itself: its values in place, and no search.
+
+        Raises:
+            ConfigError: values are allowed singly and not together.
+        """
+        return self.with_values({**values, "search.space": {}, "search.points": []})
+
 
 def metric_names(tasks: Sequence[str]) -> list[str]:
     """What a search over these tasks may go by; metrics of the first task have no prefix."""

@@ -4,11 +4,10 @@ import functools
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from data.config import DataConfig
 from data.errors import StorageError, UserError
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
@@ -17,12 +16,15 @@ from model.objectives.class_weights import with_numbers
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Report, TrialInterrupted, fit, never
+from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-def open_shards(config: DataConfig) -> Shards:
+
+def open_shards(config: ResolvedConfig) -> Shards:
     """The corpus, opened once per process."""
-    return _opened(config.shards, config.fold)
+    return _opened(config.data.shards, config.data.fold)
 
 
 @functools.lru_cache(maxsize=16)  # as many folds as a sweep may go through in turn
@@ -30,7 +32,7 @@ def _opened(folder: str, fold: int) -> Shards:
     return Shards(folder, fold)
 
 
-def as_run(config: Config, shards: Shards) -> Config:
+def as_run(config: AnyConfig, shards: Shards) -> AnyConfig:
     """The configuration that says what is trained: with numbers where it asks for balanced classes.
 
     Raises:
@@ -51,7 +53,7 @@ def settle(config: Config) -> None:
 
 
 def build(
-    config: Config,
+    config: ResolvedConfig,
     reader: str,
     splits: Sequence[str],
     device: str,
@@ -61,7 +63,7 @@ def build(
     """The model of a trial as it is before training, and its data.
 
     Args:
-        config: with paths in place of built-in names.
+        config: of the trial.
         reader: "ray" or "local".
         splits: those that will be read.
         device: "cpu" or "cuda".
@@ -69,7 +71,7 @@ def build(
         taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
     """
     settle(config)
-    shards = open_shards(config.data)
+    shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
     model = SpeechLLM(config.model, answers, device, encodes=features is None)
     return model, TrialData.open(
@@ -83,7 +85,7 @@ def available_device() -> str:
 
 
 def run_trial(
-    config: Config,
+    config: ResolvedConfig,
     folder: Path,
     report: Report,
     reader: str,
@@ -107,7 +109,7 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
     Returns:
         Whether the trial came to its end; otherwise it was interrupted.
     """
-    config, folder = Config.model_validate_json(job["config"]), Path(job["folder"])
+    config, folder = ResolvedConfig.model_validate_json(job["config"]), Path(job["folder"])
     if not (folder / "config.yaml").exists():
         raise StorageError(
             f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"

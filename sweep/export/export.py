@@ -10,9 +10,9 @@ from model.checkpoints import peft_export as exported
 from sweep.analysis import confirm
 from sweep.analysis.evaluate import find_checkpoint, load_trained
 from sweep.analysis.results import read_predictions
-from sweep.config import resolve as builtin
 from sweep.config.files import load, write
 from sweep.config.paths import trial_folder
+from sweep.config.resolve import absolute, resolve
 from sweep.config.version import code_version
 from sweep.export.model_card import Figures, model_card
 from sweep.search.study import StudyStore
@@ -46,7 +46,7 @@ def export(source: Path, trial: str, out: Path) -> None:
     origin = _origin(source, trial)
     folder = origin.checkpoint.parent
     config = load(str(folder / "config.yaml"))
-    model, data, state = load_trained(origin.checkpoint, builtin.resolve(config), ())
+    model, data, state = load_trained(origin.checkpoint, resolve(config), ())
     manifest = data.shards.manifest
     said: dict[str, Any] = {"sweep": config.name, "trial": origin.trial, "corpus": manifest.corpus}
     said |= {"fingerprint": state["fingerprint"], "roles": manifest.roles}
@@ -55,7 +55,7 @@ def export(source: Path, trial: str, out: Path) -> None:
     )
     with new_folder(out) as unfinished:
         exported.write(model, unfinished, said)
-        write(builtin.absolute(config), unfinished / "config.yaml")  # it holds from any folder
+        write(absolute(config), unfinished / "config.yaml")  # it holds from any folder
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -25,9 +25,8 @@ from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record
 from model.evaluation.split_data import Select, TrialData
 from model.speech_llm.speech_llm import SpeechLLM
-from sweep.config import resolve as builtin
 from sweep.config.files import load
-from sweep.config.schema import Config
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import available_device, settle
 
 TABLE, PAGE = "predictions.csv", "transcript.html"
@@ -132,12 +131,12 @@ def _none(shards: Shards, reasons: Mapping[str, str]) -> UserError:
     )
 
 
-def _config(folder: Path, shards: Shards) -> Config:
+def _config(folder: Path, shards: Shards) -> ResolvedConfig:
     """That of the trial, whose weights now come from the exported files, and whose corpus are these sessions."""
     config = load(str(folder / "config.yaml"))
     spoken = set(shards.columns["speaker"])
     roles = {role: name for role, name in config.model.prompt.roles.items() if role in spoken}
-    return builtin.resolve(
+    return resolve(
         config.with_values(
             {
                 "data.shards": str(shards.folder),

@@ -19,20 +19,20 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 from filelock import FileLock
 
-from data.errors import ConfigError, StorageError
+from data.errors import StorageError
 from data.formats import format_bytes, format_duration
 from data.loading.array_files import ABOUT, Part
 from data.loading.ray_source import ray_jobs
 from data.shards.store import LOCK, Store
-from sweep.config import resolve as builtin
-from sweep.config.loader import flat
+from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import Axis
 from sweep.execution.cluster import ClusterError
 from sweep.preflight import encoder_pass as features
 from sweep.preflight import teacher_pass as teacher
+from sweep.search.candidates import candidates, resolve_candidate
 
-MOST = 64  # combinations of the values of a kind's axes that are looked at
+MOST = 64  # combinations of a kind's axes that are looked at
 RANGE = 8  # whole numbers of a range that are
 SMALL = 2e11  # positions times parameters: about ten seconds of one CPU
 FEW, MOMENT = 8, 2.0  # rows, or s, that are computed beforehand, to say how long all will take
@@ -56,7 +56,7 @@ class CacheRequest(Protocol):
         """What the numbers depend on: a dataclass with a `key`."""
 
     @property
-    def config(self) -> Config:
+    def config(self) -> ResolvedConfig:
         """Of such a trial."""
 
     @property
@@ -116,7 +116,7 @@ class Job(Protocol):
         """Compute all and write them; a table with the part's size."""
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Callable[[Config, Path], CacheRequest | None]]] = {
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[ResolvedConfig, Path], CacheRequest | None]]] = {
     "features": (features.AXES, features.need_of),
     "taught": (teacher.AXES, teacher.need_of),
 }
@@ -127,30 +127,28 @@ def cache_of(config: Config, sweep_folder: Path) -> Path:
     return sweep_folder.absolute().parent / (config.storage.cache or "cache")
 
 
-def needs(config: Config, cache: Path) -> list[CacheRequest]:
+def needs(config: ResolvedConfig, cache: Path) -> list[CacheRequest]:
     """What trials of a sweep may read, as far as the axes that decide about it can be counted."""
     return [need for need, _ in _counted(config, cache)]
 
 
-def _counted(config: Config, cache: Path) -> list[tuple[CacheRequest, float]]:
+def _counted(config: ResolvedConfig, cache: Path) -> list[tuple[CacheRequest, float]]:
     """The needs, each with the share of the trials that have it, as if all values were drawn equally often."""
     found: dict[tuple[Any, ...], tuple[CacheRequest, float]] = {}
+    space = config.search.space
     for axes, need_of in KINDS.values():
-        combinations = list(_combinations(config, axes))
-        for values in combinations:
-            try:
-                trial = builtin.resolve(config.with_values(values | {"search.space": {}, "search.points": []}))
-            except ConfigError:
-                continue  # values that are allowed one by one and not together
-            need = need_of(trial, cache)
+        drawn = candidates(config, {key: _values(key, space[key]) for key in space if key.startswith(axes)}, MOST)
+        for candidate in drawn:
+            trial = resolve_candidate(config, candidate.values)
+            need = None if trial is None else need_of(trial, cache)
             if need is not None:
                 key = (need.folder, *(part.name for part in need.parts))
                 first, share = found.get(key, (need, 0.0))
-                found[key] = (first, share + 1 / len(combinations))
+                found[key] = (first, share + 1 / len(drawn))
     return list(found.values())
 
 
-def folders_for(config: Config, cache: Path) -> dict[str, str | None]:
+def folders_for(config: ResolvedConfig, cache: Path) -> dict[str, str | None]:
     """Where a trial reads what, by kind; None where the files are not all there, or it has no use for any."""
     own = {kind: need_of(config, cache) for kind, (_, need_of) in KINDS.items()}
     return {kind: None if need is None or need.missing else str(need.folder) for kind, need in own.items()}
@@ -170,7 +168,7 @@ def described(need: CacheRequest) -> str:
     return f"{need.describe()}: {size}, {format_bytes(need.bytes(whole))}, once for all trials; {state}"
 
 
-def compute(config: Config, cache: Path, say: Say) -> None:
+def compute(config: ResolvedConfig, cache: Path, say: Say) -> None:
     """Compute what is missing, on all nodes; a kill loses the parts that were under way.
 
     Raises:
@@ -269,24 +267,6 @@ def _check_room(needs: Sequence[CacheRequest]) -> None:
             f"{folder}: what is computed takes {format_bytes(size)} and {format_bytes(free)} are free; free some "
             "space (`sweep cache prune`), name another folder in storage.cache, or set storage.features=live"
         )
-
-
-def _combinations(config: Config, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Values of the axes in question in trials that may be drawn. Conditions on other axes may hold or not."""
-    space, base = config.search.space, flat(config)
-    found: list[dict[str, Any]] = [{}]
-    for key in (key for key in config.search.order() if key.startswith(keys)):
-        known = {other: on for other, on in space[key].when.items() if other not in space or other.startswith(keys)}
-        drawn: list[dict[str, Any]] = [{key: value} for value in _values(key, space[key])]
-        maybe = drawn if len(known) == len(space[key].when) else [{}, *drawn]
-        found = [
-            values | more
-            for values in found
-            for more in (
-                maybe if all(values.get(other, base.get(other)) in on for other, on in known.items()) else [{}]
-            )
-        ][:MOST]
-    return found
 
 
 def _values(key: str, axis: Axis) -> list[Any]:

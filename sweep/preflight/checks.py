@@ -1,44 +1,39 @@
 """What a sweep needs before it starts: corpus and models are looked at, and every structure that the search may ask for
 is built without weights, so that a mistake is one line now and not a failed trial later."""
 
-from data.errors import ConfigError, UserError
+from data.errors import UserError
 from data.loading.tasks import answer_sets, has_sound
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import with_numbers
 from model.speech_llm.speech_llm import SpeechLLM
-from sweep.config import resolve as builtin
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
-from sweep.search.candidates import _structures
+from sweep.search.candidates import resolve_candidate, structures
 
 
-def resolve_inputs(config: Config) -> Config:
+def resolve_inputs(config: Config) -> ResolvedConfig:
     """Make what is built in, and check the rest.
-
-    Returns:
-        The configuration with paths in place of built-in names.
 
     Raises:
         UserError: a shard is missing or corrupt, a split has nothing for a task, a label that there is not has a
             weight, an example does not fit, a model is not to be found or does not fit its settings, or the corpus has
             no sound and an axis wants it.
     """
-    resolved = builtin.resolve(config)
-    shards = open_shards(resolved.data)
+    resolved = resolve(config)
+    shards = open_shards(resolved)
     shards.verify()
     check_sound(resolved, has_sound(shards))
     measured = set()
-    for values in _structures(resolved):
-        try:
-            changed = builtin.resolve(resolved.with_values(values | {"search.space": {}, "search.points": []}))
-        except ConfigError:
-            continue  # values that are allowed one by one and not together: should they be drawn, the trial says so
-        model = skeleton(changed)
-        with_numbers(changed.train, model.tasks)
-        if (lengths := _lengths(changed)) not in measured:
+    for values in structures(resolved):
+        trial = resolve_candidate(resolved, values)
+        if trial is None:
+            continue
+        model = skeleton(trial)
+        with_numbers(trial.train, model.tasks)
+        if (lengths := _lengths(trial)) not in measured:
             measured.add(lengths)
-            own = open_shards(changed.data)
-            TrialData.open(own, model, changed.data, ("train", "val"), teacher=changed.train.teaches)
+            TrialData.open(open_shards(trial), model, trial.data, ("train", "val"), teacher=trial.train.teaches)
     return resolved
 
 
@@ -48,13 +43,13 @@ def _lengths(config: Config) -> str:
     return repr((config.model.model_dump(exclude=lora), config.tasks.active(), config.data.fold))
 
 
-def skeleton(config: Config) -> SpeechLLM:
+def skeleton(config: ResolvedConfig) -> SpeechLLM:
     """The model of a configuration without its weights.
 
     Raises:
         UserError: see `SpeechLLM`.
     """
-    shards = open_shards(config.data)
+    shards = open_shards(config)
     return SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), "meta")
 
 

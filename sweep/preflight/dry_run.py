@@ -20,6 +20,7 @@ from data.formats import format_bytes, format_duration
 from model.runtime import memory
 from model.training import dry_run as dryrun
 from model.training.dry_run import Measured
+from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.execution.cluster import ClusterError
@@ -29,7 +30,8 @@ from sweep.preflight import cache_passes as frozen
 from sweep.preflight import eta as forecast
 from sweep.preflight.checks import skeleton
 from sweep.preflight.eta import Forecast
-from sweep.preflight.trial_profiles import TrialProfile, Values, alike, shapes
+from sweep.preflight.trial_profiles import TrialProfile, alike, shapes
+from sweep.search.candidates import Values
 from sweep.search.cost import device_seconds, format_device_hours
 from sweep.search.study import StudyStore, TrialRecord, horizon
 from sweep.search.study_storage import has_study
@@ -131,11 +133,11 @@ def told(config: Config, said: Forecast, slots: int) -> str:
     return f"plan: about {format_duration(said.seconds)} ({at_once}), {format_device_hours(config, said.work)}"
 
 
-def make(config: Config, cache: Path, folder: Path | None, nodes: Nodes, slots: int, say: Say) -> Plan:
+def make(config: ResolvedConfig, cache: Path, folder: Path | None, nodes: Nodes, slots: int, say: Say) -> Plan:
     """Try all shapes, but for those that were tried before.
 
     Args:
-        config: of the sweep, with paths in place of built-in names.
+        config: of the sweep.
         cache: of what trials share.
         folder: of the sweep, where the results are kept; None: nothing is written, and Ray is not needed.
         nodes: on which trials run.
@@ -165,7 +167,7 @@ def make(config: Config, cache: Path, folder: Path | None, nodes: Nodes, slots: 
     return plan
 
 
-def preview(config: Config, cache: Path, folder: Path) -> list[str]:
+def preview(config: ResolvedConfig, cache: Path, folder: Path) -> list[str]:
     """The plan in lines, without Ray and without writing anything; of large models, only what will be tried.
 
     Raises:
@@ -223,7 +225,7 @@ def _key(shape: TrialProfile, folders: Mapping[str, str | None], nodes: Nodes) -
     config = shape.config
     kinds = sorted({repr(sorted(_lasting(node).items())) for node in nodes})
     trial = config.model_dump(mode="json", exclude={"name": True, "search": True, "storage": True, "seed": True})
-    content = [trial, sorted(map(bool, folders.values())), kinds, open_shards(config.data).fingerprint, code_version()]
+    content = [trial, sorted(map(bool, folders.values())), kinds, open_shards(config).fingerprint, code_version()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -232,7 +234,7 @@ def _lasting(node: Mapping[str, float]) -> dict[str, float]:
     return {name: node[name] for name in node if name in ("CPU", "GPU") or name.startswith("accelerator")}
 
 
-Work = Mapping[str, tuple[Config, dict[str, str | None]]]
+Work = Mapping[str, tuple[ResolvedConfig, dict[str, str | None]]]
 
 
 def _here(work: Work) -> Iterator[tuple[str, Said]]:
@@ -277,11 +279,11 @@ def _tasks(work: Work) -> "Iterator[tuple[str, Said | None]]":
             yield key, None
 
 
-def dry_steps(config: Config, folders: Mapping[str, str | None]) -> Said:
+def dry_steps(config: ResolvedConfig, folders: Mapping[str, str | None]) -> Said:
     """Make the dry steps of a trial, in this process.
 
     Args:
-        config: of the trial, with paths in place of built-in names.
+        config: of the trial.
         folders: what it reads, by kind; see `frozen.folders_for`.
 
     Returns:

@@ -12,7 +12,7 @@ from data.loading.tasks import items
 from model.encoders.base import SpeechEncoder
 from model.encoders.frozen_features import CacheKey, Job, recipe
 from model.speech_llm.speech_llm import SpeechLLM
-from sweep.config.schema import Config
+from sweep.config.resolve import ResolvedConfig
 from sweep.execution.trial import open_shards
 from sweep.preflight.checks import skeleton
 
@@ -44,18 +44,18 @@ class CacheRequest:
     """Features that trials of a sweep read."""
 
     recipe: CacheKey
-    config: Config
+    config: ResolvedConfig
     folder: Path
 
     @property
     def parts(self) -> list[Part[int]]:
         """The files they lie in."""
-        return parts(open_shards(self.config.data), self.config.data)
+        return parts(open_shards(self.config), self.config.data)
 
     @property
     def missing(self) -> list[Part[int]]:
         """Those that have not been computed."""
-        return missing(self.folder, open_shards(self.config.data), self.config.data)
+        return missing(self.folder, open_shards(self.config), self.config.data)
 
     def describe(self) -> str:
         """Whose they are."""
@@ -79,14 +79,14 @@ class CacheRequest:
     @property
     def epoch(self) -> int:
         """Samples of the clips of all items for training and validation."""
-        shards, data = open_shards(self.config.data), self.config.data
+        shards, data = open_shards(self.config), self.config.data
         tasks = self.config.tasks.active()
         known = [item for task in tasks for split in ("train", "val") for item in items(shards, task, split)]
         return sum(clip_samples(shards, item, data) for item in known)
 
     def bytes(self, parts: Sequence[Part[int]]) -> int:
         """Of the features of parts."""
-        model, samples = _structure(self.config), open_shards(self.config.data).columns["n_samples"]
+        model, samples = _structure(self.config), open_shards(self.config).columns["n_samples"]
         assert model.encoder is not None
         assert model.adapter is not None
         count = model.encoder.cost if self.recipe.layers else model.encoder.frames
@@ -101,7 +101,7 @@ class CacheRequest:
 
     def jobs(self, parts: Sequence[Part[int]], needs: Sequence["CacheRequest"]) -> list[Job]:
         """The work."""
-        shards, config, found = open_shards(self.config.data), self.config, []
+        shards, config, found = open_shards(self.config), self.config, []
         for part in parts:
             lacking = [need for need in needs if not (need.folder / part.name).exists()]
             together = sum(need.bytes([part]) for need in lacking) <= LARGE
@@ -111,7 +111,7 @@ class CacheRequest:
         return found
 
 
-def need_of(config: Config, cache: Path) -> CacheRequest | None:
+def need_of(config: ResolvedConfig, cache: Path) -> CacheRequest | None:
     """The features that a trial may read in place of the sound; None if all of its encoder trains, or something is
     drawn in what would be computed once."""
     augment = config.data.augment
@@ -129,13 +129,13 @@ def shown_name(path: str) -> str:
     return Path(path).name if Path(path).exists() else path
 
 
-def _encoder(config: Config) -> SpeechEncoder:
+def _encoder(config: ResolvedConfig) -> SpeechEncoder:
     encoder = _structure(config).encoder
     assert encoder is not None
     return encoder
 
 
-def _structure(config: Config) -> SpeechLLM:
+def _structure(config: ResolvedConfig) -> SpeechLLM:
     """The model of a trial, as far as its encoder is concerned: others need not be built anew."""
     keys = {"encoder", "trainable", "init_from", "init_partial", "modality", "adapter"}
     key = config.model.model_dump_json(include=keys)

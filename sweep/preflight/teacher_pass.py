@@ -13,7 +13,7 @@ from model.objectives.teacher import TOP, CacheKey, Job, lessons, recipe
 from model.speech_llm.language_model import load_llm, reach
 from model.speech_llm.prompt import Prompter
 from model.speech_llm.tokenizer import load_vocabulary
-from sweep.config.schema import Config
+from sweep.config.resolve import ResolvedConfig
 from sweep.execution.trial import open_shards
 from sweep.preflight.encoder_pass import shown_name
 
@@ -51,7 +51,7 @@ class CacheRequest:
     """What a teacher says, in files that trials of a sweep read."""
 
     recipe: CacheKey
-    config: Config
+    config: ResolvedConfig
     folder: Path
     course: TeacherInputs
 
@@ -99,7 +99,7 @@ class CacheRequest:
         return [Job(part, [read[item] for item in part.rows], self.recipe, self.folder, threads) for part in parts]
 
 
-def need_of(config: Config, cache: Path) -> CacheRequest | None:
+def need_of(config: ResolvedConfig, cache: Path) -> CacheRequest | None:
     """What a trial may read in place of a teacher; None if it has none, or one whose hidden states it needs, too: they
     would take E numbers a token, and with the teacher at hand its words cost nothing."""
     losses = config.train.losses
@@ -113,14 +113,14 @@ def need_of(config: Config, cache: Path) -> CacheRequest | None:
     return CacheRequest(made, config, cache / "teacher" / made.key, course)
 
 
-def _course(config: Config) -> TeacherInputs:
+def _course(config: ResolvedConfig) -> TeacherInputs:
     tasks = config.tasks.active()
     read = {"llm", "prompt", "modality", "cls", "end_of_audio"}  # by the prompter
     key = (config.model.model_dump_json(include=read), config.data.model_dump_json(), *tasks)
     if key not in _READ:
         if len(_READ) >= COURSES:
             del _READ[next(iter(_READ))]
-        llm, shards = config.model.llm, open_shards(config.data)
+        llm, shards = config.model.llm, open_shards(config)
         prompter = Prompter(load_vocabulary(llm.path), config.model)
         longest = reach(load_llm(llm.path, llm.dtype, "meta"))
         own = lessons(prompter, longest, shards, config.data, tasks)

@@ -1,21 +1,16 @@
 """The shapes of a search: what its axes may ask for, as far as it changes what a trial takes of time and memory."""
 
-import itertools
-import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import ConfigError
-from sweep.config import resolve as builtin
-from sweep.config.loader import flat
+from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import Axis
-from sweep.search.candidates import FixedSampler
+from sweep.search.candidates import Candidate, Values, draw, representatives, resolve_candidate
 
 MOST = 16  # shapes that are tried
-LOOKED_AT = 1024  # combinations of values, at most; of more, as many are drawn
 # Settings that change neither, or by a position of a hundred. What is not named here counts.
 NO_MATTER = (
     "seed",
@@ -45,7 +40,6 @@ NO_MATTER = (
 # Numbers of which only counts whether they are 0.
 SIGN = ("tasks.", "train.losses.", "model.lora.dropout", "model.encoder.dropout", "data.augment.noise_probability")
 LARGEST = ("model.lora.rank",)  # numbers of which the largest says whether it fits: they take hardly more time
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class TrialProfile:
     """Trials that take the same."""
 
     values: Values  # of the axes that count
-    config: Config  # of such a trial, with paths in place of built-in names
+    config: ResolvedConfig  # of such a trial
     weight: float  # its share of all combinations
 
     def __str__(self) -> str:
@@ -71,24 +65,26 @@ def shapes(config: Config, whole: bool = False) -> tuple[list[TrialProfile], int
         Those to be tried, and how many were left out: of more than MOST, as many are drawn.
     """
     points = config.search.points[: config.search.trials]
-    drawn = _drawn(config, _combinations(config, whole) if config.search.trials > len(points) else points, whole)
-    names = list(drawn) if len(drawn) <= MOST else random.Random(0).sample(list(drawn), MOST)
-    total = sum(count for _, count in drawn.values())
-    made = [_shape(config, own, count / total) for own, count in map(drawn.__getitem__, names)]
-    return [shape for shape in made if shape is not None], len(drawn) - len(names)
-
-
-def _drawn(config: Config, wanted: Iterable[Values], whole: bool) -> dict[str, tuple[Values, int]]:
-    """Trials by shape: the values of one, and how many there are."""
-    found: dict[str, tuple[Values, int]] = {}
-    for values in wanted:
-        own = config.search.suggest(FixedSampler(values), flat(config))
-        merged = () if whole else LARGEST
-        name = repr(sorted((key, value) for key, value in own.items() if counts_for(key) and key not in merged))
-        known, count = found.get(name, (own, 0))
-        largest = max(known, own, key=lambda one: [one.get(key, 0) for key in LARGEST])
-        found[name] = (largest, count + 1)
-    return found
+    if config.search.trials > len(points):
+        options = {key: _values(key, axis, whole) for key, axis in config.search.space.items() if counts_for(key)}
+        drawn = representatives(config, options)
+    else:
+        drawn = [Candidate(draw(config, point), 1) for point in points]
+    merged = () if whole else LARGEST
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in drawn:
+        counted = {key: value for key, value in candidate.values.items() if counts_for(key) and key not in merged}
+        groups.setdefault(repr(sorted(counted.items())), []).append(candidate)
+    names = list(groups) if len(groups) <= MOST else random.Random(0).sample(list(groups), MOST)
+    total = sum(candidate.weight for candidate in drawn)
+    made = []
+    for group in map(groups.__getitem__, names):
+        values = max((one.values for one in group), key=lambda values: [values.get(key, 0) for key in LARGEST])
+        trial = resolve_candidate(config, values)
+        if trial is not None:
+            counted = {key: value for key, value in values.items() if counts_for(key)}
+            made.append(TrialProfile(counted, trial, sum(one.weight for one in group) / total))
+    return made, len(groups) - len(names)
 
 
 def counts_for(key: str) -> bool:
@@ -123,22 +119,6 @@ def _near(key: str, value: Any, known: Sequence[Any]) -> list[Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shape(config: Config, drawn: Values, weight: float) -> TrialProfile | None:
-    try:
-        trial = builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
-    except ConfigError:
-        return None  # values that are allowed one by one and not together
-    return TrialProfile({key: value for key, value in drawn.items() if counts_for(key)}, trial, weight)
-
-
-def _combinations(config: Config, whole: bool) -> Iterator[Values]:
-    axes = {key: _values(key, axis, whole) for key, axis in config.search.space.items() if counts_for(key)}
-    if math.prod(map(len, axes.values())) <= LOOKED_AT:
-        return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-    generator = random.Random(0)
-    return ({key: generator.choice(values) for key, values in axes.items()} for _ in range(LOOKED_AT))
 
 
 def _values(key: str, axis: Axis, whole: bool) -> list[Any]:

@@ -1,60 +1,124 @@
-"""The trials that a search may draw."""
+"""The trials that a search may draw: the one place that enumerates them, for checks, feature caches and dry runs.
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+An enumeration starts from options, the values of each axis that are worth telling apart, and combines them as the
+search draws: an axis takes no value where its condition fails.
+"""
 
-from sweep.config import resolve as builtin
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from data.errors import ConfigError
 from sweep.config.loader import flat
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
 from sweep.config.space import FOLD, Axis
 
 STRUCTURE = ("model.", "tasks.", FOLD)  # axes that change what is built, or what it is built for
+MOST = 1024  # combinations that are looked at; of more, as many are drawn at random
+Values = dict[str, Any]  # of axes, by dotted key
+Options = Mapping[str, Sequence[Any]]  # values of axes that are combined, by dotted key
 
 
-def first_trial(config: Config) -> Config:
-    """The configuration of a trial that the search may draw: its first point, or the first value of every axis."""
-    points = config.search.points
-    drawn = config.search.suggest(FixedSampler(points[0] if points else {}), flat(config))
-    return builtin.resolve(config.with_values(drawn | {"search.space": {}, "search.points": []}))
+class Candidate(NamedTuple):
+    """Values that a trial may have, on the axes that have options."""
+
+    values: Values
+    weight: int  # combinations of options that come to these values
 
 
-def _structures(config: Config) -> Iterator[dict[str, Any]]:
-    """Values of the structural axes in trials that the search may draw: the points, and every value of each axis in
-    turn, with the values that its conditions ask for."""
-    search = config.search
-    wanted = [{}, *search.points]
-    wanted += [_wanted(search.space, key, value) for key, axis in search.space.items() for value in axis.extremes()]
-    seen = set()
-    for values in wanted:
-        drawn = search.suggest(FixedSampler(values), flat(config))
-        structural = {key: value for key, value in drawn.items() if key.startswith(STRUCTURE)}
+def candidates(config: Config, options: Options, most: int = MOST) -> list[Candidate]:
+    """Return all combinations of options that a trial may have, in the order of drawing.
+
+    A condition on an axis without options may hold or not: there is a candidate for either.
+
+    Args:
+        config: of the sweep.
+        options: an axis with an empty list is never enumerated, and neither are trials that draw it.
+        most: candidates that are kept; the first ones.
+    """
+    search, base = config.search, flat(config)
+    combined = [Candidate({}, 1)]
+    for key in (key for key in search.order() if key in options):
+        when, values = search.space[key].when, options[key]
+        decided = {name: allowed for name, allowed in when.items() if name in options or name not in search.space}
+        drawn: list[Values] = [{key: value} for value in values]
+        if len(decided) < len(when):
+            drawn = [{}, *drawn]
+        extended = []
+        for chosen, weight in combined:
+            if all(chosen.get(name, base.get(name)) in allowed for name, allowed in decided.items()):
+                extended += [Candidate(chosen | value, weight) for value in drawn]
+            else:
+                extended.append(Candidate(chosen, weight * len(values)))
+        combined = extended[:most]
+    return combined
+
+
+def representatives(config: Config, options: Options) -> list[Candidate]:
+    """Return candidates that stand for the whole search: all combinations, or MOST random ones where there are more.
+
+    Axes without options have their first value.
+    """
+    if math.prod(map(len, options.values())) > MOST:
+        generator = random.Random(0)
+        chosen = [{key: generator.choice(values) for key, values in options.items()} for _ in range(MOST)]
+        return [Candidate(draw(config, values), 1) for values in chosen]
+    found = candidates(config, {**_fixed(config, {}), **options})
+    # In the order of the options, which is not that of drawing where a condition names a later axis.
+    ranks = {(key, repr(value)): rank for key, values in options.items() for rank, value in enumerate(values)}
+
+    def rank(candidate: Candidate) -> list[int]:
+        values = candidate.values
+        return [ranks[key, repr(values[key])] if key in values else 0 for key in options]
+
+    return sorted(found, key=rank)
+
+
+def draw(config: Config, wanted: Mapping[str, Any]) -> Values:
+    """Return the values of a trial: the wanted ones where their conditions hold, and the first value of other axes."""
+    [candidate] = candidates(config, _fixed(config, wanted))
+    return candidate.values
+
+
+def resolve_candidate(config: Config, values: Mapping[str, Any]) -> ResolvedConfig | None:
+    """Return the configuration of a trial with these values; None if they are allowed singly and not together."""
+    try:
+        return resolve(config.for_trial(values))
+    except ConfigError:
+        return None  # a trial that draws them reports it
+
+
+def first_trial(config: Config) -> ResolvedConfig:
+    """Return the configuration of one trial of the search: its first point, or the first value of every axis."""
+    return resolve(config.for_trial(draw(config, next(iter(config.search.points), {}))))
+
+
+def structures(config: Config) -> Iterator[Values]:
+    """Yield values of the structural axes in trials that the search may draw.
+
+    They are those of the points, and every value of each axis in turn, with the values that its conditions ask for.
+    """
+    space, seen = config.search.space, set[str]()
+    each = (_under_conditions(space, key, value) for key, axis in space.items() for value in axis.extremes())
+    for wanted in itertools.chain([{}], config.search.points, each):
+        structural = {key: value for key, value in draw(config, wanted).items() if key.startswith(STRUCTURE)}
         if repr(structural) not in seen:
             seen.add(repr(structural))
             yield structural
 
 
-def _wanted(space: Mapping[str, Axis], key: str, value: Any) -> dict[str, Any]:
-    """A value of an axis, and values of other axes under which it is drawn, if there are such."""
-    found = {key: value}
-    for other, allowed in space[key].when.items():
-        possible = [choice for choice in allowed if other in space and space[other].contains(choice)]
-        found |= _wanted(space, other, possible[0]) if possible else {}
-    return found
+def _fixed(config: Config, wanted: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """Return one option for each axis: the wanted value, or else the first or lowest one."""
+    return {key: [wanted.get(key, axis.extremes()[0])] for key, axis in config.search.space.items()}
 
 
-class FixedSampler:
-    """A sampler that draws what is wanted, or else the first or lowest value."""
-
-    def __init__(self, wanted: Mapping[str, Any]) -> None:
-        self.wanted = wanted
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        return self.wanted.get(name, choices[0])
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        chosen: int = self.wanted.get(name, low)
-        return chosen
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float:
-        chosen: float = self.wanted.get(name, low)
-        return chosen
+def _under_conditions(space: Mapping[str, Axis], key: str, value: Any) -> Values:
+    """Return a value of an axis, with values of other axes under which it is drawn, if there are such."""
+    values = {key: value}
+    for name, allowed in space[key].when.items():
+        possible = [choice for choice in allowed if name in space and space[name].contains(choice)]
+        values |= _under_conditions(space, name, possible[0]) if possible else {}
+    return values

@@ -233,7 +233,7 @@ class StudyStore:
 
     def trial_config(self, entry: TrialRecord) -> Config:
         """The configuration of one trial: the sweep's with the trial's values in place, and no search."""
-        return trial_config(self.config, entry.params)
+        return self.config.for_trial(entry.params)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
@@ -271,11 +271,6 @@ def common_fault(entries: Sequence[TrialRecord]) -> str | None:
 def _masked(why: str) -> str:
     """Without what tells one trial from another: numbers, and so folders and steps."""
     return re.sub(r"\d+", "#", why)
-
-
-def trial_config(config: Config, values: dict[str, Any]) -> Config:
-    """The configuration that reproduces a trial of a sweep by itself."""
-    return config.with_values({**values, "search.space": {}, "search.points": []})
 
 
 def is_drawn(folder: Path, entry: TrialRecord) -> bool:

@@ -27,7 +27,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
-from sweep.search.study import StudyStore, TrialRecord, best_first, is_drawn, trial_config
+from sweep.search.study import StudyStore, TrialRecord, best_first, is_drawn
 from sweep.search.study_storage import sweep_id
 from sweep.tracking import summary
 from sweep.tracking.access import denial, tracking_uri
@@ -277,7 +277,7 @@ class Tracker(threading.Thread):
         known, points = runs.steps(state["run_id"]), MetricsLog(folder).read()
         self._ship(runs, number, MetricsLog(folder, known))
         own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
-        content = own.read_text(encoding="utf-8") if own.exists() else dump(trial_config(self.config, entry.params))
+        content = own.read_text(encoding="utf-8") if own.exists() else dump(self.config.for_trial(entry.params))
         tags = runs.artifacts(state["run_id"], content, folder)
         state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
         step = max((point.step for point in points), default=0)

@@ -23,8 +23,8 @@ from data.preparation.build import prepare
 from model.tiny import _fixed, _llama, _tokenizer
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
-from sweep.config import resolve as builtin
 from sweep.config.files import load
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import build
 from sweep.preflight.encoder_pass import need_of as features_of
@@ -124,7 +124,7 @@ def settings(**own: Any) -> Config:
         "search.points": [],
     }
     changed |= own
-    return builtin.resolve(load("annomi").with_values(changed))
+    return resolve(load("annomi").with_values(changed))
 
 
 def make_hubert(folder: Path) -> None:

@@ -21,8 +21,8 @@ import psutil
 from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
-from sweep.config import resolve as builtin
 from sweep.config.files import load
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from tests.bench.frozen import made
 from tests.bench.measure import Row
@@ -109,7 +109,7 @@ def settings(trials: int, hours: int, slots: int, workers: int) -> Config:
             "resources.workers": workers,
         }
     )
-    return builtin.resolve(config)
+    return resolve(config)
 
 
 def make_corpus(folder: Path, hours: int) -> None:

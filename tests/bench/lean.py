@@ -19,8 +19,8 @@ from data.loading.batching import micro_batches
 from model.speech_llm.prompt import IGNORE
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
-from sweep.config import resolve as builtin
 from sweep.config.files import load
+from sweep.config.resolve import resolve
 from sweep.execution.trial import build
 from tests.bench.frozen import settings, trainer
 from tests.bench.measure import Cost, Row, in_turns, measured, ratios
@@ -91,7 +91,7 @@ def minimal(own: Trainer, step: list[int]) -> Callable[[], None]:
 
 def noting() -> list[Row]:
     """Epochs of the demo's trial: with its curve, checkpoints and predictions, against the same without their part."""
-    config = builtin.resolve(load("demo", ["search.space={}", "search.points=[]"]))
+    config = resolve(load("demo", ["search.space={}", "search.points=[]"]))
     config = config.with_values({"train.epochs": EPOCHS + 1})
     seed_everything(0)
     model, data = build(config, "local", ("train", "val"), "cpu")

@@ -77,7 +77,7 @@ def trials(count: int, items: int, turns: int) -> list[Trainer]:
     """They differ in rank and learning rate, and read features."""
     encoder = str(made("thin-hubert", make_thin_hubert))
     base = settings(**{"model.encoder.path": encoder, "train.batch_size": items, "data.history": turns})
-    shards, passed = open_shards(base.data), recipe(base.model, base.data, "cpu")
+    shards, passed = open_shards(base), recipe(base.model, base.data, "cpu")
     features = CACHE / "features" / passed.key
     for part in missing(features, shards, base.data):
         Job(shards, part, base.data, {features: passed}, 1)()

@@ -39,7 +39,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.settings, self.shards = config, open_shards(config.data)
+        self.settings, self.shards = config, open_shards(config)
         self.model, data = build(config, "local", ("train",), config.resources.device)
         self.costs = data.splits["train"].costs
 
@@ -119,7 +119,7 @@ def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
 
 def rows(config: Config, split: str) -> list[dict[str, int]]:
     """What the Trainer batches: places in the corpus, and numbers of labels."""
-    shards = open_shards(config.data)
+    shards = open_shards(config)
     labels = list(shards.manifest.labels)
     return [{"row": row, "labels": labels.index(shards.columns["label"][row])} for _, row in items(shards, TASK, split)]
 

@@ -25,12 +25,12 @@ from data.loading.feature_files import missing
 from data.preparation.build import prepare
 from model.encoders.frozen_features import Job, recipe
 from model.training.trainer import fit
-from sweep.config import resolve as builtin
 from sweep.config.files import load
 from sweep.config.loader import flat
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import build, open_shards
-from sweep.search.study import StudyStore, trial_config
+from sweep.search.study import StudyStore
 from tests.bench.frozen import made
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE
@@ -60,7 +60,7 @@ def settings() -> Config:
         "search.space": SPACE,
         "search.points": [],
     }
-    return builtin.resolve(load("demo").with_values(changed))
+    return resolve(load("demo").with_values(changed))
 
 
 def make_corpus(folder: Path) -> None:
@@ -90,7 +90,7 @@ def table(config: Config) -> dict[str, MetricsLog]:
     known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
     for point in points():
         if key(point) not in known:
-            known[key(point)] = train(trial_config(config, point))
+            known[key(point)] = train(config.for_trial(point))
             with path.open("a") as file:
                 file.write(json.dumps([key(point), known[key(point)]]) + "\n")
     return known
@@ -106,7 +106,7 @@ def train(config: Config) -> MetricsLog:
     """One trial, as `sweep train` trains it."""
     features = None
     if config.model.hears:
-        shards, passed = open_shards(config.data), recipe(config.model, config.data, "cpu")
+        shards, passed = open_shards(config), recipe(config.model, config.data, "cpu")
         features = CACHE / "features" / passed.key
         for part in missing(features, shards, config.data):
             Job(shards, part, config.data, {features: passed}, 1)()

@@ -19,8 +19,8 @@ import psutil
 from data.corpus import synthetic
 from data.preparation.build import prepare
 from sweep.config import files
-from sweep.config import resolve as builtin
 from sweep.config.paths import trial_folder
+from sweep.config.resolve import resolve
 from sweep.execution.cluster import local_or_remote_ray
 from sweep.execution.trial import fit_job
 from tests.bench.measure import Cost, Row, cpu_times, spent
@@ -121,7 +121,7 @@ def with_trainers(config: Path, folder: Path) -> list[Cost]:
 
 def job_of(config: Path, folder: Path) -> dict[str, Any]:
     """What the worker of a trial is given."""
-    own = builtin.resolve(files.load(str(config), ["search.space={}"]))
+    own = resolve(files.load(str(config), ["search.space={}"]))
     folder.mkdir(parents=True)
     files.write(own, folder / "config.yaml")
     return {"folder": str(folder), "config": own.model_dump_json(), "reader": "local", "frozen": {}}

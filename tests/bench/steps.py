@@ -13,8 +13,8 @@ from pathlib import Path
 from data.loading.batching import plan
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
-from sweep.config import resolve as builtin
 from sweep.config.files import load
+from sweep.config.resolve import resolve
 from sweep.execution.trial import build
 from tests.bench.measure import Row
 
@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[str]] = {
 def trainer(overrides: list[str]) -> Trainer:
     """A trainer on the demo's corpus."""
     base = ["model.trainable=adapter+lora+tokens", "search.space={}", "search.points=[]"]
-    config = builtin.resolve(load("demo", [*base, *overrides]))
+    config = resolve(load("demo", [*base, *overrides]))
     seed_everything(0)
     model, data = build(config, "local", ("train",), "cpu")
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))

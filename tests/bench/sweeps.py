@@ -25,8 +25,8 @@ from typing import Any
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.schema import Corpus
 from data.preparation.build import prepare
-from sweep.config import resolve as builtin
 from sweep.config.files import load, write
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from tests.bench.frozen import made, make_hubert, make_llm
 from tests.bench.measure import Row
@@ -175,7 +175,7 @@ def settings(size: Size, chosen: list[dict[str, Any]]) -> Config:
             "search.points": chosen,
         }
     )
-    return builtin.resolve(config)
+    return resolve(config)
 
 
 def make_corpus(folder: Path) -> None:

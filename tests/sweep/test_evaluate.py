@@ -16,14 +16,14 @@ from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
 from sweep.analysis.results import read_predictions
-from sweep.config import resolve as builtin
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
+from sweep.config.resolve import resolve
 from sweep.config.schema import Config, parse
 from sweep.execution.trial import as_run, open_shards
 from sweep.preflight import cache_passes as frozen
 from sweep.preflight.checks import resolve_inputs
-from sweep.search.study import StudyStore, trial_config
+from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, driver, refused, report, settings, sweep, tree
 
@@ -213,7 +213,7 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     resolved, attempt = resolve_inputs(config), driver(config, here / "s")
     job = attempt._job(resolved, 0, values)
     own = load("s/trials/0000/config.yaml")
-    assert own == as_run(trial_config(config, values), open_shards(resolved.data))
+    assert own == as_run(config.for_trial(values), open_shards(resolved))
     assert isinstance(own.train.class_weights, dict)
     assert Config.model_validate_json(job["config"]).train == own.train
     assert attempt._job(resolved, 0, values) == job, "as a resumed trial has it"
@@ -238,7 +238,7 @@ def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_s
         job = attempt._job(resolve_inputs(config), fold, {"data.fold": fold})
         own = load(f"s/trials/000{fold}/config.yaml")
         assert (own.data.fold, json.loads(job["config"])["data"]["fold"]) == (fold, fold)
-        assert own == as_run(trial_config(config, {"data.fold": fold}), Shards(shards.folder, fold))
+        assert own == as_run(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))
         weights.append(own.train.class_weights)
     assert weights[0] != weights[1] != weights[2]
     courses = {tuple(part.name for part in need.parts) for need in frozen.needs(resolve_inputs(config), here)}
@@ -323,6 +323,6 @@ def test_local_paths_hold_in_any_folder(here: Path, corpus: Shards) -> None:
     """Ray's workers do not run where the command was given."""
     shutil.copytree(corpus.folder, here / "mine")
     model = {"llm": {"path": "an/id"}, "encoder": {"path": "mine"}}
-    resolved = builtin.resolve(parse({"name": "x", "data": {"shards": "mine"}, "model": model}, "x"))
+    resolved = resolve(parse({"name": "x", "data": {"shards": "mine"}, "model": model}, "x"))
     assert resolved.data.shards == str(here / "mine")
     assert resolved.model.llm.path == "an/id"

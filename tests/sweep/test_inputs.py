@@ -11,11 +11,11 @@ from data.corpus.config import CorpusConfig
 from data.errors import ConfigError, DataError, UserError
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
-from sweep.config import resolve as builtin
 from sweep.config.loader import flat
+from sweep.config.resolve import MAKERS, _make
 from sweep.config.schema import parse
 from sweep.preflight.checks import resolve_inputs, skeleton
-from sweep.search.candidates import _structures
+from sweep.search.candidates import structures
 from tests.data.common import corpus as by_hand
 from tests.sweep.common import FROZEN, TUNED, refused
 
@@ -87,7 +87,7 @@ def test_the_structures_of_a_search_are_those_that_it_draws() -> None:
     speech = {"model.modality": "speech", "model.trainable": FROZEN}
     tuned = speech | {"model.trainable": TUNED}
     low, high = (tuned | {"model.encoder.spec_augment": share} for share in (0.1, 0.2))
-    found = list(_structures(parse({"name": "a", "search": {"space": space, "points": points}}, "a")))
+    found = list(structures(parse({"name": "a", "search": {"space": space, "points": points}}, "a")))
     assert all(structure in found for structure in ({"model.modality": "text"}, speech, low, high))
     assert len(found) == 4
 
@@ -104,8 +104,10 @@ def test_built_in_names_on_an_axis_are_made(
     ask: Any, here: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(builtin.MAKERS, "tiny-llama", lambda folder: shutil.copytree(models / "llm", folder))
-    monkeypatch.setattr(builtin, "_make_all", lambda names: [builtin._make(name) for name in names])
+    monkeypatch.setitem(
+        MAKERS, "tiny-llama", lambda folder: shutil.copytree(models / "llm", folder, dirs_exist_ok=True)
+    )
+    monkeypatch.setattr("sweep.config.resolve._make_all", lambda names: [_make(name) for name in names])
     ask({}, space={"model.llm.path": [str(models / "llm"), "builtin:tiny-llama"]})
     [made] = (tmp_path / "cache").iterdir()
     assert made.name.startswith("tiny-llama-")

@@ -11,7 +11,7 @@ import pytest
 
 from data.errors import UserError
 from sweep.config.files import dump, load
-from sweep.search.study import StudyStore, trial_config
+from sweep.search.study import StudyStore
 from tests.sweep.common import POINTS, ask, report
 from tests.sweep.stores import postgres, pruned, settings, shared_sqlite, storage  # noqa: F401 — fixtures
 
@@ -157,7 +157,7 @@ def test_a_trials_configuration_reproduces_it(tmp_path: Path) -> None:
     study = StudyStore.open(tmp_path, config)
     (_, params), _ = ask(study, 2)
     own = study.trial_config(study.trials()[0])
-    assert own == trial_config(config, params)
+    assert own == config.for_trial(params)
     assert (own.model.modality, own.model.lora.rank, own.train.learning_rate) == tuple(
         POINTS[0][key] for key in ("model.modality", "model.lora.rank", "train.learning_rate")
     )

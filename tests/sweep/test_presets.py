@@ -12,7 +12,6 @@ from sweep.config.files import load, presets
 from sweep.config.schema import Config
 from sweep.execution.trial import run_trial
 from sweep.preflight.checks import resolve_inputs
-from sweep.search.study import trial_config
 from tests.sweep.common import sweep
 
 OWN = [name for name in presets() if name not in ("research-log-stage-2", "llama-3b-hubert-large")]
@@ -36,7 +35,7 @@ def small(models: Path, corpus: Shards, *more: str) -> list[str]:
 def train(config: Config, point: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train one trial of a sweep; its last metrics."""
     reported: list[dict[str, Any]] = []
-    resolved = resolve_inputs(trial_config(config, point))
+    resolved = resolve_inputs(config.for_trial(point))
     run_trial(resolved, folder, lambda epoch, metrics: reported.append(metrics), "local", "cpu")
     return reported[-1]
 

@@ -8,7 +8,8 @@ import pytest
 from data.shards.dataset import Shards
 from sweep.config.files import load
 from sweep.config.space import SearchConfig
-from sweep.preflight.trial_profiles import LOOKED_AT, MOST, alike, counts_for, shapes
+from sweep.preflight.trial_profiles import MOST, alike, counts_for, shapes
+from sweep.search import candidates
 from tests.sweep.passes import config
 
 SPACE: dict[str, Any] = {
@@ -54,7 +55,7 @@ def test_of_too_many_some_are_drawn_and_the_rest_is_counted(models: Path, corpus
     drawn = shapes(config(models, corpus, space | {"train.losses.hidden": [0.0, 1.0]}))[0]
     assert len(drawn) <= MOST
     assert {shape.values["model.lora.rank"] for shape in drawn} == {64}  # whichever were drawn
-    assert LOOKED_AT < 3 * 2**9
+    assert candidates.MOST < 3 * 2**9
 
 
 def test_where_all_trials_are_points_nothing_else_is_tried(models: Path, corpus: Shards) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import parse
-from sweep.search.study import StudyStore, trial_config
+from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.tracker import is_shipped, mlflow_run_id
 from tests.conftest import LABELS
@@ -98,7 +98,7 @@ def test_artifacts(folder: Path) -> None:
     assert replies["data"] == [["c/2", "c", "client", "go on", "tell me more"]]
     [only] = artifacts(folder, children[2]).values()  # it never began: what it would have been
     params = StudyStore.read(folder, CONFIG).trials()[2].params
-    assert (only.name, only.read_text()) == ("config.yaml", dump(trial_config(CONFIG, params)))
+    assert (only.name, only.read_text()) == ("config.yaml", dump(CONFIG.for_trial(params)))
 
 
 def finish_sweep(folder: Path) -> None:
