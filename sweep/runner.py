@@ -1,347 +1,372 @@
-"""`sweep run`: the driver. Starts, resumes or extends a sweep; the ledger says what is left to do.
+"""`sweep run` from top to bottom: start, resume or extend a sweep, and return how it ended.
 
-config ─► built-ins resolved ─► Ray ─► frozen passes, dry steps ─┐
-          ┌──────────────────────────────────────────────────────┘
-          └─► Tune: Ledger.ask ─► Slot ─► run_trial ─► Ledger.report / prune / complete ─► Tracker ─► MLflow
+    lease, mirror ─► claim the folder ─► resolve and check ─► Ray ─► feature cache ─► dry steps ─► trials ─► Outcome
+                                                              └──────────── MLflow tracks ────────────┘
+
+`run` is the whole story; `SweepRunner` is the part that needs the lease. The study (`sweep.search`) decides what is
+left to do, `sweep.execution` runs it, and a `Listener` receives the progress.
 """
 
 import contextlib
-import logging
-import os
+import html
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
-from rich.markup import escape
+from optuna.exceptions import StorageInternalError
 
-from data.errors import reason
-from sweep.cli.console import complain, console
-from sweep.cli.run import BAD_INPUT, DONE, INFRASTRUCTURE, UNFINISHED, _conclude, check_inputs
+from data.errors import UserError, reason
+from sweep.analysis.results import progress
+from sweep.config.diff import claim_folder
 from sweep.config.files import write
 from sweep.config.paths import trial_folder
-from sweep.config.resolve import ResolvedConfig, resolve
+from sweep.config.resolve import ResolvedConfig, missing, resolve
 from sweep.config.schema import Config
 from sweep.config.version import code_version
+from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
+from sweep.durability.mirror import Mirror, mirrored
 from sweep.durability.retention import check_disk, disk_need, prune_checkpoints
 from sweep.execution.cluster import ClusterError, local_or_remote_ray
-from sweep.execution.resources import Nodes, count_slots, worker_resources
-from sweep.execution.signals import Stop
+from sweep.execution.orphans import end_leftovers
+from sweep.execution.resources import count_slots
+from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import as_run, open_shards
-from sweep.execution.tune import AWS_SECRETS, GRACE, TRIAL_RETRIES, SweepAbortedError, _look_after, _Work
-from sweep.preflight import cache_passes as frozen
-from sweep.preflight import dry_run as planner
-from sweep.preflight import eta as forecast
-from sweep.preflight.checks import skeleton
-from sweep.preflight.dry_run import Plan
-from sweep.preflight.eta import Forecast
+from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
+from sweep.preflight import cache_passes, dry_run, eta
+from sweep.preflight.checks import resolve_inputs, skeleton
 from sweep.search.candidates import first_trial
-from sweep.search.study import StudyStore
+from sweep.search.study import StudyStore, TrialRecord, best_first
+from sweep.tracking.access import check_access, tracking_uri
+from sweep.tracking.dataset import Corpus
+from sweep.tracking.tracker import Tracker, is_shipped, still_has
 
-if TYPE_CHECKING:
-    from sweep.config.schema import Config
-    from sweep.durability.mirror import Mirror
-    from sweep.search.study import StudyStore
+SEND_SECONDS = 120.0  # that MLflow has at the end; the next run sends what it did not take
+COPY_SECONDS = 600.0  # that the mirror has at the end
+LAST_SECONDS = 15.0  # that either has when the sweep was asked to stop, since the machine may be taken away
 
 
-Say = Callable[[str], None]
+class Listener(Protocol):
+    """Receives what a sweep has to tell while it runs; methods may be called from any thread."""
+
+    def say(self, line: str) -> None:
+        """Show a line of progress, which is plain text."""
+
+    def warn(self, line: str) -> None:
+        """Show a line that asks the user to do something."""
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        """Show what is being done while the block runs."""
+
+    def checked(self, resolved: ResolvedConfig) -> None:
+        """Show the model of a sweep whose inputs are good."""
+
+    def running(self, config: Config, folder: Path) -> AbstractContextManager[object]:
+        """Follow the trials while the block runs."""
+
+
+class Silent:
+    """A listener that shows nothing."""
+
+    def say(self, line: str) -> None:
+        """Ignore the line."""
+
+    warn = say
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        """Show nothing."""
+        return contextlib.nullcontext()
+
+    def checked(self, resolved: ResolvedConfig) -> None:
+        """Show nothing."""
+
+    def running(self, config: Config, folder: Path) -> AbstractContextManager[object]:
+        """Show nothing."""
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome:
+    """How a run of a sweep ended.
+
+    `state` is "done" when every trial has ended and MLflow (and the mirror) have all results, "unfinished" when the
+    same call resumes the sweep, and "failed" when something must be fixed first; `message` says what.
+    """
+
+    state: Literal["done", "unfinished", "failed"]
+    exit_code: ExitCode  # of `sweep run`
+    message: str  # one line
+    config: Config  # of the sweep
+    folder: Path
+    trials: list[TrialRecord] = field(default_factory=list)  # empty where the run ended before it came to the trials
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """Return the best complete trial: its `number`, `params` and `value`, which is the objective."""
+        return next(iter(best_first(self.config, self.trials)), None)
+
+    @property
+    def trials_left(self) -> int:
+        """Return the number of trials that have not ended."""
+        return trials_left(self.config, self.trials)
+
+    def __repr__(self) -> str:
+        best = self.best and f"trial {self.best.number}, {self.config.search.metric} {self.best.value:.3f}"
+        return (
+            f"Outcome({self.state!r}, exit_code={int(self.exit_code)}, folder={str(self.folder)!r}, "
+            f"trials={len(self.trials)}, best={best or None}, message={self.message!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a table of the trials for a notebook."""
+        rows = [("trial", "state", self.config.search.metric, "parameters")]
+        rows += [
+            (str(trial.number), trial.state, "" if trial.value is None else f"{trial.value:.3f}", str(trial.params))
+            for trial in self.trials
+        ]
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        table = "".join(f"<tr>{row}</tr>" for row in cells) if self.trials else ""
+        return f"<p>{html.escape(self.message)}</p><table>{table}</table>"
+
+
+def run(config: Config, folder: Path, listener: Listener | None = None, exits: bool = False) -> Outcome:
+    """Start, resume or extend a sweep.
+
+    Args:
+        config: of the sweep.
+        folder: of the sweep; created if it does not exist.
+        listener: receives the progress; None: nothing is shown.
+        exits: whether a second Ctrl-C ends the process at once.
+
+    Raises:
+        UserError: the settings, the corpus or a model cannot be used; a new sweep leaves nothing behind.
+    """
+    listener = listener or Silent()
+    with StopRequest(exits) as stop:
+        try:
+            return _run(config, folder, listener, stop)
+        except SweepAbortedError as error:
+            code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE
+            message = f"{error}; the sweep was stopped, rerun the same command to resume ({folder})"
+        except (LeaseHeldError, LeaseLostError, ClusterError) as error:
+            code, message = ExitCode.INFRASTRUCTURE, str(error)
+        except OSError as error:
+            code = ExitCode.INFRASTRUCTURE
+            message = f"{folder}: {reason(error)}; fix this and rerun the same command"
+        except StorageInternalError:
+            code = ExitCode.INFRASTRUCTURE
+            message = f"{folder}: the connection to the study's database was lost; rerun the same command to resume"
+        except KeyboardInterrupt:
+            code, message = ExitCode.UNFINISHED, f"stopped; rerun the same command to resume ({folder})"
+    return Outcome("unfinished" if code == ExitCode.UNFINISHED else "failed", code, message, config, folder)
+
+
+def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) -> Outcome:
+    """Do the work of `run`, which handles what is raised."""
+    server, resolved = tracking_uri(folder), None
+    # A new sweep leaves nothing behind if its inputs are bad. The inputs of an existing one are only checked if
+    # something is left to do.
+    if not (folder / "config.yaml").exists():
+        resolved = check_inputs(config, listener)
+        check_access(server, config.name)
+    with hold(folder, say=listener.say) as lease, _mirror(config, folder, listener, stop) as mirror:
+
+        def check() -> None:
+            lease.check()
+            if mirror is not None:
+                mirror.check()
+
+        claim_folder(config, folder)
+        if ended := end_leftovers(folder):
+            listener.say(f"ended {len(ended)} processes that a killed run had left behind")
+        runner, sent = SweepRunner(config, folder, listener, check, stop), True
+        if trials_left(config, runner.study.trials()) or not is_shipped(folder) or not still_has(config, folder):
+            resolved = resolved or check_inputs(config, listener)
+            with listener.running(config, folder):
+                sent = runner.run(resolved)
+        trials, best = runner.study.trials(), runner.study.best()
+
+    def outcome(state: Literal["done", "unfinished", "failed"], code: ExitCode, message: str) -> Outcome:
+        return Outcome(state, code, message, config, folder, trials)
+
+    if left := trials_left(config, trials):
+        message = f"unfinished: {left} trials are left; rerun the same command to resume"
+        return outcome("unfinished", ExitCode.UNFINISHED, message)
+    if best is None:
+        reasons = "; ".join(sorted({trial.why for trial in trials}))
+        return outcome("failed", ExitCode.INFRASTRUCTURE, f"no trial was completed ({reasons})")
+    if not sent:
+        message = "unfinished: MLflow lacks some results; rerun the same command to send them"
+        return outcome("unfinished", ExitCode.UNFINISHED, message)
+    if mirror is not None and not mirror.complete:
+        message = "unfinished: the mirror lacks some files; rerun the same command to copy them"
+        return outcome("unfinished", ExitCode.UNFINISHED, message)
+    found = progress(config, trials)
+    counts = {"complete": found.complete, "pruned": found.pruned, "failed": found.failed}
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return outcome("done", ExitCode.DONE, f"done: {listed}; the best is trial {best.number} ({folder})")
+
+
+@contextlib.contextmanager
+def _mirror(config: Config, folder: Path, listener: Listener, stop: StopRequest) -> Iterator[Mirror | None]:
+    """Keep the copy of `storage.mirror` up to date while the block runs, and complete it at the end."""
+    if config.storage.mirror is None:
+        yield None
+        return
+    with mirrored(folder, config.storage.mirror, listener.say) as mirror:
+        try:
+            yield mirror
+        finally:
+            if not mirror.finish(LAST_SECONDS if stop.requested.is_set() else COPY_SECONDS):
+                listener.warn(f"the mirror lacks some files ({mirror.error}); rerun the same command")
+
+
+def check_inputs(config: Config, listener: Listener) -> ResolvedConfig:
+    """Create built-in inputs that are missing, check corpus and models, and return the resolved configuration.
+
+    Raises:
+        UserError: see `resolve_inputs`.
+    """
+    if new := missing(config):
+        listener.say(f"creating {', '.join(new)}: once, then cached")
+    with listener.status("checking corpus and models"):
+        resolved = resolve_inputs(config)
+        listener.checked(resolved)
+    return resolved
 
 
 class SweepRunner:
-    """One attempt at a sweep, by the holder of its lease.
+    """Run what is left of a sweep, in the process that holds its lease.
 
     Args:
         config: of the sweep.
         folder: of the sweep.
-        say: shows a line to people.
-        check: raises Lost where another driver has taken the sweep over.
-        stop: whether the sweep was asked to end.
+        listener: receives the progress.
+        check: raises LeaseLostError when another process has taken the sweep over.
+        stop: whether the sweep was asked to stop.
     """
 
-    def __init__(self, config: Config, folder: Path, say: Say, check: Callable[[], object], stop: Stop) -> None:
+    def __init__(
+        self, config: Config, folder: Path, listener: Listener, check: Callable[[], object], stop: StopRequest
+    ) -> None:
         self.config, self.folder = config, folder.absolute()
-        self.say, self.check, self.stop = say, check, stop
+        self.listener, self.check, self.stop = listener, check, stop
         self.study = StudyStore.open(self.folder, config)
-        self.cache = frozen.cache_of(config, self.folder)
-        self.plan: Plan | None = None
+        self.cache = cache_passes.cache_of(config, self.folder)
 
-    def bind(self, resolved: ResolvedConfig) -> None:
-        """Hold the sweep to its corpus, and note the code that runs."""
-        note = self.study.bind(open_shards(resolved).fingerprint, code_version())
-        if note:
-            self.say(note)
-
-    def left(self) -> int:
-        """Trials that are not in a final state yet."""
-        ended = sum(entry.state != "RUNNING" for entry in self.study.trials())
-        return max(0, self.config.search.trials - ended)
-
-    def execute(self, resolved: ResolvedConfig) -> None:
-        """Run the trials that are left. Returns early, in an orderly way, when the sweep is to stop.
+    def run(self, resolved: ResolvedConfig) -> bool:
+        """Run the trials that are left while MLflow follows them, and return whether MLflow has all results.
 
         Raises:
-            SweepFault: going on makes no sense before somebody mends something.
-            ClusterError: there is nothing to run on.
+            UserError: the sweep was started on another corpus.
         """
-        # Read when Ray is imported: the driver shows progress and failures itself, and the ledger keeps every result.
-        # Tune would write down all trials again and again.
-        os.environ.update(RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR", RAY_AIR_NEW_OUTPUT="0")
-        os.environ.update(TUNE_DISABLE_STRICT_METRIC_CHECKING="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
-        os.environ.update(TUNE_GLOBAL_CHECKPOINT_S="1e9")
-        import ray
+        say, shards = self.listener.say, open_shards(resolved)
+        if note := self.study.bind(shards.fingerprint, code_version()):
+            say(note)
+        tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)
+        tracker.start()
+        try:
+            if trials_left(self.config, self.study.trials()):
+                say("starting Ray")
+                self.execute(resolved)
+        finally:
+            say("sending the last results to MLflow")
+            sent = tracker.finish(LAST_SECONDS if self.stop.requested.is_set() else SEND_SECONDS)
+            if not sent:
+                self.listener.warn(f"MLflow lacks some results ({tracker.error}); rerun the same command to send them")
+        return sent
 
-        from sweep.execution.mailbox import StopEvent
-        from sweep.execution.tune import StudySearcher
+    def execute(self, resolved: ResolvedConfig) -> None:
+        """Run the trials that are left under Ray; return early when the sweep is asked to stop.
 
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a slot that is lost is told by what follows
-        ray_folder = self.folder / "ray"
-        shutil.rmtree(ray_folder, ignore_errors=True)  # Tune's and Train's own state: the ledger replaces it
+        Raises:
+            SweepAbortedError: the same failure would hit every trial.
+            ClusterError: there is no cluster to run on, or it died.
+            UserError: no node can hold a trial, no trial fits into memory, or the disk cannot hold the checkpoints.
+        """
+        import ray  # after `sweep.execution.tune`, which sets what Ray reads when it is imported
+
+        if ray.is_initialized():  # in a notebook; its nodes and settings are not those that a sweep needs
+            raise UserError("Ray is connected already in this process; call ray.shutdown() first")
+        say, storage = self.listener.say, self.folder / "ray"
+        shutil.rmtree(storage, ignore_errors=True)
         with local_or_remote_ray(self.folder) as is_up:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            slots = count_slots(resolved, nodes, self.left())
-            self._compute(lambda: frozen.compute(resolved, self.cache, self.say), is_up)
-            self._compute(lambda: self._plan(resolved, nodes, slots), is_up)
-            self.say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
-            self.say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
-            notice = StopEvent.remote()  # type: ignore[attr-defined]
-            searcher = StudySearcher(
+            slots = count_slots(resolved, nodes, trials_left(self.config, self.study.trials()))
+            # A signal ends either of these two at once; what they have computed is kept.
+            BackgroundWork(lambda: cache_passes.compute(resolved, self.cache, say), "feature cache", is_up).result()
+            plan = BackgroundWork(
+                lambda: dry_run.make(resolved, self.cache, self.folder, nodes, slots, say), "dry steps", is_up
+            ).result()
+            self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
+            say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
+            say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
+            estimate = plan.forecast(self.study.trials(), self.study.points_left(), slots)
+            say(dry_run.told(self.config, estimate, slots))
+            eta.remember(self.folder, estimate)
+            started = time.monotonic()
+            run_trials(
                 self.study,
-                make_job=lambda number, values: self._job(resolved, number, values),
+                resolved,
+                slots,
+                storage,
+                make_job=lambda number, values: self.make_job(resolved, number, values),
                 check=self.check,
-                stop=notice.give.remote,
                 ended=lambda: prune_checkpoints(self.study, self.folder),
+                stop=self.stop,
+                is_up=is_up,
+                say=say,
             )
-            said, started = self._foretell(slots), time.monotonic()
-            self._fit(self._tuner(resolved, searcher, notice, slots, ray_folder), searcher, is_up)
-            if not self.left():
-                forecast.ended(self.folder, said, time.monotonic() - started)
-        shutil.rmtree(ray_folder, ignore_errors=True)
+            if not trials_left(self.config, self.study.trials()):
+                eta.ended(self.folder, estimate, time.monotonic() - started)
+        shutil.rmtree(storage, ignore_errors=True)
 
-    def _tuner(self, config: Config, searcher: Any, notice: Any, slots: int, storage: Path) -> Any:
-        import ray.tune
-        from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Write the configuration of a trial into its folder, and return what its workers receive.
 
-        from sweep.execution.tune import StudyScheduler
-        from sweep.execution.worker_group import worker_group_class
+        Args:
+            resolved: configuration of the sweep.
+            number: of the trial.
+            values: of the trial, by dotted key.
 
-        # Tune would describe its actors by them, which Ray's logs and everybody on the cluster see.
-        ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
-        scaling = {
-            "num_workers": config.resources.workers,
-            "use_gpu": config.resources.gpus_per_worker > 0,
-            "resources_per_worker": worker_resources(config),
-        }
-        slot = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), notice)
-        return ray.tune.Tuner(
-            ray.tune.with_resources(slot, {"CPU": 0, "memory": 1}),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=StudyScheduler(searcher),
-                num_samples=-1,
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=f"attempt-{int(time.time())}",
-                storage_path=str(storage),
-                verbose=0,
-                checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
-            ),
-        )
-
-    def _plan(self, resolved: ResolvedConfig, nodes: Nodes, slots: int) -> None:
-        """What cannot fit is not drawn."""
-        self.plan = planner.make(resolved, self.cache, self.folder, nodes, slots, self.say)
-        self.study.fits = self.plan.fits
-
-    def _foretell(self, slots: int) -> Forecast:
-        """Say what is left, and keep it until the end."""
-        assert self.plan is not None
-        said = self.plan.forecast(self.study.trials(), self.study.points_left(), slots)
-        self.say(planner.told(self.config, said, slots))
-        forecast.remember(self.folder, said)
-        return said
-
-    def _compute(self, work: Callable[[], None], is_up: Callable[[], bool]) -> None:
-        """Do what comes before the trials; a signal ends it at once, since what was done is kept."""
-        thread = _Work(work, "before the trials")
-        while thread.is_alive():
-            _look_after(thread, is_up)
-        thread.raise_error()
-
-    def _fit(self, tuner: Any, searcher: Any, is_up: Callable[[], bool]) -> None:
-        """Run Tune in a thread, where it leaves the signals alone, and look out for the end."""
-        self.stop.patient = True
-        try:
-            thread = _Work(tuner.fit, "tune")
-            self._watch(thread, searcher, is_up)
-        finally:
-            self.stop.patient = False
-        self.check()
-        if searcher.fault:
-            raise SweepAbortedError(*searcher.fault)
-        thread.raise_error()
-
-    def _watch(self, thread: threading.Thread, searcher: Any, is_up: Callable[[], bool]) -> None:
-        """Wait for Tune's end; once the sweep is to stop, no longer than GRACE."""
-        asked = None
-        while thread.is_alive() and (asked is None or time.monotonic() - asked < GRACE):
-            _look_after(thread, is_up)
-            if asked is None and (self.stop.asked.is_set() or searcher.stopping):
-                asked = time.monotonic()
-                self.say("stopping: the trials that run write their checkpoints")
-                searcher.end()
-
-    def _job(self, resolved: ResolvedConfig, number: int, values: dict[str, Any]) -> dict[str, Any]:
+        Raises:
+            UserError: the values do not go together.
+        """
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.for_trial(values)
         trial = resolve(config)
-        shards = open_shards(trial)  # which may be of another fold
+        shards = open_shards(trial)  # the trial may be on another fold than the sweep
         write(as_run(config, shards), folder / "config.yaml")
         trial = as_run(trial, shards)
-        folders = frozen.folders_for(trial, self.cache)
-        frozen.used(folders)
+        features = cache_passes.folders_for(trial, self.cache)
+        cache_passes.used(features)
         return {
             "folder": str(folder),
             "config": trial.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
             "reader": choose_reader(resolved),
-            "frozen": folders,
+            "frozen": features,
         }
 
 
-def count_trained(config: Config) -> int:
-    """Parameters that train in a sweep's first trial."""
+def trials_left(config: Config, trials: Sequence[TrialRecord]) -> int:
+    """Return the number of trials that have not ended, or not started."""
+    ended = sum(trial.state != "RUNNING" for trial in trials)
+    return max(0, config.search.trials - ended)
+
+
+def count_trained(config: ResolvedConfig) -> int:
+    """Return the number of parameters that train in a sweep's first trial."""
     model = skeleton(first_trial(config))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def choose_reader(config: Config) -> str:
-    """The source of batches that `data.reader` stands for."""
+def choose_reader(config: ResolvedConfig) -> str:
+    """Return the source of batches that `data.reader` stands for: "local" or "ray"."""
     if config.data.reader != "auto":
         return config.data.reader
     return "local" if Path(config.data.shards).is_dir() else "ray"
-
-
-LAST_SECONDS = 15.0  # that MLflow has when the machine is to be taken away; what it lacks then is sent the next time
-
-
-def run_sweep(config: "Config", folder: Path) -> int:
-    """Start a sweep, or go on with it; returns the exit code."""
-    from optuna.exceptions import StorageInternalError
-
-    from sweep.durability.lease import LeaseHeldError, LeaseLostError
-    from sweep.execution.signals import Stop
-    from sweep.execution.tune import SweepAbortedError
-    from sweep.tracking.access import tracking_uri
-
-    server = tracking_uri(folder)
-    (stop := Stop()).install()
-    try:
-        return _hold(config, folder, server, stop)
-    except SweepAbortedError as fault:
-        complain(f"{fault}; the sweep was stopped, and the same command goes on ({folder})")
-        return BAD_INPUT if fault.reason == "bad data" else INFRASTRUCTURE
-    except (LeaseHeldError, LeaseLostError, ClusterError) as error:
-        complain(error)
-        return INFRASTRUCTURE
-    except OSError as error:
-        complain(f"{folder}: {reason(error)}; mend this, and give the same command again")
-        return INFRASTRUCTURE
-    except StorageInternalError:
-        complain(f"{folder}: the ledger's database went away; the same command goes on")
-        return INFRASTRUCTURE
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on where it was ({folder})")
-        return UNFINISHED
-
-
-def _hold(config: "Config", folder: Path, server: str, stop: Any) -> int:
-    """Work on a sweep as the one who may; returns the exit code."""
-    from sweep.durability.lease import hold
-    from sweep.tracking.access import check_access
-
-    # A new sweep leaves nothing behind if its inputs are no good; one that is there is not looked into for them
-    # unless there is something left to do.
-    resolved = None if (folder / "config.yaml").exists() else check_inputs(config)
-    if resolved:
-        check_access(server, config.name)
-    with hold(folder, say=console.print) as lease, _mirror(config, folder, stop) as mirror:
-
-        def check() -> None:
-            lease.check()
-            if mirror:
-                mirror.check()
-
-        code = _drive(config, folder, resolved, check, stop)
-    return UNFINISHED if code == DONE and mirror and not mirror.complete else code
-
-
-@contextlib.contextmanager
-def _mirror(config: "Config", folder: Path, stop: Any) -> "Iterator[Mirror | None]":
-    """Keep the copy of the sweep's folder, if it has one; at the end it is brought up to date."""
-    from sweep.durability.mirror import mirrored
-
-    if config.storage.mirror is None:
-        yield None
-        return
-    with mirrored(folder, config.storage.mirror, console.print) as mirror:
-        try:
-            yield mirror
-        finally:
-            if not mirror.finish(LAST_SECONDS if stop.asked.is_set() else 600.0):
-                console.print(
-                    f"[red]the copy lacks some files[/red] ({escape(str(mirror.error))}); give the command again"
-                )
-
-
-def _drive(
-    config: "Config", folder: Path, resolved: ResolvedConfig | None, check: Callable[[], object], stop: Any
-) -> int:
-    """What the holder of the lease does."""
-    from sweep.cli.progress import Display
-    from sweep.config.diff import claim_folder
-    from sweep.execution.orphans import end_leftovers
-
-    pass  # DROPPED
-    from sweep.tracking.tracker import is_shipped, still_has
-
-    claim_folder(config, folder)
-    ended = end_leftovers(folder)
-    if ended:
-        console.print(f"ended {len(ended)} processes that a killed attempt had left")
-    driver, shipped = SweepRunner(config, folder, console.print, check, stop), True
-    if driver.left() or not is_shipped(folder) or not still_has(config, folder):
-        resolved = resolved or check_inputs(config)
-        with Display(console, config, folder) as display:
-            driver.say = display.say
-            shipped = _attempt(driver, resolved)
-    return _conclude(driver, shipped)
-
-
-def _attempt(driver: Any, resolved: ResolvedConfig) -> bool:
-    """Run what is left; whether MLflow took everything."""
-    from sweep.execution.trial import open_shards
-    from sweep.tracking.dataset import Corpus
-    from sweep.tracking.tracker import Tracker
-
-    say = driver.say
-    driver.bind(resolved)
-    corpus = Corpus.of(open_shards(resolved))
-    tracker = Tracker(driver.config, driver.folder, corpus, say=lambda text: say(escape(text)))
-    tracker.start()
-    try:
-        if driver.left():
-            say("starting Ray")
-            driver.execute(resolved)
-    finally:
-        say("sending the last results to MLflow")
-        shipped = tracker.finish(LAST_SECONDS if driver.stop.asked.is_set() else 120.0)
-        if not shipped:
-            say(f"[red]MLflow lacks some results[/red] ({escape(str(tracker.error))}); give the same command again")
-    return shipped

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 infrastructure, 2 bad input or settings, 75 unfinished (run it again)."""
+"""The command line. Exit codes: 0 done, 1 infrastructure, 2 bad input or settings, 75 unfinished (rerun to resume)."""
 
 import os
 import sys
@@ -7,29 +7,30 @@ import warnings
 import typer
 
 from data.errors import UserError
-from sweep.cli import cache as cli_cache
+from sweep.cli import cache
 from sweep.cli.console import complain
 from sweep.cli.export import export, predict
 from sweep.cli.prepare import prepare
 from sweep.cli.results import best, confirm, evaluate, report, status
-from sweep.cli.run import BAD_INPUT, run, submit
+from sweep.cli.run import run
+from sweep.cli.submit import submit
 from sweep.cli.trial import inspect, train
+from sweep.execution.signals import ExitCode
 
 app = typer.Typer(
-    help="Hyperparameter sweeps for speech LLMs: start, resume, look, reproduce.",
+    help="Hyperparameter sweeps for speech LLMs: run, resume, compare and reproduce trials.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (prepare, run, submit, status, best, report, confirm, evaluate, train, inspect, export, predict):
-    app.command()(verb)
-
-app.add_typer(cli_cache.app, name="cache")
+for command in (prepare, run, submit, status, best, report, confirm, evaluate, train, inspect, export, predict):
+    app.command()(command)
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Run the command line; problems of the user's are one message, without a traceback."""
-    # Libraries talk on import and load; what matters to a user is said by this program.
+    """Run the command line; report an error of the user in one message, without a traceback."""
+    # Libraries print warnings and progress bars when they are imported or load a model.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -38,4 +39,4 @@ def main() -> None:
         app()
     except UserError as error:
         complain(error)
-        sys.exit(BAD_INPUT)
+        sys.exit(ExitCode.BAD_INPUT)

@@ -1,6 +1,6 @@
-"""What the command line writes to: the console and the line for errors.
+"""The console that all commands print to, and the line that reports an error.
 
-Words of a corpus may hold control characters, which a terminal would obey; both show them escaped, as `\\x1b`.
+A corpus may hold control characters, which a terminal would obey; both outputs show them escaped, as `\\x1b`.
 """
 
 import sys
@@ -13,17 +13,22 @@ CONTROL = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)
 
 
 class PlainConsole(Console):
-    """A console that no text can steer."""
+    """A console that escapes control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The cells of tables and all that is printed pass here before they are measured."""
+        """Escape a text; rich calls this for table cells and printed strings before it measures them."""
         return super().render_str(text.translate(CONTROL), **options)
 
 
-# Into a file or a pipe, tables keep the width of a wide terminal.
+# In a file or a pipe, tables have the width of a wide terminal.
 console = PlainConsole(width=None if sys.stdout.isatty() else 132)
 
 
+def print_line(text: object) -> None:
+    """Print a text as it is, without markup and line breaks."""
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+
+
 def complain(message: object) -> None:
-    """Say on stderr why a command ends."""
+    """Print why a command failed to stderr."""
     sys.stderr.write(f"error: {message}\n".translate(CONTROL))

@@ -1,4 +1,4 @@
-"""`sweep prepare`: a corpus becomes Arrow shards, with tables and a page about what is in it and what is wrong."""
+"""`sweep prepare`: write a corpus as Arrow shards, with tables and a page about its content and its findings."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -14,41 +14,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.errors import UserError
-from sweep.cli.console import console
+from sweep.cli.console import console, print_line
+from sweep.execution.signals import ExitCode
 
 if TYPE_CHECKING:
     from data.corpus.config import CorpusConfig
-    from data.corpus.issues import Finding
     from data.corpus.schema import Corpus
     from data.preparation.shard_jobs import Job
     from data.shards.dataset import Shards
     from data.shards.format import ShardFile
     from model.alignment.aligner import CTCAligner
 
-UNFINISHED = 75
-WORTH_RAY = 8  # shards: starting Ray takes as long as cutting these, about four hours of sound
+WORTH_RAY = 8  # shards, about four hours of audio: writing fewer takes less time than starting Ray
 REPORT = "report.html"
 
 
 def prepare(
     kind: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="annomi, whisperx, daic, mi-tags, table; synthetic is made here.")
+        str, typer.Argument(metavar="FORMAT", help="annomi, whisperx, daic, mi-tags, table; or synthetic, made here.")
     ],
-    source: Annotated[Path | None, typer.Argument(help="The corpus: a file or a folder, by format.")] = None,
+    source: Annotated[Path | None, typer.Argument(help="A file or a folder, depending on the format.")] = None,
     *,
     out: Annotated[
-        str, typer.Option(help="Folder or URL (s3://…) for the shards; new sessions are added to an earlier one.")
+        str, typer.Option(help="Folder or URL (s3://…) of the shards; new sessions are added to an existing corpus.")
     ],
-    audio: Annotated[Path | None, typer.Option(help="Folder with the recordings; without, text only.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Folder of the recordings; without it, text only.")] = None,
     align: Annotated[
-        str | None, typer.Option(help="CTC model (Hugging Face id or folder) that refines the turns' times.")
+        str | None, typer.Option(help="CTC model (Hugging Face id or folder) that refines the times of the turns.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML of settings: roles, labels, columns, split …")] = None,
-    set_: Annotated[list[str], typer.Option("--set", help="key=value: one setting, e.g. split.folds=5.")] = [],  # noqa: B006
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings: roles, labels, columns, split …")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Override a setting, e.g. split.folds=5; repeatable.")] = [],  # noqa: B006
 ) -> None:
-    """Turn a corpus into Arrow shards. The same command goes on after a kill, and adds new sessions."""
+    """Write a corpus as Arrow shards. Rerun the same command to resume it, or to add new sessions."""
     from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
+    from data.report.summary import finding_rows
     from sweep.config.loader import read_tree, validated
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -56,28 +56,28 @@ def prepare(
     settings = validated(CorpusConfig, read_tree(config, [*set_, *aligned]), str(config or "--set"))
     faults = Path(f"{out.rstrip('/')}.findings.jsonl")
     try:
-        shards = _prepare(_read(kind, source, audio, settings), out, settings)
+        shards = _write_shards(_read_corpus(kind, source, audio, settings), out, settings)
     except BuildError as error:
-        _show_faults(error.findings)
+        _print_table(*finding_rows(error.findings))
         if "://" in out:
             raise
         faults.parent.mkdir(parents=True, exist_ok=True)
         faults.write_text("".join(json.dumps(finding.as_dict()) + "\n" for finding in error.findings), encoding="utf-8")
         raise UserError(f"{error}\nall of them: {faults}") from None
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on where it was ({out})", markup=False)
-        sys.exit(UNFINISHED)
+        print_line(f"stopped; rerun the same command to resume ({out})")
+        sys.exit(ExitCode.UNFINISHED)
     faults.unlink(missing_ok=True)
     show_shards(shards)
 
 
-def _read(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
+def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
     from data.corpus import synthetic
     from data.importers import IMPORTERS
 
-    if kind == "synthetic" and (source is not None or audio is not None):
-        raise UserError("prepare synthetic: it is made here and reads no source; leave SOURCE and --audio out")
     if kind == "synthetic":
+        if source is not None or audio is not None:
+            raise UserError("prepare synthetic: this corpus is made here; leave SOURCE and --audio out")
         return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
     if kind not in IMPORTERS:
         raise UserError(f"prepare {kind}: no such format; use one of {', '.join([*IMPORTERS, 'synthetic'])}")
@@ -87,7 +87,8 @@ def _read(kind: str, source: Path | None, audio: Path | None, settings: "CorpusC
         return IMPORTERS[kind].read(source, audio, settings)
 
 
-def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
+def _write_shards(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
+    """Write the shards and the report, with a progress bar on a terminal and lines elsewhere."""
     from data.preparation.build import prepare as prepare_corpus
     from data.report.page import corpus_html
     from data.report.summary import read_findings
@@ -106,7 +107,7 @@ def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
         def advance(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
             if not console.is_terminal:
-                console.print(f"prepared {done} of {total} sessions", highlight=False)
+                print_line(f"prepared {done} of {total} sessions")
 
         shards = prepare_corpus(corpus, out, settings, align=make_aligner(settings), run=make_shards, progress=advance)
         progress.update(bar, description="drawing the report")
@@ -115,6 +116,7 @@ def _prepare(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
 
 
 def make_aligner(settings: "CorpusConfig") -> "CTCAligner | None":
+    """Return the aligner that the settings name, if they name one."""
     if settings.align.model is None:
         return None
     from model.alignment.aligner import CTCAligner
@@ -123,7 +125,7 @@ def make_aligner(settings: "CorpusConfig") -> "CTCAligner | None":
 
 
 def make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
-    """Few shards are made here; many through Ray Data, on all CPUs of the machine or the cluster."""
+    """Write a few shards in this process, and many with Ray Data on all CPUs of the machine or the cluster."""
     from data.preparation.shard_jobs import serially
 
     slow = any(job.align is not None for job in jobs) or "RAY_ADDRESS" in os.environ
@@ -139,38 +141,30 @@ def make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
 
 
 def show_shards(shards: "Shards") -> None:
-    """What is in a prepared corpus: its splits, and its findings by code."""
+    """Show what a prepared corpus holds: its splits, and its findings by code."""
     from data.report.summary import finding_rows, read_findings, split_rows
 
     manifest = shards.manifest
-    sound = f"{sum(manifest.hours.values()):.2f} h of sound" if any(manifest.hours.values()) else "text only"
+    audio = f"{sum(manifest.hours.values()):.2f} h of audio" if any(manifest.hours.values()) else "text only"
     sessions, turns = sum(manifest.sessions.values()), sum(manifest.turns.values())
-    head = f"{manifest.corpus}: {sessions} sessions, {turns} turns, {sound} (fingerprint {manifest.fingerprint})"
-    console.print(head, soft_wrap=True, highlight=False, markup=False)
+    print_line(f"{manifest.corpus}: {sessions} sessions, {turns} turns, {audio} (fingerprint {manifest.fingerprint})")
     _print_table(*split_rows(shards))
     findings = read_findings(shards)
     if findings:
-        console.print(
-            f"findings: {len(findings)}, and {manifest.rejected} of {turns} turns are rejected", highlight=False
-        )
+        print_line(f"findings: {len(findings)}; {manifest.rejected} of {turns} turns are rejected")
         _print_table(*finding_rows(findings))
     else:
-        console.print("findings: none")
-    console.print(f"shards:   {shards.store.place}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"report:   {shards.store / REPORT}", soft_wrap=True, highlight=False, markup=False)
+        print_line("findings: none")
+    print_line(f"shards:   {shards.store.place}")
+    print_line(f"report:   {shards.store / REPORT}")
 
 
-def _show_faults(findings: "Sequence[Finding]") -> None:
-    from data.report.summary import finding_rows
-
-    _print_table(*finding_rows(findings))
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table, with columns of numbers aligned to the right."""
     table = Table()
-    for place, name in enumerate(header):
-        numbers = all(str(row[place]).replace(".", "").replace(" ", "").rstrip("%").isdigit() for row in rows)
-        table.add_column(escape(name), justify="right" if numbers and rows else "left")
+    for column, name in enumerate(header):
+        numeric = all(str(row[column]).replace(".", "").replace(" ", "").rstrip("%").isdigit() for row in rows)
+        table.add_column(escape(name), justify="right" if numeric and rows else "left")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)

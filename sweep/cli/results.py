@@ -1,94 +1,107 @@
-"""Commands that read a sweep: status, best, evaluate, report, confirm."""
+"""Commands that read the results of a sweep: status, best, evaluate, report, confirm."""
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from data.errors import UserError
-from sweep.cli.console import console
-from sweep.cli.run import DONE, open_study_store
+from sweep.cli.console import console, print_line
+from sweep.cli.options import JsonOption, SweepArgument
+from sweep.cli.run import run_and_show
 from sweep.cli.show import print_best, show_trials
-from sweep.runner import run_sweep
+from sweep.execution.signals import ExitCode
 
 if TYPE_CHECKING:
     from sweep.analysis.confirm import Confirmation
-    from sweep.search.study import TrialRecord
+    from sweep.search.study import StudyStore, TrialRecord
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
+def open_study_store(folder: Path) -> "StudyStore":
+    """Open the trials of the sweep in a folder.
+
+    Raises:
+        UserError: it is not the folder of a sweep.
+    """
+    from sweep.search.study import StudyStore
+
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: not the folder of a sweep (no config.yaml); `sweep run` creates one under runs/")
+    return StudyStore.of(folder)
 
 
-def _trial_json(folder: Path, entry: "TrialRecord") -> dict[str, Any]:
+def _trial_json(folder: Path, trial: "TrialRecord") -> dict[str, object]:
     from model.training.metrics_log import attempts
     from sweep.analysis.results import entry_json
     from sweep.config.paths import trial_folder
     from sweep.tracking.tracker import mlflow_run_id
 
-    return entry_json(entry, mlflow_run_id(folder, entry.number), attempts(trial_folder(folder, entry.number)))
+    return entry_json(trial, mlflow_run_id(folder, trial.number), attempts(trial_folder(folder, trial.number)))
 
 
-def status(folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")], as_json: JsonOption = False) -> None:
-    """Every trial and its state, also while the sweep runs."""
+def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
+    """Show every trial and its state, also while the sweep runs."""
     from sweep.analysis.status import progress_json, status_lines
 
     study = open_study_store(folder)
-    config, entries = study.config, study.trials()
+    config, trials = study.config, study.trials()
     if not as_json:
-        for line in status_lines(config, folder, entries):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        show_trials(config, folder, entries)
+        for line in status_lines(config, folder, trials):
+            print_line(line)
+        show_trials(config, folder, trials)
         return
     content = {
         "sweep": config.name,
         "objective": config.search.metric,
         "direction": config.search.direction,
         "target_trials": config.search.trials,
-        "progress": progress_json(config, folder, entries),
-        "trials": [_trial_json(folder, entry) for entry in entries],
+        "progress": progress_json(config, folder, trials),
+        "trials": [_trial_json(folder, trial) for trial in trials],
     }
     print(json.dumps(content, indent=1))
 
 
 def best(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    folder: SweepArgument,
     as_json: JsonOption = False,
     as_config: Annotated[bool, typer.Option("--config", help="Print its configuration, for `sweep train`.")] = False,
 ) -> None:
-    """The best complete trial, and how to have it again; what `sweep confirm` said about it, if it was asked."""
-    from sweep.analysis.confirm import read as confirmed
+    """Show the best trial and how to reproduce it, and what `sweep confirm` found about it."""
+    from sweep.analysis.confirm import read as read_confirmation
 
     study = open_study_store(folder)
-    entry = study.best()
-    if entry is None:
-        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
+    trial = study.best()
+    if trial is None:
+        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows the progress")
     if as_config:
         from sweep.config.files import dump
 
-        print(dump(study.trial_config(entry)), end="")
+        print(dump(study.trial_config(trial)), end="")
     elif as_json:
-        config = study.trial_config(entry).model_dump(mode="json")
-        print(json.dumps({**_trial_json(folder, entry), "config": config}, indent=1))
+        config = study.trial_config(trial).model_dump(mode="json")
+        print(json.dumps({**_trial_json(folder, trial), "config": config}, indent=1))
     else:
-        print_best(study, folder)
-        for line in (confirmed(folder) or {"lines": []})["lines"]:
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        print_best(study.config, folder, trial)
+        for line in (read_confirmation(folder) or {"lines": []})["lines"]:
+            print_line(line)
 
 
 def evaluate(
     source: Annotated[Path, typer.Argument(help="Folder of a sweep (its best trial), of a trial, or a checkpoint.pt.")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Utterances at once; changes no result.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Utterances in a batch; the results do not depend on it.")
+    ] = None,
     set_: Annotated[
         list[str], typer.Option("--set", help="data.key=value: the same model under a control, e.g. data.sound=zeroed.")
     ] = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
-    """Predict a split with a trained model."""
+    """Evaluate a trained model on a split."""
     from sweep.analysis.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(source, split, batch_size, set_)
@@ -103,68 +116,70 @@ def evaluate(
             numbers = (f"{row[name]:.3f}" for name in ("precision", "recall", "f1"))
             table.add_row(label, *numbers, f"{row['support']:.0f}")
         console.print(table)
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float))
-    console.print(shown, highlight=False)
+    metrics = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float))
+    console.print(metrics, highlight=False)
 
 
 def confirm(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
-    top: Annotated[int, typer.Option(min=1, help="How many of its best configurations.")] = 3,
+    folder: SweepArgument,
+    top: Annotated[int, typer.Option(min=1, help="Number of best configurations to train again.")] = 3,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Trainings of each, under seeds that the search did not have; 5, or 1 with --folds."),
+        typer.Option(min=1, help="Trainings of each, with seeds that the search did not use; 5, or 1 with --folds."),
     ] = None,
     folds: Annotated[
-        int | None, typer.Option(min=3, help="Train on each fold of a corpus that has so many, and pool them.")
+        int | None, typer.Option(min=3, help="Train on each fold of a corpus with this many folds, and pool them.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train the best again under fresh seeds, compare them in pairs, and read the test split. Goes on after a kill."""
-    from sweep.analysis import confirm as own
+    """Train the best configurations again with fresh seeds, compare them in pairs, and evaluate them on the test split.
+    Rerun the same command to resume it."""
+    from sweep.analysis import confirm as analysis
 
     study = open_study_store(folder)
     seeds = seeds or (1 if folds else 5)
-    planned, place = own.plan(study, folder, top, seeds, folds), own.place_of(folder, folds)
-    under = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
-    console.print(f"{len(planned.search.points)} trainings of the best {top} under {under}, in {place.name}")
-    code = run_sweep(planned, place)
-    if code != DONE:
+    planned, target = analysis.plan(study, folder, top, seeds, folds), analysis.place_of(folder, folds)
+    conditions = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
+    console.print(f"{len(planned.search.points)} trainings of the best {top} with {conditions}, in {target.name}")
+    code = run_and_show(planned, target)
+    if code != ExitCode.DONE:
         sys.exit(code)
-    found = own.confirmation(study, folder, folds, console.print)
+    confirmation = analysis.confirmation(study, folder, folds, console.print)
     if as_json:
-        print(json.dumps(own.read(folder), indent=1))
+        print(json.dumps(analysis.read(folder), indent=1))
         return
-    console.print(_table(found))
-    for line in found.lines():
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(_confirmation_table(confirmation))
+    for line in confirmation.lines():
+        print_line(line)
 
 
-def _table(found: "Confirmation") -> Table:
-    pooled = f", {found.folds} folds pooled" if found.folds else ""
+def _confirmation_table(confirmation: "Confirmation") -> Table:
+    pooled = f", {confirmation.folds} folds pooled" if confirmation.folds else ""
     table = Table(
-        title=f"confirmed by {found.metric}",
-        caption=f"means over fresh seeds{pooled}; in brackets 95 % by session and seed",
+        title=f"confirmed by {confirmation.metric}",
+        caption=f"means over fresh seeds{pooled}; in brackets 95 % intervals by session and seed",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
     for name in ("trial", "seeds", "in the search", "validation", "test"):
         table.add_column(name, justify="right")
-    for place, own in enumerate(found.ranked):
-        row = [f"#{own.number}", str(len(own.seeds)), f"{own.searched:.3f}", str(own.val), str(own.test or "")]
-        table.add_row(*row, style="bold green" if place == 0 else None)
+    for rank, row in enumerate(confirmation.ranked):
+        cells = [f"#{row.number}", str(len(row.seeds)), f"{row.searched:.3f}", str(row.val), str(row.test or "")]
+        table.add_row(*cells, style=None if rank else "bold green")
     return table
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    folder: SweepArgument,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page; `report` within the sweep's by default.")
+        Path | None, typer.Option(help="Folder of the report; `report` in the sweep's folder by default.")
     ] = None,
     beside: Annotated[list[Path], typer.Option("--with", help="Another sweep to show beside it; repeatable.")] = [],  # noqa: B006
-    reference: Annotated[int | None, typer.Option(help="Trial that choices are compared with.")] = None,
+    reference: Annotated[int | None, typer.Option(help="Trial that the choices are compared with.")] = None,
 ) -> None:
-    """What is best, by how much, and which choice made the difference: a page, tables for a paper, pictures."""
+    """Write a report: the best configuration, its margin, and the effect of each choice; a page, tables for a paper,
+    and figures."""
     from sweep.analysis.report import page
     from sweep.tracking.report_artifacts import to_mlflow
 
@@ -174,7 +189,7 @@ def report(
     with console.status("drawing"):
         verdict, written = page.write(study, folder, out or folder / "report", opened, reference)
     for line in verdict:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"in MLflow: {to_mlflow(folder, written)}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"page: {written[0]}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"beside it: {', '.join(path.name for path in written[1:])}", soft_wrap=True, highlight=False)
+        print_line(line)
+    print_line(f"in MLflow: {to_mlflow(folder, written)}")
+    print_line(f"page: {written[0]}")
+    print_line(f"beside it: {', '.join(path.name for path in written[1:])}")

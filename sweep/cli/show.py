@@ -1,29 +1,27 @@
-"""What several commands show: the parts of a model, the trials of a sweep, the best of them."""
+"""Show what several commands share: the parts of a model, the trials of a sweep, the best trial, a preview."""
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from sweep.cli.console import console
-from sweep.config.diff import Change
+from sweep.cli.console import console, print_line
 from sweep.config.schema import Config
-from sweep.preflight.preview import Preview
 
 if TYPE_CHECKING:
     from model.speech_llm.speech_llm import SpeechLLM
     from sweep.config.resolve import ResolvedConfig
-    from sweep.config.schema import Config
-    from sweep.search.study import StudyStore, TrialRecord
+    from sweep.preflight.preview import Preview
+    from sweep.search.study import TrialRecord
 
 
 def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]":
-    """The parts of the model, of a search's first trial; that model without its weights, and its configuration."""
+    """Show the parts of the first trial's model, and return that model without its weights, and its configuration."""
     from sweep.analysis.inspection import notes, parts_table
     from sweep.preflight.checks import skeleton
     from sweep.search.candidates import first_trial
@@ -33,81 +31,80 @@ def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]"
     which = ", first trial" if resolved.search.space else ""
     console.print(parts_table(model, config, f"parts of the model{which}"))
     for note in notes(model):
-        console.print(note, markup=False, highlight=False)
+        print_line(note)
     return model, config
 
 
-def show_trials(config: "Config", folder: Path, entries: "Sequence[TrialRecord]") -> None:
-    """The leaderboard of a search; of trainings that confirm one, what each of them is."""
-    from sweep.analysis import confirm as trainings
-    from sweep.analysis import leaderboard
+def show_trials(config: Config, folder: Path, trials: "Sequence[TrialRecord]") -> None:
+    """Show the leaderboard of a search, or the trainings of a sweep that confirms one."""
+    from sweep.analysis import confirm, leaderboard
 
-    search = trainings.search_of(config, folder)
+    search = confirm.search_of(config, folder)
     if search is None:
-        console.print(leaderboard.table(config, folder, entries))
-        told = leaderboard.notes(entries)
+        console.print(leaderboard.table(config, folder, trials))
+        lines = leaderboard.notes(trials)
     else:
-        told = trainings.lines(config, folder, search, entries)
-    for line in told:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        lines = confirm.lines(config, folder, search, trials)
+    for line in lines:
+        print_line(line)
 
 
-def print_best(study: "StudyStore", folder: Path) -> None:
+def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:
+    """Show the best trial and the commands that reproduce, evaluate, confirm and report it."""
     from sweep.analysis.status import train_command
     from sweep.config.paths import near
 
-    best = study.best()
-    assert best is not None
-    console.print(f"\nbest: trial {best.number}, {study.config.search.metric} {best.value:.3f}", style="bold")
+    console.print(f"\nbest: trial {best.number}, {config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         console.print(f"  {key}: {value}", highlight=False)
-    where = near(folder)
-    again = f"{program('sweep')} {train_command(folder, best.params)}"
-    console.print(f"again:      {again}", soft_wrap=True, highlight=False)
-    console.print(f"on test:    {program('sweep')} evaluate {where} --split test", soft_wrap=True, highlight=False)
-    console.print(f"is it best? {program('sweep')} confirm {where}", soft_wrap=True, highlight=False)
-    console.print(f"a page:     {program('sweep')} report {where}", soft_wrap=True, highlight=False)
+    name, path = program("sweep"), near(folder)
+    print_line(f"reproduce:  {name} {train_command(folder, best.params)}")
+    print_line(f"evaluate:   {name} evaluate {path} --split test")
+    print_line(f"confirm:    {name} confirm {path}")
+    print_line(f"report:     {name} report {path}")
 
 
 def program(name: str) -> str:
-    """How a program of this environment is called from here."""
+    """Return how to call a program of this environment from the current folder."""
     from sweep.config.paths import near
 
     path = Path(sys.executable).parent / name
     return name if shutil.which(name) == str(path) else str(near(path))
 
 
-def preview_table(found: Preview) -> RenderableType:
-    """A preview for a terminal."""
+def preview_table(preview: "Preview") -> RenderableType:
+    """Return a preview of `sweep run` for a terminal."""
     table = Table(
-        box=None, show_header=False, pad_edge=False, title=f"{found.config.name}: what would happen in {found.folder}"
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        title=f"{preview.config.name}: what would happen in {preview.folder}",
+        title_justify="left",
     )
-    table.title_justify = "left"
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for head, lines in _rows(found):
-        for place, line in enumerate(lines):
-            table.add_row("" if place else head, escape(line))
-    if not found.refused:
+    for head, lines in _preview_rows(preview):
+        for index, line in enumerate(lines):
+            table.add_row("" if index else head, escape(line))
+    if not preview.refused:
         return table
-    refused = found.changes.refusal(found.folder) if found.changes.refused else "another corpus"
-    return Group(table, "", f"[red]refused[/red]: {escape(refused)}")
+    refusal = preview.changes.refusal(preview.folder) if preview.changes.refused else "another corpus"
+    return Group(table, "", f"[red]refused[/red]: {escape(refusal)}")
 
 
-def _rows(found: Preview) -> Iterable[tuple[str, list[str]]]:
-    yield "changed", [*map(_told, found.changes.all), *found.notes] or ["nothing" if found.started else "new sweep"]
-    yield "done", [f"{count} {state}" for state, count in sorted(found.ended.items())] or ["no trial"]
-    yield "goes on", [f"trial {number} {place}" for number, place in found.going_on] or ["no trial"]
-    first = sum(found.ended.values()) + len(found.going_on)
-    shown = [f"trial {number}: {_point(point)}" for number, point in enumerate(found.points, start=first)]
-    drawn = [f"{found.drawn} drawn by the search"] if found.drawn else []
-    yield "starts", [*shown, *drawn] or ["no trial"]
+def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
+    changes = [
+        f"{change} ({'refused: ' if change.verdict == 'refused' else ''}{change.why})" if change.why else str(change)
+        for change in preview.changes.all
+    ]
+    yield "changed", [*changes, *preview.notes] or ["nothing" if preview.started else "new sweep"]
+    yield "done", [f"{count} {state}" for state, count in sorted(preview.ended.items())] or ["no trial"]
+    yield "resumes", [f"trial {number} {where}" for number, where in preview.going_on] or ["no trial"]
+    first = sum(preview.ended.values()) + len(preview.going_on)
+    points = [f"trial {number}: {_format_point(point)}" for number, point in enumerate(preview.points, start=first)]
+    drawn = [f"{preview.drawn} drawn by the search"] if preview.drawn else []
+    yield "starts", [*points, *drawn] or ["no trial"]
 
 
-def _told(change: Change) -> str:
-    verdict = "refused: " if change.verdict == "refused" else ""
-    return f"{change} ({verdict}{change.why})" if change.why else str(change)
-
-
-def _point(point: dict[str, Any]) -> str:
+def _format_point(point: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in point.items())

@@ -1,14 +1,15 @@
 """Commands about one trial: train and inspect."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from data.errors import UserError
-from sweep.cli.console import console
+from sweep.cli.console import console, print_line
+from sweep.cli.options import ConfigArgument, SetOption
 from sweep.cli.prepare import show_shards
-from sweep.cli.run import ConfigArgument, SetOption, check_inputs
 from sweep.cli.show import show_model
 
 
@@ -17,34 +18,43 @@ def train(
     set_: SetOption = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Folder of the trial; runs/<name>-train by default.")] = None,
 ) -> None:
-    """One trial in this process, without Ray: the same training, bit for bit."""
+    """Train one trial in this process, without Ray; the result is the same, bit for bit."""
     from sweep.config.diff import claim_folder
     from sweep.config.files import load
+    from sweep.config.resolve import missing
     from sweep.execution.trial import as_run, available_device, open_shards, run_trial
+    from sweep.preflight.checks import resolve_inputs
 
     loaded = load(config, set_).for_trial({})
     folder = out or Path("runs") / f"{loaded.name}-train"
-    resolved = check_inputs(loaded)
+    if new := missing(loaded):
+        print_line(f"creating {', '.join(new)}: once, then cached")
+    with console.status("checking corpus and models"):
+        resolved = resolve_inputs(loaded)
+        show_model(resolved)
     shards = open_shards(resolved)
-    loaded = as_run(loaded, shards)
-    claim_folder(loaded, folder)
+    claim_folder(as_run(loaded, shards), folder)
 
-    def report(epoch: int, metrics: dict[str, Any]) -> None:
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
-        console.print(f"epoch {epoch}/{loaded.train.epochs}  {shown}", soft_wrap=True, highlight=False)
+    def report(epoch: int, metrics: Mapping[str, object]) -> None:
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
+        print_line(f"epoch {epoch}/{loaded.train.epochs}  {numbers}")
 
     run_trial(as_run(resolved, shards), folder, report, "local", available_device())
-    console.print(f"checkpoint: {folder / 'checkpoint.pt'}", highlight=False)
+    print_line(f"checkpoint: {folder / 'checkpoint.pt'}")
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="A preset's name, a YAML file, or the folder (URL) of shards.")],
+    source: Annotated[str, typer.Argument(help="Name of a preset, a YAML file, or folder (URL) of shards.")],
     set_: SetOption = [],  # noqa: B006
-    split: Annotated[str | None, typer.Option(help="train, val or test; by default the example's, or train.")] = None,
-    example: Annotated[str | None, typer.Option(help="Id of an utterance or session; by default the first.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; by default the split of the example, or train.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(help="Id of an utterance or session; by default the first one.")
+    ] = None,
 ) -> None:
-    """What is in a corpus and what is wrong with it; the parts of the model and what trains; examples exactly as the
-    model reads them. Loads no weights."""
+    """Show a corpus and its findings, the parts of the model and what trains, and examples exactly as the model reads
+    them. No weights are loaded."""
     from data.corpus.schema import SPLITS
     from data.loading.tasks import has_sound
     from data.shards.dataset import Shards, is_shards
@@ -67,4 +77,4 @@ def inspect(
     resolved = resolve(loaded)
     check_sound(resolved, has_sound(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(line)

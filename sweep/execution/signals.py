@@ -1,36 +1,66 @@
-"""An orderly end on SIGTERM, SIGUSR1 (batch systems, `ray job stop`) and Ctrl-C; a second Ctrl-C ends at once."""
+"""Exit codes, and an orderly end on SIGTERM, SIGUSR1 (batch systems, `ray job stop`) and Ctrl-C."""
 
 import os
 import signal
 import threading
+from enum import IntEnum
 from types import FrameType
+from typing import Any, Self
 
-from sweep.execution import orphans as leftovers
+from sweep.execution import orphans
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-UNFINISHED = 75  # exit code: the same command goes on
 
 
-class Stop:
-    """Knows whether the sweep was asked to end.
+class ExitCode(IntEnum):
+    """How a command ended."""
 
-    Until `patient` is set, there is nothing to be ended in an orderly way: a signal raises KeyboardInterrupt.
+    DONE = 0
+    INFRASTRUCTURE = 1  # Ray, a disk, a database, another process: rerun the same command once it is fixed
+    BAD_INPUT = 2  # data or settings
+    UNFINISHED = 75  # rerun the same command to resume
+
+
+class StopRequest:
+    """Records whether the sweep was asked to stop; the signals are handled while the context is entered.
+
+    As long as `graceful` is not set, no trial runs that could write a checkpoint, so a signal raises
+    KeyboardInterrupt. Outside the main thread Python delivers no signals, and none are handled.
+
+    Args:
+        exits: whether a second Ctrl-C ends the process at once, as the command line does, instead of raising
+            KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self.patient = False
+    def __init__(self, exits: bool = False) -> None:
+        self.requested = threading.Event()
+        self.graceful = False
+        self.exits = exits
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals over; again after `ray.init`, which puts handlers of its own in place."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        """Handle the signals; call it again after `ray.init`, which installs its own handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = not self.asked.is_set()
-        self.asked.set()
-        if not self.patient:
+        first = not self.requested.is_set()
+        self.requested.set()
+        if not self.graceful:
             raise KeyboardInterrupt
         if not first and number == signal.SIGINT:
-            leftovers.end(leftovers.children())
-            os._exit(UNFINISHED)
+            if not self.exits:
+                raise KeyboardInterrupt
+            orphans.end(orphans.children())
+            os._exit(ExitCode.UNFINISHED)

@@ -1,28 +1,74 @@
-"""The ledger as Ray Tune sees it: a searcher that hands out its trials and a scheduler that reports back to it."""
+"""Run the trials of a sweep under Ray Tune.
+
+    StudyStore.ask ─► StudySearcher ─► Tune ─► WorkerGroup ─► fit_job
+    StudyStore.report / complete / fail ◄─ StudyScheduler, StudySearcher ◄─ Tune
+
+The study decides and keeps every result; Tune only executes, so nothing of its own state is read again.
+"""
 
 import json
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+# Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
+# result, while Tune would write all trials to disk again and again.
+os.environ.update(
+    RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR",
+    RAY_AIR_NEW_OUTPUT="0",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_GLOBAL_CHECKPOINT_S="1e9",
+)
+
+import ray
+import ray.tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from data.errors import UserError
+from sweep.config.resolve import ResolvedConfig
 from sweep.execution.cluster import ClusterError
+from sweep.execution.mailbox import StopEvent
+from sweep.execution.resources import worker_resources
+from sweep.execution.signals import StopRequest
+from sweep.execution.worker_group import worker_group_class
 from sweep.search.study import Reason, StudyStore, common_fault
 
 MakeJob = Callable[[int, dict[str, Any]], dict[str, Any]]
+T = TypeVar("T")
+
+TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its group was lost
+GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is asked to stop
+AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+
+
+class SweepAbortedError(Exception):
+    """The same failure hits every trial, so the sweep was stopped; its running trials resume once it is fixed.
+
+    Args:
+        why: one line for the user.
+        reason: kind of the failure, see `StudyStore.fail`.
+    """
+
+    def __init__(self, why: str, reason: str) -> None:
+        super().__init__(why)
+        self.reason = reason
 
 
 class StudySearcher(Searcher):
-    """First the trials that a former attempt left running, under their numbers, then new ones, until the target.
+    """Suggest the trials that an earlier run left unfinished, under their numbers, and then new ones.
 
     Args:
-        ledger: of the sweep.
-        make_job: what a trial's workers are given.
-        check: raises where another driver has taken the sweep over.
-        stop: asks all slots to end.
+        study: of the sweep.
+        make_job: returns what a trial's workers receive.
+        check: raises LeaseLostError when another process has taken the sweep over.
+        stop: asks all worker groups to end.
         ended: called after a trial has ended.
     """
 
@@ -37,90 +83,90 @@ class StudySearcher(Searcher):
         super().__init__(metric=study.config.search.metric, mode="max")
         self.study, self.make_job = study, make_job
         self.check, self.stop, self.ended = check, stop, ended
-        self.numbers: dict[str, int] = {}  # Tune's trial id → number in the ledger, of trials that run now
+        self.numbers: dict[str, int] = {}  # Tune's trial id → number in the study, of the running trials
         self.stopping = False
-        self.fault: tuple[str, str] | None = None  # why and reason of what hits every trial
+        self.fault: tuple[str, str] | None = None  # message and kind of a failure that hits every trial
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune snapshots its searcher; this one has nothing to keep, and its ledger is not to be copied."""
+        """Return nothing: Tune saves its searcher, and the study must not be copied."""
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Accept Tune's settings; the study has its own."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        """Return the configuration of the next Tune trial, or FINISHED."""
         self.check()
-        target = self.study.config.search.trials
-        while not self.stopping and (asked := self._ask(target)) is not None:
+        while not self.stopping:
+            try:
+                asked = self.study.ask(list(self.numbers.values()), self.study.config.search.trials)
+            except UserError as error:  # nothing that the sampler draws fits into memory
+                self._abort(str(error), "out of memory")
+                break
+            if asked is None:
+                break
             number, values = asked
             try:
                 job = self.make_job(number, values)
-            except UserError as error:  # values that are allowed one by one and not together
+            except UserError as error:  # each value is allowed, but not this combination
                 self._fail(number, str(error), "error")
                 continue
             self.numbers[trial_id] = number
             return {"job": job}
         return Searcher.FINISHED
 
-    def _ask(self, target: int) -> tuple[int, dict[str, Any]] | None:
-        try:
-            return self.study.ask(list(self.numbers.values()), target)
-        except UserError as error:  # nothing that is drawn fits into memory
-            self._stop_for(str(error), "out of memory")
-            return None
+    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Report an epoch to the study, and return whether the trial ends here."""
+        self.check()
+        return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record how a trial ended."""
         number = self.numbers.pop(trial_id, None)
         if number is None:
             return
         self.check()
-        self._tell(number, result or {}, error)
-        try:
-            self.ended()
-        except UserError as fault:  # a checkpoint that cannot be deleted
-            self._stop_for(str(fault), fault.reason)
-
-    def _tell(self, number: int, result: dict[str, Any], error: bool) -> None:
+        result = result or {}
         if result.get("finished"):
             self.study.complete(number)
         elif result.get("interrupted"):
-            return  # goes on when the command is given again
+            pass  # it stays RUNNING, and resumes when the command is rerun
         elif result.get("common"):
-            self._stop_for(result["failed"], result["reason"])
+            self._abort(result["failed"], result["reason"])
         elif "failed" in result:
             self._fail(number, result["failed"], result["reason"])
         elif error and not self.stopping:
             self._fail(number, "its workers were lost too often", "workers lost")
+        try:
+            self.ended()
+        except UserError as fault:  # a checkpoint that cannot be deleted
+            self._abort(str(fault), fault.reason)
 
     def _fail(self, number: int, why: str, reason: Reason) -> None:
         self.study.fail(number, why, reason=reason)
         if (fault := common_fault(self.study.trials())) is not None:
-            self._stop_for(fault, reason)
+            self._abort(fault, reason)
 
-    def _stop_for(self, why: str, reason: str) -> None:
+    def _abort(self, why: str, reason: str) -> None:
         self.fault = self.fault or (why, reason)
         self.end()
 
     def end(self) -> None:
-        """Start nothing more, and ask what runs to write its checkpoint."""
+        """Start no more trials, and ask the running ones to write their checkpoints."""
         if not self.stopping:
             self.stopping = True
             self.stop()
 
-    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Tell the ledger about an epoch; True when the trial ends here."""
-        self.check()
-        return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
-
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the ledger is persistent."""
+        """Save nothing: the study is persistent."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """Restore nothing."""
 
 
 class StudyScheduler(FIFOScheduler):
-    """Asks the ledger after every report whether the trial goes on."""
+    """Ask the study after every report whether the trial continues."""
 
     def __init__(self, searcher: StudySearcher) -> None:
         super().__init__()
@@ -130,51 +176,120 @@ class StudyScheduler(FIFOScheduler):
         return {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Report the epoch, and return Tune's decision."""
         ended = self.searcher.report(trial.trial_id, result)
         decision: str = TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
         return decision
 
 
-TRIAL_RETRIES = 5  # times Tune starts a trial again in a new slot after its slot was lost
-GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is to stop
-AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+class BackgroundWork(threading.Thread, Generic[T]):
+    """Run a function in a daemon thread, which leaves the signals to the main thread."""
 
-
-class SweepAbortedError(Exception):
-    """Something hits every trial, so the sweep was stopped; those that were running go on when it is mended.
-
-    Args:
-        why: in one line.
-        reason: in a word, see `StudyStore.fail`.
-    """
-
-    def __init__(self, why: str, reason: str) -> None:
-        super().__init__(why)
-        self.reason = reason
-
-
-class _Work(threading.Thread):
-    """A thread that keeps what was raised in it."""
-
-    def __init__(self, work: Callable[[], Any], name: str) -> None:
+    def __init__(self, work: Callable[[], T], name: str, is_up: Callable[[], bool]) -> None:
         super().__init__(daemon=True, name=name)
-        self.work = work
+        self.work, self.is_up = work, is_up
+        self.value: T | None = None
         self.error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
+        """Keep what the function returns or raises."""
         try:
-            self.work()
-        except BaseException as error:  # for the thread that waits
+            self.value = self.work()
+        except BaseException as error:  # `result` raises it in the thread that waits
             self.error = error
 
-    def raise_error(self) -> None:
+    def wait(self) -> None:
+        """Wait for a moment.
+
+        Raises:
+            ClusterError: Ray's node on this machine has died, for which Ray itself would wait without end.
+        """
+        self.join(0.2)
+        if not self.is_up():
+            raise ClusterError("Ray's node on this machine has died; rerun the same command to resume")
+
+    def result(self) -> T:
+        """Wait until the function has ended, and return or raise what it did."""
+        while self.is_alive():
+            self.wait()
         if self.error is not None:
             raise self.error
+        return self.value  # type: ignore[return-value]  # of type T once the function has returned
 
 
-def _look_after(thread: threading.Thread, is_up: Callable[[], bool]) -> None:
-    """Wait a moment; raise a ClusterError where the node has died: Ray would wait for ever."""
-    thread.join(0.2)
-    if not is_up():
-        raise ClusterError("Ray's node on this machine has died; the same command goes on")
+def run_trials(
+    study: StudyStore,
+    resolved: ResolvedConfig,
+    slots: int,
+    storage: Path,
+    make_job: MakeJob,
+    check: Callable[[], object],
+    ended: Callable[[], object],
+    stop: StopRequest,
+    is_up: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Run trials until the study has its target, or return early when the sweep is asked to stop.
+
+    Args:
+        study: of the sweep.
+        resolved: configuration of the sweep.
+        slots: trials at a time.
+        storage: folder for the state of Tune and Train, which is never read again.
+        make_job: returns what a trial's workers receive.
+        check: raises LeaseLostError when another process has taken the sweep over.
+        ended: called after a trial has ended.
+        stop: whether the sweep was asked to stop.
+        is_up: whether Ray's node on this machine is alive.
+        say: shows a line to the user.
+
+    Raises:
+        SweepAbortedError: the same failure would hit every trial.
+        ClusterError: Ray's node on this machine has died.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
+    # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
+    ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
+    notice = StopEvent.remote()  # type: ignore[attr-defined]
+    searcher = StudySearcher(study, make_job, check, notice.give.remote, ended)
+    scaling = {
+        "num_workers": resolved.resources.workers,
+        "use_gpu": resolved.resources.gpus_per_worker > 0,
+        "resources_per_worker": worker_resources(resolved),
+    }
+    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), notice)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=StudyScheduler(searcher),
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"attempt-{int(time.time())}",
+            storage_path=str(storage),
+            verbose=0,
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
+        ),
+    )
+    stop.graceful = True
+    try:
+        tune, stopped_at = BackgroundWork(tuner.fit, "tune", is_up), None
+        while tune.is_alive() and (stopped_at is None or time.monotonic() - stopped_at < GRACE):
+            tune.wait()
+            if stopped_at is None and (stop.requested.is_set() or searcher.stopping):
+                stopped_at = time.monotonic()
+                say("stopping: the running trials write their checkpoints")
+                searcher.end()
+    finally:
+        stop.graceful = False
+    check()
+    if searcher.fault:
+        raise SweepAbortedError(*searcher.fault)
+    if tune.error is not None:
+        raise tune.error

@@ -147,9 +147,9 @@ def test_a_sweep_that_is_submitted_carries_the_packages_and_its_configuration(
 def test_both_jobs_have_the_same_environment(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweep.cli.submit import _variables
+    from sweep.cli.submit import job_variables
 
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     submit_by_hand(server)
-    assert server.job["runtime_env"]["env_vars"] == _variables()
+    assert server.job["runtime_env"]["env_vars"] == job_variables()

@@ -14,8 +14,8 @@ import pytest
 
 from sweep.cli.app import main
 from sweep.config.schema import Config, parse
-from sweep.execution.signals import Stop
-from sweep.runner import SweepRunner
+from sweep.execution.signals import StopRequest
+from sweep.runner import Silent, SweepRunner
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 
@@ -120,6 +120,6 @@ def complaint(outcome: Outcome) -> str:
     return message
 
 
-def driver(config: Config, folder: Path) -> SweepRunner:
-    """A driver that nobody competes with."""
-    return SweepRunner(config, folder, print, lambda: None, Stop())
+def sweep_runner(config: Config, folder: Path) -> SweepRunner:
+    """Return the runner of a sweep that no other process holds."""
+    return SweepRunner(config, folder, Silent(), lambda: None, StopRequest())

@@ -32,7 +32,7 @@ from tests.sweep.searched import FOLDS, REFERENCE, TEXT, held, played, said, set
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a search that has ended; nothing is trained when it is confirmed, and the test split is counted."""
     played(settings(), folder := tmp_path / "played")
-    monkeypatch.setattr(cli_confirm, "run_sweep", played)
+    monkeypatch.setattr(cli_confirm, "run_and_show", played)
     read: list[str] = []
 
     def predict(trial: Path, split: str) -> Predicted:

@@ -25,7 +25,7 @@ from sweep.preflight import cache_passes as frozen
 from sweep.preflight.checks import resolve_inputs
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
-from tests.sweep.common import ask, complaint, driver, refused, report, settings, sweep, tree
+from tests.sweep.common import ask, complaint, refused, report, settings, sweep, sweep_runner, tree
 
 
 def strict(text: str) -> dict[str, Any]:
@@ -210,13 +210,13 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     values = {"train.learning_rate": 0.2}
     config = load("good.yaml", asked)
     claim_folder(config, here / "s")
-    resolved, attempt = resolve_inputs(config), driver(config, here / "s")
-    job = attempt._job(resolved, 0, values)
+    resolved, attempt = resolve_inputs(config), sweep_runner(config, here / "s")
+    job = attempt.make_job(resolved, 0, values)
     own = load("s/trials/0000/config.yaml")
     assert own == as_run(config.for_trial(values), open_shards(resolved))
     assert isinstance(own.train.class_weights, dict)
     assert Config.model_validate_json(job["config"]).train == own.train
-    assert attempt._job(resolved, 0, values) == job, "as a resumed trial has it"
+    assert attempt.make_job(resolved, 0, values) == job, "as a resumed trial has it"
     claim_folder(load("good.yaml", asked), here / "s")
     assert load("s/config.yaml").train.class_weights == "balanced"
 
@@ -233,9 +233,9 @@ def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_s
     asked = [f"data.shards={shards.folder}", "train.class_weights=balanced", "train.losses.distillation=1"]
     config = load("good.yaml", [*asked, space, *points])
     claim_folder(config, here / "s")
-    attempt, weights = driver(config, here / "s"), []
+    attempt, weights = sweep_runner(config, here / "s"), []
     for fold in range(3):
-        job = attempt._job(resolve_inputs(config), fold, {"data.fold": fold})
+        job = attempt.make_job(resolve_inputs(config), fold, {"data.fold": fold})
         own = load(f"s/trials/000{fold}/config.yaml")
         assert (own.data.fold, json.loads(job["config"])["data"]["fold"]) == (fold, fold)
         assert own == as_run(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))

@@ -1,109 +1,87 @@
-"""The ledger as Tune sees it: what is handed out, what each end of a trial means, and when a sweep gives up."""
+"""The study as Tune sees it: which trials start, what each end of a trial means, and when a sweep is aborted."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.tune.search import Searcher
 
 from data.errors import ConfigError
+from sweep.durability.lease import LeaseLostError
 from sweep.execution.tune import StudySearcher
 from sweep.search.study import StudyStore
 from tests.sweep.common import settings
 
 
-class Calls:
-    """Counts what the searcher asks of its driver."""
-
-    def __init__(self) -> None:
-        self.stopped = self.ended = 0
-
-    def stop(self) -> None:
-        self.stopped += 1
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def make(
-    folder: Path, job: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda number, values: {"number": number}
-) -> tuple[StudySearcher, Calls]:
-    calls = Calls()
-    study = StudyStore.open(folder, settings(trials=5))
-    return StudySearcher(study, job, lambda: None, calls.stop, calls.end), calls
+def make(folder: Path, **changed: Callable[..., object]) -> StudySearcher:
+    """Return a searcher whose jobs are trial numbers."""
+    callbacks: dict[str, Any] = {
+        "make_job": lambda number, values: {"number": number},
+        "check": Mock(),
+        "stop": Mock(),
+        "ended": Mock(),
+    }
+    return StudySearcher(StudyStore.open(folder, settings(trials=5)), **callbacks | changed)
 
 
 def states(searcher: StudySearcher) -> list[tuple[str, str | None]]:
-    return [(entry.state, entry.reason) for entry in searcher.study.trials()]
+    return [(trial.state, trial.reason) for trial in searcher.study.trials()]
 
 
-def ends(searcher: StudySearcher, *results: dict[str, Any] | None) -> list[int]:
-    """Each result ends a trial of its own; how many are still known to run."""
+def end_each(searcher: StudySearcher, *results: dict[str, Any] | None) -> None:
+    """Start a trial for each result, and end it with the result; None is an error of Tune's."""
     for number, result in enumerate(results):
         searcher.suggest(str(number))
         searcher.on_trial_complete(str(number), result, error=result is None)
-    return list(searcher.numbers.values())
 
 
-def test_each_end_is_told_for_what_it_is(tmp_path: Path) -> None:
-    searcher, calls = make(tmp_path)
+def failed(why: str, reason: str = "error", common: bool = False) -> dict[str, Any]:
+    return {"failed": why, "reason": reason, "common": common}
+
+
+def test_each_end_of_a_trial_is_recorded(tmp_path: Path) -> None:
+    searcher = make(tmp_path)
     searcher.suggest("0")
     searcher.report("0", {"epoch": 1, "metrics": '{"macro_f1": 0.5, "steps": 3}'})
     searcher.on_trial_complete("0", {"finished": True})
-    failed = {"failed": "no number", "reason": "non-finite", "common": False}
-    assert ends(searcher, failed, None, {"interrupted": True}) == []
-    assert states(searcher) == [
-        ("COMPLETE", None),
-        ("FAIL", "non-finite"),
-        ("FAIL", "workers lost"),
-        ("RUNNING", None),
-    ]
-    assert (calls.stopped, calls.ended) == (0, 4)
-    assert searcher.suggest("again") == {"job": {"number": 3}}  # the one that was interrupted
+    end_each(searcher, failed("no number", "non-finite"), None, {"interrupted": True})
+    ends = [("COMPLETE", None), ("FAIL", "non-finite"), ("FAIL", "workers lost"), ("RUNNING", None)]
+    assert (states(searcher), searcher.numbers) == (ends, {})
+    assert (searcher.stop.call_count, searcher.ended.call_count) == (0, 4)
+    assert searcher.suggest("resumed") == {"job": {"number": 3}}
 
 
-def test_what_hits_every_trial_stops_the_sweep_and_fails_none(tmp_path: Path) -> None:
-    searcher, calls = make(tmp_path)
-    searcher.suggest("other")
-    ends(searcher, {"failed": "the disk is full", "reason": "error", "common": True})
+def test_common_failure_aborts_the_sweep_and_fails_no_trial(tmp_path: Path) -> None:
+    searcher = make(tmp_path)
+    searcher.suggest("running")
+    end_each(searcher, failed("the disk is full", common=True))
     assert states(searcher) == [("RUNNING", None), ("RUNNING", None)]
-    assert (searcher.fault, calls.stopped) == (("the disk is full", "error"), 1)
+    assert (searcher.fault, searcher.stop.call_count) == (("the disk is full", "error"), 1)
     assert searcher.suggest("more") == Searcher.FINISHED
-    searcher.on_trial_complete("other", None, error=True)  # its slot was shut down
+    searcher.on_trial_complete("running", None, error=True)  # its worker group was shut down
     assert states(searcher)[0] == ("RUNNING", None)
 
 
-def test_trials_that_all_fail_alike_stop_the_sweep(tmp_path: Path) -> None:
-    searcher, calls = make(tmp_path)
-    failed = [{"failed": f"no file at step {step}", "reason": "error", "common": False} for step in (3, 14, 159)]
-    ends(searcher, *failed)
+def test_equal_failures_abort_the_sweep(tmp_path: Path) -> None:
+    searcher = make(tmp_path)
+    end_each(searcher, *(failed(f"no file at step {step}") for step in (3, 14, 159)))
     assert searcher.fault is not None
     assert "no file" in searcher.fault[0]
-    assert (calls.stopped, searcher.suggest("more")) == (1, Searcher.FINISHED)
+    assert (searcher.stop.call_count, searcher.suggest("more")) == (1, Searcher.FINISHED)
 
 
-def test_values_that_do_not_go_together_fail_by_themselves(tmp_path: Path) -> None:
-    def job(number: int, values: dict[str, Any]) -> dict[str, Any]:
-        if number == 0:
-            raise ConfigError("window below stride")
-        return {"number": number}
-
-    searcher, _ = make(tmp_path, job)
+def test_impossible_combination_fails_only_its_trial(tmp_path: Path) -> None:
+    searcher = make(tmp_path, make_job=Mock(side_effect=[ConfigError("window below stride"), {"number": 1}]))
     assert searcher.suggest("0") == {"job": {"number": 1}}
     assert states(searcher) == [("FAIL", "error"), ("RUNNING", None)]
 
 
-def test_a_driver_that_lost_its_sweep_writes_nothing(tmp_path: Path) -> None:
-    class LostError(Exception):
-        pass
-
-    def check() -> None:
-        raise LostError
-
-    searcher, _ = make(tmp_path)
+def test_searcher_writes_nothing_once_the_lease_is_lost(tmp_path: Path) -> None:
+    searcher = make(tmp_path)
     searcher.suggest("0")
-    searcher.check = check
+    searcher.check = Mock(side_effect=LeaseLostError)
     calls: list[Callable[[], object]] = [
         lambda: searcher.suggest("1"),
         lambda: searcher.report("0", {"epoch": 1, "metrics": '{"macro_f1": 1}'}),
@@ -111,6 +89,6 @@ def test_a_driver_that_lost_its_sweep_writes_nothing(tmp_path: Path) -> None:
     ]
     before = (tmp_path / "study.journal").read_bytes()
     for call in calls:
-        with pytest.raises(LostError):
+        with pytest.raises(LeaseLostError):
             call()
     assert (tmp_path / "study.journal").read_bytes() == before

@@ -16,12 +16,12 @@ from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.version import code_version
 from sweep.durability.retention import prune_checkpoints
-from sweep.execution.trial import fit_job
+from sweep.execution.trial import fit_job, open_shards
 from sweep.preflight.checks import resolve_inputs
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.model.trials import history
-from tests.sweep.common import ask, complaint, driver, refused, sweep, tree
+from tests.sweep.common import ask, complaint, refused, sweep, sweep_runner, tree
 
 SPACE = "search.space={train.learning_rate: [0.02, 0.001], model.end_of_audio: [learned]}"
 FILES = {"README.md", "config.yaml", "labels.json", "speech.safetensors", "lora"}
@@ -33,11 +33,11 @@ def swept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("swept") / "s"
     config = load(str(place / "good.yaml"), [SPACE, "search.trials=3", "storage.keep=1", "model.priors=balanced"])
     claim_folder(config, folder)
-    resolved, attempt = resolve_inputs(config), driver(config, folder)
-    attempt.bind(resolved)
+    resolved, attempt = resolve_inputs(config), sweep_runner(config, folder)
+    attempt.study.bind(open_shards(resolved.data).fingerprint, code_version())
     for number in range(2):
         [asked] = ask(attempt.study, 1)
-        job = attempt._job(resolved, *asked)
+        job = attempt.make_job(resolved, *asked)
         assert fit_job(job, partial(attempt.study.report, number), never)
         attempt.study.complete(number)
     ask(attempt.study, 1)

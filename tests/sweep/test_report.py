@@ -141,7 +141,7 @@ def test_trials_without_predictions_have_values_and_no_intervals(tmp_path: Path)
 
 def test_what_was_confirmed_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played(settings(trials=3), folder := tmp_path / "sure")
-    monkeypatch.setattr(cli_confirm, "run_sweep", played)
+    monkeypatch.setattr(cli_confirm, "run_and_show", played)
     test = said(REFERENCE, 7, "test")
     monkeypatch.setattr(confirm, "predict", lambda *_: Predicted(test, {"classify": LABELS}, {}))
     assert sweep("confirm", folder, "--top", 2, "--seeds", 2).code == 0

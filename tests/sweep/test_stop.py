@@ -1,55 +1,74 @@
-"""Signals: an orderly end where there is something to end, at once where there is not, or on a second Ctrl-C."""
+"""Signals: an orderly end while trials run, an interrupt before that, and an end at once on a second Ctrl-C."""
 
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from sweep.execution.signals import SIGNALS, StopRequest
+
 PROGRAM = """
 import sys, time
-from sweep.execution.signals import Stop
+from sweep.execution.signals import StopRequest
 try:
-    (stop := Stop()).install()
-    stop.patient = {patient}
-    print("ready", flush=True)
-    while not stop.asked.is_set():
-        time.sleep(0.02)
-    print("orderly", flush=True)
-    time.sleep({busy})
+    with StopRequest(exits=True) as stop:
+        stop.graceful = {graceful}
+        print("ready", flush=True)
+        while not stop.requested.is_set():
+            time.sleep(0.02)
+        print("orderly", flush=True)
+        time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 sys.exit(3)
 """
 
 
-def begin(patient: bool, busy: float = 0.0) -> subprocess.Popen[str]:
-    code = PROGRAM.format(patient=patient, busy=busy)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert heard(process) == "ready"
-    return process
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_interrupts_unless_trials_run(number: signal.Signals) -> None:
+    with StopRequest(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    with StopRequest() as stop:
+        stop.graceful = True
+        signal.raise_signal(number)
+        assert stop.requested.is_set()
 
 
-def heard(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+def test_second_ctrl_c_exits_and_second_term_does_not() -> None:
+    command = [sys.executable, "-c", PROGRAM.format(graceful=True)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "orderly\n"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 75
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize(("patient", "word"), [(True, "orderly"), (False, "interrupted")])
-def test_a_signal_asks_for_the_end(number: signal.Signals, patient: bool, word: str) -> None:
-    process = begin(patient)
-    process.send_signal(number)
-    assert heard(process) == word
-    assert process.wait(10) == 3
+def test_second_ctrl_c_interrupts_a_caller_in_python() -> None:
+    with StopRequest() as stop:
+        stop.graceful = True
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_a_second_term_does_not() -> None:
-    process = begin(patient=True, busy=60)
-    process.send_signal(signal.SIGTERM)
-    assert heard(process) == "orderly"
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 75
+def test_handlers_are_restored_and_other_threads_have_none() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    inside = []
+
+    def enter() -> None:
+        with StopRequest():
+            inside.extend(signal.getsignal(number) for number in SIGNALS)
+
+    (thread := threading.Thread(target=enter)).start()
+    thread.join()
+    assert inside == before
+    enter()
+    assert inside[len(before) :] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
