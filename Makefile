@@ -15,10 +15,9 @@ install: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
-# Tests that run whole sweeps wait for Ray more than they compute: two of them share the machine.
+# Two processes share the tests by file. Some wait for Ray while the others compute.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -76,5 +76,7 @@ def examples() -> list[Example]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: where two processes share the tests, nobody waits alone for the one that began last."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Begin with the files that wait for Ray and servers, the README's commands first: no process waits for them alone at
+    the end, and the others compute meanwhile."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))

@@ -12,7 +12,7 @@ from sweep.cli.app import app
 from sweep.config.schema import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = "".join(
     path.read_text()
     for part in ("sweep", "model", "data", "infra")
@@ -77,7 +77,7 @@ def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, line
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=names(PAGES[1:]))
+@pytest.mark.parametrize("page", PAGES[2:], ids=names(PAGES[2:]))
 def test_commands_are_given_by_a_test_or_say_what_they_need(page: Path) -> None:
     shown = {line.split(" -")[0].rpartition(" ")[0] for line, _ in commands(PAGES[0])}
     for line, comment in commands(page):
@@ -101,3 +101,19 @@ def test_the_runbook_names_what_the_program_says() -> None:
     for quoted in (words for row in rows for words in re.findall(r"`([^`]+)`", row)):
         for part in re.split(r" ?…,? ?| N ", quoted):
             assert part.strip(":, ") in SOURCES, quoted
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    named = re.findall(r"`((?:data|model|sweep|tests|infra|docs)/[\w./-]+)`", page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_architecture_names_every_folder() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for top in ("data", "model", "sweep")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert not [folder for folder in sorted(folders) if f"`{folder}" not in text]

@@ -77,7 +77,7 @@ def test_only_what_the_image_copies_is_sent_to_the_builder() -> None:
     assert [line for line in lines[1:] if not line.startswith("!")] == ["**/__pycache__"]
 
 
-def test_the_apptainer_definition_has_its_sections_and_copies_the_same() -> None:
+def test_apptainer_definition_copies_what_docker_copies() -> None:
     found = sections()
     assert list(found) == ["", "help", "files", "post", "environment", "runscript", "test"]
     assert found[""][0] == "Bootstrap: docker"

@@ -37,14 +37,14 @@ class Job:
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_exit_codes_that_a_retry_may_mend_are_passed_on(code: int, tmp_path: Path) -> None:
+def test_exit_codes_worth_a_retry_are_passed_on(code: int, tmp_path: Path) -> None:
     job = Job(tmp_path, f'echo "$@" > {tmp_path}/said; exit {code}')
     assert job.start("/config/sweep.yaml", "--out", "/shared/x").wait(20) == code
     assert (tmp_path / "said").read_text() == "run /config/sweep.yaml --out /shared/x\n"
     assert job.asked == ""
 
 
-def test_a_bad_configuration_stops_its_own_job_so_that_nobody_tries_again(tmp_path: Path) -> None:
+def test_invalid_configuration_stops_its_own_job(tmp_path: Path) -> None:
     job = Job(tmp_path, "exit 2")
     assert job.start("bad.yaml").wait(20) == -signal.SIGTERM  # the signal comes from the job server
     assert job.asked == "job stop --no-wait speech-sweep-x7k2p"
@@ -66,7 +66,7 @@ def test_the_pods_end_waits_for_the_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_what_the_pods_run_does_its_work_on_a_real_head() -> None:
+def test_pod_scripts_work_on_a_real_head() -> None:
     """A bad configuration ends as STOPPED, which nobody tries again; a node can tell that it is to go away."""
     from tests.sweep.cluster import cluster as ray_cluster
     from tests.sweep.cluster import until

@@ -229,7 +229,7 @@ def test_pods_have_time_for_checkpoints_before_they_end() -> None:
     assert worker["terminationGracePeriodSeconds"] > int(hook.rpartition(" ")[2])
 
 
-def test_the_sweep_asks_for_as_many_trials_as_there_may_be_workers() -> None:
+def test_sweep_requests_as_many_trials_as_workers() -> None:
     job = rayjob()
     (group,) = cluster(job)["workerGroupSpecs"]
     assert f"--set resources.slots={group['maxReplicas']}" in job["spec"]["entrypoint"]
@@ -245,7 +245,7 @@ def test_the_policy_is_for_all_pods_of_the_sweep() -> None:
     assert all("ports" in rule or rule["to"] == [{"podSelector": {"matchLabels": chosen}}] for rule in policy["egress"])
 
 
-def test_every_volume_is_one_of_the_manifests_or_of_the_walk_through() -> None:
+def test_every_volume_is_defined_or_documented() -> None:
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
         for pod in pods(rayjob()).values()

@@ -79,7 +79,7 @@ def test_workers_are_of_the_spot_market_and_the_head_is_not(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_nobody_gets_in_without_the_token(cloud: str) -> None:
+def test_access_requires_the_token(cloud: str) -> None:
     config = read(cloud)
     starts = [config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
     assert all(re.search(r"RAY_AUTH_MODE=token [^;]*ray start", start) for start in starts)

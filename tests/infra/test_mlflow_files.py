@@ -125,7 +125,7 @@ def _runs(command: list[str], **environment: str) -> bool:
     return found.returncode == 0
 
 
-def test_the_image_has_no_faults_and_gets_nothing_but_what_it_needs() -> None:
+def test_image_is_clean_and_gets_only_what_it_needs() -> None:
     linter = Path(sys.executable).parent / "hadolint"
     found = subprocess.run([linter, INFRA / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (found.stdout, found.returncode) == ("", 0)
@@ -250,7 +250,7 @@ def test_a_damaged_backup_is_refused(whole: dict[str, str], tmp_path: Path) -> N
     assert (found.returncode, "damaged; take another one" in found.stderr) == (2, True)
 
 
-def test_the_commands_of_the_page_are_those_that_tests_run_or_are_marked() -> None:
+def test_commands_of_the_page_are_tested_or_marked() -> None:
     """What is neither a script nor a user's own command needs root or a Docker daemon, and says so."""
     page = (ROOT / "docs/mlflow.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)

@@ -20,12 +20,11 @@ from requests import HTTPError
 
 from data.shards.dataset import Shards
 from sweep.search.study import StudyStore
-from sweep.tracking.tracker import Tracker, mlflow_run_id
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
 from tests.sweep.common import ask, complaint, report, sweep
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
-from tests.sweep.tracked import CONFIG, DATA, append, track, written
+from tests.sweep.tracked import CONFIG, append, track, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 User = dict[str, str]
@@ -76,7 +75,7 @@ def denied(work: Callable[[], object]) -> bool:
     return False
 
 
-def test_nobody_gets_in_without_an_account_or_by_another_name(site: Site, anna: User) -> None:
+def test_access_requires_an_account_and_the_right_host(site: Site, anna: User) -> None:
     for path in (
         "/",
         "/version",
@@ -95,13 +94,13 @@ def test_nobody_gets_in_without_an_account_or_by_another_name(site: Site, anna: 
     assert status(create, anna, body, host=PUBLIC, origin=f"https://{PUBLIC}") == 200
 
 
-def test_a_user_is_no_administrator(site: Site, anna: User) -> None:
+def test_user_has_no_administrator_rights(site: Site, anna: User) -> None:
     told = {"username": "eve", "password": "long enough to be one"}
     assert status(f"{site.uri}/api/2.0/mlflow/users/create", anna, told) == 403
     assert status(f"{site.uri}/api/2.0/mlflow/users/get?username=admin", anna) == 403
 
 
-def test_others_read_and_do_not_write(site: Site, anna: User, bob: User) -> None:
+def test_other_users_read_and_cannot_write(site: Site, anna: User, bob: User) -> None:
     run = logged(anna, "anna's")
     with acting(bob) as client:
         assert client.get_run(run).data.metrics == {"f1": 0.5}
@@ -142,7 +141,7 @@ def test_secrets_stay_secret_and_files_private(site: Site, anna: User) -> None:
     assert {path.stat().st_mode & 0o077 for path in made} == {0}
 
 
-def test_a_backup_is_whole_or_not_there_and_old_ones_make_room(site: Site) -> None:
+def test_backup_is_complete_or_absent_and_old_ones_rotate(site: Site) -> None:
     old = [f"mlflow-{year}0101T000000Z" for year in range(2001, 2016)]
     for name in (*old, ".unfinished-mlflow-20160101T000000Z"):
         (site.backups / name).mkdir(parents=True)
@@ -155,7 +154,7 @@ def test_a_backup_is_whole_or_not_there_and_old_ones_make_room(site: Site) -> No
     assert {path.name for path in site.backups.iterdir()} == {".lock", *[*before, newest][-14:]}
 
 
-def test_what_was_deleted_long_ago_is_removed_for_good(site: Site, anna: User) -> None:
+def test_gc_removes_what_was_deleted_long_ago(site: Site, anna: User) -> None:
     run, kept = logged(anna, "to delete"), logged(anna, "to keep")
     with acting(anna) as client:
         client.delete_run(run)
@@ -219,7 +218,7 @@ def shown(client: MlflowClient, name: str) -> dict[str, Any]:
     return found
 
 
-def test_a_sweep_that_may_not_write_says_so_before_it_starts(
+def test_sweep_without_write_access_is_refused_at_start(
     site: Site, anna: User, bob: User, models: Path, corpus: Shards, tmp_path: Path
 ) -> None:
     own, out = config(tmp_path, models, corpus, "hers"), tmp_path / "out"
@@ -235,7 +234,7 @@ def test_a_sweep_that_may_not_write_says_so_before_it_starts(
 
 
 @pytest.mark.long
-def test_a_server_that_dies_in_the_middle_of_a_sweep_loses_nothing(
+def test_server_that_dies_during_a_sweep_loses_nothing(
     site: Site, anna: User, begin: Any, models: Path, corpus: Shards, tmp_path: Path
 ) -> None:
     own, out = config(tmp_path, models, corpus, "mine"), tmp_path / "mine"
@@ -262,23 +261,14 @@ def test_a_server_that_dies_in_the_middle_of_a_sweep_loses_nothing(
             assert points
 
 
-def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_sweep_adds_the_rest(
-    site: Site, anna: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sweep is a ledger and what its trials wrote: nothing trains here."""
-    monkeypatch.setattr("sweep.tracking.tracker.LONGEST", 0.5)
+def test_restored_backup_is_completed_by_the_sweep(site: Site, anna: User, tmp_path: Path) -> None:
+    """The sweep is a study and the files of its trials: nothing trains here."""
     (folder := tmp_path / "sweep").mkdir()
     ask(study := StudyStore.open(folder, CONFIG), 2)
     append(folder, 0, (8, 1000.0, 0.4))
+    append(folder, 0, (16, 1000.25, 0.5))
     with acting(anna) as client:
-        tracker = Tracker(CONFIG, folder, DATA, every=0.05)
-        tracker.start()
-        wait_for(lambda: mlflow_run_id(folder, 0) is not None)
-        site.stop(signal.SIGKILL)
-        append(folder, 0, (16, 1000.25, 0.5))
-        wait_for(lambda: tracker.error is not None)
-        site.start()
-        assert tracker.finish(300), tracker.error
+        track(folder, seconds=300)
         backup, before = site.do("backup.sh"), shown(client, CONFIG.name)
         assert before["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5)]
         append(folder, 0, (32, 1001.5, 0.75))
@@ -307,7 +297,8 @@ def test_a_backup_brings_back_what_a_sweep_sent_through_a_servers_death_and_the_
         assert shown(client, CONFIG.name) == whole
 
 
-def test_artifacts_in_a_bucket_and_walls_between_users(postgres: Postgres, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_artifacts_in_a_bucket_and_private_experiments(postgres: Postgres, tmp_path: Path) -> None:
     """An S3-like store whose keys only the server has; and a server where users do not see each other's data. It asks
     the database over a socket, without a password."""
     import boto3

@@ -86,24 +86,24 @@ def test_all_nodes_of_a_job_join_one_cluster(cluster: Slurm, programs: Path) -> 
     assert "--head" not in worker
 
 
-def test_bad_settings_are_never_tried_again(cluster: Slurm, programs: Path) -> None:
+def test_invalid_settings_are_not_retried(cluster: Slurm, programs: Path) -> None:
     job = cluster.wait(play(cluster, programs, 2, 0), "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
 
 
-def test_what_fails_is_tried_again_under_the_same_number(cluster: Slurm, programs: Path) -> None:
+def test_failed_attempt_is_retried_under_the_same_number(cluster: Slurm, programs: Path) -> None:
     number = play(cluster, programs, 1, 137, 0)
     job = cluster.wait(number, "COMPLETED")
     assert job["Restarts"] == "2"
     assert "attempt failed with 137, 2 in a row" in cluster.log(number)
 
 
-def test_but_not_for_ever(cluster: Slurm, programs: Path) -> None:
+def test_retries_are_limited(cluster: Slurm, programs: Path) -> None:
     job = cluster.wait(play(cluster, programs, 1, 75, 0, SWEEP_FAILURES="2"), "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("75:0", "1")
 
 
-def test_a_ray_that_does_not_start_is_told_from_a_sweep_that_fails(cluster: Slurm, programs: Path) -> None:
+def test_ray_that_does_not_start_is_reported_as_such(cluster: Slurm, programs: Path) -> None:
     (programs / "broken").touch()
     number = play(cluster, programs, 0, SWEEP_FAILURES="1")
     assert cluster.wait(number, "FAILED")["ExitCode"] == "1:0"
@@ -112,7 +112,7 @@ def test_a_ray_that_does_not_start_is_told_from_a_sweep_that_fails(cluster: Slur
     assert not (programs / "given").exists()
 
 
-def test_a_job_whose_time_ends_or_that_is_requeued_goes_back_into_the_queue(cluster: Slurm, programs: Path) -> None:
+def test_time_limit_and_requeue_put_the_job_back(cluster: Slurm, programs: Path) -> None:
     """Any number of times: that is no failure."""
     limit = ("--time=1", "--signal=B:USR1@50")  # Slurm looks every 30 s
     number = play(cluster, programs, "stopped", "stopped", 0, options=limit, SWEEP_FAILURES="1")

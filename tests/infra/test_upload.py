@@ -110,7 +110,7 @@ def submit_by_hand(server: JobServer) -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_a_job_by_hand_carries_the_packages_and_the_configurations_and_nothing_else(
+def test_manual_job_uploads_sources_and_configurations_only(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)
@@ -130,7 +130,7 @@ def test_without_the_ignore_file_secrets_would_travel(
     assert {".env", "auth_token", "shards/train-000.arrow", "id_rsa"} <= set(server.package)
 
 
-def test_a_sweep_that_is_submitted_carries_the_packages_and_its_configuration(
+def test_submitted_sweep_uploads_its_configuration_only(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.sweep.common import sweep

@@ -81,7 +81,7 @@ def test_the_http_api_wants_the_token(cluster: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_joins_without_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
+def test_joining_requires_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
     own = joined(cluster["address"], home=cluster["home"], RAY_AUTH_MODE="token")
     assert (own.returncode, own.stdout.strip()) == (0, "1"), own.stderr[-2000:]
     for stranger in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):

@@ -214,7 +214,7 @@ def test_a_poisoned_index_is_refused_where_it_is_read(corpus: Shards, tmp_path: 
     assert "its columns are not those of a corpus" in outcome(lambda: Shards(folder).columns)
 
 
-def test_a_damaged_shard_of_an_unfinished_preparation_is_one_line(corpus: Shards) -> None:
+def test_damaged_shard_of_unfinished_preparation_is_one_line(corpus: Shards) -> None:
     name = corpus.manifest.shards[0].name
     whole = (Path(corpus.folder) / name).read_bytes()
     outcomes = [

@@ -101,7 +101,7 @@ def test_of_a_copy_in_a_store_only_a_sweeps_own_files_are_taken(tmp_path: Path) 
     assert taken == {"b/sweep/config.yaml", "b/sweep/trials/0000/config.yaml", "b/sweep/mirror.json"}
 
 
-def test_what_a_killed_attempt_left_is_removed_in_its_own_place_alone(tmp_path: Path) -> None:
+def test_orphans_are_removed_in_their_own_folder_only(tmp_path: Path) -> None:
     """The record lies in the sweep's folder, where others may write."""
     (tmp_path / "sweep-ray-x").mkdir()
     for scratch in (

@@ -1,85 +1,26 @@
-"""Secrets lie in the environment and nowhere else: not in a sweep's files, MLflow, shards, logs, nor what travels."""
+"""Secrets stay in the environment: nothing that is uploaded or written holds one.
 
-import os
-import secrets
-import shutil
-import subprocess
-import sys
+The README's sweep runs with planted secrets, too, see tests/test_readme.py.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray.job_submission import JobStatus
 
-from data.corpus import synthetic
 from data.errors import ConfigError, UserError
-from data.preparation.build import prepare
 from sweep.cli.submit import stage, start
 from sweep.config.schema import parse
 from sweep.tracking.access import tracking_uri
+from tests.security.planted import files, found_in, plant
 from tests.sweep.common import settings, sweep
 from tests.sweep.test_submit import Client
-
-NAMES = """MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN HF_TOKEN AWS_ACCESS_KEY_ID
-    AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN PGPASSWORD RAY_AUTH_TOKEN""".split()
-# The command, without deleting what it would: Ray's folder, and that of Tune and Train.
-COMMAND = """
-from types import SimpleNamespace
-from sweep import runner
-from sweep.cli.app import main
-from sweep.execution import orphans
-orphans.shutil = runner.shutil = SimpleNamespace(rmtree=lambda path, **_: print("kept", path, flush=True))
-main()
-"""
 
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, str]:
-    return {name: secrets.token_hex(16) for name in NAMES}
-
-
-def found_in(paths: list[Path], planted: dict[str, str]) -> list[str]:
-    contents = ((path, path.read_bytes()) for path in paths)
-    return [f"{name} in {path}" for path, text in contents for name, value in planted.items() if value.encode() in text]
-
-
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_sweep_writes_no_secret_anywhere(planted: dict[str, str], models: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment |= planted | {"SWEEP_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
-    shards = prepare(synthetic.corpus(sessions=6, turns=6, seed=5), tmp_path / "shards")
-    content = {
-        "name": "tiny",
-        "data": {"shards": str(shards.folder), "history": 1},
-        "model": {"modality": "text", "llm": {"path": str(models / "llm")}},
-        "train": {"epochs": 1, "batch_size": 8},
-        "search": {"trials": 1, "pruning": None, "space": {"model.lora.rank": [2]}},
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    words = [sys.executable, "-c", COMMAND, "run", tmp_path / "tiny.yaml", "--out", tmp_path / "runs/tiny"]
-    done = subprocess.run(
-        [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=800, check=False
-    )
-    said = done.stdout + done.stderr
-    kept = {Path(line.removeprefix("kept ")) for line in said.splitlines() if line.startswith("kept ")}
-    ray = [path for path in kept if path.name.startswith("sweep-ray-")]
-    try:
-        assert done.returncode == 0, said[-3000:]
-        written = [*files(tmp_path), *(path for folder in ray for path in files(folder))]
-        names = {path.name for path in written}
-        looked_for = {"mlflow.db", "study.journal", "config.yaml", "checkpoint.pt", "predictions.json", "metrics.jsonl"}
-        assert names >= looked_for | {"manifest.json", "gcs_server.out", "raylet.out", "dashboard.log"}
-        assert found_in(written, planted) == []
-        assert [name for name, value in planted.items() if value in said] == []
-    finally:
-        for folder in ray:
-            shutil.rmtree(folder, ignore_errors=True)
+    return plant()
 
 
 def test_no_secret_travels_with_a_job(planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +71,7 @@ def test_a_database_that_names_its_user_is_no_secret(tmp_path: Path, monkeypatch
     ],
 )
 @pytest.mark.parametrize("key", ["storage.mirror", "data.shards"])
-def test_a_password_in_the_address_of_a_store_is_refused_before_anything_is_written(
-    key: str, url: str, tmp_path: Path
-) -> None:
+def test_password_in_a_store_url_is_refused(key: str, url: str, tmp_path: Path) -> None:
     section, name = key.split(".")
     tree: dict[str, Any] = {"name": "a", section: {name: url}}
     with pytest.raises(ConfigError, match=rf"{key}: .*a URL must not hold credentials") as error:
