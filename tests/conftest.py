@@ -76,7 +76,6 @@ def examples() -> list[Example]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that wait for Ray and servers, the README's commands first: no process waits for them alone at
-    the end, and the others compute meanwhile."""
+    """Begin with the files that wait for Ray and servers, the README's commands first, while the others compute."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))

@@ -1,6 +1,6 @@
 """The structure of the code, read from its imports: ladders of folders, no cycles, small folders and files.
 
-`LADDERS` is the order in which docs/architecture.md explains the folders: what stands on one step may import from the
+`LADDERS` is the order in which docs/architecture.md explains the folders: a folder may import from the
 steps before it and from its own folder, and from nothing else in its package.
 """
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The command of the Ray job on Kubernetes: `sweep-job CONFIG --out DIR …` is `sweep run`, with two additions.
 #
-# KubeRay starts a job anew that FAILED, whatever its exit code: right for 75 and 1, of no use for 2. It leaves alone
-# a job that was STOPPED, so a sweep that ends with 2 (bad settings or a damaged corpus) stops its own job.
-# `sweep-job --stop`, before the head's pod ends, asks the sweep to end and waits: it writes its checkpoints and
-# ends with 75. `ray job stop` would not do there: the job would count as STOPPED.
+# KubeRay restarts every job that FAILED, whatever its exit code. That is right for 75 and 1 and useless for 2. It does not
+# restart a job that was STOPPED, so a sweep that ends with 2 (invalid settings or a damaged corpus) stops its own job.
+# `sweep-job --stop` asks the sweep to stop before the head's pod ends, and waits: the sweep writes its checkpoints and
+# exits with 75. `ray job stop` would be wrong there, because the job would count as STOPPED.
 set -euo pipefail
 pidfile=${TMPDIR:-/tmp}/sweep-job.pid
 
@@ -21,7 +21,7 @@ code=0
     exec sweep run "$@"
 ) || code=$?
 if [[ $code == 2 ]]; then
-    echo "The sweep cannot run as it is configured (exit code 2): its job is stopped, and not tried again."
+    echo "The sweep cannot run as configured (exit code 2): its job is stopped and will not be retried."
     id=$(python -c 'import json, os
 print(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])')
     ray job stop --no-wait "$id"

@@ -147,8 +147,8 @@ def _version_problems(job: RayJob) -> list[str]:
     """Ray refuses a client of another version, so the image, the manifest and the lock must agree."""
     locked = re.search(r"^ray==(\S+)", LOCK.read_text(), re.MULTILINE)
     assert locked, "the lock has no ray"
-    version, told = locked[1], job.spec.ray_cluster_spec.ray_version
-    found = [] if told == version else [f"rayVersion {told}: requirements.lock has {version}"]
+    version, declared = locked[1], job.spec.ray_cluster_spec.ray_version
+    found = [] if declared == version else [f"rayVersion {declared}: requirements.lock has {version}"]
     images = {container["image"] for _, template in _templates(job) for container in template["spec"]["containers"]}
     wrong = sorted(image for image in images if not image.endswith(f"ray{version}"))
     return found + [f"image {image}: its tag does not end in ray{version}" for image in wrong]

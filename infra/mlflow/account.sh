@@ -12,10 +12,10 @@ from urllib.request import ProxyHandler, Request, build_opener
 CALLS = {"add": ("POST", "create"), "reset": ("PATCH", "update-password"), "remove": ("DELETE", "delete")}
 verb, name = sys.argv[1:]
 (method, call), password, at = CALLS[verb], secrets.token_urlsafe(18), os.environ["MLFLOW_TRACKING_URI"]
-told = {"username": name} | ({} if verb == "remove" else {"password": password})
+body = {"username": name} | ({} if verb == "remove" else {"password": password})
 admin = base64.b64encode(f"admin:{os.environ['MLFLOW_TRACKING_PASSWORD']}".encode()).decode()
 headers = {"Content-Type": "application/json", "Authorization": f"Basic {admin}"}
-request = Request(f"{at}/api/2.0/mlflow/users/{call}", json.dumps(told).encode(), headers, method=method)
+request = Request(f"{at}/api/2.0/mlflow/users/{call}", json.dumps(body).encode(), headers, method=method)
 try:
     build_opener(ProxyHandler({})).open(request)
 except HTTPError as error:

@@ -11,7 +11,7 @@ rm -rf "$MLFLOW_BACKUPS"/.unfinished-*
 while name=mlflow-$(date --utc +%Y%m%dT%H%M%SZ) && [[ -e $MLFLOW_BACKUPS/$name ]]; do sleep 0.2; done
 unfinished=$MLFLOW_BACKUPS/.unfinished-$name
 mkdir "$unfinished"
-# The database first: what comes later is in no run of the dump, and a sweep sends what it knows anew.
+# The database comes first: artifacts that arrive later belong to no run of the dump, and a sweep sends them again.
 pg_dump --format=custom --no-owner --file="$unfinished/database.dump"
 if [[ $MLFLOW_ARTIFACTS_DESTINATION == /* ]]; then
     tar --create --file="$unfinished/artifacts.tar" --directory="$MLFLOW_ARTIFACTS_DESTINATION" . ||

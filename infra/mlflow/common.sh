@@ -4,7 +4,7 @@
 set -euo pipefail
 umask 077
 
-refuse() { # exit code 2, as for all that trying again does not mend
+refuse() { # exit code 2, as for everything that a retry does not fix
     echo "$(basename "$0"): $1" >&2
     exit 2
 }

@@ -6,7 +6,7 @@ backup=${1:?the folder of a backup}
 [[ -f $backup/SHA256SUMS ]] || refuse "$backup: not the folder of a backup"
 (cd "$backup" && sha256sum --check --quiet SHA256SUMS) || refuse "$backup: damaged; take another one"
 tables=$(psql --no-psqlrc --tuples-only --no-align --command="select count(*) from pg_tables where schemaname = 'public'")
-[[ $tables == 0 ]] || refuse "database $PGDATABASE on $PGHOST is not empty: stop the server, drop and create it anew"
+[[ $tables == 0 ]] || refuse "database $PGDATABASE on $PGHOST is not empty: stop the server, then drop and recreate the database"
 
 artifacts=
 if [[ -f $backup/artifacts.tar ]]; then

@@ -10,7 +10,7 @@ chmod 0700 "$folder"
 for name in database-password admin-password secret-key; do
     [[ -s $folder/$name ]] && continue
     head --bytes=30 /dev/urandom | base64 | tr '+/' '-_' | tr -d '\n' > "$folder/$name.unfinished"
-    # The folder keeps everybody out. Whoever is given a single file, as compose.yaml does, may read it under any user id.
+    # Only the owner can enter the folder. A process that is given a single file, as in compose.yaml, may read it under any user id.
     chmod 0444 "$folder/$name.unfinished"
     mv "$folder/$name.unfinished" "$folder/$name"
 done

@@ -43,7 +43,7 @@ def run() -> list[Row]:
 
 
 def distillation() -> Row:
-    """A step of a distillation between texts: a minute, all told."""
+    """A distillation step on text; takes about a minute."""
     alone = settings(**{"model.modality": "text", "data.history": 3, "train.batch_size": 4})
     taught = alone.with_values({"train.losses.distillation": 1.0})
     need = need_of(taught, CACHE)

@@ -34,7 +34,7 @@ class Row:
 
 
 def cpu_times() -> dict[int, float]:
-    """CPU time so far of this process, of each one below it, and (as 0) of its own children that have ended."""
+    """Return the CPU seconds of this process, of each one below it, and (key 0) of its children that have ended."""
     own = psutil.Process()
     found = {0: own.cpu_times().children_user + own.cpu_times().children_system}
     for process in [own, *own.children(recursive=True)]:

@@ -32,10 +32,10 @@ def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
     goal = {"metric": search.metric, "mode": search.direction[:3]}
     space = {key: axis.distribution() for key, axis in search.space.items()}
     with local_or_remote_ray():
-        told = {"config": config.model_dump(mode="json"), "folder": str(folder)}
+        arguments = {"config": config.model_dump(mode="json"), "folder": str(folder)}
         tuner = ray.tune.Tuner(
             # The workers hold the CPUs: the actor of a trial waits for them.
-            ray.tune.with_resources(ray.tune.with_parameters(trial, **told), {"CPU": 0, "memory": 1}),
+            ray.tune.with_resources(ray.tune.with_parameters(trial, **arguments), {"CPU": 0, "memory": 1}),
             tune_config=ray.tune.TuneConfig(
                 search_alg=OptunaSearch(space, points_to_evaluate=search.points, seed=config.seed, **goal),
                 scheduler=ASHAScheduler(max_t=epochs, grace_period=epochs, reduction_factor=2, **goal),

@@ -266,7 +266,7 @@ def _table(shards: Shards) -> pa.Table:
 def through_ray() -> Row:
     """The Ray reader against `ray.data.read_parquet` of the same clips, decoded in the consumer.
 
-    Each has a cluster of its own: the processes that one leaves idle would be counted with the other.
+    Each has its own cluster, because idle processes of one would be counted with the other.
     """
     context = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}

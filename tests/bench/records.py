@@ -82,7 +82,7 @@ def table(records: list[Record]) -> str:
 
 
 def page(text: str, records: dict[str, Record]) -> str:
-    """Return the text of docs/speed.md with its tables written anew from the records that each names."""
+    """Return the text of docs/speed.md with its tables rewritten from the records that each names."""
 
     def fill(match: re.Match[str]) -> str:
         names = match["names"].split(", ")

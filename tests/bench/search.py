@@ -81,10 +81,10 @@ def points() -> Iterator[dict[str, Any]]:
             yield point
 
 
-MetricsLog = list[dict[str, Any]]  # what was reported, by epoch
+Curve = list[dict[str, Any]]  # what was reported, by epoch
 
 
-def table(config: Config) -> dict[str, MetricsLog]:
+def table(config: Config) -> dict[str, Curve]:
     """The learning curves of all points, by `key`; those that were not trained yet are."""
     path = CACHE / TABLE
     known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
@@ -102,7 +102,7 @@ def key(values: Mapping[str, Any]) -> str:
     return json.dumps({**values, RATE: rate}, sort_keys=True)
 
 
-def train(config: Config) -> MetricsLog:
+def train(config: Config) -> Curve:
     """One trial, as `sweep train` trains it."""
     features = None
     if config.model.hears:
@@ -110,10 +110,12 @@ def train(config: Config) -> MetricsLog:
         features = CACHE / "features" / passed.key
         for part in missing(features, shards, config.data):
             Job(shards, part, config.data, {features: passed}, 1)()
-    curve: MetricsLog = []
+    curve: Curve = []
     model, data = build(config, "local", ("train", "val"), "cpu", features)
     with tempfile.TemporaryDirectory() as folder:
-        fit(model, data, config.train, config.tasks, config.seed, Path(folder), lambda _, told: curve.append(told))
+        fit(
+            model, data, config.train, config.tasks, config.seed, Path(folder), lambda _, metrics: curve.append(metrics)
+        )
     return curve
 
 
@@ -131,7 +133,7 @@ Judge = Callable[[int, int, dict[str, Any]], bool]
 
 
 def play(
-    known: Mapping[str, MetricsLog],
+    known: Mapping[str, Curve],
     metric: str,
     target: float,
     ask: Ask,
@@ -148,7 +150,7 @@ def play(
         report: tells (number, epoch, metrics), and whether the trial ends there.
         complete: tells that a trial has trained to its end.
     """
-    running: dict[int, tuple[MetricsLog, int]] = {}
+    running: dict[int, tuple[Curve, int]] = {}
     spent = Spent(0, 0, 0)
     while spent.trials < LIMIT:
         while len(running) < SLOTS:
@@ -169,7 +171,7 @@ def play(
     return spent
 
 
-def ours(config: Config, known: Mapping[str, MetricsLog], target: float) -> Spent:
+def ours(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
     """The product's search."""
     with tempfile.TemporaryDirectory() as folder:
         study = StudyStore(Path(folder), config, optuna.create_study(direction=config.search.direction))
@@ -182,7 +184,7 @@ def ours(config: Config, known: Mapping[str, MetricsLog], target: float) -> Spen
         return play(known, config.search.metric, target, ask, study.report, study.complete)
 
 
-def at_random(config: Config, known: Mapping[str, MetricsLog], target: float) -> Spent:
+def at_random(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
     """Optuna's random search; every trial trains to its end."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(config.seed))
 
@@ -202,7 +204,7 @@ def run() -> list[Row]:
     return [row(config, known, best[math.ceil(top * len(best)) - 1], f"top {top:.1%}") for top in TOPS]
 
 
-def row(config: Config, known: Mapping[str, MetricsLog], target: float, name: str) -> Row:
+def row(config: Config, known: Mapping[str, Curve], target: float, name: str) -> Row:
     """A round is a ratio of medians over SEEDS searches each."""
     taken: dict[str, list[list[Spent]]] = {"ours": [], "random": []}
     for number in range(ROUNDS):

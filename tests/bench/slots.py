@@ -1,4 +1,4 @@
-"""Slots: what one more trial costs in a slot, and with a TorchTrainer of its own; memory over many trials.
+"""Worker groups: what one more trial costs in one, and with its own TorchTrainer; memory over many trials.
 
 Tiny trials of a few steps and an evaluation, through the whole of `sweep run`: ledger, Tune, checkpoint, MLflow.
 """
@@ -101,7 +101,7 @@ def memory(driver: int) -> dict[str, float]:
 
 
 def with_trainers(config: Path, folder: Path) -> list[Cost]:
-    """The same trials, each by a TorchTrainer of its own, with what its processes take."""
+    """Run the same trials, each with its own TorchTrainer; return the cost of its processes."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

@@ -5,7 +5,7 @@
 
 An encoder of HuBERT-base's size (random weights), an LLM of 20 million parameters, clips with the lengths of AnnoMI's,
 at most 4 s. "Mixed" trains the adapter and LoRA in half of the trials, and the top two of the encoder's twelve layers
-as well in the others; no trial trains the whole encoder, of which nobody can spare anything. All trials train to their
+as well in the others; no trial trains the whole encoder, which no cache can speed up. All trials train to their
 end on all sides. A ratio counts only where all sides come to the same values.
 """
 
@@ -93,7 +93,7 @@ def compare(row: Row, own: Outcome, other: Outcome, allowed: float) -> None:
         other: of the peer.
         allowed: relative difference of a trial's value.
     """
-    row.note = f"{told(other)} against {told(own)}; "
+    row.note = f"{costs_text(other)} against {costs_text(own)}; "
     if own.values.keys() != other.values.keys():
         row.note += "OTHER TRIALS, so no ratio"
         return
@@ -105,7 +105,7 @@ def compare(row: Row, own: Outcome, other: Outcome, allowed: float) -> None:
         row.note += f", MORE THAN {allowed:.0e}, so no ratio"
 
 
-def told(outcome: Outcome) -> str:
+def costs_text(outcome: Outcome) -> str:
     """A makespan in words."""
     least, middle, most = min(outcome.seconds), statistics.median(outcome.seconds), max(outcome.seconds)
     return f"{outcome.wall:.0f} s (a trial trains {middle:.0f}, {least:.0f} … {most:.0f} s)"
@@ -126,7 +126,7 @@ def sweep(size: Size, chosen: list[dict[str, Any]], peer: str | None = None) -> 
 
 
 def makespan(config: Config, peer: str | None = None) -> Outcome:
-    """Run a sweep in a process of its own, in a new folder, without anything that an earlier one computed.
+    """Run a sweep in a new process and a new folder, without anything that an earlier one computed.
 
     Args:
         config: of the sweep.
@@ -151,8 +151,8 @@ def makespan(config: Config, peer: str | None = None) -> Outcome:
 def own_results(folder: Path) -> list[dict[str, Any]]:
     """What `sweep run` found."""
     command = [sys.executable, "-m", "sweep", "status", str(folder), "--json"]
-    told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return [{**trial, "seconds": trial["metrics"]["seconds"]} for trial in told["trials"]]
+    status = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return [{**trial, "seconds": trial["metrics"]["seconds"]} for trial in status["trials"]]
 
 
 def settings(size: Size, chosen: list[dict[str, Any]]) -> Config:

@@ -144,14 +144,14 @@ def answers(uri: str) -> bool:
     return status(f"{uri}/health") == 200
 
 
-def status(url: str, user: dict[str, str] | None = None, body: object = None, **headers: str) -> int:
-    """What the server answers to a request of a user, or of nobody; 0 when nobody answers."""
-    told = {"Content-Type": "application/json", **{name.title(): value for name, value in headers.items()}}
+def status(url: str, user: dict[str, str] | None = None, body: object = None, **more: str) -> int:
+    """Return the status of a request with or without an account; 0 if the server does not answer."""
+    headers = {"Content-Type": "application/json", **{name.title(): value for name, value in more.items()}}
     if user is not None:
         pair = f"{user['MLFLOW_TRACKING_USERNAME']}:{user['MLFLOW_TRACKING_PASSWORD']}"
-        told["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, told)
+    request = urllib.request.Request(url, data, headers)
     try:
         return int(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).status)
     except urllib.error.HTTPError as error:
@@ -162,7 +162,7 @@ def status(url: str, user: dict[str, str] | None = None, body: object = None, **
 
 @contextlib.contextmanager
 def acting(user: dict[str, str]) -> Iterator[MlflowClient]:
-    """A client of this process as a user, and as nobody else."""
+    """Yield a client that acts as this user only."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith(("MLFLOW_", "AWS_")):

@@ -67,7 +67,7 @@ def test_the_pods_end_waits_for_the_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_pod_scripts_work_on_a_real_head() -> None:
-    """A bad configuration ends as STOPPED, which nobody tries again; a node can tell that it is to go away."""
+    """An invalid configuration ends as STOPPED, which is not retried; a node can announce that it will drain."""
     from tests.sweep.cluster import cluster as ray_cluster
     from tests.sweep.cluster import until
 

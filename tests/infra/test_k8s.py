@@ -135,11 +135,11 @@ BROKEN: dict[Callable[[Yaml], None], str] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "told"), BROKEN.items(), ids=[damage.__name__ for damage in BROKEN])
-def test_a_broken_copy_is_refused_and_told(damage: Callable[[Yaml], None], told: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), BROKEN.items(), ids=[damage.__name__ for damage in BROKEN])
+def test_broken_copy_is_refused_with_reason(damage: Callable[[Yaml], None], message: str) -> None:
     job = rayjob()
     damage(job)
-    assert told in "\n".join(checker().problems(job))
+    assert message in "\n".join(checker().problems(job))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What lies in `infra/mlflow` besides the running server: each file is checked, and a broken copy is noticed."""
+"""The files of `infra/mlflow`: each one is checked, and the check must notice a broken copy."""
 
 import copy
 import re

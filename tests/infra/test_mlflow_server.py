@@ -95,8 +95,8 @@ def test_access_requires_an_account_and_the_right_host(site: Site, anna: User) -
 
 
 def test_user_has_no_administrator_rights(site: Site, anna: User) -> None:
-    told = {"username": "eve", "password": "long enough to be one"}
-    assert status(f"{site.uri}/api/2.0/mlflow/users/create", anna, told) == 403
+    body = {"username": "eve", "password": "long enough to be one"}
+    assert status(f"{site.uri}/api/2.0/mlflow/users/create", anna, body) == 403
     assert status(f"{site.uri}/api/2.0/mlflow/users/get?username=admin", anna) == 403
 
 
@@ -172,14 +172,14 @@ def test_gc_removes_what_was_deleted_long_ago(site: Site, anna: User) -> None:
 
 def config(folder: Path, models: Path, corpus: Shards, name: str) -> Path:
     """Two trials on text, a few seconds each."""
-    told = {
+    content = {
         "name": name,
         "data": {"shards": str(corpus.folder), "history": 2, "reader": "local"},
         "model": {"modality": "text", "llm": {"path": str(models / "llm")}},
         "train": {"epochs": 2, "batch_size": 8},
         "search": {"trials": 2, "pruning": None, "space": {"train.learning_rate": [0.01, 0.003]}},
     }
-    (path := folder / f"{name}.yaml").write_text(json.dumps(told))
+    (path := folder / f"{name}.yaml").write_text(json.dumps(content))
     return path
 
 
@@ -290,7 +290,7 @@ def test_restored_backup_is_completed_by_the_sweep(site: Site, anna: User, tmp_p
         track(folder, seconds=300)
         assert shown(client, CONFIG.name) == whole
 
-        # Somebody deletes it for good.
+        # The experiment is deleted permanently.
         client.delete_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id)
         site.do("gc.sh", "0d")
         track(folder, seconds=300)

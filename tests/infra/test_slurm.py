@@ -126,7 +126,7 @@ def test_time_limit_and_requeue_put_the_job_back(cluster: Slurm, programs: Path)
         (programs / "asked").unlink()
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
     for name in ("USR1", "TERM"):
-        assert f"{name}: the sweep is asked" in cluster.log(number)
+        assert f"{name}: asking the sweep" in cluster.log(number)
     assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
 
 
@@ -158,7 +158,7 @@ BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
-    """In every run: the same with a sweep that is played (above), and a real one that is killed (tests/kill)."""
+    """`make test` runs the same with a stand-in (above), and kills a real sweep (tests/kill)."""
     out, limit = tmp_path / "out", ("--time=2", "--signal=B:USR1@60")  # which comes after 30 to 60 s
     number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
     until(lambda: cluster.job(number)["Restarts"] == "1", 300, lambda: cluster.log(number))
@@ -170,7 +170,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
     assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
         (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
     ]
-    assert "USR1: the sweep is asked" in cluster.log(number)
+    assert "USR1: asking the sweep" in cluster.log(number)
     assert not processes_of(number)
     assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 

@@ -1,4 +1,4 @@
-"""Files as an attacker or a failing disk leaves them, drawn from fixed seeds: a failure names its case for ever."""
+"""Files as an attacker or a failing disk leaves them, drawn from fixed seeds: a failure can be reproduced."""
 
 import json
 import random

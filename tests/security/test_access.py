@@ -41,7 +41,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A cluster of somebody who has no token yet; its addresses, his home, and the process that it ends with."""
+    """Start a cluster for a user who has no token yet; yield its addresses, the user's home and the driver's pid."""
     home = tmp_path_factory.mktemp("home")
     words = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(

@@ -74,7 +74,7 @@ def test_manifests(corpus: Shards, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["index", "shard"])
 def test_arrow_files(which: str, corpus: Shards, tmp_path: Path) -> None:
-    """Not what `verify` finds by their hash: who poisons a corpus writes the hash anew."""
+    """`verify` would find these by their hash, but an attacker can update the hash."""
     folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
     path = folder / (corpus.manifest.index if which == "index" else corpus.manifest.shards[0].name)
     whole, outcomes = path.read_bytes(), []
@@ -194,7 +194,7 @@ def test_an_empty_recording_of_any_rate_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_index_is_refused_where_it_is_read(corpus: Shards, tmp_path: Path) -> None:
-    """With columns of its own, holes, or places that lie nowhere; Arrow itself follows any offset."""
+    """With foreign columns, nulls, or locations outside any shard; Arrow itself follows any offset."""
     folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
     index, path = corpus.index, folder / corpus.manifest.index
     row = corpus.columns["n_samples"].index(max(corpus.columns["n_samples"]))

@@ -20,7 +20,7 @@ from tests.sweep.common import PREDICTIONS, ask, report, settings, sweep, tree
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a sweep with a complete and a running trial, and all that lies in one."""
+    """Return the folder of a sweep with a complete and a running trial, with every file that a trial may have."""
     config = settings(trials=3)
     claim_folder(config, folder := tmp_path / "sweep")
     study = StudyStore.open(folder, config)
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
     """`sweep status` reads all of it: it shows what is left, or says in one line what is damaged."""
-    assert sweep("status", folder).code == 0  # which keeps what it has counted, anew whenever its cause changes
+    assert sweep("status", folder).code == 0  # which caches intervals and recomputes them when predictions change
     whole, files = tree(folder), sorted(path for path in folder.rglob("*") if path.is_file())
     before = {name: text for name, text in whole.items() if not name.endswith(KEPT)}
     outcomes = []
@@ -59,7 +59,7 @@ def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_record_of_processes_is_no_list_of_targets(tmp_path: Path) -> None:
-    """Whatever stands there, nothing else is ended and no other folder removed."""
+    """Whatever the record says, no other process is ended and no other folder removed."""
     (tmp_path / "sweep-ray-mine").mkdir()
     plain = {"host": "h", "boot": 0.0, "scratch": str(tmp_path / "sweep-ray-mine"), "processes": {"1": 0.0}}
     for seed in range(40):

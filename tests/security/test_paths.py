@@ -24,7 +24,7 @@ OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret"]
 
 @pytest.fixture
 def audio(tmp_path: Path) -> Path:
-    """A folder of recordings, beside which there is one that is nobody's business."""
+    """A folder of recordings, beside a recording that no table may name."""
     (folder := tmp_path / "audio").mkdir()
     shutil.copy(__file__, folder / "1.wav")
     shutil.copy(__file__, tmp_path / "secret.wav")
@@ -102,7 +102,7 @@ def test_of_a_copy_in_a_store_only_a_sweeps_own_files_are_taken(tmp_path: Path) 
 
 
 def test_orphans_are_removed_in_their_own_folder_only(tmp_path: Path) -> None:
-    """The record lies in the sweep's folder, where others may write."""
+    """The record is in the sweep's folder, where other users may be able to write."""
     (tmp_path / "sweep-ray-x").mkdir()
     for scratch in (
         tmp_path / "sweep-ray-x",

@@ -1,4 +1,4 @@
-"""No file is unpickled: what lies on shared storage may be somebody else's, and a pickle is a program."""
+"""No file is unpickled: other users may write to shared storage, and a pickle is a program."""
 
 import ast
 import io
