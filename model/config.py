@@ -1,6 +1,6 @@
 """Settings of the model and of its training."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,88 +10,108 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 ByLabel = dict[str, dict[str, Positive]]  # task → label → number
-NEW_PARTS = ("adapter", "lora", "tokens")  # they start at random: a pretrained model does not hold them
+NEW_PARTS = ("adapter", "lora", "tokens")  # parts that no pretrained model holds: they start at random
 Dtype = Literal["float32", "bfloat16"]
 
 
 class EncoderConfig(Section):
     """The speech encoder: HuBERT, wav2vec 2.0, WavLM, wav2vec2-conformer, w2v-BERT or Whisper."""
 
-    path: str = Field("builtin:tiny-whisper", description="Hugging Face id or folder, or builtin:tiny-whisper.")
-    dtype: Dtype = Field("float32", description="Of its weights; one that trains keeps float32.")
-    dropout: Fraction = Field(0.0, description="Everywhere in it, if it trains; draws follow how a step is cut.")
+    path: str = Field("builtin:tiny-whisper", description="Hugging Face id, local folder, or builtin:tiny-whisper.")
+    dtype: Dtype = Field("float32", description="Type of the weights; an encoder that trains needs float32.")
+    dropout: Fraction = Field(
+        0.0,
+        description="Probability of every dropout in the encoder, if it trains. The draws depend on how an optimizer "
+        "step is cut into micro-batches.",
+    )
     spec_augment: Fraction = Field(
-        0.0, description="Share of a clip's frames that are masked in training, if the encoder trains."
+        0.0, description="Share of a clip's frames that SpecAugment masks in training, if the encoder trains."
     )
 
 
 class AdapterConfig(Section):
-    """From encoder frames to LLM embeddings: windows of frames are reduced to one vector, which is then projected."""
+    """From encoder frames to LLM embeddings: each window of frames is reduced to one vector and projected."""
 
     kind: Literal["pool", "stack", "conv"] = Field(
-        "pool", description="pool: average of the window. stack: its frames side by side. conv: a convolution."
+        "pool",
+        description="How a window is reduced. pool: the average of its frames. stack: its frames side by side. conv: a "
+        "convolution.",
     )
-    window: Count = Field(8, description="Frames that make one embedding.")
+    window: Count = Field(8, description="Number of frames that make one embedding.")
     stride: Count = Field(4, description="Frames between two embeddings (50 frames/s / 4 = 12.5 embeddings/s).")
-    hidden: Annotated[int, Field(ge=0)] = Field(0, description="Width of an MLP's hidden layer; 0: one linear layer.")
-    init_from: str | None = Field(None, description="Weights: a safetensors file, a torch file, or a checkpoint.pt.")
-    init_partial: bool = Field(False, description="Allow that tensors of init_from or of the adapter are left out.")
+    hidden: Annotated[int, Field(ge=0)] = Field(
+        0, description="Width of the hidden layer of an MLP; 0 projects with one linear layer."
+    )
+    init_from: str | None = Field(
+        None, description="File of initial weights: safetensors, a torch file, or a trial's checkpoint.pt."
+    )
+    init_partial: bool = Field(False, description="Allow init_from or the adapter to have tensors that do not match.")
 
 
 class LoraSettings(Section):
     """Low-rank adaptation of the LLM (Hu et al., 2021, arXiv 2106.09685)."""
 
-    enabled: bool = Field(True, description="Off: the LLM stays exactly as it is.")
+    enabled: bool = Field(True, description="Whether the LLM is adapted; if not, it stays as it was published.")
     rank: Count = Field(8, description="Rank r of the update.")
-    alpha: Positive = Field(32, description="Scale: the update is multiplied by alpha / rank.")
-    alpha_ratio: Positive | None = Field(None, description="alpha / rank, in place of alpha: the scale at any rank.")
+    alpha: Positive = Field(32, description="The update is multiplied by alpha / rank.")
+    alpha_ratio: Positive | None = Field(
+        None, description="alpha / rank, which replaces alpha: the same scale at any rank."
+    )
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        ["q_proj", "v_proj"], description="Names of the linear layers that get an update."
+        ["q_proj", "v_proj"], description="Names of the linear layers that are adapted, or all-linear."
     )
 
     @field_validator("targets", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _list_of_one(cls, value: object) -> object:
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
-    rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732).")
-    dora: bool = Field(False, description="Learn magnitude and direction apart (arXiv 2402.09353).")
+    rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Learn the magnitude and the direction separately (arXiv 2402.09353).")
 
 
 class LLMConfig(Section):
     """The language model that reads the dialogue."""
 
-    path: str = Field("builtin:tiny-llama", description="Hugging Face id or folder, or builtin:tiny-llama.")
-    dtype: Dtype = Field("float32", description="Of the frozen weights.")
+    path: str = Field("builtin:tiny-llama", description="Hugging Face id, local folder, or builtin:tiny-llama.")
+    dtype: Dtype = Field("float32", description="Type of the frozen weights; weights that train need float32.")
     max_text_tokens: Count = Field(
-        512, description="Text tokens of a prompt, at most; longer ones lose their oldest turns, which is counted."
+        512,
+        description="Largest number of text tokens in a prompt. The oldest turns of a longer one are dropped, and the "
+        "dropped turns are counted.",
     )
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of storing them."
+    )
 
 
 class PromptConfig(Section):
-    """How a dialogue is written. `sweep inspect` shows the result."""
+    """How a dialogue is written. `sweep inspect` prints the result."""
 
-    format: Literal["plain", "chat"] = Field("plain", description="chat: in the tokenizer's own chat template.")
+    format: Literal["plain", "chat"] = Field(
+        "plain", description="plain: text alone. chat: the chat template of the tokenizer."
+    )
     instruction: str | None = Field(
-        None, description="Stands before the dialogue. task: what the task says. Otherwise your own words; null: none."
+        None,
+        description="Text before the dialogue. task: the instruction of the task. null: none. Anything else is written "
+        "as it is.",
     )
     roles: dict[str, str] = Field({}, description="Names for the roles of the corpus, e.g. {client: Patient}.")
-    separator: str = Field("\n", description="After every turn, e.g. a line break or ' [SEP] '.")
+    separator: str = Field("\n", description="Text after every turn, e.g. a line break or ' [SEP] '.")
     order: Literal["text-sound", "sound-text"] = Field(
-        "text-sound", description="Of the heard turn's words and embeddings, where it is both read and heard."
+        "text-sound", description="Order of text and audio in a turn that is read as both."
     )
 
     @field_validator("separator", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
+    def _no_list(cls, value: object) -> object:
         if isinstance(value, list):
             raise ValueError("brackets make a list in YAML; quote them, as in ' [SEP] '")
         return value
 
     history_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Tokens of the turns before the last one, at most; null: as many as fit."
+        None, description="Largest number of tokens of the turns before the last one; null: as many as fit."
     )
 
 
@@ -99,7 +119,7 @@ class ModelConfig(Section):
     """A speech LLM: encoder → adapter → LLM with LoRA."""
 
     modality: Literal["text", "speech", "text+speech"] = Field(
-        "speech", description="How the last turn with sound is read; all other turns are text."
+        "speech", description="How the last turn with audio is read; all other turns are read as text."
     )
     trainable: str = Field(
         "new",
@@ -113,44 +133,42 @@ class ModelConfig(Section):
     lora: LoraSettings = LoraSettings()
     prompt: PromptConfig = PromptConfig()
     end_of_audio: Literal["none", "learned"] = Field(
-        "none", description="A learned vector after the clip's embeddings."
+        "none", description="Whether a learned vector follows the embeddings of the clip."
     )
     cls: Literal["none", "before", "after"] = Field(
-        "none", description="A learned [CLS] vector before the answer, or between the answer and EOS."
+        "none", description="Position of a learned [CLS] vector: before the answer, or after it and before EOS."
     )
     init_from: str | None = Field(
-        None, description="A former trial (its folder, or a checkpoint.pt) whose trained tensors this one starts from."
+        None,
+        description="A former trial (its folder, or a checkpoint.pt) whose trained tensors are the initial weights.",
     )
-    init_partial: bool = Field(False, description="Allow that some tensors of init_from have no place in this model.")
-    precision: Dtype = Field("float32", description="bfloat16: mixed precision (autocast), in training and scoring.")
+    init_partial: bool = Field(False, description="Allow tensors of init_from that have no counterpart in this model.")
+    precision: Dtype = Field("float32", description="bfloat16: mixed precision (autocast) in training and in scoring.")
     priors: Literal["as-is", "balanced"] = Field(
-        "as-is", description="balanced: label scores are divided by the labels' shares in training."
+        "as-is", description="balanced: label scores are divided by the shares of the labels in training."
     )
-    max_new_tokens: Count = Field(64, description="Of a generated reply; longer ones are cut and counted as run-on.")
+    max_new_tokens: Count = Field(
+        64, description="Largest number of tokens of a generated reply; a longer one is cut and counted as run-on."
+    )
 
     @field_validator("trainable", mode="before")
     @classmethod
-    def _join(cls, value: Any) -> Any:
+    def _join(cls, value: object) -> object:
         return "+".join(map(str, value)) if isinstance(value, list) else value
 
     @property
-    def hears(self) -> bool:
-        """Whether sound is part of the input."""
+    def uses_audio(self) -> bool:
+        """Whether audio is part of the input."""
         return self.modality != "text"
 
     @property
     def patterns(self) -> list[str]:
-        """The parts or patterns of `trainable`."""
+        """The parts and patterns of `trainable`."""
         parts = [part.strip() for part in self.trainable.split("+") if part.strip()]
         return [name for part in parts for name in (NEW_PARTS if part == "new" else (part,))]
 
-    @property
-    def _may_train_encoder(self) -> bool:
-        """Whether a pattern names it, or begins with a wildcard; what it matches is known with the model."""
-        return any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
-
     def problems(self) -> list[str]:
-        """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
+        """Return violated rules that span several settings, each as a line with the key, the value and the fix."""
         found = []
         if self.adapter.stride > self.adapter.window:
             found.append(
@@ -164,34 +182,37 @@ class ModelConfig(Section):
                 f"model.encoder.dtype: {self.encoder.dtype} is for an encoder that stays frozen; set float32 and "
                 "model.precision=bfloat16, or take the encoder out of model.trainable"
             )
-        if self.encoder.spec_augment and not self._may_train_encoder:
-            found.append(
-                f"model.encoder.spec_augment: {self.encoder.spec_augment} has no effect on an encoder that stays "
-                "frozen; set 0, or add encoder to model.trainable"
-            )
-        if self.encoder.dropout and not self._may_train_encoder:
-            found.append(
-                f"model.encoder.dropout: {self.encoder.dropout} has no effect on an encoder that stays frozen; set 0, "
-                "or add encoder to model.trainable"
-            )
+        # A pattern that begins with a wildcard may match the encoder; that is known when the model has been built.
+        may_train_encoder = any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
+        for name in ("spec_augment", "dropout"):
+            value = getattr(self.encoder, name)
+            if value and not may_train_encoder:
+                found.append(
+                    f"model.encoder.{name}: {value} has no effect on an encoder that stays frozen; set 0, or add "
+                    "encoder to model.trainable"
+                )
         return found
 
 
 class LossConfig(Section):
-    """What is minimised at the positions that predict the answer. A weight of 0 costs nothing."""
+    """What training minimises at the positions that predict the answer. A loss of weight 0 is not computed."""
 
-    next_token: Weight = Field(1.0, description="Cross-entropy of the answer's tokens.")
+    next_token: Weight = Field(1.0, description="Weight of the cross-entropy of the answer's tokens.")
     distillation: Weight = Field(
         0.0,
-        description="Divergence from the same LLM reading the transcript (arXiv 2406.05968): over its 64 likeliest "
-        "tokens, and all others as one.",
+        description="Weight of the divergence from the same LLM reading the transcript (arXiv 2406.05968), over its 64 "
+        "likeliest tokens and all other tokens as one.",
     )
-    temperature: Positive = Field(1.0, description="Of the distillation; the loss is multiplied by its square.")
-    hidden: Weight = Field(0.0, description="Mean squared distance of the last hidden states to that reader's.")
+    temperature: Positive = Field(
+        1.0, description="Temperature of the distillation; its loss is multiplied by the square."
+    )
+    hidden: Weight = Field(
+        0.0, description="Weight of the mean squared distance between the last hidden states of model and teacher."
+    )
 
 
 class LearningRates(Section):
-    """Peaks for parts that shall differ from train.learning_rate."""
+    """Peak learning rates of parts that differ from train.learning_rate."""
 
     encoder: Positive | None = None
     adapter: Positive | None = None
@@ -205,59 +226,62 @@ class TrainConfig(Section):
     epochs: Count = Field(5, description="Passes over the training split; each ends with an evaluation and a report.")
     patience: Count | None = Field(
         None,
-        description="End after so many epochs without a lower validation loss; null: never early. The weights and "
-        "metrics of the last epoch count.",
+        description="Number of epochs without a lower validation loss after which training ends; null: it never ends "
+        "early. The trial keeps the weights and metrics of its last epoch.",
     )
     batch_size: Count = Field(16, description="Items in an optimizer step, over all workers.")
     learning_rate: Positive = Field(1e-3, description="Peak of AdamW's learning rate.")
     learning_rates: LearningRates = LearningRates()
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="After the warm-up: down to zero, in a line or half a wave, or constant."
+        "linear",
+        description="The learning rate after the warm-up: linear or cosine decay to zero, or constant.",
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="AdamW's decoupled weight decay."
     )
-    warmup: Fraction = Field(0.1, description="Share of the steps with a rising rate.")
-    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    warmup: Fraction = Field(0.1, description="Share of the steps in which the learning rate rises to its peak.")
+    max_grad_norm: Positive = Field(1.0, description="Norm to which gradients are clipped.")
     losses: LossConfig = LossConfig()
     class_weights: Literal["equal", "balanced"] | ByLabel = Field(
         "equal",
-        description="balanced: an item's loss counts with the inverse of its label's share in training, n / (K n_k). "
-        "Or numbers, {task: {label: weight}}; what is not named counts 1.",
+        description="Weight of an item's loss. balanced: inverse to the share of its label in training, n / (K n_k). "
+        "Or numbers, {task: {label: weight}}; labels without a number have weight 1.",
     )
     sampling: Literal["none", "balanced"] | ByLabel = Field(
         "none",
-        description="balanced: items are drawn with replacement, as many an epoch as there are and labels of a task "
-        "equally often, so an epoch is no longer every item once. Or numbers, as above, in proportion to which an item "
-        "of the label is drawn.",
+        description="How the items of an epoch are drawn. none: every item once. balanced: with replacement, as many "
+        "as there are, and the labels of a task equally often. Or numbers, {task: {label: weight}}: with replacement, "
+        "in proportion to the weight.",
     )
     token_budget: Count = Field(
         16_384,
         description="Tokens and encoder frames computed at once (longest x count). Memory depends on it; the result "
-        "does not, in fp32 and without dropout, whose draws follow the cut.",
+        "does not, in float32 and without dropout, whose draws depend on how a step is cut.",
     )
-    checkpoint_steps: Count = Field(500, description="Optimizer steps between checkpoints within an epoch, at most.")
+    checkpoint_steps: Count = Field(
+        500, description="Largest number of optimizer steps between checkpoints within an epoch."
+    )
     checkpoint_seconds: Positive = Field(
-        300, description="Seconds of training between checkpoints within an epoch, at most, up to the end of a step."
+        300, description="Longest time in seconds between checkpoints within an epoch, up to the end of a step."
     )
 
     @property
-    def teaches(self) -> bool:
+    def has_teacher(self) -> bool:
         """Whether the base LLM has to read the transcript."""
         return self.losses.distillation + self.losses.hidden > 0
 
     def problems(self) -> list[str]:
-        """As in ModelConfig."""
+        """Return violated rules that span several settings, as `ModelConfig.problems` does."""
         losses, found = self.losses, []
         if losses.next_token + losses.distillation + losses.hidden == 0:
             found.append("train.losses: all weights are 0, so there is nothing to minimise; raise one")
         if self.sampling != "none" and self.class_weights != "equal":
+            sampling, weights = (
+                setting if isinstance(setting, str) else "numbers by label"
+                for setting in (self.sampling, self.class_weights)
+            )
             found.append(
-                f"train.sampling: {_shown(self.sampling)} draws labels by weight, and train.class_weights "
-                f"({_shown(self.class_weights)}) would count them by weight once more; set one of them to none or equal"
+                f"train.sampling: {sampling} already weights labels, and train.class_weights ({weights}) would weight "
+                "them again; set one of them to none or equal"
             )
         return found
-
-
-def _shown(setting: str | ByLabel) -> str:
-    return setting if isinstance(setting, str) else "numbers by label"

@@ -1,7 +1,7 @@
-"""Tiny models that the project makes itself, saved as Hugging Face folders: real ones load by the very same calls.
+"""Pre-train the demo's tiny models in seconds and save them as Hugging Face folders, which load like published ones.
 
-`make_encoder` and `make_llm` pre-train the demo's models in seconds on one thread. Neither ever sees a label beside an
-utterance: the encoder learns which word sounds and how the pitch moves, the language model learns to find key words.
+Neither model sees a label next to an utterance: the encoder learns to recognise words and pitch, and the language model
+learns to find key words.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,13 +27,13 @@ from data.corpus.schema import SAMPLE_RATE
 
 VERSION = "1"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
 
-WINDOW_SECONDS = 1  # the encoder always sees this much, padded with silence; no synthetic clip is longer
+WINDOW_SECONDS = 1  # window of the encoder, padded with silence; no synthetic clip is longer
 FRAMES = WINDOW_SECONDS * 50
-HOP = SAMPLE_RATE // 50  # samples an encoder frame
+HOP = SAMPLE_RATE // 50  # samples per encoder frame
 PITCH_BINS = 8
-IGNORE = -100  # cross_entropy's mark for positions without a target
+IGNORE = -100  # target of positions that cross_entropy skips
 
-# Words of ordinary English that get a token of their own beside the corpus's: bytes cover the rest.
+# Common English words that get one token each, like the words of the corpus; bytes cover all other words.
 COMMON = """the of and a to in is you that it he was for on are as with his they I at be this have from or one had by
 word but not what all were we when your can said there use an each which she do how their if will up other about out
 many then them these so some her would make like him into time has look two more write go see number no way could people
@@ -41,30 +41,31 @@ my than first been call who its now find long down day did get come made may par
 know place year live me back give most very after thing our just name good sentence man think say great where help
 through much before line right too mean old any same tell boy follow came want show also around form three small
 feel today week talk need well"""
-STRUCTURE = ("client", "therapist", "label", "word")  # stand at the start of a line
+STRUCTURE = ("client", "therapist", "label", "word")  # words at the start of a line
 
 
 def make_encoder(folder: Path) -> None:
-    """Log-mel Whisper-style encoder, 2 layers of 64, pre-trained to name word, pitch and tone of every frame."""
-    with _fixed(seed=1):
+    """Save a Whisper encoder, 2 layers of width 64, pre-trained to name word, pitch and tone of every frame."""
+    with fixed_seed(seed=1):
         extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=WINDOW_SECONDS)
-        model = WhisperModel(_whisper_config(width=64, layers=2, mels=64))
+        model = WhisperModel(tiny_whisper_config(width=64, layers=2, mels=64))
         _pretrain_encoder(model, extractor)
     model.eval().save_pretrained(folder)
     extractor.save_pretrained(folder)
 
 
 def make_llm(folder: Path) -> None:
-    """Llama, 3 layers of 96, pre-trained as a plain language model on dialogues that end in a key word."""
-    tokenizer = _tokenizer()
-    with _fixed(seed=2):
-        model = _llama(tokenizer, width=96, layers=3)
+    """Save a Llama, 3 layers of width 96, pre-trained as a language model on dialogues that end in a key word."""
+    tokenizer = tiny_tokenizer()
+    with fixed_seed(seed=2):
+        model = tiny_llama(tokenizer, width=96, layers=3)
         _pretrain_llm(model, tokenizer)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _llama(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> LlamaForCausalLM:
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> LlamaForCausalLM:
+    """Return an untrained Llama for a tokenizer."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -80,8 +81,8 @@ def _llama(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> Ll
     )
 
 
-def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
-    """An encoder with the smallest decoder there can be: Whisper checkpoints have one, ours is never called."""
+def tiny_whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
+    """Return the configuration of a Whisper whose decoder is as small as possible, because it is never called."""
     return WhisperConfig(
         d_model=width,
         num_mel_bins=mels,
@@ -103,7 +104,7 @@ def _whisper_config(*, width: int, layers: int, mels: int) -> WhisperConfig:
 
 
 def _pretrain_encoder(model: WhisperModel, extractor: WhisperFeatureExtractor, *, clips: int = 600) -> list[float]:
-    """Frame-wise cross-entropies of word, pitch bin and tone, summed. Returns the losses."""
+    """Minimise the sum of frame-wise cross-entropies of word, pitch bin and tone. Return the losses."""
     mels, targets = _frames(extractor, clips)
     sizes = [len(synthetic.WORDS), PITCH_BINS, 2]
     head = nn.Linear(model.config.d_model, sum(sizes))
@@ -115,11 +116,11 @@ def _pretrain_encoder(model: WhisperModel, extractor: WhisperFeatureExtractor, *
         parts = [F.cross_entropy(logit, goal, ignore_index=IGNORE) for logit, goal in zip(logits, goals, strict=True)]
         return torch.stack(parts).sum()
 
-    return _optimise([*model.encoder.parameters(), *head.parameters()], loss, steps=300)
+    return optimise([*model.encoder.parameters(), *head.parameters()], loss, steps=300)
 
 
 def _frames(extractor: WhisperFeatureExtractor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-mels (count, mels, 2 * FRAMES) and the word, pitch bin and tone of each frame (count, FRAMES, 3)."""
+    """Return log-mels [count, mels, 2 * FRAMES] and the word, pitch bin and tone of each frame [count, FRAMES, 3]."""
     audio, targets = [], torch.full((count, FRAMES, 3), IGNORE)
     for row, clip in enumerate(synthetic.clips(count, seed=0)):
         audio.append(clip.audio.astype(np.float32) / 32768)
@@ -131,8 +132,8 @@ def _frames(extractor: WhisperFeatureExtractor, count: int) -> tuple[Tensor, Ten
     return extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"], targets
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges make one token of every listed word with its leading space."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with one token for every listed word with its leading space."""
     prompt_words = {word for prompt in synthetic.PROMPTS for word in prompt.split()}
     words = sorted({*synthetic.WORDS, *synthetic.LABELS, *prompt_words, *COMMON.split()})
     core = Tokenizer(models.BPE())
@@ -149,7 +150,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _pretrain_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[float]:
-    """Next-token loss over whole documents. Returns the losses."""
+    """Minimise the next-token loss over whole documents. Return the losses."""
     rng = np.random.default_rng(2)
 
     def loss() -> Tensor:
@@ -162,13 +163,13 @@ def _pretrain_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
         targets_BT = ids_BT.masked_fill(ids_BT == tokenizer.pad_token_id, IGNORE)
         return model(input_ids=ids_BT, labels=targets_BT, use_cache=False).loss  # type: ignore[no-any-return]
 
-    return _optimise(list(model.parameters()), loss, steps=200)
+    return optimise(list(model.parameters()), loss, steps=200)
 
 
 def _document(rng: np.random.Generator) -> list[str]:
-    """Pieces, tokenised one by one as prompts are: a dialogue and the key word of its last turn.
+    """Return the pieces of a document, which are tokenised one by one: a dialogue and the key word of its last turn.
 
-    Labels occur as documents of their own, so that "label:" and the label words are known, but never after a turn.
+    Labels occur in separate documents, so the model knows "label:" and the label words, but not after a turn.
     """
     if rng.random() < 0.1:
         return ["label:", f" {rng.choice(synthetic.LABELS)}"]
@@ -178,8 +179,8 @@ def _document(rng: np.random.Generator) -> list[str]:
     return [*before, "client:", f" {' '.join(words)}", "\nword:", f" {key}"]
 
 
-def _optimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, steps: int) -> list[float]:
-    """Minimise a loss that draws its own batch at every call. Returns its values."""
+def optimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, steps: int) -> list[float]:
+    """Minimise a loss that draws a batch in each call. Return its values."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -196,8 +197,8 @@ def _optimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, ste
 
 
 @contextmanager
-def _fixed(seed: int) -> Iterator[None]:
-    """Same weights on every call: one thread (sums in one order), a seed of our own, and the caller's state kept."""
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Make a block reproducible by a seed and one thread (sums in one order). Keep the caller's random state."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

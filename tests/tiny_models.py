@@ -29,7 +29,7 @@ from transformers import (
     WhisperModel,
 )
 
-from model.tiny import WINDOW_SECONDS, _fixed, _llama, _tokenizer, _whisper_config
+from model.tiny import WINDOW_SECONDS, fixed_seed, tiny_llama, tiny_tokenizer, tiny_whisper_config
 
 Norm = Literal["layer", "group"]
 
@@ -76,14 +76,14 @@ def random_w2v_bert(folder: Path, positions: str | None = "relative_key") -> Non
 
 def random_whisper(folder: Path) -> None:
     """Untrained Whisper with the window of `make_encoder`."""
-    _save(folder, lambda: WhisperModel(_whisper_config(width=32, layers=2, mels=40)), seed=4)
+    _save(folder, lambda: WhisperModel(tiny_whisper_config(width=32, layers=2, mels=40)), seed=4)
     WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
 
 
 def random_llm(folder: Path) -> None:
     """Untrained Llama with the tokenizer of `make_llm`."""
-    tokenizer = _tokenizer()
-    _save(folder, lambda: _llama(tokenizer, width=32, layers=2), seed=5)
+    tokenizer = tiny_tokenizer()
+    _save(folder, lambda: tiny_llama(tokenizer, width=32, layers=2), seed=5)
     tokenizer.save_pretrained(folder)
 
 
@@ -103,7 +103,7 @@ MODELS: dict[str, Callable[[Path], None]] = {**ENCODERS, "llm": random_llm}
 
 
 def _save(folder: Path, make: Callable[[], Any], seed: int) -> None:
-    with _fixed(seed):
+    with fixed_seed(seed):
         model = make()
         _perturb_norms(model)
     model.eval().save_pretrained(folder)

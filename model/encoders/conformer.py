@@ -1,19 +1,23 @@
-"""Conformer encoders: wav2vec2-conformer and w2v-BERT."""
+"""Conformer encoders: wav2vec2-conformer over the waveform and w2v-BERT over log-mel features.
 
-from typing import Any
+A convolution in each conformer layer would read the padding behind a clip, which is not zero inside the model.
+
+Legend: B clips, F frames, D width of the encoder or of its input.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from model.encoders.masked_layers import MaskedConv1d, _padded, _valid
-from model.encoders.wav2vec2 import PaddedEncoder, WaveEncoder
+from model.encoders.masked_layers import MaskedConv1d, pad_rows, valid_mask
+from model.encoders.wav2vec2 import PaddedBatchEncoder, WaveformEncoder
 
 
-class ConformerEncoder(WaveEncoder):
-    """wav2vec2-conformer: the convolution in each layer would read its neighbour's padding, which is not zero there."""
+class Wav2Vec2ConformerEncoder(WaveformEncoder):
+    """wav2vec2-conformer: the convolution of each layer is masked by us."""
 
-    def __init__(self, model: Any, extractor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, extractor: SequenceFeatureExtractor) -> None:
         super().__init__(model, extractor)
         model.encoder.pos_conv_embed.requires_grad_(False)  # part of the checkpoint, but never computed
         for layer in model.encoder.layers:
@@ -21,45 +25,54 @@ class ConformerEncoder(WaveEncoder):
             self.convolutions.append(layer.conv_module.depthwise_conv)
 
     @property
-    def norm(self) -> nn.Module:
-        last: nn.Module = self.stack.layer_norm
-        return last
+    def final_norm(self) -> nn.Module:
+        norm: nn.Module = self.model.encoder.layer_norm
+        return norm
 
-    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
+    def _layer_arguments(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Tensor | None]:
         for convolution in self.convolutions:
             convolution.lengths_B = lengths_B
-        return super()._beside(hidden_BFD, valid_BF, lengths_B) | self._positions(hidden_BFD)
+        arguments = super()._layer_arguments(hidden_BFD, valid_BF, lengths_B)
+        return arguments | relative_positions(self.model, hidden_BFD)
 
 
-class FilterbankEncoder(PaddedEncoder):
-    """w2v-BERT: a conformer over log-mel steps, `stride` of which are stacked to one frame."""
+class Wav2Vec2BertEncoder(PaddedBatchEncoder):
+    """w2v-BERT: a conformer whose frame is `extractor.stride` stacked log-mel steps. The model masks convolutions."""
 
-    reads = "input_features"
-    WINDOW, HOP = 400, 160  # samples, fixed in SeamlessM4TFeatureExtractor
+    input_name = "input_features"
+    WINDOW, HOP = 400, 160  # samples of a log-mel step, fixed in SeamlessM4TFeatureExtractor
 
-    def __init__(self, model: Any, extractor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, extractor: SequenceFeatureExtractor) -> None:
         super().__init__(model, extractor)
-        steps = max(2, extractor.stride)  # of one step alone, the normalisation over time has no variance
-        self.minimum = self.WINDOW + (steps - 1) * self.HOP
-
-    def _frames(self, n_samples: int) -> int:
-        steps: int = (n_samples - self.WINDOW) // self.HOP + 1
-        return steps // self.extractor.stride  # type: ignore[no-any-return]
-
-    def _inputs(self, clips: list[np.ndarray], lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        # The extractor fills an odd number of steps up with one of zeros, and so makes a frame that is only half one.
-        whole = [self._features(clip)[: self._frames(len(clip))] for clip in clips]
-        features_BFM = _padded([torch.as_tensor(features) for features in whole])
-        return features_BFM, _valid(lengths_B, features_BFM.shape[1])
+        steps = max(2, extractor.stride)  # the extractor normalises over time, and one step has no variance
+        self.min_samples = self.WINDOW + (steps - 1) * self.HOP
 
     @property
-    def norm(self) -> nn.Module:
+    def final_norm(self) -> nn.Module:
         return nn.Identity()
 
     @property
     def frozen_layers(self) -> int:
-        return 0 if self.model.intermediate_ffn else super().frozen_layers  # which follows the layers, too
+        # The optional feed-forward block follows the layers and is no part of `forward_from_layer`.
+        return 0 if self.model.intermediate_ffn else super().frozen_layers
 
-    def _beside(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Any]:
-        beside = super()._beside(hidden_BFD, valid_BF, lengths_B) | self._positions(hidden_BFD)
-        return beside | {"conv_attention_mask": valid_BF}
+    def _count_frames(self, n_samples: int) -> int:
+        steps = (n_samples - self.WINDOW) // self.HOP + 1
+        frames: int = steps // self.extractor.stride
+        return frames
+
+    def _model_inputs(self, clips: list[np.ndarray], lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        # The extractor pads an odd number of steps with a step of zeros, which makes a frame that is half padding.
+        features = [self._extract(clip)[: self._count_frames(len(clip))] for clip in clips]
+        features_BFD = pad_rows([torch.as_tensor(feature) for feature in features])
+        return features_BFD, valid_mask(lengths_B, features_BFD.shape[1])
+
+    def _layer_arguments(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Tensor | None]:
+        arguments = super()._layer_arguments(hidden_BFD, valid_BF, lengths_B)
+        return arguments | relative_positions(self.model, hidden_BFD) | {"conv_attention_mask": valid_BF}
+
+
+def relative_positions(model: PreTrainedModel, hidden_BFD: Tensor) -> dict[str, Tensor | None]:
+    """Return the argument with which a conformer tells its layers the distances between frames."""
+    embed = model.encoder.embed_positions
+    return {"relative_position_embeddings": None if embed is None else embed(hidden_BFD)}

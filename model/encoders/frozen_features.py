@@ -104,7 +104,7 @@ def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, kept: Sequence[Kept])
         pcm: int16 samples at 16 kHz.
         kept: see `Kept`; a clip shorter than one window is filled with zeros to it.
     """
-    states = encoder.states(waveform(pcm), {layers for layers, _ in kept})
+    states = encoder.layer_inputs(waveform(pcm), {layers for layers, _ in kept})
     return [_rounded(states[layers].float(), pool) for layers, pool in kept]
 
 

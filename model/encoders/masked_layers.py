@@ -1,24 +1,42 @@
-"""Layers that ignore the padding of a batch."""
+"""Padding and masks of a batch, and layers that ignore the padding.
 
-import numpy as np
+Legend: B clips, C channels, T steps over time.
+"""
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
+def pad_rows(rows: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of different lengths, with zeros behind the shorter ones."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def valid_mask(lengths_B: Tensor, size: int) -> Tensor:
+    """Return the bool mask_BT of the `size` steps that lie within each row's length."""
+    return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]
+
+
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm over time whose statistics ignore padding (one channel a group, as the wav2vec 2.0 family has it)."""
+    """A group norm over time whose statistics ignore the padding.
+
+    Each group is one channel, as in the first convolution of the wav2vec 2.0 family.
+    """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         assert norm.num_groups == norm.num_channels
         super().__init__(norm.num_groups, norm.num_channels, norm.eps)
         self.weight, self.bias = norm.weight, norm.bias
-        self.lengths_B = torch.empty(0)  # set before each forward; an attribute, so that a deep copy has its own
+        # The encoder sets the lengths before each forward pass. A deep copy of the module gets its own attribute.
+        self.lengths_B = torch.empty(0)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise input_BCT over the first `lengths_B` steps of each row."""
+        """Normalise the first `lengths_B` steps of each row of input_BCT; the statistics are in float32."""
         count_B11 = self.lengths_B[:, None, None]
         values_BCT = input.float()
-        valid_B1T = _valid(self.lengths_B, input.shape[-1])[:, None].float()
+        valid_B1T = valid_mask(self.lengths_B, input.shape[-1])[:, None].float()
         mean_BC1 = (values_BCT * valid_B1T).sum(-1, keepdim=True) / count_B11
         centred_BCT = (values_BCT - mean_BC1) * valid_B1T
         variance_BC1 = centred_BCT.square().sum(-1, keepdim=True) / count_B11
@@ -33,22 +51,9 @@ class MaskedConv1d(nn.Conv1d):
         sizes = (conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
         super().__init__(conv.in_channels, conv.out_channels, *sizes, bias=conv.bias is not None)
         self.weight, self.bias = conv.weight, conv.bias
-        self.lengths_B = torch.empty(0)  # as in MaskedGroupNorm
+        self.lengths_B = torch.empty(0)  # set before each forward pass, as in MaskedGroupNorm
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the first `lengths_B` steps of each row of input_BCT."""
-        valid_BT = _valid(self.lengths_B, input.shape[-1])
+        valid_BT = valid_mask(self.lengths_B, input.shape[-1])
         return super().forward(input.masked_fill(~valid_BT[:, None], 0.0))
-
-
-def _cut(values: np.ndarray, size: int) -> list[np.ndarray]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _valid(lengths_B: Tensor, size: int) -> Tensor:
-    """Which of `size` steps lie within each row's length, [B, size]."""
-    return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]

@@ -1,19 +1,19 @@
-"""Time masks of SpecAugment."""
+"""Time masks of SpecAugment (Park et al., 2019, arXiv 1904.08779), drawn as in wav2vec 2.0 (arXiv 2006.11477)."""
 
 import numpy as np
 
 
-def time_mask(n_frames: int, share: float, rng: np.random.Generator, span: int = 10) -> np.ndarray:
-    """Draw the frames of one clip that SpecAugment hides: spans that may overlap, as in wav2vec 2.0 (2006.11477).
+def draw_time_mask(n_frames: int, share: float, rng: np.random.Generator, span: int = 10) -> np.ndarray:
+    """Draw the frames of one clip that are hidden, as spans that may overlap.
 
     Args:
-        n_frames: of the clip.
-        share: of the frames, in expectation and if no spans overlapped.
+        n_frames: length of the clip in frames.
+        share: expected share of hidden frames, if no spans overlapped.
         rng: seeded by the utterance, so that the mask does not depend on the batch.
-        span: frames hidden in a row; at most half of the clip.
+        span: number of adjacent frames that are hidden together; at most half of the clip is used.
 
     Returns:
-        bool [n_frames], True where hidden; never all of them.
+        A bool array of `n_frames`, True where a frame is hidden. It never hides all frames.
     """
     hidden = np.zeros(n_frames, dtype=bool)
     span = min(span, n_frames // 2)

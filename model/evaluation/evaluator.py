@@ -38,7 +38,7 @@ def ask(model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_
         if batch_size is None:
             costs = [own.costs[position] for position in positions]
             for together in plan(costs, batch_size=TOGETHER, seed=0, epoch=0):
-                for part in micro_batches([costs[place] for place in together], token_budget, model.spared):
+                for part in micro_batches([costs[place] for place in together], token_budget, model.pad_tolerance):
                     batches += _within_memory(model, task, own, [positions[together[place]] for place in part])
         else:
             batches += [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]

@@ -77,7 +77,7 @@ class Reply:
 @torch.no_grad()
 def generate(model: SpeechLLM, examples: Sequence[Example]) -> list[Reply]:
     """Greedy replies, padded on the left: on the right, most of them would depend on the batch."""
-    tokenizer = model.prompter.vocabulary.tokenizer
+    tokenizer = model.prompt_builder.tokenizer.hf
     eos = tokenizer.eos_token_id
     settings = GenerationConfig(
         max_new_tokens=model.config.max_new_tokens,

@@ -69,14 +69,14 @@ class TrialData:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
                 has none.
         """
-        if model.config.hears and not has_sound(shards):
+        if model.config.uses_audio and not has_sound(shards):
             raise UserError(
                 f"{shards.folder}: model.modality {model.config.modality!r} needs sound and this corpus is text only; "
                 "use model.modality=text, or prepare the corpus with --audio"
             )
         _check_roles(shards, model)
         if features is None:
-            source = SOURCES[reader](shards, config, model.config.hears)
+            source = SOURCES[reader](shards, config, model.config.uses_audio)
         else:
             source = feature_source(shards, config, FeatureFiles(features, shards, config))
         found = cls(shards, source, {}, 0, 0)
@@ -95,7 +95,7 @@ class TrialData:
                 found.dropped_turns += measure.dropped_turns
                 found.short_clips += measure.short_clip
         if teacher and "train" in splits:
-            read = lessons(model.prompter, model.reach, shards, config, list(model.tasks))
+            read = lessons(model.prompt_builder, model.max_positions, shards, config, list(model.tasks))
             if taught is not None:
                 found.source = taught_source(source, TeacherFiles(taught, parts(shards, read)))
         return found

@@ -1,4 +1,4 @@
-"""Class imbalance: what the labels of a task count in the loss, or how often they are drawn, as numbers."""
+"""Class imbalance: weights of labels in the loss (`train.class_weights`) or in the draw of items (`train.sampling`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -10,54 +10,56 @@ from model.config import ByLabel, TrainConfig
 SETTINGS: tuple[Literal["class_weights", "sampling"], ...] = ("class_weights", "sampling")
 
 
-def with_numbers(config: TrainConfig, answers: Mapping[str, AnswerSet]) -> TrainConfig:
-    """The settings with numbers in the place of `balanced`; trained with them, a model is the same to the bit.
+def resolve_balanced(config: TrainConfig, answers: Mapping[str, AnswerSet]) -> TrainConfig:
+    """Return the settings with `balanced` replaced by numbers; training with them gives the same model to the bit.
+
+    Balanced weights are n / (K n_k), as in scikit-learn: 1 on average over the items, with the same total for each of
+    the K labels that occur. n counts items, and n_k those of a label.
 
     Args:
         config: of the training.
-        answers: by task, what occurs in training.
+        answers: what occurs in the training split, by task.
 
     Raises:
-        ConfigError: numbers are given for a task or a label that there is not.
+        ConfigError: the configuration has numbers for an unknown task or label.
     """
-    found: dict[str, ByLabel] = {}
+    resolved: dict[str, ByLabel] = {}
     for name in SETTINGS:
         setting = getattr(config, name)
         if setting == "balanced":
-            found[name] = {task: _balanced(known) for task, known in answers.items() if known.labels}
+            resolved[name] = {task: _balanced(known) for task, known in answers.items() if known.labels}
         elif isinstance(setting, dict):
-            _check(f"train.{name}", setting, answers)
-    return config.model_copy(update=found)
+            _check_names(f"train.{name}", setting, answers)
+    return config.model_copy(update=resolved)
 
 
-def by_item(setting: str | ByLabel, items: Sequence[Item], answers: Sequence[str]) -> list[float] | None:
-    """The number of every item, 1 where its label has none; None if there are no numbers at all.
+def weights_by_item(setting: str | ByLabel, items: Sequence[Item], answers: Sequence[str]) -> list[float] | None:
+    """Return the weight of every item, 1 where its label has none, or None if the setting has no numbers at all.
 
     Args:
-        setting: of `with_numbers`.
+        setting: `class_weights` or `sampling` after `resolve_balanced`.
         items: of any tasks.
-        answers: theirs.
+        answers: for each item.
     """
     if isinstance(setting, str):
         return None
     return [setting.get(task, {}).get(answer, 1.0) for (task, _), answer in zip(items, answers, strict=True)]
 
 
-def _balanced(known: AnswerSet) -> dict[str, float]:
-    """n / (K n_k) of every label that occurs: 1 on average over the items, and as much for each label in all."""
-    counts = {label: count for label, count in zip(known.labels, known.counts, strict=True) if count}
+def _balanced(answers: AnswerSet) -> dict[str, float]:
+    counts = {label: count for label, count in zip(answers.labels, answers.counts, strict=True) if count}
     return {label: sum(counts.values()) / (len(counts) * count) for label, count in counts.items()}
 
 
-def _check(key: str, numbers: ByLabel, answers: Mapping[str, AnswerSet]) -> None:
-    labels = {task: known.labels for task, known in answers.items() if known.labels}
-    for task, own in numbers.items():
+def _check_names(key: str, numbers: ByLabel, answers: Mapping[str, AnswerSet]) -> None:
+    labels = {task: answer_set.labels for task, answer_set in answers.items() if answer_set.labels}
+    for task, by_label in numbers.items():
         if task not in labels:
-            raise ConfigError(f"{key}.{task}: no task with labels is trained under this name; {_choice(labels)}")
-        for label in own:
+            raise ConfigError(f"{key}.{task}: no trained task with labels has this name; {_choices(labels)}")
+        for label in by_label:
             if label not in labels[task]:
-                raise ConfigError(f"{key}.{task}.{label}: the task has no such label; {_choice(labels[task])}")
+                raise ConfigError(f"{key}.{task}.{label}: the task has no such label; {_choices(labels[task])}")
 
 
-def _choice(known: Mapping[str, object] | Sequence[str]) -> str:
-    return f"choose from {', '.join(known)}" if known else "there is none: leave it out"
+def _choices(names: Mapping[str, object] | Sequence[str]) -> str:
+    return f"choose from {', '.join(names)}" if names else "there is none: remove the setting"

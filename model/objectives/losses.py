@@ -1,19 +1,21 @@
-"""Losses at the positions that predict an answer: next token, and closeness to the same LLM reading the transcript.
+"""Losses at the positions that predict an answer: next token, distillation, and distance of hidden states.
 
-All of them are sums, one an example; what they are divided by is decided over a whole optimizer step.
+Every loss is a sum over the predicted tokens of an example. The trainer divides it once, by the count over the whole
+optimizer step, so no result depends on how a step is cut into micro-batches.
 
-Legend: B examples, V vocabulary, P predicted tokens of all examples, K likeliest tokens, E width.
+Legend: B examples, T positions, P predicted tokens of all examples, V vocabulary, K likeliest tokens of the teacher,
+E width of the LLM.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from data.loading.examples import Example
 from model.config import LossConfig
@@ -26,20 +28,23 @@ from model.speech_llm.speech_llm import SpeechLLM
 
 @dataclass
 class Losses:
-    """Sums over the predicted tokens of each example; without gradient, or None, for a loss of weight 0."""
+    """Sums over the predicted tokens of each example.
+
+    A loss of weight 0 is None, except that of the next token, which is computed without gradient to be reported.
+    """
 
     count_B: list[int]  # predicted tokens
     next_token_B: Tensor  # nats
     distillation_B: Tensor | None = None  # nats, times the square of the temperature
     hidden_B: Tensor | None = None  # mean square over the width
 
-    def parts(self) -> dict[str, Tensor]:
-        """The losses that were computed, by name."""
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the losses that were computed, without gradient."""
         named = {"next_token": self.next_token_B, "distillation": self.distillation_B, "hidden": self.hidden_B}
         return {name: values_B.detach() for name, values_B in named.items() if values_B is not None}
 
-    def weighted(self, config: LossConfig) -> Tensor:
-        """The sum that is minimised, one an example."""
+    def weighted_sum(self, config: LossConfig) -> Tensor:
+        """Return the sum that training minimises, for each example."""
         total_B = config.next_token * self.next_token_B
         if self.distillation_B is not None:
             total_B = total_B + config.distillation * self.distillation_B
@@ -49,131 +54,143 @@ class Losses:
 
 
 @dataclass
-class _Read:
-    """What an LLM makes of answers that follow their prompts."""
+class StudentOutputs:
+    """Outputs of the model at the predicted tokens."""
 
-    rows_P: Tensor  # the example of each predicted token
+    rows_P: Tensor  # the example of each token
     targets_P: Tensor
     logits_PV: Tensor
     hidden_PE: Tensor | None  # last hidden states
 
+    def sum_by_example(self, values_P: Tensor, n_examples: int) -> Tensor:
+        """Return values_B: the sum over the tokens of each example."""
+        return values_P.new_zeros(n_examples).index_add(0, self.rows_P, values_P)
+
+
+@dataclass
+class TeacherOutputs:
+    """Outputs of the teacher at the predicted tokens."""
+
+    ids_PK: Tensor
+    log_probs_PK: Tensor  # of these tokens, and in a last column of all other tokens together
+    hidden_PE: Tensor | None
+
 
 def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> Losses:
-    """The losses of the examples' answers.
+    """Return the losses of the examples' answers.
 
-    The teacher of the distillation is the base LLM without LoRA, which reads words where the model may hear sound
-    (arXiv 2406.05968, equation 3). Examples may bring what it said; else it reads now, to the same end.
+    The teacher of the distillation (Hinton et al., 2015, arXiv 1503.02531) is the base LLM without LoRA, which reads
+    text where the model may read audio (arXiv 2406.05968, equation 3). Its logits come with the examples if they were
+    cached; otherwise it runs here, with the same result.
     """
     answers = [model.answer(example) for example in examples]
     with model.autocast():
         sequences = [
-            torch.cat([prompt, model.embed(answer.inputs)])
-            for prompt, answer in zip(model.prompts(examples), answers, strict=True)
+            torch.cat([prompt_TE, model.embed(answer.inputs)])
+            for prompt_TE, answer in zip(model.prompts(examples), answers, strict=True)
         ]
-        read = _read(model.llm, sequences, answers, hidden=config.hidden > 0)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.next_token > 0):  # at 0 it is shown, at no cost
-        nll_P = F.cross_entropy(read.logits_PV, read.targets_P, reduction="none")
-    found = Losses([answer.predicted for answer in answers], _by_example(nll_P, read, len(examples)))
+        student = student_outputs(model.llm, sequences, answers, hidden=config.hidden > 0)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.next_token > 0):
+        nll_P = F.cross_entropy(student.logits_PV, student.targets_P, reduction="none")
+    losses = Losses([answer.predicted for answer in answers], student.sum_by_example(nll_P, len(examples)))
     if config.distillation or config.hidden:
-        taught = _teach(model, examples, config)
-        assert len(taught.ids_PK) == len(read.targets_P)
+        taught = teacher_outputs(model, examples, config)
+        assert len(taught.ids_PK) == len(student.targets_P)
     if config.distillation:
-        divergence_P = divergence(read.logits_PV / config.temperature, taught.ids_PK, taught.log_probs_PK)
-        found.distillation_B = _by_example(divergence_P, read, len(examples)) * config.temperature**2
+        divergence_P = divergence(student.logits_PV / config.temperature, taught.ids_PK, taught.log_probs_PK)
+        # The gradient of a softened divergence shrinks with the square of the temperature (Hinton et al., section 2).
+        losses.distillation_B = student.sum_by_example(divergence_P, len(examples)) * config.temperature**2
     if config.hidden:
-        assert read.hidden_PE is not None
+        assert student.hidden_PE is not None
         assert taught.hidden_PE is not None
-        distance_P = (read.hidden_PE.float() - taught.hidden_PE.float()).square().mean(-1)
-        found.hidden_B = _by_example(distance_P, read, len(examples))
-    return found
+        distance_P = (student.hidden_PE.float() - taught.hidden_PE.float()).square().mean(-1)
+        losses.hidden_B = student.sum_by_example(distance_P, len(examples))
+    return losses
 
 
-def divergence(logits_PV: Tensor, ids_PK: Tensor, log_probs_PK: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of a student from a teacher of whom the likeliest tokens are known, in nats, [P].
+def student_outputs(
+    llm: PreTrainedModel, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool
+) -> StudentOutputs:
+    """Run the LLM over sequences of embeddings and return its outputs where it predicts tokens of the answers.
 
-    All other tokens count as one. That makes it a lower bound of the divergence over the whole vocabulary, by the
-    log-sum inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), which it equals where the
-    student's others are in proportion to the teacher's, or where there are none.
+    The batch is padded on the right, which no position of a causal LLM sees: it needs no mask, so attention can skip
+    what is masked anyway, and default positions are correct.
 
     Args:
-        logits_PV: the student's, over the temperature.
-        ids_PK: the teacher's likeliest tokens.
-        log_probs_PK: theirs, and in a last column that of all others.
-    """
-    student_PV, ids_PK, known_PK = logits_PV.log_softmax(-1), ids_PK.long(), log_probs_PK
-    learnt_PK = student_PV.gather(-1, ids_PK)
-    if ids_PK.shape[-1] < student_PV.shape[-1]:
-        learnt_PK = torch.cat([learnt_PK, teacher.log_of_others(student_PV, ids_PK)[:, None]], dim=-1)
-    else:
-        known_PK = known_PK[:, :-1]
-    p_PK, q_PK = known_PK.exp(), learnt_PK.exp()
-    # Both sum to 1; their difference takes the rounding of the logarithms out, which is as large as what is learnt.
-    return (p_PK * (known_PK - learnt_PK) - p_PK + q_PK).sum(-1)
-
-
-@dataclass
-class _Taught:
-    """What the teacher says at the predicted tokens."""
-
-    ids_PK: Tensor
-    log_probs_PK: Tensor
-    hidden_PE: Tensor | None
-
-
-def _teach(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> _Taught:
-    """As the examples bring it, or read now, one at a time. Hidden states are not kept: they are always read now."""
-    kept, states = [], []
-    for example in examples:
-        if example.taught is not None and not config.hidden:
-            ids, log_probs = (on_device(values, model.device) for values in example.taught)
-        else:
-            llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.place)
-            with model.autocast():
-                logits_PV, hidden_PE = teacher.read(
-                    llm, teacher.lesson(model.prompter, example), hidden=config.hidden > 0
-                )
-                ids, log_probs = teacher.likeliest(logits_PV, config.temperature)
-            states.append(hidden_PE)
-        kept.append((ids, log_probs))
-    ids_PK, log_probs_PK = (torch.cat(column) for column in zip(*kept, strict=True))
-    return _Taught(
-        ids_PK, log_probs_PK, torch.cat([own for own in states if own is not None]) if config.hidden else None
-    )
-
-
-def _read(llm: Any, sequences: Sequence[Tensor], answers: Sequence[Answer], hidden: bool) -> _Read:
-    """Logits, and hidden states if asked for, at the positions that predict the answers' tokens.
-
-    Padded on the right, where no position of a causal LLM looks: it needs no mask, which lets attention skip what is
-    masked, and positions count from 0 by themselves.
+        llm: the causal language model.
+        sequences: prompt and inputs of the answer for each example, [T_i, E].
+        answers: for each example.
+        hidden: whether to return hidden states.
     """
     embeddings_BTE = pad_sequence(list(sequences), batch_first=True)
-    places = [
-        (row, len(sequence) - len(answer.targets) + place, target)
+    predicted = [
+        (row, len(sequence) - len(answer.targets) + step, target)
         for row, (sequence, answer) in enumerate(zip(sequences, answers, strict=True))
-        for place, target in enumerate(answer.targets)
+        for step, target in enumerate(answer.targets)
         if target != IGNORE
     ]
-    rows_P, columns_P, targets_P = on_device(places, embeddings_BTE.device).unbind(-1)
-    with _at(llm.get_output_embeddings(), rows_P, columns_P):
-        out = llm(inputs_embeds=embeddings_BTE, use_cache=False, output_hidden_states=hidden)
-    return _Read(
+    rows_P, columns_P, targets_P = on_device(predicted, embeddings_BTE.device).unbind(-1)
+    with head_at_positions(llm.get_output_embeddings(), rows_P, columns_P):
+        output = llm(inputs_embeds=embeddings_BTE, use_cache=False, output_hidden_states=hidden)
+    return StudentOutputs(
         rows_P=rows_P,
         targets_P=targets_P,
-        logits_PV=out.logits.float(),
-        hidden_PE=out.hidden_states[-1][rows_P, columns_P] if hidden else None,
+        logits_PV=output.logits.float(),
+        hidden_PE=output.hidden_states[-1][rows_P, columns_P] if hidden else None,
     )
 
 
 @contextlib.contextmanager
-def _at(head: nn.Module, rows_P: Tensor, columns_P: Tensor) -> Iterator[None]:
-    """The LM head computes logits_PV of these positions alone."""
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows_P, columns_P],))
+def head_at_positions(head: nn.Module, rows_P: Tensor, columns_P: Tensor) -> Iterator[None]:
+    """Let the LM head compute logits_PV of these positions alone instead of logits_BTV, which may not fit in memory."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows_P, columns_P],))
     try:
         yield
     finally:
         hook.remove()
 
 
-def _by_example(values_P: Tensor, read: _Read, examples: int) -> Tensor:
-    return values_P.new_zeros(examples).index_add(0, read.rows_P, values_P)
+def teacher_outputs(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> TeacherOutputs:
+    """Return the cached outputs of the teacher, or run it over one example at a time.
+
+    Hidden states are too large for the cache, so a loss that uses them always runs the teacher.
+    """
+    top, hidden = [], []
+    for example in examples:
+        if example.taught is not None and not config.hidden:
+            ids_PK, log_probs_PK = (on_device(values, model.device) for values in example.taught)
+        else:
+            llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.base_device)
+            with model.autocast():
+                logits_PV, hidden_PE = teacher.read(
+                    llm, teacher.lesson(model.prompt_builder, example), hidden=config.hidden > 0
+                )
+                ids_PK, log_probs_PK = teacher.likeliest(logits_PV, config.temperature)
+            hidden.append(hidden_PE)
+        top.append((ids_PK, log_probs_PK))
+    ids_PK, log_probs_PK = (torch.cat(column) for column in zip(*top, strict=True))
+    states = torch.cat([hidden_PE for hidden_PE in hidden if hidden_PE is not None]) if config.hidden else None
+    return TeacherOutputs(ids_PK, log_probs_PK, states)
+
+
+def divergence(logits_PV: Tensor, ids_PK: Tensor, log_probs_PK: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of the student from the teacher at each token, in nats, [P].
+
+    Only the teacher's likeliest tokens are known one by one; all other tokens count as one. By the log-sum inequality
+    (Cover and Thomas, Elements of Information Theory, theorem 2.7.1) the result is a lower bound of the divergence over
+    the whole vocabulary. It is exact where the student's other tokens are in proportion to the teacher's.
+
+    Args:
+        logits_PV: of the student, divided by the temperature.
+        ids_PK: the teacher's likeliest tokens.
+        log_probs_PK: their log-probabilities, and in a last column that of all other tokens.
+    """
+    student_PV, ids_PK, teacher_PK = logits_PV.log_softmax(-1), ids_PK.long(), log_probs_PK
+    student_PK = student_PV.gather(-1, ids_PK)
+    if ids_PK.shape[-1] < student_PV.shape[-1]:
+        student_PK = torch.cat([student_PK, teacher.log_of_others(student_PV, ids_PK)[:, None]], dim=-1)
+    else:
+        teacher_PK = teacher_PK[:, :-1]
+    p_PK, q_PK = teacher_PK.exp(), student_PK.exp()
+    # Both sum to 1. Their difference cancels the rounding of the logarithms, which is as large as a small divergence.
+    return (p_PK * (teacher_PK - student_PK) - p_PK + q_PK).sum(-1)

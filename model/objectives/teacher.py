@@ -32,7 +32,7 @@ from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import Keyed, computing, model_digest
 from model.config import ModelConfig
 from model.speech_llm.language_model import load_llm
-from model.speech_llm.prompt import Prompter, written
+from model.speech_llm.prompt import PromptBuilder, answer_text
 
 TOP = 64
 VERSION = 2  # raise it when the same LLM would say something else, or the files would be cut otherwise
@@ -71,7 +71,7 @@ def llm_digest(path: str, dtype: str) -> str:
     return model_digest(llm.state_dict(), llm.config.to_dict())
 
 
-def lesson(prompter: Prompter, example: Example) -> TeacherLogits:
+def lesson(prompter: PromptBuilder, example: Example) -> TeacherLogits:
     """What the teacher reads for an example: the turns that the model reads, in words, and the answer; no learned
     vectors. Where it predicts, the model predicts, too.
 
@@ -79,15 +79,15 @@ def lesson(prompter: Prompter, example: Example) -> TeacherLogits:
         prompter: the model's.
         example: may be read without its clip.
     """
-    own = prompter.transcriber
+    own = prompter.text_only
     turns = example.turns[prompter.prompt(example).dropped_turns :]  # there may be no room for all
-    answer = own.answer(written(example.task, example.answer))
+    answer = own.answer(answer_text(example.task, example.answer))
     ids = [*own.prompt(replace(example, turns=turns)).ids, *answer.inputs]
     return TeacherLogits(np.array(ids, "<i4"), len(answer.targets))
 
 
 def lessons(
-    prompter: Prompter, reach: int | None, shards: Shards, config: DataConfig, tasks: Sequence[str]
+    prompter: PromptBuilder, reach: int | None, shards: Shards, config: DataConfig, tasks: Sequence[str]
 ) -> dict[Item, TeacherLogits]:
     """What the teacher reads for the training split: the only one that is learnt from.
 

@@ -1,130 +1,130 @@
-"""The language model: loaded once a process, viewed by every trial, changed by LoRA only."""
+"""The language model: loaded once per process, viewed by every trial, and changed by LoRA only."""
 
 import copy
 import inspect
-from typing import Any
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, reason
 from model.config import LLMConfig, LoraSettings
 from model.runtime.memory import kept
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @kept
-def load_llm(path: str, dtype: str, device: str) -> nn.Module:
-    """Load a causal language model, frozen; trials of a process share it, see `kept`.
+def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
+    """Load a causal language model, frozen and in evaluation mode. The trials of a process share it, see `kept`.
 
     Args:
         path: Hugging Face id or local folder.
         dtype: of the weights.
-        device: e.g. "cpu" or "cuda"; "meta" reads the configuration only and makes a model without weights.
+        device: "cpu", "cuda", or "meta" for a model without values, made from the configuration alone.
 
     Raises:
-        ConfigError: nothing can be loaded from there, or weights are missing: random ones would stand in for them.
+        ConfigError: the model cannot be loaded, or weights are missing, which transformers would draw at random.
     """
     missing: set[str] = set()
     try:
         if device == "meta":
             with torch.device("meta"):
-                settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
             )
             missing = set(report["missing_keys"])
-    except Exception as error:  # the folder's fault, and the libraries have errors of their own
+    except Exception as error:  # transformers, safetensors and the hub raise many types for a broken folder
         raise ConfigError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
     if missing:
         raise ConfigError(
             f"model.llm.path: {path} lacks {len(missing)} of the LLM's tensors ({min(missing)}, ...); use a complete "
             "checkpoint"
         )
-    # Its generation_config.json (sampling, penalties, suppressed tokens) would change what greedy decoding says.
+    # The model's generation_config.json (sampling, penalties, suppressed tokens) would change greedy decoding.
     model.generation_config = GenerationConfig()
-    return model.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return model.to(device).requires_grad_(False).eval()
 
 
-def adapted_llm(config: LLMConfig, lora: LoraSettings, device: str) -> Any:
-    """A trial's own view of the language model, with its LoRA layers.
+def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> PreTrainedModel:
+    """Return a view of the language model for one trial, with LoRA layers (Hu et al., 2021, arXiv 2106.09685).
 
     Raises:
-        ConfigError: see `load_llm`, or a LoRA target matches nothing.
+        ConfigError: see `load_llm`, or a LoRA target matches no layer.
     """
     llm = shared_view(load_llm(config.path, config.dtype, device))
     if not {"inputs_embeds", "position_ids", "logits_to_keep"} <= inspect.signature(llm.forward).parameters.keys():
         raise ConfigError(
             f"model.llm.path: {config.path} is a {llm.config.model_type} model, which takes no positions or no "
-            "embeddings, so padding could not be kept out; use one like Llama, Qwen, Gemma or Mistral"
+            "embeddings, so padding could not be masked; use a model such as Llama, Qwen, Gemma or Mistral"
         )
     if config.gradient_checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
-    return _with_lora(llm, lora) if lora.enabled else llm
-
-
-def _with_lora(llm: nn.Module, settings: LoraSettings) -> Any:
-    known = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    unknown = [] if settings.targets == "all-linear" else [name for name in settings.targets if name not in known]
+    if not lora.enabled:
+        return llm
+    linear = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    unknown = [] if lora.targets == "all-linear" else [name for name in lora.targets if name not in linear]
     if unknown:
         raise ConfigError(
-            f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(known))}"
+            f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(linear))}"
         )
-    ratio = settings.alpha_ratio
-    config = LoraConfig(
+    peft_config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha if ratio is None else ratio * settings.rank,
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
+        r=lora.rank,
+        lora_alpha=lora.alpha if lora.alpha_ratio is None else lora.alpha_ratio * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
     )
     try:
-        return get_peft_model(llm, config).requires_grad_(False)
+        return get_peft_model(llm, peft_config).requires_grad_(False)
     except ValueError as error:
         raise ConfigError(
-            f"model.lora.targets: {settings.targets} cannot be adapted in this LLM ({reason(error)}); choose among "
-            f"{', '.join(sorted(known))}"
+            f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); choose among "
+            f"{', '.join(sorted(linear))}"
         ) from None
 
 
-def reach(llm: Any) -> int | None:
-    """The longest sequence that the model reads as a whole; None where nothing is said."""
+def max_positions(llm: PreTrainedModel) -> int | None:
+    """Return the length of the longest sequence in which every token sees all before it; None if there is no limit.
+
+    A sliding window counts as a limit: beyond it, losses and label scores would see different tokens.
+    """
     config = llm.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        limits.append(getattr(config, "sliding_window", None))  # beyond it, scores and losses would see other tokens
+        limits.append(getattr(config, "sliding_window", None))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def shared_view(base: Any) -> Any:
-    """A copy of a module tree over the very tensors of `base`, frozen.
+def shared_view(base: Module) -> Module:
+    """Return a frozen copy of a module tree over the same tensors.
 
-    Modules, hooks and flags are fresh, so that nothing done to the copy (LoRA layers, `requires_grad`) stays behind.
+    Modules, hooks and flags are copied, so whatever is done to the copy (LoRA layers, `requires_grad`) leaves no trace
+    on `base`.
     """
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in base.parameters()
-    }
+    memo = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in base.parameters()}
     return copy.deepcopy(base, memo)
 
 
-def own_tensors(model: nn.Module, names: set[str]) -> None:
-    """Replace parameters by copies of their own, tied ones by one copy, so that they may be written to."""
-    copies: dict[int, nn.Parameter] = {}
-    found = [
-        (f"{path}.{name}" if path else name, module, name)
+def copy_parameters(model: nn.Module, names: set[str]) -> None:
+    """Replace parameters of a shared view by copies, so that they can be written to. Tied ones share one copy."""
+    owners = [
+        (f"{path}.{name}" if path else name, module, name, parameter)
         for path, module in model.named_modules()
-        for name in module._parameters
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
-    wanted = {id(module._parameters[name]) for path, module, name in found if path in names}
-    for _, module, name in found:
-        parameter = module._parameters[name]
-        if parameter is not None and id(parameter) in wanted:
+    selected = {id(parameter) for full_name, *_, parameter in owners if full_name in names}
+    copies: dict[int, nn.Parameter] = {}
+    for _, module, name, parameter in owners:
+        if id(parameter) in selected:
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            module._parameters[name] = copies[id(parameter)]
+            module.register_parameter(name, copies[id(parameter)])

@@ -1,10 +1,10 @@
-"""Dialogues → token ids: the prompt of an example and the answer (a label or a reply, and EOS) that follows it.
+"""Write a dialogue as token ids: the prompt of an example, and the answer (a label or a reply) that follows it.
 
     <bos>therapist: how have you been\nclient: [text] [CLIP] [END]\nlabel: [CLS]  |  change [CLS] <eos>
-          └ history, oldest turn first ┘ └ the heard turn: words, sound or both     └ the answer
+          └ history, oldest turn first ┘ └ the audio turn: text, audio or both  └ the answer
 
-[CLIP] is one placeholder, expanded to the clip's embeddings inside the model; [END] and [CLS] are learned vectors.
-Every segment is tokenised by itself, so that dropping a turn never changes the tokens of another.
+[CLIP] is one placeholder, which the model replaces by the embeddings of the clip; [END] and [CLS] are learned vectors.
+Every segment is tokenised by itself, so dropping a turn never changes the tokens of the other turns.
 """
 
 import functools
@@ -17,7 +17,7 @@ from data.errors import ConfigError, MisfitError
 from data.loading.examples import Example
 from data.loading.tasks import TASKS
 from model.config import ModelConfig
-from model.speech_llm.tokenizer import Vocabulary
+from model.speech_llm.tokenizer import CachedTokenizer
 
 CLIP, END, CLS = -1, -2, -3  # placeholders among token ids
 IGNORE = -100  # a target that is not predicted
@@ -33,63 +33,64 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text as it is read and predicted: `targets[k]` is predicted after the prompt and `inputs[:k]`."""
+    """The tokens of an answer: `targets[k]` is predicted from the prompt and `inputs[:k]`."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted, EOS included."""
+        """The number of predicted tokens, EOS included."""
         return sum(target != IGNORE for target in self.targets)
 
 
-class Prompter:
-    """Writes prompts and answers for one configuration.
+class PromptBuilder:
+    """Write prompts and answers for one configuration.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or no tokens for something that every prompt contains.
     """
 
-    def __init__(self, vocabulary: Vocabulary, config: ModelConfig) -> None:
-        self.vocabulary, self.config = vocabulary, config
-        tokenizer = vocabulary.tokenizer
-        if config.prompt.format == "chat" and not tokenizer.chat_template:
+    def __init__(self, tokenizer: CachedTokenizer, config: ModelConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        if config.prompt.format == "chat" and not tokenizer.hf.chat_template:
             raise ConfigError(
                 f"model.prompt.format: the tokenizer of {config.llm.path} has no chat template; use plain, or an "
                 "instruction-tuned model"
             )
-        self._check(config.prompt.separator, "model.prompt.separator")
+        self._check_in_vocabulary(config.prompt.separator, "model.prompt.separator")
         for role, name in config.prompt.roles.items():
-            self._check(name, f"model.prompt.roles.{role}")
+            self._check_in_vocabulary(name, f"model.prompt.roles.{role}")
 
-    @functools.cached_property
-    def transcriber(self) -> "Prompter":
-        """Writes examples as a teacher reads them: words alone, of the turns that it is given."""
-        unlimited = self.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
-        prompt = self.config.prompt.model_copy(update={"history_tokens": None})
-        plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
-        return Prompter(self.vocabulary, self.config.model_copy(update=plain))
-
-    def _check(self, text: str, key: str) -> None:
-        unknown = self.vocabulary.tokenizer.unk_token_id
-        if unknown is not None and unknown in self.vocabulary.ids(text):
+    def _check_in_vocabulary(self, text: str, key: str) -> None:
+        unknown = self.tokenizer.hf.unk_token_id
+        if unknown is not None and unknown in self.tokenizer.ids(text):
             raise ConfigError(
                 f"{key}: {text!r} is not in the vocabulary of {self.config.llm.path}; use other words, or add a token"
             )
 
+    @functools.cached_property
+    def text_only(self) -> "PromptBuilder":
+        """A builder that writes the same dialogue for a teacher: text without audio, and without limits of length."""
+        unlimited = self.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
+        prompt = self.config.prompt.model_copy(update={"history_tokens": None})
+        plain = {"modality": "text", "cls": "none", "end_of_audio": "none", "llm": unlimited, "prompt": prompt}
+        return PromptBuilder(self.tokenizer, self.config.model_copy(update=plain))
+
     def prompt(self, example: Example) -> Prompt:
-        """The prompt of an example; turns are dropped from the oldest on until the text fits.
+        """Return the prompt of an example. The oldest turns are dropped until the text fits.
 
         Raises:
-            MisfitError: the heard turn and what follows it are longer than the limit.
+            MisfitError: the audio turn and what follows it are longer than the limit.
         """
         config = self.config
         head, tail = self._frame(example.task, example.speaker)
-        heard = example.heard if config.hears else None
-        first = len(example.turns) - 1 if heard is None else heard
+        audio_turn = example.heard if config.uses_audio else None
+        first = len(example.turns) - 1 if audio_turn is None else audio_turn  # everything before it is history
         current = [
-            token for place in range(first, len(example.turns)) for token in self._turn(example, place, place == heard)
+            token
+            for index in range(first, len(example.turns))
+            for token in self._turn(example, index, with_audio=index == audio_turn)
         ]
         fixed = sum(token >= 0 for token in (*head, *current, *tail))
         room = config.llm.max_text_tokens - fixed
@@ -100,70 +101,71 @@ class Prompter:
             )
         if config.prompt.history_tokens is not None:
             room = min(room, config.prompt.history_tokens)
-        kept: list[list[int]] = []
-        for place in reversed(range(first)):
-            turn = self._turn(example, place, False)
+        fitting: list[list[int]] = []  # newest turn first
+        for index in reversed(range(first)):
+            turn = self._turn(example, index, with_audio=False)
             if len(turn) > room:
                 break
-            kept.append(turn)
+            fitting.append(turn)
             room -= len(turn)
-        history = [token for turn in reversed(kept) for token in turn]
-        return Prompt([*head, *history, *current, *tail], first - len(kept))
+        history = [token for turn in reversed(fitting) for token in turn]
+        return Prompt([*head, *history, *current, *tail], dropped_turns=first - len(fitting))
 
     def _frame(self, task: str, speaker: str) -> tuple[list[int], list[int]]:
-        """Token ids before and after the dialogue."""
-        ids, config = self.vocabulary.ids, self.config.prompt
-        words = TASKS[task].instruction if config.instruction == "task" else config.instruction
+        """Return the token ids before and after the dialogue."""
+        ids, config = self.tokenizer.ids, self.config.prompt
+        instruction = TASKS[task].instruction if config.instruction == "task" else config.instruction
         cue = ids(TASKS[task].cue.format(role=config.roles.get(speaker, speaker)) + ":")
-        vector = [CLS] if self.config.cls == "before" else []
+        cls = [CLS] if self.config.cls == "before" else []
         if config.format == "chat":
-            before, after = self.vocabulary.chat_frame(words)
-            return before, [*cue, *after, *vector]
-        bos = self.vocabulary.tokenizer.bos_token_id
-        return [*([] if bos is None else [bos]), *(ids(words + config.separator) if words else [])], [*cue, *vector]
+            before, after = self.tokenizer.chat_template_ids(instruction)
+            return before, [*cue, *after, *cls]
+        bos = self.tokenizer.hf.bos_token_id
+        start = ([] if bos is None else [bos]) + (ids(instruction + config.separator) if instruction else [])
+        return start, [*cue, *cls]
 
-    def _turn(self, example: Example, place: int, heard: bool) -> list[int]:
-        """Token ids and placeholders of one turn."""
-        ids, config = self.vocabulary.ids, self.config
-        role, text = example.turns[place]
+    def _turn(self, example: Example, index: int, with_audio: bool) -> list[int]:
+        """Return the token ids and placeholders of one turn."""
+        ids, config = self.tokenizer.ids, self.config
+        role, text = example.turns[index]
         name, separator = config.prompt.roles.get(role, role), config.prompt.separator
         words = f" {text}" if text else ""
-        if not heard:
+        if not with_audio:
             return ids(f"{name}:{words}{separator}")
-        read = ids(words) if "text" in config.modality else []
-        sound = [CLIP] if config.end_of_audio == "none" else [CLIP, END]
-        parts = [read, sound] if config.prompt.order == "text-sound" else [sound, read]
+        text_ids = ids(words) if "text" in config.modality else []
+        clip_ids = [CLIP] if config.end_of_audio == "none" else [CLIP, END]
+        parts = [text_ids, clip_ids] if config.prompt.order == "text-sound" else [clip_ids, text_ids]
         return [*ids(f"{name}:"), *parts[0], *parts[1], *ids(separator)]
 
     def answer(self, text: str) -> Answer:
-        """The answer's tokens, [CLS] if it follows them, and EOS as the last target."""
+        """Return an answer: its tokens, [CLS] if it follows them, and EOS as the last target."""
         lead = "" if self.config.prompt.format == "chat" else " "
-        tokens = tuple(self.vocabulary.ids(lead + text))
-        eos: int = self.vocabulary.tokenizer.eos_token_id
+        tokens = tuple(self.tokenizer.ids(lead + text))
+        eos: int = self.tokenizer.hf.eos_token_id
         if self.config.cls == "after":
             return Answer((*tokens, CLS), (*tokens, IGNORE, eos))
         return Answer(tokens, (*tokens, eos))
 
     def label_answers(self, task: str, labels: Sequence[str]) -> dict[str, Answer]:
-        """The answers of a label set.
+        """Return the answers of a label set, by label.
 
         Raises:
             ConfigError: a label is not in the vocabulary, or two labels have the same tokens.
         """
-        found: dict[str, Answer] = {}
-        known: dict[tuple[int, ...], str] = {}
+        answers: dict[str, Answer] = {}
+        label_of_inputs: dict[tuple[int, ...], str] = {}
         for label in labels:
-            text = written(task, label)
-            self._check(text, f"label {label!r}")
-            found[label] = self.answer(text)
-            twin = known.setdefault(found[label].inputs, label)
+            text = answer_text(task, label)
+            self._check_in_vocabulary(text, f"label {label!r}")
+            answers[label] = self.answer(text)
+            twin = label_of_inputs.setdefault(answers[label].inputs, label)
             if twin != label:
                 raise ConfigError(f"labels {twin!r} and {label!r} have the same tokens; rename one of them")
-        return found
+        return answers
 
 
-def written(task: str, answer: str) -> str:
-    """An answer as the model writes it; several labels of one turn stand one after the other."""
+def answer_text(task: str, answer: str) -> str:
+    """Return an answer as the model writes it; several labels of one turn are separated by commas."""
     if TASKS[task].answer == "text":
         return " ".join(answer.split())
     return ", ".join(split_label(answer)).replace("_", " ")

@@ -1,23 +1,28 @@
-"""The tokenizer of an LLM, with its chat template."""
+"""The tokenizer of an LLM, with a cache of segments and its chat template."""
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.errors import ConfigError, reason
 
-DIALOGUE = "\x00"  # where the dialogue goes in a chat template
-DATE = "26 Jul 2024"  # a chat template that writes today's date would make another prompt every day
-DATE_CODES = {"%d": "26", "%-d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"} | {
+DIALOGUE = "\x00"  # marks the position of the dialogue in a chat template
+# A chat template that writes today's date would make another prompt every day, so the date is fixed. Some templates
+# read it from `date_string`; others call `strftime_now`, which the macro CLOCK replaces.
+DATE = "26 Jul 2024"
+DATE_CODES = {
+    "%d": "26",
+    "%-d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
     "%a": "Fri",
     "%A": "Friday",
 }
-
-
-# Some templates take the date as `date_string`; others call `strftime_now`, for which this stands in.
 CLOCK = (
     "{% macro strftime_now(form) %}{{ form"
     + "".join(f" | replace({code!r}, {value!r})" for code, value in DATE_CODES.items())
@@ -26,33 +31,33 @@ CLOCK = (
 
 
 @dataclass
-class Vocabulary:
-    """A tokenizer with a cache: the turns of a dialogue are tokenised once for all examples, epochs and trials."""
+class CachedTokenizer:
+    """A tokenizer that tokenises each turn of a dialogue once for all examples, epochs and trials."""
 
-    tokenizer: Any
-    _cache: dict[str, list[int]] = field(default_factory=dict)
-    _frames: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
+    hf: PreTrainedTokenizerBase
+    _ids: dict[str, list[int]] = field(default_factory=dict)
+    _chat_ids: dict[str | None, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a segment, without special tokens: one that is spelt out in a transcript is plain text."""
-        if text not in self._cache:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            self._cache[text] = encoded["input_ids"]
-        return self._cache[text]
+        """Return the token ids of a segment. A special token that a transcript spells out is plain text."""
+        if text not in self._ids:
+            encoded = self.hf(text, add_special_tokens=False, split_special_tokens=True)
+            self._ids[text] = encoded["input_ids"]
+        return self._ids[text]
 
-    def chat_frame(self, instruction: str | None) -> tuple[list[int], list[int]]:
-        """Token ids before and after the dialogue in the tokenizer's chat template.
+    def chat_template_ids(self, instruction: str | None) -> tuple[list[int], list[int]]:
+        """Return the token ids before and after the dialogue in the tokenizer's chat template.
 
         Raises:
-            ConfigError: the template refuses the messages (some know no system role), or loses the dialogue.
+            ConfigError: the template refuses the messages (some have no system role), or drops the dialogue.
         """
-        if instruction in self._frames:
-            return self._frames[instruction]
+        if instruction in self._chat_ids:
+            return self._chat_ids[instruction]
         messages = [{"role": "system", "content": instruction}] if instruction else []
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = self.hf.apply_chat_template(
                 [*messages, {"role": "user", "content": DIALOGUE}],
-                chat_template=CLOCK + self.tokenizer.get_chat_template(),
+                chat_template=CLOCK + self.hf.get_chat_template(),
                 tokenize=False,
                 add_generation_prompt=True,
                 date_string=DATE,
@@ -60,26 +65,28 @@ class Vocabulary:
             before, after = text.split(DIALOGUE)
         except (TemplateError, ValueError) as error:
             raise ConfigError(
-                f"model.prompt.format: the chat template of {self.tokenizer.name_or_path} does not take this prompt: "
+                f"model.prompt.format: the chat template of {self.hf.name_or_path} does not take this prompt: "
                 f"{reason(error)}; use plain, or model.prompt.instruction=null"
             ) from None
-        start, end = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-        self._frames[instruction] = start, end
+        start, end = (self.hf(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        self._chat_ids[instruction] = start, end
         return start, end
 
 
 @functools.lru_cache(maxsize=8)
-def load_vocabulary(path: str) -> Vocabulary:
-    """Load the tokenizer of an LLM once per process."""
+def load_tokenizer(path: str) -> CachedTokenizer:
+    """Load the tokenizer of an LLM once per process.
+
+    Raises:
+        ConfigError: it cannot be loaded, has no EOS token, or yields no tokens.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the folder's fault, and the libraries have errors of their own
+    except Exception as error:  # transformers, tokenizers and the hub raise many types for a broken folder
         raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.llm.path: the tokenizer of {path} has no EOS token, which ends every answer; set one")
-    vocabulary = Vocabulary(tokenizer)
-    if not vocabulary.ids("label"):
-        raise ConfigError(
-            f"model.llm.path: the tokenizer of {path} gives no tokens; use a complete folder of the model"
-        )
-    return vocabulary
+    cached = CachedTokenizer(tokenizer)
+    if not cached.ids("label"):
+        raise ConfigError(f"model.llm.path: the tokenizer of {path} yields no tokens; use a complete model folder")
+    return cached

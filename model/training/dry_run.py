@@ -72,7 +72,9 @@ def _epoch(trainer: Trainer, workers: int) -> float:
 
     def computed(step: Sequence[int]) -> int:
         costs = [train.costs[position] for position in share(step, 0, workers)]
-        return sum(_positions(costs, part) for part in micro_batches(costs, trainer.budget, trainer.model.spared))
+        return sum(
+            _positions(costs, part) for part in micro_batches(costs, trainer.budget, trainer.model.pad_tolerance)
+        )
 
     return _projected(steps, computed, lambda step: _step(trainer, step, workers), (1.0, 0.5))
 

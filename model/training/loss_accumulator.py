@@ -59,7 +59,7 @@ class LossAccumulator:
 
     def by_task(self, losses: Losses, tasks: Sequence[str]) -> Tensor:
         """The sums_N of a micro-batch, given its losses and the task of each of its examples."""
-        values_LB = torch.stack(list(losses.parts().values())).double()
+        values_LB = torch.stack(list(losses.by_name().values())).double()
         own_TB = on_device([[task == own for own in tasks] for task in self.tasks], self.device)
         return torch.where(own_TB[:, None], values_LB, 0.0).sum(-1).flatten()
 

@@ -18,7 +18,7 @@ from model.config import TrainConfig
 from model.evaluation.evaluator import Asked, ask, evaluate
 from model.evaluation.metrics import Record, summarise
 from model.evaluation.split_data import TrialData
-from model.objectives.class_weights import by_item, with_numbers
+from model.objectives.class_weights import resolve_balanced, weights_by_item
 from model.objectives.losses import answer_losses
 from model.runtime import memory
 from model.runtime.device import on_device
@@ -55,7 +55,7 @@ class Trainer(Resumable):
         folder: Path,
         interrupted: Callable[[], bool] = never,
     ) -> None:
-        super().__init__(model, data, with_numbers(config, model.tasks), folder)
+        super().__init__(model, data, resolve_balanced(config, model.tasks), folder)
         self.seed, self.interrupted = seed, interrupted
         self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -64,8 +64,8 @@ class Trainer(Resumable):
         self.steps = math.ceil(len(self.train.items) / config.batch_size)  # of an epoch
         self.schedule = make_schedule(self.optimizer, config, config.epochs * self.steps)
         items, answers = self.train.items, self.train.answers
-        self.importance = by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
-        self.drawn = by_item(self.config.sampling, items, answers)
+        self.importance = weights_by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
+        self.drawn = weights_by_item(self.config.sampling, items, answers)
         self.begun: Asked | None = None  # the first steps of the next epoch
         self.validation: Asked | None = None
         self.stop = self.due = False  # what all workers know since the last step: to end; to write a checkpoint
@@ -198,11 +198,13 @@ class Trainer(Resumable):
     def _backward(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Gradients, their loss, and the sums_N of all losses, of this worker's part of a step."""
         factors, (total, sums_N) = self._factors(step), self.tally.nothing()
-        for part in micro_batches([self.train.costs[position] for position in own], self.budget, self.model.spared):
+        for part in micro_batches(
+            [self.train.costs[position] for position in own], self.budget, self.model.pad_tolerance
+        ):
             self.computing = [own[place] for place in part]
             losses = answer_losses(self.model, [examples[place] for place in part], self.config.losses)
             factor_B = on_device([factors[own[place]] for place in part], self.model.device)
-            loss = (losses.weighted(self.config.losses) * factor_B).sum()
+            loss = (losses.weighted_sum(self.config.losses) * factor_B).sum()
             loss.backward()
             total += loss.detach()
             sums_N += self.tally.by_task(losses, [examples[place].task for place in part])

@@ -13,8 +13,8 @@ from data.errors import UserError
 from data.loading.examples import Example, clip_samples, read_example
 from data.loading.tasks import TASKS, Item, has_sound, heard_row, items
 from data.shards.dataset import Shards
-from model.parts import parts
-from model.speech_llm.label_trie import shared_beginnings
+from model.parts import summarise_parts
+from model.speech_llm.label_trie import shared_prefixes
 from model.speech_llm.prompt import CLIP, CLS, END, IGNORE
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig
@@ -27,7 +27,7 @@ def parts_table(model: SpeechLLM, config: Config, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "parameters", "trained", "learning rate", "from"):
         table.add_column(name, justify="left" if name in ("part", "from") else "right")
-    rows = parts(model)
+    rows = summarise_parts(model, model.sources)
     for part in rows:
         rate = getattr(config.train.learning_rates, part.name, None) or config.train.learning_rate
         shown = f"{rate:.2e}" if part.trained else "frozen"
@@ -44,7 +44,7 @@ def notes(model: SpeechLLM) -> list[str]:
     return [
         f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
         for task, answers in model.answers.items()
-        for short, long in shared_beginnings(answers)
+        for short, long in shared_prefixes(answers)
     ]
 
 
@@ -78,7 +78,11 @@ def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[
     shards = open_shards(config)
     example = read_example(shards, item, config.data, sound=False)
     samples = clip_samples(shards, item, config.data)
-    measure, prompt, answer = model.measure(example, samples), model.prompter.prompt(example), model.answer(example)
+    measure, prompt, answer = (
+        model.measure(example, samples),
+        model.prompt_builder.prompt(example),
+        model.answer(example),
+    )
     clip = _clip(model, samples) if CLIP in prompt.ids else ""
     targets = [_token(model, target) for target in answer.targets if target != IGNORE]
     heard = heard_row(shards, TASKS[item[0]], item[1])
@@ -107,7 +111,7 @@ def _where_the_clip_is(model: SpeechLLM, ids: Sequence[int], samples: int) -> st
     """Positions of the clip's embeddings in the sequence that the LLM reads."""
     assert model.encoder is not None
     assert model.adapter is not None
-    first, count = list(ids).index(CLIP), model.adapter.embeddings(model.encoder.frames(samples))
+    first, count = list(ids).index(CLIP), model.adapter.num_embeddings(model.encoder.num_frames(samples))
     return f"positions {first} to {first + count - 1} of {len(ids) - 1 + count}"
 
 
@@ -125,9 +129,9 @@ def _counts(ids: Sequence[int], predicted: int, dropped: int, example: Example) 
 def _clip(model: SpeechLLM, samples: int) -> str:
     assert model.encoder is not None
     assert model.adapter is not None
-    frames = model.encoder.frames(samples)
+    frames = model.encoder.num_frames(samples)
     seconds = samples / SAMPLE_RATE
-    return f"[sound: {seconds:.2f} s → {frames} frames → {model.adapter.embeddings(frames)} embeddings]"
+    return f"[sound: {seconds:.2f} s → {frames} frames → {model.adapter.num_embeddings(frames)} embeddings]"
 
 
 def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
@@ -139,7 +143,7 @@ def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
         if token is not None and token >= 0:
             run.append(token)
             continue
-        pieces.append(model.prompter.vocabulary.tokenizer.decode(run))
+        pieces.append(model.prompt_builder.tokenizer.hf.decode(run))
         run = []
         if token is not None:
             pieces.append(vectors[token])
@@ -147,7 +151,7 @@ def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
 
 
 def _token(model: SpeechLLM, token: int) -> str:
-    text = model.prompter.vocabulary.tokenizer.decode([token]).replace("\n", "⏎")
+    text = model.prompt_builder.tokenizer.hf.decode([token]).replace("\n", "⏎")
     return f"{text!r} {token}"
 
 

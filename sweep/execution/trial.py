@@ -12,7 +12,7 @@ from data.errors import StorageError, UserError
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
 from model.evaluation.split_data import TrialData
-from model.objectives.class_weights import with_numbers
+from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Report, TrialInterrupted, fit, never
@@ -40,7 +40,7 @@ def as_run(config: AnyConfig, shards: Shards) -> AnyConfig:
     """
     if (config.train.class_weights, config.train.sampling) == ("equal", "none"):
         return config
-    train = with_numbers(config.train, answer_sets(shards, config.tasks.active()))
+    train = resolve_balanced(config.train, answer_sets(shards, config.tasks.active()))
     return config.model_copy(update={"train": train})
 
 
@@ -75,7 +75,7 @@ def build(
     answers = answer_sets(shards, config.tasks.active())
     model = SpeechLLM(config.model, answers, device, encodes=features is None)
     return model, TrialData.open(
-        shards, model, config.data, splits, reader, teacher=config.train.teaches, features=features, taught=taught
+        shards, model, config.data, splits, reader, teacher=config.train.has_teacher, features=features, taught=taught
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.evaluation.metrics import Record
-from model.parts import parts
+from model.parts import summarise_parts
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.analysis.leaderboard import Said, said_interval
 from sweep.config.schema import Config
@@ -60,7 +60,9 @@ def model_card(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: 
 
 
 def _facts(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: str) -> list[list[str]]:
-    trained = [f"{part.name} ({part.trained:,} parameters)" for part in parts(model) if part.trained]
+    trained = [
+        f"{part.name} ({part.trained:,} parameters)" for part in summarise_parts(model, model.sources) if part.trained
+    ]
     tasks = [f"{task}: {', '.join(known.labels) or 'a text'}" for task, known in model.tasks.items()]
     rows = {
         "sweep": said["sweep"],
@@ -69,7 +71,7 @@ def _facts(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: str)
         "corpus": f"{said['corpus']}, fingerprint `{said['fingerprint']}`",
         "code version": f"`{code}`",
         "LLM": f"`{config.model.llm.path}`",
-        **({"speech encoder": f"`{config.model.encoder.path}`"} if config.model.hears else {}),
+        **({"speech encoder": f"`{config.model.encoder.path}`"} if config.model.uses_audio else {}),
         "trained parts": ", ".join(trained),
         "started from": config.model.init_from or "",
         "tasks and labels": "; ".join(tasks),
@@ -108,7 +110,7 @@ def _interval(name: str, said: Said, roles: Mapping[str, Sequence[str]]) -> str:
 
 def _commands(model: SpeechLLM) -> list[str]:
     lines = ["## Commands", "", "In this folder. To code new sessions:", ""]
-    sound = " --audio recordings" if model.config.hears else ""
+    sound = " --audio recordings" if model.config.uses_audio else ""
     lines += ["```bash", f"sweep predict . --csv sessions.csv{sound} --out coded", "```", ""]
     lines += ["To train it again, from the corpus and the base models that `config.yaml` names:", ""]
     lines += ["```bash", "sweep train config.yaml --out again", "```", ""]

@@ -100,7 +100,7 @@ def _qualities(said: exported.Exported) -> Sequence[str]:
 
 def _code(folder: Path, said: exported.Exported, shards: Shards) -> list[Coding]:
     config = _config(folder, shards)
-    hears, tasks = config.model.hears, list(said.tasks)
+    hears, tasks = config.model.uses_audio, list(said.tasks)
     if hears and not has_sound(shards):
         raise UserError(
             f"{folder}: the model listens (model.modality {config.model.modality}), and these sessions have no sound: "
@@ -155,7 +155,7 @@ def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[str, str]) -> S
 
     def select(shards: Shards, name: str, split: str) -> list[Item]:
         found = []
-        for item in codable(shards, name, model.config.hears):
+        for item in codable(shards, name, model.config.uses_audio):
             example = read_example(shards, item, config, sound=False)
             try:
                 model.measure(example, clip_samples(shards, item, config))

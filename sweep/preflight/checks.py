@@ -4,7 +4,7 @@ is built without weights, so that a mistake is one line now and not a failed tri
 from data.errors import UserError
 from data.loading.tasks import answer_sets, has_sound
 from model.evaluation.split_data import TrialData
-from model.objectives.class_weights import with_numbers
+from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
@@ -30,10 +30,10 @@ def resolve_inputs(config: Config) -> ResolvedConfig:
         if trial is None:
             continue
         model = skeleton(trial)
-        with_numbers(trial.train, model.tasks)
+        resolve_balanced(trial.train, model.tasks)
         if (lengths := _lengths(trial)) not in measured:
             measured.add(lengths)
-            TrialData.open(open_shards(trial), model, trial.data, ("train", "val"), teacher=trial.train.teaches)
+            TrialData.open(open_shards(trial), model, trial.data, ("train", "val"), teacher=trial.train.has_teacher)
     return resolved
 
 

@@ -60,7 +60,7 @@ class CacheRequest:
     def describe(self) -> str:
         """Whose they are."""
         encoder, layers = _encoder(self.config), self.recipe.layers
-        part = f" up to layer {layers} of {len(encoder.stack.layers)}" if layers else ""
+        part = f" up to layer {layers} of {len(encoder.transformer.layers)}" if layers else ""
         kept = "" if self.recipe.pool is None else ", pooled by {} / {}".format(*self.recipe.pool)
         sound = "" if self.recipe.sound == "recorded" else f", {self.recipe.sound}"
         return f"frozen {shown_name(self.recipe.encoder)}{part}{kept}{sound}"
@@ -72,7 +72,11 @@ class CacheRequest:
     def work(self, size: int) -> float:
         """Frames times parameters."""
         encoder, layers = _encoder(self.config), self.recipe.layers
-        above = {id(own) for module in (*encoder.stack.layers[layers:], encoder.norm) for own in module.parameters()}
+        above = {
+            id(own)
+            for module in (*encoder.transformer.layers[layers:], encoder.final_norm)
+            for own in module.parameters()
+        }
         used = sum(own.numel() for own in encoder.parameters() if not layers or id(own) not in above)
         return size / SAMPLE_RATE * FRAMES * used
 
@@ -89,9 +93,9 @@ class CacheRequest:
         model, samples = _structure(self.config), open_shards(self.config).columns["n_samples"]
         assert model.encoder is not None
         assert model.adapter is not None
-        count = model.encoder.cost if self.recipe.layers else model.encoder.frames
+        count = model.encoder.num_computed_frames if self.recipe.layers else model.encoder.num_frames
         frames = [count(samples[row]) for part in parts for row in part.rows]
-        kept = map(model.adapter.embeddings, frames) if self.recipe.pool is not None else frames
+        kept = map(model.adapter.num_embeddings, frames) if self.recipe.pool is not None else frames
         return sum(kept) * model.encoder.width * BYTES
 
     @property
@@ -115,7 +119,7 @@ def need_of(config: ResolvedConfig, cache: Path) -> CacheRequest | None:
     """The features that a trial may read in place of the sound; None if all of its encoder trains, or something is
     drawn in what would be computed once."""
     augment = config.data.augment
-    if config.storage.features == "live" or not config.model.hears or augment.speeds or augment.noise_db:
+    if config.storage.features == "live" or not config.model.uses_audio or augment.speeds or augment.noise_db:
         return None
     model = _structure(config)
     if model.has_own_encoder or not (model.encoder_is_frozen or model.frozen_layers):

@@ -10,9 +10,9 @@ from data.loading.array_files import Part
 from data.loading.tasks import Item
 from data.loading.teacher_files import TeacherLogits, parts
 from model.objectives.teacher import TOP, CacheKey, Job, lessons, recipe
-from model.speech_llm.language_model import load_llm, reach
-from model.speech_llm.prompt import Prompter
-from model.speech_llm.tokenizer import load_vocabulary
+from model.speech_llm.language_model import load_llm, max_positions
+from model.speech_llm.prompt import PromptBuilder
+from model.speech_llm.tokenizer import load_tokenizer
 from sweep.config.resolve import ResolvedConfig
 from sweep.execution.trial import open_shards
 from sweep.preflight.encoder_pass import shown_name
@@ -77,7 +77,7 @@ class CacheRequest:
     def work(self, size: int) -> float:
         """Tokens times parameters."""
         llm = load_llm(self.recipe.llm, self.recipe.dtype, "meta")
-        return float(size) * sum(parameter.numel() for parameter in llm.parameters())
+        return float(size) * float(sum(parameter.numel() for parameter in llm.parameters()))
 
     @property
     def epoch(self) -> int:
@@ -121,8 +121,8 @@ def _course(config: ResolvedConfig) -> TeacherInputs:
         if len(_READ) >= COURSES:
             del _READ[next(iter(_READ))]
         llm, shards = config.model.llm, open_shards(config)
-        prompter = Prompter(load_vocabulary(llm.path), config.model)
-        longest = reach(load_llm(llm.path, llm.dtype, "meta"))
+        prompter = PromptBuilder(load_tokenizer(llm.path), config.model)
+        longest = max_positions(load_llm(llm.path, llm.dtype, "meta"))
         own = lessons(prompter, longest, shards, config.data, tasks)
         _READ[key] = TeacherInputs(own, parts(shards, own))
     return _READ[key]

@@ -20,7 +20,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from data.corpus.schema import Corpus
 from data.loading.batching import plan
 from data.preparation.build import prepare
-from model.tiny import _fixed, _llama, _tokenizer
+from model.tiny import fixed_seed, tiny_llama, tiny_tokenizer
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
 from sweep.config.files import load
@@ -129,16 +129,16 @@ def settings(**own: Any) -> Config:
 
 def make_hubert(folder: Path) -> None:
     """Untrained, laid out as facebook/hubert-base-ls960."""
-    with _fixed(seed=0):
+    with fixed_seed(seed=0):
         HubertModel(HubertConfig()).eval().save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)
 
 
 def make_llm(folder: Path) -> None:
     """Untrained, 20 million parameters."""
-    tokenizer = _tokenizer()
-    with _fixed(seed=0):
-        _llama(tokenizer, width=512, layers=14).eval().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    with fixed_seed(seed=0):
+        tiny_llama(tokenizer, width=512, layers=14).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

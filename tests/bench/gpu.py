@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2FeatureExtractor
 
 from data.loading.batching import plan
-from model.tiny import _tokenizer
+from model.tiny import tiny_tokenizer
 from model.training.trainer import Trainer
 from sweep.preflight.encoder_pass import need_of
 from tests.bench.frozen import made, said_equal, settings, trainer
@@ -126,7 +126,7 @@ def train(own: Trainer) -> None:
 
 def make_tokenizer(folder: Path) -> None:
     """The LLM has random weights, which are made on the device."""
-    _tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def make_extractor(folder: Path) -> None:

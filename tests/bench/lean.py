@@ -67,7 +67,8 @@ def minimal(own: Trainer, step: list[int]) -> Callable[[], None]:
     (examples,) = own.data.read("train", [step])
     answers = [model.answer(example) for example in examples]
     rows = [
-        [*model.prompter.prompt(example).ids, *answer.inputs] for example, answer in zip(examples, answers, strict=True)
+        [*model.prompt_builder.prompt(example).ids, *answer.inputs]
+        for example, answer in zip(examples, answers, strict=True)
     ]
     longest = max(map(len, rows))
     ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

@@ -21,9 +21,9 @@ from data.loading.batching import plan
 from data.loading.examples import Example
 from data.loading.feature_files import missing
 from model.encoders.frozen_features import Job, recipe
-from model.objectives.losses import _by_example, _read
+from model.objectives.losses import student_outputs
 from model.speech_llm.language_model import load_llm, shared_view
-from model.tiny import _fixed
+from model.tiny import fixed_seed
 from model.training.trainer import Trainer
 from sweep.execution.trial import open_shards
 from tests.bench.frozen import made, settings, trainer, weights
@@ -89,7 +89,7 @@ def trials(count: int, items: int, turns: int) -> list[Trainer]:
 
 def make_thin_hubert(folder: Path) -> None:
     """The frames and the width of HuBERT-base, at little cost: what it makes is read from files here."""
-    with _fixed(seed=0):
+    with fixed_seed(seed=0):
         thin = HubertConfig(num_hidden_layers=1, intermediate_size=64, conv_dim=(32,) * 7)
         HubertModel(thin).eval().save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)
@@ -133,9 +133,9 @@ def optimize(llm: nn.Module, trainers: Sequence[Trainer], step: Sequence[int]) -
         ]
         answers += said
         factors += [factor[position] for position in step]
-    seen = _read(llm, sequences, answers, hidden=False)
+    seen = student_outputs(llm, sequences, answers, hidden=False)
     nll_P = F.cross_entropy(seen.logits_PV, seen.targets_P, reduction="none")
-    (_by_example(nll_P, seen, len(answers)) * torch.tensor(factors)).sum().backward()
+    (seen.sum_by_example(nll_P, len(answers)) * torch.tensor(factors)).sum().backward()
     for own in trainers:
         torch.nn.utils.clip_grad_norm_(own.parameters, own.config.max_grad_norm)
         own.optimizer.step()

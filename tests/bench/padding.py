@@ -32,11 +32,11 @@ def run() -> list[Row]:
     rows = []
     for preset in ("llama-3b-hubert-large", "annomi"):
         config = load(preset)
-        for times in ("as given", "cut finely") if config.model.hears else ("as given",):
-            for trains in (False, True) if config.model.hears else (False,):
+        for times in ("as given", "cut finely") if config.model.uses_audio else ("as given",):
+            for trains in (False, True) if config.model.uses_audio else (False,):
                 costs = list(measured(conversations, config, fine=times == "cut finely", trains=trains))
                 for workers in (1, 2):
-                    encoder = f", encoder {'trains' if trains else 'frozen'}" if config.model.hears else ""
+                    encoder = f", encoder {'trains' if trains else 'frozen'}" if config.model.uses_audio else ""
                     rows += wasted(costs, config, workers, f"{preset}{encoder}, times {times}, workers {workers}")
     return rows
 
@@ -51,7 +51,7 @@ def measured(conversations: Sequence[Conversation], config: Config, *, fine: boo
             if turn.start is None or turn.end is None or turn.end <= turn.start:
                 continue
             seconds = max(0.3, turn.end - turn.start + (rng.uniform(-0.5, 0.5) if fine else 0))
-            frames = encoder_frames(round(seconds * SAMPLE_RATE)) if config.model.hears else 0
+            frames = encoder_frames(round(seconds * SAMPLE_RATE)) if config.model.uses_audio else 0
             tokens = TOKENS_AROUND + (0 if config.model.modality == "speech" else words[place])
             for length in reversed(words[max(0, place - config.data.history) : place]):
                 if tokens + length > config.model.llm.max_text_tokens:

@@ -105,7 +105,7 @@ def key(values: Mapping[str, Any]) -> str:
 def train(config: Config) -> Curve:
     """One trial, as `sweep train` trains it."""
     features = None
-    if config.model.hears:
+    if config.model.uses_audio:
         shards, passed = open_shards(config), recipe(config.model, config.data, "cpu")
         features = CACHE / "features" / passed.key
         for part in missing(features, shards, config.data):

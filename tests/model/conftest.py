@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.encoders.loading import SpeechEncoder
+from model.encoders.base import SpeechEncoder
 from tests.conftest import ENCODERS
 from tests.model.encoders import VARIANTS, fresh
 

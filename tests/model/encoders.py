@@ -13,8 +13,9 @@ from torch import Tensor
 
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE
-from model.encoders.loading import SpeechEncoder, load_encoder
-from model.encoders.spec_augment import time_mask
+from model.encoders.base import SpeechEncoder
+from model.encoders.loading import load_encoder
+from model.encoders.spec_augment import draw_time_mask
 from tests import tiny_models
 from tests.model.common import close
 
@@ -49,7 +50,7 @@ def encode(
 ) -> list[Tensor]:
     """The frames of each clip, of the length that the one formula says and zero beyond it."""
     frames_BFD, lengths_B = encoder(clips, masks)
-    lengths = [encoder.frames(len(clip)) for clip in clips]
+    lengths = [encoder.num_frames(len(clip)) for clip in clips]
     assert lengths_B.tolist() == lengths
     assert frames_BFD.shape == (len(clips), max(lengths), encoder.width)
     for row, length in zip(frames_BFD, lengths, strict=True):
@@ -85,7 +86,9 @@ def without_dropout(folder: Path, to: Path) -> SpeechEncoder:
 
 
 def masks_of(encoder: SpeechEncoder, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [time_mask(encoder.frames(len(clip)), 0.4, np.random.default_rng(len(clip)), span=4) for clip in clips]
+    return [
+        draw_time_mask(encoder.num_frames(len(clip)), 0.4, np.random.default_rng(len(clip)), span=4) for clip in clips
+    ]
 
 
 def gradient(encoder: SpeechEncoder, batches: Sequence[Sequence[int]]) -> Tensor:

@@ -73,7 +73,7 @@ def test_every_clip_gives_what_the_explicit_windows_give(kind: str, hidden: int,
     own, lengths = adapter(kind, hidden, window, stride), list(range(1, 26))
     frames_BFD, lengths_B = batch(lengths)
     for row, (found, length) in enumerate(zip(own(frames_BFD, lengths_B), lengths, strict=True)):
-        assert found.shape == (own.embeddings(length), WIDTH_OUT)
+        assert found.shape == (own.num_embeddings(length), WIDTH_OUT)
         assert close(found, naive(own, frames_BFD[row, :length]))
 
 
@@ -138,7 +138,7 @@ def test_short_clips_are_counted(window: int, models: Path, corpus: Shards) -> N
     assert model.encoder is not None
     columns = corpus.columns
     frames = [
-        model.encoder.frames(samples)
+        model.encoder.num_frames(samples)
         for samples, split in zip(columns["n_samples"], columns["split"], strict=True)
         if samples and split != "test"
     ]
@@ -301,5 +301,5 @@ def test_a_model_plans_for_the_embeddings_that_it_makes(
     assert model.encoder is not None
     assert model.adapter is not None
     found = [len(clip_TE) for clip_TE in model.clips(examples)]
-    assert found == [model.adapter.embeddings(model.encoder.frames(len(example.pcm))) for example in examples]
+    assert found == [model.adapter.num_embeddings(model.encoder.num_frames(len(example.pcm))) for example in examples]
     assert found[0] == 1 < found[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE
-from model.encoders.loading import SpeechEncoder
+from model.encoders.base import SpeechEncoder
 from tests.conftest import ENCODERS
 from tests.model.encoders import CLIPS, encode, fresh, masks_of, noise
 
@@ -70,6 +70,6 @@ def test_rotary_positions_stay_apart_in_bfloat16(kind: str, folders: dict[str, P
     encoder = fresh(folders[kind], "bfloat16")
     encode(encoder, [noise(7 * SAMPLE_RATE, 1)])
     cosines = encoder.model.encoder.embed_positions.cached_rotary_positional_embedding[0, :, 0, 0, 0]
-    positions = torch.arange(encoder.frames(7 * SAMPLE_RATE))
+    positions = torch.arange(encoder.num_frames(7 * SAMPLE_RATE))
     assert len(positions) > 300
     assert (cosines.float() - positions.cos()).abs().max() < 0.01

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import ConfigError
 from model.encoders.loading import encoder_kind, load_encoder
-from model.encoders.spec_augment import time_mask
+from model.encoders.spec_augment import draw_time_mask
 from tests.conftest import ENCODERS
 from tests.model.encoders import CLIPS, edited, encode, fresh, same
 
@@ -29,7 +29,7 @@ REFUSED = {
         "w2v-bert",
         {},
         {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
-        "yields input_values, the model reads input_features",
+        "yields input_values, but the model reads input_features",
     ),
 }
 
@@ -107,9 +107,9 @@ def test_convolutions_stay_frozen(models: Path) -> None:
 @pytest.mark.parametrize("n_frames", [1, 2, 3, 7, 10, 19, 20, 250])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.65, 0.99])
 def test_a_time_mask_hides_spans_but_never_all(n_frames: int, share: float) -> None:
-    masks = [time_mask(n_frames, share, np.random.default_rng(seed)) for seed in range(300)]
+    masks = [draw_time_mask(n_frames, share, np.random.default_rng(seed)) for seed in range(300)]
     assert all(mask.shape == (n_frames,) and mask.dtype == bool and not mask.all() for mask in masks)
-    assert np.array_equal(masks[7], time_mask(n_frames, share, np.random.default_rng(7)))
+    assert np.array_equal(masks[7], draw_time_mask(n_frames, share, np.random.default_rng(7)))
     hidden = np.mean(masks)
     assert hidden <= share * 1.1 + 0.02
     if share == 0 or n_frames == 1:

@@ -15,7 +15,8 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE
-from model.encoders.loading import MaskedConv1d, MaskedGroupNorm, SpeechEncoder
+from model.encoders.base import SpeechEncoder
+from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
 from model.speech_llm.language_model import shared_view
 from tests.conftest import ENCODERS
 from tests.model.common import close
@@ -67,7 +68,7 @@ def test_frames_do_not_depend_on_the_order_of_rows(encoder: SpeechEncoder) -> No
 @every_kind
 def test_shortest_clips_do_not_depend_on_the_batch(encoder: SpeechEncoder) -> None:
     clips = [noise(n_samples, n_samples) for n_samples in (MIN_SAMPLES, BELOW, 1, LONG)]
-    assert [encoder.frames(n_samples) for n_samples in (BELOW, 1)] == [1, 1]
+    assert [encoder.num_frames(n_samples) for n_samples in (BELOW, 1)] == [1, 1]
     assert invariant(encoder, clips)
 
 
@@ -98,7 +99,7 @@ def test_a_clip_alone_yields_what_the_stock_model_yields(kind: str, folders: dic
     clips = [clip[:SAMPLE_RATE] for clip in CLIPS] if kind == "whisper" else CLIPS  # stock Whisper reads one window
     expected = stock(folders[kind], clips)
     if kind == "whisper":
-        expected = [frames[: encoder.frames(len(clip))] for frames, clip in zip(expected, clips, strict=True)]
+        expected = [frames[: encoder.num_frames(len(clip))] for frames, clip in zip(expected, clips, strict=True)]
     with torch.no_grad():
         assert same([encode(encoder, [clip])[0] for clip in clips], expected)
 
@@ -107,12 +108,12 @@ def test_a_clip_alone_yields_what_the_stock_model_yields(kind: str, folders: dic
 def test_the_length_formula_is_the_stock_models(kind: str, folders: dict[str, Path]) -> None:
     """At every edge of the first frames, and at odd lengths."""
     encoder = fresh(folders[kind])
-    first = range(encoder.minimum, encoder.minimum + 4 * 320)
-    edges = {n for n in first if encoder.frames(n) != encoder.frames(n + 1)}
-    lengths = sorted({encoder.minimum, *edges, *(n + 1 for n in edges), 4321, 5637, 16000, 23457, 48111})
+    first = range(encoder.min_samples, encoder.min_samples + 4 * 320)
+    edges = {n for n in first if encoder.num_frames(n) != encoder.num_frames(n + 1)}
+    lengths = sorted({encoder.min_samples, *edges, *(n + 1 for n in edges), 4321, 5637, 16000, 23457, 48111})
     expected = [len(frames) for frames in stock(folders[kind], [noise(n, n) for n in lengths])]
     assert len(edges) >= 3
-    assert [encoder.frames(n) for n in lengths] == expected
+    assert [encoder.num_frames(n) for n in lengths] == expected
     encode(encoder, [noise(n, n) for n in lengths])
 
 
@@ -122,9 +123,9 @@ def test_whisper_reads_long_clips_window_by_window(models: Path) -> None:
     parts = [part for start in range(0, len(clip), window) for part in encode(encoder, [clip[start : start + window]])]
     assert close(encode(encoder, [clip])[0], torch.cat(parts))
     for n_samples in (1, 319, 320, 321, window - 1, window, window + 1, 5637):
-        assert encoder.frames(n_samples) == -(-n_samples // 320)
+        assert encoder.num_frames(n_samples) == -(-n_samples // 320)
         encode(encoder, [noise(n_samples, 1)])
-    assert [encoder.cost(n) for n in (1, window, window + 1)] == [50, 50, 100]
+    assert [encoder.num_computed_frames(n) for n in (1, window, window + 1)] == [50, 50, 100]
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *VARIANTS])
@@ -177,7 +178,7 @@ def test_whisper_masks_hide_two_mel_steps_a_frame(models: Path) -> None:
     encoder = fresh(models / "whisper")
     seen = []
     encoder.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    mask = np.zeros(encoder.frames(20801), dtype=bool)  # over two windows of 50 frames
+    mask = np.zeros(encoder.num_frames(20801), dtype=bool)  # over two windows of 50 frames
     mask[[3, 49, 52]] = True
     encode(encoder, [CLIPS[2]], [mask])
     hidden_WT = (seen[0] == 0).all(1)

@@ -108,15 +108,15 @@ def test_a_clip_has_the_same_features_beside_any_others(
 ) -> None:
     model = build(models, "wav2vec2-group", trainable=NEW, adapter=adapter)
     heard = [example for example in examples if example.pcm is not None]
-    rows = [model._features(example) for example in heard]
-    assert all(torch.equal(row, model._features(example)) for row, example in zip(rows, heard, strict=True))
+    rows = [model._frozen_features(example) for example in heard]
+    assert all(torch.equal(row, model._frozen_features(example)) for row, example in zip(rows, heard, strict=True))
     assert all(torch.equal(row, row.half().float()) for row in rows)
     assert model.encoder is not None
     assert model.adapter is not None
     for row, example in zip(rows, heard, strict=True):
         assert example.pcm is not None
-        frames = model.encoder.frames(len(example.pcm))
-        assert len(row) == (model.adapter.embeddings(frames) if adapter["kind"] == "pool" else frames)
+        frames = model.encoder.num_frames(len(example.pcm))
+        assert len(row) == (model.adapter.num_embeddings(frames) if adapter["kind"] == "pool" else frames)
     # What is learnt from them is the adapter's own forward pass, but for the rounding.
     with torch.no_grad():
         projected = model.clips(heard)

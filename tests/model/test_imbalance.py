@@ -19,7 +19,7 @@ from data.loading.tasks import TASKS, AnswerSet, heard_row
 from data.shards.dataset import Shards
 from model.config import TrainConfig
 from model.evaluation.split_data import TrialData
-from model.objectives.class_weights import by_item, with_numbers
+from model.objectives.class_weights import resolve_balanced, weights_by_item
 from model.training.trainer import fit
 from tests.model.trials import CONFIG, TWO, Trial, equal, same_end
 
@@ -36,17 +36,17 @@ ITEMS = [
 ]
 WHAT, SAID = [item for item, _ in ITEMS], [label for _, label in ITEMS]
 COSTS = [Cost(20 + 7 * place % 90, 30 * (place % 13)) for place in range(len(ITEMS))]
-BALANCED = with_numbers(TrainConfig(sampling="balanced"), ANSWERS).sampling
+BALANCED = resolve_balanced(TrainConfig(sampling="balanced"), ANSWERS).sampling
 AUGMENTED = DataConfig(history=2, augment=AugmentConfig(speeds=(0.9, 1.1), noise_db=(0.0, 10.0)))
 
 
 def epoch(number: int, seed: int = 5, batch_size: int = 16) -> list[list[int]]:
-    return plan(COSTS, batch_size=batch_size, seed=seed, epoch=number, weights=by_item(BALANCED, WHAT, SAID))
+    return plan(COSTS, batch_size=batch_size, seed=seed, epoch=number, weights=weights_by_item(BALANCED, WHAT, SAID))
 
 
 @pytest.mark.parametrize("setting", ["class_weights", "sampling"])
 def test_balanced_is_what_scikit_learn_has_under_the_name(setting: Any) -> None:
-    numbers = getattr(with_numbers(TrainConfig.model_validate({setting: "balanced"}), ANSWERS), setting)
+    numbers = getattr(resolve_balanced(TrainConfig.model_validate({setting: "balanced"}), ANSWERS), setting)
     assert set(numbers) == {"classify", "quality"}
     for task, own in numbers.items():
         truth = [label for (name, _), label in ITEMS if name == task]
@@ -58,32 +58,32 @@ def test_balanced_is_what_scikit_learn_has_under_the_name(setting: Any) -> None:
 
 def test_every_item_has_a_number_or_none_has() -> None:
     given = TrainConfig(class_weights={"classify": {"sustain": 3.0, "neutral": 2.0}})
-    assert with_numbers(given, ANSWERS) == given
-    found = by_item(given.class_weights, WHAT, SAID)
+    assert resolve_balanced(given, ANSWERS) == given
+    found = weights_by_item(given.class_weights, WHAT, SAID)
     assert found == [3.0 if item[0] == "classify" and label == "sustain" else 1.0 for item, label in ITEMS]
-    plain = with_numbers(TrainConfig(), ANSWERS)
-    assert by_item(plain.class_weights, WHAT, SAID) is by_item(plain.sampling, WHAT, SAID) is None
+    plain = resolve_balanced(TrainConfig(), ANSWERS)
+    assert weights_by_item(plain.class_weights, WHAT, SAID) is weights_by_item(plain.sampling, WHAT, SAID) is None
 
 
 @pytest.mark.parametrize("setting", ["class_weights", "sampling"])
 @pytest.mark.parametrize(
     ("numbers", "problem"),
     [
-        ({"clasify": {"change": 2}}, r"\.clasify: no task with labels .*; choose from classify, quality$"),
-        ({"response": {"hm": 2}}, r"\.response: no task with labels .*; choose from classify, quality$"),
+        ({"clasify": {"change": 2}}, r"\.clasify: no trained task with labels .*; choose from classify, quality$"),
+        ({"response": {"hm": 2}}, r"\.response: no trained task with labels .*; choose from classify, quality$"),
         ({"quality": {"low": 2, "lo": 2}}, r"\.quality\.lo: the task has no such label; choose from high, low$"),
     ],
 )
 def test_numbers_for_what_there_is_not_are_refused(setting: str, numbers: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=rf"^train\.{setting}{problem}"):
-        with_numbers(TrainConfig.model_validate({setting: numbers}), ANSWERS)
+        resolve_balanced(TrainConfig.model_validate({setting: numbers}), ANSWERS)
 
 
 @pytest.mark.parametrize("weights", ["balanced", {"classify": {"change": 2}}])
 def test_both_at_once_are_refused(weights: Any) -> None:
     config = TrainConfig.model_validate({"class_weights": weights, "sampling": "balanced"})
     [problem] = config.problems()
-    assert problem.startswith("train.sampling: balanced draws labels by weight, and train.class_weights (")
+    assert problem.startswith("train.sampling: balanced already weights labels, and train.class_weights (")
     assert problem.endswith("set one of them to none or equal")
     assert TrainConfig(class_weights="balanced").problems() == TrainConfig(sampling="balanced").problems() == []
 
@@ -183,11 +183,11 @@ def test_a_slowed_clip_that_the_llm_could_not_read_is_told_before_training(model
     model, data = Trial().start(models, corpus)
     train = data.splits["train"]
     prompts = [cost.tokens for cost in train.costs]
-    model.reach = max(prompts) + 2
+    model.max_positions = max(prompts) + 2
     slow = DataConfig(history=2, augment=AugmentConfig(speeds=(0.5, 1.0)))
     TrialData.open(corpus, model, DataConfig(history=2), ("train", "val"))
     TrialData.open(corpus, model, slow, ("val",))
-    with pytest.raises(DataError, match=rf"reads {model.reach} at once"):
+    with pytest.raises(DataError, match=rf"reads {model.max_positions} at once"):
         TrialData.open(corpus, model, slow, ("train", "val"))
 
 
@@ -195,7 +195,7 @@ def test_a_slowed_clip_that_the_llm_could_not_read_is_told_before_training(model
 def test_the_numbers_train_what_balanced_trains(setting: str, models: Path, corpus: Shards, tmp_path: Path) -> None:
     trial = Trial(tasks=TWO, train=CONFIG.model_copy(update={setting: "balanced"}))
     model = trial.run(models, corpus, tmp_path / "balanced")
-    written = with_numbers(trial.train, model.tasks).model_dump_json()
+    written = resolve_balanced(trial.train, model.tasks).model_dump_json()
     numbers = TrainConfig.model_validate_json(written)
     assert isinstance(getattr(numbers, setting), dict)
     Trial(tasks=TWO, train=numbers).run(models, corpus, tmp_path / "numbers")

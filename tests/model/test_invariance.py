@@ -55,7 +55,7 @@ def by_example(compute: Compute, examples: list[Example], size: int, order: list
 
 
 def losses(model: SpeechLLM, part: list[Example]) -> list[Tensor]:
-    return list(torch.stack(list(answer_losses(model, part, LOSSES).parts().values()), dim=1))
+    return list(torch.stack(list(answer_losses(model, part, LOSSES).by_name().values()), dim=1))
 
 
 STAGES: dict[str, Callable[[SpeechLLM], Compute]] = {

@@ -16,7 +16,7 @@ from model.config import LossConfig
 from model.objectives.losses import answer_losses, divergence
 from model.objectives.teacher import likeliest
 from model.speech_llm.language_model import load_llm
-from model.speech_llm.prompt import Prompter
+from model.speech_llm.prompt import PromptBuilder
 from model.speech_llm.speech_llm import SpeechLLM
 from tests.model.common import ANSWERS, build, close, settings
 from tests.model.losses import ALL, counted, mixed, student_rows
@@ -26,7 +26,7 @@ BARE = {"modality": "text", "cls": "none", "end_of_audio": "none"}
 
 def teacher_rows(model: SpeechLLM, example: Example) -> tuple[Tensor, Tensor]:
     """Logits and last hidden states of the LLM as it was published, reading token ids of words alone."""
-    prompter = Prompter(model.prompter.vocabulary, model.config.model_copy(update=BARE))
+    prompter = PromptBuilder(model.prompt_builder.tokenizer, model.config.model_copy(update=BARE))
     prompt, answer = prompter.prompt(example).ids, prompter.answer(example.answer)
     llm = AutoModelForCausalLM.from_pretrained(model.config.llm.path).eval()
     with torch.no_grad():
@@ -48,8 +48,8 @@ def test_the_next_token_loss_is_the_sum_over_the_answer(
         logits, _, targets = student_rows(model, example)
         assert close(found.next_token_B[row], F.cross_entropy(logits, targets, reduction="sum"))
         assert found.count_B[row] == len(targets)
-    assert found.parts().keys() == {"next_token"}
-    assert torch.equal(found.weighted(LossConfig(next_token=0.3)), 0.3 * found.next_token_B)
+    assert found.by_name().keys() == {"next_token"}
+    assert torch.equal(found.weighted_sum(LossConfig(next_token=0.3)), 0.3 * found.next_token_B)
 
 
 @torch.no_grad()
@@ -150,15 +150,15 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(models: Path, exampl
 def test_the_weighted_sum_is_over_all_losses(models: Path, examples: list[Example]) -> None:
     found = answer_losses(build(models), examples, ALL)
     expected = found.next_token_B + 0.5 * found.distillation_B + 0.25 * found.hidden_B
-    assert close(found.weighted(ALL), expected, 1e-6)
-    assert found.parts().keys() == {"next_token", "distillation", "hidden"}
+    assert close(found.weighted_sum(ALL), expected, 1e-6)
+    assert found.by_name().keys() == {"next_token", "distillation", "hidden"}
 
 
 @torch.no_grad()
 def test_no_loss_depends_on_the_batch(models: Path, examples: list[Example]) -> None:
     model, asked = build(models), mixed(examples)
-    together = answer_losses(model, asked, ALL).parts()
-    alone = [answer_losses(model, [example], ALL).parts() for example in asked]
+    together = answer_losses(model, asked, ALL).by_name()
+    alone = [answer_losses(model, [example], ALL).by_name() for example in asked]
     for name, values_B in together.items():
         assert close(torch.cat([parts[name] for parts in alone]), values_B)
 
@@ -182,9 +182,9 @@ def test_the_teacher_reads_the_turns_of_the_student(models: Path, examples: list
     speech = {"modality": "speech", "cls": "none", "end_of_audio": "none"}
     roomy = build(models, **speech)
     cut = replace(example, turns=example.turns[1:], heard=len(example.turns) - 2)
-    tokens = sum(token >= 0 for token in roomy.prompter.prompt(cut).ids)
+    tokens = sum(token >= 0 for token in roomy.prompt_builder.prompt(cut).ids)
     tight = build(models, **speech, llm={"path": str(models / "llm"), "max_text_tokens": tokens})
-    assert tight.prompter.prompt(example).dropped_turns == 1
+    assert tight.prompt_builder.prompt(example).dropped_turns == 1
     config = LossConfig(next_token=0, distillation=1)
     found, expected = (answer_losses(*pair, config) for pair in ((tight, [example]), (roomy, [cut])))
     assert found.distillation_B is not None
@@ -234,7 +234,7 @@ def test_the_teacher_gets_no_gradient_and_stays_as_it_was(
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     taught = teacher_rows(model, examples[0])[0]
     for _ in range(2):
-        answer_losses(model, examples, ALL).weighted(ALL).sum().backward()
+        answer_losses(model, examples, ALL).weighted_sum(ALL).sum().backward()
         optimizer.step()
     assert [tensor._version for tensor in base.parameters()] == versions
     assert not any(tensor.requires_grad or tensor.grad is not None for tensor in base.parameters())

@@ -31,7 +31,7 @@ FROZEN_LLM = {"trainable": "adapter+tokens", "lora": {"enabled": False}}
 
 def gradients(model: SpeechLLM, losses: Losses, config: LossConfig) -> dict[str, Tensor]:
     model.zero_grad()
-    losses.weighted(config).sum().backward()
+    losses.weighted_sum(config).sum().backward()
     return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
@@ -66,7 +66,7 @@ def test_gradient_checkpointing_is_for_training(models: Path, examples: list[Exa
     with torch.no_grad():
         one = answer_losses(build(models, llm=llm, **FROZEN_LLM).eval(), examples, ALL)
         other = answer_losses(build(models, **FROZEN_LLM).eval(), examples, ALL)
-    assert close(one.weighted(ALL), other.weighted(ALL))
+    assert close(one.weighted_sum(ALL), other.weighted_sum(ALL))
 
 
 Setup = tuple[Trainer, list[int], list[Example]]
@@ -165,7 +165,7 @@ def test_auxiliary_losses_are_part_of_the_step(
     made, _, examples = setup
     losses = answer_losses(made.model, examples, ALL)
     loss, gradient = minimised(setup, monkeypatch)
-    objective = losses.weighted(ALL).sum() / sum(losses.count_B)
+    objective = losses.weighted_sum(ALL).sum() / sum(losses.count_B)
     assert loss == pytest.approx(objective.item(), rel=1e-5)
     assert close(gradient, gradient_of(setup, objective), 1e-4)
 
@@ -176,6 +176,6 @@ def test_a_transcript_beyond_the_teachers_reach_is_told_before_training(models: 
     plain = TrialData.open(corpus, model, DataConfig(history=2), ("train",))
     taught = TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)
     assert taught.splits["train"].costs == plain.splits["train"].costs  # it reads one example at a time, or has read it
-    model.reach = 20
+    model.max_positions = 20
     with pytest.raises(DataError, match=r"utterance c\d+/\d+: .* reads 20 at once"):
         TrialData.open(corpus, model, DataConfig(history=2), ("train",), teacher=True)

@@ -52,7 +52,7 @@ def test_masks_follow_from_seed_epoch_and_utterance(models: Path, calm: Path, ex
 
     def masks(seed: int, epoch: int, example: Example = long) -> list[bool]:
         model.augment = (seed, epoch)
-        return model._masks([example], [np.zeros(len(long.pcm), np.float32)])[0].tolist()
+        return model._time_masks([example], [np.zeros(len(long.pcm), np.float32)])[0].tolist()
 
     assert masks(7, 2) == masks(7, 2)
     assert 0 < sum(masks(7, 2)) < len(masks(7, 2))

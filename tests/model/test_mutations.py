@@ -15,12 +15,12 @@ import torch
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-import model.encoders.wav2vec2 as families
 from data.loading.examples import Example
 from data.shards.dataset import Shards
 from model import parts
 from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
+from model.encoders.wav2vec2 import WaveformEncoder
 from model.evaluation import evaluator as evaluate
 from model.evaluation import metrics
 from model.evaluation import scoring as score
@@ -63,23 +63,23 @@ def unmasked_convolution(patch: Patch) -> None:
 
 
 def normalising_after_padding(patch: Patch) -> None:
-    original = families.WaveEncoder._inputs
+    original = WaveformEncoder._model_inputs
 
     def inputs(self: Any, clips: list[np.ndarray], lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         _, valid_BN = original(self, clips, lengths_B)
         width = max(map(len, clips))
-        rows = [torch.as_tensor(self._features(np.pad(clip, (0, width - len(clip))))) for clip in clips]
+        rows = [torch.as_tensor(self._extract(np.pad(clip, (0, width - len(clip))))) for clip in clips]
         return torch.stack(rows) * valid_BN, valid_BN
 
-    patch.setattr(families.WaveEncoder, "_inputs", inputs)
+    patch.setattr(WaveformEncoder, "_model_inputs", inputs)
 
 
 def ceil_length(patch: Patch) -> None:
-    patch.setattr(families.WaveEncoder, "_frames", lambda self, n_samples: -(-n_samples // 320))
+    patch.setattr(WaveformEncoder, "_count_frames", lambda self, n_samples: -(-n_samples // 320))
 
 
 def padding_in_the_sequence(patch: Patch) -> None:
-    patch.setattr(speech_llm.Adapter, "embeddings", lambda self, n_frames: 10**6)
+    patch.setattr(speech_llm.Adapter, "num_embeddings", lambda self, n_frames: 10**6)
 
 
 def first_slots_of_a_left_padded_row(patch: Patch) -> None:
@@ -149,14 +149,14 @@ def packing(patch: Patch, use_cache: bool) -> None:
                     places.append(end - 1 - back)
                     targets.append(target)
                     rows.append(row)
-        return losses._Read(
+        return losses.StudentOutputs(
             rows_P=torch.tensor(rows),
             targets_P=torch.tensor(targets),
             logits_PV=out.logits[0, places].float(),
             hidden_PE=out.hidden_states[-1][0, places] if hidden else None,
         )
 
-    patch.setattr(losses, "_read", faulty)
+    patch.setattr(losses, "student_outputs", faulty)
 
 
 def packing_with_a_cache(patch: Patch) -> None:

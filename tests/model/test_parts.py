@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 
 from data.errors import ConfigError
 from model.checkpoints.checkpoint import trained_tensors
-from model.parts import part_of, parts
+from model.parts import part_of, summarise_parts
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.speech_llm import SpeechLLM
 from tests.conftest import ENCODERS
@@ -175,8 +175,9 @@ def test_the_table_counts_every_parameter_once(name: str, models: Path) -> None:
     if "encoder" in changed:
         changed["encoder"] = {"path": str(models / "whisper")}
     model = make(models, device="cpu", **changed)
-    rows = parts(model)
-    assert rows == parts(make(models, device="meta", **changed))
+    rows = summarise_parts(model, model.sources)
+    bare = make(models, device="meta", **changed)
+    assert rows == summarise_parts(bare, bare.sources)
     assert sum(row.parameters for row in rows) == len_once(model.parameters())
     assert sum(row.trained for row in rows) == len_once(p for p in model.parameters() if p.requires_grad)
     counts = {row.name: (row.parameters, row.trained) for row in rows}
@@ -232,7 +233,8 @@ def test_unknown_lora_targets_are_named(models: Path) -> None:
 
 
 def test_the_table_says_where_weights_come_from(models: Path) -> None:
-    sources = {row.name: row.loaded for row in parts(make(models))}
+    model = make(models)
+    sources = {row.name: row.loaded for row in summarise_parts(model, model.sources)}
     assert sources == {
         "encoder": str(models / "hubert-layer"),
         "llm": str(models / "llm"),
@@ -282,7 +284,7 @@ def test_a_sliding_window_is_the_reach_of_an_llm(models: Path, tmp_path: Path) -
     shape = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=12)
     MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
-    assert make(models, llm={"path": str(tmp_path / "mistral")}).reach == 12
+    assert make(models, llm={"path": str(tmp_path / "mistral")}).max_positions == 12
 
 
 def test_a_wildcard_that_trains_the_encoder_counts_as_training_it(models: Path) -> None:

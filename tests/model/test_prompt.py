@@ -12,11 +12,10 @@ from transformers import AutoTokenizer
 from data.errors import ConfigError, DataError
 from data.loading.examples import Example
 from data.loading.tasks import TASKS
-from model.speech_llm.label_trie import shared_beginnings
-from model.speech_llm.prompt import CLIP, CLS, END, IGNORE, Prompter
-from model.speech_llm.prompt import written as answer_text
+from model.speech_llm.label_trie import shared_prefixes
+from model.speech_llm.prompt import CLIP, CLS, END, IGNORE, PromptBuilder, answer_text
 from model.speech_llm.speech_llm import SpeechLLM
-from model.speech_llm.tokenizer import load_vocabulary
+from model.speech_llm.tokenizer import load_tokenizer
 from tests.model.common import ANSWERS, settings
 
 BARE = {"modality": "text", "cls": "none", "end_of_audio": "none"}
@@ -29,22 +28,22 @@ LLAMA_DATE = (
 )
 
 
-def prompter(models: Path, folder: Path | None = None, **changed: Any) -> Prompter:
+def prompter(models: Path, folder: Path | None = None, **changed: Any) -> PromptBuilder:
     path = folder or models / "llm"
     changed["llm"] = {"path": str(path)} | changed.get("llm", {})
-    return Prompter(load_vocabulary(str(path)), settings(models, **changed))
+    return PromptBuilder(load_tokenizer(str(path)), settings(models, **changed))
 
 
-def shown(prompter: Prompter, ids: list[int]) -> str:
+def shown(prompter: PromptBuilder, ids: list[int]) -> str:
     names = {CLIP: "[CLIP]", END: "[END]", CLS: "[CLS]"}
-    tokenizer = prompter.vocabulary.tokenizer
+    tokenizer = prompter.tokenizer.hf
     return "".join(names[token] if token < 0 else tokenizer.decode([token]) for token in ids)
 
 
-def prompt_text(own: Prompter, example: Example) -> str:
+def prompt_text(own: PromptBuilder, example: Example) -> str:
     """The prompt without the token that it begins with."""
     text = shown(own, own.prompt(example).ids)
-    start = own.vocabulary.tokenizer.bos_token
+    start = own.tokenizer.hf.bos_token
     assert text.startswith(start)
     return text.removeprefix(start)
 
@@ -144,8 +143,8 @@ def test_whole_turns_are_dropped_from_the_oldest_on(models: Path, example: Examp
 def test_history_tokens_limits_the_turns_before_the_last(
     extra: int | None, kept: str, models: Path, example: Example
 ) -> None:
-    history = len(prompter(models).vocabulary.ids("therapist: i want it\n"))
-    history += len(prompter(models).vocabulary.ids("client: so\n"))
+    history = len(prompter(models).tokenizer.ids("therapist: i want it\n"))
+    history += len(prompter(models).tokenizer.ids("client: so\n"))
     limit = 0 if extra is None else history + extra
     own = prompter(models, **BARE, prompt={"history_tokens": limit})
     assert prompt_text(own, example) == f"{kept}client: really now\nlabel:"
@@ -184,7 +183,7 @@ def test_an_omitted_text_leaves_the_sound(models: Path, example: Example) -> Non
 
 
 def test_the_answer_ends_with_eos_and_cls_may_stand_before_it(models: Path) -> None:
-    eos = load_vocabulary(str(models / "llm")).tokenizer.eos_token_id
+    eos = load_tokenizer(str(models / "llm")).hf.eos_token_id
     plain, after = (prompter(models, cls=cls).answer("change") for cls in ("none", "after"))
     assert plain.targets == (*plain.inputs, eos)
     assert after.inputs == (*plain.inputs, CLS)
@@ -204,8 +203,8 @@ def test_answers_are_written_as_words(models: Path) -> None:
 
 def test_labels_that_begin_alike_are_found(models: Path) -> None:
     answers = prompter(models, cls="after").label_answers("classify", ("change", "sustain", "change|sustain"))
-    assert shared_beginnings(answers) == [("change", "change|sustain")]
-    assert shared_beginnings({label: answers[label] for label in ("change", "sustain")}) == []
+    assert shared_prefixes(answers) == [("change", "change|sustain")]
+    assert shared_prefixes({label: answers[label] for label in ("change", "sustain")}) == []
 
 
 @pytest.mark.parametrize("special", ["</s>", "<s>", "<pad>"])
@@ -214,7 +213,7 @@ def test_a_special_token_that_a_transcript_spells_out_is_plain_text(
 ) -> None:
     said = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), heard=1)
     own = prompter(models, **BARE)
-    tokenizer = own.vocabulary.tokenizer
+    tokenizer = own.tokenizer.hf
     assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]
     ids = own.prompt(said).ids
     assert not set(ids[1:]) & set(tokenizer.all_special_ids)
@@ -234,7 +233,7 @@ def test_the_chat_format_is_the_tokenizers_own(models: Path, tmp_path: Path, exa
     expected = f"<s>system: {TASKS['classify'].instruction}</s>\n<s>user: {dialogue}</s>\n<s>assistant: [CLS]"
     prompt = own.prompt(example)
     assert shown(own, prompt.ids) == expected
-    tokenizer = own.vocabulary.tokenizer
+    tokenizer = own.tokenizer.hf
     assert prompt.ids.count(tokenizer.bos_token_id) == 3
     assert prompt.ids.count(tokenizer.eos_token_id) == 2
     assert shown(own, list(own.answer("change").inputs)) == "change"
@@ -261,7 +260,7 @@ def test_the_date_in_a_chat_is_always_the_same(
 
 def test_a_template_keeps_its_line_breaks(models: Path, tmp_path: Path, example: Example) -> None:
     own = prompter(models, with_template(models, tmp_path, "\n\n" + CHAT), **BARE, prompt={"format": "chat"})
-    tokenizer = own.vocabulary.tokenizer
+    tokenizer = own.tokenizer.hf
     text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
     assert shown(own, own.prompt(example).ids)[: text.index("x")] == text[: text.index("x")]
 
@@ -298,7 +297,7 @@ def test_an_utterance_over_the_limit_is_named(models: Path, example: Example) ->
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.llm\.path: cannot load a tokenizer") as error:
-        load_vocabulary(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
 
 

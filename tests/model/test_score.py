@@ -119,7 +119,7 @@ def naive_reply(model: SpeechLLM, example: Example, limit: int, eos: int) -> tup
 
 
 def expected_replies(model: SpeechLLM, examples: list[Example]) -> list[Reply]:
-    tokenizer, limit = model.prompter.vocabulary.tokenizer, model.config.max_new_tokens
+    tokenizer, limit = model.prompt_builder.tokenizer.hf, model.config.max_new_tokens
     found = [naive_reply(model, example, limit, tokenizer.eos_token_id) for example in examples]
     return [Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended) for tokens, ended in found]
 
@@ -167,7 +167,7 @@ def test_eos_as_the_last_token_that_is_allowed_ends_a_reply(
     models: Path, stopping: Path, examples: list[Example]
 ) -> None:
     whole, asked = build(models, llm={"path": str(stopping)}), replies(examples)
-    eos = whole.prompter.vocabulary.tokenizer.eos_token_id
+    eos = whole.prompt_builder.tokenizer.hf.eos_token_id
     said = [naive_reply(whole, example, 6, eos) for example in asked]
     place = next(place for place, (_, ended) in enumerate(said) if ended)
     length = len(said[place][0])

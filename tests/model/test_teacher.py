@@ -40,7 +40,7 @@ def computed(trial: Trial, models: Path, shards: Shards, root: Path) -> Path:
     made = recipe(trial.config(models), trial.train.losses.temperature, "cpu")
     folder = root / made.key
     model = SpeechLLM(trial.config(models), answer_sets(shards, trial.tasks.active()), "meta")
-    own = lessons(model.prompter, model.reach, shards, trial.data, list(model.tasks))
+    own = lessons(model.prompt_builder, model.max_positions, shards, trial.data, list(model.tasks))
     for part in missing(folder, parts(shards, own)):
         told = Job(part, [own[item] for item in part.rows], made, folder, 1)().to_pylist()
         assert told[0]["size"] == part.size
@@ -116,7 +116,7 @@ def test_what_is_said_of_an_example_depends_on_no_other(models: Path, examples: 
     model, config = build(models), LossConfig(distillation=1.0)
     llm = load_llm(str(models / "llm"), "float32", "cpu")
     asked = mixed(examples)
-    said = [likeliest(read(llm, lesson(model.prompter, example))[0], 1.0) for example in asked]
+    said = [likeliest(read(llm, lesson(model.prompt_builder, example))[0], 1.0) for example in asked]
     brought = [
         replace(example, taught=(ids.numpy(), log_probs.numpy()))
         for example, (ids, log_probs) in zip(asked, said, strict=True)
@@ -129,13 +129,13 @@ def test_what_is_said_of_an_example_depends_on_no_other(models: Path, examples: 
     assert torch.equal(answer_losses(model, half, config).distillation_B, live)
     both = LossConfig(distillation=1.0, hidden=1.0)
     one, other = (answer_losses(model, part, both) for part in (asked, brought))
-    assert torch.equal(one.weighted(both), other.weighted(both))
+    assert torch.equal(one.weighted_sum(both), other.weighted_sum(both))
 
 
 def test_a_lesson_is_read_and_predicted_where_the_model_predicts(models: Path, examples: list[Example]) -> None:
     model = build(models, cls="after", modality="text+speech")
     for example in mixed(examples):
-        own, answer = lesson(model.prompter, example), model.answer(example)
+        own, answer = lesson(model.prompt_builder, example), model.answer(example)
         targets = [target for target in answer.targets if target >= 0]
         assert own.predicted == len(targets) == answer.predicted
         assert own.ids[len(own.ids) - own.predicted + 1 :].tolist() == targets[:-1]
@@ -171,7 +171,7 @@ def test_a_token_takes_half_a_kilobyte(models: Path, corpus: Shards, tmp_path: P
     trial = Trial(model=TEXT, train=SHORT)
     folder = computed(trial, models, corpus, tmp_path)
     model = SpeechLLM(trial.config(models), answer_sets(corpus, trial.tasks.active()), "meta")
-    own = lessons(model.prompter, model.reach, corpus, trial.data, list(model.tasks))
+    own = lessons(model.prompt_builder, model.max_positions, corpus, trial.data, list(model.tasks))
     files = TeacherFiles(folder, parts(corpus, own))
     for item, one in own.items():
         ids, log_probs = files.read(item) or (np.empty(0), np.empty(0))

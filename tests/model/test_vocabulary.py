@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.errors import ConfigError
-from model.speech_llm.tokenizer import load_vocabulary
+from model.speech_llm.tokenizer import load_tokenizer
 from tests.model.test_prompt import prompter
 
 
@@ -54,4 +54,4 @@ def test_a_tokenizer_without_eos_is_refused(models: Path, tmp_path: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(models / "llm")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.llm\.path: .* has no EOS token, which ends every answer"):
-        load_vocabulary(str(tmp_path))
+        load_tokenizer(str(tmp_path))

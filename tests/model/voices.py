@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, SeamlessM4TFeatureExtractor, W
 from data.corpus import synthetic
 from data.corpus.audio import waveform
 from data.corpus.schema import SAMPLE_RATE, Turn
-from model.tiny import _fixed, _optimise
+from model.tiny import fixed_seed, optimise
 
 SECONDS = 3  # of a training clip
 HOP = 320  # samples a frame
@@ -79,7 +79,7 @@ def make_ctc(folder: Path) -> None:
     """
     extractor, tokenizer = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40), word_tokenizer()
     features, frames, targets = clips(extractor, tokenizer, count=300)
-    with _fixed(seed=11):
+    with fixed_seed(seed=11):
         model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(vocab_size=len(tokenizer), **SMALL))
 
         def loss() -> torch.Tensor:
@@ -91,7 +91,7 @@ def make_ctc(folder: Path) -> None:
             ctc = F.ctc_loss(log_probs.transpose(0, 1), torch.cat(words), heard, lengths, blank=BLANK)
             return ctc + F.nll_loss(log_probs.flatten(0, 1), frames[rows].flatten())
 
-        _optimise(list(model.parameters()), loss, steps=250)
+        optimise(list(model.parameters()), loss, steps=250)
     for part in (model.eval(), extractor, tokenizer):
         part.save_pretrained(folder)
 

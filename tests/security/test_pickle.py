@@ -18,9 +18,9 @@ from model.checkpoints import checkpoint
 from model.checkpoints import peft_export as exported
 from model.checkpoints.warm_start import chain
 from model.encoders.loading import load_encoder
-from model.speech_llm.adapter import _read_tensors
+from model.speech_llm.adapter import read_tensors
 from model.speech_llm.language_model import load_llm
-from model.speech_llm.tokenizer import load_vocabulary
+from model.speech_llm.tokenizer import load_tokenizer
 from sweep.analysis.results import read_predictions
 from sweep.search.study import StudyStore
 from tests.security.mutations import outcome
@@ -97,7 +97,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
     assert "damaged checkpoint" in outcome(lambda: chain(str(folder)))
     assert "damaged ledger" in outcome(lambda: StudyStore.read(folder, settings()))
     assert "predictions.json: damaged" in outcome(lambda: read_predictions(folder))
-    assert "not a file of tensors" in outcome(lambda: _read_tensors(folder / checkpoint.FILE))
+    assert "not a file of tensors" in outcome(lambda: read_tensors(folder / checkpoint.FILE))
 
 
 def test_files_of_a_corpus(poison: bytes, corpus: Shards, tmp_path: Path) -> None:
@@ -151,5 +151,5 @@ def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(
     for device in ("cpu", "meta"):
         assert "contains custom code" in outcome(lambda device=device: load_llm(str(folder), "float32", device))
     assert "contains custom code" in outcome(lambda: load_encoder(str(folder), "cpu"))
-    outcome(lambda: load_vocabulary(str(folder)))
+    outcome(lambda: load_tokenizer(str(folder)))
     assert not (tmp_path / "pwned").exists()
