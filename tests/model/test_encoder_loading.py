@@ -76,7 +76,7 @@ def test_the_kind_is_known_without_weights(kind: str, models: Path, tmp_path: Pa
     sizes = [{name: (p.shape, p.requires_grad) for name, p in one.named_parameters()} for one in (skeleton, loaded)]
     assert sizes[0] == sizes[1]
     assert {p.device.type for p in [*skeleton.parameters(), *skeleton.buffers()]} == {"meta"}
-    assert skeleton.frames(5637) == loaded.frames(5637)
+    assert skeleton.num_frames(5637) == loaded.num_frames(5637)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

@@ -121,7 +121,7 @@ def test_a_clip_has_the_same_features_beside_any_others(
     with torch.no_grad():
         projected = model.clips(heard)
         for clip_TE, example in zip(projected, heard, strict=True):
-            [plain_TE] = model._encoded([example])
+            [plain_TE] = model._encode([example])
             assert clip_TE.shape == plain_TE.shape
             assert (clip_TE - plain_TE).abs().max() <= 2e-3 * plain_TE.abs().max()
 
