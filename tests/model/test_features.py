@@ -177,7 +177,7 @@ def test_an_encoder_that_trains_is_not_rounded(models: Path, examples: list[Exam
     frozen, tuned = (build(models, trainable=parts) for parts in (NEW, f"encoder+{NEW}"))
     heard = [example for example in examples if example.pcm is not None]
     with torch.no_grad():
-        assert torch.equal(torch.cat(frozen._encoded(heard[:1])), torch.cat(tuned.clips(heard[:1])))
+        assert torch.equal(torch.cat(frozen._encode(heard[:1])), torch.cat(tuned.clips(heard[:1])))
         assert not torch.equal(torch.cat(frozen.clips(heard[:1])), torch.cat(tuned.clips(heard[:1])))
     assert (frozen.measure(heard[0], 9000).cost.frames, tuned.measure(heard[0], 9000).cost.frames) == (0, 27)
 
