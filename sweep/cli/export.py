@@ -36,10 +36,10 @@ def predict(
     """Code new sessions with an exported model; codes that they have already are ignored."""
     from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
-    from sweep.config.loader import read_tree, validated
+    from sweep.config.loader import load_settings
     from sweep.export.predict import PAGE, TABLE, predict_sessions
 
-    settings = validated(CorpusConfig, read_tree(config, set_), str(config or "--set"))
+    settings = load_settings(CorpusConfig, config, set_)
     align = make_aligner(settings)
     try:
         with console.status("reading") as status:

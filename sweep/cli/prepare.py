@@ -49,11 +49,11 @@ def prepare(
     from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
     from data.report.summary import finding_rows
-    from sweep.config.loader import read_tree, validated
+    from sweep.config.loader import load_settings
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     aligned = [f"align.model={json.dumps(align)}"] if align is not None else []
-    settings = validated(CorpusConfig, read_tree(config, [*set_, *aligned]), str(config or "--set"))
+    settings = load_settings(CorpusConfig, config, [*set_, *aligned])
     faults = Path(f"{out.rstrip('/')}.findings.jsonl")
     try:
         shards = _write_shards(_read_corpus(kind, source, audio, settings), out, settings)

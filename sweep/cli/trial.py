@@ -60,7 +60,7 @@ def inspect(
     from data.shards.dataset import Shards, is_shards
     from sweep.analysis.inspection import lines, settings_for
     from sweep.config.files import load
-    from sweep.config.loader import read_tree
+    from sweep.config.loader import apply_overrides
     from sweep.config.resolve import resolve
     from sweep.config.schema import parse
     from sweep.execution.trial import open_shards
@@ -71,7 +71,7 @@ def inspect(
     if is_shards(source):
         shards = Shards(source)
         show_shards(shards)
-        loaded = parse(read_tree(None, [*settings_for(shards), *set_]), "--set")
+        loaded = parse(apply_overrides({}, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
     resolved = resolve(loaded)

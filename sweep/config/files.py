@@ -5,60 +5,57 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from data.atomic import write_file
 from data.errors import ConfigError
-from sweep.config.loader import problems_error, read_tree
+from sweep.config.loader import Tree, apply_overrides, read_tree, value_at, with_value
 from sweep.config.schema import Config, parse
-from sweep.config.search_checks import _space_problems
+from sweep.config.search_checks import check_search
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset or a YAML file, apply `key=value` overrides, and check the whole, the search space included.
+    """Read a preset or a YAML file, apply `key=value` overrides, validate the result and check its search space.
 
     Raises:
         ConfigError: the file is missing or not YAML, or lists every problem of its content.
     """
     path = _find(name)
-    plain = read_tree(path, overrides)
-    _fix_axes(plain, [override.partition("=")[0] for override in overrides])
-    config = parse(plain, str(path))
-    problems = list(_space_problems(config))
-    if problems:
-        raise problems_error(str(path), problems)
+    tree = apply_overrides(read_tree(path), overrides)
+    tree = _without_axes(tree, [override.partition("=")[0] for override in overrides])
+    config = parse(tree, str(path))
+    check_search(config, str(path))
     return config
 
 
-def _fix_axes(tree: Any, keys: Sequence[str]) -> None:
-    """A setting that is given on the command line is no axis any more; points with another value of it fall away."""
-    search: Any = tree.get("search") if isinstance(tree, dict) else None
-    space: Any = search.get("space") if isinstance(search, dict) else None
-    if not isinstance(space, dict):
-        return
+def _without_axes(tree: Tree, keys: Sequence[str]) -> Tree:
+    """Return the tree without axes of overridden settings, and without the points that have another value of them."""
     for key in keys:
-        if space.pop(key, None) is None or not isinstance(search.get("points"), list):
+        space = value_at(tree, ["search", "space"])
+        if not isinstance(space, dict) or key not in space:
             continue
-        value: Any = tree
-        for name in key.split("."):
-            value = value[name]
-        points = [point for point in search["points"] if not isinstance(point, dict) or point.get(key, value) == value]
-        search["points"] = [
-            {name: own for name, own in point.items() if name != key} if isinstance(point, dict) else point
-            for point in points
-        ]
+        axes = {name: axis for name, axis in space.items() if name != key}
+        tree = with_value(tree, ["search", "space"], axes)
+        points, value = value_at(tree, ["search", "points"]), value_at(tree, key.split("."))
+        if isinstance(points, list):
+            kept = [point for point in points if not isinstance(point, dict) or point.get(key, value) == value]
+            without = [
+                {name: own for name, own in point.items() if name != key} if isinstance(point, dict) else point
+                for point in kept
+            ]
+            tree = with_value(tree, ["search", "points"], without)
+    return tree
 
 
 def presets() -> list[str]:
-    """Names of the presets that ship with the project."""
+    """Return the names of the presets that ship with the project."""
     folder = resources.files("sweep.config") / "presets"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that `load` reads back."""
+    """Return the configuration as YAML that `load` reads back."""
     text: str = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
     return text
 

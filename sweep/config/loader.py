@@ -1,5 +1,9 @@
-"""Typed settings from YAML and dotted overrides, with every problem in one error. Knows no particular tree."""
+"""Typed settings from YAML and `key=value` overrides, with every problem in one error. Knows no particular tree.
 
+read_tree ─► apply_overrides ─► validate
+"""
+
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -7,75 +11,142 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from data.errors import ConfigError, reason
 
 Settings = TypeVar("Settings", bound=BaseModel)
-MOST = 100_000  # values in a file: aliases of aliases make more of a few lines, and fill the memory
+Tree = dict[str, object]  # settings as plain values, sections as mappings
+MOST = 100_000  # values in a document: a few lines of aliases of aliases can make enough to fill the memory
+INTERPOLATION = "${"
 
 
-def read_tree(path: Path | None, overrides: Sequence[str]) -> Any:
-    """A YAML file of settings as plain values, with `key=value` overrides put in.
+def load_settings(kind: type[Settings], path: Path | None, overrides: Sequence[str]) -> Settings:
+    """Read a YAML file if there is one, apply overrides, and validate the result.
 
     Raises:
-        ConfigError: it is no YAML file of settings, or an override is no value.
+        ConfigError: see `read_tree`, `apply_overrides` and `validate`.
+    """
+    tree = {} if path is None else read_tree(path)
+    return validate(kind, apply_overrides(tree, overrides), str(path or "--set"))
+
+
+def read_tree(path: Path) -> Tree:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: the file is not YAML, is no mapping, is too large, or asks for interpolation.
     """
     try:
-        if path is not None:
-            _refuse_bomb(path)
-        tree: Any = OmegaConf.create({}) if path is None else OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree):
-            raise ConfigError(f"{path}: holds no mapping of settings; see the presets for the form")
-        for override in overrides:
-            tree = _override(tree, override)
-        plain = OmegaConf.to_container(tree, resolve=False)
+        tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); mend the line") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {reason(error)}") from None
+        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); fix the line") from None
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not a YAML file of settings ({reason(error)}); see the presets for the form"
         ) from None
-    if "${" in str(plain):  # with the environment's variables, secrets would be written to files and to MLflow
-        raise ConfigError(f"{path or '--set'}: ${{…}} is not filled in; write the value, or let a shell do it in --set")
-    return plain
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a mapping of settings; see the presets for the form")
+    return tree or {}
 
 
-def _refuse_bomb(path: Path) -> None:
-    """Raise a ConfigError where aliases would make more values than a memory holds."""
-    root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    if root is not None and _values(root, {}) > MOST:
-        raise ConfigError(f"{path}: more than {MOST} values, with its aliases written out; make it shorter")
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """Return the tree with `key=value` overrides put in: dotted keys, values in YAML; a mapping is merged.
+
+    Raises:
+        ConfigError: an override has no `=`, or its value is not YAML.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
+        try:
+            value = _parse_yaml(text, f"--set {key}")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"--set {override}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
+            ) from None
+        path = key.split(".")
+        tree = with_value(tree, path, _merged(value_at(tree, path), value))
+    return tree
 
 
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node holds with its aliases written out."""
-    if id(node) not in known:
-        known[id(node)] = MOST  # of one that holds itself
-        parts = [node.value] if not isinstance(node.value, list) else node.value
-        nodes = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
-        known[id(node)] = 1 + sum(_values(one, known) for one in nodes if isinstance(one, yaml.Node))
-    return known[id(node)]
+def value_at(tree: object, path: Sequence[str]) -> object:
+    """Return the value at a path of keys; None where the tree has none."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
-def _override(tree: Any, override: str) -> Any:
-    if "=" not in override:
-        raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
+def with_value(tree: object, path: Sequence[str], value: object) -> Tree:
+    """Return a copy of a tree with a value put in at a path of keys; what is no section on the way becomes one."""
+    section: Tree = dict(tree) if isinstance(tree, dict) else {}
+    name, *rest = path
+    section[name] = with_value(section.get(name), rest, value) if rest else value
+    return section
+
+
+def _merged(before: object, after: object) -> object:
+    """Return a new value; a mapping over a mapping keeps the keys that it does not name."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    return before | {name: _merged(before.get(name), value) for name, value in after.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number and 2020-01-01 a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
+def _parse_yaml(text: str, source: str) -> object:
+    """Return the one document of a text as plain values.
+
+    Raises:
+        ConfigError: it is too large, or asks for interpolation.
+    """
+    loader = _Loader(text)
     try:
-        return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"--set {override}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
-        ) from None
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) > MOST:
+            raise ConfigError(f"{source}: more than {MOST} values, with its aliases written out; make it shorter")
+        value: object = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    if INTERPOLATION in str(value):  # filled in from the environment, secrets would reach files and MLflow
+        raise ConfigError(f"{source}: ${{…}} is not filled in; write the value, or let a shell do it in --set")
+    return value
 
 
-def validated(kind: type[Settings], tree: Mapping[str, Any], source: str) -> Settings:
-    """Plain values as typed settings.
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return how many values a node holds with its aliases written out; refuse a mapping that has a key twice."""
+    if id(node) not in counts:
+        counts[id(node)] = MOST  # of a node that contains itself
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            names = set[str]()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in names:
+                        raise yaml.MarkedYAMLError(None, None, f"found duplicate key {key.value}", key.start_mark)
+                    names.add(key.value)
+            children = [child for pair in node.value for child in pair]
+        counts[id(node)] = 1 + sum(_count(child, counts) for child in children)
+    return counts[id(node)]
+
+
+def validate(kind: type[Settings], tree: Mapping[str, object], source: str) -> Settings:
+    """Return plain values as typed settings.
 
     Raises:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.
@@ -87,34 +158,35 @@ def validated(kind: type[Settings], tree: Mapping[str, Any], source: str) -> Set
 
 
 def problems_error(source: str, problems: Sequence[str]) -> ConfigError:
-    """One error for all problems of a source."""
+    """Return one error for all problems of a source."""
     unique = list(dict.fromkeys(problems))
     count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''}"
     return ConfigError("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in unique)]))
 
 
 def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a section by its dotted key."""
-    found: dict[str, Any] = {}
+    """Return every setting of a section by its dotted key."""
+    settings: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
-    return found
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
+    return settings
 
 
-def rule(detail: Any) -> str:
-    """The rule that a value broke, of one of pydantic's errors."""
-    text = str(detail["msg"]).removeprefix("Value error, ")
+def rule(detail: ErrorDetails) -> str:
+    """Return the rule that a value broke."""
+    text = detail["msg"].removeprefix("Value error, ")
     return text[0].lower() + text[1:]
 
 
-def _problem(detail: Any, kind: type[BaseModel]) -> str:
+def _problem(detail: ErrorDetails, kind: type[BaseModel]) -> str:
+    """Return a line with the key, the value, the rule and what to do."""
     key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "list[", "dict[")))
     if detail["type"] == "extra_forbidden":
         *path, leaf = detail["loc"]
-        known = _fields(kind, path)
-        near = get_close_matches(str(leaf), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        names = _field_names(kind, path)
+        near = get_close_matches(str(leaf), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
         return f"{key}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it"
@@ -123,8 +195,8 @@ def _problem(detail: Any, kind: type[BaseModel]) -> str:
     return f"{key}: {rule(detail)}" if section else f"{key}: {given!r}: {rule(detail)}"
 
 
-def _fields(kind: Any, path: Sequence[Any]) -> list[str]:
-    """Names of the settings at a place of the tree; a mapping's keys are its user's own."""
+def _field_names(kind: object, path: Sequence[int | str]) -> list[str]:
+    """Return the names of the settings at a path of the tree; none within a mapping whose keys are free."""
     for name in path:
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]

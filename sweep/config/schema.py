@@ -9,7 +9,7 @@ from data.config import DataConfig, Section, TaskWeights
 from data.loading.tasks import TASKS
 from data.shards.store import secret_in
 from model.config import Count, ModelConfig, TrainConfig
-from sweep.config.loader import problems_error, validated
+from sweep.config.loader import problems_error, validate, with_value
 from sweep.config.space import SearchConfig
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
@@ -141,11 +141,7 @@ class Config(Section):
         """
         tree = self.model_dump()
         for key, value in values.items():
-            *path, leaf = key.split(".")
-            section = tree
-            for name in path:
-                section = section.setdefault(name, {})
-            section[leaf] = value
+            tree = with_value(tree, key.split("."), value)
         return parse(tree, "trial")
 
     def for_trial(self, values: Mapping[str, Any]) -> "Config":
@@ -172,7 +168,7 @@ def parse(tree: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.
     """
-    config = validated(Config, tree, source)
+    config = validate(Config, tree, source)
     tasks = config.tasks.active()
     if tasks and "metric" not in config.search.model_fields_set:
         chosen = "macro_f1" if "macro_f1" in metric_names(tasks) else "loss"

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data.config import TaskWeights
-from sweep.config.loader import flat, rule
+from sweep.config.loader import flat, problems_error, rule, with_value
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 
@@ -23,6 +23,17 @@ SEARCHABLE = (
     "model.",
     "train.",
 )
+
+
+def check_search(config: Config, source: str) -> None:
+    """Check the axes and points of a search against the configuration.
+
+    Raises:
+        ConfigError: lists every problem, each with the key, the value, the rule and what to do.
+    """
+    problems = list(_space_problems(config))
+    if problems:
+        raise problems_error(source, problems)
 
 
 def _space_problems(config: Config) -> Iterable[str]:
@@ -77,11 +88,7 @@ def _first_task_problems(config: Config) -> Iterable[str]:
 def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:
     tree = config.model_dump(exclude={"search": {"space", "points"}})
     for key, value in values.items():
-        *path, leaf = key.split(".")
-        section = tree
-        for name in path:
-            section = section[name]
-        section[leaf] = value
+        tree = with_value(tree, key.split("."), value)
     try:
         changed = Config.model_validate(tree)
     except ValidationError as error:

@@ -22,7 +22,7 @@ from data.preparation.build import prepare
 from data.shards.dataset import MANIFEST, Shards
 from data.shards.format import describe_shard, to_bytes
 from sweep.config.files import dump, load
-from sweep.config.loader import read_tree, validated
+from sweep.config.loader import load_settings, read_tree
 from tests.data.makers import DIALOGUES, MAKERS, Maker, records, write
 from tests.security.mutations import changed, check_variety, mutated, outcome
 
@@ -139,7 +139,7 @@ def test_settings(tmp_path: Path) -> None:
         (tmp_path / "b.yaml").write_text(dump(loaded), encoding="utf-8")
         assert load(str(tmp_path / "b.yaml")) == loaded
 
-    plain = read_tree(_written(path, whole), ())
+    plain = read_tree(_written(path, whole))
     for seed in range(60):
         _written(path, mutated(whole, seed) if seed % 3 == 0 else json.dumps(changed(plain, seed)).encode())
         outcomes.append(outcome(work))
@@ -147,7 +147,7 @@ def test_settings(tmp_path: Path) -> None:
     plain = json.loads(CorpusConfig().model_dump_json())
     for seed in range(60):
         _written(path, json.dumps(changed(plain, seed)).encode())
-        outcomes.append(outcome(lambda: validated(CorpusConfig, read_tree(path, ()), "a.yaml")))
+        outcomes.append(outcome(lambda: load_settings(CorpusConfig, path, ())))
 
 
 def _written(path: Path, content: bytes) -> Path:

@@ -141,7 +141,7 @@ def test_a_yaml_error_names_file_and_line(yaml: Any) -> None:
     name = yaml("name: a\ndata:\n  history: [1\ntrain: {}\n")
     assert problems(name)[0].startswith(f"{name}:4: not valid YAML (")
     assert problems(yaml("name: a\nname: b\n"))[0].startswith(f"{name}:2: not valid YAML (found duplicate key name)")
-    assert problems(yaml("- a\n"))[0] == f"{name}: holds no mapping of settings; see the presets for the form"
+    assert problems(yaml("- a\n"))[0] == f"{name}: not a mapping of settings; see the presets for the form"
     assert problems(yaml("name: ${seed}\n"))[0].startswith(f"{name}: ${{…}} is not filled in; write the value")
 
 
