@@ -20,6 +20,7 @@ import ray.tune
 
 from data.errors import UserError, reason
 from model.checkpoints.fencing import StaleAttemptError
+from sweep.compat import draining_nodes
 from sweep.execution.mailbox import Mailbox
 
 DRAIN_CHECK = 3.0  # seconds between two looks at whether this node is to go away
@@ -97,7 +98,7 @@ def watch(mailbox: Any) -> Callable[[], bool]:
     def drain() -> None:
         while not flag.wait(DRAIN_CHECK):
             with contextlib.suppress(Exception):  # a control plane that is away for a moment
-                if node in ray._private.state.state.get_draining_nodes():
+                if node in draining_nodes():
                     flag.set()
 
     for work in (stop, drain):

@@ -21,6 +21,7 @@ import numpy as np
 
 from model.training.metrics_log import Point
 from sweep.analysis.results import read_predictions
+from sweep.compat import newest_steps
 from sweep.config.space import FOLD
 from sweep.tracking.dataset import Corpus
 
@@ -195,7 +196,7 @@ class Runs:
 def lacks(run: "Run", highest: Mapping[str, int]) -> bool:
     """Whether a run is without points that it was sent: the newest of a metric are the first that an older copy of a
     database is without."""
-    newest = {metric.key: metric.step for metric in run.data._metric_objs}
+    newest = newest_steps(run)
     return any(newest.get(name, -1) < step for name, step in highest.items())
 
 

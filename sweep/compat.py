@@ -1,0 +1,43 @@
+"""Private interfaces of Ray, Optuna and MLflow that the sweep relies on, collected in one place.
+
+Each function names the version it was checked against. `tests/sweep/test_compat.py` fails when one disappears; then
+look for a public replacement first. Imports are inside the functions, so that a command loads only what it uses.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+FIXED_PARAMS = "fixed_params"  # system attribute in which optuna 5.0.0 stores the values of an enqueued trial
+CREATE_STUDY = 0  # `JournalOperation.CREATE_STUDY` of optuna 5.0.0: the `op_code` of a journal's first line
+VERSION_TABLE = "version_info"  # table that `RDBStorage` of optuna 5.0.0 creates in every database
+
+
+def writable_trial(study: "Study", frozen: "FrozenTrial") -> "Trial":
+    """Return a running trial of a study for writing; optuna 5.0.0 has no public way from its number to a `Trial`."""
+    from optuna.trial import Trial
+
+    return Trial(study, frozen._trial_id)
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that will leave the cluster; ray 2.60.0 has no public call for it."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def hide_environment(names: Iterable[str]) -> None:
+    """Keep variables out of the descriptions of Tune's actors, which every user of the cluster can read (ray 2.60.0)."""
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.difference_update(names)
+
+
+def newest_steps(run: "Run") -> dict[str, int]:
+    """Return the step of the newest point of each metric of a run; `run.data.metrics` of mlflow 3.17.2 has no steps."""
+    return {metric.key: int(metric.step) for metric in run.data._metric_objs}
