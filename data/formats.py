@@ -31,6 +31,12 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def format_rank(rank: int) -> str:
+    """Return a rank as an English ordinal: "1st", "2nd", "11th"."""
+    suffix = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{rank}{suffix}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration in its natural unit: "45 s", "12 min", "3.5 h"."""
     if seconds < 90:

@@ -32,7 +32,7 @@ def draining_nodes() -> set[str]:
 
 
 def hide_environment(names: Iterable[str]) -> None:
-    """Keep variables out of the descriptions of Tune's actors, which every user of the cluster can read (ray 2.60.0)."""
+    """Keep variables out of the descriptions of Tune's actors, which any user of the cluster can read (ray 2.60.0)."""
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
     ENV_VARS_TO_PROPAGATE.difference_update(names)

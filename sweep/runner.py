@@ -21,7 +21,6 @@ from optuna.exceptions import StorageInternalError
 
 from data.errors import UserError, reason
 from sweep.analysis.results import progress
-from sweep.compat import hide_environment
 from sweep.config.diff import claim_folder
 from sweep.config.files import write
 from sweep.config.paths import trial_folder

@@ -242,7 +242,7 @@ def _groups(
         rounds: dict[int, list[TrialRecord]] = {}
         for entry in again:
             if entry.state == "COMPLETE" and without_luck(entry.params) == without_luck(first.params):
-                rounds.setdefault(entry.params[SEED], []).append(entry)
+                rounds.setdefault(int(entry.params[SEED] or 0), []).append(entry)
         rounds = {seed: entries for seed, entries in rounds.items() if len(entries) == parts}
         if rounds and without_luck(first.params) not in [without_luck(known.params) for known, _ in found]:
             found.append((first, rounds))

@@ -20,7 +20,7 @@ from sweep.analysis.results import progress, ranked, read_predictions, short_nam
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.version import code_version
-from sweep.search import pruning_audit as recall
+from sweep.search import pruning_audit
 from sweep.search.cost import format_device_hours
 from sweep.search.study import TrialRecord
 
@@ -146,8 +146,9 @@ def table(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> Table
     inside = any("[" in cell for row in found.rows for cell in row)
     note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if inside else "")
     note += f"; {progress(config, entries).hours_text()} used"
-    warning = recall.warning(config, entries)
-    note = "\n".join([note, *recall.lines(config, entries), *([f"[bold yellow]{warning}[/]"] if warning else [])])
+    warning = pruning_audit.format_warning(config, entries)
+    note = "\n".join([note, *pruning_audit.format_lines(config, entries)])
+    note += f"\n[bold yellow]{warning}[/]" if warning else ""
     drawn = Table(
         title=f"{config.name}: trials by {config.search.metric}",
         caption=note,
@@ -167,7 +168,7 @@ def table(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> Table
 
 def notes(entries: Sequence[TrialRecord]) -> list[str]:
     """A line for each trial that did not simply train to its end."""
-    told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.spared is not None]
+    told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.exempted_at is not None]
     return [f"#{entry.number} {entry.why}" for entry in told]
 
 

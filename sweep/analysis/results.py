@@ -145,7 +145,7 @@ def entry_json(entry: TrialRecord, run_id: str | None, attempts: int | None = No
         "steps": entry.steps,
         "epochs": len(entry.curve),
         "audited": entry.audited,
-        "spared": entry.spared,
+        "spared": entry.exempted_at,
         "attempts": attempts,
         "reason": entry.reason,
         "why": entry.why,

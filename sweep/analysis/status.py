@@ -13,7 +13,7 @@ from sweep.config.paths import near
 from sweep.config.schema import Config
 from sweep.durability import lease
 from sweep.preflight import eta as forecast
-from sweep.search.pruning_audit import recall_json
+from sweep.search.pruning_audit import audit_json
 from sweep.search.study import TrialRecord
 
 
@@ -72,7 +72,7 @@ def progress_json(config: Config, folder: Path, entries: Sequence[TrialRecord]) 
         "seconds_left": found.seconds_left,
         "gpu_hours": found.hours if found.device == "GPU" else None,
         "cpu_hours": found.hours if found.device == "CPU" else None,
-        "pruning": recall_json(config, entries),
+        "pruning": audit_json(config, entries),
         "running_on": None if driver is None else driver[0],
         "pid": None if driver is None else driver[1],
     }

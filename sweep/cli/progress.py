@@ -19,7 +19,7 @@ from sweep.cli.console import console as terminal
 from sweep.cli.show import show_model
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.search.study import StudyStore, TrialRecord, is_drawn
+from sweep.search.study import StudyStore, TrialRecord, has_started
 from sweep.search.study_storage import has_study
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
@@ -103,7 +103,7 @@ class TrialDisplay:
             return
         with contextlib.suppress(Exception):
             self.study = self.study or StudyStore.read(self.folder, self.config)
-            trials = [trial for trial in self.study.trials() if is_drawn(self.folder, trial)]
+            trials = [trial for trial in self.study.trials() if has_started(self.folder, trial)]
             for trial in trials:
                 self._show_trial(trial)
             summary = progress(self.config, trials)

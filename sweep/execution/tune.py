@@ -27,11 +27,11 @@ os.environ.update(
 
 import ray
 import ray.tune
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from data.errors import UserError
+from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.execution.cluster import ClusterError
 from sweep.execution.mailbox import StopEvent
@@ -250,7 +250,7 @@ def run_trials(
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
-    ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
+    hide_environment(AWS_SECRETS)
     notice = StopEvent.remote()  # type: ignore[attr-defined]
     searcher = StudySearcher(study, make_job, check, notice.give.remote, ended)
     scaling = {

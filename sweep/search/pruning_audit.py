@@ -1,114 +1,130 @@
-"""What pruning may have cost: of the trials that proved best, how many the rule would have kept at each rung.
+"""The pruning audit: how many of the best trials the pruning rule would have kept at each rung.
 
-Only a trial that trained to its end shows what it is worth. Of one that was pruned nothing can be said, neither that it
-was a loser nor that it was a winner, so recall among those that were left alone says too much good of the rule; of the
-audited ones, which nothing ends, it is fair. Numbers are small: "1 of 1" is one trial, and proves little.
+Only a trial that trained to its end shows what it is worth. The end of a pruned trial is unknown, so the share of kept
+winners among unpruned trials flatters the rule; among the audited trials, which are exempt from pruning, it is
+unbiased. The numbers are small: "1 of 1" is one trial and proves little.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
+from data.formats import format_rank
 from sweep.config.schema import Config
 from sweep.search.pruning import prune
 from sweep.search.study import TrialRecord, best_first, horizon
 
-TOP = 4  # of so many complete trials one counts as top, and at least one does
-LOW = 0.8  # recall below which something is said
+TOP = 4  # one in this many complete trials counts as a top trial, and at least one does
+LOW = 0.8  # share of kept top trials below which the audit warns
 
 
 @dataclass(frozen=True)
-class Rung:
-    """What the rule does to the top trials at an epoch."""
+class RungAudit:
+    """What the rule does to the top trials at one rung."""
 
     epoch: int
-    values: int  # trials whose value at this epoch is known
+    values: int  # trials whose objective at this epoch is known
     top: tuple[int, ...]  # numbers of the top trials that can be judged here, best first
-    lost: tuple[int, ...]  # those of them that the rule would have ended here
+    lost: tuple[int, ...]  # those of them that the rule would have pruned here
 
     @property
     def kept(self) -> int:
-        """How many of the top ones go on."""
+        """Number of top trials that the rule keeps."""
         return len(self.top) - len(self.lost)
 
     @property
     def is_low(self) -> bool:
-        """Whether the rule would have lost too many of them, or the best one."""
+        """Whether the rule would have lost too many top trials, or the best one."""
         return self.kept < LOW * len(self.top) or self.top[0] in self.lost
 
 
-def recall(config: Config, entries: Sequence[TrialRecord]) -> list[Rung]:
-    """For each rung at which enough trials have been, what the rule would do to the trials that ended best.
+class RungJson(TypedDict):
+    """One rung of the audit in JSON output."""
 
-    It is asked afterwards, with the values of all trials that have been there. A trial that came early, among few, may
-    have passed and be lost here: it would have been, had it come later. One that was spared at a rung is lost there
-    whatever came afterwards, since that was the decision.
+    epoch: int
+    values: int
+    top: list[int]
+    lost: list[int]
+
+
+class AuditJson(TypedDict):
+    """The audit in JSON output."""
+
+    rungs: list[int]
+    recall: list[RungJson]
+    audited: list[int]
+    spared: list[int]
+    warning: str | None
+
+
+def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit]:
+    """Return, for each rung that enough trials have reached, what the rule would do to the trials that ended best.
+
+    The rule is applied in hindsight, with the values of all trials that reached the rung. A trial that passed early,
+    among few peers, may be lost here: it would have been pruned had it come later. A trial whose exemption took effect
+    at a rung is lost there whatever came afterwards, because pruning it was the decision.
     """
-    rule, done = config.search.pruning, best_first(config, entries)
+    rule, complete = config.search.pruning, best_first(config, trials)
     if rule is None:
         return []
-    top, found = done[: max(1, len(done) // TOP)], list[Rung]()
+    top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
     for epoch in config.search.rungs(config.train.epochs):
-        peers = [entry.curve[epoch] for entry in entries if epoch in entry.curve]
-        judged = [entry for entry in top if epoch in entry.curve and epoch < horizon(config, entry.params)]
+        peers = [trial.curve[epoch] for trial in trials if epoch in trial.curve]
+        judged = [trial for trial in top if epoch in trial.curve and epoch < horizon(config, trial.params)]
         lost = [
-            entry.number
-            for entry in judged
-            if entry.spared == epoch or prune(entry.curve[epoch], peers, config.search.direction, rule)
+            trial.number
+            for trial in judged
+            if trial.exempted_at == epoch or prune(trial.curve[epoch], peers, config.search.direction, rule)
         ]
         if judged and len(peers) >= rule.after_trials:
-            found.append(Rung(epoch, len(peers), tuple(entry.number for entry in judged), tuple(lost)))
-    return found
+            audits.append(RungAudit(epoch, len(peers), tuple(trial.number for trial in judged), tuple(lost)))
+    return audits
 
 
-def lines(config: Config, entries: Sequence[TrialRecord]) -> list[str]:
-    """The recall at each rung, and what the audit showed, for people; nothing as long as there is nothing to say."""
-    found, done = recall(config, entries), best_first(config, entries)
-    top = max((len(rung.top) for rung in found), default=0)
-    kept = ", ".join(f"{rung.kept} of {len(rung.top)} after epoch {rung.epoch}" for rung in found)
-    of = f"of the best {top} of {len(done)} trials that trained to the end"
-    return [*([f"pruning: {of}, the rule keeps {kept}"] if found else []), *_audit(entries, done)]
+def format_lines(config: Config, trials: Sequence[TrialRecord]) -> list[str]:
+    """Format the kept top trials by rung, and the fate of the audited trials; empty while nothing is known."""
+    audits, complete, lines = audit_rungs(config, trials), best_first(config, trials), list[str]()
+    if audits:
+        top = max(len(audit.top) for audit in audits)
+        kept = ", ".join(f"{audit.kept} of {len(audit.top)} after epoch {audit.epoch}" for audit in audits)
+        lines.append(f"pruning audit: of the top {top} of {len(complete)} complete trials, the rule keeps {kept}")
+    if audited := sorted(trial.number for trial in complete if trial.audited):
+        ranks = {trial.number: rank for rank, trial in enumerate(complete, start=1)}
+        exempted = [
+            f"#{trial.number} after epoch {trial.exempted_at}, which finished {format_rank(ranks[trial.number])} "
+            f"of {len(complete)}"
+            for trial in sorted(complete, key=lambda trial: trial.number)
+            if trial.audited and trial.exempted_at
+        ]
+        count = f"{len(audited)} trial{'s' if len(audited) > 1 else ''}"
+        lines.append(f"exempt from pruning: {count}; the rule would have pruned {'; '.join(exempted) or 'none'}")
+    return lines
 
 
-def _audit(entries: Sequence[TrialRecord], done: Sequence[TrialRecord]) -> list[str]:
-    """Which audited trials ended, and what became of those that would have been pruned."""
-    audited = [entry for entry in done if entry.audited]
-    if not audited:
-        return []
-    places = {entry.number: place for place, entry in enumerate(done, start=1)}
-    spared = [
-        f"#{entry.number} after epoch {entry.spared}, which came in {places[entry.number]}. of {len(done)}"
-        for entry in sorted(audited, key=lambda entry: entry.number)
-        if entry.spared
-    ]
-    count = f"{len(audited)} trial{'s' if len(audited) > 1 else ''} could not be pruned"
-    return [f"audit: {count}; the rule would have ended {'; '.join(spared) or 'none'}"]
-
-
-def warning(config: Config, entries: Sequence[TrialRecord]) -> str | None:
-    """That the rule loses winners, and what to do about it, in a line; None where there is no sign of it."""
-    low = [rung for rung in recall(config, entries) if rung.is_low]
+def format_warning(config: Config, trials: Sequence[TrialRecord]) -> str | None:
+    """Return a line that says that the rule loses winners and what to do; None where there is no sign of it."""
+    low = [audit for audit in audit_rungs(config, trials) if audit.is_low]
     if not low:
         return None
-    worst = min(low, key=lambda rung: rung.kept / len(rung.top))
+    worst = min(low, key=lambda audit: audit.kept / len(audit.top))
     lost, first = ", ".join(f"#{number}" for number in worst.lost), config.search.first_rung(config.train.epochs)
     return (
-        f"pruning loses winners: the rule would have ended {lost} after epoch {worst.epoch}; in a new sweep (--out) "
-        f"raise search.pruning.first_epoch, here {first}, or search.pruning.keep"
+        f"pruning loses winners: the rule would have pruned {lost} after epoch {worst.epoch}; in a new sweep (--out) "
+        f"raise search.pruning.first_epoch (now {first}) or search.pruning.keep"
     )
 
 
-def recall_json(config: Config, entries: Sequence[TrialRecord]) -> dict[str, Any] | None:
-    """The same in the form that scripts rely on; None where nothing is pruned."""
+def audit_json(config: Config, trials: Sequence[TrialRecord]) -> AuditJson | None:
+    """Return the audit for JSON output; None where the search does not prune."""
     if config.search.pruning is None:
         return None
     return {
         "rungs": config.search.rungs(config.train.epochs),
         "recall": [
-            {"epoch": rung.epoch, "values": rung.values, "top": list(rung.top), "lost": list(rung.lost)}
-            for rung in recall(config, entries)
+            {"epoch": audit.epoch, "values": audit.values, "top": list(audit.top), "lost": list(audit.lost)}
+            for audit in audit_rungs(config, trials)
         ],
-        "audited": [entry.number for entry in entries if entry.audited],
-        "spared": [entry.number for entry in entries if entry.spared is not None],
-        "warning": warning(config, entries),
+        "audited": [trial.number for trial in trials if trial.audited],
+        "spared": [trial.number for trial in trials if trial.exempted_at is not None],
+        "warning": format_warning(config, trials),
     }

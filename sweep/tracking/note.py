@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sweep.analysis import leaderboard
 from sweep.config.schema import Config
-from sweep.search import pruning_audit as recall
+from sweep.search import pruning_audit
 from sweep.search.study import TrialRecord
 
 LONGEST = 8000  # characters of a tag; what is longer the server cuts, in mid-row
@@ -23,8 +23,11 @@ def note(config: Config, folder: Path, entries: Sequence[TrialRecord], links: Ma
     """
     found = leaderboard.board(config, folder, entries)
     reasons = [f"- {_plain(line)}" for line in leaderboard.notes(entries)]
-    warning = recall.warning(config, entries)
-    cost = [*(f"- {line}" for line in recall.lines(config, entries)), *([f"- **{warning}**"] if warning else [])]
+    warning = pruning_audit.format_warning(config, entries)
+    cost = [
+        *(f"- {line}" for line in pruning_audit.format_lines(config, entries)),
+        *([f"- **{warning}**"] if warning else []),
+    ]
     head = [_row([*map(_plain, found.header)]), _row(["---"] * len(found.header))]
     table = [_row([_linked(number, links or {}), *map(_plain, cells)]) for number, *cells in found.rows]
     room = LONGEST - _size([*head, *cost]) - 100  # for the line about what is left out

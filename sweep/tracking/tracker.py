@@ -27,7 +27,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
-from sweep.search.study import StudyStore, TrialRecord, best_first, is_drawn
+from sweep.search.study import StudyStore, TrialRecord, best_first, has_started
 from sweep.search.study_storage import sweep_id
 from sweep.tracking import summary
 from sweep.tracking.access import denial, tracking_uri
@@ -145,7 +145,7 @@ class Tracker(threading.Thread):
             self.study = self.study or StudyStore.read(self.folder, self.config)
         except UserError:
             return []  # no trial has started yet
-        return [entry for entry in self.study.trials() if is_drawn(self.folder, entry)]
+        return [entry for entry in self.study.trials() if has_started(self.folder, entry)]
 
     def _state(self, number: int) -> dict[str, Any]:
         if number not in self.states:

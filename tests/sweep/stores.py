@@ -1,6 +1,6 @@
-"""The storages that a ledger can lie in, for tests: a journal file, SQLite, and a PostgreSQL server of the tests' own.
+"""The storages of a study, for tests: a journal file, SQLite, and a PostgreSQL server that the tests start.
 
-A module that imports the fixture `storage` runs each of its tests on all three.
+A module imports the fixture `storage`; its tests with the mark `every_storage` run on all three.
 """
 
 import os
@@ -22,7 +22,7 @@ from sweep.config.schema import Config
 from tests.sweep import common
 
 BINARIES = ("initdb", "postgres")
-LEDGER: dict[str, str | None] = {"url": None}  # of the settings that tests make
+LEDGER: dict[str, str | None] = {"url": None}  # `storage.ledger` of the settings that tests make
 
 
 class Postgres:
@@ -91,30 +91,34 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def shared_sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One file for all sweeps: making the tables takes most of a test's time."""
-    return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'ledgers.db'}"
+    """One database for all sweeps: to create its tables takes most of a test's time."""
+    return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'studies.db'}"
 
 
-@pytest.fixture(params=["journal", "sqlite", "postgresql"], autouse=True)
+@pytest.fixture(autouse=True)
 def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the ledgers of a test lie."""
-    if request.param == "sqlite":
+    """Storage of the studies of a test: a journal file, unless the test is marked `every_storage`."""
+    kind = getattr(request, "param", "journal")
+    if kind == "sqlite":
         monkeypatch.setitem(LEDGER, "url", request.getfixturevalue("shared_sqlite"))
-    elif request.param == "postgresql":
+    elif kind == "postgresql":
         monkeypatch.setitem(LEDGER, "url", request.getfixturevalue("postgres").url)
-    return str(request.param)
+    return str(kind)
+
+
+every_storage = pytest.mark.parametrize("storage", ["journal", "sqlite", "postgresql"], indirect=True)
 
 
 def settings(**search: Any) -> Config:
-    """As `common.settings`, on the test's storage."""
+    """Return `common.settings` on the storage of the test."""
     return at(LEDGER["url"], common.settings(**search))
 
 
 def pruned(**search: Any) -> Config:
-    """As `common.pruned`, on the test's storage."""
+    """Return `common.pruned` on the storage of the test."""
     return at(LEDGER["url"], common.pruned(**search))
 
 
 def at(url: str | None, config: Config) -> Config:
-    """The same sweep with its ledger elsewhere."""
+    """Return the sweep with its study in another storage."""
     return config.with_values({"storage.ledger": url})

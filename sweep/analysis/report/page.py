@@ -18,7 +18,7 @@ from sweep.analysis.status import train_command
 from sweep.config.paths import near, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight import eta as forecast
-from sweep.search import pruning_audit as recall
+from sweep.search import pruning_audit
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 NEXT = 3  # trials behind the best one that are compared with it
@@ -68,8 +68,8 @@ def html(
         verdict=said,
         confirmed=confirm.read(folder),
         board=leaderboard.board(config, folder, entries, whole=True),
-        notes=[*recall.lines(config, entries), *forecast.lines(config, folder, entries)],
-        warning=recall.warning(config, entries),
+        notes=[*pruning_audit.format_lines(config, entries), *forecast.lines(config, folder, entries)],
+        warning=pruning_audit.format_warning(config, entries),
         figures=[(own, _embedded(own, first=place == 0)) for place, own in enumerate(found)],
         ablation=table.to_dict("split"),
         reference=reference,
