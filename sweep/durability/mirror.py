@@ -1,146 +1,196 @@
-"""A copy of the sweep's folder in a store behind a URL (s3://, gs://), from which another machine goes on.
+"""The mirror: a copy of the sweep's folder in a store behind a URL (s3://, gs://), from which another machine resumes.
 
-A thread of the driver writes what changed; training never waits for it. What the copy lacks after a kill is done again:
-a trial whose last reports are not in the ledger's copy tells them from its checkpoint.
+A thread of the driver copies what has changed; training never waits for it. What the mirror lacks after a kill is done
+again: a trial whose last reports are missing from the mirrored study repeats them from its checkpoint.
 """
 
 import contextlib
-import dataclasses
 import json
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from data.atomic import write_file
 from data.errors import DataError, UserError, reason
 from data.shards.store import Store
-from sweep.durability import lease
-from sweep.durability.lease import Holder, LeaseHeldError, LeaseLostError
+from sweep.durability.heartbeat import Heartbeat, Holder, LeaseLostError, Say, wait_for_dead_holder
 from sweep.search.study_storage import FILE as JOURNAL
 
-OWNER = "owner.json"  # in the store: who writes the copy, and how often it was taken over
-RECORD = "mirror.json"  # in the folder: which files the copy has
+OWNER = "owner.json"  # in the store: who writes the mirror, and how often it was taken over
+RECORD = "mirror.json"  # in the folder: which files the mirror has
 ROOT = ("config.yaml", "sweep-id", "mlflow.json", "plan.json", JOURNAL)
 TRIAL = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "predictions.json", "mlflow.json", "token_budget")
-EVERY = 10.0  # seconds between two looks at what changed, and between heartbeats
+EVERY = 10.0  # seconds between two rounds of copying, and between heartbeats
 PATIENCE = 40.0  # seconds without a heartbeat after which the writer is dead
-SETTLE = 2.0  # seconds in which the first of two that took over sees that he is not the last
-Say = Callable[[str], None]
+SETTLE = 2.0  # seconds after a takeover until it counts
+FileState = list[int]  # size and modification time, which change with a file's content
+
+
+class Owner(NamedTuple):
+    """Content of `owner.json`."""
+
+    holder: Holder
+    generation: int  # takeovers so far
+    open: bool  # whether the holder has not released the mirror
+
+
+class OwnerFile:
+    """The object in the store that names the writer of the mirror."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.generation = 0  # that `write` stores
+
+    def load(self) -> Owner | None:
+        """Return the content; None if nothing was ever copied.
+
+        Raises:
+            DataError: the store cannot be used, or the content is not what this class wrote.
+        """
+        store = Store(self.url)
+        try:
+            content = json.loads(store.read(OWNER))
+            return Owner(Holder(**content["holder"]), content["generation"], content["open"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise DataError(f"{store / OWNER}: names no writer; remove it if no process works on the sweep") from None
+
+    def read(self) -> Holder | None:
+        """Return the writer; None if the mirror was released or is new."""
+        owner = self.load()
+        return owner.holder if owner is not None and owner.open else None
+
+    def write(self, holder: Holder, is_open: bool = True) -> None:
+        """Store the writer."""
+        content = {"holder": asdict(holder), "generation": self.generation, "open": is_open}
+        Store(self.url).write(OWNER, json.dumps(content).encode())
+
+
+class MirrorRecord(NamedTuple):
+    """Content of `mirror.json`: which version of each file the mirror has."""
+
+    generation: int
+    files: dict[str, FileState]
+
+    @classmethod
+    def read(cls, folder: Path) -> "MirrorRecord":
+        """Return the record of a sweep's folder; an empty one if it is missing or damaged."""
+        try:
+            content = json.loads((folder / RECORD).read_text())
+            return cls(content["generation"], content["files"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return cls(0, {})
+
+    def write(self, folder: Path) -> None:
+        """Replace the record."""
+        write_file(folder / RECORD, json.dumps(self._asdict()))
 
 
 class Mirror(threading.Thread):
-    """Keeps the copy up to date until `finish` is called."""
+    """Keeps the mirror up to date until `finish` is called."""
 
-    def __init__(self, folder: Path, url: str, owner: Holder, generation: int, every: float) -> None:
+    def __init__(self, folder: Path, heartbeat: Heartbeat, owner: OwnerFile, every: float) -> None:
         super().__init__(daemon=True, name="mirror")
-        self.folder, self.url, self.owner, self.every = folder, url, owner, every
-        self.generation = generation
-        self.known: dict[str, list[int]] = _record(folder)["files"]
-        self.ended, self.lost = threading.Event(), threading.Event()
+        self.folder, self.heartbeat, self.owner, self.every = folder, heartbeat, owner, every
+        self.record = MirrorRecord(owner.generation, MirrorRecord.read(folder).files)
+        self.ended = threading.Event()
         self.error: str | None = None
         self.complete = False
 
     def check(self) -> None:
-        """Raise Lost where another machine has taken the sweep over."""
-        if self.lost.is_set():
-            raise LeaseLostError(
-                f"{self.folder}: another machine took this sweep over; this process stops writing to it"
-            )
+        """Raise a LeaseLostError where another machine has taken the sweep over; ask no server."""
+        if self.heartbeat.lost.is_set():
+            self.heartbeat.check()
 
     def finish(self, timeout: float) -> bool:
-        """Write what is left; False when the store did not take it all within `timeout` seconds."""
+        """Copy what is left; return False if the store did not take it all within `timeout` seconds."""
         self.ended.set()
         self.join(timeout)
         return self.complete
 
     def run(self) -> None:
-        while not self.lost.is_set():
+        """Copy what has changed, round by round, and release the mirror after the last round."""
+        while not self.heartbeat.lost.is_set():
             last = self.ended.is_set()
             try:
-                self._beat(last=False)
-                self._sync()
+                self.heartbeat.beat()
+                # Trials come first: a study that knows less than they do learns it from them.
+                for path in sorted(self.folder.glob("trials/*")):
+                    self._copy(f"trials/{path.name}", TRIAL)
+                self._copy("", ROOT)
                 self.error = None
                 if last:
-                    self._beat(last=True)
+                    self.heartbeat.beat()
+                    self.owner.write(self.heartbeat.holder, is_open=False)
                     self.complete = True
                     return
             except LeaseLostError:
-                self.lost.set()
-            except (UserError, OSError) as error:  # the store is away: this is tried again
+                return
+            except (UserError, OSError) as error:  # the store is away: the next round tries again
                 self.error = reason(error)
             if self.ended.is_set():
                 time.sleep(min(self.every, 1.0))
             else:
                 self.ended.wait(self.every)
 
-    def _beat(self, last: bool) -> None:
-        store = Store(self.url)
-        now = _owner(store)
-        if now is not None and now[0].token != self.owner.token:
-            raise LeaseLostError
-        self.owner = dataclasses.replace(self.owner, beat=self.owner.beat + 1)
-        _write_owner(store, self.owner, self.generation, open_=not last)
-
-    def _sync(self) -> None:
-        """Trials first: a ledger that knows less than they do learns it from them."""
-        numbers = sorted(path.name for path in self.folder.glob("trials/*"))
-        for number in numbers:
-            self._sync_folder(f"trials/{number}", TRIAL)
-        self._sync_folder("", ROOT)
-
-    def _sync_folder(self, place: str, names: tuple[str, ...]) -> None:
-        store = None
+    def _copy(self, subfolder: str, names: tuple[str, ...]) -> None:
+        """Copy the files of a folder that have changed, and delete those that are gone."""
+        store, files = None, self.record.files
         for name in names:
-            key, path = f"{place}/{name}".lstrip("/"), self.folder / place / name
+            key, path = f"{subfolder}/{name}".lstrip("/"), self.folder / subfolder / name
             state = _state(path)
-            if state == self.known.get(key):
+            if state == files.get(key):
                 continue
-            store = store or Store(below(self.url, place))
+            store = store or Store(below(self.url, subfolder))
             if state is None:
                 store.delete(name)
-                del self.known[key]
+                del files[key]
             else:
-                with contextlib.suppress(FileNotFoundError):  # replaced or deleted in this moment: the next look sees
+                with contextlib.suppress(FileNotFoundError):  # replaced or deleted at this moment: the next round sees
                     store.write(name, path.read_bytes())
-                    self.known[key] = state
-            _write_record(self.folder, self.generation, self.known)
+                    files[key] = state
+            self.record.write(self.folder)
+
+    @property
+    def url(self) -> str:
+        """URL of the mirror."""
+        return self.owner.url
 
 
 @contextlib.contextmanager
 def mirrored(
     folder: Path, url: str, say: Say, every: float = EVERY, patience: float = PATIENCE, settle: float = SETTLE
 ) -> Iterator[Mirror]:
-    """Take the copy over, bring the folder up to date with it, and keep it up to date while the block runs.
+    """Take the mirror over, bring the folder up to date with it, and keep it up to date while the block runs.
 
     Args:
         folder: of the sweep, held by a lease of this machine.
-        url: of the copy.
-        say: is told, in a line, what is waited for or fetched.
-        every: seconds between two looks at what changed.
+        url: of the mirror.
+        say: shows a line to the user when there is something to wait for or to fetch.
+        every: seconds between two rounds of copying.
         patience: seconds without a heartbeat after which its writer is dead.
         settle: seconds after a takeover until it counts.
 
     Raises:
-        Busy: another machine works on it.
+        LeaseHeldError: another machine works on it.
         DataError: the store cannot be used.
     """
-    store, owner = Store(url), lease.ourselves()
-    generation = _wait_for_the_dead(store, folder, say, patience)
-    if generation and generation != _record(folder)["generation"]:
+    owner = OwnerFile(url)
+    heartbeat = Heartbeat(owner, folder)
+    wait_for_dead_holder(owner, folder, patience, patience / 20, say)
+    previous = owner.load()
+    if previous is not None and previous.generation != MirrorRecord.read(folder).generation:
         say(f"fetching the sweep from {url.partition('?')[0]}")
         fetch(folder, url)
-    _write_owner(store, owner, generation + 1, open_=True)
-    if generation:
-        time.sleep(settle)  # of two that found a dead writer at the same moment, the last one to write holds the copy
-        now = _owner(store)
-        if now is None or now[0].token != owner.token:
-            raise LeaseHeldError(f"{folder}: another machine took this sweep over at the same moment; it goes on there")
-    _write_record(folder, generation + 1, _record(folder)["files"])
-    mirror = Mirror(folder, url, owner, generation + 1, every)
+    owner.generation = previous.generation + 1 if previous is not None else 1
+    heartbeat.take_over(settle if previous is not None else 0.0)
+    mirror = Mirror(folder, heartbeat, owner, every)
+    mirror.record.write(folder)
     mirror.start()
     try:
         yield mirror
@@ -149,80 +199,30 @@ def mirrored(
 
 
 def fetch(folder: Path, url: str) -> None:
-    """Make the folder what the copy is; a trial that only this folder knows is of a past that did not count."""
+    """Make the folder equal to the mirror; trials that only this folder has belong to a history that does not count."""
     shutil.rmtree(folder / "trials", ignore_errors=True)
-    known: dict[str, list[int]] = {}
+    record = MirrorRecord(0, {})
     numbers = [number for number in Store(below(url, "trials")).names() if number.isdigit()]
-    trials = [f"trials/{number}" for number in numbers]
-    for place in [*trials, ""]:
-        store = Store(below(url, place))
-        for name in sorted(set(store.names()) & set(TRIAL if place else ROOT)):
-            path = folder / place / name
+    for subfolder in [*(f"trials/{number}" for number in numbers), ""]:
+        store = Store(below(url, subfolder))
+        for name in sorted(set(store.names()) & set(TRIAL if subfolder else ROOT)):
+            path = folder / subfolder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, store.read(name))
-            known[f"{place}/{name}".lstrip("/")] = _state(path) or []
-    _write_record(folder, 0, known)
+            record.files[f"{subfolder}/{name}".lstrip("/")] = _state(path) or []
+    record.write(folder)
 
 
-def below(url: str, place: str) -> str:
-    """The URL of a folder within another; options of the URL stay at its end."""
+def below(url: str, subfolder: str) -> str:
+    """Return the URL of a folder within another; options of the URL stay at its end."""
     head, mark, options = url.partition("?")
-    return f"{head.rstrip('/')}/{place}{mark}{options}" if place else url
+    return f"{head.rstrip('/')}/{subfolder}{mark}{options}" if subfolder else url
 
 
-def _wait_for_the_dead(store: Store, folder: Path, say: Say, patience: float) -> int:
-    """Return when nobody alive writes the copy: how often it was taken over; 0 if there is none."""
-    found = _owner(store)
-    if found is None:
-        return 0
-    owner, generation, is_open = found
-    here = (owner.boot, owner.host) == (lease.boot(), socket.gethostname())
-    if not is_open or (here and not lease.alive(owner)):
-        return generation
-    say(f"{lease.in_words(owner)}: has not given this sweep back; watching for {patience:.0f} s whether it is alive")
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        time.sleep(patience / 20)
-        if (now := _owner(store)) != found:
-            if now is not None and not now[2]:
-                return now[1]
-            who = lease.in_words(owner)
-            raise LeaseHeldError(f"{folder}: another machine works on this sweep ({who}); wait for it, or end it first")
-    return generation
-
-
-def _owner(store: Store) -> tuple[Holder, int, bool] | None:
+def _state(path: Path) -> FileState | None:
+    """Return what changes with a file's content; None if it does not exist."""
     try:
-        content = json.loads(store.read(OWNER))
-        return Holder(**content["holder"]), content["generation"], content["open"]
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise DataError(f"{store / OWNER}: says nobody's name; remove it if nobody works on the sweep") from None
-
-
-def _write_owner(store: Store, owner: Holder, generation: int, open_: bool) -> None:
-    content = {"holder": dataclasses.asdict(owner), "generation": generation, "open": open_}
-    store.write(OWNER, json.dumps(content).encode())
-
-
-def _state(path: Path) -> list[int] | None:
-    """What changes with a file's content; None: it is not there."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    empty: dict[str, Any] = {"generation": 0, "files": {}}
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else empty
-    except ValueError:
-        return empty
-
-
-def _write_record(folder: Path, generation: int, known: dict[str, list[int]]) -> None:
-    write_file(folder / RECORD, json.dumps({"generation": generation, "files": known}))
+    return [stat.st_size, stat.st_mtime_ns]

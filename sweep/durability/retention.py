@@ -1,4 +1,4 @@
-"""Which checkpoints of a sweep are kept, and what they take on the disk."""
+"""Retention of checkpoints: which ones a sweep keeps, and the disk space that they need."""
 
 import shutil
 from pathlib import Path
@@ -10,95 +10,84 @@ from model.checkpoints.checkpoint import DAMAGED, FILE, PREVIOUS
 from model.checkpoints.fencing import TrialLock
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.search.pruning import better
-from sweep.search.study import StudyStore, TrialRecord
+from sweep.search.study import StudyStore, best_first
 
-NUMBERS = 3 * 4  # bytes of a parameter that trains: fp32, and as much for each of AdamW's two moments
-COPIES = 3  # of a running trial: the checkpoint, the one before, and the next one while it is written
-OTHER = 2**20  # bytes of a checkpoint beside that: generators, history, names
+BYTES_PER_PARAMETER = 3 * 4  # of a parameter that trains: itself in fp32, and the two moments of AdamW
+COPIES = 3  # of a running trial: the checkpoint, the previous one, and the next one while it is written
+OVERHEAD = 2**20  # other bytes of a checkpoint: random states, history, names
 
 
 class DiskNeed(NamedTuple):
-    """Bytes that the checkpoints of a sweep take."""
+    """Bytes that the checkpoints of a sweep need."""
 
     each: int
     total: int  # at most
 
 
 def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
-    """Delete the checkpoints of ended trials, but for the best `storage.keep` complete ones.
+    """Delete the checkpoints of ended trials, except those of the best `storage.keep` complete ones.
 
-    Of running trials nothing is touched, and of all others configuration, curves and predictions stay. To do it again,
-    also after a kill in the middle, changes nothing or does the rest.
+    Nothing of running trials is deleted, and only checkpoints of ended ones. Repeating it, also after a kill, deletes
+    the rest or nothing.
 
     Returns:
-        The trials whose checkpoints were deleted now.
+        Numbers of the trials whose checkpoints this call has deleted.
 
     Raises:
         StorageError: a file cannot be deleted.
     """
     if study.config.storage.keep is None:
         return []
-    entries = study.trials()
-    kept = _best(entries, study.config.search.direction, study.config.storage.keep)
-    ended = [entry.number for entry in entries if entry.state != "RUNNING"]
+    trials = study.trials()
+    kept = {trial.number for trial in best_first(study.config, trials)[: study.config.storage.keep]}
+    ended = [trial.number for trial in trials if trial.state != "RUNNING"]
     return [number for number in ended if _delete(trial_folder(folder, number), keep_last=number in kept)]
 
 
-def _best(entries: list[TrialRecord], direction: str, count: int) -> set[int]:
-    """Numbers of the best complete trials; on a tie the earlier one."""
-    done = [entry for entry in entries if entry.state == "COMPLETE" and entry.value is not None]
-    ranked: list[TrialRecord] = []
-    for entry in done:  # by number
-        value = entry.value or 0.0
-        place = sum(not better(value, other.value or 0.0, direction) for other in ranked)
-        ranked.insert(place, entry)
-    return {entry.number for entry in ranked[:count]}
-
-
 def _delete(folder: Path, keep_last: bool) -> bool:
-    """Delete a trial's checkpoints, or those beside the last one; whether the last one was deleted."""
-    beside = [folder / PREVIOUS, *folder.glob(DAMAGED.format("*"))]
-    doomed = [path for path in (*beside, *(() if keep_last else (folder / FILE,))) if path.exists()]
+    """Delete a trial's checkpoints, or all except the last one; return whether the last one was deleted."""
+    outdated = [folder / PREVIOUS, *folder.glob(DAMAGED.format("*"))]
+    doomed = [path for path in (*outdated, *(() if keep_last else (folder / FILE,))) if path.exists()]
     if not doomed:
         return False
-    # A worker that was given up for lost may still be training: from here on it can write nothing.
+    # A worker that was given up for lost may still be training: the lock keeps it from writing anything.
     with TrialLock.claim(folder).writing():
-        for path in doomed:  # the last one last: as long as it is there, the work is not done
+        for path in doomed:  # the last checkpoint goes last: while it exists, the work is not done
             path.unlink(missing_ok=True)
     return folder / FILE in doomed
 
 
-def disk_need(config: Config, trained_parameters: int, slots: int) -> DiskNeed:
-    """What the checkpoints of a sweep take on the disk.
+def disk_need(config: Config, trained_parameters: int, concurrent: int) -> DiskNeed:
+    """Return the disk space that the checkpoints of a sweep need.
 
     Args:
         config: of the sweep.
-        trained_parameters: of the largest trial.
-        slots: trials that run at the same time.
+        trained_parameters: number of parameters that train in the largest trial.
+        concurrent: trials that run at the same time.
     """
-    each = NUMBERS * trained_parameters + OTHER
-    trials, running = config.search.trials, min(slots, config.search.trials)
+    each = BYTES_PER_PARAMETER * trained_parameters + OVERHEAD
+    trials, running = config.search.trials, min(concurrent, config.search.trials)
     ended = trials - running if config.storage.keep is None else min(config.storage.keep, trials)
     return DiskNeed(each, each * (COPIES * running + ended))
 
 
 def check_disk(folder: Path, need: DiskNeed) -> str:
-    """The need and what is free, in a line; checkpoints that the sweep has already are part of the need.
+    """Compare the need with the free space; existing checkpoints of the sweep are part of the need.
+
+    Returns:
+        A line about both, for the user.
 
     Raises:
-        StorageError: there is less.
+        StorageError: the free space is smaller.
     """
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    had = sum(path.stat().st_size for path in folder.glob("trials/*/checkpoint*"))
-    said = (
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    used = sum(path.stat().st_size for path in folder.glob("trials/*/checkpoint*"))
+    line = (
         f"checkpoints: up to {format_bytes(need.total)} ({format_bytes(need.each)} each); {format_bytes(free)} are free"
     )
-    if need.total - had > free:
+    if need.total - used > free:
         raise StorageError(
-            f"{folder}: {said}; free some space, use --out on another disk, or lower storage.keep or resources.slots"
+            f"{folder}: {line}; free some space, use --out on another disk, or lower storage.keep or resources.slots"
         )
-    return said
+    return line

@@ -107,7 +107,7 @@ def test_exported_models(tmp_path: Path) -> None:
         assert f"{exported.LABELS}: file: Value error, " in outcome(lambda: exported.read(tmp_path))
 
 
-def test_a_damaged_ledger_is_one_line(folder: Path) -> None:
+def test_damaged_study_is_one_line(folder: Path) -> None:
     """Lines that are no JSON, or none of Optuna's; or the first one is gone, without which the others say nothing."""
     path = folder / "study.journal"
     whole = path.read_bytes()
@@ -116,5 +116,5 @@ def test_a_damaged_ledger_is_one_line(folder: Path) -> None:
         path.write_bytes(damaged)
         for work in (StudyStore.read, StudyStore.open):
             said = outcome(lambda work=work: work(folder, settings(trials=3)))
-            assert said.startswith(f"{path}: damaged ledger ("), damaged
+            assert said.startswith(f"{path}: damaged study ("), damaged
     shutil.rmtree(folder)

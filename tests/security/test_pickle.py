@@ -95,7 +95,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
         (folder / name).write_bytes(poison + b"\n")  # a journal's last line may be unfinished
     assert "damaged checkpoint" in outcome(lambda: checkpoint.load(folder / checkpoint.FILE))
     assert "damaged checkpoint" in outcome(lambda: chain(str(folder)))
-    assert "damaged ledger" in outcome(lambda: StudyStore.read(folder, settings()))
+    assert "damaged study" in outcome(lambda: StudyStore.read(folder, settings()))
     assert "predictions.json: damaged" in outcome(lambda: read_predictions(folder))
     assert "not a file of tensors" in outcome(lambda: read_tensors(folder / checkpoint.FILE))
 

@@ -1,4 +1,4 @@
-"""The lease: one driver a sweep, on one machine or on two; the dead are replaced, the living never."""
+"""The lease: one driver per sweep, on one machine or on several; dead holders are replaced, living ones never."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from sweep.durability import lease as module
-from sweep.durability.lease import FILE, LOCK, Holder, Lease, LeaseHeldError, LeaseLostError, hold
+from sweep.durability import heartbeat, lease
+from sweep.durability.heartbeat import Holder, boot_id
+from sweep.durability.lease import FILE, LOCK, Lease, LeaseFile, LeaseHeldError, LeaseLostError, hold
 from tests.sweep.common import tree
 
-BEAT, PATIENCE = 0.02, 1.0  # a busy machine may hold a thread up for a good part of a second
+BEAT, PATIENCE = 0.02, 0.6  # a busy machine may delay a thread by a good part of a second
 FAST: dict[str, Any] = {"beat": BEAT, "patience": PATIENCE, "settle": 0.05}
 HOLD = """
 import sys, time
@@ -38,7 +39,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def leave(folder: Path, **values: Any) -> Holder:
-    """The lease of a driver on another machine."""
+    """Write the lease of a driver on another machine."""
     holder = replace(Holder("their-token", "elsewhere", "another-boot", 4242, 1.0, time.time() - 600), **values)
     (folder / FILE).write_text(json.dumps(asdict(holder)))
     return holder
@@ -51,32 +52,48 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def refused(folder: Path, match: str, **timing: Any) -> None:
+    with pytest.raises(LeaseHeldError, match=match), hold(folder, **(FAST | timing)):
+        pass
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, this process is on another machine, which its file locks do not reach."""
 
     def go() -> None:
-        monkeypatch.setattr(module, "boot", lambda: "elsewhere-boot")
-        monkeypatch.setattr(module, "LOCK", ".lock-elsewhere")
+        monkeypatch.setattr(heartbeat, "boot_id", lambda: "elsewhere-boot")
+        monkeypatch.setattr(lease, "LOCK", ".lock-elsewhere")
 
     return go
 
 
-def test_the_lease_says_who_and_beats_and_goes(tmp_path: Path) -> None:
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another driver of this machine."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_lease_names_its_holder_beats_and_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    with hold(folder, **FAST) as lease:
+    with hold(folder, **FAST) as held:
         first = content(folder)
         process = psutil.Process()
         assert (first["pid"], first["started"]) == (process.pid, process.create_time())
         until(lambda: content(folder)["beat"] >= first["beat"] + 3)
         assert {key for key, value in content(folder).items() if value != first[key]} == {"beat"}
-        lease.check()
-        assert not lease.lost
-    assert not any(thread.name == "lease" for thread in threading.enumerate())
+        held.check()
+        refused(folder, rf"another `sweep run` .*\(host .*, process {os.getpid()}, for 0 min\); wait", patience=600)
+        held.check()
+    assert not held.is_alive()
     assert set(tree(folder)) <= {LOCK}
 
 
-def test_an_error_gives_the_lease_back(tmp_path: Path) -> None:
+def test_error_releases_the_lease(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), hold(tmp_path, **FAST):
         raise KeyboardInterrupt
     assert set(tree(tmp_path)) <= {LOCK}
@@ -84,154 +101,121 @@ def test_an_error_gives_the_lease_back(tmp_path: Path) -> None:
         pass
 
 
-def test_a_second_driver_of_this_machine_is_refused_at_once(tmp_path: Path) -> None:
-    with hold(tmp_path, **FAST) as lease:
-        started = time.monotonic()
-        message = (
-            rf"another `sweep run` .*\(host .*, process {os.getpid()}, since 0 min\); wait for it, or end it first"
-        )
-        with pytest.raises(LeaseHeldError, match=message), hold(tmp_path):
-            pass
-        assert time.monotonic() - started < 5
-        lease.check()
-
-
-def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"held\n"
-            with pytest.raises(LeaseHeldError, match=f"process {other.pid}"), hold(tmp_path):
-                pass
-        finally:
-            other.kill()
+def test_killed_driver_of_this_machine_is_replaced(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
+    """At once, though it does not answer while it is suspended."""
+    other.send_signal(signal.SIGSTOP)
+    refused(tmp_path, f"process {other.pid}")
+    other.kill()
+    other.wait()
     assert content(tmp_path)["pid"] == other.pid, "a kill leaves the file"
-    started = time.monotonic()
     with hold(tmp_path, patience=600, settle=0.05):
         assert content(tmp_path)["pid"] == os.getpid()
-    assert time.monotonic() - started < 10
 
 
-def test_a_pid_that_is_used_again_is_not_the_driver(tmp_path: Path) -> None:
-    """A container that was started again has the same host name, and the same pids."""
-    leave(tmp_path, host=socket.gethostname(), boot=module.boot(), pid=os.getppid(), started=1.0)
-    with hold(tmp_path, patience=600, settle=0.05) as lease:
-        lease.check()
+def test_reused_pid_is_not_the_driver(tmp_path: Path) -> None:
+    """A container that was started again has the same host name and the same pids."""
+    leave(tmp_path, host=socket.gethostname(), boot=boot_id(), pid=os.getppid(), started=1.0)
+    with hold(tmp_path, patience=600, settle=0.05) as held:
+        held.check()
 
 
-def test_another_container_of_this_kernel_is_watched_as_another_machine_is(tmp_path: Path) -> None:
-    leave(tmp_path, boot=module.boot(), pid=2**22 + 1)
-    started = time.monotonic()
-    with hold(tmp_path, **FAST):
-        assert time.monotonic() - started >= PATIENCE
-
-
-def test_a_living_process_of_this_kernel_is_not_replaced(tmp_path: Path) -> None:
-    """Where file locks do nothing, as on some network file systems."""
-    parent = psutil.Process(os.getppid())
-    here = socket.gethostname()
-    leave(tmp_path, host=here, boot=module.boot(), pid=parent.pid, started=parent.create_time())
-    with (
-        pytest.raises(LeaseHeldError, match=f"host {here}, process {parent.pid}, since 10 min"),
-        hold(tmp_path, **FAST),
-    ):
-        pass
+def test_live_process_without_file_lock_keeps_the_lease(tmp_path: Path) -> None:
+    """File locks do nothing on some network file systems."""
+    parent, host = psutil.Process(os.getppid()), socket.gethostname()
+    leave(tmp_path, host=host, boot=boot_id(), pid=parent.pid, started=parent.create_time())
+    refused(tmp_path, f"host {host}, process {parent.pid}, for 10 min")
     assert content(tmp_path)["token"] == "their-token"
 
 
-def test_a_silent_driver_of_another_machine_is_replaced_after_a_while(tmp_path: Path) -> None:
-    leave(tmp_path, since=time.time() + 1e6, beat=7)  # its clock is far ahead, which must not matter
-    said: list[str] = []
+@pytest.mark.parametrize("where", ["machine", "container"])
+def test_silent_driver_elsewhere_is_replaced_later(where: str, tmp_path: Path) -> None:
+    """A container has pids of its own under the same kernel; a clock that is far ahead does not matter."""
+    leave(tmp_path, since=time.time() + 1e6, beat=7, **({"boot": boot_id()} if where == "container" else {}))
+    lines: list[str] = []
     started = time.monotonic()
-    with hold(tmp_path, **FAST, say=said.append):
+    with hold(tmp_path, **FAST, say=lines.append):
         assert time.monotonic() - started >= PATIENCE
         assert content(tmp_path)["pid"] == os.getpid()
-    assert len(said) == 1
-    assert "host elsewhere, process 4242" in said[0]
+    assert len(lines) == 1
+    assert "host elsewhere, process 4242" in lines[0]
 
 
-def test_a_driver_of_another_machine_whose_heart_beats_is_not_replaced(
-    tmp_path: Path, elsewhere: Callable[[], None]
-) -> None:
-    with hold(tmp_path, **FAST) as lease:
+def test_beating_driver_elsewhere_keeps_the_lease(tmp_path: Path, elsewhere: Callable[[], None]) -> None:
+    with hold(tmp_path, **FAST) as held:
         elsewhere()
-        for _ in range(3):
-            with pytest.raises(LeaseHeldError, match=f"process {os.getpid()}"), hold(tmp_path, **FAST):
-                pass
-        lease.check()
+        for _ in range(2):
+            refused(tmp_path, f"process {os.getpid()}")
+        held.check()
 
 
-def test_a_driver_that_had_been_suspended_learns_that_it_was_replaced(
-    tmp_path: Path, elsewhere: Callable[[], None]
-) -> None:
+def test_suspended_driver_notices_its_replacement(tmp_path: Path, elsewhere: Callable[[], None]) -> None:
     with hold(tmp_path, beat=600) as suspended:  # no heartbeat while the other one watches
         elsewhere()
-        with hold(tmp_path, **FAST) as other:
-            with pytest.raises(LeaseLostError, match=f"taken over .*process {os.getpid()}.*stops writing"):
+        with hold(tmp_path, **FAST) as held:
+            with pytest.raises(LeaseLostError, match=f"took this sweep over .*process {os.getpid()}.*stops writing"):
                 suspended.check()
-            assert suspended.lost
-            other.check()
+            held.check()
     with pytest.raises(LeaseLostError):
         suspended.check()
 
 
-def test_its_heartbeat_sees_it_too_and_does_not_take_the_lease_back(tmp_path: Path) -> None:
-    with hold(tmp_path, **FAST) as lease:
+def test_lost_lease_is_not_taken_back(tmp_path: Path) -> None:
+    with hold(tmp_path, **FAST) as held:
         theirs = leave(tmp_path)
-        until(lambda: lease.lost)
-        time.sleep(5 * BEAT)
+        until(held.heartbeat.lost.is_set)
+        time.sleep(3 * BEAT)
         assert content(tmp_path) == asdict(theirs)
-    assert content(tmp_path) == asdict(theirs), "it is not ours to remove"
+    assert content(tmp_path) == asdict(theirs), "a lost lease is not ours to remove"
 
 
-def test_a_lease_that_is_gone_is_lost(tmp_path: Path) -> None:
-    with hold(tmp_path, **FAST) as lease:
+def test_removed_lease_is_lost(tmp_path: Path) -> None:
+    with hold(tmp_path, **FAST) as held:
         (tmp_path / FILE).unlink()
-        until(lambda: lease.lost)
+        until(held.heartbeat.lost.is_set)
         with pytest.raises(LeaseLostError):
-            lease.check()
+            held.check()
 
 
-def test_a_file_system_that_is_away_takes_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: Any) -> None:
+def test_unreachable_file_system_loses_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Any) -> None:
         raise OSError(116, "Stale file handle")
 
-    with hold(tmp_path, **FAST) as lease:
+    with hold(tmp_path, **FAST) as held:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_read", away)
-            time.sleep(5 * BEAT)
-            lease.check()
-        assert not lease.lost
+            patch.setattr(LeaseFile, "read", away)
+            time.sleep(3 * BEAT)
+            held.check()
+        assert not held.heartbeat.lost.is_set()
         beat = content(tmp_path)["beat"]
         until(lambda: content(tmp_path)["beat"] > beat)
 
 
-@pytest.mark.parametrize("dead", [False, True], ids=["fresh", "takeover"])
-def test_of_many_machines_that_start_together_one_wins(
-    dead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("left", ["nothing", "dead", "damaged"])
+def test_one_of_many_machines_gets_the_lease(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file lock reaches from one to another, and each has a kernel of its own."""
-    monkeypatch.setattr(module, "FileLock", lambda path: FileLock(f"{path}-{threading.get_ident()}"))
-    monkeypatch.setattr(module, "boot", lambda: str(threading.get_ident()))
-    if dead:
+    monkeypatch.setattr(lease, "FileLock", lambda path: FileLock(f"{path}-{threading.get_ident()}"))
+    monkeypatch.setattr(heartbeat, "boot_id", lambda: str(threading.get_ident()))
+    if left == "dead":
         leave(tmp_path)
+    if left == "damaged":
+        (tmp_path / FILE).write_text("{")
     together, ended = threading.Barrier(8), threading.Event()
     held: list[Lease] = []
-    refused: list[LeaseHeldError] = []
+    refusals: list[LeaseHeldError] = []
 
     def start() -> None:
         together.wait()
         try:
-            with hold(tmp_path, beat=BEAT, patience=PATIENCE, settle=0.5) as lease:
-                held.append(lease)
+            with hold(tmp_path, beat=BEAT, patience=PATIENCE, settle=0.5) as taken:
+                held.append(taken)
                 ended.wait(10)
         except LeaseHeldError as error:
-            refused.append(error)
+            refusals.append(error)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
-    until(lambda: len(held) + len(refused) == 8)
+    until(lambda: len(held) + len(refusals) == 8)
     assert len(held) == 1
     held[0].check()
     ended.set()
@@ -239,29 +223,11 @@ def test_of_many_machines_that_start_together_one_wins(
         thread.join()
 
 
-def test_a_suspended_process_is_alive_on_its_own_machine(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"held\n"
-            other.send_signal(signal.SIGSTOP)
-            with pytest.raises(LeaseHeldError), hold(tmp_path, **FAST):
-                pass
-        finally:
-            other.kill()
-
-
-def test_what_is_no_lease_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{")
-    with hold(tmp_path, **FAST) as lease:
-        lease.check()
-
-
-def test_what_the_dead_were_writing_is_removed_and_what_the_living_write_is_not(tmp_path: Path) -> None:
+def test_only_abandoned_unfinished_files_are_removed(tmp_path: Path) -> None:
     old, young = tmp_path / f"{FILE}.unfinished-1", tmp_path / "sweep-id.unfinished-2"
     for path in (old, young):
         path.write_text("half")
-    past = time.time() - 2 * module.ABANDONED
+    past = time.time() - 2 * lease.ABANDONED
     os.utime(old, (past, past))
     with hold(tmp_path, **FAST):
         assert (old.exists(), young.exists()) == (False, True)

@@ -1,4 +1,4 @@
-"""The copy of a sweep in a store: another machine goes on from it, one at a time, and nothing stale comes back."""
+"""The mirror of a sweep: one machine at a time resumes from it, and nothing stale comes back."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ import pytest
 from data.errors import DataError
 from data.shards.store import Store
 from sweep.config.paths import trial_folder
-from sweep.durability import lease, mirror
-from sweep.durability.lease import LeaseHeldError, LeaseLostError
-from sweep.durability.mirror import below, mirrored
+from sweep.durability import heartbeat, mirror
+from sweep.durability.heartbeat import Heartbeat, LeaseHeldError, LeaseLostError
+from sweep.durability.mirror import OwnerFile, below, mirrored
 from sweep.search.study import StudyStore
 from tests.sweep.common import ask, complaint, report, settings, sweep
 
@@ -66,9 +66,9 @@ def keep(folder: Path, url: str, say: Any = print, **times: float) -> Any:
 
 
 def leave(folder: Path, url: str) -> None:
-    """A driver that ends in order."""
-    with keep(folder, url) as own:
-        assert own.finish(20), own.error
+    """Run a driver that releases the mirror."""
+    with keep(folder, url) as writer:
+        assert writer.finish(20), writer.error
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -79,50 +79,50 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever wrote the copy was another machine."""
+    """Let every hold be of another machine."""
     boots = iter(f"boot-{number}" for number in range(99))
-    monkeypatch.setattr(lease, "boot", lambda: next(boots))
+    monkeypatch.setattr(heartbeat, "boot_id", lambda: next(boots))
 
 
-def test_another_machine_goes_on_from_the_copy(url: str, tmp_path: Path) -> None:
+def test_another_machine_resumes_from_the_mirror(url: str, tmp_path: Path) -> None:
     begin(one := tmp_path / "one")
     leave(one, url)
     (two := tmp_path / "two").mkdir()
-    said: list[str] = []
-    with keep(two, url, said.append) as own:
+    lines: list[str] = []
+    with keep(two, url, lines.append) as writer:
         assert content(two) == content(one)
         study = StudyStore.open(two, CONFIG)
-        assert [entry.state for entry in study.trials()] == ["COMPLETE", "RUNNING"]
+        assert [trial.state for trial in study.trials()] == ["COMPLETE", "RUNNING"]
         assert study.ask([], 4) == StudyStore.read(one, CONFIG).ask([], 4)
         report(study, 1, 0.4, 0.7)
         (trial_folder(two, 0) / "checkpoint.pt").unlink()
-        assert own.finish(20), own.error
-    assert [line for line in said if line.startswith("fetching")]
+        assert writer.finish(20), writer.error
+    assert [line for line in lines if line.startswith("fetching")]
     (three := tmp_path / "three").mkdir()
     leave(three, url)
     assert content(three) == content(two)
     assert "trials/0000/checkpoint.pt" not in content(three)
 
 
-def test_a_machine_that_comes_back_drops_what_did_not_count(tmp_path: Path, url: str) -> None:
+def test_returning_machine_drops_what_did_not_count(tmp_path: Path, url: str) -> None:
     begin(one := tmp_path / "one")
     leave(one, url)
     (two := tmp_path / "two").mkdir()
-    with keep(two, url) as own:
+    with keep(two, url) as writer:
         report(StudyStore.open(two, CONFIG), 1, 0.4, 0.9)
-        assert own.finish(20)
-    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.1)  # it had gone on for a while without the store
+        assert writer.finish(20)
+    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.1)  # it had continued for a while without the store
     (trial_folder(one, 7)).mkdir()
     leave(one, url)
     assert content(one) == content(two)
     assert not trial_folder(one, 7).exists()
 
 
-def test_the_same_machine_keeps_what_the_copy_lacks(tmp_path: Path) -> None:
+def test_same_machine_keeps_what_the_mirror_lacks(tmp_path: Path) -> None:
     url = "memory://bucket/same"
     begin(one := tmp_path / "one")
     leave(one, url)
-    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.9)  # and was killed before the copy had it
+    report(StudyStore.open(one, CONFIG), 1, 0.4, 0.9)  # and was killed before it was copied
     before = content(one)
     leave(one, url)
     assert content(one) == before
@@ -146,43 +146,45 @@ def test_only_what_changed_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("dead")
-def test_a_writer_that_lives_is_not_replaced_and_a_dead_one_is(tmp_path: Path) -> None:
+def test_only_a_dead_writer_is_replaced(tmp_path: Path) -> None:
     url = "memory://bucket/lives"
     begin(one := tmp_path / "one")
     (two := tmp_path / "two").mkdir()
-    with keep(one, url) as own:
-        with pytest.raises(LeaseHeldError, match="another machine works on this sweep"), keep(two, url, patience=2.0):
+    with keep(one, url) as writer:
+        with (
+            pytest.raises(LeaseHeldError, match="another `sweep run` is working on this sweep"),
+            keep(two, url, patience=2.0),
+        ):
             pass
         assert content(two) == {}
-        assert own.is_alive()
-        own.owner = own.owner  # from here on it is silent, as after a power cut
-        own.lost.set()
-        own.join(5)
+        assert writer.is_alive()
+        writer.heartbeat.lost.set()  # from here on it is silent, as after a power cut
+        writer.join(5)
         with keep(two, url) as other:
             assert content(two) == content(one)
-            own.lost.clear()
+            writer.heartbeat.lost.clear()
             with pytest.raises(LeaseLostError):
-                own._beat(last=False)
+                writer.heartbeat.beat()
             assert other.finish(10)
 
 
-def test_a_driver_whose_copy_was_taken_over_stops(tmp_path: Path) -> None:
+def test_driver_stops_when_its_mirror_is_taken_over(tmp_path: Path) -> None:
     url = "memory://bucket/lost"
     begin(one := tmp_path / "one")
-    with keep(one, url) as own:
-        own.check()
-        other = lease.ourselves()
-        while own.is_alive():  # its own heartbeat may come just after
-            mirror._write_owner(Store(url), other, 9, open_=True)
-            own.join(0.1)
-        with pytest.raises(LeaseLostError, match="another machine took this sweep over"):
-            own.check()
-        assert not own.finish(1)
+    with keep(one, url) as writer:
+        writer.check()
+        other = Heartbeat(owner := OwnerFile(url), one)
+        while writer.is_alive():  # its own heartbeat may come just after
+            owner.write(other.holder)
+            writer.join(0.1)
+        with pytest.raises(LeaseLostError, match="another process took this sweep over"):
+            writer.check()
+        assert not writer.finish(1)
 
 
-def test_a_store_that_is_away_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_store_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(one := tmp_path / "one")
-    with keep(one, "memory://bucket/away") as own:
+    with keep(one, "memory://bucket/away") as writer:
         original = Store.write
         away = [True]
 
@@ -192,18 +194,18 @@ def test_a_store_that_is_away_is_tried_again(tmp_path: Path, monkeypatch: pytest
             original(self, name, data)
 
         monkeypatch.setattr(Store, "write", write)
-        while own.error is None:
-            own.join(0.02)
-        assert not own.finish(0.3)
+        while writer.error is None:
+            writer.join(0.02)
+        assert not writer.finish(0.3)
         away[0] = False
-        own.join(10)
-        assert own.complete
+        writer.join(10)
+        assert writer.complete
     (two := tmp_path / "two").mkdir()
     leave(two, "memory://bucket/away")
     assert content(two) == content(one)
 
 
-def test_nothing_leaves_the_folder(tmp_path: Path) -> None:
+def test_mirror_writes_nothing_outside_the_folder(tmp_path: Path) -> None:
     url = "memory://bucket/evil"
     begin(one := tmp_path / "one")
     leave(one, url)
@@ -214,7 +216,7 @@ def test_nothing_leaves_the_folder(tmp_path: Path) -> None:
     assert b"evil" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_settings_that_cannot_work_are_told(here: Path) -> None:
+def test_unusable_mirror_settings_are_refused(here: Path) -> None:
     for wrong, why in (
         ("storage.mirror=/data/copy", "is no store"),
         ("storage={mirror: 's3://b/p', ledger: 'sqlite:///l.db'}", "a ledger in SQLite is not copied"),
@@ -223,7 +225,7 @@ def test_settings_that_cannot_work_are_told(here: Path) -> None:
     shutil.rmtree("runs", ignore_errors=True)
 
 
-def test_options_of_a_url_stay_at_its_end() -> None:
+def test_options_stay_at_the_end_of_a_url() -> None:
     assert below("s3://bucket/a?region=x", "trials/0001") == "s3://bucket/a/trials/0001?region=x"
     assert below("s3://bucket/a/", "trials") == "s3://bucket/a/trials"
     assert below("s3://bucket/a?x=1", "") == "s3://bucket/a?x=1"

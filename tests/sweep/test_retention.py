@@ -1,4 +1,4 @@
-"""Checkpoints of a sweep: the best are kept, the rest make room; the need is told before the start."""
+"""Retention: the best checkpoints are kept, the others are deleted, and the disk need is checked before the start."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def keeping(keep: int | None, metric: str = "macro_f1") -> Config:
     return config.model_copy(update={"storage": config.storage.model_copy(update={"keep": keep})})
 
 
-def a_sweep(folder: Path, config: Config) -> StudyStore:
+def make_sweep(folder: Path, config: Config) -> StudyStore:
     """Complete, with two equal values: 0, 1, 2, 3. Failed: 4. Running: 5."""
     folder.mkdir(exist_ok=True)
     study = StudyStore.open(folder, config)
@@ -49,11 +49,11 @@ def left(folder: Path) -> dict[int, list[str]]:
     ("keep", "metric", "best"),
     [(2, "macro_f1", [1, 2]), (3, "macro_f1", [1, 2, 3]), (2, "loss", [0, 2]), (9, "macro_f1", [0, 1, 2, 3])],
 )
-def test_the_best_and_the_running_keep_their_checkpoints(
+def test_best_and_running_trials_keep_their_checkpoints(
     keep: int, metric: str, best: list[int], tmp_path: Path
 ) -> None:
     """On a tie the earlier trial; nothing else of any trial is touched."""
-    study = a_sweep(tmp_path, keeping(keep, metric))
+    study = make_sweep(tmp_path, keeping(keep, metric))
     deleted = prune_checkpoints(study, tmp_path)
     assert deleted == [number for number in range(5) if number not in best]
     assert left(tmp_path) == {
@@ -66,14 +66,14 @@ def test_the_best_and_the_running_keep_their_checkpoints(
     assert len(list(tmp_path.glob("trials/*/attempt-0002"))) == 0, "done already: nothing is claimed again"
 
 
-def test_null_keeps_all(tmp_path: Path) -> None:
-    study = a_sweep(tmp_path, keeping(None))
+def test_null_keeps_all_checkpoints(tmp_path: Path) -> None:
+    study = make_sweep(tmp_path, keeping(None))
     assert prune_checkpoints(study, tmp_path) == []
     assert left(tmp_path) == {key: list(FILES) for key in range(6)}
 
 
-def test_a_later_better_trial_takes_the_place_of_a_kept_one(tmp_path: Path) -> None:
-    study = a_sweep(tmp_path, keeping(1))
+def test_better_trial_replaces_a_kept_one(tmp_path: Path) -> None:
+    study = make_sweep(tmp_path, keeping(1))
     prune_checkpoints(study, tmp_path)
     report(study, 5, 0.95)
     study.complete(5)
@@ -81,10 +81,8 @@ def test_a_later_better_trial_takes_the_place_of_a_kept_one(tmp_path: Path) -> N
     assert left(tmp_path)[5] == [FILES[0]]
 
 
-@pytest.mark.parametrize("at", range(10))
-def test_a_kill_between_two_deletions_leaves_the_rest_for_the_next_time(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("at", [0, 1, 4, 9])
+def test_kill_between_deletions_leaves_the_rest(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -98,7 +96,7 @@ def test_a_kill_between_two_deletions_leaves_the_rest_for_the_next_time(
             done += 1
         unlink(path, **options)
 
-    study = a_sweep(tmp_path, keeping(1))
+    study = make_sweep(tmp_path, keeping(1))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "unlink", killing)
         prune_checkpoints(study, tmp_path)
@@ -106,9 +104,9 @@ def test_a_kill_between_two_deletions_leaves_the_rest_for_the_next_time(
     assert left(tmp_path) == {0: [], 1: [FILES[0]], 2: [], 3: [], 4: [], 5: list(FILES)}
 
 
-def test_a_worker_that_still_trains_an_ended_trial_loses(tmp_path: Path) -> None:
-    """Otherwise the checkpoint would come back, and nobody would look again."""
-    study = a_sweep(tmp_path, keeping(1))
+def test_worker_of_an_ended_trial_loses_its_lock(tmp_path: Path) -> None:
+    """Otherwise the checkpoint would come back and stay."""
+    study = make_sweep(tmp_path, keeping(1))
     running, ended = (TrialLock.claim(trial_folder(tmp_path, number)) for number in (5, 4))
     prune_checkpoints(study, tmp_path)
     with pytest.raises(StaleAttemptError):
@@ -116,22 +114,22 @@ def test_a_worker_that_still_trains_an_ended_trial_loses(tmp_path: Path) -> None
     running.check()
 
 
-def test_trials_that_never_began_are_no_trouble(tmp_path: Path) -> None:
-    study = a_sweep(tmp_path, keeping(1))
+def test_trial_without_folder_is_skipped(tmp_path: Path) -> None:
+    study = make_sweep(tmp_path, keeping(1))
     shutil.rmtree(trial_folder(tmp_path, 4))
     prune_checkpoints(study, tmp_path)
     assert not trial_folder(tmp_path, 4).exists()
 
 
-def test_the_need_counts_running_and_kept_checkpoints() -> None:
-    one = disk_need(keeping(3), 10**8, slots=1).each
+def test_need_counts_running_and_kept_checkpoints() -> None:
+    one = disk_need(keeping(3), 10**8, concurrent=1).each
     assert one == pytest.approx(1.2e9, rel=0.01)  # weights and two moments, four bytes each
-    assert disk_need(keeping(3), 10**8, slots=2) == DiskNeed(one, (3 * 2 + 3) * one)
-    assert disk_need(keeping(None), 10**8, slots=2) == DiskNeed(one, (3 * 2 + 7) * one)  # of nine trials
-    assert disk_need(keeping(20), 10**8, slots=99) == DiskNeed(one, (3 * 9 + 9) * one)
+    assert disk_need(keeping(3), 10**8, concurrent=2) == DiskNeed(one, (3 * 2 + 3) * one)
+    assert disk_need(keeping(None), 10**8, concurrent=2) == DiskNeed(one, (3 * 2 + 7) * one)  # of nine trials
+    assert disk_need(keeping(20), 10**8, concurrent=99) == DiskNeed(one, (3 * 9 + 9) * one)
 
 
-def test_the_need_is_shown_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_need_is_shown_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 20_000_000_000))
     new = tmp_path / "not" / "there"
@@ -145,11 +143,11 @@ def test_the_need_is_shown_or_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not new.exists()
     (own := trial_folder(tmp_path, 0)).mkdir(parents=True)
     with (own / "checkpoint.pt").open("wb") as file:
-        file.truncate(2 * 10**9)  # a sweep that goes on has some of it already
+        file.truncate(2 * 10**9)  # a sweep that resumes has some of it already
     check_disk(tmp_path, DiskNeed(10**9, 21 * 10**9))
 
 
-def test_a_checkpoint_that_was_removed_is_told(here: Path, trial: Path) -> None:
+def test_evaluating_a_deleted_checkpoint_is_refused(here: Path, trial: Path) -> None:
     (trial / "checkpoint.pt").unlink()
     for source in ("trial", "trial/checkpoint.pt"):
         said = refused(here, "evaluate", source)
