@@ -1,56 +1,63 @@
-"""`sweep confirm`: the best trials are trained again under fresh seeds, compared in pairs, and read the test split.
+"""`sweep confirm`: train the best trials again under fresh seeds, compare them in pairs, and read the test split.
 
-The best of many trials looks better than it is: it was chosen for its luck as well (Cawley and Talbot, "On Over-fitting
-in Model Selection", JMLR 11, 2010). So the number that counts is that of trainings which nobody chose.
+The best of many trials looks better than it is, because it was chosen for its luck as well (Cawley and Talbot, "On
+Over-fitting in Model Selection", JMLR 11, 2010). The figure to report is that of trainings that were not selected.
 
 best trials by seeds ─► a sweep of points, DIR-confirm ─► val and test of each ─► intervals, pairs ─► confirmed.json
               by folds ─► a sweep of points, DIR-folds ─► val and test, each pooled over the folds, as above
 
-With folds, every session is once in val and once in test, of a training that did not learn it (k-fold cross-validation;
+With folds, every session is once in val and once in test of a training that did not see it (k-fold cross-validation;
 Stone, "Cross-Validatory Choice and Assessment of Statistical Predictions", JRSS B 36, 1974).
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from data.atomic import write_file
 from data.errors import MisfitError, UserError
+from data.formats import format_count, format_number
 from model.evaluation.bootstrap import Comparison, Interval, Sums, compare, interval, sums_of
 from model.evaluation.metrics import Record
 from sweep.analysis.evaluate import predict
-from sweep.analysis.results import read_predictions
+from sweep.analysis.predictions import read_predictions
+from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
-from sweep.config.space import FOLD
+from sweep.config.space import FOLD, Scalar
 from sweep.execution.trial import open_shards
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
-TEST = "test.json"
-FORMER = ("model.init_from", "model.adapter.init_from")
-FIRST_SEED = 1000  # of the fresh ones, unless the search drew them
+FILE = "confirmed.json"  # in the folder of the sweep that confirms
+TEST = "test.json"  # in a trial's folder: its predictions of the test split
+BY_SEEDS, BY_FOLDS = "-confirm", "-folds"  # what the name of such a folder ends with
+SEED = "seed"
+FIRST_SEED = 1000  # fresh seeds start here
+WARM_START_KEYS = ("model.init_from", "model.adapter.init_from")
+Params = dict[str, Scalar]
 
 
 @dataclass(frozen=True)
-class Confirmed:
-    """A configuration that was trained again."""
+class ConfirmedTrial:
+    """A trial of the search whose configuration was trained again."""
 
-    number: int  # of the trial that the search found
-    params: dict[str, Any]
-    searched: float  # its value in the search
+    number: int
+    params: Params  # without seed and fold
+    searched: float  # the objective in the search
     seeds: list[int]
     val: Interval
-    test: Interval | None  # None where the corpus has no test split for this
+    test: Interval | None  # None where the corpus has no test split for the task
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The chosen configuration against another one."""
+    """The chosen configuration compared with another one."""
 
     other: int
     val: Comparison
@@ -59,220 +66,261 @@ class Pair:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the trainings with fresh seeds say."""
+    """The results of trainings with fresh seeds."""
 
     metric: str
-    ranked: list[Confirmed]  # by the mean on the validation split, best first
-    pairs: list[Pair]  # the first one against each other
-    folds: int | None  # that are pooled; None: the split of the search
+    folds: int | None  # pooled folds; None: the split of the search
+    ranked: list[ConfirmedTrial]  # by the mean on the validation split, best first
+    pairs: list[Pair]  # the first configuration against each other one
 
     @property
-    def chosen(self) -> Confirmed:
-        """The one to report."""
+    def chosen(self) -> ConfirmedTrial:
+        """Return the configuration to report."""
         return self.ranked[0]
 
     def lines(self) -> list[str]:
-        """What a paper may say."""
+        """Return the sentences that a paper may quote."""
         best = self.chosen
-        trained = f"{len(best.seeds)} fresh seed{'s' if len(best.seeds) > 1 else ''}"
-        trained += f", {self.folds} folds pooled" if self.folds else ""
-        found = [f"chosen: trial {best.number}, {self.metric} {best.val} on validation, mean of {trained}"]
+        trained = f"{format_count(len(best.seeds), 'fresh seed')}{self._pooled()}"
+        lines = [f"chosen: trial {best.number}, {self.metric} {best.val} on validation, mean of {trained}"]
         if best.test is not None:
-            found[0] += f"; {best.test} on test"
+            lines[0] += f"; {best.test} on test"
         for pair in self.pairs:
             names = f"#{best.number}", f"#{pair.other}"
-            p = "" if pair.val.mcnemar is None else f"; McNemar p = {pair.val.mcnemar:.2g}"
-            found.append(f"validation: {pair.val.told(*names)}{p}")
-            found += [f"test: {pair.test.told(*names)}"] if pair.test is not None else []
-        return [*found, self._optimism()]
+            mcnemar = "" if pair.val.mcnemar is None else f"; McNemar p = {pair.val.mcnemar:.2g}"
+            lines.append(f"validation: {pair.val.told(*names)}{mcnemar}")
+            lines += [f"test: {pair.test.told(*names)}"] if pair.test is not None else []
+        searched, confirmed = (" on one fold", f"on all {self.folds}") if self.folds else ("", "under fresh seeds")
+        optimism = (
+            f"optimism of the search: trial {best.number} reached {best.searched:.3f}{searched} in the search, and "
+            f"{best.val.value:.3f} ({best.val.value - best.searched:+.3f}) {confirmed}"
+        )
+        return [*lines, optimism + (f", and {best.test.value:.3f} on test" if best.test is not None else "")]
 
-    def _optimism(self) -> str:
-        best = self.chosen
-        one, several = (" on one fold", f"on all {self.folds}") if self.folds else ("", "under fresh seeds")
-        told = f"optimism of the search: trial {best.number} had {best.searched:.3f}{one}, of which "
-        told += f"{best.val.value:.3f} ({best.val.value - best.searched:+.3f}) stood {several}"
-        return told + (f", and {best.test.value:.3f} on test" if best.test is not None else "")
+    def table(self) -> TableView:
+        """Return the confirmed trials, best first."""
+        rows = [
+            [
+                f"#{trial.number}",
+                str(len(trial.seeds)),
+                format_number(trial.searched),
+                str(trial.val),
+                str(trial.test or ""),
+            ]
+            for trial in self.ranked
+        ]
+        return TableView(
+            [Column(name) for name in ("trial", "seeds", "in the search", "validation", "test")],
+            rows,
+            title=f"confirmed by {self.metric}",
+            note=f"means over fresh seeds{self._pooled()}; in brackets 95 % by session and seed",
+            has_best=True,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the content of confirmed.json, which `sweep confirm --json` prints."""
+        return {**asdict(self), "lines": self.lines()}
+
+    def _pooled(self) -> str:
+        return f", {self.folds} folds pooled" if self.folds else ""
 
 
-def place_of(folder: Path, folds: int | None = None) -> Path:
-    """The folder of the sweep that confirms: beside the search, so that both share cache and MLflow."""
-    return folder.absolute().with_name(folder.absolute().name + (FOLDED if folds else SUFFIX))
+def confirm_folder(folder: Path, folds: int | None = None) -> Path:
+    """Return the folder of the sweep that confirms a search: beside it, so that they share cache and MLflow."""
+    return folder.absolute().with_name(folder.absolute().name + (BY_FOLDS if folds else BY_SEEDS))
+
+
+def search_of(config: Config, folder: Path) -> Path | None:
+    """Return the folder of the search that a sweep confirms; None where it is a search itself."""
+    folder, points = folder.absolute(), config.search.points
+    for suffix in (BY_SEEDS, BY_FOLDS):
+        search = folder.with_name(folder.name.removesuffix(suffix))
+        if search != folder and (search / "config.yaml").exists() and points and all(SEED in point for point in points):
+            return search
+    return None
+
+
+def without_seed(params: Mapping[str, Scalar]) -> Params:
+    """Return what makes a configuration: its parameters without seed and fold."""
+    return {key: value for key, value in params.items() if key not in (SEED, FOLD)}
 
 
 def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | None = None) -> Config:
-    """The sweep that confirms: each of the best configurations under each of the fresh seeds, on each fold if asked.
+    """Return the sweep that trains each of the best configurations under each fresh seed, on each fold if asked.
 
-    Given again with larger numbers, it holds what it held before, and more.
+    A plan with larger numbers contains the former plan.
 
     Args:
-        ledger: of the search.
+        study: of the search.
         folder: of the search.
-        top: how many of its best trials.
-        seeds: how many fresh ones.
+        top: number of its best configurations.
+        seeds: number of fresh seeds.
         folds: of the corpus; None: the split of the search.
 
     Raises:
-        UserError: no trial is complete, the corpus has not so many folds, or a trial began with weights that may have
-            learnt from any of them.
+        UserError: no trial is complete, the corpus does not have this number of folds, or a trial started from weights
+            that may have been trained on any of them.
     """
-    config, suffix = study.config, FOLDED if folds else SUFFIX
-    best = list(distinct(best_first(config, study.trials()), top))
+    config, suffix = study.config, BY_FOLDS if folds else BY_SEEDS
+    best: list[Params] = []
+    for trial in best_first(config, study.trials()):
+        if without_seed(trial.params) not in best and len(best) < top:
+            best.append(without_seed(trial.params))
     if not best:
         raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
     if folds:
-        _refuse_misfit(config, best, folds)
-    fresh, parts = fresh_seeds(config, seeds), [{FOLD: fold} for fold in range(folds or 0)] or [{}]
-    wanted = [values | {SEED: seed} | part for seed in fresh for values in best for part in parts]
-    path = place_of(folder, folds) / "config.yaml"
+        _check_folds(config, best, folds)
+    fresh = fresh_seeds(config, seeds)
+    parts: list[Params] = [{FOLD: fold} for fold in range(folds or 0)] or [{}]
+    wanted = [{**values, SEED: seed, **part} for seed in fresh for values in best for part in parts]
+    path = confirm_folder(folder, folds) / "config.yaml"
     before = load(str(path)).search.points if path.exists() else []
     points = [*before, *(point for point in wanted if point not in before)]
-    known = list(dict.fromkeys([*fresh, *(point[SEED] for point in points)]))
+    planned_seeds = {*fresh, *(seed for point in points if isinstance(seed := point[SEED], int))}
     space = {key: axis for key, axis in config.model_dump()["search"]["space"].items() if key not in (SEED, FOLD)}
     space |= {FOLD: list(range(folds))} if folds else {}
-    changed = {
-        "name": config.name + suffix,
-        "search.space": space | {SEED: sorted(known)},
-        "search.points": points,
-        "search.trials": len(points),
-        "search.pruning": None,
-        "storage.keep": None,
-        "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + suffix,
-    }
-    return config.with_values(changed)
+    return config.with_values(
+        {
+            "name": config.name + suffix,
+            "search.space": space | {SEED: sorted(planned_seeds)},
+            "search.points": points,
+            "search.trials": len(points),
+            "search.pruning": None,
+            "storage.keep": None,
+            "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + suffix,
+        }
+    )
 
 
-def _refuse_misfit(config: Config, best: Sequence[Mapping[str, Any]], folds: int) -> None:
+def _check_folds(config: Config, best: Sequence[Mapping[str, Scalar]], folds: int) -> None:
     shards = open_shards(resolve(config))
-    has = shards.manifest.config.split.folds
-    if has is None:
+    available = shards.manifest.config.split.folds
+    if available is None:
         raise UserError(
             f"--folds {folds}: {shards.folder} has no folds; prepare the corpus with --set split.folds={folds} into "
             "another folder, and search there"
         )
-    if has != folds:
-        raise UserError(f"--folds {folds}: {shards.folder} has {has} folds; use --folds {has}")
-    for key in FORMER:
+    if available != folds:
+        raise UserError(f"--folds {folds}: {shards.folder} has {available} folds; use --folds {available}")
+    for key in WARM_START_KEYS:
         if any(values.get(key, flat(config).get(key)) for values in best):
             raise UserError(
-                f"--folds {folds}: {key} names weights that may have learnt from any fold, so nothing would be held "
-                "out; leave --folds out"
+                f"--folds {folds}: {key} names weights that may have been trained on any fold, so nothing would be "
+                "held out; leave --folds out"
             )
 
 
-def distinct(entries: Sequence[TrialRecord], top: int) -> list[dict[str, Any]]:
-    """The values of the first trials that differ in more than seed and fold."""
-    found: list[dict[str, Any]] = []
-    for entry in entries:
-        if without_luck(entry.params) not in found and len(found) < top:
-            found.append(without_luck(entry.params))
-    return found
-
-
 def fresh_seeds(config: Config, count: int) -> list[int]:
-    """Seeds that no trial of the search had."""
-    axis = config.search.space.get(SEED)
-    candidates = range(FIRST_SEED, FIRST_SEED + count + len((axis and axis.choices) or []) + 1)
-    taken = {seed for seed in candidates if seed == config.seed or (axis is not None and axis.contains(seed))}
-    found = [seed for seed in candidates if seed not in taken][:count]
-    if len(found) < count:
-        raise UserError(
-            f"search.space.{SEED}: holds the seeds from {FIRST_SEED} on, which are kept to confirm; use lower"
-        )
-    return found
-
-
-def confirmation(
-    study: StudyStore, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
-) -> Confirmation:
-    """Compare what was trained again; test splits that were not read yet are read now.
-
-    Args:
-        ledger: of the search.
-        folder: of the search.
-        folds: as of `plan`.
-        say: shows a line to people.
+    """Return seeds that no trial of the search had.
 
     Raises:
-        UserError: nothing was confirmed yet.
+        UserError: the search draws from the seeds that are reserved for this.
     """
-    own, config = place_of(folder, folds), study.config
-    again = StudyStore.of(own)
-    groups = _groups(best_first(config, study.trials()), again.trials(), folds or 1)
+    axis = config.search.space.get(SEED)
+    candidates = range(FIRST_SEED, FIRST_SEED + count + len((axis and axis.choices) or []) + 1)
+    used = {seed for seed in candidates if seed == config.seed or (axis is not None and axis.contains(seed))}
+    fresh = [seed for seed in candidates if seed not in used][:count]
+    if len(fresh) < count:
+        raise UserError(
+            f"search.space.{SEED}: seeds from {FIRST_SEED} on are reserved for `sweep confirm`; use lower seeds"
+        )
+    return fresh
+
+
+def confirm(
+    study: StudyStore, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
+) -> Confirmation:
+    """Compare the configurations that were trained again, and write confirmed.json.
+
+    Each training predicts the test split once.
+
+    Args:
+        study: of the search.
+        folder: of the search.
+        folds: see `plan`.
+        say: prints a line of progress.
+
+    Raises:
+        UserError: no training is complete.
+    """
+    config, retrained = study.config, confirm_folder(folder, folds)
+    groups = _groups(best_first(config, study.trials()), StudyStore.of(retrained).trials(), folds or 1)
     if not groups:
-        whole = " on every fold" if folds else ""
-        raise UserError(f"{own}: no training is complete{whole} yet; `sweep status {own}` shows what became of each")
-    sums, task = objective(config, trial_folder(own, next(iter(groups[0][1].values()))[0].number))
-    val = [_runs(own, rounds, lambda place: read_predictions(place)[task][1]) for _, rounds in groups]
-    test = [_runs(own, rounds, lambda place: _tested(place, task, say)) for _, rounds in groups]
-    measured = [
-        _measured(first, rounds, heard, read, sums)
-        for (first, rounds), heard, read in zip(groups, val, test, strict=True)
+        on_folds = " on every fold" if folds else ""
+        raise UserError(f"{retrained}: no training is complete{on_folds} yet; `sweep status {retrained}` shows them")
+    sums, task = objective(config, trial_folder(retrained, next(iter(groups[0][1].values()))[0].number))
+
+    def predicted(read: Callable[[Path], list[Record]]) -> list[list[list[Record]]]:
+        """Return the records of each configuration by seed, those of all folds together."""
+        return [
+            [
+                [record for trial in trials for record in read(trial_folder(retrained, trial.number))]
+                for trials in by_seed.values()
+            ]
+            for _, by_seed in groups
+        ]
+
+    val = predicted(lambda path: read_predictions(path)[task][1])
+    test = predicted(lambda path: _test_records(path, task, say))
+    confirmed = [
+        ConfirmedTrial(
+            number=trial.number,
+            params=without_seed(trial.params),
+            searched=trial.value or 0.0,
+            seeds=list(by_seed),
+            val=interval(val_records, sums),
+            test=interval(test_records, sums) if all(test_records) else None,
+        )
+        for (trial, by_seed), val_records, test_records in zip(groups, val, test, strict=True)
     ]
     maximize = config.search.direction == "maximize"
-    sign = -1 if maximize else 1
-    order = sorted(range(len(groups)), key=lambda place: sign * measured[place].val.value)
+    order = sorted(range(len(groups)), key=lambda index: (-1 if maximize else 1) * confirmed[index].val.value)
     best = order[0]
     pairs = [
         Pair(
-            measured[place].number,
-            compare(val[best], val[place], sums, maximize),
-            compare(test[best], test[place], sums, maximize) if all(test[best]) and all(test[place]) else None,
+            confirmed[index].number,
+            compare(val[best], val[index], sums, maximize),
+            compare(test[best], test[index], sums, maximize) if all(test[best]) and all(test[index]) else None,
         )
-        for place in order[1:]
+        for index in order[1:]
     ]
-    found = Confirmation(config.search.metric, [measured[place] for place in order], pairs, folds)
-    _write(own / FILE, found)
-    return found
-
-
-def _measured(
-    first: TrialRecord, rounds: Mapping[int, Any], val: list[list[Record]], test: list[list[Record]], sums: Sums
-) -> Confirmed:
-    assert first.value is not None
-    tested = interval(test, sums) if all(test) else None
-    return Confirmed(first.number, without_luck(first.params), first.value, list(rounds), interval(val, sums), tested)
+    confirmation = Confirmation(config.search.metric, folds, [confirmed[index] for index in order], pairs)
+    write_file(retrained / FILE, json.dumps(confirmation.to_json()))
+    return confirmation
 
 
 def _groups(
-    best: Sequence[TrialRecord], again: Sequence[TrialRecord], parts: int
+    searched: Sequence[TrialRecord], retrained: Sequence[TrialRecord], parts: int
 ) -> list[tuple[TrialRecord, dict[int, list[TrialRecord]]]]:
-    """Each confirmed trial of the search, with its complete trainings by seed: as many as the data have parts."""
-    found: list[tuple[TrialRecord, dict[int, list[TrialRecord]]]] = []
-    for first in best:
-        rounds: dict[int, list[TrialRecord]] = {}
-        for entry in again:
-            if entry.state == "COMPLETE" and without_luck(entry.params) == without_luck(first.params):
-                rounds.setdefault(int(entry.params[SEED] or 0), []).append(entry)
-        rounds = {seed: entries for seed, entries in rounds.items() if len(entries) == parts}
-        if rounds and without_luck(first.params) not in [without_luck(known.params) for known, _ in found]:
-            found.append((first, rounds))
-    return found
-
-
-def _runs(
-    folder: Path, rounds: Mapping[int, Sequence[TrialRecord]], read: Callable[[Path], list[Record]]
-) -> list[list[Record]]:
-    """By seed, the records of its trainings: those of all folds together."""
-    return [
-        [record for entry in entries for record in read(trial_folder(folder, entry.number))]
-        for entries in rounds.values()
-    ]
+    """Return the confirmed trials of the search, each with its trainings by seed: those that are complete on all parts
+    of the data."""
+    groups: list[tuple[TrialRecord, dict[int, list[TrialRecord]]]] = []
+    for trial in searched:
+        params = without_seed(trial.params)
+        by_seed: dict[int, list[TrialRecord]] = {}
+        for training in retrained:
+            if training.state == "COMPLETE" and without_seed(training.params) == params:
+                by_seed.setdefault(int(training.params[SEED] or 0), []).append(training)
+        by_seed = {seed: trainings for seed, trainings in by_seed.items() if len(trainings) == parts}
+        if by_seed and params not in [without_seed(first.params) for first, _ in groups]:
+            groups.append((trial, by_seed))
+    return groups
 
 
 def objective(config: Config, trial: Path) -> tuple[Sums, str]:
-    """The objective as something that can be resampled, and its task.
+    """Return the objective as something that can be resampled, and its task.
 
     Args:
         config: of the search.
         trial: folder of a trial with predictions.
 
     Raises:
-        UserError: it has no interval.
+        UserError: the objective has no interval.
     """
     task, _, metric = config.search.metric.rpartition("/")
-    said = read_predictions(trial)
-    task = task or next(iter(said), "")
-    sums = sums_of(metric, said[task][0], {}) if task in said else None
+    predictions = read_predictions(trial)
+    task = task or next(iter(predictions), "")
+    sums = sums_of(metric, predictions[task][0], {}) if task in predictions else None
     if sums is None:
         raise UserError(
             f"search.metric: {config.search.metric} has no interval, so trials cannot be compared by it; search by "
@@ -281,83 +329,48 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
     return sums, task
 
 
-def _tested(folder: Path, task: str, say: Callable[[str], object]) -> list[Record]:
-    """A training on the test split, read once and kept beside its predictions; empty where there is none."""
+def _test_records(folder: Path, task: str, say: Callable[[str], object]) -> list[Record]:
+    """Return a training's predictions of the test split, made once and kept in its folder; empty if it has no split."""
     path = folder / TEST
     if not path.exists():
         say(f"reading the test split: training {folder.name}")
+        content: dict[str, object] = {"labels": {}, "records": []}
         try:
-            said = predict(folder, "test")
-            content = {"labels": said.labels, "records": [record.as_dict() for record in said.records]}
-        except MisfitError:
-            content = {"labels": {}, "records": []}
+            predictions = predict(folder, "test")
+            content = {"labels": predictions.labels, "records": [record.as_dict() for record in predictions.records]}
+        except MisfitError:  # the corpus has no test split for the task
+            pass
         write_file(path, json.dumps(content))
     return read_predictions(folder, TEST).get(task, ([], []))[1]
 
 
-def _write(path: Path, found: Confirmation) -> None:
-    def plain(value: Interval | None) -> Any:
-        return None if value is None else {"value": value.value, "low": value.low, "high": value.high}
-
-    def against(value: Comparison | None) -> Any:
-        return value and {"difference": plain(value.difference), "better": value.better, "mcnemar": value.mcnemar}
-
-    rows = [{**vars(own), "val": plain(own.val), "test": plain(own.test)} for own in found.ranked]
-    pairs = [{"other": own.other, "val": against(own.val), "test": against(own.test)} for own in found.pairs]
-    content = {"metric": found.metric, "folds": found.folds, "ranked": rows, "pairs": pairs, "lines": found.lines()}
-    write_file(path, json.dumps(content))
+def read(folder: Path) -> Confirmation | None:
+    """Return the results of the last `sweep confirm` of a search; None where it was not confirmed."""
+    paths = [path for folds in (None, 1) if (path := confirm_folder(folder, folds) / FILE).exists()]
+    return _read(max(paths, key=lambda path: path.stat().st_mtime_ns)) if paths else None
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """What the last `sweep confirm` of a sweep said; None where nothing was confirmed."""
-    paths = [place_of(folder, folds) / FILE for folds in (None, 1)]
-    written = [path for path in paths if path.exists()]
-    if not written:
-        return None
-    newest = max(written, key=lambda path: path.stat().st_mtime_ns)
-    content: dict[str, Any] = json.loads(newest.read_text(encoding="utf-8"))
-    return content
+def _read(path: Path) -> Confirmation:
+    return TypeAdapter(Confirmation).validate_json(path.read_bytes())
 
 
-SUFFIX, FOLDED, FILE = "-confirm", "-folds", "confirmed.json"
-SEED = "seed"
-
-
-def search_of(config: Config, folder: Path) -> Path | None:
-    """The folder of the search that a sweep confirms; None where it is a search itself."""
-    folder, points = folder.absolute(), config.search.points
-    for suffix in (SUFFIX, FOLDED):
-        search = folder.with_name(folder.name.removesuffix(suffix))
-        if search != folder and (search / "config.yaml").exists() and points and all(SEED in one for one in points):
-            return search
-    return None
-
-
-def without_luck(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration is, under whatever seed and on whatever fold."""
-    return {key: value for key, value in params.items() if key not in (SEED, FOLD)}
-
-
-def lines(config: Config, folder: Path, search: Path, entries: Sequence[TrialRecord]) -> list[str]:
-    """A line for each training, in their order; then what came out, once they were compared.
+def training_lines(config: Config, folder: Path, search: Path, trials: Sequence[TrialRecord]) -> list[str]:
+    """Return a line for each training of a sweep that confirms, by number, and the results once they were compared.
 
     Args:
         config: of the sweep that confirms.
-        folder: of it.
+        folder: of the sweep that confirms.
         search: folder of the search.
-        entries: of the ledger of the sweep that confirms.
+        trials: of the sweep that confirms.
     """
     study = StudyStore.of(search)
-    best, path = best_first(study.config, study.trials()), folder / FILE
-    said = json.loads(path.read_text(encoding="utf-8"))["lines"] if path.exists() else []
-    return [*(_line(config, entry, best) for entry in entries), *said]
-
-
-def _line(config: Config, entry: TrialRecord, best: Sequence[TrialRecord]) -> str:
-    own = without_luck(entry.params)
-    number = next((str(first.number) for first in best if without_luck(first.params) == own), "unknown")
-    which = f"trial {number}, seed {entry.params[SEED]}"
-    which += f", fold {entry.params[FOLD]}" if FOLD in entry.params else ""
-    value = "" if entry.value is None else f", {config.search.metric} {entry.value:.3f}"
-    why = "" if entry.state in ("COMPLETE", "RUNNING") else f": {entry.why}"
-    return f"#{entry.number} {which}: {entry.state}{value}{why}"
+    numbers = [(without_seed(trial.params), trial.number) for trial in best_first(study.config, study.trials())]
+    lines = []
+    for trial in trials:
+        params = without_seed(trial.params)
+        number = next((str(number) for searched, number in numbers if searched == params), "unknown")
+        fold = f", fold {trial.params[FOLD]}" if FOLD in trial.params else ""
+        value = "" if trial.value is None else f", {config.search.metric} {trial.value:.3f}"
+        why = "" if trial.state in ("COMPLETE", "RUNNING") else f": {trial.why}"
+        lines.append(f"#{trial.number} trial {number}, seed {trial.params[SEED]}{fold}: {trial.state}{value}{why}")
+    return [*lines, *(_read(folder / FILE).lines() if (folder / FILE).exists() else [])]

@@ -1,18 +1,19 @@
-"""`sweep evaluate`: a checkpoint on a split, in this process, from the shards on disk."""
+"""`sweep evaluate`: evaluate a checkpoint on a split, in this process, from the shards on disk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.corpus.schema import SPLITS
 from data.errors import UserError
+from data.formats import format_number
 from model.checkpoints import checkpoint
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record, per_label, summarise
 from model.evaluation.split_data import TrialData
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training import metrics_log as curve
+from model.training import metrics_log
+from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, resolve
@@ -21,72 +22,110 @@ from sweep.search.study import StudyStore
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What a model says about a split."""
+class SplitPredictions:
+    """The predictions of a model on a split."""
 
     records: list[Record]
     labels: dict[str, tuple[str, ...]]  # by task
-    roles: Mapping[str, Sequence[str]]  # who may carry which label
+    roles: Mapping[str, Sequence[str]]  # the labels that each role may carry
 
 
-def predict(source: Path, split: str, batch_size: int | None = None, overrides: Sequence[str] = ()) -> Predicted:
+@dataclass(frozen=True)
+class Evaluation:
+    """The predictions of a model on a split, and how good they are."""
+
+    split: str
+    predictions: SplitPredictions
+    metrics: dict[str, float]  # by name as in `summarise`
+    per_label: dict[str, dict[str, dict[str, float]]]  # by task and label: precision, recall, f1, support
+
+    def to_json(self) -> dict[str, object]:
+        """Return `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label."""
+        labels = self.predictions.labels
+        predictions = [
+            {
+                "id": record.id,
+                "task": record.task,
+                "label": record.label,
+                "prediction": record.prediction,
+                "scores": dict(zip(labels[record.task], record.scores, strict=True)),
+            }
+            for record in self.predictions.records
+        ]
+        return {"n": len(predictions), **self.metrics, "per_label": self.per_label, "predictions": predictions}
+
+    def tables(self) -> list[TableView]:
+        """Return the figures of each label, a table for every task that has labels."""
+        names = ("precision", "recall", "f1")
+        columns = [Column("label", is_text=True), *map(Column, (*names, "support"))]
+        return [
+            TableView(
+                columns,
+                [
+                    [label, *(format_number(row[name]) for name in names), f"{row['support']:.0f}"]
+                    for label, row in rows.items()
+                ],
+                title=f"{task}: {self.split} split",
+            )
+            for task, rows in self.per_label.items()
+        ]
+
+    def line(self) -> str:
+        """Return all metrics in a line."""
+        return "  ".join(f"{name} {format_number(value)}" for name, value in self.metrics.items())
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model of a checkpoint with its data."""
+
+    model: SpeechLLM
+    data: TrialData
+    fingerprint: str  # of the corpus
+    epoch: int  # the last one that it was evaluated after; 0: none
+    metrics: Mapping[str, object]  # of that evaluation, on the validation split
+
+
+def predict(source: Path, split: str, batch_size: int | None = None, overrides: Sequence[str] = ()) -> SplitPredictions:
     """Predict a split.
 
     Args:
         source: a sweep's folder (its best trial), a trial's folder, or a checkpoint file beside its config.yaml.
         split: train, val or test.
-        batch_size: items computed at once; by default as many as `train.token_budget` allows.
-        overrides: settings of the data as key=value, for controls: the trained model under another sound or history.
+        batch_size: items computed at once; None: as many as `train.token_budget` allows.
+        overrides: settings of the data as key=value, for controls: the same model with other audio or less history.
 
     Raises:
-        UserError: there is no such checkpoint or split, the corpus is another one, or other settings are given.
+        UserError: the checkpoint or the split does not exist, the corpus has changed, or a setting outside `data` is
+            overridden.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
     path = find_checkpoint(source)
-    other = [override for override in overrides if not override.startswith(("data.", "train.token_budget="))]
-    if other:
-        raise UserError(f"--set {other[0]}: only data.* can be changed for a trained model")
+    for override in overrides:
+        if not override.startswith(("data.", "train.token_budget=")):
+            raise UserError(f"--set {override}: only data.* can be changed for a trained model")
     config = resolve(load(str(path.with_name("config.yaml")), overrides))
-    model, data, _ = load_trained(path, config, (split,))
-    records = evaluate(model, data, split, config.train.token_budget, batch_size)
-    labels = {task: tuple(known.labels) for task, known in model.tasks.items()}
-    return Predicted(records, labels, data.shards.manifest.roles)
+    trained = load_trained(path, config, (split,))
+    records = evaluate(trained.model, trained.data, split, config.train.token_budget, batch_size)
+    labels = {task: tuple(answers.labels) for task, answers in trained.model.tasks.items()}
+    return SplitPredictions(records, labels, trained.data.shards.manifest.roles)
 
 
-def evaluate_checkpoint(
-    source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Predict a split, see `predict`.
-
-    Returns:
-        `n`, the metrics, `per_label` by task, and `predictions` with the log-probability of every label.
-    """
-    said = predict(source, split, batch_size, overrides)
-    records, labels = said.records, said.labels
-    predictions = [
-        {
-            "id": record.id,
-            "task": record.task,
-            "label": record.label,
-            "prediction": record.prediction,
-            "scores": dict(zip(labels[record.task], record.scores, strict=True)),
-        }
-        for record in records
-    ]
+def evaluate_checkpoint(source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()) -> Evaluation:
+    """Predict a split and compute its metrics; see `predict` for arguments and errors."""
+    predictions = predict(source, split, batch_size, overrides)
     tables = {
-        task: per_label([record for record in records if record.task == task], known)
-        for task, known in labels.items()
-        if known
+        task: per_label([record for record in predictions.records if record.task == task], labels)
+        for task, labels in predictions.labels.items()
+        if labels
     }
-    metrics = summarise(records, labels, said.roles)
-    return {"n": len(records), **metrics, "per_label": tables, "predictions": predictions}
+    metrics = summarise(predictions.records, predictions.labels, predictions.roles)
+    return Evaluation(split, predictions, metrics, tables)
 
 
-def load_trained(
-    path: Path, config: ResolvedConfig, splits: Sequence[str]
-) -> tuple[SpeechLLM, TrialData, dict[str, Any]]:
-    """The model of a checkpoint, its data, and what else the checkpoint holds.
+def load_trained(path: Path, config: ResolvedConfig, splits: Sequence[str]) -> TrainedModel:
+    """Load the model of a checkpoint with its data.
 
     Args:
         path: of the checkpoint.
@@ -101,20 +140,22 @@ def load_trained(
     if state["fingerprint"] != data.shards.fingerprint:
         raise UserError(
             f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
-            f"{data.shards.fingerprint}: their splits may differ; put the former shards back"
+            f"{data.shards.fingerprint}, so their splits may differ; restore the former shards"
         )
     checkpoint.restore(model, state)
-    return model, data, state
+    history = state["progress"]["history"]
+    epoch, metrics = history[-1] if history else (0, {})
+    return TrainedModel(model, data, state["fingerprint"], epoch, metrics)
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint of a trial, or of a sweep's best one.
+    """Return the checkpoint of a trial, or of a sweep's best trial.
 
     Args:
         source: a sweep's folder, a trial's folder, or a checkpoint file beside its config.yaml.
 
     Raises:
-        UserError: there is none, or none any more.
+        UserError: there is no checkpoint, or the sweep has deleted it.
     """
     named = source.is_file() or source.name == checkpoint.FILE
     folder = source.parent if named else source
@@ -124,23 +165,23 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if (folder / checkpoint.FILE).exists():
         return folder / checkpoint.FILE
-    if named or (folder / curve.FILE).exists():  # of a trial
-        raise UserError(f"{source}: {_gone(folder)}")
+    if named or (folder / metrics_log.FILE).exists():  # of a trial
+        raise UserError(f"{source}: {_why_missing(folder)}")
     study = StudyStore.of(folder)
     best = study.best()
     if best is None:
         raise UserError(f"{folder}: no trial is complete yet; name a trial's folder, or finish the sweep")
     path = trial_folder(folder, best.number) / checkpoint.FILE
     if path.parent.exists() and not path.exists():
-        raise UserError(f"{path}: {_gone(path.parent)}")
+        raise UserError(f"{path}: {_why_missing(path.parent)}")
     return path
 
 
-def _gone(folder: Path) -> str:
-    """Why a trial has no checkpoint, and what to do."""
+def _why_missing(folder: Path) -> str:
+    """Return why a trial has no checkpoint, and what to do."""
     if not (folder / "predictions.json").exists():  # written with the first epoch
         return "the trial has no checkpoint yet; train it first"
     return (
         "the trial has no checkpoint any more: a sweep keeps those of its best trials (storage.keep); name one of "
-        f"them, or train this one again with `sweep train {folder / 'config.yaml'}`"
+        f"them, or train this trial again with `sweep train {folder / 'config.yaml'}`"
     )

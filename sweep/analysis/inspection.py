@@ -1,12 +1,8 @@
-"""What a configuration makes of a corpus before any training: the model's parts, and examples as it reads them."""
+"""The parts of a model, and the examples of a corpus as the model reads them, before any training."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
 from data.corpus.schema import SAMPLE_RATE, SPLITS
 from data.errors import UserError
@@ -17,30 +13,30 @@ from model.parts import summarise_parts
 from model.speech_llm.label_trie import shared_prefixes
 from model.speech_llm.prompt import CLIP, CLS, END, IGNORE
 from model.speech_llm.speech_llm import SpeechLLM
+from sweep.analysis.view import Column, TableView
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
 
 
-def parts_table(model: SpeechLLM, config: Config, title: str) -> Table:
-    """The parts of a model: how many parameters they have, how many train, and at what peak rate."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("part", "parameters", "trained", "learning rate", "from"):
-        table.add_column(name, justify="left" if name in ("part", "from") else "right")
-    rows = summarise_parts(model, model.sources)
-    for part in rows:
+def parts_table(model: SpeechLLM, config: Config, title: str) -> TableView:
+    """Return the parts of a model: their parameters, how many of them train, and at what peak learning rate."""
+    rows = []
+    parts = summarise_parts(model, model.sources)
+    for part in parts:
         rate = getattr(config.train.learning_rates, part.name, None) or config.train.learning_rate
-        shown = f"{rate:.2e}" if part.trained else "frozen"
         source = part.loaded or "new"
         source = Path(source).name if Path(source).is_dir() else source
-        table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", shown, escape(source))
-    total, trained = sum(part.parameters for part in rows), sum(part.trained for part in rows)
-    table.add_row("all", f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", "", style="bold")
-    return table
+        rate_cell = f"{rate:.2e}" if part.trained else "frozen"
+        rows.append([part.name, f"{part.parameters:,}", f"{part.trained:,}", rate_cell, source])
+    total, trained = sum(part.parameters for part in parts), sum(part.trained for part in parts)
+    rows.append(["all", f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", ""])
+    names = ("part", "parameters", "trained", "learning rate", "from")
+    return TableView([Column(name, is_text=name in ("part", "from")) for name in names], rows, title)
 
 
 def notes(model: SpeechLLM) -> list[str]:
-    """What a person should know about the labels."""
+    """Return a line for each pair of labels of which one begins like the other."""
     return [
         f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
         for task, answers in model.answers.items()
@@ -49,14 +45,14 @@ def notes(model: SpeechLLM) -> list[str]:
 
 
 def settings_for(shards: Shards) -> list[str]:
-    """Overrides that make a configuration for any corpus: the embedded models, and a task that it has answers for."""
-    found = ["name=inspect", f"data.shards={json.dumps(str(shards.folder))}"]
-    found += [] if has_sound(shards) else ["model.modality=text"]
-    return found + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
+    """Return overrides that make a configuration for any corpus: built-in models and a task that it has answers for."""
+    overrides = ["name=inspect", f"data.shards={json.dumps(str(shards.folder))}"]
+    overrides += [] if has_sound(shards) else ["model.modality=text"]
+    return overrides + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
 
 
 def choose(config: ResolvedConfig, task: str, split: str | None, wanted: str | None) -> Item | None:
-    """The first item of a task, or the one with this id, in a split or in any; None if this task has no such item.
+    """Return the first item of a task, or the one with this id, in a split or in any; None if there is none.
 
     Raises:
         DataError: the split has nothing for the task.
@@ -71,9 +67,9 @@ def choose(config: ResolvedConfig, task: str, split: str | None, wanted: str | N
 
 
 def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[str]:
-    """An example as the model reads it: the sequence, then the tokens that the loss is over.
+    """Return an example as the model reads it: the sequence, then the tokens that the loss is computed over.
 
-    Placeholders of vectors stand in brackets; ⏎ is a line break.
+    Vectors are shown in brackets; ⏎ is a line break.
     """
     shards = open_shards(config)
     example = read_example(shards, item, config.data, sound=False)
@@ -90,25 +86,25 @@ def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[
         f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
         f"  reads     {_text(model, prompt.ids, clip)}",
         f"  answers   {_text(model, answer.inputs, clip)}",
-        *([] if heard is None else [f"  hears     {_heard(shards, heard)}"]),
-        *([] if not clip else [f"  clip      {_where_the_clip_is(model, prompt.ids, samples)}"]),
+        *([] if heard is None else [f"  audio     {_audio(shards, heard)}"]),
+        *([] if not clip else [f"  clip      {_clip_positions(model, prompt.ids, samples)}"]),
         f"  loss over {' | '.join(targets)}",
         f"  loss mask {_mask(prompt.ids, answer.targets)}",
         f"  {_counts(prompt.ids, measure.predicted, prompt.dropped_turns, example)}",
     ]
 
 
-def _heard(shards: Shards, row: int) -> str:
+def _audio(shards: Shards, row: int) -> str:
     columns = shards.columns
     start, end, samples = (columns[name][row] for name in ("t_start", "t_end", "n_samples"))
     seconds = f"{samples} samples, {samples / SAMPLE_RATE:.2f} s"
-    place = "" if start is None or end is None else f", {start:.2f}-{end:.2f} s of the recording"
+    times = "" if start is None or end is None else f", {start:.2f}-{end:.2f} s of the recording"
     flags = columns["flags"][row]
-    return f"{columns['id'][row]}: {seconds}{place}{f' ({flags})' if flags else ''}"
+    return f"{columns['id'][row]}: {seconds}{times}{f' ({flags})' if flags else ''}"
 
 
-def _where_the_clip_is(model: SpeechLLM, ids: Sequence[int], samples: int) -> str:
-    """Positions of the clip's embeddings in the sequence that the LLM reads."""
+def _clip_positions(model: SpeechLLM, ids: Sequence[int], samples: int) -> str:
+    """Return the positions of the clip's embeddings in the sequence that the LLM reads."""
     assert model.encoder is not None
     assert model.adapter is not None
     first, count = list(ids).index(CLIP), model.adapter.num_embeddings(model.encoder.num_frames(samples))
@@ -116,7 +112,7 @@ def _where_the_clip_is(model: SpeechLLM, ids: Sequence[int], samples: int) -> st
 
 
 def _mask(prompt: Sequence[int], targets: Sequence[int]) -> str:
-    """One character a token: · without loss, ■ with; the prompt never has any."""
+    """Return one character per token: · without loss, ■ with loss; the prompt has none."""
     marks = "".join("·" if target == IGNORE else "■" for target in targets)
     return f"prompt {len(prompt)} x ·, answer {marks}"
 
@@ -135,7 +131,7 @@ def _clip(model: SpeechLLM, samples: int) -> str:
 
 
 def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:
-    """Token ids as text, each run of tokens decoded together."""
+    """Return token ids as text, each run of tokens decoded together."""
     vectors = {CLIP: clip, END: "[END]", CLS: "[CLS]"}
     pieces: list[str] = []
     run: list[int] = []
@@ -156,13 +152,12 @@ def _token(model: SpeechLLM, token: int) -> str:
 
 
 def lines(model: SpeechLLM, config: ResolvedConfig, split: str | None, wanted: str | None) -> list[str]:
-    """Examples of every task.
+    """Return an example of every task.
 
     Raises:
         UserError: no task has an item with the wanted id.
     """
-    found = [(task, choose(config, task, split, wanted)) for task in model.tasks]
-    chosen = [item for _, item in found if item is not None]
+    chosen = [item for task in model.tasks if (item := choose(config, task, split, wanted)) is not None]
     if not chosen:
         where = f"the {split} split has" if split else "there is"
         raise UserError(

@@ -1,185 +1,129 @@
-"""The leaderboard: trials by the objective with its 95 % interval, what they cost, and why each ended as it did."""
+"""The leaderboard: trials by the objective with its 95 % interval, their parameters, what they cost, how they ended.
 
-import contextlib
-import functools
-from collections.abc import Mapping, Sequence
+The terminal, MLflow's note and the report draw the same `Leaderboard`; the report also shows the columns for details.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
-from data.atomic import write_file
-from data.formats import format_duration
-from model.evaluation.bootstrap import Interval, interval, sums_of
-from model.evaluation.metrics import Record
-from sweep.analysis.results import progress, ranked, read_predictions, short_names
-from sweep.config.paths import trial_folder
+from data.formats import format_duration, format_narrow_interval, format_number, format_value
+from sweep.analysis.predictions import trial_interval
+from sweep.analysis.results import progress, ranked, short_names
+from sweep.analysis.view import Column, TableView
 from sweep.config.schema import Config
-from sweep.config.version import code_version
 from sweep.search import pruning_audit
 from sweep.search.cost import format_device_hours
 from sweep.search.study import TrialRecord
 
-KEPT = "intervals.json"  # beside the predictions that they are of
-SHOWN = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
-HEALTH = ("eos_rate", "run_on", "empty")  # of generated texts
-Said = Mapping[str, tuple[list[str], list[Record]]]
-MEASURED = (*SHOWN, "weighted_f1", "loss", "ece", *HEALTH)
-
-
-class Kept(BaseModel):
-    """Intervals, and what they are of: the time of the predictions, and the code that counted."""
-
-    of: tuple[int, str]
-    intervals: dict[str, Interval | None] = {}
+METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
+GENERATION = ("eos_rate", "run_on", "empty")  # how generated texts end
+DETAILED = ("weighted_f1", "loss", "ece", *GENERATION)  # metrics that only the report shows
 
 
 @dataclass(frozen=True)
-class Board:
-    """Rows of text, best trial first."""
+class Leaderboard:
+    """The trials of a sweep, best first, and what else is to be said about them."""
 
-    header: list[str]
-    rows: list[list[str]]
+    table: TableView  # groups of columns: trial, metrics, subsets, parameters, details, reason
+    note: str  # what the figures are
+    audit: list[str]  # what pruning may have cost
+    warning: str | None  # pruning loses winners
+    reasons: list[str]  # how each trial ended that did not simply train to its end
+
+    def compact(self) -> TableView:
+        """Return the table without details and reasons, for places that have little room."""
+        return self.table.select(lambda column: column.group not in ("details", "reason"))
 
 
-def board(config: Config, folder: Path, entries: Sequence[TrialRecord], whole: bool = False) -> Board:
-    """The leaderboard of a sweep.
+def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> Leaderboard:
+    """Rank the trials of a sweep.
 
     Args:
         config: of the sweep.
-        folder: of the sweep; predictions are read there, for intervals.
-        entries: of its ledger.
-        whole: all metrics, overall and per role, and the cost of each trial, beside what fits a terminal.
+        folder: of the sweep; intervals are computed from the predictions in it.
+        trials: of its study.
     """
-    names, metric = short_names(list(config.search.space)), config.search.metric
-    known = {name for entry in entries for name in entry.metrics}
-    subsets = sorted(name for name in known if _is_subset(name, known))
-    roles = sorted(name for name in known if name.startswith(("accuracy_", "macro_f1_")) and name not in subsets)
-    measured = MEASURED if whole else [name for name in SHOWN if not (subsets and name == "accuracy")]
-    others = [name for name in measured if name != metric and name in known]
-    others += roles if whole else []
-    cost = ["epochs", "steps", "time", "cost"] if whole else []
-    header = ["#", "state", metric, *others, *(key.removeprefix("accuracy_") for key in subsets), *cost]
+    axes, objective = short_names(list(config.search.space)), config.search.metric
+    reported = {name for trial in trials for name in trial.metrics}
+    subsets = sorted(name for name in reported if _is_subset(name, reported))
+    roles = sorted(name for name in reported if name.startswith(("accuracy_", "macro_f1_")) and name not in subsets)
+    metrics = [name for name in (*METRICS, *DETAILED, *roles) if name != objective and name in reported]
+    shown = [name for name in METRICS if not (subsets and name == "accuracy")]
+
+    columns = [Column("#", group="trial"), Column("state", is_text=True, group="trial")]
+    columns += [Column(objective, group="trial")]
+    columns += [Column(name, group="metrics" if name in shown else "details") for name in metrics]
+    columns += [Column(name.removeprefix("accuracy_"), group="subsets") for name in subsets]
+    columns += [Column(name, group="details") for name in ("epochs", "steps", "time", "cost")]
+    columns += [Column(name, group="parameters") for name in axes.values()]
+    columns += [Column("why", is_text=True, group="reason")]
     rows = []
-    for entry in ranked(config, entries):
-        row = [str(entry.number), _state(config, entry, whole), _with_interval(folder, entry, metric, entry.value, 3)]
-        row += [_number(entry.metrics.get(name)) for name in others]
-        row += [_with_interval(folder, entry, name, entry.metrics.get(name), 2) for name in subsets]
-        row += _cost(config, entry) if whole else []
-        rows.append([*row, *(shown(entry.params.get(key, "")) for key in names), *([entry.why] if whole else [])])
-    return Board([*header, *names.values(), *(["why"] if whole else [])], rows)
+    for trial in ranked(config, trials):
+        seconds = float(trial.metrics.get("seconds", 0.0))
+        cost = [str(len(trial.curve)), str(trial.steps), format_duration(seconds), format_device_hours(config, seconds)]
+        rows.append(
+            [
+                str(trial.number),
+                format_state(config, trial),
+                _with_interval(folder, trial, objective, trial.value, 3),
+                *(format_number(trial.metrics.get(name)) for name in metrics),
+                *(_with_interval(folder, trial, name, trial.metrics.get(name), 2) for name in subsets),
+                *cost,
+                *(format_value(trial.params.get(key, "")) for key in axes),
+                trial.why,
+            ]
+        )
+    has_intervals = any("[" in cell for row in rows for cell in row[:-1])
+    note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if has_intervals else "")
+    return Leaderboard(
+        table=TableView(
+            _in_order_of_dropping(columns, rows),
+            rows,
+            title=f"{config.name}: trials by {objective}",
+            has_best=bool(rows) and rows[0][1] == "COMPLETE",
+        ),
+        note=f"{note}; {progress(config, trials).format_hours()} used",
+        audit=pruning_audit.format_lines(config, trials),
+        warning=pruning_audit.format_warning(config, trials),
+        reasons=[f"#{trial.number} {trial.why}" for trial in trials if _is_remarkable(trial)],
+    )
 
 
-def _is_subset(name: str, known: set[str]) -> bool:
-    """Whether it is the accuracy on a named subset, not that of a role."""
-    return name.startswith("accuracy_") and f"macro_f1_{name.removeprefix('accuracy_')}" not in known
+def format_state(config: Config, trial: TrialRecord) -> str:
+    """Return a trial's state, with the epochs that it reached where it is not complete: "PRUNED 3/4"."""
+    return trial.state if trial.state == "COMPLETE" else f"{trial.state} {len(trial.curve)}/{config.train.epochs}"
 
 
-def _state(config: Config, entry: TrialRecord, whole: bool) -> str:
-    if entry.state == "COMPLETE" or whole:
-        return entry.state
-    return f"{entry.state} {len(entry.curve)}/{config.train.epochs}"
+def _is_subset(name: str, reported: set[str]) -> bool:
+    """Return whether a metric is the accuracy on a named subset, not that of a role, which has an F1 as well."""
+    return name.startswith("accuracy_") and f"macro_f1_{name.removeprefix('accuracy_')}" not in reported
 
 
-def _cost(config: Config, entry: TrialRecord) -> list[str]:
-    seconds = float(entry.metrics.get("seconds", 0.0))
-    return [str(len(entry.curve)), str(entry.steps), format_duration(seconds), format_device_hours(config, seconds)]
+def _is_remarkable(trial: TrialRecord) -> bool:
+    return trial.state in ("PRUNED", "FAIL") or trial.exempted_at is not None
 
 
-def interval_of(folder: Path, entry: TrialRecord, name: str) -> Interval | None:
-    """That of a trial's metric on the validation split, from its last predictions; None where there is none.
-
-    It is kept beside them, where that can be written: hundreds of trials would take a while each time.
-    """
-    path = trial_folder(folder.absolute(), entry.number) / "predictions.json"
-    # A running trial's predictions may be of a later epoch than its last report.
-    if entry.state == "RUNNING" or not path.exists():
-        return None
-    changed = path.stat().st_mtime_ns
-    kept, now = path.with_name(KEPT), Kept(of=(changed, code_version()))
-    with contextlib.suppress(OSError, ValueError):
-        known = Kept.model_validate_json(kept.read_bytes())
-        now = known if known.of == now.of else now
-    if name not in now.intervals:
-        now.intervals[name] = _interval(path.parent, changed, name)
-        with contextlib.suppress(OSError):
-            write_file(kept, now.model_dump_json())
-    return now.intervals[name]
-
-
-@functools.lru_cache(maxsize=4096)
-def _interval(folder: Path, _: int, name: str) -> Interval | None:
-    return said_interval(read_predictions(folder), name, {})
-
-
-def said_interval(said: Said, name: str, roles: Mapping[str, Sequence[str]]) -> Interval | None:
-    """That of a metric by its name in `summarise`, the task included; None where there is none.
-
-    Args:
-        said: by task, its labels and what was predicted.
-        name: of the metric.
-        roles: who may carry which label; only the F1 of a role asks for it.
-    """
-    task, _slash, metric = name.rpartition("/")
-    labels, records = said.get(task or next(iter(said), ""), ([], []))
-    sums = sums_of(metric, labels, roles)
-    return interval([records], sums) if sums and records else None
-
-
-def _with_interval(folder: Path, entry: TrialRecord, name: str, value: float | None, digits: int) -> str:
+def _with_interval(folder: Path, trial: TrialRecord, name: str, value: float | None, digits: int) -> str:
     if value is None:
         return ""
-    found = interval_of(folder, entry, name)
-    # Of an epoch whose report was lost, predictions may be there and the ledger not know them: no limits then.
-    if found is None or found.low is None or abs(found.value - value) > 1e-6:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{found.low:.2f},{found.high:.2f}]"
+    limits = trial_interval(folder, trial, name)
+    # Where the report of an epoch was lost, the predictions may come from an epoch that the study does not know.
+    if limits is None or abs(limits.value - value) > 1e-6:
+        return format_number(value, digits)
+    return format_narrow_interval(value, limits.low, limits.high, digits)
 
 
-def table(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> Table:
-    """For a terminal."""
-    found = board(config, folder, entries)
-    inside = any("[" in cell for row in found.rows for cell in row)
-    note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if inside else "")
-    note += f"; {progress(config, entries).hours_text()} used"
-    warning = pruning_audit.format_warning(config, entries)
-    note = "\n".join([note, *pruning_audit.format_lines(config, entries)])
-    note += f"\n[bold yellow]{warning}[/]" if warning else ""
-    drawn = Table(
-        title=f"{config.name}: trials by {config.search.metric}",
-        caption=note,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for name in found.header:
-        justify: Literal["left", "right"] = "left" if name == "state" else "right"
-        drawn.add_column(name.replace("_", "\n"), justify=justify, no_wrap=True)
-    for place, row in enumerate(found.rows):
-        drawn.add_row(*map(escape, row), style="bold green" if place == 0 and row[1] == "COMPLETE" else None)
-    return drawn
+def _in_order_of_dropping(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """Number the columns that a narrow terminal may leave out: first what is the same in all trials, then metrics, then
+    parameters, from the right."""
 
+    def importance(index: int) -> tuple[int, int]:
+        constant = len({row[index] for row in rows}) == 1 and len(rows) > 1
+        return 0 if constant else 1 if columns[index].group in ("metrics", "subsets") else 2, -index
 
-def notes(entries: Sequence[TrialRecord]) -> list[str]:
-    """A line for each trial that did not simply train to its end."""
-    told = [entry for entry in entries if entry.state in ("PRUNED", "FAIL") or entry.exempted_at is not None]
-    return [f"#{entry.number} {entry.why}" for entry in told]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else ""
-
-
-def shown(value: Any) -> str:
-    """The value of a choice, for people."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
+    optional = [index for index, column in enumerate(columns) if column.group != "trial"]
+    numbers = {index: drop for drop, index in enumerate(sorted(optional, key=importance, reverse=True), start=1)}
+    return [
+        Column(column.name, column.is_text, column.group, numbers.get(index, 0)) for index, column in enumerate(columns)
+    ]

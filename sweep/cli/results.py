@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from data.errors import UserError
 from sweep.cli.console import console, print_line
 from sweep.cli.options import JsonOption, SweepArgument
 from sweep.cli.run import run_and_show
-from sweep.cli.show import print_best, show_trials
+from sweep.cli.show import print_best, show_table, show_trials
 from sweep.execution.signals import ExitCode
 
 if TYPE_CHECKING:
-    from sweep.analysis.confirm import Confirmation
+    from sweep.analysis.results import TrialJson
     from sweep.search.study import StudyStore, TrialRecord
 
 
@@ -34,13 +32,13 @@ def open_study_store(folder: Path) -> "StudyStore":
     return StudyStore.of(folder)
 
 
-def _trial_json(folder: Path, trial: "TrialRecord") -> dict[str, object]:
+def _trial_json(folder: Path, trial: "TrialRecord") -> "TrialJson":
     from model.training.metrics_log import attempts
-    from sweep.analysis.results import entry_json
+    from sweep.analysis.results import trial_json
     from sweep.config.paths import trial_folder
     from sweep.tracking.tracker import mlflow_run_id
 
-    return entry_json(trial, mlflow_run_id(folder, trial.number), attempts(trial_folder(folder, trial.number)))
+    return trial_json(trial, mlflow_run_id(folder, trial.number), attempts(trial_folder(folder, trial.number)))
 
 
 def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
@@ -86,7 +84,8 @@ def best(
         print(json.dumps({**_trial_json(folder, trial), "config": config}, indent=1))
     else:
         print_best(study.config, folder, trial)
-        for line in (read_confirmation(folder) or {"lines": []})["lines"]:
+        confirmation = read_confirmation(folder)
+        for line in [] if confirmation is None else confirmation.lines():
             print_line(line)
 
 
@@ -106,18 +105,11 @@ def evaluate(
 
     result = evaluate_checkpoint(source, split, batch_size, set_)
     if as_json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result.to_json(), indent=1))
         return
-    for task, labels in result["per_label"].items():
-        table = Table(title=f"{task}: {split} split", title_justify="left")
-        for name in ("label", "precision", "recall", "f1", "support"):
-            table.add_column(name, justify="left" if name == "label" else "right")
-        for label, row in labels.items():
-            numbers = (f"{row[name]:.3f}" for name in ("precision", "recall", "f1"))
-            table.add_row(label, *numbers, f"{row['support']:.0f}")
-        console.print(table)
-    metrics = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float))
-    console.print(metrics, highlight=False)
+    for view in result.tables():
+        show_table(view)
+    print_line(result.line())
 
 
 def confirm(
@@ -138,36 +130,19 @@ def confirm(
 
     study = open_study_store(folder)
     seeds = seeds or (1 if folds else 5)
-    planned, target = analysis.plan(study, folder, top, seeds, folds), analysis.place_of(folder, folds)
+    planned, target = analysis.plan(study, folder, top, seeds, folds), analysis.confirm_folder(folder, folds)
     conditions = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
     console.print(f"{len(planned.search.points)} trainings of the best {top} with {conditions}, in {target.name}")
     code = run_and_show(planned, target)
     if code != ExitCode.DONE:
         sys.exit(code)
-    confirmation = analysis.confirmation(study, folder, folds, console.print)
+    confirmation = analysis.confirm(study, folder, folds, console.print)
     if as_json:
-        print(json.dumps(analysis.read(folder), indent=1))
+        print(json.dumps(confirmation.to_json(), indent=1))
         return
-    console.print(_confirmation_table(confirmation))
+    show_table(confirmation.table())
     for line in confirmation.lines():
         print_line(line)
-
-
-def _confirmation_table(confirmation: "Confirmation") -> Table:
-    pooled = f", {confirmation.folds} folds pooled" if confirmation.folds else ""
-    table = Table(
-        title=f"confirmed by {confirmation.metric}",
-        caption=f"means over fresh seeds{pooled}; in brackets 95 % intervals by session and seed",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    for name in ("trial", "seeds", "in the search", "validation", "test"):
-        table.add_column(name, justify="right")
-    for rank, row in enumerate(confirmation.ranked):
-        cells = [f"#{row.number}", str(len(row.seeds)), f"{row.searched:.3f}", str(row.val), str(row.test or "")]
-        table.add_row(*cells, style=None if rank else "bold green")
-    return table
 
 
 def report(

@@ -15,6 +15,7 @@ from sweep.config.schema import Config
 
 if TYPE_CHECKING:
     from model.speech_llm.speech_llm import SpeechLLM
+    from sweep.analysis.view import TableView
     from sweep.config.resolve import ResolvedConfig
     from sweep.preflight.preview import Preview
     from sweep.search.study import TrialRecord
@@ -29,7 +30,7 @@ def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]"
     config = first_trial(resolved)
     model = skeleton(config)
     which = ", first trial" if resolved.search.space else ""
-    console.print(parts_table(model, config, f"parts of the model{which}"))
+    show_table(parts_table(model, config, f"parts of the model{which}"))
     for note in notes(model):
         print_line(note)
     return model, config
@@ -37,16 +38,32 @@ def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]"
 
 def show_trials(config: Config, folder: Path, trials: "Sequence[TrialRecord]") -> None:
     """Show the leaderboard of a search, or the trainings of a sweep that confirms one."""
-    from sweep.analysis import confirm, leaderboard
+    from sweep.analysis import confirm
+    from sweep.analysis.leaderboard import leaderboard
+    from sweep.config.paths import near
 
     search = confirm.search_of(config, folder)
-    if search is None:
-        console.print(leaderboard.table(config, folder, trials))
-        lines = leaderboard.notes(trials)
+    if search is not None:
+        lines = confirm.training_lines(config, folder, search, trials)
     else:
-        lines = confirm.lines(config, folder, search, trials)
+        board = leaderboard(config, folder, trials)
+        if dropped := show_table(board.compact()):
+            print_line(f"not shown: {', '.join(dropped)}; widen the terminal or see `sweep report {near(folder)}`")
+        lines = [board.note, *board.audit]
+        if board.warning:
+            lines.append(f"warning: {board.warning}")
+        lines += board.reasons
     for line in lines:
         print_line(line)
+
+
+def show_table(view: "TableView") -> list[str]:
+    """Show a table, and return the names of the columns for which the terminal is too narrow."""
+    from sweep.analysis.view import to_terminal
+
+    table, dropped = to_terminal(view, console)
+    console.print(table)
+    return dropped
 
 
 def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:

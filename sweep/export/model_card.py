@@ -1,13 +1,14 @@
-"""The model card of an exported trial: what it is, how good it was, what it is for, and how to have it again."""
+"""The model card of an exported trial: what it is, how good it is, what it is for, and how to reproduce it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from data.formats import format_count
 from model.evaluation.metrics import Record
 from model.parts import summarise_parts
 from model.speech_llm.speech_llm import SpeechLLM
-from sweep.analysis.leaderboard import Said, said_interval
+from sweep.analysis.predictions import Predictions, interval_of
+from sweep.analysis.view import Column, TableView, to_markdown
 from sweep.config.schema import Config
 
 LIMITS = """\
@@ -15,40 +16,45 @@ It is meant for research on counselling dialogues that resemble the corpus it wa
 trained coder checks on a sample before anything is concluded from it. Its figures come from the validation split, which
 also chose among the trials and therefore flatters it; other languages, recordings, populations and code books were not
 tested, and it must not be used to judge individual clients or counsellors."""
-OTHER = ("train_loss", "seconds", "data_wait")  # what a trial reports beside figures of quality
+NO_QUALITY = ("train_loss", "seconds", "data_wait")  # what a trial reports beside figures of quality
+TURN = {"text": "as text", "speech": "as audio", "text+speech": "as text and as audio"}
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of the last evaluation on the validation split."""
+class CardFacts:
+    """What the card says about a trial and its corpus."""
 
-    epoch: int
-    metrics: Mapping[str, Any]
-    predictions: Said  # by task, its labels and records
-    confirmed: Sequence[str]  # what trainings under fresh seeds say; none: it was not asked
+    sweep: str
+    trial: int | None  # None: it was trained alone
+    corpus: str
+    fingerprint: str  # of the corpus
+    roles: Mapping[str, Sequence[str]]  # the labels that each role may carry
+    code: str  # version that trained it
+    epoch: int  # of the last evaluation on the validation split
+    metrics: Mapping[str, object]  # of that evaluation
+    predictions: Predictions  # of that evaluation
+    confirmed: Sequence[str]  # the results of `sweep confirm`; empty: it was not confirmed
 
 
-def model_card(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: str, figures: Figures) -> str:
-    """The card in Markdown.
+def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
+    """Return the card in Markdown.
 
     Args:
-        model: that is exported.
+        model: the exported model.
         config: of its trial.
-        said: sweep, trial, corpus, fingerprint, roles.
-        code: version that trained it.
-        figures: of its trial.
+        facts: about the trial.
     """
-    title = said["sweep"] + ("" if said["trial"] is None else f", trial {said['trial']}")
-    hears = {"text": "as text", "speech": "as sound", "text+speech": "as text and as sound"}[config.model.modality]
+    title = facts.sweep + ("" if facts.trial is None else f", trial {facts.trial}")
+    turn = TURN[config.model.modality]
     return "\n".join(
         [
             f"# {title}",
             "",
-            f"A speech LLM for counselling dialogues. It reads the turns before a turn as text, and the turn {hears}.",
+            f"A speech LLM for counselling dialogues. It reads the turns before a turn as text, and the turn {turn}.",
             "",
-            *_table(["", ""], _facts(model, config, said, code)),
+            *to_markdown(_facts(model, config, facts)),
             "",
-            *_figure_lines(figures, config, said["roles"]),
+            *_figures(config, facts),
             "",
             "## Use and limits",
             "",
@@ -59,63 +65,60 @@ def model_card(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: 
     )
 
 
-def _facts(model: SpeechLLM, config: Config, said: Mapping[str, Any], code: str) -> list[list[str]]:
+def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
     trained = [
         f"{part.name} ({part.trained:,} parameters)" for part in summarise_parts(model, model.sources) if part.trained
     ]
-    tasks = [f"{task}: {', '.join(known.labels) or 'a text'}" for task, known in model.tasks.items()]
+    tasks = [f"{task}: {', '.join(answers.labels) or 'a text'}" for task, answers in model.tasks.items()]
     rows = {
-        "sweep": said["sweep"],
-        "trial": "trained alone" if said["trial"] is None else str(said["trial"]),
+        "sweep": facts.sweep,
+        "trial": "trained alone" if facts.trial is None else str(facts.trial),
         "seed": str(config.seed),
-        "corpus": f"{said['corpus']}, fingerprint `{said['fingerprint']}`",
-        "code version": f"`{code}`",
+        "corpus": f"{facts.corpus}, fingerprint `{facts.fingerprint}`",
+        "code version": f"`{facts.code}`",
         "LLM": f"`{config.model.llm.path}`",
-        **({"speech encoder": f"`{config.model.encoder.path}`"} if config.model.uses_audio else {}),
+        "speech encoder": f"`{config.model.encoder.path}`" if config.model.uses_audio else "",
         "trained parts": ", ".join(trained),
         "started from": config.model.init_from or "",
         "tasks and labels": "; ".join(tasks),
     }
-    return [[name, _cell(value)] for name, value in rows.items() if value]
+    return TableView([Column(""), Column("")], [[name, value] for name, value in rows.items() if value])
 
 
-def _figure_lines(figures: Figures, config: Config, roles: Mapping[str, Sequence[str]]) -> list[str]:
-    counts = [f"{task}: {_count(records)}" for task, (_, records) in figures.predictions.items()]
-    epochs = f"after epoch {figures.epoch} of {config.train.epochs}"
-    rows = [
-        [name, f"{value:.4g}", _interval(name, figures.predictions, roles)]
-        for name, value in figures.metrics.items()
-        if isinstance(value, float) and not name.startswith(OTHER)
-    ]
-    return [
+def _figures(config: Config, facts: CardFacts) -> list[str]:
+    counts = "; ".join(f"{task}: {_size(records)}" for task, (_, records) in facts.predictions.items())
+    rows = []
+    for name, value in facts.metrics.items():
+        if isinstance(value, float) and not name.startswith(NO_QUALITY):
+            found = interval_of(facts.predictions, name, facts.roles)
+            limits = "" if found is None or found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+            rows.append([name, f"{value:.4g}", limits])
+    lines = [
         "## Figures",
         "",
-        f"On the validation split, {epochs}. {'; '.join(counts) or 'It was not evaluated'}.",
+        f"On the validation split, after epoch {facts.epoch} of {config.train.epochs}. "
+        f"{counts or 'It was not evaluated'}.",
         "",
-        *_table(["metric", "value", "95 % interval by session"], rows),
-        *(["", "Under fresh seeds:", "", *(f"- {line}" for line in figures.confirmed)] if figures.confirmed else []),
+        *to_markdown(TableView(list(map(Column, ("metric", "value", "95 % interval by session"))), rows)),
     ]
+    if facts.confirmed:
+        lines += ["", "Under fresh seeds:", "", *(f"- {line}" for line in facts.confirmed)]
+    return lines
 
 
-def _count(records: list[Record]) -> str:
+def _size(records: Sequence[Record]) -> str:
     sessions = len({record.conversation for record in records})
-    return f"{len(records)} items of {sessions} session{'' if sessions == 1 else 's'}"
-
-
-def _interval(name: str, said: Said, roles: Mapping[str, Sequence[str]]) -> str:
-    """What is left empty has none."""
-    found = said_interval(said, name, roles)
-    return "" if found is None or found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+    return f"{len(records)} items of {format_count(sessions, 'session')}"
 
 
 def _commands(model: SpeechLLM) -> list[str]:
-    lines = ["## Commands", "", "In this folder. To code new sessions:", ""]
-    sound = " --audio recordings" if model.config.uses_audio else ""
-    lines += ["```bash", f"sweep predict . --csv sessions.csv{sound} --out coded", "```", ""]
-    lines += ["To train it again, from the corpus and the base models that `config.yaml` names:", ""]
+    audio = " --audio recordings" if model.config.uses_audio else ""
+    lines = ["## Commands", "", "Run these in this folder. To code new sessions:", ""]
+    lines += ["```bash", f"sweep predict . --csv sessions.csv{audio} --out coded", "```", ""]
+    lines += ["To train it again from the corpus and the base models that `config.yaml` names:", ""]
     lines += ["```bash", "sweep train config.yaml --out again", "```", ""]
     if "lora" in model.trained_parts or any("lora_" in name for name in model.loaded):
-        lines += ["The LoRA weights alone, in Python:", "", "```python"]
+        lines += ["To load the LoRA weights alone in Python:", "", "```python"]
         lines += [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
@@ -126,12 +129,3 @@ def _commands(model: SpeechLLM) -> list[str]:
             "",
         ]
     return lines
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

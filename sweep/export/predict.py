@@ -1,4 +1,4 @@
-"""`sweep predict`: an exported model codes new sessions, in this process."""
+"""`sweep predict`: code new sessions with an exported model, in this process."""
 
 import math
 import tempfile
@@ -19,7 +19,7 @@ from data.preparation.validate import Aligner
 from data.report.summary import read_findings
 from data.report.transcript import Coding, codings_csv, transcript_html
 from data.shards.dataset import Shards
-from model.checkpoints import peft_export as exported
+from model.checkpoints import peft_export
 from model.checkpoints.checkpoint import CheckpointError
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record
@@ -44,85 +44,71 @@ def predict_sessions(
     run: Run,
     say: Callable[[str], object],
 ) -> list[Coding]:
-    """Code new sessions by all tasks of a model and write what came out.
+    """Code new sessions by all tasks of a model and write the codings as a table and a page.
 
     Args:
         folder: of the exported model.
         source: the sessions, a file or a folder.
         audio: folder with the recordings; None: text only.
-        kind: of IMPORTERS.
-        settings: how the sessions are read, as of a corpus.
-        out: gets TABLE and PAGE; is written whole or not at all.
-        align, run: refine the times of turns, and make the shards.
-        say: told what is done.
+        kind: the format of the sessions, of IMPORTERS.
+        settings: how the sessions are read, as for a corpus.
+        out: the new folder, with TABLE and PAGE; it is complete, or does not exist.
+        align: refines the times of turns.
+        run: runs the jobs that write shards.
+        say: prints a line of progress.
 
     Returns:
         Every turn of the sessions, coded or with the reason why not; and every session, where sessions are rated.
 
     Raises:
-        UserError: `out` exists, the folder holds no model, or there is nothing that it can be asked about.
+        UserError: `out` exists, the folder holds no model, or no turn or session can be coded.
     """
-    _refuse(kind, out)
-    said = exported.read(folder)
-    say(f"reading {source}")
-    corpus = read_sessions(kind, source, audio, settings, _roles(said), _qualities(said))
-    with tempfile.TemporaryDirectory() as place:
-        shards = prepare_sessions(corpus, Path(place) / "shards", settings, align, run)
-        say("coding")
-        codings = _code(folder, said, shards)
-        _write(out, codings, said, shards)
-    return codings
-
-
-def _refuse(kind: str, out: Path) -> None:
     refuse_existing(out)
     if kind not in IMPORTERS:
         raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
+    exported = peft_export.read(folder)
+    say(f"reading {source}")
+    coded_roles = {TASKS[name].role for name in exported.tasks if TASKS[name].answer == "label"}
+    roles = {role: labels if coded_roles & {None, role} else () for role, labels in exported.roles.items()}
+    qualities = exported.tasks["quality"].labels if "quality" in exported.tasks else ()
+    corpus = read_sessions(kind, source, audio, settings, roles, qualities)
+    title = exported.sweep + ("" if exported.trial is None else f", trial {exported.trial}")
+    with tempfile.TemporaryDirectory() as temporary:
+        shards = prepare_sessions(corpus, Path(temporary) / "shards", settings, align, run)
+        say("coding")
+        codings = _code(folder, exported, shards)
+        with new_folder(out) as unfinished:
+            (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
+            (unfinished / PAGE).write_text(transcript_html(codings, title, shards), encoding="utf-8")
+    return codings
 
 
-def _write(out: Path, codings: Sequence[Coding], said: exported.Exported, shards: Shards) -> None:
-    title = said.sweep + ("" if said.trial is None else f", trial {said.trial}")
-    with new_folder(out) as unfinished:
-        (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
-        page = transcript_html(codings, title, shards)
-        (unfinished / PAGE).write_text(page, encoding="utf-8")
-
-
-def _roles(said: exported.Exported) -> dict[str, tuple[str, ...]]:
-    """Who may carry which label, as far as the model's tasks go."""
-    wanted = {TASKS[name].role for name in said.tasks if TASKS[name].answer == "label"}
-    return {role: labels if wanted & {None, role} else () for role, labels in said.roles.items()}
-
-
-def _qualities(said: exported.Exported) -> Sequence[str]:
-    return said.tasks["quality"].labels if "quality" in said.tasks else ()
-
-
-def _code(folder: Path, said: exported.Exported, shards: Shards) -> list[Coding]:
+def _code(folder: Path, exported: peft_export.Exported, shards: Shards) -> list[Coding]:
+    """Code what the model can code, and give the reason for every other turn."""
     config = _config(folder, shards)
-    hears, tasks = config.model.uses_audio, list(said.tasks)
-    if hears and not has_sound(shards):
+    uses_audio, tasks = config.model.uses_audio, list(exported.tasks)
+    if uses_audio and not has_sound(shards):
         raise UserError(
-            f"{folder}: the model listens (model.modality {config.model.modality}), and these sessions have no sound: "
-            "give the folder of recordings with --audio, and times that lie in them"
+            f"{folder}: the model needs audio (model.modality {config.model.modality}), and these sessions have none; "
+            "give the folder of recordings with --audio, and times within them"
         )
     ids = shards.columns["id"]
-    reasons = {ids[row]: why for row, why in why_not(shards, read_findings(shards), tasks, hears).items()}
-    if not any(codable(shards, name, hears) for name in tasks):
-        raise _none(shards, reasons)
+    reasons = {ids[row]: why for row, why in why_not(shards, read_findings(shards), tasks, uses_audio).items()}
+    if not any(codable(shards, name, uses_audio) for name in tasks):
+        raise _nothing_to_code(shards, reasons)
     settle(config)
     try:
-        model = SpeechLLM(config.model, said.answer_sets(), available_device())
+        model = SpeechLLM(config.model, exported.answer_sets(), available_device())
     except CheckpointError as error:
         raise UserError(str(error).removeprefix("model.init_from: ")) from None
     data = TrialData.open(shards, model, config.data, (SPLIT,), select=_fitting(model, config.data, reasons))
     if not data.splits[SPLIT].items:
-        raise _none(shards, reasons)
+        raise _nothing_to_code(shards, reasons)
     records = evaluate(model, data, SPLIT, config.train.token_budget)
-    return codings(shards, records, {name: own.labels for name, own in said.tasks.items()}, reasons)
+    return codings(shards, records, {name: answers.labels for name, answers in exported.tasks.items()}, reasons)
 
 
-def _none(shards: Shards, reasons: Mapping[str, str]) -> UserError:
+def _nothing_to_code(shards: Shards, reasons: Mapping[str, str]) -> UserError:
     columns = shards.columns
     row = next((row for row, name in enumerate(columns["id"]) if name in reasons), 0)
     why = reasons.get(columns["id"][row], "no turn has a recording")
@@ -132,7 +118,7 @@ def _none(shards: Shards, reasons: Mapping[str, str]) -> UserError:
 
 
 def _config(folder: Path, shards: Shards) -> ResolvedConfig:
-    """That of the trial, whose weights now come from the exported files, and whose corpus are these sessions."""
+    """Return the trial's configuration with the exported weights, and these sessions as its corpus."""
     config = load(str(folder / "config.yaml"))
     spoken = set(shards.columns["speaker"])
     roles = {role: name for role, name in config.model.prompt.roles.items() if role in spoken}
@@ -151,18 +137,18 @@ def _config(folder: Path, shards: Shards) -> ResolvedConfig:
 
 
 def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[str, str]) -> Select:
-    """Chooses the items that the model has room for, and notes the reasons of the others, by id."""
+    """Return a function that selects the items which fit into the model, and adds the others' reasons by id."""
 
     def select(shards: Shards, name: str, split: str) -> list[Item]:
-        found = []
+        fitting = []
         for item in codable(shards, name, model.config.uses_audio):
             example = read_example(shards, item, config, sound=False)
             try:
                 model.measure(example, clip_samples(shards, item, config))
-                found.append(item)
+                fitting.append(item)
             except MisfitError as error:
                 reasons.setdefault(example.id, str(error))
-        return found
+        return fitting
 
     return select
 
@@ -170,43 +156,44 @@ def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[str, str]) -> S
 def codings(
     shards: Shards, records: Sequence[Record], labels: Mapping[str, Sequence[str]], reasons: Mapping[str, str]
 ) -> list[Coding]:
-    """Every turn with what the model said about it, or why it said nothing; before them, what it said of their session.
+    """Return every turn with its coding, or the reason why it has none; before them, the rating of their session.
 
     Args:
         shards: of the sessions.
         records: of the evaluation.
-        labels: by task; none where its answer is a text.
+        labels: by task; empty where its answer is a text.
         reasons: by id, of turns and sessions without a record.
 
     Returns:
-        In the order of the index; a turn that several tasks are about comes once for each.
+        Codings in the order of the index; a turn that several tasks code comes once for each task.
     """
-    said: dict[str, list[Record]] = {}
+    by_id: dict[str, list[Record]] = {}
     for record in records:
-        said.setdefault(record.id, []).append(record)
-    found: list[Coding] = []
-    for row, name in enumerate(shards.columns["id"]):
+        by_id.setdefault(record.id, []).append(record)
+    coded: list[Coding] = []
+    for row, turn_id in enumerate(shards.columns["id"]):
         turn, rows = _turn(shards, row), shards.sessions[row]
         if row == rows[0] and "quality" in labels:
-            whole = Coding(rows[-1], turn.session, "", "", None, None, "", task="quality")
-            found += _coded(whole, said, turn.session, labels, {turn.session: "no turn has a recording", **reasons})
-        found += _coded(turn, said, name, labels, reasons)
-    return found
+            session = Coding(rows[-1], turn.session, "", "", None, None, "", task="quality")
+            session_reasons = {turn.session: "no turn has a recording", **reasons}
+            coded += _coded(session, by_id, turn.session, labels, session_reasons)
+        coded += _coded(turn, by_id, turn_id, labels, reasons)
+    return coded
 
 
 def _coded(
     plain: Coding,
-    said: Mapping[str, Sequence[Record]],
-    name: str,
+    by_id: Mapping[str, Sequence[Record]],
+    item_id: str,
     labels: Mapping[str, Sequence[str]],
     reasons: Mapping[str, str],
 ) -> Iterator[Coding]:
-    """A turn or a session by its id, once for each task."""
-    if name not in said:
-        yield replace(plain, reason=reasons[name])
-    for record in said.get(name, []):
-        if known := labels[record.task]:
-            shares = dict(zip(known, softmax(record.scores), strict=True))
+    """Yield a turn or a session once for each task that codes it, or once with the reason why none does."""
+    if item_id not in by_id:
+        yield replace(plain, reason=reasons[item_id])
+    for record in by_id.get(item_id, []):
+        if task_labels := labels[record.task]:
+            shares = dict(zip(task_labels, softmax(record.scores), strict=True))
             yield replace(plain, task=record.task, code=record.prediction, shares=shares)
         else:
             yield replace(plain, task=record.task, reply=record.prediction)
@@ -227,7 +214,7 @@ def _turn(shards: Shards, row: int) -> Coding:
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    """Log-probabilities of label strings → shares of the labels, which sum to 1."""
+    """Turn log-probabilities of label strings into shares of the labels, which sum to 1."""
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     return [weight / sum(weights) for weight in weights]

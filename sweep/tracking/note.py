@@ -1,72 +1,55 @@
-"""The note of a sweep's MLflow run: its trials, ranked and linked to their runs, and how those ended that lost."""
+"""The note of a sweep's MLflow run: its leaderboard with links to the runs, and how each trial ended."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweep.analysis import leaderboard
+from sweep.analysis.leaderboard import leaderboard
+from sweep.analysis.view import markdown_text, to_markdown
 from sweep.config.schema import Config
-from sweep.search import pruning_audit
 from sweep.search.study import TrialRecord
 
-LONGEST = 8000  # characters of a tag; what is longer the server cuts, in mid-row
+MAX_LENGTH = 8000  # characters of a tag; the server cuts longer ones in the middle of a row
 
 
-def note(config: Config, folder: Path, entries: Sequence[TrialRecord], links: Mapping[int, str] | None = None) -> str:
-    """Markdown. Where not all of it fits, the first rows do, then reasons; what pruning may have cost always does.
+def note(config: Config, folder: Path, trials: Sequence[TrialRecord], links: Mapping[int, str] | None = None) -> str:
+    """Return the note in Markdown.
+
+    Where it would be too long, the last rows and then the last reasons are left out; the pruning audit never is.
 
     Args:
         config: of the sweep.
         folder: of the sweep.
-        entries: of its ledger.
-        links: to the runs of its trials, by number.
+        trials: of its study.
+        links: the address of each trial's run, by number.
     """
-    found = leaderboard.board(config, folder, entries)
-    reasons = [f"- {_plain(line)}" for line in leaderboard.notes(entries)]
-    warning = pruning_audit.format_warning(config, entries)
-    cost = [
-        *(f"- {line}" for line in pruning_audit.format_lines(config, entries)),
-        *([f"- **{warning}**"] if warning else []),
-    ]
-    head = [_row([*map(_plain, found.header)]), _row(["---"] * len(found.header))]
-    table = [_row([_linked(number, links or {}), *map(_plain, cells)]) for number, *cells in found.rows]
-    room = LONGEST - _size([*head, *cost]) - 100  # for the line about what is left out
-    shown = _fitting(table, room)
-    why = _fitting(reasons, room - _size(shown))
-    missing = len(table) - len(shown) + len(reasons) - len(why)
-    more = [f"- {missing} lines more; the table of runs has all of it"] if missing else []
-    return "\n".join([*head, *shown, "", *why, *more, *([""] if why and cost else []), *cost])
+    board = leaderboard(config, folder, trials)
+    table = to_markdown(board.compact(), {str(number): link for number, link in (links or {}).items()})
+    head, rows = table[:2], table[2:]
+    reasons = [f"- {markdown_text(line)}" for line in board.reasons]
+    audit = [f"- {line}" for line in board.audit] + ([f"- **{board.warning}**"] if board.warning else [])
+    room = MAX_LENGTH - _length([*head, *audit]) - 100  # for the line about what is left out
+    shown = _fitting(rows, room)
+    why = _fitting(reasons, room - _length(shown))
+    missing = len(rows) - len(shown) + len(reasons) - len(why)
+    more = [f"- {missing} more lines; the table of runs shows all trials"] if missing else []
+    return "\n".join([*head, *shown, "", *why, *more, *([""] if why and audit else []), *audit])
 
 
 def link(experiment: str, run_id: str) -> str:
-    """Of a run, within the UI, wherever it is served."""
+    """Return the address of a run within MLflow's UI, wherever it is served."""
     return f"#/experiments/{experiment}/runs/{run_id}"
 
 
-def _linked(number: str, links: Mapping[int, str]) -> str:
-    where = links.get(int(number))
-    return f"[{number}]({where})" if where else number
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _plain(text: str) -> str:
-    """Names, values and errors are neither markup nor the border of a cell."""
-    return html.escape(text, quote=False).replace("|", "\\|")
-
-
-def _size(lines: Sequence[str]) -> int:
+def _length(lines: Sequence[str]) -> int:
     return sum(len(line) + 1 for line in lines)
 
 
 def _fitting(lines: Sequence[str], room: int) -> list[str]:
-    """The first lines that have room."""
-    found: list[str] = []
+    """Return the first lines that fit."""
+    fitting: list[str] = []
     for line in lines:
         room -= len(line) + 1
         if room < 0:
             break
-        found.append(line)
-    return found
+        fitting.append(line)
+    return fitting

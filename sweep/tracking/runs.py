@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.training.metrics_log import Point
-from sweep.analysis.results import read_predictions
+from sweep.analysis.predictions import read_predictions
 from sweep.compat import newest_steps
 from sweep.config.space import FOLD
 from sweep.tracking.dataset import Corpus

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoints import peft_export as exported
-from sweep.analysis.leaderboard import KEPT
+from sweep.analysis.predictions import INTERVALS
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.durability.mirror import OWNER, mirrored
@@ -43,7 +43,7 @@ def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
     """`sweep status` reads all of it: it shows what is left, or says in one line what is damaged."""
     assert sweep("status", folder).code == 0  # which caches intervals and recomputes them when predictions change
     whole, files = tree(folder), sorted(path for path in folder.rglob("*") if path.is_file())
-    before = {name: text for name, text in whole.items() if not name.endswith(KEPT)}
+    before = {name: text for name, text in whole.items() if not name.endswith(INTERVALS)}
     outcomes = []
     for seed in range(120):
         path = random.Random(seed).choice(files)
@@ -54,7 +54,7 @@ def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
         assert "Traceback" not in said.err
         outcomes.append(said.err)
         path.write_bytes(whole[str(path.relative_to(folder))] or b"")
-        assert {name: text for name, text in tree(folder).items() if not name.endswith(KEPT)} == before
+        assert {name: text for name, text in tree(folder).items() if not name.endswith(INTERVALS)} == before
     check_variety(outcomes)
 
 

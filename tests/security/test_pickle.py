@@ -21,7 +21,7 @@ from model.encoders.loading import load_encoder
 from model.speech_llm.adapter import read_tensors
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.tokenizer import load_tokenizer
-from sweep.analysis.results import read_predictions
+from sweep.analysis.predictions import read_predictions
 from sweep.search.study import StudyStore
 from tests.security.mutations import outcome
 from tests.sweep.common import settings

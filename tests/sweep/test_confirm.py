@@ -16,8 +16,8 @@ from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.evaluation.metrics import summarise
 from sweep.analysis import confirm
-from sweep.analysis.evaluate import Predicted
-from sweep.analysis.results import read_predictions
+from sweep.analysis.evaluate import SplitPredictions
+from sweep.analysis.predictions import read_predictions
 from sweep.cli import results as cli_confirm
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
@@ -35,12 +35,12 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli_confirm, "run_and_show", played)
     read: list[str] = []
 
-    def predict(trial: Path, split: str) -> Predicted:
+    def predict(trial: Path, split: str) -> SplitPredictions:
         own = StudyStore.read(trial.parents[1], load(str(trial.parents[1] / "config.yaml")))
         params = own.trials()[int(trial.name)].params
         read.append(f"{trial.name} {split}")
         (tmp_path / "read.json").write_text(json.dumps(read))
-        return Predicted(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
+        return SplitPredictions(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
 
     monkeypatch.setattr(confirm, "predict", predict)
     return folder
@@ -63,14 +63,15 @@ def search_on_a_fold(search: Path, folded: Config) -> Path:
 def confirmed(folder: Path, *args: object) -> dict[str, Any]:
     outcome = sweep("confirm", folder, *args)
     assert (outcome.code, outcome.err) == (0, "")
-    found = confirm.read(folder)
-    assert found is not None
-    return found
+    confirmation = confirm.read(folder)
+    assert confirmation is not None
+    content: dict[str, Any] = json.loads(json.dumps(confirmation.to_json()))
+    return content
 
 
 def test_the_best_are_trained_again_under_fresh_seeds(search: Path) -> None:
     confirmed(search, "--top", 2, "--seeds", 3)
-    config = load(str(confirm.place_of(search) / "config.yaml"))
+    config = load(str(confirm.confirm_folder(search) / "config.yaml"))
     seeds = [point["seed"] for point in config.search.points]
     assert sorted(seeds) == [1000, 1000, 1001, 1001, 1002, 1002]
     assert (config.search.trials, config.search.pruning, config.storage.keep) == (6, None, None)
@@ -97,7 +98,7 @@ def test_a_better_one_beats_and_equals_are_tied(search: Path) -> None:
 
 def test_more_is_added_to_what_was_confirmed(search: Path) -> None:
     confirmed(search, "--top", 1, "--seeds", 2)
-    first = confirm.place_of(search) / "trials" / "0000" / "predictions.json"
+    first = confirm.confirm_folder(search) / "trials" / "0000" / "predictions.json"
     written = first.stat().st_mtime_ns
     found = confirmed(search, "--top", 2, "--seeds", 3)
     assert [own["seeds"] for own in found["ranked"]] == [[1000, 1001, 1002]] * 2
@@ -114,7 +115,7 @@ def test_the_test_split_is_read_once_by_each_training(search: Path) -> None:
 
 
 def test_without_a_test_split_validation_alone_is_told(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*_: Any) -> Predicted:
+    def nothing(*_: Any) -> SplitPredictions:
         raise MisfitError("the test split has nothing for the task")
 
     monkeypatch.setattr(confirm, "predict", nothing)
@@ -144,21 +145,21 @@ def test_the_status_of_what_confirms_ranks_nothing(search_on_a_fold: Path, folde
     assert best is not None
     for folds, where in ((None, ""), (FOLDS, ", fold 0")):
         planned = confirm.plan(study, search, top=2, seeds=1, folds=folds)
-        place = confirm.place_of(search, folds)
+        place = confirm.confirm_folder(search, folds)
         played(planned.with_values({"search.trials": 1}), place)
         claim_folder(planned, place)
         shown = sweep("status", place).out
         assert f"\n#0 trial {best.number}, seed 1000{where}: COMPLETE, macro_f1 0." in shown
-        assert f"trainings that confirm {search}; `sweep confirm {search}` compares them" in shown
+        assert f"confirms the trials of {search}; `sweep confirm {search}` compares them" in shown
         assert "sweep run" not in shown
         assert "best" not in shown
         assert json.loads(sweep("status", place, "--json").out)["progress"]["best"] is None
     confirmed(search, "--top", 2, "--seeds", 1)
-    assert "chosen: trial" in sweep("status", confirm.place_of(search)).out
+    assert "chosen: trial" in sweep("status", confirm.confirm_folder(search)).out
 
 
 def test_a_search_that_is_named_like_a_confirmation_stays_one(search: Path) -> None:
-    played(settings(), named := confirm.place_of(search))
+    played(settings(), named := confirm.confirm_folder(search))
     assert "best" in sweep("status", named).out
 
 
@@ -170,11 +171,11 @@ def test_json_for_scripts(search: Path) -> None:
 
 def test_each_configuration_is_trained_on_each_fold(search_on_a_fold: Path) -> None:
     found = confirmed(search_on_a_fold, "--top", 2, "--folds", FOLDS)
-    config = load(str(confirm.place_of(search_on_a_fold, FOLDS) / "config.yaml"))
+    config = load(str(confirm.confirm_folder(search_on_a_fold, FOLDS) / "config.yaml"))
     points = [(point["seed"], point["data.fold"]) for point in config.search.points]
     assert sorted(points) == [(1000, 0), (1000, 0), (1000, 1), (1000, 1), (1000, 2), (1000, 2)]
     assert (config.name, config.search.pruning, found["folds"]) == ("played-folds", None, FOLDS)
-    assert not confirm.place_of(search_on_a_fold).exists()
+    assert not confirm.confirm_folder(search_on_a_fold).exists()
 
 
 def test_what_the_folds_hold_out_is_pooled_by_seed(search_on_a_fold: Path) -> None:
@@ -188,19 +189,19 @@ def test_what_the_folds_hold_out_is_pooled_by_seed(search_on_a_fold: Path) -> No
             assert own[split]["low"] < own[split]["value"] < own[split]["high"]
     lines = "\n".join(found["lines"])
     assert f"mean of 2 fresh seeds, {FOLDS} folds pooled; " in lines
-    assert f" on one fold, of which {found['ranked'][0]['val']['value']:.3f} (" in lines
-    assert f" stood on all {FOLDS}, and " in lines
+    assert f" on one fold in the search, and {found['ranked'][0]['val']['value']:.3f} (" in lines
+    assert f" on all {FOLDS}, and " in lines
 
 
 def test_a_seed_counts_once_all_of_its_folds_are_complete(search_on_a_fold: Path, folded: Config) -> None:
     study = StudyStore.read(search_on_a_fold, folded)
     planned = confirm.plan(study, search_on_a_fold, top=1, seeds=2, folds=FOLDS)
-    place = confirm.place_of(search_on_a_fold, FOLDS)
+    place = confirm.confirm_folder(search_on_a_fold, FOLDS)
     played(planned.with_values({"search.trials": FOLDS - 1}), place)
     with pytest.raises(UserError, match="no training is complete on every fold yet"):
-        confirm.confirmation(study, search_on_a_fold, FOLDS)
+        confirm.confirm(study, search_on_a_fold, FOLDS)
     played(planned.with_values({"search.trials": FOLDS + 1}), place)
-    assert confirm.confirmation(study, search_on_a_fold, FOLDS).chosen.seeds == [1000]
+    assert confirm.confirm(study, search_on_a_fold, FOLDS).chosen.seeds == [1000]
 
 
 def test_the_last_confirmation_counts(search_on_a_fold: Path) -> None:
@@ -222,7 +223,7 @@ def test_folds_that_are_not_there_are_told_in_a_line(search_on_a_fold: Path, fol
         {"data.shards": str(corpus.folder)}, 5
     )
     for key in ("model.init_from", "model.adapter.init_from"):
-        assert f"{key} names weights that may have learnt from any fold" in refused({key: "former"}, FOLDS)
+        assert f"{key} names weights that may have been trained on any fold" in refused({key: "former"}, FOLDS)
 
 
 def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_every_session_is_held_out_once(folded: Config, models: Path, tmp_path: 
     command = [sys.executable, "-m", "sweep", "confirm", str(folder), "--top", "1", "--folds", str(FOLDS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    shards, places = Shards(folded.data.shards), sorted((confirm.place_of(folder, FOLDS) / "trials").iterdir())
+    shards, places = Shards(folded.data.shards), sorted((confirm.confirm_folder(folder, FOLDS) / "trials").iterdir())
     coded = {name for name, label in zip(shards.columns["id"], shards.columns["label"], strict=True) if label}
     for name, behind in (("predictions.json", 1), ("test.json", 0)):
         held = [{record.id for record in read_predictions(place, name)["classify"][1]} for place in places]
@@ -267,5 +268,5 @@ def test_every_session_is_held_out_once(folded: Config, models: Path, tmp_path: 
             assert {folds[one] for one in ids} == {part}
     found = confirm.read(folder)
     assert found is not None
-    assert (found["folds"], found["ranked"][0]["seeds"]) == (FOLDS, [1000])
-    assert (len(found["lines"]), found["ranked"][0]["test"] is None) == (2, False)
+    assert (found.folds, found.chosen.seeds) == (FOLDS, [1000])
+    assert (len(found.lines()), found.chosen.test is None) == (2, False)

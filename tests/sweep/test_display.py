@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweep.analysis.status import driver_of, progress_json, status_lines
+from sweep.analysis.status import progress_json, runner_of, status_lines
 from sweep.cli.progress import LOG_SECONDS, ConsoleListener, TrialDisplay
 from sweep.search.study import StudyStore
 from tests.sweep.common import report
@@ -92,7 +92,7 @@ def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder.parent)
     study = StudyStore.open(folder, CONFIG)
     trials = study.trials()
-    nobody = "nobody works on it; `sweep run sweep/config.yaml --out sweep` goes on"
+    nobody = "not running; `sweep run sweep/config.yaml --out sweep` resumes it"
     head = f"{CONFIG.name}: 3/4 trials done; 1 complete, 1 running, 1 pruned, 1 failed; best 0.800 (#0)"
     assert status_lines(CONFIG, folder, trials) == [head, nobody]
     lease(folder, age=5)
@@ -111,4 +111,4 @@ def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": "a", "pid": null}'])
 def test_lease_that_is_being_written_is_nobodys(content: str, tmp_path: Path) -> None:
     lease(tmp_path, 1, content)
-    assert driver_of(tmp_path) is None
+    assert runner_of(tmp_path) is None

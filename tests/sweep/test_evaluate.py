@@ -15,7 +15,7 @@ from data.loading.tasks import answer_sets, items
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
-from sweep.analysis.results import read_predictions
+from sweep.analysis.predictions import read_predictions
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.resolve import resolve

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.checkpoints import checkpoint
 from model.training.trainer import never
-from sweep.analysis.results import read_predictions
+from sweep.analysis.predictions import read_predictions
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.version import code_version

@@ -11,7 +11,7 @@ from data.shards.dataset import Shards
 from model.training.metrics_log import Point
 from sweep.search.study import TrialRecord
 from sweep.tracking.dataset import Corpus, without_secrets
-from sweep.tracking.note import LONGEST, link, note
+from sweep.tracking.note import MAX_LENGTH, link, note
 from sweep.tracking.summary import end_tags, is_summary, params, start_tags, sweep_metrics, trial_metrics, unvaried
 from tests.sweep.common import FROZEN, settings
 
@@ -137,7 +137,7 @@ def test_a_note_that_is_too_long_ends_with_a_whole_row(tmp_path: Path) -> None:
     entries.append(trial(300, state="FAIL", why="it burnt"))
     text = note(CONFIG, tmp_path, entries, {number: link("1", "f" * 32) for number in range(300)})
     rows = [line for line in text.splitlines() if line.startswith("| [")]
-    assert LONGEST - 400 < len(text) <= LONGEST
+    assert MAX_LENGTH - 400 < len(text) <= MAX_LENGTH
     assert rows[0].startswith("| [299](")
     assert all(row.endswith(" |") for row in rows)
-    assert f"{301 - len(rows) + 1} lines more" in text
+    assert f"{301 - len(rows) + 1} more lines" in text

@@ -198,7 +198,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
         "--out taken: exists already": (listens, *options(made), "--out", "taken"),
         "--format xml: no such format; use one of annomi": (reads, *new, "--format", "xml", "--out", "o"),
         f"{work / 'taken'}: no exported model (no labels.json)": (work / "taken", *new, "--out", "o"),
-        f"{listens}: the model listens (model.modality text+speech)": (listens, *new, "--out", "o"),
+        f"{listens}: the model needs audio (model.modality text+speech)": (listens, *new, "--out", "o"),
         "missing.csv: cannot be read": (reads, "--csv", "missing.csv", "--out", "o"),
         "empty.csv: no rows": (reads, "--csv", "empty.csv", "--out", "o"),
         "strangers.csv:2: none of the 2 turns can be coded; this one because: speaker 'A' has no role": (

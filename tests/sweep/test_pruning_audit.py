@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sweep.analysis import leaderboard
-from sweep.analysis.results import entry_json
+from sweep.analysis.leaderboard import leaderboard
+from sweep.analysis.results import trial_json
 from sweep.analysis.status import progress_json
 from sweep.config.schema import Config, parse
 from sweep.search.pruning_audit import RungAudit, audit_rungs, format_lines, format_warning
@@ -102,13 +102,13 @@ def test_audit_is_in_leaderboard_note_and_json(tmp_path: Path) -> None:
     trials = [*crossing(7), trial(7, -7.0, 7.0, 7.0, 7.0, audited=True, exempted_at=1)]
     lines = [*format_lines(config(), trials), str(format_warning(config(), trials))]
     assert len(lines) == 3
-    caption = str(leaderboard.table(config(), tmp_path, trials).caption)
+    board = leaderboard(config(), tmp_path, trials)
     note = mlflow_note(config(), tmp_path, trials)
     for line in lines:
-        assert line in caption
+        assert line in [*board.audit, board.warning]
         assert line in note
     assert "- #7 so" in note
-    assert entry_json(trials[7], None).items() >= {"audited": True, "spared": 1}.items()
+    assert trial_json(trials[7], None).items() >= {"audited": True, "spared": 1}.items()
     assert progress_json(config(), tmp_path, trials)["pruning"] == {
         "rungs": [1, 2],
         "recall": [
@@ -128,4 +128,5 @@ def test_search_without_pruning_has_no_audit(tmp_path: Path) -> None:
         [],
         None,
     )
-    assert "\n" not in str(leaderboard.table(whole, tmp_path, crossing(8)).caption)
+    board = leaderboard(whole, tmp_path, crossing(8))
+    assert (board.audit, board.warning) == ([], None)

@@ -12,7 +12,7 @@ from markupsafe import escape
 from mlflow import MlflowClient
 
 from sweep.analysis import confirm
-from sweep.analysis.evaluate import Predicted
+from sweep.analysis.evaluate import SplitPredictions
 from sweep.analysis.report import ablation, figures
 from sweep.analysis.report import page as report_page
 from sweep.cli import results as cli_confirm
@@ -36,7 +36,7 @@ def page(folder: Path, *args: object) -> str:
     outcome = sweep("report", folder, *args)
     assert (outcome.code, outcome.err) == (0, "")
     text = (folder / "report" / "report.html").read_text()
-    return re.sub(r"(?s)<script.*?</script>", "", text)
+    return re.sub(r"(?s)<script.*?</script>|<wbr>", "", text)
 
 
 def test_a_finished_sweep(finished: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_finished_sweep(finished: Path) -> None:
 
 
 def test_the_page_and_the_terminal_say_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, verdict = [], report_page.verdict
-    monkeypatch.setattr(report_page, "verdict", lambda *args: asked.append(args) or verdict(*args))
+    asked, verdict = [], report_page.find_verdict
+    monkeypatch.setattr(report_page, "find_verdict", lambda *args: asked.append(args) or verdict(*args))
     outcome = sweep("report", finished)
     text = (finished / "report" / "report.html").read_text()
     said = outcome.out.split("\nin MLflow: ")[0].splitlines()
@@ -96,8 +96,8 @@ def test_another_reference(finished: Path) -> None:
 
 def test_importances_are_of_choices_that_all_trials_have(finished: Path) -> None:
     """Those of text trials are not left out because text has no end of audio."""
-    study = figures.study_of(StudyStore.read(finished, settings(trials=10)))
-    assert figures.always(study) == ["learning_rate", "modality", "rank"]
+    study = figures.in_memory_study(StudyStore.read(finished, settings(trials=10)))
+    assert figures.common_params(study) == ["learning_rate", "modality", "rank"]
     assert {trial.params["modality"] for trial in study.trials} == {"speech", "text"}
 
 
@@ -143,7 +143,7 @@ def test_what_was_confirmed_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     played(settings(trials=3), folder := tmp_path / "sure")
     monkeypatch.setattr(cli_confirm, "run_and_show", played)
     test = said(REFERENCE, 7, "test")
-    monkeypatch.setattr(confirm, "predict", lambda *_: Predicted(test, {"classify": LABELS}, {}))
+    monkeypatch.setattr(confirm, "predict", lambda *_: SplitPredictions(test, {"classify": LABELS}, {}))
     assert sweep("confirm", folder, "--top", 2, "--seeds", 2).code == 0
     text = page(folder)
     assert "chosen: trial" in text
@@ -172,9 +172,9 @@ def test_a_point_may_differ_in_two_choices(tmp_path: Path) -> None:
         config = settings(trials=2, points=points)
         played(config.with_values({"search.points": [REFERENCE, both]}), folder := tmp_path / name)
         study = StudyStore.read(folder, config)
-        found = ablation.choices(study, study.trials()[0])
+        found = ablation.find_choices(study, study.trials()[0])
         expected = ["rank: 8 → 16, end_of_audio: none → learned"] if name == "asked" else []
-        assert [ablation.name_of(config, choice) for choice in found] == expected
+        assert [ablation.choice_name(config, choice) for choice in found] == expected
 
 
 def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
     played(config := config.with_values({"search.space": space}), tmp_path)
     study = StudyStore.read(tmp_path, config)
     assert len(study.trials()) == 2
-    assert ablation.choices(study, study.trials()[0]) == []
+    assert ablation.find_choices(study, study.trials()[0]) == []
 
 
 def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
 def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
     study = StudyStore.read(finished, settings(trials=10))
     entries = study.trials()
-    found = ablation.choices(study, ablation.reference_of(study.config, entries))
+    found = ablation.find_choices(study, ablation.find_reference(study.config, entries))
     [modality] = [choice for choice in found if choice.changed.keys() == {"model.modality"}]
     assert entries[modality.number].params == TEXT
 

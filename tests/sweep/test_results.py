@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from model.evaluation.metrics import Record, label_metrics
-from sweep.analysis import leaderboard
-from sweep.analysis.results import Progress, entry_json, progress, read_predictions
+from sweep.analysis import predictions
+from sweep.analysis.leaderboard import leaderboard
+from sweep.analysis.predictions import INTERVALS, interval_of, read_predictions, trial_interval
+from sweep.analysis.results import Progress, progress, trial_json
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config, parse
 from sweep.search.study import State, StudyStore, TrialRecord
@@ -32,8 +34,9 @@ def board(
     study.complete(0)
     trial_folder(folder, 0).mkdir(parents=True)
     (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(said))
-    found = leaderboard.board(config, folder, study.trials(), whole)
-    return list(zip(found.header, found.rows[0], strict=True))
+    board = leaderboard(config, folder, study.trials())
+    table = board.table if whole else board.compact()
+    return list(zip(table.header, table.rows[0], strict=True))
 
 
 def test_replies_are_ranked_by_loss_beside_their_own_metrics(tmp_path: Path) -> None:
@@ -132,9 +135,9 @@ def test_the_best_is_complete_and_by_the_direction() -> None:
 def test_hours_are_of_what_a_trial_occupies() -> None:
     entries = [trial(0, "COMPLETE", 4, 1800, 0.5), trial(1, "FAIL", 1, 1800), trial(2, "FAIL", 0, 0)]
     found = progress(of_four(workers=2, cpus_per_worker=3), entries)
-    assert (found.hours, found.hours_text()) == (6.0, "6 CPU-hours")
+    assert (found.hours, found.format_hours()) == (6.0, "6 CPU-hours")
     found = progress(of_four(workers=2, cpus_per_worker=3, gpus_per_worker=0.25), entries)
-    assert (found.hours, found.hours_text()) == (0.5, "0.5 GPU-hours")
+    assert (found.hours, found.format_hours()) == (0.5, "0.5 GPU-hours")
 
 
 @pytest.mark.parametrize(
@@ -154,12 +157,12 @@ def test_a_line_for_people(seconds: float, text: str) -> None:
 
 
 def test_hours_stand_below_the_leaderboard(tmp_path: Path) -> None:
-    table = leaderboard.table(of_four(workers=2), tmp_path, [trial(0, "COMPLETE", 4, 1800, 0.5)])
-    assert str(table.caption).endswith("; 1 CPU-hours used")
+    board = leaderboard(of_four(workers=2), tmp_path, [trial(0, "COMPLETE", 4, 1800, 0.5)])
+    assert board.note.endswith("; 1 CPU-hours used")
 
 
 def test_a_trial_for_scripts() -> None:
-    found = entry_json(trial(3, "FAIL", 2, 20, reason="non-finite"), "abc", 2)
+    found = trial_json(trial(3, "FAIL", 2, 20, reason="non-finite"), "abc", 2)
     told = {"number": 3, "state": "FAIL", "epochs": 2, "attempts": 2, "reason": "non-finite", "why": "so"}
     assert found.items() >= (told | {"mlflow_run_id": "abc"}).items()
 
@@ -171,7 +174,7 @@ def test_the_interval_of_a_role_is_of_its_own_labels() -> None:
         for place, said in enumerate(("change", "neutral") * 8)
     ]
     labels, roles = [*LABELS, "question"], {"client": LABELS, "therapist": ("question",)}
-    found = leaderboard.said_interval({"classify": (labels, records)}, "macro_f1_client", roles)
+    found = interval_of({"classify": (labels, records)}, "macro_f1_client", roles)
     assert found is not None
     assert found.value == pytest.approx(label_metrics(records, LABELS, {})["macro_f1"])
 
@@ -180,17 +183,17 @@ def test_an_interval_is_kept_until_the_predictions_change(tmp_path: Path, monkey
     searched.played(searched.settings(trials=1), tmp_path / "s")
     [entry] = StudyStore.read(tmp_path / "s", searched.settings()).trials()
     folder = trial_folder(tmp_path / "s", 0)
-    first = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
-    assert first == leaderboard.said_interval(read_predictions(folder), "macro_f1", {})
-    assert leaderboard.interval_of(tmp_path / "s", entry, "ece") is None
+    first = trial_interval(tmp_path / "s", entry, "macro_f1")
+    assert first == interval_of(read_predictions(folder), "macro_f1", {})
+    assert trial_interval(tmp_path / "s", entry, "ece") is None
     with monkeypatch.context() as patch:
-        patch.setattr(leaderboard, "_interval", lambda *_: pytest.fail("it was computed before"))
-        assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == first
-        assert leaderboard.interval_of(tmp_path / "s", entry, "ece") is None
+        patch.setattr(predictions, "_computed_interval", lambda *_: pytest.fail("it was computed before"))
+        assert trial_interval(tmp_path / "s", entry, "macro_f1") == first
+        assert trial_interval(tmp_path / "s", entry, "ece") is None
     searched.write(folder, searched.said(entry.params, seed=7))
-    second = leaderboard.interval_of(tmp_path / "s", entry, "macro_f1")
-    assert second == leaderboard.said_interval(read_predictions(folder), "macro_f1", {}) != first
-    kept = (folder / leaderboard.KEPT).read_text()
+    second = trial_interval(tmp_path / "s", entry, "macro_f1")
+    assert second == interval_of(read_predictions(folder), "macro_f1", {}) != first
+    kept = (folder / INTERVALS).read_text()
     for damaged in ("[]", kept[:-9], kept.replace("{", "["), kept.replace('"macro_f1":{', '"macro_f1":{"no":1,')[:-1]):
-        (folder / leaderboard.KEPT).write_text(damaged)
-        assert leaderboard.interval_of(tmp_path / "s", entry, "macro_f1") == second
+        (folder / INTERVALS).write_text(damaged)
+        assert trial_interval(tmp_path / "s", entry, "macro_f1") == second

@@ -1,126 +1,127 @@
-"""report.html of a sweep: one page without outside parts, for somebody who has ten minutes and writes a sentence."""
+"""The report of a sweep as one HTML page without outside parts: verdict, leaderboard, ablation, pictures, commands."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import pandas as pd
-
 from data.atomic import write_file
 from model.evaluation.bootstrap import compare
-from sweep.analysis import confirm, leaderboard
+from sweep.analysis import confirm
+from sweep.analysis.leaderboard import GENERATION, Leaderboard, leaderboard
+from sweep.analysis.predictions import read_predictions, trial_interval
 from sweep.analysis.report import ablation
 from sweep.analysis.report.figures import Figure
-from sweep.analysis.results import progress, read_predictions
+from sweep.analysis.results import progress
 from sweep.analysis.status import train_command
+from sweep.analysis.view import Column, TableView
 from sweep.config.paths import near, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight import eta as forecast
-from sweep.search import pruning_audit
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
-NEXT = 3  # trials behind the best one that are compared with it
+RIVALS = 3  # trials behind the best one that are compared with it
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep in a table of several."""
-
-    name: str
-    metric: str
-    best: str  # the objective of its best trial, with interval
-    trial: str
-    apart: str  # why it cannot be ranked with the others; empty: it can
-
-
-def html(
+def render(
     study: StudyStore,
     folder: Path,
-    said: Sequence[str],
-    found: Sequence[Figure],
-    table: pd.DataFrame,
+    verdict: Sequence[str],
+    figures: Sequence[Figure],
+    ablations: TableView,
     reference: str,
-    others: Sequence[Sweep],
+    others: TableView | None,
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        ledger: of the sweep.
+        study: of the sweep.
         folder: of the sweep.
-        said: its verdict.
-        found: its pictures.
-        table: its ablation.
-        reference: what its choices are compared with.
-        others: sweeps to be shown beside it, itself among them; may be empty.
+        verdict: see `find_verdict`.
+        figures: the pictures.
+        ablations: what each choice is worth.
+        reference: what the choices are compared with.
+        others: this sweep beside others; None: there are none.
     """
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup, escape
 
-    config, entries = study.config, study.trials()
+    def breakable(text: str) -> Markup:
+        """Let the browser break long names, not numbers, behind dots, slashes, pluses and underscores."""
+        return Markup("<wbr>").join(map(escape, re.split(r"(?<=[_/.+])(?=[A-Za-z])", text)))
+
+    config, trials = study.config, study.trials()
     template = files("sweep.analysis.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
-    states = Counter(entry.state for entry in entries)
-    return page.render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["breakable"] = breakable
+    states = Counter(trial.state for trial in trials)
+    confirmation, board = confirm.read(folder), leaderboard(config, folder, trials)
+    ranking, details = _split(board)
+    return environment.from_string(template).render(
         config=config,
-        facts=_facts(study, entries),
+        facts=_facts(study, trials),
         states=", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "no trial yet",
-        verdict=said,
-        confirmed=confirm.read(folder),
-        board=leaderboard.board(config, folder, entries, whole=True),
-        notes=[*pruning_audit.format_lines(config, entries), *forecast.lines(config, folder, entries)],
-        warning=pruning_audit.format_warning(config, entries),
-        figures=[(own, _embedded(own, first=place == 0)) for place, own in enumerate(found)],
-        ablation=table.to_dict("split"),
+        verdict=verdict,
+        confirmation=confirmation,
+        ranking=ranking,
+        details=details,
+        notes=[*board.audit, *forecast.lines(config, folder, trials)],
+        warning=board.warning,
+        figures=[(figure, _embedded(figure, first=index == 0)) for index, figure in enumerate(figures)],
+        ablations=ablations,
         reference=reference,
         others=others,
-        health=_health(config, entries),
-        commands=_commands(config, folder, entries),
+        generation=_generation(config, trials),
+        commands=_commands(config, folder, trials),
     )
 
 
-def _facts(study: StudyStore, entries: Sequence[TrialRecord]) -> dict[str, str]:
+def _split(board: Leaderboard) -> tuple[TableView, TableView]:
+    """Return the leaderboard as two tables that fit a page: how trials differ, and all of their metrics and costs."""
+    number = board.table.columns[0]
+    ranking = board.table.select(lambda column: column.group not in ("metrics", "details"))
+    details = board.table.select(lambda column: column is number or column.group in ("metrics", "details"))
+    return ranking, details
+
+
+def _facts(study: StudyStore, trials: Sequence[TrialRecord]) -> dict[str, str]:
     config, codes = study.config, study.codes()
-    best = next(iter(best_first(config, entries)), None)
+    best = next(iter(best_first(config, trials)), None)
     return {
         "best": "none yet" if best is None or best.value is None else f"{best.value:.3f} (#{best.number})",
-        "trials": f"{len(entries)} of {max(config.search.trials, len(entries))}",
-        "cost": progress(config, entries).hours_text(),
+        "trials": f"{len(trials)} of {max(config.search.trials, len(trials))}",
+        "cost": progress(config, trials).format_hours(),
         "corpus": study.fingerprint() or "unknown",
         "code": codes[-1] if codes else "unknown",
         "seed": str(config.seed),
     }
 
 
-def verdict(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[str]:
-    """What can be said about the best trial, in sentences."""
-    done = best_first(config, entries)
+def find_verdict(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[str]:
+    """Return what can be concluded about the best trial, in sentences."""
+    done = best_first(config, trials)
     if not done:
-        why = sorted({entry.why for entry in entries if entry.state == "FAIL"})
-        return ["No trial is complete, so there is nothing to choose yet.", *why]
-    confirmed = confirm.read(folder)
-    if confirmed is not None:
-        return [str(line) for line in confirmed["lines"]]
+        reasons = sorted({trial.why for trial in trials if trial.state == "FAIL"})
+        return ["No trial is complete, so there is nothing to choose yet.", *reasons]
+    confirmation = confirm.read(folder)
+    if confirmation is not None:
+        return confirmation.lines()
     metric, first = config.search.metric, done[0]
-    interval = leaderboard.interval_of(folder, first, metric)
-    told = [f"best in the search: trial {first.number}, {metric} {interval or f'{first.value:.3f}'} on validation"]
-    told += _pairs(config, folder, done)
-    where = near(folder)
-    return [*told, f"this is the luckiest of {len(done)} trials; `sweep confirm {where}` says what stands of it"]
-
-
-def _pairs(config: Config, folder: Path, done: Sequence[TrialRecord]) -> list[str]:
-    """The best trial against those behind it, on the same items."""
-    places = [trial_folder(folder, entry.number) for entry in done[: NEXT + 1]]
-    said = [read_predictions(place) for place in places]
-    if not all(said) or len(done) < 2:
-        return []
-    sums, task = confirm.objective(config, places[0])
-    maximize, names = config.search.direction == "maximize", [f"#{entry.number}" for entry in done]
-    return [
-        compare([said[0][task][1]], [said[place][task][1]], sums, maximize).told(names[0], names[place])
-        for place in range(1, len(said))
-    ]
+    value = trial_interval(folder, first, metric) or f"{first.value:.3f}"
+    lines = [f"best in the search: trial {first.number}, {metric} {value} on validation"]
+    paths = [trial_folder(folder, trial.number) for trial in done[: RIVALS + 1]]
+    predictions = [read_predictions(path) for path in paths]
+    if len(done) > 1 and all(predictions):
+        sums, task = confirm.objective(config, paths[0])
+        best, maximize = [predictions[0][task][1]], config.search.direction == "maximize"
+        for trial, rival in zip(done[1:], predictions[1:], strict=False):
+            comparison = compare(best, [rival[task][1]], sums, maximize)
+            lines.append(comparison.told(f"#{first.number}", f"#{trial.number}"))
+    lines.append(
+        f"this is the luckiest of {len(done)} trials; `sweep confirm {near(folder)}` shows how much of it is luck"
+    )
+    return lines
 
 
 def _embedded(figure: Figure, first: bool) -> str:
@@ -130,70 +131,77 @@ def _embedded(figure: Figure, first: bool) -> str:
     return text
 
 
-def _health(config: Config, entries: Sequence[TrialRecord]) -> list[list[str]]:
-    """How each complete trial ends the texts that it generates; empty where nothing is generated."""
+def _generation(config: Config, trials: Sequence[TrialRecord]) -> TableView:
+    """Return how each complete trial ends the texts that it generates; without rows where nothing is generated."""
     rows = []
-    for entry in best_first(config, entries):
-        for name in entry.metrics:
+    for trial in best_first(config, trials):
+        for name in trial.metrics:
             if name.rpartition("/")[2] == "eos_rate":
                 prefix = name.removesuffix("eos_rate")
-                shares = [f"{entry.metrics[prefix + own]:.1%}" for own in leaderboard.HEALTH]
-                rows.append([f"#{entry.number}", prefix.strip("/") or "replies", *shares])
-    return rows
+                shares = [f"{trial.metrics[prefix + metric]:.1%}" for metric in GENERATION]
+                rows.append([f"#{trial.number}", prefix.strip("/") or "replies", *shares])
+    columns = [Column("trial"), Column("task", is_text=True), *map(Column, ("ended by EOS", "run-on", "empty"))]
+    return TableView(columns, rows)
 
 
-def _commands(config: Config, folder: Path, entries: Sequence[TrialRecord]) -> list[tuple[str, str]]:
-    """Where each figure of the page comes from."""
-    where, best = near(folder), next(iter(best_first(config, entries)), None)
-    found = [("this page", f"sweep report {where}"), ("leaderboard", f"sweep status {where}")]
+def _commands(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[tuple[str, str]]:
+    """Return the commands that make each part of the page again."""
+    path, best = near(folder), next(iter(best_first(config, trials)), None)
+    commands = [("this page", f"sweep report {path}"), ("leaderboard", f"sweep status {path}")]
     if best is not None:
-        found.append(("the best trial again", f"sweep {train_command(folder, best.params)}"))
-        found.append(("fresh seeds and the test split", f"sweep confirm {where}"))
-    return found
+        commands.append(("train the best trial again", f"sweep {train_command(folder, best.params)}"))
+        commands.append(("fresh seeds and the test split", f"sweep confirm {path}"))
+    return commands
 
 
-def beside(studies: Sequence[StudyStore]) -> list[Sweep]:
-    """Several sweeps, best first; those that cannot be compared with the first one stand behind, with the reason."""
+def compare_sweeps(studies: Sequence[StudyStore]) -> TableView:
+    """Rank several sweeps by their best trials; behind them, those that cannot be compared with the first one."""
     first, rows = studies[0], []
-    for study in studies:
-        best = study.best()
-        found = best and leaderboard.interval_of(study.folder, best, study.config.search.metric)
-        shown = "no complete trial" if best is None else str(found or f"{best.value:.3f}")
-        name = "" if best is None else f"#{best.number}"
-        own = Sweep(study.config.name, study.config.search.metric, shown, name, _apart(first, study))
-        rows.append((own, best.value if best is not None and best.value is not None else None))
     sign = -1 if first.config.search.direction == "maximize" else 1
-    rows.sort(key=lambda row: (bool(row[0].apart), row[1] is None, sign * (row[1] or 0.0)))
-    return [own for own, _ in rows]
+    for study in studies:
+        config, best, obstacle = study.config, study.best(), _why_incomparable(first, study)
+        cells = [
+            config.name,
+            "no complete trial",
+            config.search.metric,
+            "",
+            f"not ranked: {obstacle}" if obstacle else "",
+        ]
+        if best is not None:
+            interval = trial_interval(study.folder, best, config.search.metric)
+            cells[1], cells[3] = str(interval or f"{best.value:.3f}"), f"#{best.number}"
+        value = None if best is None else best.value
+        rows.append(((bool(obstacle), value is None, sign * (value or 0.0)), cells))
+    columns = [Column("sweep", is_text=True), Column("best"), Column("objective", is_text=True), Column("trial")]
+    rows.sort(key=lambda row: row[0])
+    return TableView([*columns, Column("remark", is_text=True)], [cells for _, cells in rows])
 
 
-def _apart(one: StudyStore, other: StudyStore) -> str:
-    """Why the trials of two sweeps are no rivals."""
-    tasks = [study.config.tasks.active() for study in (one, other)]
-    if one.fingerprint() != other.fingerprint():
-        return f"another corpus or split: {other.fingerprint()}, not {one.fingerprint()}"
-    if list(tasks[0]) != list(tasks[1]):
-        return f"other tasks: {', '.join(tasks[1])}, not {', '.join(tasks[0])}"
-    if one.config.search.metric != other.config.search.metric:
-        return f"another objective: {other.config.search.metric}, not {one.config.search.metric}"
-    if one.config.data.fold != other.config.data.fold:
-        return f"another fold: {other.config.data.fold}, not {one.config.data.fold}"
+def _why_incomparable(first: StudyStore, second: StudyStore) -> str:
+    """Return why the trials of two sweeps cannot be ranked together; empty where they can."""
+    before, after = first.config, second.config
+    if first.fingerprint() != second.fingerprint():
+        return f"another corpus or split: {second.fingerprint()}, not {first.fingerprint()}"
+    if list(before.tasks.active()) != list(after.tasks.active()):
+        return f"other tasks: {', '.join(after.tasks.active())}, not {', '.join(before.tasks.active())}"
+    if before.search.metric != after.search.metric:
+        return f"another objective: {after.search.metric}, not {before.search.metric}"
+    if before.data.fold != after.data.fold:
+        return f"another fold: {after.data.fold}, not {before.data.fold}"
     return ""
 
 
 def write(
-    study: StudyStore, folder: Path, out: Path, beside_: Sequence[StudyStore], reference: int | None
+    study: StudyStore, folder: Path, out: Path, others: Sequence[StudyStore], reference: int | None
 ) -> tuple[list[str], list[Path]]:
-    """The page, the ablation as a table of a paper, and the pictures as PNG.
-
-    What was there stays until the new file is complete.
+    """Write the page, the ablation as tables for a paper, and the pictures as PNG.
 
     Args:
-        ledger: of the sweep.
+        study: of the sweep.
         folder: of the sweep.
-        out: folder that they are written into.
-        beside_: other sweeps.
-        reference: number of the trial that choices are compared with; see `ablation.reference_of`.
+        out: folder to write into; existing files are replaced atomically.
+        others: other sweeps to show beside it.
+        reference: number of the trial that choices are compared with; see `ablation.find_reference`.
 
     Returns:
         The verdict and the files.
@@ -203,15 +211,16 @@ def write(
     """
     from sweep.analysis.report import figures
 
-    entries, config = study.trials(), study.config
-    chosen = ablation.reference_of(config, entries, reference)
-    rivals = [other for other in beside_ if not _apart(study, other)]
-    choices = ablation.choices(study, chosen, rivals)
-    table = ablation.frame(config, chosen, choices)
-    others = beside([study, *beside_]) if beside_ else []
-    said = verdict(config, folder, entries)
-    against = ablation.described(config, chosen) if chosen is not None else ""
-    text = html(study, folder, said, figures.figures(study, folder, entries, choices), table, against, others)
+    trials, config = study.trials(), study.config
+    chosen = ablation.find_reference(config, trials, reference)
+    comparable = [other for other in others if not _why_incomparable(study, other)]
+    choices = ablation.find_choices(study, chosen, comparable)
+    table = ablation.ablation_table(config, chosen, choices)
+    verdict = find_verdict(config, folder, trials)
+    against = ablation.describe_trial(config, chosen) if chosen is not None else ""
+    pictures = figures.draw_figures(study, folder, trials, choices)
+    ranking = compare_sweeps([study, *others]) if others else None
+    text = render(study, folder, verdict, pictures, table, against, ranking)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     write_file(page, text)
@@ -219,4 +228,4 @@ def write(
     caption = (
         f"{config.name}: what each choice changes of {metric}, on the validation split; 95 % intervals by session."
     )
-    return said, [page, *ablation.write(table, out, caption), *figures.pngs(study, out)]
+    return verdict, [page, *ablation.write(table, out, caption), *figures.write_pngs(study, out)]
