@@ -33,11 +33,13 @@ def run_sweep(
     """
     import json
 
+    from sweep.cli.console import quiet_libraries
     from sweep.cli.progress import ConsoleListener
     from sweep.config.files import load
 
+    quiet_libraries()
     values = {**(overrides or {}), **({} if trials is None else {"search.trials": trials})}
     loaded = load(str(config), [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()])
-    from sweep.runner import run
+    from sweep.runner import run  # imports torch, Ray and MLflow
 
-    return run(loaded, Path(out or Path("runs") / loaded.name), ConsoleListener() if progress else None)
+    return run(loaded, Path(out or f"runs/{loaded.name}"), ConsoleListener() if progress else None)

@@ -193,7 +193,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
         return Outcome(state, code, message, config, folder, trials)
 
     if left := trials_left(config, trials):
-        message = f"unfinished: {left} trials are left; rerun the same command to resume"
+        message = f"unfinished: {left} trial{'s are' if left > 1 else ' is'} left; rerun the same command to resume"
         return outcome("unfinished", ExitCode.UNFINISHED, message)
     if best is None:
         reasons = "; ".join(sorted({trial.why for trial in trials}))

@@ -8,7 +8,7 @@ import typer
 
 from data.errors import UserError
 from sweep.cli import cache
-from sweep.cli.console import complain, replace_unprintable
+from sweep.cli.console import complain, quiet_libraries, replace_unprintable
 from sweep.cli.export import export, predict
 from sweep.cli.prepare import prepare
 from sweep.cli.results import best, confirm, evaluate, report, status
@@ -31,9 +31,7 @@ app.add_typer(cache.app, name="cache")
 def main() -> None:
     """Run the command line; report an error of the user in one message, without a traceback."""
     replace_unprintable()
-    # Libraries print warnings and progress bars when they are imported or load a model.
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
-        os.environ.setdefault(name, value)
+    quiet_libraries()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
     try:

@@ -28,6 +28,12 @@ class PlainConsole(Console):
 console = PlainConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 132)
 
 
+def quiet_libraries() -> None:
+    """Keep transformers and huggingface_hub, once they are imported, from printing warnings and progress bars."""
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(name, value)
+
+
 def print_line(text: object) -> None:
     """Print a text as it is, without markup and line breaks."""
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)

@@ -1,9 +1,9 @@
 """The embedded defaults: the synthetic corpus and the tiny models, made on first use and cached by their version."""
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data.atomic import shared_folder
@@ -91,12 +91,20 @@ def _folder(name: str) -> Path:
 
 
 def _make_all(names: list[str]) -> None:
-    """Make several at once, each in a process of its own: they are independent, and use one thread each."""
-    if not names:
-        return
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for result in [pool.submit(_make, name) for name in names]:
-            result.result()
+    """Make each in its own process, at the same time: they are independent, and use one thread each.
+
+    These processes do not import `__main__`, as those of `multiprocessing` do: it may be a script that runs a sweep.
+    """
+    code = "import sys; from sweep.config.resolve import _make; _make(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    makers = [
+        subprocess.Popen([sys.executable, "-c", code, name], env=environment, stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    errors = [maker.communicate()[1] for maker in makers]
+    for name, maker, error in zip(names, makers, errors, strict=True):
+        if maker.returncode:
+            raise OSError(f"{PREFIX}{name} cannot be made ({error.strip().rpartition(chr(10))[2]})")
 
 
 def _make(name: str) -> None:

@@ -190,5 +190,5 @@ def test_a_sweep_on_two_nodes_is_cancelled_and_given_again(cluster: Slurm, confi
     until(lambda: not processes_of(first), 60, lambda: str(processes_of(first)))
     again = cluster.submit(*command, **BIN)
     cluster.wait(again, "COMPLETED", seconds=600)
-    assert "goes on" in cluster.log(again)
+    assert "resumes after epoch" in cluster.log(again)
     assert [(trial["state"], trial["epochs"]) for trial in trials(out)] == [("COMPLETE", 4)] * 2
