@@ -1,6 +1,6 @@
 """`sweep run` from top to bottom: start, resume or extend a sweep, and return how it ended.
 
-    lease, mirror ─► claim the folder ─► resolve and check ─► Ray ─► feature cache ─► dry steps ─► trials ─► Outcome
+    lease, mirror ─► claim the folder ─► resolve and check ─► Ray ─► feature cache ─► plan ─► trials ─► Outcome
                                                               └──────────── MLflow tracks ────────────┘
 
 `run` is the whole story; `SweepRunner` is the part that needs the lease. The study (`sweep.search`) decides what is
@@ -36,8 +36,10 @@ from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import as_run, open_shards
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
-from sweep.preflight import cache_passes, dry_run, eta
 from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
+from sweep.preflight.plan import format_estimate, make_plan
+from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.candidates import first_trial
 from sweep.search.study import StudyStore, TrialRecord, best_first
 from sweep.tracking.access import check_access, tracking_uri
@@ -255,7 +257,7 @@ class SweepRunner:
         self.config, self.folder = config, folder.absolute()
         self.listener, self.check, self.stop = listener, check, stop
         self.study = StudyStore.open(self.folder, config)
-        self.cache = cache_passes.cache_of(config, self.folder)
+        self.cache = cache_folder(config, self.folder)
 
     def run(self, resolved: ResolvedConfig) -> bool:
         """Run the trials that are left while MLflow follows them, and return whether MLflow has all results.
@@ -298,16 +300,16 @@ class SweepRunner:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             slots = count_slots(resolved, nodes, trials_left(self.config, self.study.trials()))
             # A signal ends either of these two at once; what they have computed is kept.
-            BackgroundWork(lambda: cache_passes.compute(resolved, self.cache, say), "feature cache", is_up).result()
+            BackgroundWork(lambda: precompute(resolved, self.cache, say), "feature cache", is_up).result()
             plan = BackgroundWork(
-                lambda: dry_run.make(resolved, self.cache, self.folder, nodes, slots, say), "dry steps", is_up
+                lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", is_up
             ).result()
             self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
             say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
-            estimate = plan.forecast(self.study.trials(), self.study.points_left(), slots)
-            say(dry_run.told(self.config, estimate, slots))
-            eta.remember(self.folder, estimate)
+            estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
+            say(format_estimate(self.config, estimate, slots))
+            save_estimate(self.folder, estimate)
             started = time.monotonic()
             run_trials(
                 self.study,
@@ -322,7 +324,7 @@ class SweepRunner:
                 say=say,
             )
             if not trials_left(self.config, self.study.trials()):
-                eta.ended(self.folder, estimate, time.monotonic() - started)
+                save_actual_time(self.folder, estimate, time.monotonic() - started)
         shutil.rmtree(storage, ignore_errors=True)
 
     def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -343,13 +345,13 @@ class SweepRunner:
         shards = open_shards(trial)  # the trial may be on another fold than the sweep
         write(as_run(config, shards), folder / "config.yaml")
         trial = as_run(trial, shards)
-        features = cache_passes.folders_for(trial, self.cache)
-        cache_passes.used(features)
+        cached = cached_folders(trial, self.cache)
+        mark_used(cached)
         return {
             "folder": str(folder),
             "config": trial.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
             "reader": choose_reader(resolved),
-            "frozen": features,
+            "cached": cached,
         }
 
 

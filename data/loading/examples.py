@@ -13,6 +13,7 @@ from data.config import DataConfig
 from data.errors import MisfitError
 from data.loading.augment import Draw, augmented, with_noise
 from data.loading.tasks import TASKS, Item, answer, heard_row, last_read
+from data.loading.teacher_files import TeacherLogits
 from data.shards.dataset import Shards
 
 
@@ -31,7 +32,7 @@ class Example:
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only, or by its features
     features: np.ndarray | None = None  # of a frozen encoder, float16 [T, D], in place of the clip
     n_samples: int = 0  # of the clip, where the features stand for it
-    taught: tuple[np.ndarray, np.ndarray] | None = None  # of a distillation's teacher, as in `data.taught`
+    teacher_logits: TeacherLogits | None = None  # of a distillation's teacher
 
 
 def read_example(

@@ -10,16 +10,16 @@ from collections.abc import Callable, Generator
 from data.config import DataConfig
 from data.loading.augment import Draw
 from data.loading.examples import Example, heard_source, read_example
-from data.loading.feature_files import FeatureFiles
+from data.loading.feature_files import FeatureReader
 from data.loading.local_source import local_source
 from data.loading.prefetch import Batch, Batches, Source
 from data.loading.ray_source import ray_source
 from data.loading.tasks import Item
-from data.loading.teacher_files import TeacherFiles
+from data.loading.teacher_files import TeacherReader
 from data.shards.dataset import Shards
 
 
-def feature_source(shards: Shards, config: DataConfig, features: FeatureFiles) -> Source:
+def feature_source(shards: Shards, config: DataConfig, features: FeatureReader) -> Source:
     """Read what a frozen encoder, or its frozen layers, made of the clips: memory-mapped, without Ray."""
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
@@ -29,21 +29,21 @@ def feature_source(shards: Shards, config: DataConfig, features: FeatureFiles) -
     return read
 
 
-def _with_features(shards: Shards, item: Item, config: DataConfig, features: FeatureFiles) -> Example:
+def _with_features(shards: Shards, item: Item, config: DataConfig, features: FeatureReader) -> Example:
     example, row = read_example(shards, item, config, sound=False), heard_source(shards, item, config)
     if row is None:
         return example
     return dataclasses.replace(example, features=features.read(row), n_samples=shards.columns["n_samples"][row])
 
 
-def taught_source(source: Source, taught: TeacherFiles) -> Source:
-    """The same examples, with what a distillation's teacher made of them."""
+def teacher_source(source: Source, logits: TeacherReader) -> Source:
+    """Return a source of the same examples with the cached logits of a distillation's teacher."""
 
     def read(batches: Batches, draw: Draw | None = None) -> Generator[Batch, None, None]:
         with contextlib.closing(source(batches, draw)) as found:
             for batch, examples in zip(batches, found, strict=True):
                 pairs = zip(examples, batch, strict=True)
-                yield [dataclasses.replace(example, taught=taught.read(item)) for example, item in pairs]
+                yield [dataclasses.replace(example, teacher_logits=logits.read(item)) for example, item in pairs]
 
     return read
 

@@ -1,73 +1,78 @@
-"""What the teacher of a distillation makes of transcripts, in files (see `data.frozen`) named by the tokens it reads.
+"""Cached logits of a distillation's teacher: the files of the training items, and their reader.
 
-So other labels, splits, histories or prompts compute what they change and nothing else, and whatever reads the same
-tokens (trials, sweeps, corpora) may share a folder.
+A file is named by a hash of the tokens that the teacher reads (see `cached_arrays`), so other labels, splits, histories
+or prompts compute only what they change, and trials, sweeps and corpora with the same tokens may share a folder.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data.loading import array_files as frozen
-from data.loading.array_files import Files, Part, named, runs
+from data.loading.cached_arrays import CacheFile, CacheReader, cache_file, split_into_files
 from data.loading.tasks import Item
 from data.shards.dataset import Shards
 
-PART_TOKENS = 2**18  # read for a file, which is what a kill may lose: minutes of a small LLM on a CPU
-LAYOUT = {"ids": "<i4", "log_probs": "<f4"}  # [P, K] the likeliest tokens; [P, K + 1] theirs, and that of all others
-Taught = tuple[np.ndarray, np.ndarray]  # those of an item
+FILE_TOKENS = 2**18  # largest input of a file, which is what a kill may lose: minutes of a small LLM on a CPU
+LAYOUT = {"ids": "<i4", "log_probs": "<f4"}  # the fields of `TeacherLogits`
+
+
+class TeacherLogits(NamedTuple):
+    """The largest logits of a teacher at P predicted tokens, normalised."""
+
+    ids: np.ndarray  # int32 [P, K]: the most probable tokens
+    log_probs: np.ndarray  # float32 [P, K + 1]: their log-probabilities, and that of all other tokens together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TeacherLogits:
-    """What a teacher reads for an item, and where it predicts."""
+class TeacherInput:
+    """What a teacher reads for an item, and how many tokens it predicts."""
 
-    ids: np.ndarray  # int32, tokens of the transcript and of the answer but for its last target
-    predicted: int  # the last so many positions
+    ids: np.ndarray  # int32: tokens of the transcript and of the answer but for its last target
+    predicted: int  # the number of last positions that predict
 
     @property
     def digest(self) -> str:
-        """Equal for lessons that are read alike."""
-        said = self.predicted.to_bytes(4, "little") + self.ids.astype("<i4").tobytes()
-        return hashlib.sha256(said).hexdigest()
+        """Return a hash that is equal for inputs with equal logits."""
+        content = self.predicted.to_bytes(4, "little") + self.ids.astype("<i4").tobytes()
+        return hashlib.sha256(content).hexdigest()
 
 
-def parts(shards: Shards, lessons: Mapping[Item, TeacherLogits]) -> list[Part[Item]]:
-    """The files that hold what is made of the lessons: of a task and a shard, as both may come and go by themselves."""
+def teacher_files(shards: Shards, inputs: Mapping[Item, TeacherInput]) -> list[CacheFile[Item]]:
+    """Return the files with the logits for all inputs.
+
+    Each file belongs to one task and one shard, because tasks and shards may be added or removed independently.
+    """
     shard = shards.columns["shard"]
-    sized = ((item, (item[0], shard[item[1]]), len(lesson.ids)) for item, lesson in lessons.items())
-    found = []
-    for own in runs(sized, PART_TOKENS):
-        read = [lessons[item] for item in own]
-        found.append(named("teacher", " ".join(one.digest for one in read), own, [len(one.ids) for one in read]))
-    return found
+    sized = ((item, (item[0], shard[item[1]]), len(read.ids)) for item, read in inputs.items())
+    return [
+        cache_file(
+            "teacher",
+            " ".join(inputs[item].digest for item in items),
+            items,
+            [len(inputs[item].ids) for item in items],
+        )
+        for items in split_into_files(sized, FILE_TOKENS)
+    ]
 
 
-def write(folder: Path, part: Part[Item], taught: Iterable[Taught]) -> int:
-    """Write what was made of a part's lessons; see `frozen.write`."""
-    return frozen.write(folder, part, LAYOUT, taught)
-
-
-class TeacherFiles(Files[Item]):
-    """What the teacher makes of the training items.
+class TeacherReader(CacheReader[Item]):
+    """Reads the cached logits of a teacher.
 
     Args:
-        folder: of the key.
-        parts: the files.
+        folder: the folder of the cache key.
+        files: see `teacher_files`.
 
     Raises:
         StorageError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Part[Item]]) -> None:
-        super().__init__(folder, parts, LAYOUT)
+    def __init__(self, folder: Path, files: Sequence[CacheFile[Item]]) -> None:
+        super().__init__(folder, files, LAYOUT)
 
-    def read(self, item: Item) -> Taught | None:
-        """Of an item, not copies; None for one that is not trained on."""
-        if item not in self.places:
-            return None
-        ids, log_probs = self.arrays(item)
-        return ids, log_probs
+    def read(self, item: Item) -> TeacherLogits | None:
+        """Return views of the logits for an item; None for an item that is not trained on."""
+        return TeacherLogits(*self.arrays(item)) if item in self.positions else None

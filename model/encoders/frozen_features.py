@@ -1,72 +1,83 @@
-"""Frozen encoders: what they make of a clip is computed once, and is the same wherever and however it is computed.
+"""Features of frozen encoders: computed once for each clip, with the same result wherever they are computed.
 
-A clip is encoded by itself and its features are rounded to float16, also where they are not kept in files: so a trial
-gets the same bits with and without them, and beside whatever other clips. The same goes for the lower layers of an
-encoder whose upper layers train.
+Each clip is encoded separately and its features are rounded to float16, whether or not they are cached: a trial gets
+the same bits with and without the cache, and whatever other clips are in its batch. The same holds for the lower layers
+of an encoder whose upper layers train.
 
-Legend: B one clip, F frames, D width of the encoder, T windows of the adapter (or frames, where it does not pool).
+Legend: F frames, D width of the encoder, T windows of the adapter (or frames, if the adapter does not average).
 """
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.config import DataConfig
 from data.corpus.audio import waveform
-from data.loading import feature_files as features
-from data.loading.array_files import Part
+from data.loading import feature_files
+from data.loading.cached_arrays import Arrays, CacheJob, CacheKey, Layout
 from data.loading.examples import clip_of
 from data.shards.dataset import Shards
-from model.checkpoints.fingerprint import Keyed, computing, model_digest
+from model.checkpoints.fingerprint import model_digest
 from model.config import ModelConfig
 from model.encoders.base import SpeechEncoder
 from model.encoders.loading import load_encoder
+from model.runtime.numerics import trial_numerics
 
-VERSION = 2  # raise it when the same encoder would give other features, or the files would be cut otherwise
+VERSION = 2  # raise it when the same encoder would give other features, or the rows are split into files differently
 LARGEST = float(torch.finfo(torch.float16).max)
-# The layers that are computed (0: all, and what follows them), and window and stride of an average over frames.
-Kept = tuple[int, tuple[int, int] | None]
+
+
+class FeatureSpec(NamedTuple):
+    """Which features of a clip are computed."""
+
+    layers: int  # the number of encoder layers; 0: all layers and what follows them
+    pool: tuple[int, int] | None  # window and stride of an average over frames
 
 
 @dataclass(frozen=True)
-class CacheKey(Keyed):
-    """What features depend on, besides the sound itself."""
+class FeatureKey(CacheKey):
+    """Everything that features depend on, apart from the audio."""
 
-    place: ClassVar[str] = "encoder"
+    path_field: ClassVar[str] = "encoder"
     encoder: str  # Hugging Face id or folder
-    digest: str  # of its weights and of its configuration
+    digest: str  # of its weights and settings
     dtype: str
     precision: str
-    device: str  # cpu or cuda: they differ in the last digits
-    layers: int  # computed, from the first on; 0: all, and what follows them
-    pool: tuple[int, int] | None  # window and stride, where the adapter's pooling has no parameters
-    sound: str  # see `DataConfig.sound`; shuffled clips have the features of their own rows
+    device: str  # cpu or cuda: their results differ in the last digits
+    layers: int  # see `FeatureSpec`
+    pool: tuple[int, int] | None  # see `FeatureSpec`
+    sound: str  # `DataConfig.sound`; shuffled clips have the features of the rows they come from
     snr_db: float | None
     version: int = VERSION
 
     @property
-    def kept(self) -> Kept:
-        """What is kept of a clip."""
-        return self.layers, self.pool
+    def spec(self) -> FeatureSpec:
+        """Return which features of a clip are kept."""
+        return FeatureSpec(self.layers, self.pool)
 
     @property
-    def reading(self) -> str:
-        """Equal for features that one pass of the encoder yields."""
+    def pass_key(self) -> str:
+        """Return a hash that is equal for features that the same forward pass computes."""
         return replace(self, layers=0, pool=None).key
 
 
-def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> CacheKey:
-    """The features that a frozen encoder gives a trial, or its frozen layers (see `SpeechLLM.frozen_layers`)."""
-    return CacheKey(
+def feature_key(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> FeatureKey:
+    """Return the cache key of the features of a frozen encoder, or of its frozen `layers`.
+
+    Args:
+        model: the configuration of the model.
+        data: which audio it hears.
+        device: "cpu" or "cuda".
+        layers: see `SpeechLLM.frozen_layers`.
+    """
+    return FeatureKey(
         encoder=model.encoder.path,
         digest=encoder_digest(model.encoder.path),
         dtype=model.encoder.dtype,
@@ -80,68 +91,62 @@ def recipe(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -
 
 
 def pooling(model: ModelConfig, layers: int = 0) -> tuple[int, int] | None:
-    """Window and stride of an adapter that averages, whose part of the work belongs to a frozen encoder's features."""
+    """Return window and stride of an adapter whose average over frames is part of a frozen encoder's features."""
     return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" and not layers else None
 
 
 @functools.lru_cache(maxsize=8)
 def encoder_digest(path: str) -> str:
-    """Equal for encoders that give the same frames. Reads all weights.
+    """Return a hash that is equal for encoders that compute the same frames. Reads all weights.
 
     Raises:
         ConfigError: see `load_encoder`.
     """
-    encoder = inspect.unwrap(load_encoder)(path, "cpu")  # not to be kept: it may be large
+    encoder = inspect.unwrap(load_encoder)(path, "cpu")  # bypass the cache: the encoder may be large
     return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
 
 
 @torch.no_grad()
-def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, kept: Sequence[Kept]) -> list[Tensor]:
-    """The features of a clip, [T, D] in float16, for all that is to be kept of one pass.
+def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, specs: Sequence[FeatureSpec]) -> list[Tensor]:
+    """Return the features of a clip, float16 [T, D] for each spec, from one forward pass.
 
     Args:
         encoder: frozen, in eval mode.
-        pcm: int16 samples at 16 kHz.
-        kept: see `Kept`; a clip shorter than one window is filled with zeros to it.
+        pcm: int16 samples at 16 kHz; a clip shorter than one window is padded with zero frames to one window.
+        specs: which features to compute.
     """
-    states = encoder.layer_inputs(waveform(pcm), {layers for layers, _ in kept})
-    return [_rounded(states[layers].float(), pool) for layers, pool in kept]
-
-
-def _rounded(frames_FD: Tensor, pool: tuple[int, int] | None) -> Tensor:
-    if pool is not None:
-        window, stride = pool
-        filled_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))
-        with torch.autocast(frames_FD.device.type, enabled=False):
-            frames_FD = F.avg_pool1d(filled_FD.T[None], window, stride)[0].T
-    return frames_FD.clamp(-LARGEST, LARGEST).half()
+    states = encoder.layer_inputs(waveform(pcm), {layers for layers, _ in specs})
+    features = []
+    for layers, pool in specs:
+        frames_FD = states[layers].float()
+        if pool is not None:
+            window, stride = pool
+            padded_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))
+            with torch.autocast(frames_FD.device.type, enabled=False):
+                frames_FD = F.avg_pool1d(padded_FD.T[None], window, stride)[0].T
+        features.append(frames_FD.clamp(-LARGEST, LARGEST).half())
+    return features
 
 
 @dataclass(frozen=True)
-class Job:
-    """The features of a part of a corpus, to be computed in one pass: travels to the process that does it."""
+class FeatureJob(CacheJob[int, FeatureKey]):
+    """Computes the features of the clips of one file; all keys must have the same `pass_key`."""
 
+    layout: ClassVar[Layout] = feature_files.LAYOUT
     shards: Shards
-    part: Part[int]
     config: DataConfig
-    recipes: Mapping[Path, CacheKey]  # by the folders of their keys; all of one reading
-    threads: int
 
-    def compute(self, rows: Sequence[int]) -> list[list[np.ndarray]]:
-        """The features of some rows, by recipe."""
-        some, *_ = self.recipes.values()
-        encoder = load_encoder(some.encoder, some.device, some.dtype)
-        config = self.config.model_copy(update={"sound": some.sound})
-        kept = [own.kept for own in self.recipes.values()]
-        with computing(self.threads, some.device, some.precision):
-            found = [
-                [own.cpu().numpy() for own in clip_features(encoder, clip_of(self.shards, row, config), kept)]
-                for row in rows
-            ]
-        return [list(own) for own in zip(*found, strict=True)]
-
-    def __call__(self) -> pa.Table:
-        """Compute and write them; a table with the bytes and the samples."""
-        computed = self.compute(self.part.rows)
-        written = [features.write(folder, self.part, computed.pop(0)) for folder in self.recipes]  # held no longer
-        return pa.table({"bytes": [sum(written)], "size": [self.part.size]})
+    def compute(self, rows: Sequence[int]) -> list[list[Arrays]]:
+        """Return for each key the features of some rows."""
+        keys = list(self.keys.values())
+        encoder = load_encoder(keys[0].encoder, keys[0].device, keys[0].dtype)
+        config = self.config.model_copy(update={"sound": keys[0].sound})
+        by_key: list[list[Arrays]] = [[] for _ in keys]
+        with trial_numerics(self.threads, keys[0].device, keys[0].precision):
+            for row in rows:
+                clip = clip_of(self.shards, row, config)
+                for features, computed in zip(
+                    by_key, clip_features(encoder, clip, [k.spec for k in keys]), strict=True
+                ):
+                    features.append([computed.cpu().numpy()])
+        return by_key

@@ -9,13 +9,13 @@ from data.errors import ConfigError, UserError
 from data.loading.augment import Draw, longest
 from data.loading.batching import Cost
 from data.loading.examples import clip_samples, read_example
-from data.loading.feature_files import FeatureFiles
+from data.loading.feature_files import FeatureReader
 from data.loading.prefetch import Prefetcher, Source
-from data.loading.sources import SOURCES, feature_source, taught_source
+from data.loading.sources import SOURCES, feature_source, teacher_source
 from data.loading.tasks import Item, has_sound, items
-from data.loading.teacher_files import TeacherFiles, parts
+from data.loading.teacher_files import TeacherReader, teacher_files
 from data.shards.dataset import Shards
-from model.objectives.teacher import lessons
+from model.objectives.teacher import teacher_inputs
 from model.speech_llm.speech_llm import SpeechLLM
 
 Select = Callable[[Shards, str, str], list[Item]]
@@ -53,7 +53,7 @@ class TrialData:
         *,
         teacher: bool = False,
         features: Path | None = None,
-        taught: Path | None = None,
+        teacher_logits: Path | None = None,
         select: Select = items,
     ) -> "TrialData":
         """Choose the examples of `splits` and plan by what this model computes for each.
@@ -61,8 +61,8 @@ class TrialData:
         Args:
             teacher: whether the losses of the training split need the base LLM's reading, too. It reads one example
                 at a time, or did so before, so it is no matter of the plan; but it must fit.
-            features: where those of the frozen encoder or layers lie, if they are to be read in place of the sound.
-            taught: where lies what that teacher said, if it is to be read.
+            features: the cache folder of the frozen encoder's or layers' features, to be read in place of the audio.
+            teacher_logits: the cache folder of that teacher's logits, to be read in place of running it.
             select: chooses the items of a task in a split.
 
         Raises:
@@ -78,7 +78,7 @@ class TrialData:
         if features is None:
             source = SOURCES[reader](shards, config, model.config.uses_audio)
         else:
-            source = feature_source(shards, config, FeatureFiles(features, shards, config))
+            source = feature_source(shards, config, FeatureReader(features, shards, config))
         found = cls(shards, source, {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
@@ -95,9 +95,9 @@ class TrialData:
                 found.dropped_turns += measure.dropped_turns
                 found.short_clips += measure.short_clip
         if teacher and "train" in splits:
-            read = lessons(model.prompt_builder, model.max_positions, shards, config, list(model.tasks))
-            if taught is not None:
-                found.source = taught_source(source, TeacherFiles(taught, parts(shards, read)))
+            inputs = teacher_inputs(model.prompt_builder, model.max_positions, shards, config, list(model.tasks))
+            if teacher_logits is not None:
+                found.source = teacher_source(source, TeacherReader(teacher_logits, teacher_files(shards, inputs)))
         return found
 
     def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Prefetcher:

@@ -94,16 +94,18 @@ def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossCon
         nll_P = F.cross_entropy(student.logits_PV, student.targets_P, reduction="none")
     losses = Losses([answer.predicted for answer in answers], student.sum_by_example(nll_P, len(examples)))
     if config.distillation or config.hidden:
-        taught = teacher_outputs(model, examples, config)
-        assert len(taught.ids_PK) == len(student.targets_P)
+        teacher_output = teacher_outputs(model, examples, config)
+        assert len(teacher_output.ids_PK) == len(student.targets_P)
     if config.distillation:
-        divergence_P = divergence(student.logits_PV / config.temperature, taught.ids_PK, taught.log_probs_PK)
+        divergence_P = divergence(
+            student.logits_PV / config.temperature, teacher_output.ids_PK, teacher_output.log_probs_PK
+        )
         # The gradient of a softened divergence shrinks with the square of the temperature (Hinton et al., section 2).
         losses.distillation_B = student.sum_by_example(divergence_P, len(examples)) * config.temperature**2
     if config.hidden:
         assert student.hidden_PE is not None
-        assert taught.hidden_PE is not None
-        distance_P = (student.hidden_PE.float() - taught.hidden_PE.float()).square().mean(-1)
+        assert teacher_output.hidden_PE is not None
+        distance_P = (student.hidden_PE.float() - teacher_output.hidden_PE.float()).square().mean(-1)
         losses.hidden_B = student.sum_by_example(distance_P, len(examples))
     return losses
 
@@ -157,15 +159,14 @@ def teacher_outputs(model: SpeechLLM, examples: Sequence[Example], config: LossC
     """
     top, hidden = [], []
     for example in examples:
-        if example.taught is not None and not config.hidden:
-            ids_PK, log_probs_PK = (on_device(values, model.device) for values in example.taught)
+        if example.teacher_logits is not None and not config.hidden:
+            ids_PK, log_probs_PK = (on_device(values, model.device) for values in example.teacher_logits)
         else:
             llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.base_device)
             with model.autocast():
-                logits_PV, hidden_PE = teacher.read(
-                    llm, teacher.lesson(model.prompt_builder, example), hidden=config.hidden > 0
-                )
-                ids_PK, log_probs_PK = teacher.likeliest(logits_PV, config.temperature)
+                read = teacher.teacher_input(model.prompt_builder, example)
+                logits_PV, hidden_PE = teacher.run_teacher(llm, read, hidden=config.hidden > 0)
+                ids_PK, log_probs_PK = teacher.top_log_probs(logits_PV, config.temperature)
             hidden.append(hidden_PE)
         top.append((ids_PK, log_probs_PK))
     ids_PK, log_probs_PK = (torch.cat(column) for column in zip(*top, strict=True))
@@ -188,7 +189,7 @@ def divergence(logits_PV: Tensor, ids_PK: Tensor, log_probs_PK: Tensor) -> Tenso
     student_PV, ids_PK, teacher_PK = logits_PV.log_softmax(-1), ids_PK.long(), log_probs_PK
     student_PK = student_PV.gather(-1, ids_PK)
     if ids_PK.shape[-1] < student_PV.shape[-1]:
-        student_PK = torch.cat([student_PK, teacher.log_of_others(student_PV, ids_PK)[:, None]], dim=-1)
+        student_PK = torch.cat([student_PK, teacher.log_prob_of_others(student_PV, ids_PK)[:, None]], dim=-1)
     else:
         teacher_PK = teacher_PK[:, :-1]
     p_PK, q_PK = teacher_PK.exp(), student_PK.exp()

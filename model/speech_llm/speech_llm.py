@@ -26,7 +26,7 @@ from model.checkpoints import checkpoint
 from model.checkpoints.warm_start import chain, check_meaning, placed, start_from
 from model.config import ModelConfig
 from model.encoders.base import SpeechEncoder
-from model.encoders.frozen_features import clip_features, pooling
+from model.encoders.frozen_features import FeatureSpec, clip_features, pooling
 from model.encoders.loading import load_encoder
 from model.encoders.spec_augment import draw_time_mask
 from model.parts import check_loaded, part_of, select_trainable
@@ -266,8 +266,8 @@ class SpeechLLM(nn.Module):
         if example.features is not None:
             return on_device(example.features, self.device).float()
         assert example.pcm is not None, "items() selects utterances with sound"
-        wanted = self.frozen_layers, pooling(self.config, self.frozen_layers)
-        return clip_features(self.encoder, example.pcm, [wanted])[0].float()
+        spec = FeatureSpec(self.frozen_layers, pooling(self.config, self.frozen_layers))
+        return clip_features(self.encoder, example.pcm, [spec])[0].float()
 
     def _encode(self, examples: Sequence[Example]) -> list[Tensor]:
         """Return the embeddings of clips from an encoder of which at least the upper layers train, in one batch."""

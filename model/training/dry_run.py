@@ -1,17 +1,17 @@
-"""Dry steps of a trial: what its training takes of time and memory, measured in the loop itself before it starts.
+"""Dry run of a trial: the time and memory of its training, measured by the training loop itself before it starts.
 
-A `Trainer` in a folder that is thrown away makes a step of the longest example alone, which is what no token budget
-makes smaller, then two of its first epoch, the largest and the median one; and it predicts a median validation batch of
-each task. How many positions they compute says what an epoch takes.
+A `Trainer` in a temporary folder trains on the longest example alone, which no token budget can make cheaper, and then
+makes two steps of its first epoch, the largest one and the median one. It also predicts a median validation batch of
+each task. The time of an epoch is projected from the number of positions in these batches.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import TaskWeights
 from data.loading.batching import Cost, micro_batches, plan, share
@@ -23,21 +23,21 @@ from model.speech_llm.speech_llm import SpeechLLM
 from model.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a trial takes on one of its workers."""
+class TrialCost(BaseModel):
+    """Time and memory of a trial on one of its workers. Files contain the aliases."""
 
-    train: float  # seconds of an epoch's steps
-    val: float  # seconds of an evaluation
-    least: int  # bytes at the peak, with one example at a time
-    full: int  # bytes at the peak, with as many as train.token_budget allows
-    budget: int  # tokens and frames at once that fitted: train.token_budget, or less
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    train_seconds: float = Field(alias="train", description="Seconds of the optimizer steps of an epoch.")
+    val_seconds: float = Field(alias="val", description="Seconds of an evaluation.")
+    min_bytes: int = Field(alias="least", description="Peak memory with one example at a time.")
+    full_bytes: int = Field(alias="full", description="Peak memory with as many examples as train.token_budget allows.")
+    token_budget: int = Field(alias="budget", description="Tokens and frames at once that fit.")
 
 
 def measure(
     model: SpeechLLM, data: TrialData, config: TrainConfig, tasks: TaskWeights, seed: int, workers: int, peak: Peak
-) -> Measured:
-    """Make dry steps. The model is not to be used afterwards.
+) -> TrialCost:
+    """Measure a trial in a dry run. The model must not be used afterwards.
 
     Args:
         model: as `fit` gets it.
@@ -45,11 +45,11 @@ def measure(
         config: of the training.
         tasks: weights of the model's tasks.
         seed: of the batch plan.
-        workers: that share a step; the first one's part is computed.
-        peak: of this process, from before the model was built.
+        workers: that share a step; this process computes the first one's share.
+        peak: of this process, created before the model was built.
 
     Raises:
-        OutOfMemory: an example does not fit by itself.
+        OutOfMemoryError: one example alone does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, data, config, tasks, seed, Path(folder))
@@ -58,35 +58,42 @@ def measure(
             longest = max(range(len(costs)), key=lambda position: sum(costs[position]))
             model.train()
             _step(trainer, [longest], 1)
-            least = peak.read()
-            train = _epoch(trainer, workers)
-            return Measured(train, _evaluation(trainer) / workers, least, peak.read(), trainer.budget)
+            min_bytes = peak.read()
+            train_seconds = _measure_epoch(trainer, workers)
+            val_seconds = _measure_evaluation(trainer) / workers
+            return TrialCost(
+                train_seconds=train_seconds,
+                val_seconds=val_seconds,
+                min_bytes=min_bytes,
+                full_bytes=peak.read(),
+                token_budget=trainer.budget,
+            )
         finally:
             data.close()
 
 
-def _epoch(trainer: Trainer, workers: int) -> float:
-    """Seconds of an epoch's steps."""
+def _measure_epoch(trainer: Trainer, workers: int) -> float:
+    """Return the projected seconds of the optimizer steps of an epoch."""
     size, train = trainer.config.batch_size, trainer.train
     steps = plan(train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=trainer.drawn)
 
-    def computed(step: Sequence[int]) -> int:
+    def positions(step: Sequence[int]) -> int:
         costs = [train.costs[position] for position in share(step, 0, workers)]
         return sum(
             _positions(costs, part) for part in micro_batches(costs, trainer.budget, trainer.model.pad_tolerance)
         )
 
-    return _projected(steps, computed, lambda step: _step(trainer, step, workers), (1.0, 0.5))
+    return _project(steps, positions, lambda step: _step(trainer, step, workers), (1.0, 0.5))
 
 
-def _evaluation(trainer: Trainer) -> float:
-    """Seconds of an evaluation by one worker; a task's batches take what its own do."""
+def _measure_evaluation(trainer: Trainer) -> float:
+    """Return the projected seconds of an evaluation by one worker, projected for each task separately."""
     model, data, val = trainer.model, trainer.data, trainer.data.splits["val"]
     asked = ask(model, data, "val", trainer.budget)
     asked.reading.close()
-    batches: dict[str, list[list[int]]] = {}
+    by_task: dict[str, list[list[int]]] = {}
     for batch in asked.batches:
-        batches.setdefault(val.items[batch[0]][0], []).append(batch)
+        by_task.setdefault(val.items[batch[0]][0], []).append(batch)
 
     def predict(batch: Sequence[int]) -> float:
         trainer.validation = Asked([list(batch)], data.read("val", [batch]))
@@ -94,34 +101,36 @@ def _evaluation(trainer: Trainer) -> float:
         trainer._validate()
         return time.monotonic() - started
 
-    return sum(_projected(own, lambda batch: _positions(val.costs, batch), predict, (0.5,)) for own in batches.values())
+    return sum(
+        _project(batches, lambda batch: _positions(val.costs, batch), predict, (0.5,)) for batches in by_task.values()
+    )
 
 
-def _projected(
-    parts: Sequence[Sequence[int]],
-    size: Callable[[Sequence[int]], int],
+def _project(
+    batches: Sequence[Sequence[int]],
+    positions: Callable[[Sequence[int]], int],
     seconds: Callable[[Sequence[int]], float],
     quantiles: Sequence[float],
 ) -> float:
-    """Seconds of all parts, from those at some quantiles of the size."""
-    ordered = sorted(parts, key=size)
-    chosen = [ordered[place] for place in dict.fromkeys(round(at * (len(ordered) - 1)) for at in quantiles)]
-    return sum(map(seconds, chosen)) * sum(map(size, parts)) / sum(map(size, chosen))
+    """Return the seconds of all batches, projected from the batches at some quantiles of the number of positions."""
+    ordered = sorted(batches, key=positions)
+    chosen = [ordered[index] for index in dict.fromkeys(round(at * (len(ordered) - 1)) for at in quantiles)]
+    return sum(map(seconds, chosen)) * sum(map(positions, batches)) / sum(map(positions, chosen))
 
 
-def _positions(costs: Sequence[Cost], part: Sequence[int]) -> int:
-    """That are computed together, padding included."""
-    return len(part) * (max(costs[item].tokens for item in part) + max(costs[item].frames for item in part))
+def _positions(costs: Sequence[Cost], batch: Sequence[int]) -> int:
+    """Return the padded positions of the batch."""
+    return len(batch) * (max(costs[item].tokens for item in batch) + max(costs[item].frames for item in batch))
 
 
 def _step(trainer: Trainer, step: Sequence[int], workers: int) -> float:
-    """Seconds of an optimizer step, with what fits into memory at once."""
-    own = share(step, 0, workers)
-    [examples] = trainer.data.read("train", [own])
+    """Make an optimizer step and return its seconds, without those of tries that ran out of memory."""
+    positions = share(step, 0, workers)
+    [examples] = trainer.data.read("train", [positions])
     while True:
         budget, started = trainer.budget, time.monotonic()
-        trainer._optimizer_step(step, own, examples)
+        trainer._optimizer_step(step, positions, examples)
         if trainer.model.device.type == "cuda":
             torch.cuda.synchronize()
-        if trainer.budget == budget:  # else the time has failed tries in it
+        if trainer.budget == budget:  # a lower budget means that a try ran out of memory: measure again
             return time.monotonic() - started

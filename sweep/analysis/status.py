@@ -12,7 +12,7 @@ from sweep.analysis.results import Progress, progress
 from sweep.config.paths import near
 from sweep.config.schema import Config
 from sweep.durability import lease
-from sweep.preflight import eta as forecast
+from sweep.preflight.plan_file import plan_lines
 from sweep.search.pruning_audit import AuditJson, audit_json
 from sweep.search.study import TrialRecord
 
@@ -75,7 +75,7 @@ def status_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
     confirms = []
     if search is not None:
         confirms = [f"confirms the trials of {near(search)}; `sweep confirm {near(search)}` compares them"]
-    return [f"{config.name}: {now.line()}", activity, *confirms, *forecast.lines(config, folder, trials)]
+    return [f"{config.name}: {now.line()}", activity, *confirms, *plan_lines(config, folder, trials)]
 
 
 def _progress(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> Progress:

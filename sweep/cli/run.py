@@ -64,12 +64,12 @@ def run_and_show(config: Config, folder: Path) -> int:
 def _show_trials(outcome: "Outcome") -> None:
     """Show the leaderboard, the best trial of a search, and how to look at the results."""
     from sweep.analysis.confirm import search_of
-    from sweep.preflight import eta
+    from sweep.preflight.plan_file import plan_lines
     from sweep.tracking.access import ui_command
 
     config, folder, trials = outcome.config, outcome.folder, outcome.trials
     show_trials(config, folder, trials)
-    for line in eta.lines(config, folder, trials):
+    for line in plan_lines(config, folder, trials):
         print_line(line)
     if outcome.best is None or outcome.trials_left:
         return
@@ -95,7 +95,8 @@ def _preview(config: Config, folder: Path) -> None:
     """Show what `sweep run` would do: the changes, the trials, what is computed before them, and the plan."""
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
-    from sweep.preflight import cache_passes, dry_run
+    from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
+    from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview
 
     resolved = None if missing(config) else resolve(config)
@@ -104,8 +105,8 @@ def _preview(config: Config, folder: Path) -> None:
     if found.refused:
         sys.exit(ExitCode.BAD_INPUT)
     if resolved and (found.going_on or found.points or found.drawn):
-        cache = cache_passes.cache_of(config, folder)
-        for need in cache_passes.needs(resolved, cache):
-            print_line(cache_passes.described(need))
-        for line in dry_run.preview(resolved, cache, folder):
+        cache = cache_folder(config, folder)
+        for request, _ in cache_requests(resolved, cache):
+            print_line(describe(request))
+        for line in preview_plan(resolved, cache, folder):
             print_line(line)

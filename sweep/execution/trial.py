@@ -58,7 +58,7 @@ def build(
     splits: Sequence[str],
     device: str,
     features: Path | None = None,
-    taught: Path | None = None,
+    teacher_logits: Path | None = None,
 ) -> tuple[SpeechLLM, TrialData]:
     """The model of a trial as it is before training, and its data.
 
@@ -67,15 +67,21 @@ def build(
         reader: "ray" or "local".
         splits: those that will be read.
         device: "cpu" or "cuda".
-        features: where those of its frozen encoder or layers lie; None: it encodes by itself, with the same result.
-        taught: where lies what the teacher of a distillation said; None: it reads by itself, with the same result.
+        features, teacher_logits: see `CacheFolders`.
     """
     settle(config)
     shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
     model = SpeechLLM(config.model, answers, device, encodes=features is None)
     return model, TrialData.open(
-        shards, model, config.data, splits, reader, teacher=config.train.has_teacher, features=features, taught=taught
+        shards,
+        model,
+        config.data,
+        splits,
+        reader,
+        teacher=config.train.has_teacher,
+        features=features,
+        teacher_logits=teacher_logits,
     )
 
 
@@ -92,14 +98,14 @@ def run_trial(
     device: str,
     interrupted: Callable[[], bool] = never,
     features: Path | None = None,
-    taught: Path | None = None,
+    teacher_logits: Path | None = None,
 ) -> None:
     """Train a trial to its end, or on from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
         Interrupted: `interrupted` said so; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device, features, taught)
+    model, data = build(config, reader, ("train", "val"), device, features, teacher_logits)
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
@@ -117,9 +123,8 @@ def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]
     device = config.resources.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
-    frozen = {name: None if place is None else Path(place) for name, place in job["frozen"].items()}
     try:
-        run_trial(config, folder, report, job["reader"], device, interrupted, **frozen)
+        run_trial(config, folder, report, job["reader"], device, interrupted, *job["cached"])
     except TrialInterrupted:
         return False
     return True

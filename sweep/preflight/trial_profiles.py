@@ -1,18 +1,18 @@
-"""The shapes of a search: what its axes may ask for, as far as it changes what a trial takes of time and memory."""
+"""Trial profiles: groups of trials that take the same time and memory, as far as the axes of a search change these."""
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import Axis
 from sweep.search.candidates import Candidate, Values, draw, representatives, resolve_candidate
 
-MOST = 16  # shapes that are tried
-# Settings that change neither, or by a position of a hundred. What is not named here counts.
-NO_MATTER = (
+MAX_PROFILES = 16
+# Settings that change neither time nor memory, or by a hundredth. All other settings count.
+IRRELEVANT = (
     "seed",
     "data.fold",
     "data.sound",
@@ -37,96 +37,111 @@ NO_MATTER = (
     "train.warmup",
     "train.weight_decay",
 )
-# Numbers of which only counts whether they are 0.
-SIGN = ("tasks.", "train.losses.", "model.lora.dropout", "model.encoder.dropout", "data.augment.noise_probability")
-LARGEST = ("model.lora.rank",)  # numbers of which the largest says whether it fits: they take hardly more time
+# Settings of which only the sign matters: whether they are 0.
+SIGN_ONLY = (
+    "tasks.",
+    "train.losses.",
+    "model.lora.dropout",
+    "model.encoder.dropout",
+    "data.augment.noise_probability",
+)
+LARGEST_ONLY = ("model.lora.rank",)  # the largest value decides whether a trial fits, and the time hardly changes
 
 
 @dataclass(frozen=True)
 class TrialProfile:
-    """Trials that take the same."""
+    """Trials that take the same time and memory."""
 
-    values: Values  # of the axes that count
-    config: ResolvedConfig  # of such a trial
+    values: Values  # of the relevant axes
+    config: ResolvedConfig  # of one such trial
     weight: float  # its share of all combinations
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.values.items()) or "all trials"
 
 
-def shapes(config: Config, whole: bool = False) -> tuple[list[TrialProfile], int]:
-    """The shapes of trials that may start.
+def trial_profiles(config: Config, all_values: bool = False) -> tuple[list[TrialProfile], int]:
+    """Return the profiles of the trials that may start.
 
     Args:
         config: of the sweep.
-        whole: with every number of a list; else with its least and its largest one, or the latter alone (LARGEST).
+        all_values: combine all numbers of a list; otherwise its smallest and its largest one, or only the largest one
+            of LARGEST_ONLY.
 
     Returns:
-        Those to be tried, and how many were left out: of more than MOST, as many are drawn.
+        The profiles to measure, and the number of others: MAX_PROFILES are drawn at random if there are more.
     """
     points = config.search.points[: config.search.trials]
     if config.search.trials > len(points):
-        options = {key: _values(key, axis, whole) for key, axis in config.search.space.items() if counts_for(key)}
+        space = config.search.space
+        options = {key: _options(key, axis, all_values) for key, axis in space.items() if is_relevant(key)}
         drawn = representatives(config, options)
     else:
         drawn = [Candidate(draw(config, point), 1) for point in points]
-    merged = () if whole else LARGEST
+    merged = () if all_values else LARGEST_ONLY
     groups: dict[str, list[Candidate]] = {}
     for candidate in drawn:
-        counted = {key: value for key, value in candidate.values.items() if counts_for(key) and key not in merged}
-        groups.setdefault(repr(sorted(counted.items())), []).append(candidate)
-    names = list(groups) if len(groups) <= MOST else random.Random(0).sample(list(groups), MOST)
+        relevant = {key: value for key, value in candidate.values.items() if is_relevant(key) and key not in merged}
+        groups.setdefault(repr(sorted(relevant.items())), []).append(candidate)
+    names = list(groups) if len(groups) <= MAX_PROFILES else random.Random(0).sample(list(groups), MAX_PROFILES)
     total = sum(candidate.weight for candidate in drawn)
-    made = []
+    profiles = []
     for group in map(groups.__getitem__, names):
-        values = max((one.values for one in group), key=lambda values: [values.get(key, 0) for key in LARGEST])
+        values = max(
+            (member.values for member in group), key=lambda values: [values.get(key, 0) for key in LARGEST_ONLY]
+        )
         trial = resolve_candidate(config, values)
         if trial is not None:
-            counted = {key: value for key, value in values.items() if counts_for(key)}
-            made.append(TrialProfile(counted, trial, sum(one.weight for one in group) / total))
-    return made, len(groups) - len(names)
+            relevant = {key: value for key, value in values.items() if is_relevant(key)}
+            profiles.append(TrialProfile(relevant, trial, sum(member.weight for member in group) / total))
+    return profiles, len(groups) - len(names)
 
 
-def counts_for(key: str) -> bool:
-    """Whether a setting changes what a trial takes."""
-    return not key.startswith(NO_MATTER)
+def is_relevant(key: str) -> bool:
+    """Return whether a setting changes what a trial takes."""
+    return not key.startswith(IRRELEVANT)
 
 
-def alike(values: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of the known shapes that stand for a trial: equal ones; for a number that is not known, both neighbours.
+def matching_profiles(values: Mapping[str, Any], profiles: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the indices of the profiles that represent a trial.
+
+    A profile matches if its values are equal to the trial's. A number that no profile has matches both its neighbours.
 
     Args:
         values: of the trial's axes, or of some of them.
-        known: values of shapes.
+        profiles: the values of each profile.
     """
-    found = list(range(len(known)))
+    matching = list(range(len(profiles)))
     for key, value in values.items():
-        if counts_for(key):
-            near = _near(key, value, [shape[key] for shape in known if key in shape])
-            found = [place for place in found if known[place].get(key, value) in (value, *near)]
-    return found
+        if is_relevant(key):
+            near = _neighbours(key, value, [profile[key] for profile in profiles if key in profile])
+            matching = [index for index in matching if profiles[index].get(key, value) in (value, *near)]
+    return matching
 
 
-def _near(key: str, value: Any, known: Sequence[Any]) -> list[Any]:
-    if value in known or not _is_number(value):
+def _neighbours(key: str, value: Any, measured: Sequence[Any]) -> list[Any]:
+    """Return the measured values next to a number that was not measured."""
+    if value in measured or not _is_number(value):
         return []
-    if key.startswith(SIGN):
-        return [other for other in known if (other > 0) == (value > 0)]
-    numbers = list(filter(_is_number, known))
-    below, above = [other for other in numbers if other < value], [other for other in numbers if other > value]
+    if key.startswith(SIGN_ONLY):
+        return [number for number in measured if (number > 0) == (value > 0)]
+    numbers = list(filter(_is_number, measured))
+    below = [number for number in numbers if number < value]
+    above = [number for number in numbers if number > value]
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _values(key: str, axis: Axis, whole: bool) -> list[Any]:
+def _options(key: str, axis: Axis, all_values: bool) -> list[Any]:
+    """Return the values of an axis that are worth telling apart."""
     values = axis.extremes()
     if not all(map(_is_number, values)):
         return values
-    if key.startswith(SIGN):
+    if key.startswith(SIGN_ONLY):
         return list({value > 0: value for value in values}.values())
-    if whole:
+    if all_values:
         return sorted(values)
-    return [max(values)] if key in LARGEST else list(dict.fromkeys((min(values), max(values))))
+    return [max(values)] if key in LARGEST_ONLY else list(dict.fromkeys((min(values), max(values))))

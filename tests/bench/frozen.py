@@ -27,8 +27,8 @@ from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import build
-from sweep.preflight.encoder_pass import need_of as features_of
-from sweep.preflight.teacher_pass import need_of
+from sweep.preflight.cache_kind import AnyRequest
+from sweep.preflight.feature_cache import ENCODER_FEATURES, TEACHER_LOGITS
 from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE, _conversations
 
@@ -45,12 +45,9 @@ def run() -> list[Row]:
 def distillation() -> Row:
     """A distillation step on text; takes about a minute."""
     alone = settings(**{"model.modality": "text", "data.history": 3, "train.batch_size": 4})
-    taught = alone.with_values({"train.losses.distillation": 1.0})
-    need = need_of(taught, CACHE)
-    assert need is not None
-    for job in need.jobs(need.missing, [need]):
-        job()
-    models = {"alone": trainer(alone), "read": trainer(taught, taught=need.folder), "live": trainer(taught)}
+    distilled = alone.with_values({"train.losses.distillation": 1.0})
+    logits = compute(TEACHER_LOGITS.request(distilled, CACHE)).folder
+    models = {"alone": trainer(alone), "read": trainer(distilled, teacher_logits=logits), "live": trainer(distilled)}
     taken = in_turns({name: steps_of(own) for name, own in models.items()}, PAIRS)
     note = ", ".join(f"{1000 * statistics.median(one.cpu for one in own):.0f} ms {name}" for name, own in taken.items())
     live = statistics.median(ratios(taken["live"], taken["alone"]))
@@ -85,13 +82,13 @@ def upper() -> Row:
 
 def compared(name: str, config: Config, goal: float | None = None) -> Row:
     """A step that reads what is frozen against one that computes it."""
-    need = features_of(config, CACHE)
-    assert need is not None
-    left, started = need.missing, time.monotonic()
-    for job in need.jobs(left, [need]):
-        job()
-    took = f"; {need.shown(sum(part.size for part in left))} in {time.monotonic() - started:.0f} s" if left else ""
-    live, read = (trainer(config, features) for features in (None, need.folder))
+    request = ENCODER_FEATURES.request(config, CACHE)
+    assert request is not None
+    left, started = request.missing, time.monotonic()
+    compute(request)
+    size = ENCODER_FEATURES.format_size(sum(file.size for file in left))
+    took = f"; {size} in {time.monotonic() - started:.0f} s" if left else ""
+    live, read = (trainer(config, features) for features in (None, request.folder))
     times: dict[str, list[float]] = {"live": [], "read": []}
     for number in range(ROUNDS + 1):
         for name_of, own in (("live", live), ("read", read)):
@@ -102,6 +99,14 @@ def compared(name: str, config: Config, goal: float | None = None) -> Row:
     note += f"; {said_equal(live, read, (ROUNDS + 1) * STEPS)}{took}"
     times_less = [one / other for one, other in zip(times["live"], times["read"], strict=True)]
     return Row(name, "encoder online", times_less, goal=goal, note=note)
+
+
+def compute(request: AnyRequest | None) -> AnyRequest:
+    """Compute the missing files of a request in this process, and return the request."""
+    assert request is not None
+    for job in request.kind.jobs([request], request.missing):
+        job()
+    return request
 
 
 def said_equal(one: Trainer, other: Trainer, steps: int) -> str:
@@ -166,10 +171,12 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def trainer(config: Config, features: Path | None = None, taught: Path | None = None, device: str = "cpu") -> Trainer:
+def trainer(
+    config: Config, features: Path | None = None, teacher_logits: Path | None = None, device: str = "cpu"
+) -> Trainer:
     """A trainer whose model has just been made."""
     seed_everything(0)
-    model, data = build(config, "local", ("train",), device, features, taught)
+    model, data = build(config, "local", ("train",), device, features, teacher_logits)
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
 
 

@@ -20,8 +20,8 @@ from transformers import Wav2Vec2FeatureExtractor
 from data.loading.batching import plan
 from model.tiny import tiny_tokenizer
 from model.training.trainer import Trainer
-from sweep.preflight.encoder_pass import need_of
-from tests.bench.frozen import made, said_equal, settings, trainer
+from sweep.preflight.feature_cache import ENCODER_FEATURES
+from tests.bench.frozen import compute, made, said_equal, settings, trainer
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE
 from tests.real_shapes import random_weights
@@ -55,13 +55,11 @@ def rows(llm: Path, encoder: Path) -> list[Row]:
             "resources.gpus_per_worker": 1,
         }
     )
-    need = need_of(config, CACHE)
-    assert need is not None
     started = time.monotonic()
-    for job in need.jobs(need.missing, [need]):
-        job()
-    passed = f"frozen pass: {need.shown(sum(part.size for part in need.parts))} in {time.monotonic() - started:.0f} s"
-    trainers = [trainer(config, features, device=DEVICE) for features in (need.folder, None)]
+    request = compute(ENCODER_FEATURES.request(config, CACHE))
+    size = ENCODER_FEATURES.format_size(sum(file.size for file in request.files))
+    passed = f"feature cache: {size} in {time.monotonic() - started:.0f} s"
+    trainers = [trainer(config, features, device=DEVICE) for features in (request.folder, None)]
     taken = [measure(own) for own in trainers]
     notes = [passed, said_equal(*trainers, (ROUNDS + 1) * STEPS)]
     rate = matrix_rate()

@@ -19,14 +19,12 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from data.loading.batching import plan
 from data.loading.examples import Example
-from data.loading.feature_files import missing
-from model.encoders.frozen_features import Job, recipe
 from model.objectives.losses import student_outputs
 from model.speech_llm.language_model import load_llm, shared_view
 from model.tiny import fixed_seed
 from model.training.trainer import Trainer
-from sweep.execution.trial import open_shards
-from tests.bench.frozen import made, settings, trainer, weights
+from sweep.preflight.feature_cache import ENCODER_FEATURES
+from tests.bench.frozen import compute, made, settings, trainer, weights
 from tests.bench.measure import Row, in_turns, ratios
 from tests.bench.reading import CACHE
 
@@ -77,10 +75,7 @@ def trials(count: int, items: int, turns: int) -> list[Trainer]:
     """They differ in rank and learning rate, and read features."""
     encoder = str(made("thin-hubert", make_thin_hubert))
     base = settings(**{"model.encoder.path": encoder, "train.batch_size": items, "data.history": turns})
-    shards, passed = open_shards(base), recipe(base.model, base.data, "cpu")
-    features = CACHE / "features" / passed.key
-    for part in missing(features, shards, base.data):
-        Job(shards, part, base.data, {features: passed}, 1)()
+    features = compute(ENCODER_FEATURES.request(base, CACHE)).folder
     varied: list[dict[str, Any]] = [
         {"model.lora.rank": rank, "train.learning_rate": 1e-3 * (place + 1)} for place, rank in enumerate(RANKS[:count])
     ]

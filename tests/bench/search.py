@@ -21,17 +21,16 @@ import optuna
 
 from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
-from data.loading.feature_files import missing
 from data.preparation.build import prepare
-from model.encoders.frozen_features import Job, recipe
 from model.training.trainer import fit
 from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
-from sweep.execution.trial import build, open_shards
+from sweep.execution.trial import build
+from sweep.preflight.feature_cache import ENCODER_FEATURES
 from sweep.search.study import StudyStore
-from tests.bench.frozen import made
+from tests.bench.frozen import compute, made
 from tests.bench.measure import Row
 from tests.bench.reading import CACHE
 
@@ -106,10 +105,7 @@ def train(config: Config) -> Curve:
     """One trial, as `sweep train` trains it."""
     features = None
     if config.model.uses_audio:
-        shards, passed = open_shards(config), recipe(config.model, config.data, "cpu")
-        features = CACHE / "features" / passed.key
-        for part in missing(features, shards, config.data):
-            Job(shards, part, config.data, {features: passed}, 1)()
+        features = compute(ENCODER_FEATURES.request(config, CACHE)).folder
     curve: Curve = []
     model, data = build(config, "local", ("train", "val"), "cpu", features)
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def make(folder: Path, dialogue: str, sessions: int = 6, **changed: Any) -> Shar
 
 
 def same(one: Example, other: Example) -> bool:
-    names = [name for name in Example.__slots__ if name not in ("pcm", "features", "taught")]
+    names = [name for name in Example.__slots__ if name not in ("pcm", "features", "teacher_logits")]
     return all(getattr(one, name) == getattr(other, name) for name in names) and (
         one.pcm is other.pcm is None or np.array_equal(one.pcm, other.pcm)
     )

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from data.loading.examples import Example
 from model.config import LossConfig
 from model.objectives.losses import answer_losses, divergence
-from model.objectives.teacher import likeliest
+from model.objectives.teacher import top_log_probs
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.prompt import PromptBuilder
 from model.speech_llm.speech_llm import SpeechLLM
@@ -105,7 +105,7 @@ def test_the_divergence_over_the_likeliest_is_a_lower_bound(vocabulary: int, tem
     """And all of it where there are no others, or where they are in proportion; so is its gradient."""
     taught, logits = (3 * torch.randn(40, vocabulary, generator=torch.manual_seed(seed)) for seed in (0, 1))
     logits.requires_grad_()
-    ids_PK, log_probs_PK = likeliest(taught, temperature)
+    ids_PK, log_probs_PK = top_log_probs(taught, temperature)
     assert ids_PK.shape == (40, min(64, vocabulary))
     assert log_probs_PK.exp().sum(-1).allclose(torch.ones(40))
     found = divergence(logits / temperature, ids_PK, log_probs_PK).sum() * temperature**2
@@ -124,7 +124,7 @@ def test_the_divergence_over_the_likeliest_is_a_lower_bound(vocabulary: int, tem
 def test_what_is_left_for_others_is_exact_however_small() -> None:
     """In place of 1 minus the sum of the rest, which would be 0 or less."""
     taught = torch.cat([torch.zeros(1, 64), torch.full((1, 36), -40.0)], dim=-1)
-    ids_PK, log_probs_PK = likeliest(taught, 1.0)
+    ids_PK, log_probs_PK = top_log_probs(taught, 1.0)
     assert log_probs_PK[0, -1].item() == pytest.approx(-40 + np.log(36) - np.log(64), abs=1e-5)
     student = torch.cat([torch.zeros(1, 64), torch.full((1, 36), -90.0)], dim=-1).requires_grad_()
     divergence(student, ids_PK, log_probs_PK).sum().backward()

@@ -21,8 +21,8 @@ from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config, parse
 from sweep.execution.trial import as_run, open_shards
-from sweep.preflight import cache_passes as frozen
 from sweep.preflight.checks import resolve_inputs
+from sweep.preflight.feature_cache import cache_requests
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.sweep.common import ask, complaint, refused, report, settings, sweep, sweep_runner, tree
@@ -241,8 +241,9 @@ def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_s
         assert own == as_run(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))
         weights.append(own.train.class_weights)
     assert weights[0] != weights[1] != weights[2]
-    courses = {tuple(part.name for part in need.parts) for need in frozen.needs(resolve_inputs(config), here)}
-    assert len(courses) == 1 + 3, "features of the whole corpus once, what the teacher reads once a fold"
+    requests = [request for request, _ in cache_requests(resolve_inputs(config), here)]
+    requested = {tuple(file.name for file in request.files) for request in requests}
+    assert len(requested) == 1 + 3, "the features of the whole corpus, and the teacher logits of each fold"
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_error(trial: Path) -> None:

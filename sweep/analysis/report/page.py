@@ -18,7 +18,7 @@ from sweep.analysis.status import train_command
 from sweep.analysis.view import Column, TableView
 from sweep.config.paths import near, trial_folder
 from sweep.config.schema import Config
-from sweep.preflight import eta as forecast
+from sweep.preflight.plan_file import plan_lines
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 RIVALS = 3  # trials behind the best one that are compared with it
@@ -66,7 +66,7 @@ def render(
         confirmation=confirmation,
         ranking=ranking,
         details=details,
-        notes=[*board.audit, *forecast.lines(config, folder, trials)],
+        notes=[*board.audit, *plan_lines(config, folder, trials)],
         warning=board.warning,
         figures=[(figure, _embedded(figure, first=index == 0)) for index, figure in enumerate(figures)],
         ablations=ablations,

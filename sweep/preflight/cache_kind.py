@@ -1,0 +1,88 @@
+"""The contract of a kind of cached numbers (encoder features, teacher logits), and what trials request of a kind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic
+
+from data.loading.cached_arrays import CacheFile, CacheJob, Key, Row, missing_files
+from sweep.config.resolve import ResolvedConfig
+
+
+@dataclass(frozen=True)
+class CacheRequest(Generic[Row, Key]):
+    """The cache files that some trials of a sweep read."""
+
+    kind: "CacheKind[Row, Key]"
+    key: Key
+    folder: Path  # <cache>/<kind>/<key>
+    files: Sequence[CacheFile[Row]]
+    config: ResolvedConfig  # of one such trial
+
+    @property
+    def missing(self) -> list[CacheFile[Row]]:
+        """Return the files that have not been computed yet."""
+        return missing_files(self.folder, self.files)
+
+    def lacks(self, file: CacheFile[Row]) -> bool:
+        """Return whether a file has not been computed yet."""
+        return not (self.folder / file.name).exists()
+
+
+AnyRequest = CacheRequest[Any, Any]
+
+
+class CacheKind(ABC, Generic[Row, Key]):
+    """A kind of numbers that a frozen model computes once for all trials."""
+
+    name: ClassVar[str]  # its folder in a cache
+    axes: ClassVar[tuple[str, ...]]  # prefixes of the settings that decide which numbers a trial reads
+
+    def request(self, config: ResolvedConfig, cache: Path) -> CacheRequest[Row, Key] | None:
+        """Return what a trial with this configuration may read; None if it must compute the numbers itself."""
+        key = self.key(config)
+        return None if key is None else CacheRequest(self, key, cache / self.name / key.key, self.files(config), config)
+
+    @abstractmethod
+    def key(self, config: ResolvedConfig) -> Key | None:
+        """Return the cache key of a trial; None if it cannot use cached numbers."""
+
+    @abstractmethod
+    def files(self, config: ResolvedConfig) -> list[CacheFile[Row]]:
+        """Return all files of a trial that has a key."""
+
+    @abstractmethod
+    def pass_key(self, request: CacheRequest[Row, Key]) -> str:
+        """Return a string that is equal for requests that one forward pass of the model can compute."""
+
+    @abstractmethod
+    def jobs(
+        self, requests: Sequence[CacheRequest[Row, Key]], files: Sequence[CacheFile[Row]]
+    ) -> Sequence[CacheJob[Row, Key]]:
+        """Return the jobs that compute `files` for those of the requests, all of one forward pass, that lack them."""
+
+    @abstractmethod
+    def work(self, request: CacheRequest[Row, Key], size: int) -> float:
+        """Return the cost of computing an input of this size: positions times parameters."""
+
+    @abstractmethod
+    def epoch_size(self, request: CacheRequest[Row, Key]) -> int:
+        """Return the input size of what a trial reads in an epoch."""
+
+    @abstractmethod
+    def bytes(self, request: CacheRequest[Row, Key], files: Sequence[CacheFile[Row]]) -> int:
+        """Return an estimate of the disk space of some files."""
+
+    @abstractmethod
+    def describe(self, key: Key, config: ResolvedConfig) -> str:
+        """Return a phrase that names the numbers and their model."""
+
+    @abstractmethod
+    def format_size(self, size: int) -> str:
+        """Return an input size with its unit."""
+
+
+def model_name(path: str) -> str:
+    """Return the Hugging Face id of a model, or the name of its folder."""
+    return Path(path).name if Path(path).exists() else path

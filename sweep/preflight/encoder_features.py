@@ -1,0 +1,126 @@
+"""The first kind of the feature cache: features of frozen encoders, or of their frozen lower layers."""
+
+from collections.abc import Sequence
+
+from data.corpus.schema import SAMPLE_RATE
+from data.loading.cached_arrays import CacheFile
+from data.loading.examples import clip_samples
+from data.loading.feature_files import BYTES_PER_VALUE, feature_files
+from data.loading.tasks import items
+from model.encoders.base import SpeechEncoder
+from model.encoders.frozen_features import FeatureJob, FeatureKey, feature_key
+from model.speech_llm.speech_llm import SpeechLLM
+from sweep.config.resolve import ResolvedConfig
+from sweep.execution.trial import open_shards
+from sweep.preflight.cache_kind import CacheKind, CacheRequest, model_name
+from sweep.preflight.checks import skeleton
+
+FRAME_RATE = 50  # frames of an encoder for a second of audio
+MAX_SHARED_BYTES = 2**30  # limit of what one job holds for several keys at once; above it, each key has a job
+FeatureRequest = CacheRequest[int, FeatureKey]
+_skeletons: dict[str, SpeechLLM] = {}  # models without weights, by their settings
+
+
+class EncoderFeatures(CacheKind[int, FeatureKey]):
+    """Features of frozen encoders; a row is a row of the corpus index, and sizes are audio samples."""
+
+    name = "features"
+    axes = (
+        "model.encoder.path",
+        "model.encoder.dtype",
+        "model.encoder.dropout",
+        "model.encoder.spec_augment",
+        "model.adapter.kind",
+        "model.adapter.window",
+        "model.adapter.stride",
+        "model.modality",
+        "model.trainable",
+        "model.precision",
+        "model.init_from",
+        "data.sound",
+        "data.snr_db",
+        "data.augment.speeds",
+        "data.augment.noise_db",
+    )
+
+    def key(self, config: ResolvedConfig) -> FeatureKey | None:
+        """Return the key of the features that a trial may read in place of audio.
+
+        None if its encoder trains from the first layer on, or if the audio or the frozen layers vary at random.
+        """
+        augment = config.data.augment
+        if config.storage.features == "live" or not config.model.uses_audio or augment.speeds or augment.noise_db:
+            return None
+        model = _skeleton(config)
+        if model.has_own_encoder or not (model.encoder_is_frozen or model.frozen_layers):
+            return None
+        return feature_key(config.model, config.data, config.resources.device, model.frozen_layers)
+
+    def files(self, config: ResolvedConfig) -> list[CacheFile[int]]:
+        """Return the files of the corpus, whatever the encoder."""
+        return feature_files(open_shards(config), config.data)
+
+    def pass_key(self, request: FeatureRequest) -> str:
+        """Return a string without layers and pooling: one forward pass of the encoder computes all of them."""
+        return " ".join([request.key.pass_key, *(file.name for file in request.files)])
+
+    def jobs(self, requests: Sequence[FeatureRequest], files: Sequence[CacheFile[int]]) -> list[FeatureJob]:
+        """Return a job for each file, or one for each file and key if the features of all keys are too large."""
+        jobs, config = [], requests[0].config
+        for file in files:
+            lacking = [request for request in requests if request.lacks(file)]
+            together = sum(self.bytes(request, [file]) for request in lacking) <= MAX_SHARED_BYTES
+            for group in [lacking] if together else [[request] for request in lacking]:
+                keys = {request.folder: request.key for request in group}
+                jobs.append(FeatureJob(file, keys, config.resources.threads, open_shards(config), config.data))
+        return jobs
+
+    def work(self, request: FeatureRequest, size: int) -> float:
+        """Return frames times the parameters of the layers that are computed."""
+        encoder, layers = _encoder(request.config), request.key.layers
+        unused = (*encoder.transformer.layers[layers:], encoder.final_norm) if layers else ()
+        above = {id(parameter) for module in unused for parameter in module.parameters()}
+        used = sum(parameter.numel() for parameter in encoder.parameters() if id(parameter) not in above)
+        return size / SAMPLE_RATE * FRAME_RATE * used
+
+    def epoch_size(self, request: FeatureRequest) -> int:
+        """Return the samples of the clips of all items for training and validation."""
+        config = request.config
+        shards, tasks = open_shards(config), config.tasks.active()
+        read = [item for task in tasks for split in ("train", "val") for item in items(shards, task, split)]
+        return sum(clip_samples(shards, item, config.data) for item in read)
+
+    def bytes(self, request: FeatureRequest, files: Sequence[CacheFile[int]]) -> int:
+        """Return the bytes of the features in some files."""
+        model, encoder = _skeleton(request.config), _encoder(request.config)
+        assert model.adapter is not None
+        count = encoder.num_computed_frames if request.key.layers else encoder.num_frames
+        frames = [count(size) for file in files for size in file.sizes]
+        kept = frames if request.key.pool is None else map(model.adapter.num_embeddings, frames)
+        return sum(kept) * encoder.width * BYTES_PER_VALUE
+
+    def describe(self, key: FeatureKey, config: ResolvedConfig) -> str:
+        """Return the encoder, its layers, the pooling and the audio."""
+        layers = f" up to layer {key.layers} of {len(_encoder(config).transformer.layers)}" if key.layers else ""
+        pooling = "" if key.pool is None else ", pooled by {} / {}".format(*key.pool)
+        audio = "" if key.sound == "recorded" else f", {key.sound} audio"
+        return f"features of {model_name(key.encoder)}{layers}{pooling}{audio}"
+
+    def format_size(self, size: int) -> str:
+        """Return samples as hours."""
+        return f"{size / SAMPLE_RATE / 3600:.3g} h of audio"
+
+
+def _encoder(config: ResolvedConfig) -> SpeechEncoder:
+    encoder = _skeleton(config).encoder
+    assert encoder is not None
+    return encoder
+
+
+def _skeleton(config: ResolvedConfig) -> SpeechLLM:
+    """Return a trial's model without weights, built once for all trials whose encoder and adapter are equal."""
+    fields = {"encoder", "trainable", "init_from", "init_partial", "modality", "adapter"}
+    name = config.model.model_dump_json(include=fields)
+    if name not in _skeletons:
+        _skeletons[name] = skeleton(config)
+    return _skeletons[name]

@@ -1,0 +1,215 @@
+"""The feature cache of a sweep: what frozen models compute from a corpus, computed once before the trials start.
+
+search space ─► requests of the trials that may be drawn ─► missing files ─► Ray Data: jobs ─► <cache>/<kind>/<key>/
+
+There are two kinds, encoder features and teacher logits (see `CacheKind`). A trial whose files all exist reads them;
+every other trial computes the numbers itself, with the same bits.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from filelock import FileLock
+
+from data.errors import StorageError, reason
+from data.formats import format_bytes, format_duration
+from data.loading.cached_arrays import ABOUT, CacheFolders, CacheJob
+from data.loading.ray_source import ray_jobs
+from data.shards.store import LOCK, Store
+from sweep.config.resolve import ResolvedConfig
+from sweep.config.schema import Config
+from sweep.config.space import Axis
+from sweep.execution.cluster import ClusterError
+from sweep.preflight.cache_kind import AnyRequest
+from sweep.preflight.encoder_features import EncoderFeatures
+from sweep.preflight.teacher_logits import TeacherLogitsKind
+from sweep.search.candidates import candidates, resolve_candidate
+
+ENCODER_FEATURES, TEACHER_LOGITS = EncoderFeatures(), TeacherLogitsKind()
+MAX_COMBINATIONS = 64  # of the values of a kind's axes
+MAX_INTEGERS = 8  # of a range
+SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
+SAMPLE_ROWS, SAMPLE_SECONDS = 8, 2.0  # limits of what is computed to estimate the time of all
+PROGRESS_SECONDS = 10.0  # between two progress lines
+# Settings of which only the sign matters: whether they are 0.
+SIGN_ONLY = (
+    "tasks.",
+    "train.losses.distillation",
+    "train.losses.hidden",
+    "model.encoder.dropout",
+    "model.encoder.spec_augment",
+)
+Log = Callable[[str], None]
+
+
+class WeightedRequest(NamedTuple):
+    """A request, and how much of the sweep makes it."""
+
+    request: AnyRequest
+    share: float  # of the trials that may be drawn, as if all values were drawn equally often
+
+
+def cache_folder(config: Config, sweep_folder: Path) -> Path:
+    """Return the cache of a sweep: by default beside its folder, which all nodes see."""
+    return sweep_folder.absolute().parent / (config.storage.cache or "cache")
+
+
+def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]:
+    """Return what the trials of a sweep may read. Trials with a value from a continuous axis compute it themselves."""
+    shares: dict[Hashable, WeightedRequest] = {}
+    space = config.search.space
+    for kind in (ENCODER_FEATURES, TEACHER_LOGITS):
+        options = {key: _options(key, axis) for key, axis in space.items() if key.startswith(kind.axes)}
+        combinations = candidates(config, options, MAX_COMBINATIONS)
+        for combination in combinations:
+            trial = resolve_candidate(config, combination.values)
+            request: AnyRequest | None = None if trial is None else kind.request(trial, cache)
+            if request is not None:
+                name = (request.folder, *(file.name for file in request.files))
+                first, share = shares.get(name, WeightedRequest(request, 0.0))
+                shares[name] = WeightedRequest(first, share + 1 / len(combinations))
+    return list(shares.values())
+
+
+def _options(key: str, axis: Axis) -> list[Any]:
+    """Return the values of an axis that are worth telling apart; none of a continuous axis."""
+    if key.startswith(SIGN_ONLY):
+        return list({value > 0: value for value in axis.extremes()}.values())
+    if axis.choices is not None:
+        return list(axis.choices)
+    low, high, step = axis.low, axis.high, axis.step or 1
+    if isinstance(low, int) and isinstance(high, int) and isinstance(step, int):
+        return list(range(low, high + 1, step))[:MAX_INTEGERS]
+    return []
+
+
+def cached_folders(config: ResolvedConfig, cache: Path) -> CacheFolders:
+    """Return the folders that a trial reads; None for a kind that it does not use or whose files are not complete."""
+    features, logits = ENCODER_FEATURES.request(config, cache), TEACHER_LOGITS.request(config, cache)
+    return CacheFolders(
+        None if features is None or features.missing else features.folder,
+        None if logits is None or logits.missing else logits.folder,
+    )
+
+
+def mark_used(folders: CacheFolders) -> None:
+    """Record that a trial reads these folders now: `sweep cache prune` deletes what was not used for long."""
+    for folder in filter(None, folders):
+        (folder / ABOUT).touch()
+
+
+def describe(request: AnyRequest) -> str:
+    """Return a line about what is computed, its size, and how much of it is missing."""
+    kind, files, missing = request.kind, request.files, request.missing
+    state = f"{len(missing)} of {len(files)} files to compute" if missing else "already computed"
+    size = f"{kind.format_size(sum(file.size for file in files))}, {format_bytes(kind.bytes(request, files))}"
+    return f"feature cache: {kind.describe(request.key, request.config)}: {size}, shared by all trials; {state}"
+
+
+def precompute(config: ResolvedConfig, cache: Path, log: Log) -> None:
+    """Compute the missing files of a sweep on all nodes. A kill loses the files that were in progress.
+
+    Raises:
+        StorageError: the disk has no room for them.
+        ClusterError: the cluster is lost.
+    """
+    import ray
+
+    search, epochs = config.search, config.train.epochs
+    total_epochs = search.trials * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
+    groups: dict[str, list[WeightedRequest]] = {}
+    for weighted in cache_requests(config, cache):
+        groups.setdefault(weighted.request.kind.pass_key(weighted.request), []).append(weighted)
+    for group in groups.values():
+        with contextlib.ExitStack() as locks:
+            lacking = []
+            # The order of the locks is the same in all sweeps: another one may compute the same requests.
+            for request, share in sorted(group, key=lambda weighted: weighted.request.folder):
+                request.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.ExitStack() as lock:
+                    lock.enter_context(FileLock(request.folder / LOCK))
+                    Store(request.folder).write(ABOUT, json.dumps(asdict(request.key), indent=1).encode())
+                    if request.missing:
+                        lacking.append(WeightedRequest(request, share))
+                        locks.enter_context(lock.pop_all())  # a complete request is unlocked at once
+            try:
+                if lacking:
+                    _compute(lacking, total_epochs, log)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(
+                    f"computing the feature cache failed ({reason(error)}); rerun the same command to resume"
+                ) from None
+
+
+def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) -> None:
+    """Compute requests of one forward pass, and log what it costs and saves."""
+    requests = [weighted.request for weighted in group]
+    for request in requests:
+        log(describe(request))
+    _check_free_space(requests)
+    first = requests[0]
+    kind, resources = first.kind, first.config.resources
+    files = list({file.name: file for request in requests for file in request.missing}.values())
+    jobs = kind.jobs(requests, files)
+    # A pass over a file costs as much as the deepest request that lacks it.
+    costs = [max(kind.work(request, file.size) for request in requests if request.lacks(file)) for file in files]
+    cost, size, done = sum(costs), sum(job.file.size for job in jobs), 0
+    # Without the cache, each trial computes its request in each epoch.
+    epoch_costs = [share * kind.work(request, kind.epoch_size(request)) for request, share in group]
+    repeats = total_epochs * sum(epoch_costs) / cost
+    small = cost <= SMALL_WORK and not resources.gpus_per_worker
+
+    def saves(seconds: float) -> str:
+        return f"saves about {format_duration(max(0.0, seconds * repeats - seconds))} of training"
+
+    if cost > SMALL_WORK and not resources.gpus_per_worker:  # this process may have no GPU to measure
+        seconds = _seconds_per_size(jobs[0]) * files[0].size * cost / costs[0]
+        log(f"feature cache: about {format_duration(seconds)} to compute, {saves(seconds)}")
+    started = logged = time.monotonic()
+    tables: Iterator[pa.Table]
+    if small:  # Ray Data's processes would take longer to start
+        tables = (job() for job in jobs)
+    else:
+        tables = ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
+    for table in tables:
+        done += table["size"][0].as_py()
+        now = time.monotonic()
+        if now - logged >= PROGRESS_SECONDS and done < size:
+            logged = now
+            left = (now - started) * (size / done - 1)
+            log(f"feature cache: {100 * done / size:.0f} %, about {format_duration(left)} left")
+    taken = time.monotonic() - started
+    computed = kind.format_size(sum(file.size for file in files))
+    log(f"feature cache: {computed} computed in {taken:.1f} s, {saves(taken)}")
+
+
+def _seconds_per_size(job: CacheJob[Any, Any]) -> float:
+    """Return the seconds for an input of size 1, measured on a few rows whose result is discarded."""
+    file, size = job.file, 0
+    job.compute(file.rows[:1])  # load the model
+    started = time.monotonic()
+    for index in range(0, len(file.rows), math.ceil(len(file.rows) / SAMPLE_ROWS)):
+        job.compute(file.rows[index : index + 1])
+        size += file.sizes[index]
+        if time.monotonic() - started > SAMPLE_SECONDS:
+            break
+    return (time.monotonic() - started) / size
+
+
+def _check_free_space(requests: Sequence[AnyRequest]) -> None:
+    """Raise a StorageError if the disk is too small for all missing files."""
+    folder, size = requests[0].folder, sum(request.kind.bytes(request, request.missing) for request in requests)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StorageError(
+            f"{folder}: the feature cache needs {format_bytes(size)} and {format_bytes(free)} are free; free some "
+            "space (`sweep cache prune`), set storage.cache to another folder, or set storage.features=live"
+        )

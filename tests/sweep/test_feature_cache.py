@@ -1,0 +1,402 @@
+"""The feature cache of a sweep: what its trials request, that it is computed once, and what a kill leaves."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pytest
+import yaml
+from filelock import FileLock, Timeout
+
+from data.errors import StorageError
+from data.loading import cached_arrays, feature_files, teacher_files
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
+from data.shards.store import LOCK
+from model.encoders.base import SpeechEncoder
+from sweep.config.resolve import ResolvedConfig
+from sweep.execution.trial import build
+from sweep.preflight import encoder_features, feature_cache, teacher_logits
+from sweep.preflight.cache_kind import AnyRequest
+from sweep.preflight.feature_cache import (
+    ENCODER_FEATURES,
+    TEACHER_LOGITS,
+    CacheFolders,
+    cache_folder,
+    cache_requests,
+    cached_folders,
+    describe,
+    mark_used,
+    precompute,
+)
+from tests.data.common import corpus
+from tests.sweep.common import FROZEN, TUNED, sweep
+from tests.sweep.tiny import config
+
+UPPER = f"{FROZEN}+encoder.*.layers.1.*"
+TEXT = {"modality": "text", "trainable": "lora"}
+DAY = 86400
+
+
+class Sweeps(NamedTuple):
+    """Makes configurations of sweeps over the corpus of this file."""
+
+    models: Path
+    shards: Shards
+
+    def features(self, space: dict[str, Any] | None = None, **changed: Any) -> ResolvedConfig:
+        """Return a configuration that requests encoder features."""
+        return config(self.models, self.shards, space, **changed)
+
+    def logits(self, space: dict[str, Any] | None = None, **losses: float) -> ResolvedConfig:
+        """Return a configuration of a distillation between texts, which requests teacher logits."""
+        train = {"losses": {"distillation": 0.5} | losses}
+        return config(self.models, self.shards, space, model=TEXT, train=train)
+
+
+@pytest.fixture(scope="module")
+def sweeps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    folder = tmp_path_factory.mktemp("corpus") / "shards"
+    return Sweeps(models, prepare(corpus(["T:question! C:change! T:other C:neutral!"] * 6), folder))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compute jobs for Ray in this process; a list that grows with the files that they write."""
+    files: list[str] = []
+
+    def run_here(jobs: Sequence[Any], **resources: float) -> Iterator[pa.Table]:
+        assert resources == {"cpus": 1, "gpus": 0}
+        for job in jobs:
+            files.extend(f"{folder.name}/{job.file.name}" for folder in job.keys)
+            yield job()
+
+    monkeypatch.setattr(feature_cache, "ray_jobs", run_here)
+    monkeypatch.setattr(feature_cache, "SMALL_WORK", 0)
+    return files
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(feature_files, "FILE_SAMPLES", 10_000)
+    monkeypatch.setattr(teacher_files, "FILE_TOKENS", 100)
+    feature_files._feature_files.cache_clear()
+    teacher_logits._inputs.clear()
+    yield
+    feature_files._feature_files.cache_clear()
+    teacher_logits._inputs.clear()
+
+
+def requests(config: ResolvedConfig, cache: Path) -> list[AnyRequest]:
+    return [request for request, _ in cache_requests(config, cache)]
+
+
+def arrays(cache: Path) -> dict[Path, bytes]:
+    return {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*.arrow")}
+
+
+def ignore(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "requested"),
+    [
+        ({}, True),
+        ({"data": {"sound": "zeroed"}}, True),
+        ({"model": {"modality": "text"}}, False),
+        ({"model": {"trainable": TUNED}}, False),
+        ({"storage": {"features": "live"}}, False),
+        ({"model": {"trainable": UPPER}}, True),
+        ({"model": {"trainable": f"{FROZEN}+encoder.*.layers.*"}}, False),
+        ({"model": {"trainable": UPPER}, "encoder": {"dropout": 0.1}}, False),
+        ({"model": {"trainable": UPPER}, "encoder": {"spec_augment": 0.1}}, False),
+        ({"data": {"augment": {"speeds": [0.9, 1.1]}}}, False),
+        ({"model": {"trainable": UPPER}, "data": {"augment": {"noise_db": [0, 20]}}}, False),
+    ],
+)
+def test_frozen_encoder_without_randomness_is_cached(
+    changed: dict[str, dict[str, Any]], requested: bool, sweeps: Sweeps, tmp_path: Path
+) -> None:
+    encoder = {"path": str(sweeps.models / "whisper")} | changed.get("encoder", {})
+    sections = {name: section for name, section in changed.items() if name != "encoder"}
+    sections["model"] = {"encoder": encoder} | changed.get("model", {})
+    assert (ENCODER_FEATURES.request(sweeps.features(**sections), tmp_path) is not None) == requested
+
+
+@pytest.mark.parametrize(
+    ("losses", "requested"),
+    [({}, True), ({"distillation": 0.0}, False), ({"hidden": 0.1}, False), ({"distillation": 0, "hidden": 0.1}, False)],
+)
+def test_teacher_without_hidden_states_is_cached(
+    losses: dict[str, float], requested: bool, sweeps: Sweeps, tmp_path: Path
+) -> None:
+    one = sweeps.logits(**losses)
+    assert (TEACHER_LOGITS.request(one, tmp_path) is not None) == requested
+    live = one.model_copy(update={"storage": one.storage.model_copy(update={"features": "live"})})
+    assert TEACHER_LOGITS.request(live, tmp_path) is None
+
+
+def test_features_of_all_trials_are_requested(sweeps: Sweeps, tmp_path: Path) -> None:
+    space = {
+        "model.modality": ["speech", "text"],
+        "model.trainable": [FROZEN, TUNED],
+        "model.adapter.window": {"low": 4, "high": 8, "step": 2},
+        "model.adapter.stride": [2, 4],
+        "model.lora.rank": [2, 4, 8],
+        "data.sound": ["recorded", "shuffled", "zeroed"],
+    }
+    found = requests(sweeps.features(space), tmp_path)
+    assert {(request.key.sound, request.key.pool) for request in found} == {
+        (sound, (window, stride)) for sound in ("recorded", "zeroed") for window in (4, 6, 8) for stride in (2, 4)
+    }
+    assert len({request.folder for request in found}) == len(found)
+    assert requests(sweeps.features({"model.trainable": [TUNED]}, model={"trainable": TUNED}), tmp_path) == []
+    continuous = {"data.snr_db": {"low": 0.0, "high": 9.0}}
+    assert requests(sweeps.features(continuous), tmp_path) == []  # such trials encode by themselves
+
+
+def test_conditional_axis_leaves_others_their_features(sweeps: Sweeps, tmp_path: Path) -> None:
+    space = {
+        "model.trainable": [FROZEN, UPPER, TUNED],
+        "model.encoder.spec_augment": {"low": 0.1, "high": 0.2, "when": {"model.trainable": [TUNED]}},
+        "model.encoder.dropout": {"low": 0.0, "high": 0.2},
+        "data.sound": ["recorded", "noisy"],
+        "data.snr_db": {"low": 0.0, "high": 9.0, "when": {"data.sound": ["noisy"]}},
+    }
+    found = requests(sweeps.features(space), tmp_path)
+    keys = {(request.key.layers, request.key.pool, request.key.sound) for request in found}
+    assert keys == {(0, (8, 4), "recorded"), (1, None, "recorded")}
+    [upper] = [request for request in found if request.key.layers]
+    assert "features of whisper up to layer 1 of 2: " in describe(upper)
+
+
+@pytest.mark.parametrize(
+    ("space", "count"),
+    [
+        ({}, 1),
+        ({"model.lora.rank": [2, 4], "train.learning_rate": {"low": 1e-4, "high": 1e-2}}, 1),
+        ({"train.losses.distillation": {"low": 0.0, "high": 1.0}}, 1),
+        ({"train.losses.distillation": [0.0, 0.1, 0.5]}, 1),
+        ({"train.losses.next_token": {"low": 0.0, "high": 1.0}}, 1),
+        ({"train.losses.hidden": [0.0, 0.5], "train.losses.temperature": [1.0, 2.0]}, 2),
+        ({"model.precision": ["float32", "bfloat16"], "data.history": [0, 1, 2]}, 6),
+        ({"data.last_text": ["given", "omitted"], "tasks.response": {"low": 0.0, "high": 1.0}}, 4),
+        ({"model.prompt.separator": ["\n", " "], "model.llm.max_text_tokens": [20, 512]}, 4),
+        ({"train.losses.temperature": {"low": 1.0, "high": 2.0}}, 0),  # such trials run the teacher
+        ({"model.prompt.format": ["plain", "chat"]}, 1),  # the tokenizer has no template
+        ({"model.llm.max_text_tokens": [1, 512]}, 1),  # an input that does not fit is an error of its trial
+    ],
+)
+def test_logits_of_all_trials_are_requested(space: dict[str, Any], count: int, sweeps: Sweeps, tmp_path: Path) -> None:
+    assert len(requests(sweeps.logits(space), tmp_path)) == count
+
+
+@pytest.mark.parametrize("kind", ["features", "logits"])
+def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_path: Path, computed: list[str]) -> None:
+    make = sweeps.features if kind == "features" else sweeps.logits
+    cached = [None, None]
+    searched = make({"model.lora.rank": [2, 4], "train.learning_rate": [1e-3, 2e-3]})
+    assert cached_folders(make(), tmp_path) == CacheFolders()
+    lines: list[str] = []
+    precompute(searched, tmp_path, lines.append)
+    [request] = requests(searched, tmp_path)
+    assert len(computed) == len(request.files)
+    first, expected, last = lines
+    assert first.startswith(f"feature cache: {'features' if kind == 'features' else 'teacher logits'} of ")
+    assert f"; {len(computed)} of {len(computed)} files to compute" in first
+    assert " to compute, saves about " in expected
+    assert " computed in " in last
+    assert last.endswith(" of training")
+    cached[kind == "logits"] = request.folder
+    assert list(cached_folders(make(), tmp_path)) == cached
+    precompute(searched, tmp_path, lines.append)
+    precompute(make(), tmp_path, lines.append)
+    assert (len(computed), len(lines)) == (len(request.files), 3)
+    assert describe(request).endswith("; already computed")
+    written = sum((request.folder / file.name).stat().st_size for file in request.files)
+    assert abs(request.kind.bytes(request, request.files) / written - 1) < 0.5  # the files are small
+
+
+def test_one_forward_pass_computes_all_its_keys(
+    sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, jobs = [], list[Any]()
+    states, run_here = SpeechEncoder.layer_inputs, feature_cache.ray_jobs
+    monkeypatch.setattr(SpeechEncoder, "layer_inputs", lambda *args: encoded.append(1) or states(*args))
+    monkeypatch.setattr(feature_cache, "ray_jobs", lambda work, **_: jobs.extend(work) or run_here(work, **_))
+    monkeypatch.setattr(feature_cache, "SAMPLE_ROWS", 1)
+    space = {"model.trainable": [FROZEN, UPPER], "model.adapter.window": [4, 8], "model.lora.rank": [2, 4]}
+    lines: list[str] = []
+    precompute(sweeps.features(space), tmp_path / "together", lines.append)
+    clips = sum(n_samples > 0 for n_samples in sweeps.shards.columns["n_samples"])
+    assert (len(encoded), len(computed)) == (2 + clips, 3)  # two clips for the estimate
+    assert [len(job.keys) for job in jobs] == [3]
+    assert sum("shared by all trials" in line for line in lines) == 3
+    # With too little memory for all keys at once, each has a pass of its own.
+    monkeypatch.setattr(encoder_features, "MAX_SHARED_BYTES", 0)
+    jobs.clear()
+    precompute(sweeps.features(space), tmp_path / "apart", ignore)
+    assert [len(job.keys) for job in jobs] == [1, 1, 1]
+    for trainable, window in ((FROZEN, 4), (FROZEN, 8), (UPPER, 4)):
+        alone = {"model.trainable": [trainable], "model.adapter.window": [window]}
+        precompute(sweeps.features(alone), tmp_path / "alone", ignore)
+    assert arrays(tmp_path / "together") == arrays(tmp_path / "apart") == arrays(tmp_path / "alone") != {}
+
+
+@pytest.mark.usefixtures("small_files")
+def test_requests_get_exactly_the_files_they_lack(sweeps: Sweeps, tmp_path: Path, computed: list[str]) -> None:
+    both = sweeps.features({"model.trainable": [FROZEN, UPPER]})
+    precompute(both, tmp_path, ignore)
+    whole, upper = sorted(requests(both, tmp_path), key=lambda request: request.key.layers)
+    assert whole.kind.work(whole, 1) > upper.kind.work(upper, 1) > 0  # the upper layers are not computed
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.arrow")}
+    gone = {whole.folder / whole.files[0].name, *(upper.folder / file.name for file in upper.files[:2])}
+    for path in gone:
+        path.unlink()
+    computed.clear()
+    precompute(both, tmp_path, ignore)
+    assert sorted(computed) == sorted(f"{path.parent.name}/{path.name}" for path in gone)
+    for path, (content, written) in before.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == written) == (path not in gone)
+
+
+@pytest.mark.usefixtures("computed")
+def test_complete_request_blocks_no_other_sweep(
+    sweeps: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompute(sweeps.features(), tmp_path, ignore)
+    both = sweeps.features({"model.trainable": [FROZEN, UPPER]})
+    complete, lacking = sorted(requests(both, tmp_path), key=lambda request: len(request.missing))
+    unlocked: list[bool] = []
+
+    def try_locks(*_: Any) -> None:
+        for request in (complete, lacking):
+            with contextlib.suppress(Timeout), FileLock(request.folder / LOCK, timeout=0):
+                unlocked.append(request is complete)
+
+    monkeypatch.setattr(feature_cache, "_compute", try_locks)
+    precompute(both, tmp_path, ignore)
+    assert unlocked == [True]
+
+
+@pytest.mark.parametrize("kind", ["features", "logits"])
+def test_little_work_starts_no_processes(
+    kind: str, sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "SMALL_WORK", 1e11)
+    one = sweeps.features() if kind == "features" else sweeps.logits()
+    precompute(one, tmp_path, ignore)
+    assert computed == []
+    assert cached_folders(one, tmp_path) != CacheFolders()
+
+
+@pytest.mark.parametrize("kind", ["features", "logits"])
+@pytest.mark.usefixtures("small_files")
+def test_kill_loses_only_the_file_in_progress(
+    kind: str, sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sweeps.features() if kind == "features" else sweeps.logits({"data.history": [3]})
+    written, write = iter(range(2)), cached_arrays.write_file
+
+    def killed(*args: Any) -> int:
+        if next(written, None) is None:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cached_arrays, "write_file", killed)
+        precompute(one, tmp_path, ignore)
+    [request] = requests(one, tmp_path)
+    left = len(request.missing)
+    assert left == len(request.files) - 2 > 0
+    assert cached_folders(request.config, tmp_path) == CacheFolders()  # a trial would compute all of it
+    computed.clear()
+    precompute(one, tmp_path, ignore)
+    assert len(computed) == left
+    assert request.folder in cached_folders(request.config, tmp_path)
+
+
+@pytest.mark.usefixtures("computed")
+def test_trial_reads_cached_teacher_logits(sweeps: Sweeps, tmp_path: Path) -> None:
+    one = sweeps.logits()
+    precompute(one, tmp_path, ignore)
+    for reader in ("local", "ray"):  # text comes from the index, so Ray does not start
+        _, data = build(one, reader, ("train", "val"), "cpu", *cached_folders(one, tmp_path))
+        for split in ("train", "val"):
+            [examples] = data.read(split, [[0, 1, 2]])
+            assert [example.teacher_logits is not None for example in examples] == [split == "train"] * 3
+        data.close()
+
+
+def test_full_disk_is_reported_before_computing(
+    sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 100
+
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(StorageError, match=r"sweep cache prune.*storage\.features=live"):
+        precompute(sweeps.features(), tmp_path, ignore)
+    assert computed == []
+
+
+def test_cache_is_beside_the_sweep_or_as_configured(sweeps: Sweeps, tmp_path: Path) -> None:
+    assert cache_folder(sweeps.features(), tmp_path / "runs" / "demo") == tmp_path / "runs" / "cache"
+    configured = sweeps.features(storage={"cache": str(tmp_path / "elsewhere")})
+    assert cache_folder(configured, tmp_path / "runs" / "demo") == tmp_path / "elsewhere"
+
+
+@pytest.mark.usefixtures("computed")
+def test_cache_is_listed_and_pruned(sweeps: Sweeps, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    searched = [
+        sweeps.features({"model.adapter.stride": [2, 4, 8], "model.trainable": [FROZEN, UPPER]}),
+        sweeps.logits(temperature=2.0),
+    ]
+    for one in searched:
+        precompute(one, cache, ignore)
+    found = [request for one in searched for request in requests(one, cache)]
+    features = [request for request in found if request.kind is ENCODER_FEATURES]
+    pooled = {request.key.pool[1]: request.folder for request in features if request.key.pool}
+    [upper] = [request for request in features if request.key.layers]
+    [teacher] = [request.folder for request in found if request.kind is TEACHER_LOGITS]
+    written = sum(path.stat().st_size for path in upper.folder.glob("features-*.arrow"))
+    assert 0.9 < upper.kind.bytes(upper, upper.files) / written <= 1  # Whisper computes whole windows
+    now = time.time()
+    for folder, days in {upper.folder: 50, teacher: 35, pooled[2]: 40, pooled[4]: 3, pooled[8]: 0}.items():
+        os.utime(folder / "about.json", (now - days * DAY, now - days * DAY))
+    listed = sweep("cache", "ls", cache)
+    assert listed.code == 0
+    assert all(request.folder.name in listed.out for request in found)
+    assert "temperature 2.0" in listed.out
+    assert sweep("cache", "prune", cache, "--days", 30).code == 0
+    assert [folder for folder in (upper.folder, teacher, *pooled.values()) if folder.exists()] == [pooled[4], pooled[8]]
+    assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
+    assert [stride for stride, folder in pooled.items() if folder.exists()] == [8]  # a trial may use it
+    assert "give --days 30, or --max-gb 100" in sweep("cache", "prune", cache).err
+    os.utime(pooled[8] / "about.json", (now - 9 * DAY, now - 9 * DAY))
+    with FileLock(pooled[8] / LOCK):
+        assert "a sweep computes it now" in sweep("cache", "prune", cache, "--max-gb", 0).out
+    mark_used(CacheFolders(features=pooled[8]))  # a trial that reads it starts
+    assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
+    assert pooled[8].exists()
+    assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
+
+
+def test_preview_shows_what_is_computed(sweeps: Sweeps, tmp_path: Path) -> None:
+    path = tmp_path / "test.yaml"
+    either = sweeps.features({"model.trainable": [FROZEN, UPPER]})
+    path.write_text(yaml.safe_dump(either.model_dump(mode="json")))
+    outcome = sweep("run", path, "--dry-run", "--out", tmp_path / "runs" / "test")
+    assert outcome.code == 0
+    lines = outcome.out.replace("\n", " ")
+    assert "features of whisper, pooled by 8 / 4: " in lines
+    assert "features of whisper up to layer 1 of 2: " in lines
+    assert lines.count("shared by all trials; 1 of 1 files to compute") == 2
+    assert not (tmp_path / "runs").exists()
