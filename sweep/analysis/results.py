@@ -1,16 +1,16 @@
 """How far a sweep is, what it cost, and the JSON of its trials that scripts rely on."""
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from data.formats import format_duration, format_hours
+from data.formats import format_hours
 from sweep.config.schema import Config
+from sweep.preflight.eta import format_time_left, observed_eta
 from sweep.search.cost import device_hours, device_name, device_seconds
-from sweep.search.study import TrialRecord, best_first, horizon
+from sweep.search.study import TrialRecord, best_first
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
@@ -74,7 +74,7 @@ class Progress:
         parts = [f"{self.done}/{self.target} trials done"]
         parts += [", ".join(f"{count} {name}" for name, count in counts.items() if count)]
         parts += [f"best {self.best.value:.3f} (#{self.best.number})"] if self.best else []
-        parts += [_time_left(self.seconds_left)] if self.seconds_left is not None else []
+        parts += [format_time_left(self.seconds_left)] if self.seconds_left is not None else []
         return "; ".join(part for part in [*parts, self.format_hours() if self.hours else ""] if part)
 
 
@@ -94,30 +94,10 @@ def progress(config: Config, trials: Sequence[TrialRecord], slots: int | None = 
         failed=states["FAIL"],
         running=states["RUNNING"],
         best=next(iter(best_first(config, trials)), None),
-        seconds_left=_seconds_left(config, trials, slots or resources.slots or max(1, states["RUNNING"])),
+        seconds_left=observed_eta(config, trials, slots or resources.slots or max(1, states["RUNNING"])),
         hours=device_hours(config, device_seconds(trials)),
         device=device_name(config),
     )
-
-
-def _seconds_left(config: Config, trials: Sequence[TrialRecord], slots: int) -> float | None:
-    """Median seconds of an epoch, times the epochs that a slot still has to do, as far as one can know."""
-    paces = [
-        trial.metrics["seconds"] / len(trial.curve) for trial in trials if trial.curve and "seconds" in trial.metrics
-    ]
-    running = [horizon(config, trial.params) - len(trial.curve) for trial in trials if trial.state == "RUNNING"]
-    new = max(0, config.search.trials - len(trials))
-    if not paces or not (running or new):
-        return None
-    # Trials to come are thought to come as far as those that ended did: pruning cuts many of them short.
-    ended = [len(trial.curve) for trial in trials if trial.state in ("COMPLETE", "PRUNED")]
-    each = statistics.mean(ended) if ended else config.train.epochs
-    epochs = max((sum(running) + new * each) / slots, max(running, default=0))
-    return float(statistics.median(paces) * epochs)
-
-
-def _time_left(seconds: float) -> str:
-    return f"about {format_duration(max(10, round(seconds / 10) * 10) if seconds < 90 else seconds)} left"
 
 
 def trial_json(trial: TrialRecord, run_id: str | None, attempts: int | None = None) -> TrialJson:

@@ -1,9 +1,11 @@
 """The estimated time that the remaining trials of a sweep take."""
 
 import heapq
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.search.study import TrialRecord, horizon
 
@@ -49,3 +51,27 @@ def eta(work: Sequence[float], slots: int, startup: float = 0.0, trial_startup: 
     for seconds in work:
         heapq.heapreplace(ends, ends[0] + trial_startup + seconds)
     return max(ends)
+
+
+def observed_eta(config: Config, trials: Sequence[TrialRecord], slots: int) -> float | None:
+    """Return the seconds until the last trial ends, estimated from the epochs that trials have finished.
+
+    Returns:
+        None before the first epoch, and if no trial is left.
+    """
+    paces = [
+        trial.metrics["seconds"] / len(trial.curve) for trial in trials if trial.curve and "seconds" in trial.metrics
+    ]
+    if not paces:
+        return None
+    pace = float(statistics.median(paces))
+    # New trials are expected to end as early as those before them, because pruning ends many of them.
+    ended = [len(trial.curve) for trial in trials if trial.state in ("COMPLETE", "PRUNED")]
+    new_epochs = statistics.mean(ended) if ended else config.train.epochs
+    work = remaining_work(config, trials, [], new_epochs, lambda _: pace)
+    return eta(work, slots) if work else None
+
+
+def format_time_left(seconds: float) -> str:
+    """Return an estimate as "about 40 s left"; seconds are rounded to tens."""
+    return f"about {format_duration(max(10, round(seconds / 10) * 10) if seconds < 90 else seconds)} left"

@@ -1,0 +1,90 @@
+"""Dry runs: what they measure, on a device with enough memory and on one without."""
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards.dataset import Shards
+from model.runtime import memory
+from model.runtime.memory import OutOfMemoryError, Peak
+from model.training import dry_run, trainer
+from model.training.dry_run import TrialCost, measure
+from model.training.trainer import Trainer
+from tests.model.test_memory import WHOLE, full_above
+from tests.model.trials import TWO, Trial
+
+MB = 10**6
+
+
+def measured(trial: Trial, models: Path, corpus: Shards, workers: int = 1) -> TrialCost:
+    peak = Peak("cpu")
+    model, data = trial.start(models, corpus)
+    return measure(model, data, trial.train, trial.tasks, trial.seed, workers, peak)
+
+
+def test_peak_covers_memory_that_was_freed() -> None:
+    peak = Peak("cpu")
+    array = np.ones(25 * MB)  # 200 MB
+    del array
+    highest = peak.read()
+    assert highest >= memory.WORKER
+    assert 180 * MB < highest - Peak("cpu").read() < 220 * MB
+
+
+@pytest.mark.parametrize("quantiles", [(0.5,), (1.0, 0.5)])
+def test_epoch_is_projected_from_positions(quantiles: tuple[float, ...]) -> None:
+    batches = [[index] * (1 + index % 7) for index in range(40)]
+    seconds = dry_run._project(batches, len, lambda batch: 3.0 * len(batch), quantiles)
+    assert seconds == pytest.approx(3.0 * sum(map(len, batches)))
+
+
+@pytest.mark.parametrize(("workers", "sizes"), [(1, [1, 9, 9]), (2, [1, 5, 5])])
+def test_dry_run_makes_steps_of_the_trial(
+    workers: int, sizes: list[int], models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest example alone, then the largest and the median step; a worker makes its share of them."""
+    steps: list[list[int]] = []
+    original = Trainer._optimizer_step
+
+    def step(self: Trainer, whole: list[int], share: list[int], examples: list[object]) -> None:
+        assert len(share) == len(examples)
+        steps.append(share)
+        original(self, whole, share, examples)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    cost = measured(Trial(tasks=TWO, train=WHOLE), models, corpus, workers)
+    assert [len(step) for step in steps] == sizes
+    assert cost.train_seconds > 0 < cost.val_seconds
+    assert 0.9 * memory.WORKER <= cost.min_bytes <= cost.full_bytes < memory.WORKER + 2000 * MB
+    assert cost.token_budget == WHOLE.token_budget
+
+
+def test_smaller_budget_is_found_or_refused(models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        full_above(patch, 2)
+        assert measured(Trial(train=WHOLE), models, corpus).token_budget < WHOLE.token_budget
+    full_above(monkeypatch, 0)
+    with pytest.raises(OutOfMemoryError, match="one example at a time"):
+        measured(Trial(train=WHOLE), models, corpus)
+
+
+def test_allocator_failure_is_out_of_memory(models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operating system gives this process only 100 MB more, and every example needs 200 MB."""
+    original = trainer.answer_losses
+
+    def compute(*args: object) -> object:
+        torch.ones(200 * MB // 4).sum()
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "answer_losses", compute)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * MB, limits[1]))
+    try:
+        with pytest.raises(OutOfMemoryError, match="one example at a time"):
+            measured(Trial(train=WHOLE), models, corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
