@@ -14,11 +14,12 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from data.config import DataConfig
 from data.errors import MisfitError
@@ -66,7 +67,7 @@ def llm_digest(path: str, dtype: str) -> str:
     Raises:
         ConfigError: see `load_llm`.
     """
-    llm: Any = inspect.unwrap(load_llm)(path, dtype, "cpu")  # bypass the cache: the LLM may be large
+    llm = inspect.unwrap(load_llm)(path, dtype, "cpu")  # bypass the cache: the LLM may be large
     return model_digest(llm.state_dict(), llm.config.to_dict())
 
 
@@ -115,7 +116,7 @@ def teacher_inputs(
 
 
 @torch.no_grad()
-def run_teacher(llm: Any, read: TeacherInput, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+def run_teacher(llm: PreTrainedModel, read: TeacherInput, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return logits_PV in float32, and the last hidden states_PE if asked for, of one unpadded input."""
     ids = torch.tensor(read.ids, dtype=torch.long, device=llm.get_input_embeddings().weight.device)[None]
     out = llm(

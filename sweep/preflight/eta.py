@@ -3,13 +3,13 @@
 import heapq
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from data.formats import format_duration
 from sweep.config.schema import Config
+from sweep.config.space import Scalar
 from sweep.search.study import TrialRecord, horizon
 
-Values = Mapping[str, Any]
+Values = Mapping[str, Scalar]
 
 
 def remaining_work(

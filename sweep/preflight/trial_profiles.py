@@ -3,11 +3,11 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.config.space import Axis
+from sweep.config.space import Axis, Scalar
 from sweep.search.candidates import Candidate, Values, draw, representatives, resolve_candidate
 
 MAX_PROFILES = 16
@@ -102,7 +102,7 @@ def is_relevant(key: str) -> bool:
     return not key.startswith(IRRELEVANT)
 
 
-def matching_profiles(values: Mapping[str, Any], profiles: Sequence[Mapping[str, Any]]) -> list[int]:
+def matching_profiles(values: Mapping[str, Scalar], profiles: Sequence[Mapping[str, Scalar]]) -> list[int]:
     """Return the indices of the profiles that represent a trial.
 
     A profile matches if its values are equal to the trial's. A number that no profile has matches both its neighbours.
@@ -119,13 +119,13 @@ def matching_profiles(values: Mapping[str, Any], profiles: Sequence[Mapping[str,
     return matching
 
 
-def _neighbours(key: str, value: Any, measured: Sequence[Any]) -> list[Any]:
+def _neighbours(key: str, value: Scalar, measured: Sequence[Scalar]) -> list[float]:
     """Return the measured values next to a number that was not measured."""
     if value in measured or not _is_number(value):
         return []
-    if key.startswith(SIGN_ONLY):
-        return [number for number in measured if (number > 0) == (value > 0)]
     numbers = list(filter(_is_number, measured))
+    if key.startswith(SIGN_ONLY):
+        return [number for number in numbers if (number > 0) == (value > 0)]
     below = [number for number in numbers if number < value]
     above = [number for number in numbers if number > value]
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
@@ -135,7 +135,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _options(key: str, axis: Axis, all_values: bool) -> list[Any]:
+def _options(key: str, axis: Axis, all_values: bool) -> list[Scalar]:
     """Return the values of an axis that are worth telling apart."""
     values = axis.extremes()
     if not all(map(_is_number, values)):
