@@ -1,1 +1,1 @@
-"""Corpora in, exact batches out: importers, splits, Arrow shards, batch plans and streams. Knows no model."""
+"""Import corpora, split them, store them as Arrow shards and load reproducible batches; independent of any model."""

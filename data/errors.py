@@ -1,69 +1,65 @@
-"""Errors meant for users: one line that says what, where and what to do. The command line exits with 2 on them."""
+"""Errors for users: one line that says what is wrong, where, and what to do. The command line exits with code 2."""
 
 import contextlib
 import errno
 from collections.abc import Iterable, Iterator
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a user's share of it used up, a limit on a file's size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, quota exceeded, file size limit exceeded
 
 
 class UserError(Exception):
-    """Bad input or configuration. The message is complete: no traceback is shown with it."""
+    """Bad input or configuration. The message is shown without a traceback."""
 
-    in_every_worker = False  # whether all workers of a trial raise it at the same step
-    common = False  # whether other trials of the same sweep would meet it, too
-    reason = "error"  # why a trial failed, in a word or two
+    in_every_worker = False  # True if all workers of a trial raise it at the same step
+    common = False  # True if other trials of the same sweep would fail in the same way
+    reason = "error"  # why a trial failed, in one or two words
 
 
 class DataError(UserError):
-    """A corpus, shard or example cannot be used as it is."""
+    """A corpus, shard or example cannot be used."""
 
     common = True
     reason = "bad data"
 
 
 class MisfitError(DataError):
-    """The corpus does not go with the settings of this trial; it may go with those of another."""
+    """The corpus does not fit the settings of this trial; it may fit those of other trials."""
 
     common = False
 
 
 class StorageError(UserError):
-    """A file cannot be written or read: a full disk, missing rights, a file system that is gone."""
+    """A file cannot be written or read: the disk is full, rights are missing, or the file system is unavailable."""
 
     common = True
 
 
 class ConfigError(UserError):
-    """One or more settings are wrong; the message lists them all."""
+    """One or more settings are wrong; the message lists all of them."""
 
 
 @contextlib.contextmanager
-def storing(place: object) -> Iterator[None]:
-    """Tell what the system says about files in `place` as a StorageError.
-
-    Raises:
-        StorageError: in place of an OSError.
-    """
+def storing(path: object) -> Iterator[None]:
+    """Convert an OSError inside the block into a StorageError about `path`, a file or folder."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise StorageError(f"{place}: the disk is full; free some space and give the same command again") from None
+            raise StorageError(f"{path}: the disk is full; free some space and rerun the same command") from None
         raise StorageError(
-            f"{place}: cannot be used ({error.strerror or reason(error)}); check disk, rights and connection, and give "
-            "the same command again"
+            f"{path}: cannot be used ({error.strerror or reason(error)}); check disk, rights and connection, and rerun "
+            "the same command"
         ) from None
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Names for a message: the first ones, and how many more there are."""
-    known = sorted(names)
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return (", ".join(known[:most]) or "none") + more
+    """Return the first names in order, and how many more there are, for a message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return (", ".join(ordered[:most]) or "none") + more
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line, for a message."""
+    """Return the first line of an exception's text, or its type, for a message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""A corpus before it is sharded: its schema, audio, settings and findings."""
+"""The corpus model: turns and conversations, audio, settings, findings, and the synthetic corpus."""

@@ -1,4 +1,4 @@
-"""Recordings to clips: decode, mix down, resample and cut; all time arithmetic goes through whole samples."""
+"""Decode, mix down, resample and encode audio. Times are converted to sample indices in one place (`samples`)."""
 
 import io
 import math
@@ -6,43 +6,46 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import DataError
 
-MIN_SAMPLES = SAMPLE_RATE // 10  # a clip under 0.1 s holds no speech
-_BLOCK = 60  # s of a recording that are decoded at once: an hour in stereo would fill a gigabyte
-_CONTEXT = 1  # s on both sides of a block that resampling may look at; its kernel needs a few ms
-_KERNEL = 5e7  # numbers of a resampling kernel at most: 44100 Hz needs 1e5, a rate that nothing divides gigabytes
-_CANCELLED = 0.06  # power of the mix over that of the louder channel: 12 dB below
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
+MIN_SAMPLES = SAMPLE_RATE // 10  # a clip of less than 0.1 s contains no speech
+_BLOCK = 60  # s that are decoded at a time; one hour of stereo would take a gigabyte
+_CONTEXT = 1  # s on both sides of a block for the resampling kernel, which needs a few ms
+_MAX_KERNEL = 5e7  # size of a resampling kernel: 44100 Hz needs 1e5 numbers, a rate coprime to ours gigabytes
+_CANCELLED = 0.06  # ratio of the power of the mix to that of the loudest channel, -12 dB
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Samples at SAMPLE_RATE, and what the file was before."""
+    """A decoded recording at SAMPLE_RATE, and the properties of its file."""
 
-    pcm: np.ndarray  # int16 [n_channels, n_samples]; one channel if mixed down
+    pcm: np.ndarray  # int16 [n_channels, n_samples]; one channel if it was mixed down
     source_rate: int  # Hz
     source_channels: int
-    broken: np.ndarray  # times (s) of samples that were NaN or infinite, in order; they are 0 in `pcm`
-    missing: float = 0.0  # s that the file announces and does not hold
+    broken: np.ndarray  # times (s) of NaN or infinite samples, in order; these samples are 0 in `pcm`
+    missing: float = 0.0  # s that the header announces but the file does not contain
 
     @property
     def duration(self) -> float:
-        """Length in seconds."""
+        """Return the length in seconds."""
         return float(self.pcm.shape[1] / SAMPLE_RATE)
 
 
 def samples(seconds: float) -> int:
-    """The sample index of a time: the one rounding rule of the project."""
+    """Return the sample index of a time. This is the only rounding rule of the project."""
     return round(seconds * SAMPLE_RATE)
 
 
 def exists(path: Path) -> bool:
-    """Whether a file is there; a name that no file can have is not."""
+    """Return whether a file exists; False for a name that the file system rejects."""
     try:
         return path.is_file()
     except OSError:
@@ -50,11 +53,11 @@ def exists(path: Path) -> bool:
 
 
 def read_recording(path: Path, *, separate: bool = False) -> Recording:
-    """Decode a whole file (any format soundfile reads), block by block, and resample it.
+    """Decode a file in any format that soundfile reads, block by block, and resample it.
 
     Args:
-        path: of the file.
-        separate: keep the channels apart. Otherwise they are mixed down: the mean, or the loudest one where the
+        path: the audio file.
+        separate: keep the channels. By default they are mixed down to their mean, or to the loudest channel if the
             channels cancel each other out.
 
     Raises:
@@ -85,38 +88,38 @@ def read_recording(path: Path, *, separate: bool = False) -> Recording:
 
 
 def _check_rate(rate: int) -> None:
-    """Raise a ValueError where resampling would fill the memory."""
-    if rate < 1 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > _KERNEL:
+    """Raise a ValueError if the resampling kernel would fill the memory."""
+    if rate < 1 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > _MAX_KERNEL:
         raise ValueError(f"{rate} Hz")
 
 
-def _decode(file: Any, pick: Callable[[np.ndarray], np.ndarray]) -> Recording:
-    """Read an open file in overlapping blocks; what lies in two of them is taken from the one that sees more around it.
+def _decode(file: "SoundFile", select: Callable[[np.ndarray], np.ndarray]) -> Recording:
+    """Read an open file in overlapping blocks; each sample comes from the block that has more context around it.
 
     Args:
-        file: a `soundfile.SoundFile` at its start.
-        pick: [n, channels] → [n, those that are kept].
+        file: an open file at its start.
+        select: maps a block [n, n_channels] to the channels that are kept [n, n_kept].
     """
     rate, parts, broken = file.samplerate, [], []
-    held = 0
+    read = 0  # samples
     for number, (block, last) in enumerate(_blocks(file)):
-        held = number * _BLOCK * rate + len(block)
+        read = number * _BLOCK * rate + len(block)
         bad = ~np.isfinite(block).all(axis=1)
         if bad.any():
             broken.append(number * _BLOCK + np.flatnonzero(bad) / rate)
             block[bad] = 0
-        resampled = _resample(pick(block).T, rate)
+        resampled = _resample(select(block).T, rate)
         end = resampled.shape[1] if last else (_BLOCK + _CONTEXT) * SAMPLE_RATE
         parts.append(_pcm16(resampled[:, _CONTEXT * SAMPLE_RATE if number else 0 : end]))
     pcm = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.int16)
     times = np.concatenate(broken) if broken else np.empty(0)
-    return Recording(pcm, rate, file.channels, times, max(0.0, (file.frames - held) / rate))
+    return Recording(pcm, rate, file.channels, times, max(0.0, (file.frames - read) / rate))
 
 
-def _blocks(file: Any) -> Iterator[tuple[np.ndarray, bool]]:
-    """Blocks [n, channels] that overlap by twice the context, and whether each is the last one.
+def _blocks(file: "SoundFile") -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield blocks [n, n_channels] that overlap by twice the context, and whether each is the last one.
 
-    Not `SoundFile.blocks`: that believes the length in the header, and fills up what is not there with old memory.
+    `SoundFile.blocks` is not used: it trusts the length in the header and fills missing samples with old memory.
     """
     overlap = 2 * _CONTEXT * file.samplerate
     tail = np.empty((0, file.channels), np.float32)
@@ -131,7 +134,7 @@ def _blocks(file: Any) -> Iterator[tuple[np.ndarray, bool]]:
 
 
 def _resample(signal: np.ndarray, rate: int) -> np.ndarray:
-    """[channels, n] → [channels, n x SAMPLE_RATE / rate]."""
+    """Resample [n_channels, n] to [n_channels, n * SAMPLE_RATE / rate]."""
     if rate == SAMPLE_RATE or not signal.size:
         return signal
     import torch
@@ -148,7 +151,7 @@ def _pcm16(signal: np.ndarray) -> np.ndarray:
 
 
 def encode(pcm: np.ndarray, codec: str) -> bytes:
-    """int16 samples → bytes of a codec: pcm16 (little endian) or flac (lossless)."""
+    """Encode int16 samples as pcm16 (little endian) or flac (lossless)."""
     if codec == "pcm16":
         return pcm.astype("<i2").tobytes()
     import soundfile
@@ -159,7 +162,7 @@ def encode(pcm: np.ndarray, codec: str) -> bytes:
 
 
 def decode(content: bytes | memoryview, codec: str) -> np.ndarray:
-    """The inverse of `encode`; not a copy for pcm16."""
+    """Decode the bytes of `encode`; pcm16 is not copied."""
     if codec == "pcm16":
         return np.frombuffer(content, "<i2")
     import soundfile
@@ -169,17 +172,17 @@ def decode(content: bytes | memoryview, codec: str) -> np.ndarray:
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """CRC-32 of stored bytes."""
+    """Return the CRC-32 of stored bytes."""
     return zlib.crc32(content)
 
 
 def waveform(pcm: np.ndarray) -> np.ndarray:
-    """int16 samples → float32 in [-1, 1)."""
+    """Convert int16 samples to float32 in [-1, 1)."""
     return pcm.astype(np.float32) / 32768.0
 
 
 def level(pcm: np.ndarray) -> tuple[float, float]:
-    """Peak in [0, 1] and root mean square in dB relative to full scale."""
+    """Return the peak in [0, 1] and the root mean square in dB relative to full scale."""
     if len(pcm) == 0:
         return 0.0, -120.0
     wave = waveform(pcm)

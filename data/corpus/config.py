@@ -1,6 +1,6 @@
-"""Settings of `sweep prepare`: how a corpus is read, checked, split and stored."""
+"""Settings of `sweep prepare`: how a corpus is imported, checked, split and stored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,110 +10,110 @@ Criterion = Literal["video", "conversation", "speaker"]
 
 
 class SplitConfig(Section):
-    """How sessions are dealt to train, val and test."""
+    """How sessions are assigned to train, val and test."""
 
     by: tuple[Criterion, ...] = Field(
         ("video",),
-        description="What must not be cut, besides a conversation: all sessions of a video, or all of a speaker.",
+        description="What stays in one split: all sessions of a video, or all sessions of a speaker.",
     )
     stratify: tuple[Literal["quality", "label"], ...] = Field(
-        ("quality", "label"), description="Whose shares the splits have in common, as far as whole groups allow."
+        ("quality", "label"), description="Distributions that all splits share, as far as whole groups allow."
     )
     fractions: tuple[float, float, float] = Field(
-        (0.7, 0.15, 0.15), description="Shares of train, val and test, of the labelled turns."
+        (0.7, 0.15, 0.15), description="Fractions of the labelled turns in train, val and test."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of the order in which groups are dealt.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the order in which groups are assigned.")
     folds: Annotated[int, Field(ge=3)] | None = Field(
-        None, description="k-fold: data.fold chooses the one for test, the next is for val, the others for train."
+        None, description="Number of folds: data.fold is the test fold, the next one is val, the others are train."
     )
     file: str | None = Field(
-        None, description="CSV with the columns conversation and split (train, val, test): a fixed list."
+        None, description="CSV with the columns conversation and split (train, val, test): a fixed split."
     )
 
     @field_validator("by", mode="before")
     @classmethod
-    def _whole(cls, value: Any) -> Any:
+    def _refuse_turns(cls, value: object) -> object:
         names = (value,) if isinstance(value, str) else value
         for name in names if isinstance(names, list | tuple) else ():
             if name in ("row", "turn", "utterance", "random"):
                 raise ValueError(
-                    f"a split by {name} puts turns of one conversation, one voice and one room into training and test, "
-                    "so the test would measure memory; use video, conversation or speaker"
+                    f"a split by {name} puts turns of one conversation, voice and room into training and test, so the "
+                    "test would measure memorisation; use video, conversation or speaker"
                 )
         return names
 
     @field_validator("fractions")
     @classmethod
-    def _sum(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+    def _check_sum(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
         if min(value) <= 0 or abs(sum(value) - 1) > 1e-6:
-            raise ValueError("must be three positive shares that sum to 1, e.g. [0.7, 0.15, 0.15]")
+            raise ValueError("must be three positive fractions that sum to 1, e.g. [0.7, 0.15, 0.15]")
         return value
 
 
 class ColumnConfig(Section):
-    """`sweep prepare table`: which column of the file holds what; null: the file does not have it."""
+    """Column names for `sweep prepare table`; null: the file has no such column."""
 
-    conversation: str = Field("conversation", description="Session that the turn belongs to.")
-    text: str | None = Field("text", description="What was said.")
-    speaker: str = Field("speaker", description="Who spoke; roles maps it to a role.")
-    id: str | None = Field(None, description="Of the utterance, unique in its conversation; else its place is used.")
-    index: str | None = Field(None, description="Place in the conversation; else the order of the rows.")
-    label: str | None = Field(None, description="Code of the turn; empty: context only.")
+    conversation: str = Field("conversation", description="Session of the turn.")
+    text: str | None = Field("text", description="Transcript of the turn.")
+    speaker: str = Field("speaker", description="Speaker of the turn; `roles` maps it to a role.")
+    id: str | None = Field(None, description="Utterance id, unique in its conversation; null: the position is used.")
+    index: str | None = Field(None, description="Position in the conversation; null: the order of the rows.")
+    label: str | None = Field(None, description="Code of the turn; an empty cell: context only.")
     annotator: str | None = Field(
-        None, description="Who gave the label; rows of one utterance by several annotators are put to the vote."
+        None, description="Annotator of the label; several annotators of one utterance are resolved by majority vote."
     )
     start: str | None = Field(
         None,
-        description="Start in the recording: seconds or [HH:]MM:SS. null: with --audio, and without `clip`, a usual "
-        "name (start, t_start, start_time, onset, begin, from), and the like of it for the end.",
+        description="Start in the recording: seconds or [HH:]MM:SS. null: with --audio and without `clip`, one of the "
+        "usual names is used (start, t_start, start_time, onset, begin, from), and likewise for the end.",
     )
-    end: str | None = Field(None, description="End in the recording; else the start of the next turn.")
-    video: str | None = Field(None, description="What several sessions may share, e.g. a video; never cut by a split.")
-    person: str | None = Field(None, description="Identity of the client, for split.by speaker.")
-    quality: str | None = Field(None, description="Label of the whole session.")
-    split: str | None = Field(None, description="train, val or test: a split that the corpus comes with.")
+    end: str | None = Field(None, description="End in the recording; null: the start of the next turn.")
+    video: str | None = Field(None, description="Video of the session; sessions of one video stay in one split.")
+    person: str | None = Field(None, description="Identity of the client, for split.by=speaker.")
+    quality: str | None = Field(None, description="Quality label of the whole session.")
+    split: str | None = Field(None, description="Predefined split of the session: train, val or test.")
     recording: str | None = Field(
-        None, description="Audio file of the session, relative to --audio; else <conversation>.wav, .flac …"
+        None, description="Audio file of the session, relative to --audio; null: <conversation>.wav, .flac …"
     )
-    clip: str | None = Field(None, description="Audio file of the turn alone, relative to --audio.")
+    clip: str | None = Field(None, description="Audio file of the single turn, relative to --audio.")
 
 
 class AlignConfig(Section):
-    """Forced alignment of the turns' times (`--align`)."""
+    """Forced alignment of the times of the turns (`--align`)."""
 
-    model: str | None = Field(None, description="CTC model by Hugging Face id or folder; null: times stay as given.")
-    window: Annotated[float, Field(gt=0)] = Field(2.0, description="s around the given times that are searched.")
+    model: str | None = Field(None, description="CTC model, a Hugging Face id or folder; null: times are not aligned.")
+    window: Annotated[float, Field(gt=0)] = Field(2.0, description="Seconds around the given times that are searched.")
     min_confidence: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Mean probability of the aligned characters under which the given times stay."
+        0.5, description="Minimum mean probability of the aligned characters; below it the given times are kept."
     )
 
 
 class CorpusConfig(Section, coerce_numbers_to_str=True):
-    """Everything that decides what is made of a corpus."""
+    """All settings that determine the content of a prepared corpus."""
 
     roles: dict[str, str] = Field(
         {},
-        description="Speaker as written in the source → role, e.g. {SPEAKER_00: therapist}; for one session alone, "
-        "with its name: {12/SPEAKER_00: client}.",
+        description="Speaker as written in the source → role, e.g. {SPEAKER_00: therapist}; for a single session "
+        "with the session id: {12/SPEAKER_00: client}.",
     )
     labels: dict[str, tuple[str, ...]] = Field(
-        {}, description="Role → labels it may carry, in order; empty: the format's own, or all that occur."
+        {}, description="Role → labels it may have, in order; empty: those of the format, or all that occur."
     )
-    qualities: tuple[str, ...] = Field((), description="Qualities of sessions, in order; empty: all that occur.")
-    coded: bool = Field(True, description="false: a format's columns of codes may be missing.")
-    label_separator: str | None = Field(None, description="Between the labels of a turn that has several, e.g. ';'.")
+    qualities: tuple[str, ...] = Field((), description="Quality labels of sessions, in order; empty: all that occur.")
+    coded: bool = Field(True, description="false: the columns with codes may be missing.")
+    label_separator: str | None = Field(None, description="Separator of several labels of one turn, e.g. ';'.")
     columns: ColumnConfig = ColumnConfig()
-    time_unit: Literal["s", "ms"] = Field("s", description="Of times that are plain numbers.")
-    encoding: str = Field("utf-8", description="Of text files, e.g. cp1252; never guessed.")
+    time_unit: Literal["s", "ms"] = Field("s", description="Unit of times that are plain numbers.")
+    encoding: str = Field("utf-8", description="Encoding of text files, e.g. cp1252; it is never guessed.")
     channels: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        {}, description="Role → channel of the recording that holds this speaker alone; empty: mixed down."
+        {}, description="Role → channel of the recording with only this speaker; empty: channels are mixed down."
     )
     codec: Literal["pcm16", "flac"] = Field(
-        "pcm16", description="pcm16 reads 30 times faster, flac is smaller: for object stores."
+        "pcm16", description="pcm16 is read 30 times faster; flac is smaller and suits object stores."
     )
     max_rejected: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="Share of rejected rows above which the build fails."
+        0.01, description="Maximum fraction of rejected rows; with more the preparation fails."
     )
-    sessions: Annotated[int, Field(ge=3)] = Field(48, description="Dialogues of the synthetic corpus.")
+    sessions: Annotated[int, Field(ge=3)] = Field(48, description="Number of sessions of the synthetic corpus.")
     split: SplitConfig = SplitConfig()
     align: AlignConfig = AlignConfig()

@@ -1,12 +1,13 @@
-"""The embedded corpus: seeded counselling-like dialogues whose client turns are synthetic speech, made in memory.
+"""The synthetic corpus: seeded counselling-like dialogues whose client turns are synthetic speech.
 
-Half of the client turns can be labelled from their words. In the other half, the subset "ambiguous", the key word says
-nothing and the label is the tone of voice: pitch and loudness rise over the clip for "change" and fall for "sustain".
-Clear turns have a contour too, at random, so a model has to hear the word before it may trust the tone. Ceilings by
-construction: words alone 0.75 of all turns and 0.50 of the ambiguous ones; speech 1.0 of both.
+Half of the client turns can be labelled from their words. In the other half, the subset "ambiguous", the key word
+carries no information and the label follows from the tone of voice: pitch and loudness rise over the clip for "change"
+and fall for "sustain". Clear turns have a random contour too, so a model must recognise the word before it may rely on
+the tone. Maximum accuracy by construction: 0.75 of all turns and 0.50 of ambiguous turns from the text alone; 1.0 of
+both from speech.
 
-A good therapist's reply follows from the label of the client's turn, a poor one's from nothing; who uses which replies
-tells the quality of the session.
+The reply of a good therapist follows from the label of the client turn, that of a poor one is random. So the replies
+determine the quality of the session.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 
-VERSION = "2"  # part of every cache key: raise it when a clip, a word or a text changes
+VERSION = "2"  # part of every cache key; increase it when a clip, a word or a text changes
 NAME = "synthetic"
 LABELS = ("change", "sustain", "neutral")
 
@@ -27,7 +28,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "ambiguous": ("maybe", "might", "guess", "suppose"),
 }
 FILLERS = ("i", "it", "well", "so", "really", "now", "then", "just", "you", "okay")
-WORDS = (*(word for words in KEYS.values() for word in words), *FILLERS)  # a word's index names it in `Clip.words_at`
+WORDS = (
+    *(word for words in KEYS.values() for word in words),
+    *FILLERS,
+)  # `Clip.words_at` contains indices into this tuple
 PROMPTS = (
     "how are you today",
     "tell me more",
@@ -38,21 +42,21 @@ PROMPTS = (
 )
 
 QUALITIES = ("high", "low")
-REPLIES = {"change": PROMPTS[1], "sustain": PROMPTS[4], "neutral": PROMPTS[2]}  # of a good therapist
+REPLIES = {"change": PROMPTS[1], "sustain": PROMPTS[4], "neutral": PROMPTS[2]}  # the replies of a good therapist
 POOR_REPLIES = (PROMPTS[0], PROMPTS[3], PROMPTS[5])
 
-CONTOUR = 1.6  # pitch at the end over pitch at the start of a rising clip, amplitude its square; falling: the inverse
-RISING = {"change": True, "sustain": False}  # the tone that decides an ambiguous turn
-THERAPIST_SECONDS = 1.5  # what a therapist's turn takes on the clock; it has no sound
+CONTOUR = 1.6  # end pitch / start pitch of a rising clip, the amplitude ratio is its square; falling: the inverse
+RISING = {"change": True, "sustain": False}  # the label of an ambiguous turn follows from its tone
+THERAPIST_SECONDS = 1.5  # duration of a therapist turn, which has no audio
 
 _ID = {word: index for index, word in enumerate(WORDS)}
-_KERNEL_SECONDS = 0.016  # a formant's ringing after a glottal pulse, cut where it is below 2 %
-_PRETRAINING_STREAM, _CORPUS_STREAM = 1, 2  # pre-training clips must never be corpus clips, whatever the seeds
+_KERNEL_SECONDS = 0.016  # ringing of a formant after a glottal pulse, cut off below 2 %
+_PRETRAINING_STREAM, _CORPUS_STREAM = 1, 2  # separate random streams: no pre-training clip is in any corpus
 
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """What a client says and how."""
+    """The words of a client turn and the tone in which they are spoken."""
 
     words: tuple[str, ...]
     label: str
@@ -62,7 +66,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """An utterance as sound, with its alignment: what each of the N samples is."""
+    """The audio of an utterance with its alignment, all of length n_samples."""
 
     audio: np.ndarray  # int16 at SAMPLE_RATE
     words_at: np.ndarray  # index into WORDS
@@ -72,7 +76,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """A speaker: mean pitch (Hz), gain, and the response (word, sample) of his vocal tract to one glottal pulse."""
+    """A speaker: mean pitch (Hz), gain, and response of the vocal tract to a glottal pulse [n_words, n_samples]."""
 
     pitch: float
     gain: float
@@ -80,23 +84,23 @@ class Voice:
 
 
 def corpus(*, sessions: int = 48, turns: int = 60, seed: int = 0) -> Corpus:
-    """`sessions` dialogues of `turns` turns each, every second one a labelled client turn with its clip.
+    """Return `sessions` dialogues of `turns` turns each; every second turn is a labelled client turn with a clip.
 
-    Any session is the same whatever the number of others: its randomness comes from (seed, session) only.
+    A session depends only on the seed and its number, not on the number of sessions.
     """
     conversations = [_conversation(session, turns, seed) for session in range(sessions)]
     return Corpus(NAME, LABELS, {"client": LABELS}, conversations, qualities=QUALITIES)
 
 
 def clips(count: int, *, seed: int = 0) -> Iterator[Clip]:
-    """Unlabelled aligned clips, each from a voice of its own, for pre-training an encoder. None is in any corpus."""
+    """Yield aligned clips of different voices for pre-training an encoder. None of them is in any corpus."""
     rng = np.random.default_rng((seed, _PRETRAINING_STREAM))
     for _ in range(count):
         yield speak(utterance(rng), _voice(rng), rng)
 
 
 def utterance(rng: np.random.Generator) -> Utterance:
-    """Three to five words, one of them a key word and never the first; the tone is independent of the words."""
+    """Return three to five words with one key word, which is never the first; the tone is independent of the words."""
     rise = bool(rng.random() < 0.5)
     ambiguous = bool(rng.random() < 0.5)
     tone = "change" if rise else "sustain"
@@ -106,13 +110,13 @@ def utterance(rng: np.random.Generator) -> Utterance:
     return Utterance(words=tuple(words), label=label, ambiguous=ambiguous, rise=rise)
 
 
-def speak(said: Utterance, voice: Voice, rng: np.random.Generator) -> Clip:
-    """Formant synthesis: a train of glottal pulses at the pitch, each ringing the formants of the word it falls in."""
-    words = np.array([_ID[word] for word in said.words])
+def speak(spoken: Utterance, voice: Voice, rng: np.random.Generator) -> Clip:
+    """Synthesise a clip: a train of glottal pulses at the pitch, each excites the formants of the current word."""
+    words = np.array([_ID[word] for word in spoken.words])
     samples = (rng.uniform(0.16, 0.2, len(words)) * SAMPLE_RATE).astype(int)
     words_at = np.repeat(words, samples)
     total = len(words_at)
-    tone = np.linspace(-0.5, 0.5, total) * (1 if said.rise else -1)
+    tone = np.linspace(-0.5, 0.5, total) * (1 if spoken.rise else -1)
     f0 = voice.pitch * CONTOUR**tone
     pulses = np.flatnonzero(np.diff(np.floor(np.cumsum(f0) / SAMPLE_RATE), prepend=0.0))
     rings = voice.kernels[words_at[pulses]]
@@ -123,7 +127,7 @@ def speak(said: Utterance, voice: Voice, rng: np.random.Generator) -> Clip:
     noise = rng.standard_normal(total, dtype=np.float32) * 0.02
     wave = voice.gain * (voiced * envelope + noise)
     audio = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
-    return Clip(audio=audio, words_at=words_at, f0=f0, rise=said.rise)
+    return Clip(audio=audio, words_at=words_at, f0=f0, rise=spoken.rise)
 
 
 def _conversation(session: int, turns: int, seed: int) -> Conversation:
@@ -131,42 +135,42 @@ def _conversation(session: int, turns: int, seed: int) -> Conversation:
     name = f"c{session:03d}"
     voice = _voice(rng)
     quality = str(rng.choice(QUALITIES))
-    spoken: list[Turn] = []
+    dialogue: list[Turn] = []
     clock = 0.0
     for index in range(turns):
         identity = f"{name}/{index}"
         if index % 2:
             turn = _client(identity, index, voice, rng)
         else:
-            asked = spoken[-1].label if spoken and quality == "high" else None
-            turn = _therapist(identity, index, asked, rng)
+            label = dialogue[-1].label if dialogue and quality == "high" else None
+            turn = _therapist(identity, index, label, rng)
         seconds = THERAPIST_SECONDS if turn.audio is None else len(turn.audio) / SAMPLE_RATE
         turn.start, turn.end = round(clock, 3), round(clock + seconds, 3)
         clock += seconds
-        spoken.append(turn)
-    return Conversation(id=name, group=name, turns=spoken, quality=quality)
+        dialogue.append(turn)
+    return Conversation(id=name, group=name, turns=dialogue, quality=quality)
 
 
-def _therapist(name: str, index: int, heard: str | None, rng: np.random.Generator) -> Turn:
-    text = str(rng.choice(POOR_REPLIES)) if heard is None else REPLIES[heard]
+def _therapist(name: str, index: int, client_label: str | None, rng: np.random.Generator) -> Turn:
+    text = str(rng.choice(POOR_REPLIES)) if client_label is None else REPLIES[client_label]
     return Turn(id=name, index=index, speaker="therapist", text=text)
 
 
 def _client(name: str, index: int, voice: Voice, rng: np.random.Generator) -> Turn:
-    said = utterance(rng)
+    spoken = utterance(rng)
     return Turn(
         id=name,
         index=index,
         speaker="client",
-        text=" ".join(said.words),
-        label=said.label,
-        subset="ambiguous" if said.ambiguous else "clear",
-        audio=speak(said, voice, rng).audio,
+        text=" ".join(spoken.words),
+        label=spoken.label,
+        subset="ambiguous" if spoken.ambiguous else "clear",
+        audio=speak(spoken, voice, rng).audio,
     )
 
 
 def _voice(rng: np.random.Generator) -> Voice:
-    """A random speaker; the length of the vocal tract scales all formants."""
+    """Return a random speaker; the length of the vocal tract scales all formants."""
     formants = _FORMANTS * rng.uniform(0.97, 1.03)
     time = np.arange(int(_KERNEL_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     amplitudes, bandwidths = np.array([1.0, 0.7, 0.4]), np.array([80.0, 100.0, 140.0])  # bandwidths in Hz
@@ -176,7 +180,7 @@ def _voice(rng: np.random.Generator) -> Voice:
 
 
 def _formants() -> np.ndarray:
-    """(word, 3) formant frequencies in Hz: a grid in log frequency, so that no two words are close by chance."""
+    """Return formant frequencies (Hz) [n_words, 3] on a logarithmic grid, which keeps all words apart."""
     index = np.arange(len(WORDS))
     first, second = np.geomspace(270, 850, 5), np.geomspace(1050, 2500, 6)
     return np.stack([first[index % 5], second[index // 5], np.where(index % 2, 3600.0, 3000.0)], axis=1)

@@ -1,7 +1,7 @@
-"""AnnoMI (Wu et al., ICASSP 2022): one CSV of utterances, optionally one audio file a transcript.
+"""Importer for AnnoMI (Wu et al., ICASSP 2022): one CSV of utterances, optionally one audio file per transcript.
 
-AnnoMI-full has several rows for utterances that several annotators coded; AnnoMI-simple has one row for each. Times are
-starts only, in whole seconds: a turn ends where the next one starts.
+AnnoMI-full has several rows for an utterance that several annotators coded; AnnoMI-simple has one row per utterance.
+It gives start times only, in whole seconds: a turn ends at the start of the next one.
 """
 
 import re
@@ -22,8 +22,8 @@ LABELS = {
 LABEL_COLUMN = {"client": "client_talk_type", "therapist": "main_therapist_behaviour"}
 QUALITIES = ("high", "low")  # of a session
 COLUMNS = ("transcript_id", "mi_quality", "video_url", "utterance_id", "interlocutor", "timestamp", "utterance_text")
-SAID = ("interlocutor",)  # text and time are the first row's
-ANNOTATOR = "annotator_id"  # AnnoMI-full has it
+SHARED = ("interlocutor",)  # annotators must agree on it; text and time are those of the first row
+ANNOTATOR = "annotator_id"  # only in AnnoMI-full
 TIME = re.compile(r"\d\d:\d\d:\d\d")
 
 
@@ -36,42 +36,42 @@ def read_annomi(source: Path, audio: Path | None, config: CorpusConfig) -> Corpu
         config: settings.
 
     Raises:
-        DataError: the file or a row cannot be read, a session has no quality, an unknown one or two, or there are no
-            recordings.
+        DataError: the file or a row cannot be read, a session has no quality, an unknown one or two of them, or there
+            are no recordings.
     """
     codes = tuple(LABEL_COLUMN.values())
     needed = (*COLUMNS, *codes) if config.coded else COLUMNS
     rows = read_rows(source, needed, config, optional=(ANNOTATOR, *codes))
-    draft = TurnBuilder("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
+    builder = TurnBuilder("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
     sessions = by_conversation(rows, "transcript_id")
-    conversations = [_conversation(name, own, draft) for name, own in sessions.items()]
+    conversations = [_conversation(name, rows, builder) for name, rows in sessions.items()]
     set_recordings(conversations, audio)
-    return draft.corpus(conversations)
+    return builder.corpus(conversations)
 
 
-def _conversation(name: str, rows: list[Row], draft: TurnBuilder) -> Conversation:
+def _conversation(name: str, rows: list[Row], builder: TurnBuilder) -> Conversation:
     for row in rows:
-        if row["mi_quality"].lower() not in draft.qualities:
-            known = ", ".join(draft.qualities)
-            raise DataError(f"{row.where}: mi_quality {row['mi_quality']!r} is unknown; known: {known}")
+        if row["mi_quality"].lower() not in builder.qualities:
+            allowed = ", ".join(builder.qualities)
+            raise DataError(f"{row.where}: mi_quality {row['mi_quality']!r} is unknown; use one of {allowed}")
         if not row["utterance_id"].isdecimal() or len(row["utterance_id"]) > 9:
             raise DataError(f"{row.where}: utterance_id {row['utterance_id']!r} is not a whole number")
     quality = (agreed(rows, "mi_quality") or "").lower()
     annotator = ANNOTATOR if ANNOTATOR in rows[0].cells else None
-    coded = draft.utterances(rows, lambda row: f"{name}/{row['utterance_id']}", annotator, SAID)
-    turns = sorted((_turn(name, own, draft) for _, own in coded), key=lambda turn: turn.index)
-    set_ends(turns, draft.findings)
+    utterances = builder.utterances(rows, lambda row: f"{name}/{row['utterance_id']}", annotator, SHARED)
+    turns = sorted((_turn(name, votes, builder) for votes in utterances), key=lambda turn: turn.index)
+    set_ends(turns, builder.findings)
     return Conversation(name, agreed(rows, "video_url") or name, turns, quality=quality)
 
 
-def _turn(conversation: str, rows: list[Row], draft: TurnBuilder) -> Turn:
+def _turn(conversation: str, rows: list[Row], builder: TurnBuilder) -> Turn:
     first = rows[0]
     speaker = first["interlocutor"]
-    column = LABEL_COLUMN.get(draft.role(speaker, conversation))
+    column = LABEL_COLUMN.get(builder.role(speaker, conversation))
     codes = [row[column] for row in rows]
-    turn = draft.turn(conversation, first["utterance_id"], speaker, first["utterance_text"], codes, first.where)
-    if turn.label is None and turn.speaker != UNKNOWN and draft.config.coded:
-        turn.label = ""  # every utterance of AnnoMI has a code: the validation rejects one without
+    turn = builder.turn(conversation, first["utterance_id"], speaker, first["utterance_text"], codes, first.where)
+    if turn.label is None and turn.speaker != UNKNOWN and builder.config.coded:
+        turn.label = ""  # every utterance of AnnoMI has a code; the validation rejects an empty one
     turn.index = int(first["utterance_id"])
-    turn.start = read_time(first["timestamp"], turn, draft.findings, usual=TIME)
+    turn.start = read_time(first["timestamp"], turn, builder.findings, usual=TIME)
     return turn

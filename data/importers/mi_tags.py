@@ -1,4 +1,4 @@
-"""Coded turns without times, perhaps by several annotators: CSV with turn, speaker, text, code and annotator."""
+"""Importer for coded turns without times: CSV with turn, speaker, text, code and optionally several annotators."""
 
 from pathlib import Path
 
@@ -11,51 +11,51 @@ from data.importers.tabular import Row, by_conversation, read_rows
 COLUMNS = ("turn", "speaker", "text")
 CODE = "code"
 ANNOTATOR = "annotator"
-SESSION = ("conversation", "session")  # columns that a file of several sessions has
+SESSION = ("conversation", "session")  # names of the column that a file with several sessions has
 
 
 def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
     """Read coded turns.
 
     Args:
-        source: a CSV, or a folder of them; without a column `conversation` or `session` a session is called like its
-            file.
+        source: a CSV or a folder of them; without a column `conversation` or `session` the file name is the session id.
         audio: must be None.
         config: settings.
 
     Raises:
-        DataError: a file or a row cannot be read, or there are recordings.
+        DataError: a file or a row cannot be read, or recordings are given.
     """
     if audio is not None:
-        raise DataError("mi-tags: the format has no times, so no sound can be cut; leave --audio out, or use table")
+        raise DataError(
+            "mi-tags: the format has no times, so audio cannot be cut; omit --audio, or use the format table"
+        )
     paths = sorted(source.glob("*.[ct]sv")) if source.is_dir() else [source]
     if not paths:
-        raise DataError(f"{source}: no CSV files; give the folder that holds one a session")
-    draft = TurnBuilder("mi-tags", config)
+        raise DataError(f"{source}: no CSV files in this folder; give the folder with one file per session")
+    builder = TurnBuilder("mi-tags", config)
     conversations = []
     for path in paths:
         needed = (*COLUMNS, CODE) if config.coded else COLUMNS
         rows = read_rows(path, needed, config, optional=(*SESSION, ANNOTATOR, CODE))
         column = next((name for name in SESSION if name in rows[0].cells), None)
         sessions = {path.stem: rows} if column is None else by_conversation(rows, column)
-        conversations += [_conversation(name, own, draft) for name, own in sessions.items()]
-    return draft.corpus(conversations)
+        conversations += [_conversation(name, rows, builder) for name, rows in sessions.items()]
+    return builder.corpus(conversations)
 
 
-def _conversation(name: str, rows: list[Row], draft: TurnBuilder) -> Conversation:
+def _conversation(name: str, rows: list[Row], builder: TurnBuilder) -> Conversation:
     for row in rows:
         if not row["turn"].isdecimal() or len(row["turn"]) > 9:
             raise DataError(f"{row.where}: turn {row['turn']!r} is not a whole number")
     annotator = ANNOTATOR if ANNOTATOR in rows[0].cells else None
-    coded = draft.utterances(rows, lambda row: f"{name}/{row['turn']}", annotator, ("speaker", "text"))
-    turns = []
-    for index, (_, own) in enumerate(sorted(coded, key=lambda pair: int(pair[1][0]["turn"]))):
-        turns.append(_turn(name, own, draft))
-        turns[-1].index = index
+    utterances = builder.utterances(rows, lambda row: f"{name}/{row['turn']}", annotator, ("speaker", "text"))
+    turns = [_turn(name, votes, builder) for votes in sorted(utterances, key=lambda votes: int(votes[0]["turn"]))]
+    for index, turn in enumerate(turns):
+        turn.index = index
     return Conversation(name, name, turns)
 
 
-def _turn(conversation: str, rows: list[Row], draft: TurnBuilder) -> Turn:
+def _turn(conversation: str, rows: list[Row], builder: TurnBuilder) -> Turn:
     first = rows[0]
     codes = [row[CODE] for row in rows]
-    return draft.turn(conversation, first["turn"], first["speaker"], first["text"], codes, first.where)
+    return builder.turn(conversation, first["turn"], first["speaker"], first["text"], codes, first.where)

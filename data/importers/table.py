@@ -1,4 +1,4 @@
-"""Any table of turns: the settings say which column holds what."""
+"""Importer for any table of turns; the settings `columns.*` name its columns."""
 
 import math
 from pathlib import Path
@@ -7,14 +7,14 @@ from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
 from data.importers.builder import TurnBuilder
-from data.importers.recordings import refuse_no_folder, refuse_none, set_recordings, within
+from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, set_recordings
 from data.importers.tabular import Row, agreed, by_conversation, read_rows
 from data.importers.timestamps import read_time, set_ends
 
-# Usual names of times, which are looked for where there is sound and nothing says where a turn is in it.
+# Usual names of time columns, which are tried if there are recordings and no setting names the times of the turns.
 STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")
 ENDS = ("end", "t_end", "end_time", "offset", "stop", "to")
-ADVICE = "; say with --set columns.text=NAME which column holds what, null for none"
+ADVICE = "; name the columns with --set columns.text=NAME, or null if there is none"
 
 
 def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
@@ -26,64 +26,63 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         config: settings.
 
     Raises:
-        ConfigError: there are annotators, and nothing tells which rows are of one utterance.
+        ConfigError: there are annotators, and no column identifies the utterance; or recordings without times.
         DataError: the file or a row cannot be read, rows of a session contradict each other, or there are no
             recordings.
     """
     columns = config.columns
     if columns.annotator is not None and columns.id is None and columns.index is None:
-        raise ConfigError("columns.annotator: set columns.id or columns.index too, or no rows are of one utterance")
+        raise ConfigError(
+            "columns.annotator: also set columns.id or columns.index, which identify the rows of one utterance"
+        )
     named = [name for name in columns.model_dump().values() if name is not None]
     timeless = audio is not None and columns.start is None and columns.clip is None
-    usual = _spelt(*STARTS, *ENDS) if timeless else []
+    usual = _spellings(*STARTS, *ENDS) if timeless else []
     rows = read_rows(source, list(dict.fromkeys(named)), config, usual, advice=ADVICE)
     if audio is not None:
-        refuse_no_folder(audio)
+        refuse_missing_folder(audio)
     if timeless:
         columns = _with_times(columns, rows[0])
-    draft = TurnBuilder("table", config.model_copy(update={"columns": columns}))
+    builder = TurnBuilder("table", config.model_copy(update={"columns": columns}))
     sessions = by_conversation(rows, columns.conversation)
-    conversations = [_conversation(name, own, audio, draft) for name, own in sessions.items()]
+    conversations = [_conversation(name, rows, audio, builder) for name, rows in sessions.items()]
     if audio is not None and columns.clip is not None:
-        refuse_none((turn.clip for one in conversations for turn in one.turns), audio)
+        refuse_no_recordings((turn.clip for conversation in conversations for turn in conversation.turns), audio)
     if columns.clip is None or columns.recording is not None:
-        files = {name: agreed(own, columns.recording) for name, own in sessions.items()}
+        files = {name: agreed(rows, columns.recording) for name, rows in sessions.items()}
         set_recordings(conversations, audio, {name: file for name, file in files.items() if file})
-    return draft.corpus(conversations)
+    return builder.corpus(conversations)
 
 
-def _spelt(*names: str) -> list[str]:
+def _spellings(*names: str) -> list[str]:
     return [*names, *map(str.capitalize, names)]
 
 
 def _with_times(columns: ColumnConfig, row: Row) -> ColumnConfig:
-    start, end = (next((name for name in _spelt(*names) if name in row.cells), None) for names in (STARTS, ENDS))
+    start, end = (next((name for name in _spellings(*names) if name in row.cells), None) for names in (STARTS, ENDS))
     if start is None:
         raise ConfigError(
-            "columns.start: --audio is given, and no column says where a turn is in it; name it by --set "
-            f"columns.start=NAME (found without: {', '.join(STARTS)}), or files of turns by --set columns.clip=NAME"
+            "columns.start: --audio is given, but no column has start times; name it with --set columns.start=NAME "
+            f"(recognised names: {', '.join(STARTS)}), or name a column of audio files with --set columns.clip=NAME"
         )
     return columns.model_copy(update={"start": start, "end": columns.end or end})
 
 
-def _conversation(name: str, rows: list[Row], audio: Path | None, draft: TurnBuilder) -> Conversation:
-    columns = draft.config.columns
+def _conversation(name: str, rows: list[Row], audio: Path | None, builder: TurnBuilder) -> Conversation:
+    columns = builder.config.columns
     key = columns.id or columns.index
-    keys = {row.where: row.need(key) if key else str(place) for place, row in enumerate(rows)}
-    coded = draft.utterances(
-        rows,
-        lambda row: f"{name}/{keys[row.where]}",
-        columns.annotator,
-        (columns.speaker, columns.text),
+    keys = {row.where: row.need(key) if key else str(index) for index, row in enumerate(rows)}
+    utterances = builder.utterances(
+        rows, lambda row: f"{name}/{keys[row.where]}", columns.annotator, (columns.speaker, columns.text)
     )
     if columns.index is not None:
-        coded.sort(key=lambda pair: _place(pair[1][0], columns.index))
+        utterances.sort(key=lambda votes: _position(votes[0], columns.index))
     turns = []
-    for index, (_, own) in enumerate(coded):
-        turns.append(_turn(name, keys[own[0].where], own, audio, draft))
+    for index, votes in enumerate(utterances):
+        turns.append(_turn(name, keys[votes[0].where], votes, audio, builder))
         turns[-1].index = index
     if columns.start is not None or columns.end is not None or (audio is not None and columns.clip is not None):
-        set_ends(turns, draft.findings)
+        set_ends(turns, builder.findings)
     quality, split = agreed(rows, columns.quality), agreed(rows, columns.split, "F_LEAK_CONVERSATION")
     return Conversation(
         name,
@@ -95,22 +94,24 @@ def _conversation(name: str, rows: list[Row], audio: Path | None, draft: TurnBui
     )
 
 
-def _place(row: Row, column: str | None) -> float:
+def _position(row: Row, column: str | None) -> float:
     try:
-        place = float(row[column])
+        position = float(row[column])
     except ValueError:
-        place = math.nan
-    if not math.isfinite(place):
-        raise DataError(f"{row.where}: {column} {row[column]!r} is not a number; it says the place in the session")
-    return place
+        position = math.nan
+    if not math.isfinite(position):
+        raise DataError(
+            f"{row.where}: {column} {row[column]!r} is not a number; it must be the position in the session"
+        )
+    return position
 
 
-def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None, draft: TurnBuilder) -> Turn:
-    columns, first = draft.config.columns, rows[0]
+def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None, builder: TurnBuilder) -> Turn:
+    columns, first = builder.config.columns, rows[0]
     codes = [row[columns.label] for row in rows]
-    turn = draft.turn(conversation, utterance, first[columns.speaker], first[columns.text], codes, first.where)
+    turn = builder.turn(conversation, utterance, first[columns.speaker], first[columns.text], codes, first.where)
     times = (first[columns.start], first[columns.end])
-    turn.start, turn.end = (read_time(time, turn, draft.findings, draft.config.time_unit) for time in times)
+    turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
     if audio is not None and first[columns.clip] and not is_rejected(turn.flags):
-        turn.clip = within(audio, first[columns.clip], first.where)
+        turn.clip = inside(audio, first[columns.clip], first.where)
     return turn

@@ -1,4 +1,4 @@
-"""Times as written, and ends that follow from the next start."""
+"""Parse times, and derive missing ends from the start of the next turn."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from itertools import zip_longest
 from data.corpus.issues import Finding
 from data.corpus.schema import Turn, flag, is_rejected, reject
 
-LONGEST = 1e6  # s: more is no time of a session
+LONGEST = 1e6  # s; a larger number cannot be a time in a session
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 USUAL = re.compile(rf"{NUMBER}|(?:\d{{1,2}}:)?\d{{1,2}}:\d\d(?:\.\d+)?")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?")
@@ -16,23 +16,23 @@ _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?")
 def read_time(
     stamp: str, turn: Turn, findings: list[Finding], unit: str = "s", usual: re.Pattern[str] = USUAL
 ) -> float | None:
-    """Seconds of a time written as a plain number or [HH:]MM:SS[.fff]; None for an empty or unreadable one.
+    """Return the seconds of a time, a plain number or [HH:]MM:SS[.fff]; None if it is empty or cannot be parsed.
 
     Args:
-        stamp: as written.
-        turn: rejected (E_TS_FORMAT) where the time cannot be read.
-        findings: get what is found.
-        unit: of plain numbers, s or ms.
-        usual: how times are written; W_TS_FORMAT is noted about one that is not, and can be read.
+        stamp: the time as written.
+        turn: the turn; it is rejected (E_TS_FORMAT) if the time cannot be parsed.
+        findings: the list that findings are added to.
+        unit: unit of plain numbers, s or ms.
+        usual: the usual format; a time of another format is flagged (W_TS_FORMAT).
     """
     stamp = stamp.strip()
     if not stamp:
         return None
     seconds = _seconds(stamp, unit)
     if seconds is None:
-        reject(turn, findings, "E_TS_FORMAT", f"time {stamp!r} is not readable; write seconds or HH:MM:SS")
+        reject(turn, findings, "E_TS_FORMAT", f"time {stamp!r} cannot be parsed; write seconds or HH:MM:SS")
     elif not usual.fullmatch(stamp):
-        flag(turn, findings, "W_TS_FORMAT", f"time {stamp!r} is read as {seconds:.2f} s")
+        flag(turn, findings, "W_TS_FORMAT", f"time {stamp!r} is parsed as {seconds:.2f} s")
     return seconds
 
 
@@ -52,20 +52,20 @@ def _seconds(stamp: str, unit: str) -> float | None:
 
 
 def set_ends(turns: Sequence[Turn], findings: list[Finding]) -> None:
-    """Give the turns of a session that have no end the start of the next one, and note those that stay open."""
+    """Set missing ends of the turns of a session to the start of the next turn, and flag turns that stay open."""
     first: dict[str, Turn] = {}
     for turn in turns:
-        first.setdefault(turn.id, turn)  # a turn that stands twice is not the next one of itself
+        first.setdefault(turn.id, turn)  # a duplicate row is not the next turn
     spoken = list(first.values())
     for turn, following in zip_longest(spoken, spoken[1:]):
         if is_rejected(turn.flags) or turn.clip is not None or turn.span is not None:
             continue
         if turn.start is None:
-            flag(turn, findings, "W_TS_OPEN", "no start is given")
+            flag(turn, findings, "W_TS_OPEN", "the turn has no start")
         elif following is None:
-            flag(turn, findings, "W_TS_OPEN", "the last turn, and no end is given")
+            flag(turn, findings, "W_TS_OPEN", "the last turn has no end")
         elif following.start is None:
-            flag(turn, findings, "W_TS_OPEN", f"no end: the time of the next turn, {following.id}, is not known")
+            flag(turn, findings, "W_TS_OPEN", f"the turn has no end, and the next turn, {following.id}, has no start")
         elif following.start > turn.start:
             turn.end = following.start
         else:
@@ -77,4 +77,10 @@ def _flag_backward(turn: Turn, following: str, start: float, after: float, findi
     if after == start:
         flag(turn, findings, "W_TS_ZERO", f"the next turn starts at the same time ({span})", (after, after))
     else:
-        flag(turn, findings, "W_TS_OPEN", f"no end: the next turn starts earlier ({span})", (after, after))
+        flag(
+            turn,
+            findings,
+            "W_TS_OPEN",
+            f"the turn has no end, and the next turn starts earlier ({span})",
+            (after, after),
+        )

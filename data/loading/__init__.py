@@ -1,1 +1,1 @@
-"""From shards to batches: tasks, examples, batch plans and sources."""
+"""From shards to batches: tasks, examples, augmentation, batch plans and sources."""

@@ -1,7 +1,7 @@
-"""Augmentation of training clips: another speed and added noise, drawn anew for every utterance in every epoch.
+"""Augmentation of training clips: speed perturbation and added noise, drawn for every utterance in every epoch.
 
-What is drawn follows from the run's seed, the epoch and the utterance alone: not from the order or size of batches, the
-number of workers, the reader, or where a run was resumed.
+The random values depend only on the seed of the run, the epoch and the utterance. They do not depend on the order or
+size of batches, the number of workers, the reader, or a resume.
 """
 
 import math
@@ -16,41 +16,42 @@ from data.corpus.audio import MIN_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What the augmentation of an utterance follows from, besides its id."""
+class AugmentSeed:
+    """The seed of the augmentation of all utterances in an epoch."""
 
     seed: int  # of the run
     epoch: int  # from 0
 
     def generator(self, utterance: str) -> np.random.Generator:
-        """The generator of one utterance; not the one that SpecAugment draws its masks with."""
+        """Return the generator of an utterance. SpecAugment uses a different one."""
         return np.random.default_rng([self.seed, self.epoch, zlib.crc32(f"sound of {utterance}".encode())])
 
 
-def augmented(clip: np.ndarray, config: AugmentConfig, draw: Draw, utterance: str) -> np.ndarray:
-    """A clip as it is heard in one epoch of training, int16; its length changes with the speed.
+def augment_clip(clip: np.ndarray, config: AugmentConfig, seed: AugmentSeed, utterance: str) -> np.ndarray:
+    """Return an int16 clip with random speed and noise; its length depends on the speed.
 
     Args:
-        clip: int16.
-        config: what may be drawn.
-        draw: of the run and epoch.
-        utterance: id of the turn that the clip was recorded from: whoever hears it in this epoch hears the same.
+        clip: int16 samples.
+        config: settings of the augmentation.
+        seed: seed of the epoch.
+        utterance: id of the turn with the clip; all items that use the clip in an epoch get the same result.
     """
-    rng = draw.generator(utterance)
-    choice, chance, place = rng.random(3)  # always three: what is drawn of one setting does not depend on another
+    rng = seed.generator(utterance)
+    # Always three values, so that one setting does not change what is drawn for another.
+    choice, chance, position = rng.random(3)
     if config.speeds:
-        clip = at_speed(clip, config.speeds[int(choice * len(config.speeds))])
+        clip = change_speed(clip, config.speeds[int(choice * len(config.speeds))])
     if config.noise_db is not None and chance < config.noise_probability:
         low, high = config.noise_db
-        clip = with_noise(clip, low + place * (high - low), rng)
+        clip = add_noise(clip, low + position * (high - low), rng)
     return clip
 
 
-def at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
-    """An int16 clip, played faster (above 1) or slower: tempo and pitch change together.
+def change_speed(clip: np.ndarray, speed: float) -> np.ndarray:
+    """Play an int16 clip faster (above 1) or slower, which changes tempo and pitch.
 
     This is the speed perturbation of Ko et al. (2015), Audio Augmentation for Speech Recognition, Interspeech. A clip
-    that it would leave shorter than MIN_SAMPLES stays as it is.
+    that would become shorter than MIN_SAMPLES is not changed.
     """
     if speed == 1 or _samples(len(clip), speed) < MIN_SAMPLES:
         return clip
@@ -60,14 +61,14 @@ def at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
     return _pcm16(resample_poly(clip.astype(np.float64), up=ratio.denominator, down=ratio.numerator))
 
 
-def with_noise(clip: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """An int16 clip with white noise at a ratio to its own power, so that silence stays silence."""
+def add_noise(clip: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Add white noise to an int16 clip at a ratio to the power of the clip, so that silence stays silence."""
     power = np.mean(np.square(clip, dtype=np.float64))
     return _pcm16(clip + rng.standard_normal(len(clip)) * np.sqrt(power / 10 ** (snr_db / 10)))
 
 
-def longest(samples: int, config: AugmentConfig) -> int:
-    """Samples that a clip has at the slowest speed, and at least as it is."""
+def longest_samples(samples: int, config: AugmentConfig) -> int:
+    """Return the number of samples of a clip at the slowest speed, at least the original number."""
     return max([samples, *(_samples(samples, speed) for speed in config.speeds)])
 
 
@@ -76,7 +77,7 @@ def _samples(samples: int, speed: float) -> int:
 
 
 def _ratio(speed: float) -> Fraction:
-    return Fraction(round(100 * speed), 100)  # small numbers: the filter grows with them
+    return Fraction(round(100 * speed), 100)  # small numbers, because the filter grows with them
 
 
 def _pcm16(signal: np.ndarray) -> np.ndarray:

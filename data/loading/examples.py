@@ -1,4 +1,4 @@
-"""From items to examples: the dialogue that is read, the clip that is heard, the answer that is expected."""
+"""Examples: the dialogue, the clip and the expected answer of an item, and clips as Arrow tables."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,60 +11,62 @@ import pyarrow as pa
 
 from data.config import DataConfig
 from data.errors import MisfitError
-from data.loading.augment import Draw, augmented, with_noise
-from data.loading.tasks import TASKS, Item, answer, heard_row, last_read
+from data.loading.augment import AugmentSeed, add_noise, augment_clip
+from data.loading.tasks import TASKS, Item, answer, audio_row, last_row
 from data.loading.teacher_files import TeacherLogits
 from data.shards.dataset import Shards
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One item of a task as the model gets it."""
+    """The input of the model for one item of a task, and the expected answer."""
 
-    id: str  # of the item's turn, or of the session that is rated
+    id: str  # of the turn, or of the session for a quality task
     task: str
     conversation: str
-    speaker: str  # role of the item's turn
+    speaker: str  # role of the turn
     answer: str
     subset: str | None
     turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
-    heard: int | None  # place in `turns` of the one that has a clip
-    pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: read as text only, or by its features
-    features: np.ndarray | None = None  # of a frozen encoder, float16 [T, D], in place of the clip
-    n_samples: int = 0  # of the clip, where the features stand for it
-    teacher_logits: TeacherLogits | None = None  # of a distillation's teacher
+    audio_turn: int | None  # index in `turns` of the turn with the clip
+    pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: text only, or features
+    features: np.ndarray | None = None  # cached features instead of the clip, float16 [T, D]
+    n_samples: int = 0  # of the clip, if `features` are given
+    teacher_logits: TeacherLogits | None = None  # cached logits of the teacher
 
 
 def read_example(
     shards: Shards,
     item: Item,
     config: DataConfig,
-    sound: bool,
-    draw: Draw | None = None,
+    with_audio: bool,
+    seed: AugmentSeed | None = None,
     pcm: np.ndarray | None = None,
 ) -> Example:
-    """The example of an item: the last `config.history` turns before the last one that may be read, and, if `sound`,
-    the clip of the last turn that has one, however far back it is.
+    """Return the example of an item.
+
+    Its dialogue has `config.history` turns before the last turn that the task may use, or more if the audio turn (the
+    last one with a clip) is further back.
 
     Args:
         shards: the corpus.
-        item: of a task.
-        config: how it is read.
-        sound: whether the clip is read.
-        draw: in training, of the epoch: the clip is augmented. None: it is not.
-        pcm: the clip, where it was read elsewhere.
+        item: an item of a task.
+        config: settings.
+        with_audio: whether the clip is read.
+        seed: augments the clip; None: it is not augmented.
+        pcm: the clip if it was read already.
     """
     columns, (name, row) = shards.columns, item
     task = TASKS[name]
-    last, heard = last_read(task, row), heard_row(shards, task, row)
+    last, audio = last_row(task, row), audio_row(shards, task, row)
     first = max(shards.sessions[row][0], last - config.history)
-    first = first if heard is None else min(first, heard)
+    first = first if audio is None else min(first, audio)
     texts = columns["text"][first : last + 1]
     if config.last_text == "omitted":
-        texts[(last if heard is None else heard) - first] = ""
+        texts[(last if audio is None else audio) - first] = ""
     session = task.answer == "quality"
-    if sound and heard is not None:
-        pcm = clip_of(shards, _source(shards, heard, config), config, draw)
+    if with_audio and audio is not None:
+        pcm = load_clip(shards, _clip_row(shards, audio, config), config, seed)
     return Example(
         id=columns["conversation" if session else "id"][row],
         task=name,
@@ -73,37 +75,45 @@ def read_example(
         answer=answer(shards, item),
         subset=columns["subset"][row] if task.answer == "label" and task.reads == "turn" else None,
         turns=tuple(zip(columns["speaker"][first : last + 1], texts, strict=True)),
-        heard=None if heard is None else heard - first,
+        audio_turn=None if audio is None else audio - first,
         pcm=pcm,
     )
 
 
 def clip_samples(shards: Shards, item: Item, config: DataConfig) -> int:
-    """Samples of the clip that is heard for an item, before augmentation; 0 without one. Needs no audio."""
-    row = heard_source(shards, item, config)
+    """Return the number of samples of the clip of an item before augmentation, 0 without a clip. Reads no audio."""
+    row = audio_source_row(shards, item, config)
     samples: int = 0 if row is None else shards.columns["n_samples"][row]
     return samples
 
 
-def _source(shards: Shards, row: int, config: DataConfig) -> int:
-    """The row whose clip is heard in place of a row's own.
+def audio_source_row(shards: Shards, item: Item, config: DataConfig) -> int | None:
+    """Return the row whose clip is used for an item; None if the item has no clip.
 
     Raises:
-        MisfitError: there is no other clip to shuffle with.
+        MisfitError: data.sound is shuffled, and there is no other clip.
     """
-    source = _shuffled(shards)[row] if config.sound == "shuffled" else row
-    if config.sound == "shuffled" and source == row:
+    row = audio_row(shards, TASKS[item[0]], item[1])
+    return None if row is None else _clip_row(shards, row, config)
+
+
+def _clip_row(shards: Shards, row: int, config: DataConfig) -> int:
+    """Return the row whose clip is used for a row: the row itself unless data.sound is shuffled."""
+    if config.sound != "shuffled":
+        return row
+    other = _shuffled_rows(shards)[row]
+    if other == row:
         split, role = (shards.columns[name][row] for name in ("split", "speaker"))
         raise MisfitError(
-            f"data.sound: shuffled needs two clips of a role in a split, and the {split} split of {shards.folder} has "
-            f"one of the {role}; use zeroed, or a larger corpus"
+            f"data.sound: shuffled needs two clips of a role in a split, but the {split} split of {shards.folder} has "
+            f"only one of the {role}; use zeroed, or a larger corpus"
         )
-    return source
+    return other
 
 
 @lru_cache(maxsize=2)
-def _shuffled(shards: Shards) -> dict[int, int]:
-    """By row with a clip: another one of the same role and split. The same pairs in every trial."""
+def _shuffled_rows(shards: Shards) -> dict[int, int]:
+    """Map each row with a clip to another one of the same role and split, equally in every trial."""
     columns = shards.columns
     groups: dict[tuple[str, str], list[int]] = {}
     for row, samples in enumerate(columns["n_samples"]):
@@ -113,57 +123,51 @@ def _shuffled(shards: Shards) -> dict[int, int]:
     pairs: dict[int, int] = {}
     for _, rows in sorted(groups.items()):
         order = rng.permutation(rows).tolist()
-        pairs |= dict(zip(order, order[1:] + order[:1], strict=True))  # a circle: nobody keeps his own
+        pairs |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: no row is mapped to itself
     return pairs
 
 
-def read_clip(shards: Shards, item: Item, config: DataConfig, draw: Draw | None = None) -> np.ndarray | None:
-    """What is heard for an item; None where nothing is. See `read_example`."""
-    row = heard_source(shards, item, config)
-    return None if row is None else clip_of(shards, row, config, draw)
+def read_item_clip(
+    shards: Shards, item: Item, config: DataConfig, seed: AugmentSeed | None = None
+) -> np.ndarray | None:
+    """Return the clip of an item, as `read_example` does; None if it has none."""
+    row = audio_source_row(shards, item, config)
+    return None if row is None else load_clip(shards, row, config, seed)
 
 
-def heard_source(shards: Shards, item: Item, config: DataConfig) -> int | None:
-    """The row whose clip is heard for an item; None where nothing is."""
-    row = heard_row(shards, TASKS[item[0]], item[1])
-    return None if row is None else _source(shards, row, config)
-
-
-def clip_of(shards: Shards, row: int, config: DataConfig, draw: Draw | None = None) -> np.ndarray:
-    """A row's clip as it is heard: augmented, or under a control of the sound."""
+def load_clip(shards: Shards, row: int, config: DataConfig, seed: AugmentSeed | None = None) -> np.ndarray:
+    """Return the clip of a row, augmented and changed according to `config.sound`."""
     clip = shards.pcm(row)
-    assert clip is not None  # `heard_row` chose a row with sound
-    if draw is not None:
-        clip = augmented(clip, config.augment, draw, shards.columns["id"][row])
-    # A control comes last, so it is what it says: silence stays silence.
+    assert clip is not None  # `audio_row` selects rows with a clip
+    if seed is not None:
+        clip = augment_clip(clip, config.augment, seed, shards.columns["id"][row])
+    # The control comes last, so that silence is not augmented with noise.
     if config.sound == "zeroed":
         return np.zeros_like(clip)
-    if config.sound == "noisy":  # drawn from the utterance's id, so always the same
-        return with_noise(clip, config.snr_db, np.random.default_rng(zlib.crc32(shards.columns["id"][row].encode())))
+    if config.sound == "noisy":  # the seed is the id of the utterance, so the noise is always the same
+        return add_noise(clip, config.snr_db, np.random.default_rng(zlib.crc32(shards.columns["id"][row].encode())))
     return clip
 
 
-def _taken(samples: int) -> np.ndarray:
-    return np.empty(samples, "<i2")
-
-
-def to_arrow(clips: Sequence[np.ndarray | None], take: Callable[[int], np.ndarray] = _taken) -> pa.Table:
-    """Clips as a table with one row each, empty where there is none: the form in which they cross processes.
+def clips_to_arrow(
+    clips: Sequence[np.ndarray | None], allocate: Callable[[int], np.ndarray] = lambda samples: np.empty(samples, "<i2")
+) -> pa.Table:
+    """Return clips as a table with one row each, which is empty for None, to send them to another process.
 
     Args:
-        clips: int16 samples; copied once.
-        take: gives memory for so many samples, in which the table will lie.
+        clips: int16 samples; they are copied once.
+        allocate: returns memory for a number of samples; the table will use it.
     """
-    heard = [clip for clip in clips if clip is not None]
-    pcm = take(sum(map(len, heard)))
-    np.concatenate([pcm[:0], *heard], out=pcm)
+    present = [clip for clip in clips if clip is not None]
+    pcm = allocate(sum(map(len, present)))
+    np.concatenate([pcm[:0], *present], out=pcm)
     borders = np.cumsum([0, *(0 if clip is None else clip.nbytes for clip in clips)], dtype=np.int64)
     buffers = [None, pa.py_buffer(borders), pa.py_buffer(pcm)]
     return pa.table({"pcm": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(clips), buffers)})
 
 
-def from_arrow(table: pa.Table) -> Iterator[np.ndarray | None]:
-    """The inverse of `to_arrow`; clips are not copied, so they hold the table's memory."""
+def clips_from_arrow(table: pa.Table) -> Iterator[np.ndarray | None]:
+    """Yield the clips of a table of `clips_to_arrow`; they are not copied, so they keep the table in memory."""
     for chunk in table["pcm"].chunks:
         _, offsets, content = chunk.buffers()
         borders = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()

@@ -1,4 +1,4 @@
-"""The tasks: what is predicted, from which part of a dialogue, and which turns of a corpus are its items."""
+"""The tasks: what is predicted from which part of a dialogue, and which turns of a corpus are items of a task."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ from data.corpus.schema import split_label
 from data.errors import MisfitError
 from data.shards.dataset import Shards
 
-Item = tuple[str, int]  # task and row of the index: the turn that is classified or predicted
+Item = tuple[str, int]  # name of the task, and row of the turn that is classified or predicted
 
 
 @dataclass(frozen=True)
 class Task:
-    """A declaration. An item is a turn; its answer is the turn's label, its text, or the label of its session."""
+    """A task. Its items are turns; the answer is the label or text of the turn, or the quality of its session."""
 
     name: str
     answer: Literal["label", "text", "quality"]
-    reads: Literal["turn", "before"]  # whether the dialogue ends with the item's turn or just before it
-    cue: str  # last words of the prompt; {role} is whose turn the item is
+    reads: Literal["turn", "before"]  # whether the dialogue ends with the turn or with the turn before it
+    cue: str  # last words of the prompt; {role} is the role of the turn
     instruction: str
-    role: str | None = None  # items are turns of this role only
+    role: str | None = None  # only turns of this role are items
 
 
 TASKS = {
@@ -44,28 +44,28 @@ TASKS = {
 }
 
 
-def has_sound(shards: Shards) -> bool:
-    """Whether any turn of the corpus has a clip."""
+def has_audio(shards: Shards) -> bool:
+    """Return whether any turn of the corpus has a clip."""
     return any(hours > 0 for hours in shards.manifest.hours.values())
 
 
 def items(shards: Shards, name: str, split: str) -> list[Item]:
-    """The items of a task in a split, in the order of the index.
+    """Return the items of a task in a split, in the order of the index.
 
-    The same items for every modality, so that text and speech are measured alike: where the corpus has sound, items
-    without any clip to hear are left out.
+    If the corpus has audio, items without a clip are left out, so that text and speech models are evaluated on the same
+    items.
 
     Raises:
-        MisfitError: there is none.
+        MisfitError: there are no items.
     """
     task, columns = TASKS[name], shards.columns
     rows = [row for row in range(len(columns["id"])) if columns["split"][row] == split and is_item(shards, task, row)]
-    if has_sound(shards):
-        rows = [row for row in rows if heard_row(shards, task, row) is not None]
+    if has_audio(shards):
+        rows = [row for row in rows if audio_row(shards, task, row) is not None]
     if not rows:
         raise MisfitError(
-            f"{shards.folder}: the {split} split has nothing for the task {name} ({_needs(task)}); set tasks.{name} to "
-            "0, or choose another split or corpus"
+            f"{shards.folder}: the {split} split has no items for the task {name} (needs {_needs(task)}); set "
+            f"tasks.{name} to 0, or choose another split or corpus"
         )
     return [(name, row) for row in rows]
 
@@ -77,7 +77,7 @@ def _needs(task: Task) -> str:
 
 
 def is_item(shards: Shards, task: Task, row: int) -> bool:
-    """Whether a task can be asked about a turn, whatever is heard."""
+    """Return whether a turn is an item of a task, independent of audio."""
     columns = shards.columns
     if task.role is not None and columns["speaker"][row] != task.role:
         return False
@@ -90,27 +90,24 @@ def is_item(shards: Shards, task: Task, row: int) -> bool:
     return columns["label"][row] is not None
 
 
-def last_read(task: Task, row: int) -> int:
-    """The last turn that may be read for an item."""
+def last_row(task: Task, row: int) -> int:
+    """Return the row of the last turn that a task may use for an item."""
     return row if task.reads == "turn" else row - 1
 
 
-def heard_row(shards: Shards, task: Task, row: int) -> int | None:
-    """The turn whose clip is heard: the last one with sound in the dialogue; None without one.
+def audio_row(shards: Shards, task: Task, row: int) -> int | None:
+    """Return the row of the audio turn: the last turn of the dialogue with a clip; None if there is none.
 
-    A turn that is classified by itself must have a clip of its own.
+    If the task classifies the turn itself, only the clip of this turn counts.
     """
-    last = last_read(task, row)
+    last = last_row(task, row)
     first = last if task.answer == "label" and task.reads == "turn" else shards.sessions[row][0]
     samples = shards.columns["n_samples"]
-    for other in range(last, first - 1, -1):
-        if samples[other] > 0:
-            return other
-    return None
+    return next((candidate for candidate in range(last, first - 1, -1) if samples[candidate] > 0), None)
 
 
 def answer(shards: Shards, item: Item) -> str:
-    """What is to be predicted: a label, a text, or a quality."""
+    """Return the expected answer of an item: a label, a text, or a quality."""
     name, row = item
     value: str = shards.columns[TASKS[name].answer][row]
     return value
@@ -118,17 +115,17 @@ def answer(shards: Shards, item: Item) -> str:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """The possible answers of a task and how often each occurs in training; both empty where the answer is text."""
+    """The possible answers of a task and their counts in the training split; both are empty if the answer is text."""
 
     labels: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
 
 
 def answer_sets(shards: Shards, names: Sequence[str]) -> dict[str, AnswerSet]:
-    """The answers of several tasks: labels in order, then the sets of labels that occur in training.
+    """Return the answers of several tasks: labels in order, then the joined labels that occur in the training split.
 
     Raises:
-        MisfitError: the training split has nothing for a task.
+        MisfitError: the training split has no items for a task.
     """
     return {name: _answer_set(shards, TASKS[name]) for name in names}
 
@@ -138,8 +135,8 @@ def _answer_set(shards: Shards, task: Task) -> AnswerSet:
     if task.answer == "text":
         return AnswerSet()
     manifest = shards.manifest
-    own = manifest.roles.get(task.role, ()) if task.role else manifest.labels
-    singles = manifest.qualities if task.answer == "quality" else tuple(name for name in manifest.labels if name in own)
+    allowed = manifest.roles.get(task.role, ()) if task.role else manifest.labels
+    singles = manifest.qualities if task.answer == "quality" else tuple(n for n in manifest.labels if n in allowed)
     sets = sorted(label for label in counts if len(split_label(label)) > 1)
     labels = (*singles, *sets)
     return AnswerSet(labels, tuple(counts[label] for label in labels))

@@ -1,4 +1,4 @@
-"""Shards that are still to be made: which sessions go together, what names them, and the work itself."""
+"""Shard jobs: group sessions into shards, name the shards, and write them."""
 
 import dataclasses
 import hashlib
@@ -6,37 +6,36 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from data.corpus import audio
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding
-from data.corpus.schema import SCHEMA_VERSION, Conversation, Turn, is_rejected
+from data.corpus.schema import SCHEMA_VERSION, Conversation, Turn, TurnRow, is_rejected
 from data.errors import DataError
 from data.preparation.validate import Aligner, check_order, cut
 from data.shards.format import ShardFile, encode_shard
 from data.shards.store import Store
 
 SHARD_BYTES = 64 << 20
-ALIGNED_BYTES = SHARD_BYTES // 8  # alignment takes its time: smaller jobs keep all CPUs busy and lose less to a kill
+ALIGNED_BYTES = SHARD_BYTES // 8  # alignment is slow; smaller jobs keep all CPUs busy and lose less to a kill
 
 
 @dataclass(frozen=True)
-class Job:
-    """A shard to be made: travels to the process that makes it."""
+class ShardJob:
+    """A shard to be written, with all that the process needs that writes it."""
 
     store: Store
     name: str
     conversations: Sequence[Conversation]
-    keys: dict[str, str]  # of the conversations
+    keys: dict[str, str]  # `conversation_key` by conversation id
     config: CorpusConfig
     align: Aligner | None
 
     def __call__(self) -> ShardFile:
-        """Cut the clips, write the shard, and return what there is to know about it."""
-        rows: list[dict[str, Any]] = []
+        """Cut the clips, write the shard, and return its description."""
+        rows: list[TurnRow] = []
         findings: list[Finding] = []
         for conversation in self.conversations:
             self._refuse_unseen(conversation)
@@ -45,53 +44,51 @@ class Job:
                 check_order(conversation.turns, findings)
             rows += [_row(turn, conversation, recording, self.config.codec) for turn in conversation.turns]
             for turn in conversation.turns:
-                turn.audio = None  # encoded: the samples would be held twice
-        buffer, made = encode_shard(self.name, rows, self.keys, findings)
+                turn.audio = None  # it is encoded now; free the samples
+        buffer, file = encode_shard(self.name, rows, self.keys, findings)
         self.store.write(self.name, buffer)
-        return made
+        return file
 
     def to_arrow(self) -> pa.Table:
-        """The same, in a form that crosses processes."""
+        """Run the job and return its result as a table, which Ray Data can send to another process."""
         return self().to_arrow()
 
     def _refuse_unseen(self, conversation: Conversation) -> None:
-        """Raise a DataError where a recording that was there a moment ago cannot be seen from here."""
-        own = [turn for turn in conversation.turns if not is_rejected(turn.flags)]
-        paths = [conversation.recording if own else None, *(turn.clip for turn in own)]
+        """Raise a DataError if this node does not see a recording that existed when the jobs were made."""
+        turns = [turn for turn in conversation.turns if not is_rejected(turn.flags)]
+        paths = [conversation.recording if turns else None, *(turn.clip for turn in turns)]
         for path in (path for path in paths if path is not None and not audio.exists(path)):
-            raise DataError(
-                f"{path}: the recording is gone, or this node does not see it; share the folder with all nodes"
-            )
+            raise DataError(f"{path}: the recording is not visible on this node; use a folder that all nodes share")
 
 
-def serially(jobs: Sequence[Job]) -> Iterator[ShardFile]:
-    """Make the shards one after the other in this process."""
+def serially(jobs: Sequence[ShardJob]) -> Iterator[ShardFile]:
+    """Run the jobs one after the other in this process."""
     return (job() for job in jobs)
 
 
 def conversation_key(conversation: Conversation, config: CorpusConfig, align: str | None) -> str:
-    """Names all that a conversation's rows are made from; a recording by its size and time of change.
+    """Return a hash of everything that determines the rows of a conversation.
 
     Args:
-        conversation: as checked.
-        config: how it is stored.
+        conversation: a checked conversation; a recording counts with its name, size and time of modification.
+        config: settings of the corpus.
         align: key of the alignment.
     """
-    content: list[Any] = [SCHEMA_VERSION, config.codec, config.channels, align]
+    content: list[object] = [SCHEMA_VERSION, config.codec, config.channels, align]
     content += [conversation.id, conversation.quality, _stamp(conversation.recording)]
     for turn in conversation.turns:
-        own = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
-        sound = None if turn.audio is None else hashlib.sha256(turn.audio.tobytes()).hexdigest()
-        # Not the line: a row that is put in above moves all others.
-        content.append({**own, "audio": sound, "clip": _stamp(turn.clip), "where": None})
+        fields = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
+        samples = None if turn.audio is None else hashlib.sha256(turn.audio.tobytes()).hexdigest()
+        # The line is left out, because a row that is inserted above moves all others.
+        content.append({**fields, "audio": samples, "clip": _stamp(turn.clip), "where": None})
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _stamp(path: Path | None) -> list[Any] | None:
+def _stamp(path: Path | None) -> tuple[str, int, int] | None:
     if path is None or not audio.exists(path):
         return None
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return (path.name, status.st_size, status.st_mtime_ns)
 
 
 def shard_jobs(
@@ -100,31 +97,31 @@ def shard_jobs(
     keys: Mapping[str, str],
     config: CorpusConfig,
     align: Aligner | None,
-) -> list[Job]:
-    """Shards of about SHARD_BYTES, of whole conversations in their order."""
-    for conversation in conversations:  # a worker has another current folder
+) -> list[ShardJob]:
+    """Group whole conversations in their order into shards of about SHARD_BYTES."""
+    for conversation in conversations:  # workers have another working directory
         conversation.recording = conversation.recording and conversation.recording.absolute()
         for turn in conversation.turns:
             turn.clip = turn.clip and turn.clip.absolute()
     parts: list[list[Conversation]] = []
     size, limit = 0, SHARD_BYTES if align is None else ALIGNED_BYTES
     for conversation in conversations:
-        own = _bytes(conversation)
-        if not parts or size + own > limit:
+        added = _bytes(conversation)
+        if not parts or size + added > limit:
             parts.append([])
             size = 0
         parts[-1].append(conversation)
-        size += own
+        size += added
     jobs = []
     for part in parts:
-        own_keys = {one.id: keys[one.id] for one in part}
-        name = hashlib.sha256(json.dumps(own_keys).encode()).hexdigest()[:16]
-        jobs.append(Job(store, f"shard-{name}.arrow", part, own_keys, config, align))
+        part_keys = {conversation.id: keys[conversation.id] for conversation in part}
+        name = hashlib.sha256(json.dumps(part_keys).encode()).hexdigest()[:16]
+        jobs.append(ShardJob(store, f"shard-{name}.arrow", part, part_keys, config, align))
     return jobs
 
 
 def _bytes(conversation: Conversation) -> int:
-    """About how many bytes of sound a conversation has."""
+    """Estimate the bytes of audio of a conversation."""
     total = 0
     for turn in conversation.turns:
         if turn.audio is not None:
@@ -136,8 +133,7 @@ def _bytes(conversation: Conversation) -> int:
     return total
 
 
-def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | None, codec: str) -> dict[str, Any]:
-    heard = turn.audio is not None
+def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | None, codec: str) -> TurnRow:
     pcm = turn.audio.astype("<i2") if turn.audio is not None else None
     peak, rms_db = (None, None) if pcm is None else audio.level(pcm)
     given = turn.given or (None, None)
@@ -164,7 +160,7 @@ def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | No
         "peak": peak,
         "rms_db": rms_db,
         "flags": " ".join(dict.fromkeys(turn.flags)),
-        "source_rate": recording.source_rate if recording and heard else None,
-        "source_channels": recording.source_channels if recording and heard else None,
+        "source_rate": recording.source_rate if recording and pcm is not None else None,
+        "source_channels": recording.source_channels if recording and pcm is not None else None,
         "recording_hash": "" if recording is None else hashlib.sha256(recording.pcm.tobytes()).hexdigest()[:32],
     }

@@ -1,21 +1,20 @@
-"""Sessions that a model is to code: prepared like a corpus, but nobody gave them labels and nothing is split."""
+"""Prepare sessions that a model will code: like a corpus, but without labels and without a split."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.issues import Finding
 from data.corpus.schema import Conversation, Corpus, is_rejected
 from data.importers import IMPORTERS
-from data.loading.tasks import TASKS, Item, Task, heard_row, is_item
+from data.loading.tasks import TASKS, Item, Task, audio_row, is_item
 from data.preparation.build import Run, prepare
-from data.preparation.split import Place
+from data.preparation.split import Assignment, Pairs, Part
 from data.preparation.validate import TIMELESS, Aligner
 from data.shards.dataset import Shards
 
-SPLIT = "test"  # all of them
-UNUSED = ("label", "video", "person", "quality", "split")  # columns that only training needs
+SPLIT = "test"  # split of all sessions
+UNUSED = ("label", "video", "person", "quality", "split")  # columns that are only needed for training
 
 
 def read_sessions(
@@ -26,15 +25,15 @@ def read_sessions(
     roles: Mapping[str, Sequence[str]],
     qualities: Sequence[str] = (),
 ) -> Corpus:
-    """Read sessions in one of the formats of corpora; codes that they have already are not looked at.
+    """Read sessions in one of the corpus formats. Existing codes are ignored.
 
     Args:
-        kind: of IMPORTERS.
+        kind: key of IMPORTERS.
         source: file or folder.
         audio: folder with the recordings; None: text only.
-        config: settings, as of a corpus.
-        roles: of the corpus that the model was trained on: who may carry which label.
-        qualities: that it gives to sessions; none: it does not rate them.
+        config: settings, as for a corpus.
+        roles: role → labels it may have, of the corpus that the model was trained on.
+        qualities: quality labels that the model assigns to sessions; empty: it does not rate them.
 
     Raises:
         DataError: the source cannot be used.
@@ -44,77 +43,86 @@ def read_sessions(
     corpus.roles = {role: tuple(labels) for role, labels in roles.items()}
     corpus.labels = tuple(dict.fromkeys(label for labels in roles.values() for label in labels))
     corpus.declared, corpus.qualities = True, tuple(qualities)
-    for one in corpus.conversations:
-        one.quality = next(iter(qualities), None)  # any, as with labels below
-    for turn in (turn for one in corpus.conversations for turn in one.turns):
-        # Any label makes a turn an item; which one it is, no score depends on.
-        own = corpus.roles.get(turn.speaker, ())
-        turn.label, turn.votes = (own[0] if own and not is_rejected(turn.flags) else None), {}
+    for conversation in corpus.conversations:
+        conversation.quality = next(iter(qualities), None)  # a placeholder, as the labels below
+        for turn in conversation.turns:
+            # A turn needs a label to become an item of a task. Its value has no effect on the predictions.
+            labels = corpus.roles.get(turn.speaker, ())
+            turn.label, turn.votes = (labels[0] if labels and not is_rejected(turn.flags) else None), {}
     return corpus
 
 
 def prepare_sessions(corpus: Corpus, out: Path, config: CorpusConfig, align: Aligner | None, run: Run) -> Shards:
-    """Write what `read_sessions` returned as shards. Rows that are rejected stay, and say why; see `prepare`."""
+    """Write the result of `read_sessions` as shards; any number of rows may be rejected. See `prepare`."""
     settings = config.model_copy(update={"max_rejected": 1.0, "split": SplitConfig()})
-    return prepare(corpus, out, settings, align=align, run=run, deal=_undivided)
+    return prepare(corpus, out, settings, align=align, run=run, split=_assign_all)
 
 
-def _undivided(conversations: Sequence[Conversation], config: SplitConfig, **_: Any) -> dict[str, Place]:
-    return {one.id: Place(one.group, SPLIT) for one in conversations}
+def _assign_all(
+    conversations: Sequence[Conversation],
+    config: SplitConfig,
+    *,
+    before: Mapping[str, Part] = {},
+    shared: Pairs = (),
+) -> dict[str, Assignment]:
+    return {conversation.id: Assignment(conversation.group, SPLIT) for conversation in conversations}
 
 
-def codable(shards: Shards, name: str, hears: bool) -> list[Item]:
-    """What a task can be asked about, in the order of the index: turns, or the last turns of sessions that are rated.
+def codable_items(shards: Shards, name: str, uses_audio: bool) -> list[Item]:
+    """Return the items of a task in the order of the index: turns, or the last turn of each session for quality tasks.
 
     Args:
-        shards: of `prepare_sessions`.
-        name: of the task.
-        hears: whether the model needs a clip.
+        shards: the result of `prepare_sessions`.
+        name: name of the task.
+        uses_audio: whether the model needs a clip.
     """
     task, flags = TASKS[name], shards.columns["flags"]
     return [
         (name, row)
         for row in range(len(flags))
         if is_item(shards, task, row) and (task.answer == "quality" or not is_rejected(flags[row].split()))
-        if not hears or heard_row(shards, task, row) is not None
+        if not uses_audio or audio_row(shards, task, row) is not None
     ]
 
 
-def why_not(shards: Shards, findings: Sequence[Finding], names: Sequence[str], hears: bool) -> dict[int, str]:
-    """By row of the turns that no task can be asked about: the reason, in a few words.
+def reasons_not_coded(
+    shards: Shards, findings: Sequence[Finding], names: Sequence[str], uses_audio: bool
+) -> dict[int, str]:
+    """Return the reason, in a few words, for every row that is not an item of any task.
 
     Args:
-        shards: of `prepare_sessions`.
-        findings: of their preparation.
-        names: of the tasks.
-        hears: whether the model needs a clip.
+        shards: the result of `prepare_sessions`.
+        findings: findings of the preparation.
+        names: names of the tasks.
+        uses_audio: whether the model needs a clip.
     """
-    columns, found = shards.columns, {}
+    columns, reasons = shards.columns, {}
     tasks = [TASKS[name] for name in names if TASKS[name].answer != "quality"]
-    asked = {row for task in tasks for _, row in codable(shards, task.name, hears)}
-    told = {finding.utterance: finding for finding in findings if finding.code.startswith("E_")}
-    silent = {finding.utterance: finding.message for finding in findings if finding.code in TIMELESS}
+    items = {row for task in tasks for _, row in codable_items(shards, task.name, uses_audio)}
+    errors = {finding.utterance: finding.message for finding in findings if finding.code.startswith("E_")}
+    timeless = {finding.utterance: finding.message for finding in findings if finding.code in TIMELESS}
     for row, utterance in enumerate(columns["id"]):
-        known = [task for task in tasks if is_item(shards, task, row)]
+        candidates = [task for task in tasks if is_item(shards, task, row)]
         if is_rejected(columns["flags"][row].split()):
-            found[row] = told[utterance].message if utterance in told else columns["flags"][row]
-        elif row not in asked and any(task.reads == "turn" for task in known):
-            found[row] = "no sound: " + silent.get(utterance, "the turn has no recording")
-        elif row not in asked:
-            found[row] = "no sound: no turn before it has a recording" if known else _unasked(shards, tasks, row)
-    return found
+            reasons[row] = errors.get(utterance, columns["flags"][row])
+        elif row not in items and any(task.reads == "turn" for task in candidates):
+            reasons[row] = "no audio: " + timeless.get(utterance, "the turn has no recording")
+        elif row not in items and candidates:
+            reasons[row] = "no audio: no turn before it has a recording"
+        elif row not in items:
+            reasons[row] = _reason_no_item(shards, tasks, row)
+    return reasons
 
 
-def _unasked(shards: Shards, tasks: Sequence[Task], row: int) -> str:
-    """Why a turn is no item of any task."""
+def _reason_no_item(shards: Shards, tasks: Sequence[Task], row: int) -> str:
     if not tasks:
         return "only whole sessions are rated"
     labelled = any(task.answer == "label" for task in tasks)
     roles = [role for role, labels in shards.manifest.roles.items() if labels]
     if labelled and shards.columns["label"][row] is None:
-        return f"only the {' and the '.join(roles)} is coded"
+        return f"only turns of the {' and the '.join(roles)} are coded"
     if not labelled and shards.columns["speaker"][row] not in {task.role for task in tasks}:
         return f"only replies of the {tasks[0].role} are written"
     if row == shards.sessions[row][0]:
-        return "nothing comes before it"
-    return "it is no reply: it has no words, or the same speaker goes on"
+        return "no turn comes before it"
+    return "the turn is not a reply: it has no text, or the previous turn has the same speaker"

@@ -1,4 +1,4 @@
-"""Checks of a corpus: what can be told from the tables alone (`check`), and what only the sound shows (`cut`)."""
+"""Validate a corpus: from the tables alone (`check`) and from the audio while clips are cut (`cut`)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,42 +8,46 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import audio
-from data.corpus.issues import Finding, failure
+from data.corpus.issues import Finding, build_error
 from data.corpus.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
 from data.errors import ConfigError, DataError
 
-Aligner = Callable[[np.ndarray, list[Turn], list[Finding]], None]  # a whole channel, int16 [n_samples]
+# Takes a channel, int16 [n_samples], the turns whose times it sets, and the list that findings are added to.
+Aligner = Callable[[np.ndarray, list[Turn], list[Finding]], None]
 
-TOLERANCE = 0.05  # s: a time this little past the recording, or into a neighbour, is rounding
+TOLERANCE = 0.05  # s; smaller overlaps, and smaller excesses over the recording, are rounding errors
 LONG = 30.0  # s
-TIMELESS = ("W_TS_ZERO", "W_TS_OPEN")  # not so any more where the alignment gave a turn its length
-RARE = 3  # turns: a label that is rarer and resembles a frequent one may be a typing error
-CLIPPED, SILENT, OFFSET = 1e-3, 1e-4, 0.02  # share of samples at full scale; peak; mean of the samples
+TIMELESS = ("W_TS_ZERO", "W_TS_OPEN")  # no longer valid if the alignment has set the times
+RARE = 3  # turns; a label with fewer turns that resembles a frequent one may be a typing error
+CLIPPED, SILENT, OFFSET = 1e-3, 1e-4, 0.02  # fraction of samples at full scale; peak; mean
 
 
 def check_channels(corpus: Corpus, channels: Mapping[str, int]) -> None:
-    """Raise a ConfigError where a role would be heard on the channel of another one."""
-    speakers = {turn.speaker for one in corpus.conversations for turn in one.turns if not is_rejected(turn.flags)}
+    """Raise a ConfigError unless either all roles of the corpus have a channel or none has one."""
+    speakers = {
+        turn.speaker
+        for conversation in corpus.conversations
+        for turn in conversation.turns
+        if not is_rejected(turn.flags)
+    }
     wrong = sorted(speakers ^ channels.keys()) if channels else []
     if wrong:
-        rule = "has no channel" if wrong[0] in speakers else "is no role of the corpus"
-        raise ConfigError(
-            f"channels.{wrong[0]}: {rule}; name one for each of {', '.join(sorted(speakers))}, or none at all"
-        )
+        rule = "has no channel" if wrong[0] in speakers else "is not a role of the corpus"
+        raise ConfigError(f"channels.{wrong[0]}: {rule}; set one for each of {', '.join(sorted(speakers))}, or none")
 
 
 def check(corpus: Corpus, *, order: bool = True) -> None:
-    """Judge every turn by what the tables say; findings go to the corpus and the flags of its turns.
+    """Check every turn without reading audio, and add findings to the corpus and flags to its turns.
 
-    Turns that stand twice are dropped, rejected ones lose their label.
+    Duplicate turns are dropped; rejected turns lose their label.
 
     Args:
-        corpus: what an importer returned.
-        order: whether times are final; where they will be aligned, `check_order` comes afterwards.
+        corpus: the result of an importer; it is changed.
+        order: whether times are final. If they will be aligned, `check_order` is called afterwards.
 
     Raises:
-        BuildError: an id names two different utterances.
-        DataError: a declared label cannot be told apart from several joined ones.
+        BuildError: one id is used for two different utterances.
+        DataError: a declared label contains the separator of joined labels.
     """
     for label in corpus.labels:
         if JOIN in label:
@@ -65,61 +69,60 @@ def check(corpus: Corpus, *, order: bool = True) -> None:
 
 
 def _drop_duplicates(corpus: Corpus) -> None:
-    """Conversations and turns of one id: equal turns are dropped, different ones fail the build."""
+    """Drop turns whose id and content occurred before; raise a BuildError if only the id did."""
     conflicts: list[Finding] = []
     sessions: dict[str, Conversation] = {}
     seen: dict[str, tuple[str, Turn]] = {}
     for conversation in corpus.conversations:
         kept = []
-        known = sessions.setdefault(conversation.id, conversation)
+        first_session = sessions.setdefault(conversation.id, conversation)
         for turn in conversation.turns:
-            owner, first = seen.setdefault(turn.id, (conversation.id, turn))
-            if first is turn and known is conversation:
+            session_id, first = seen.setdefault(turn.id, (conversation.id, turn))
+            if first is turn and first_session is conversation:
                 kept.append(turn)
             elif first is turn:
-                message = (
-                    f"the session stands already at {known.turns[0].where}, without this turn; put it in one place"
-                )
+                message = f"the session is already at {first_session.turns[0].where}, without this turn; merge the two"
                 conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span))
-            elif owner == conversation.id and _equal(first, turn):
-                message = f"stands already at {first.where}, equal in everything"
+            elif session_id == conversation.id and _equal(first, turn):
+                message = f"is already at {first.where}, with equal content"
                 corpus.findings.append(Finding("W_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
             else:
-                message = f"stands already at {first.where}, with other content"
+                message = f"is already at {first.where}, with different content"
                 conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
-        conversation.turns = kept if known is conversation else []
+        conversation.turns = kept if first_session is conversation else []
     corpus.conversations = list(sessions.values())
     if conflicts:
         ids = len({finding.utterance for finding in conflicts})
-        raise failure(conflicts, f"{ids} id(s) name different utterances: give each its own, or remove the wrong rows")
+        advice = f"{ids} id(s) are used for different utterances; make the ids unique, or remove the wrong rows"
+        raise build_error(conflicts, advice)
 
 
-def _equal(one: Turn, other: Turn) -> bool:
-    """In all but the place in the file, from which an end may follow."""
+def _equal(first: Turn, second: Turn) -> bool:
+    """Return whether two turns have equal content. A missing end is ignored, because it depends on the next row."""
     names = ("speaker", "text", "label", "start", "subset", "clip")
-    same = all(getattr(one, name) == getattr(other, name) for name in names)
-    return same and (None in (one.end, other.end) or one.end == other.end)
+    same = all(getattr(first, name) == getattr(second, name) for name in names)
+    return same and (None in (first.end, second.end) or first.end == second.end)
 
 
 def _check_label(turn: Turn, corpus: Corpus) -> None:
-    """Labels are declared and belong to the role; those of one turn stand in the order of the declaration."""
+    """Reject undeclared labels and labels of another role, and sort the labels of a turn in declared order."""
     if turn.label is None:
         return
-    own = set(split_label(turn.label))
+    labels = set(split_label(turn.label))
     allowed = corpus.roles.get(turn.speaker, ())
-    for label in sorted(own):
+    for label in sorted(labels):
         if label not in corpus.labels:
             near = get_close_matches(label, allowed or corpus.labels, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            known = ", ".join(allowed or corpus.labels)
-            reject(turn, corpus.findings, "E_LABEL", f"label {label!r} is unknown; {hint}known: {known}")
+            expected = ", ".join(allowed or corpus.labels)
+            reject(turn, corpus.findings, "E_LABEL", f"label {label!r} is unknown; {hint}expected: {expected}")
             return
         if label not in allowed:
-            owners = ", ".join(role for role, labels in corpus.roles.items() if label in labels)
-            message = f"label {label!r} belongs to {owners or 'nobody'}, and the {turn.speaker} speaks"
+            roles = ", ".join(role for role, allowed in corpus.roles.items() if label in allowed) or "no role"
+            message = f"label {label!r} belongs to {roles}, but the speaker is the {turn.speaker}"
             reject(turn, corpus.findings, "E_LABEL_ROLE", message)
             return
-    turn.label = JOIN.join(sorted(own, key=corpus.labels.index))
+    turn.label = JOIN.join(sorted(labels, key=corpus.labels.index))
 
 
 def _check_times(turn: Turn, findings: list[Finding]) -> None:
@@ -128,30 +131,30 @@ def _check_times(turn: Turn, findings: list[Finding]) -> None:
     elif turn.span is None:
         return
     elif turn.span[1] < turn.span[0]:
-        reject(turn, findings, "E_TS_END", f"ends before it starts ({_show(turn)})")
+        reject(turn, findings, "E_TS_END", f"ends before it starts ({_format_span(turn)})")
     elif turn.span[1] == turn.span[0] and "W_TS_ZERO" not in turn.flags:
-        flag(turn, findings, "W_TS_ZERO", f"has no length ({_show(turn)})")
+        flag(turn, findings, "W_TS_ZERO", f"has zero length ({_format_span(turn)})")
         turn.end = None
 
 
-def _show(turn: Turn) -> str:
+def _format_span(turn: Turn) -> str:
     return f"{turn.start:.2f}-{turn.end:.2f} s"
 
 
 def check_order(turns: Sequence[Turn], findings: list[Finding]) -> None:
-    """Starts that go backwards, and utterances that overlap an earlier one: people do talk at once."""
+    """Flag turns that start before the previous one, and turns that overlap an earlier one."""
     timed = [turn for turn in turns if turn.start is not None and not is_rejected(turn.flags)]
     latest: Turn | None = None  # the turn that ends last so far
     before: Turn | None = None
     for turn in timed:
         assert turn.start is not None
         if before is not None and before.start is not None and turn.start < before.start:
-            message = f"starts at {turn.start:.2f} s, before {before.id} above it ({before.start:.2f} s)"
+            message = f"starts at {turn.start:.2f} s, before the previous turn {before.id} ({before.start:.2f} s)"
             flag(turn, findings, "W_TS_ORDER", message, before.span or (before.start, before.start))
         if latest is not None and latest.end is not None and latest.start is not None and turn.end is not None:
             shared = min(turn.end, latest.end) - max(turn.start, latest.start)
             if shared > TOLERANCE:
-                message = f"overlaps {latest.id} by {shared:.2f} s ({_show(turn)} and {_show(latest)})"
+                message = f"overlaps {latest.id} by {shared:.2f} s ({_format_span(turn)} and {_format_span(latest)})"
                 flag(turn, findings, "W_TS_OVERLAP", message, latest.span)
         before = turn
         if turn.end is not None and (latest is None or latest.end is None or turn.end > latest.end):
@@ -161,7 +164,7 @@ def check_order(turns: Sequence[Turn], findings: list[Finding]) -> None:
 def _reject_all(turns: Iterable[Turn], findings: list[Finding], code: str, path: Path, why: str = "") -> None:
     for turn in turns:
         if not is_rejected(turn.flags):
-            reject(turn, findings, code, why or f"no file {path.name} in {path.parent.name}")
+            reject(turn, findings, code, why or f"the file {path.name} does not exist in {path.parent.name}")
 
 
 def _flag_rare_labels(corpus: Corpus) -> None:
@@ -179,16 +182,16 @@ def _flag_rare_labels(corpus: Corpus) -> None:
 def cut(
     conversation: Conversation, channels: Mapping[str, int], findings: list[Finding], align: Aligner | None = None
 ) -> audio.Recording | None:
-    """Give every turn that has a time, or a file of its own, its samples, and note what is odd about them.
+    """Set the samples of every turn that has times or a separate audio file, and add findings about them.
 
     Args:
-        conversation: its turns get `audio`.
-        channels: role → channel of the recording that holds this speaker alone; empty: mixed down.
-        findings: get what is found.
-        align: refines the turns' times first.
+        conversation: the session; `audio` of its turns is set.
+        channels: role → channel of the recording with only this speaker; empty: channels are mixed down.
+        findings: the list that findings are added to.
+        align: refines the times of the turns before they are cut.
 
     Returns:
-        The recording of the session, where there is one.
+        The recording of the session, if there is one.
     """
     for turn in conversation.turns:
         if turn.clip is not None:
@@ -199,13 +202,13 @@ def cut(
     recording = _read(path, conversation.turns, findings, conversation.id, separate=bool(channels))
     if recording is None:
         return None
-    own = [turn for turn in conversation.turns if turn.clip is None and not is_rejected(turn.flags)]
+    turns = [turn for turn in conversation.turns if turn.clip is None and not is_rejected(turn.flags)]
     if align is not None:
         for channel, pcm in enumerate(recording.pcm):
-            align(pcm, [turn for turn in own if channels.get(turn.speaker, 0) == channel], findings)
-        for turn in (turn for turn in own if turn.given is not None and turn.span is not None):
+            align(pcm, [turn for turn in turns if channels.get(turn.speaker, 0) == channel], findings)
+        for turn in (turn for turn in turns if turn.given is not None and turn.span is not None):
             turn.flags = tuple(code for code in turn.flags if code not in TIMELESS)
-    for turn in own:
+    for turn in turns:
         if turn.span is not None:
             _cut(turn, recording, channels.get(turn.speaker, 0), findings)
     return recording
@@ -221,7 +224,7 @@ def _read_clip(turn: Turn, findings: list[Finding]) -> None:
 def _read(
     path: Path, turns: Sequence[Turn], findings: list[Finding], name: str, *, separate: bool = False
 ) -> audio.Recording | None:
-    """Decode a file, with its own findings; None, and its turns rejected, if that cannot be."""
+    """Decode a file and add findings about it; return None and reject its turns if it cannot be decoded."""
     try:
         recording = audio.read_recording(path, separate=separate)
     except DataError as error:
@@ -229,11 +232,11 @@ def _read(
         return None
     span = (0.0, recording.duration)
     if recording.pcm.shape[1] == 0:
-        _reject_all(turns, findings, "E_AUDIO_EMPTY", path, f"{path.name} holds no samples")
+        _reject_all(turns, findings, "E_AUDIO_EMPTY", path, f"{path.name} contains no samples")
         return None
     if recording.missing > TOLERANCE:
         message = (
-            f"holds {recording.duration:.2f} s, and announces {recording.missing:.2f} s more; copy or export it again"
+            f"contains {recording.duration:.2f} s, the header announces {recording.missing:.2f} s more; copy it again"
         )
         findings.append(Finding("W_TRUNCATED", path.name, name, message, None, span))
     if recording.source_channels > 1 and not separate:
@@ -247,15 +250,15 @@ def _read(
 def _cut(turn: Turn, recording: audio.Recording, channel: int, findings: list[Finding]) -> None:
     assert turn.start is not None
     assert turn.end is not None
-    whole, shown = (0.0, recording.duration), f"{_show(turn)}, recording {recording.duration:.2f} s"
+    whole, times = (0.0, recording.duration), f"{_format_span(turn)}, recording {recording.duration:.2f} s"
     late = turn.end - recording.duration
     if late > TOLERANCE:
-        reject(turn, findings, "E_TS_RANGE", f"ends {late:.2f} s after the recording ({shown})", whole)
+        reject(turn, findings, "E_TS_RANGE", f"ends {late:.2f} s after the recording ({times})", whole)
         return
     if late > 0:
-        flag(turn, findings, "W_TS_CLAMPED", f"ends {1000 * late:.0f} ms after the recording ({shown})", whole)
+        flag(turn, findings, "W_TS_CLAMPED", f"ends {1000 * late:.0f} ms after the recording ({times})", whole)
     if channel >= len(recording.pcm):
-        message = f"the {turn.speaker} is expected on channel {channel}, and the file has {len(recording.pcm)}"
+        message = f"the {turn.speaker} is expected on channel {channel}, but the file has {len(recording.pcm)}"
         reject(turn, findings, "E_AUDIO_MISSING", message, whole)
         return
     piece = slice(audio.samples(max(0.0, turn.start)), audio.samples(turn.end))
@@ -263,7 +266,7 @@ def _cut(turn: Turn, recording: audio.Recording, channel: int, findings: list[Fi
 
 
 def _take(turn: Turn, recording: audio.Recording, piece: slice, channel: int, findings: list[Finding]) -> None:
-    """Judge the samples of a turn and keep them."""
+    """Check the samples of a turn and set them as its audio."""
     clip = recording.pcm[channel, piece]
     span = (piece.start / SAMPLE_RATE, piece.stop / SAMPLE_RATE)
     broken = (recording.broken >= span[0]) & (recording.broken < span[1])
@@ -273,7 +276,7 @@ def _take(turn: Turn, recording: audio.Recording, piece: slice, channel: int, fi
         reject(turn, findings, "E_AUDIO_NAN", message, span)
         return
     if len(clip) < audio.MIN_SAMPLES:
-        reject(turn, findings, "E_TOO_SHORT", f"{1000 * seconds:.0f} ms of sound", span)
+        reject(turn, findings, "E_TOO_SHORT", f"{1000 * seconds:.0f} ms of audio", span)
         return
     wave = audio.waveform(clip)
     peak, offset = float(np.abs(wave).max()), float(wave.mean())

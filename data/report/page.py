@@ -1,33 +1,33 @@
-"""report.html of a prepared corpus: one page without outside parts, the same for the same content."""
+"""report.html of a prepared corpus: a self-contained page that depends only on the content of the corpus."""
 
 import base64
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
 from data.corpus import audio
 from data.corpus.issues import CODES, Finding
 from data.corpus.schema import SAMPLE_RATE, split_label
+from data.formats import format_count
 from data.preparation.validate import LONG
-from data.report import pictures
-from data.report.summary import Part, by_code, parts
-from data.report.timeline import shown_span, strips
-from data.report.view import View
+from data.report import charts
+from data.report.columns import CorpusColumns
+from data.report.summary import SplitSummary, by_code, split_summaries
+from data.report.timeline import format_span, timelines
 from data.shards.dataset import Shards
 
-EXAMPLES = 5  # findings that are shown of a code
-CLIPS = 8
-CLIP_SECONDS = 8.0  # that can be heard of a clip
-ODD = ("W_CLIPPED", "W_SILENT", "W_DC", "W_TOO_LONG")  # a clip of each is shown
+EXAMPLES = 5  # findings per code in the report
+CLIPS = 8  # clips in the report
+CLIP_SECONDS = 8.0  # maximum length of a clip in the report
+FLAGGED = ("W_CLIPPED", "W_SILENT", "W_DC", "W_TOO_LONG")  # the report contains a clip of each that occurs
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture with its title."""
+    """A chart with its title."""
 
     title: str
     svg: str
@@ -40,132 +40,161 @@ class ShareColumn:
 
     title: str
     colour: str
-    counts: list[int]  # by split, their sum last
-    shares: list[float]  # of the split's labelled turns, or of its sessions
+    counts: list[int]  # by split, the sum is last
+    shares: list[float]  # of the labelled turns, or of the sessions, of the split
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A turn to look at and to listen to."""
+    """A turn with its clip."""
 
-    turn: dict[str, Any]  # by column of the index
-    part: str
+    id: str
+    speaker: str
+    label: str | None
+    text: str
+    span: tuple[float | None, float | None]  # s
+    flags: list[str]
+    source: str  # format of the recording, "" if unknown
+    split: str
     svg: str
     flac: str  # base64
-    seconds: float  # of the whole clip
-    heard: float  # s
+    seconds: float  # length of the whole clip
+    played: float  # length of the part in the report, s
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentSummary:
+    """The effect of the forced alignment."""
+
+    turns: int
+    moved: int
+    low: int  # turns with a confidence that is too low
+    charts: list[Chart]
+
+
+@dataclass(frozen=True, slots=True)
+class VoteSummary:
+    """The agreement of annotators on turns that several of them labelled."""
+
+    turns: int
+    annotators: float  # mean number per turn
+    unanimous: int  # turns
+    agreement: float  # probability that two annotators of a turn agree
+    ties: int
 
 
 def corpus_html(shards: Shards, findings: Sequence[Finding]) -> str:
-    """What a person should see of a corpus before training on it.
+    """Return the report about a corpus as HTML.
 
     Args:
         shards: the prepared corpus.
-        findings: of its preparation, in their order.
+        findings: findings of its preparation in their order.
     """
     from jinja2 import Environment, StrictUndefined
 
-    view = View(shards)
+    corpus = CorpusColumns(shards)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["span"] = shown_span
+    environment.filters["span"] = format_span
     template = environment.from_string((files("data.report") / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         manifest=shards.manifest,
-        parts=(held := parts(shards)),
-        shares=_shares(held, view),
+        splits=(splits := split_summaries(shards)),
+        shares=_shares(splits, corpus),
         findings=by_code(findings),
         codes=CODES,
         examples=EXAMPLES,
-        red=pictures.RED,
-        grey=pictures.GREY,
-        roles=view.roles,
-        labels=view.labels,
-        charts=list(_charts(view)),
-        by_role=_label_shares(view),
-        timed=view.timed,
-        strips=strips(view),
-        alignment=_alignment(view),
-        votes=_votes(view),
-        clips=_clips(view),
+        red=charts.RED,
+        grey=charts.GREY,
+        roles=corpus.roles,
+        labels=corpus.labels,
+        charts=list(_charts(corpus)),
+        by_role=_label_shares(corpus),
+        timed=corpus.timed,
+        timelines=timelines(corpus),
+        alignment=_alignment(corpus),
+        votes=_votes(corpus),
+        clips=_clips(corpus),
     )
 
 
-def _shares(held: Sequence[Part], view: View) -> list[ShareColumn]:
-    """Labels, then qualities."""
+def _shares(splits: Sequence[SplitSummary], corpus: CorpusColumns) -> list[ShareColumn]:
+    """Return a column for every label, then one for every quality."""
 
     def column(title: str, colour: str, counts: list[int], wholes: list[int]) -> ShareColumn:
         shares = [count / max(whole, 1) for count, whole in zip(counts, wholes, strict=True)]
         return ShareColumn(title, colour, counts, shares)
 
-    labelled, sessions = [part.labelled for part in held], [part.sessions for part in held]
+    labelled, sessions = [split.labelled for split in splits], [split.sessions for split in splits]
     return [
-        *(column(label, own, [part.labels[label] for part in held], labelled) for label, own in view.labels.items()),
         *(
-            column(f"quality {name}", pictures.GREY, [part.qualities[name] for part in held], sessions)
-            for name in view.shards.manifest.qualities
+            column(label, colour, [split.labels[label] for split in splits], labelled)
+            for label, colour in corpus.labels.items()
+        ),
+        *(
+            column(f"quality {name}", charts.GREY, [split.qualities[name] for split in splits], sessions)
+            for name in corpus.shards.manifest.qualities
         ),
     ]
 
 
-def _charts(view: View) -> Iterator[Chart]:
-    if any(view.columns["n_samples"]):
-        yield from _sound_charts(view)
-    words = view.by_role([max(1, words) for words in view.words])
-    yield Chart("Words a turn", pictures.histogram(words, log=True, counts=True))
-    turns = [(pictures.GREY, [len(rows) for rows in view.sessions.values()])]
-    yield Chart("Turns a session", pictures.histogram(turns, counts=True))
-    yield from _speaking(view)
+def _charts(corpus: CorpusColumns) -> Iterator[Chart]:
+    if any(corpus.columns["n_samples"]):
+        yield from _clip_charts(corpus)
+    word_counts = corpus.by_role([max(1, count) for count in corpus.word_counts])
+    yield Chart("Words per turn", charts.histogram(word_counts, log=True, counts=True))
+    turns = [(charts.GREY, [len(rows) for rows in corpus.sessions.values()])]
+    yield Chart("Turns per session", charts.histogram(turns, counts=True))
+    yield from _speaking(corpus)
 
 
-def _sound_charts(view: View) -> Iterator[Chart]:
-    lengths = [samples / SAMPLE_RATE or None for samples in view.columns["n_samples"]]
+def _clip_charts(corpus: CorpusColumns) -> Iterator[Chart]:
+    lengths = [samples / SAMPLE_RATE or None for samples in corpus.columns["n_samples"]]
     long = sum(length is not None and length > LONG for length in lengths)
-    svg = pictures.histogram(view.by_role(lengths), log=True, mark=LONG if long else None)
+    svg = charts.histogram(corpus.by_role(lengths), log=True, mark=LONG if long else None)
     yield Chart("Length of clips, s", svg, f"{long or 'none'} longer than {LONG:g} s{' (dashed line)' if long else ''}")
-    silent = ["W_SILENT" in flags for flags in view.flags]
-    levels = zip(silent, view.columns["rms_db"], strict=True)
-    audible = [None if quiet else level for quiet, level in levels]
+    silent = ["W_SILENT" in flags for flags in corpus.flags]
+    audible = [None if is_silent else level for is_silent, level in zip(silent, corpus.columns["rms_db"], strict=True)]
     if any(level is not None for level in audible):
-        note = f"without {sum(silent)} silent" if any(silent) else ""
-        yield Chart("Loudness of clips, dB of full scale", pictures.histogram(view.by_role(audible)), note)
+        note = f"without {sum(silent)} silent clip(s)" if any(silent) else ""
+        yield Chart("Level of clips, dB of full scale", charts.histogram(corpus.by_role(audible)), note)
 
 
-def _speaking(view: View) -> Iterator[Chart]:
-    """How much of each session its roles speak."""
-    what, weights = ("speaking time", view.seconds) if any(view.seconds) else ("words", view.words)
-    shares: dict[str, list[float]] = {role: [] for role in view.roles}
-    totals = dict.fromkeys(view.roles, 0.0)
-    for rows in view.sessions.values():
-        own = dict.fromkeys(view.roles, 0.0)
+def _speaking(corpus: CorpusColumns) -> Iterator[Chart]:
+    """Yield a chart of the share of each role in the sessions."""
+    unit, weights = ("speaking time", corpus.seconds) if any(corpus.seconds) else ("words", corpus.word_counts)
+    shares: dict[str, list[float]] = {role: [] for role in corpus.roles}
+    totals = dict.fromkeys(corpus.roles, 0.0)
+    for rows in corpus.sessions.values():
+        spoken = dict.fromkeys(corpus.roles, 0.0)
         for row in rows:
-            own[view.columns["speaker"][row]] += weights[row]
-        for role in view.roles if sum(own.values()) else ():
-            totals[role] += own[role]
-            shares[role].append(100 * own[role] / sum(own.values()))
+            spoken[corpus.columns["speaker"][row]] += weights[row]
+        for role in corpus.roles if sum(spoken.values()) else ():
+            totals[role] += spoken[role]
+            shares[role].append(100 * spoken[role] / sum(spoken.values()))
     if any(totals.values()):
-        svg = pictures.histogram([(view.roles[role], shares[role]) for role in view.roles])
+        svg = charts.histogram([(corpus.roles[role], shares[role]) for role in corpus.roles])
         note = ", ".join(f"{role} {total / sum(totals.values()):.0%}" for role, total in totals.items())
-        yield Chart(f"Share of a session's {what}, %", svg, f"of all: {note}")
+        yield Chart(f"Share of {unit} per session, %", svg, f"overall: {note}")
 
 
-def _label_shares(view: View) -> dict[str, dict[str, tuple[int, float]]]:
-    """Role → label → how many turns carry it, and which share of the role's labelled turns."""
+def _label_shares(corpus: CorpusColumns) -> dict[str, dict[str, tuple[int, float]]]:
+    """Return role → label → number of turns, and their share of the labelled turns of the role."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     labelled = Counter[str]()
-    for role, label in zip(view.columns["speaker"], view.columns["label"], strict=True):
+    for role, label in zip(corpus.columns["speaker"], corpus.columns["label"], strict=True):
         if label is not None:
             labelled[role] += 1
             counts[role].update(split_label(label))
     return {
-        role: {label: (counts[role][label], counts[role][label] / labelled[role]) for label in own}
+        role: {label: (counts[role][label], counts[role][label] / labelled[role]) for label in labels}
         for role in sorted(counts)
-        if (own := [label for label in view.labels if counts[role][label]])
+        if (labels := [label for label in corpus.labels if counts[role][label]])
     }
 
 
-def _alignment(view: View) -> dict[str, Any] | None:
-    """How the alignment moved the turns; None where there was none."""
-    columns = view.columns
+def _alignment(corpus: CorpusColumns) -> AlignmentSummary | None:
+    """Return the effect of the alignment; None if the corpus was not aligned."""
+    columns = corpus.columns
     confidences = [value for value in columns["confidence"] if value is not None]
     if not confidences:
         return None
@@ -174,35 +203,36 @@ def _alignment(view: View) -> dict[str, Any] | None:
         for start, given in zip(columns["t_start"], columns["given_start"], strict=True)
         if None not in (start, given)
     ]
-    charts = [Chart("Confidence", pictures.histogram([(pictures.GREY, confidences)]))]
+    pictures = [Chart("Confidence", charts.histogram([(charts.GREY, confidences)]))]
     if shifts:
-        svg = pictures.histogram([(pictures.GREY, shifts)])
-        charts.append(Chart("Shift of the start, s", svg, f"median {np.median(np.abs(shifts)):.2f} s either way"))
-    low = sum("W_ALIGN_LOW" in flags for flags in view.flags)
-    return {"turns": len(confidences), "moved": sum(shift != 0 for shift in shifts), "low": low, "charts": charts}
+        svg = charts.histogram([(charts.GREY, shifts)])
+        pictures.append(Chart("Shift of the start, s", svg, f"median {np.median(np.abs(shifts)):.2f} s (absolute)"))
+    low = sum("W_ALIGN_LOW" in flags for flags in corpus.flags)
+    return AlignmentSummary(len(confidences), sum(shift != 0 for shift in shifts), low, pictures)
 
 
-def _votes(view: View) -> dict[str, Any] | None:
-    """How far annotators agree on turns that several of them labelled; None where there are none."""
-    counts = [np.array([count for _, count in votes]) for votes in view.columns["votes"] if votes]
-    several = [own for own in counts if own.sum() > 1]
+def _votes(corpus: CorpusColumns) -> VoteSummary | None:
+    """Return the agreement of annotators; None if no turn has several."""
+    counts = [np.array([count for _, count in votes]) for votes in corpus.columns["votes"] if votes]
+    several = [votes for votes in counts if votes.sum() > 1]
     if not several:
         return None
-    agreeing = [(own * (own - 1)).sum() / (own.sum() * (own.sum() - 1)) for own in several]
-    return {
-        "turns": len(several),
-        "annotators": float(np.mean([own.sum() for own in several])),
-        "unanimous": sum(len(own[own > 0]) == 1 for own in several),
-        "agreement": float(np.mean(agreeing)),
-        "ties": sum("W_LABEL_TIE" in flags for flags in view.flags),
-    }
+    agreeing = [(votes * (votes - 1)).sum() / (votes.sum() * (votes.sum() - 1)) for votes in several]
+    return VoteSummary(
+        turns=len(several),
+        annotators=float(np.mean([votes.sum() for votes in several])),
+        unanimous=sum(len(votes[votes > 0]) == 1 for votes in several),
+        agreement=float(np.mean(agreeing)),
+        ties=sum("W_LABEL_TIE" in flags for flags in corpus.flags),
+    )
 
 
-def _clips(view: View) -> list[Clip]:
-    """One for each oddity that occurs, then those whose label and split have been seen least."""
-    names = view.columns["id"]
+def _clips(corpus: CorpusColumns) -> list[Clip]:
+    """Select a clip of each code of FLAGGED that occurs, then clips of the labels and splits with the fewest so far."""
+    names = corpus.columns["id"]
     left = sorted(
-        (row for row, count in enumerate(view.columns["n_samples"]) if count), key=lambda row: view.drawn(names[row])
+        (row for row, count in enumerate(corpus.columns["n_samples"]) if count),
+        key=lambda row: corpus.random_key(names[row]),
     )
     chosen: list[int] = []
     seen = Counter[tuple[str, str | None]]()
@@ -210,25 +240,33 @@ def _clips(view: View) -> list[Clip]:
     def take(row: int) -> None:
         chosen.append(row)
         left.remove(row)
-        seen.update([("part", view.parts[row]), ("label", view.columns["label"][row])])
+        seen.update([("split", corpus.splits[row]), ("label", corpus.columns["label"][row])])
 
-    for code in ODD:
-        if odd := [row for row in left if code in view.flags[row]]:
-            take(odd[0])
+    for code in FLAGGED:
+        if flagged := [row for row in left if code in corpus.flags[row]]:
+            take(flagged[0])
     while left and len(chosen) < CLIPS:
-        take(min(left, key=lambda row: seen["part", view.parts[row]] + seen["label", view.columns["label"][row]]))
-    return [_clip(view, row) for row in sorted(chosen)]
+        take(min(left, key=lambda row: seen["split", corpus.splits[row]] + seen["label", corpus.columns["label"][row]]))
+    return [_clip(corpus, row) for row in sorted(chosen)]
 
 
-def _clip(view: View, row: int) -> Clip:
-    pcm = view.shards.pcm(row)
+def _clip(corpus: CorpusColumns, row: int) -> Clip:
+    pcm = corpus.shards.pcm(row)
     assert pcm is not None
-    heard = pcm[: round(CLIP_SECONDS * SAMPLE_RATE)]
+    played = pcm[: round(CLIP_SECONDS * SAMPLE_RATE)]
+    columns = corpus.columns
+    rate, channels = columns["source_rate"][row], columns["source_channels"][row]
     return Clip(
-        turn={name: values[row] for name, values in view.columns.items()},
-        part=view.parts[row],
-        svg=pictures.sound(heard),
-        flac=base64.b64encode(audio.encode(heard, "flac")).decode(),
+        id=columns["id"][row],
+        speaker=columns["speaker"][row],
+        label=columns["label"][row],
+        text=columns["text"][row],
+        span=(columns["t_start"][row], columns["t_end"][row]),
+        flags=corpus.flags[row],
+        source=f"from {rate} Hz, {format_count(channels, 'channel')}" if rate else "",
+        split=corpus.splits[row],
+        svg=charts.waveform_and_spectrogram(played),
+        flac=base64.b64encode(audio.encode(played, "flac")).decode(),
         seconds=len(pcm) / SAMPLE_RATE,
-        heard=len(heard) / SAMPLE_RATE,
+        played=len(played) / SAMPLE_RATE,
     )

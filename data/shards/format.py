@@ -1,9 +1,9 @@
-"""The format of a shard: Arrow schema, index and manifest."""
+"""The file formats of a prepared corpus: shards, index and manifest."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -12,39 +12,43 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding
-from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA
+from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA, TurnRow
 from data.errors import DataError, reason
 
-ROWS_PER_BATCH = 64  # of an IPC record batch; 16 to 256 read equally fast
-_PLACE = [pa.field("offset", pa.int64(), nullable=False), pa.field("length", pa.int64(), nullable=False)]
-SHARD_INDEX_SCHEMA = pa.schema([*TURN_SCHEMA.remove(TURN_SCHEMA.get_field_index("audio")), *_PLACE])
+ROWS_PER_BATCH = 64  # rows per IPC record batch; 16 to 256 are equally fast to read
+_LOCATION = [  # of the audio of a turn in its shard, bytes
+    pa.field("offset", pa.int64(), nullable=False),
+    pa.field("length", pa.int64(), nullable=False),
+]
+SHARD_INDEX_SCHEMA = pa.schema([*TURN_SCHEMA.remove(TURN_SCHEMA.get_field_index("audio")), *_LOCATION])
 INDEX_SCHEMA = pa.schema(
     [
         *SHARD_INDEX_SCHEMA,
-        pa.field("group", pa.string(), nullable=False),  # what the split did not cut
-        pa.field("split", pa.dictionary(pa.int16(), pa.string())),  # null where there are folds
+        pa.field("group", pa.string(), nullable=False),  # see `Conversation.group`, connected by shared audio
+        pa.field("split", pa.dictionary(pa.int16(), pa.string())),  # null if there are folds
         pa.field("fold", pa.int16()),
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("where", pa.string(), nullable=False),  # file:line of the source
     ]
 )
-FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9a-f]+\.arrow$")]  # a manifest must not lead out of its folder
+# The pattern prevents a manifest from naming files outside its folder.
+FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9a-f]+\.arrow$")]
 
 
 class ShardInfo(BaseModel):
-    """One shard file of the manifest."""
+    """A shard in the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: FileName
     rows: int
     bytes: int
-    hours: float  # of usable sound
+    hours: float  # of usable audio
     sha256: str
-    conversations: dict[str, str]  # id → key of what it was made from
+    conversations: dict[str, str]  # id → `conversation_key`
 
 
 class Manifest(BaseModel):
-    """What a prepared corpus is; `fingerprint` names its content and does not depend on how it is sharded."""
+    """The description of a prepared corpus. `fingerprint` is a hash of its content, independent of the shards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: str
@@ -53,38 +57,39 @@ class Manifest(BaseModel):
     sample_rate: int
     labels: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
-    qualities: tuple[str, ...]  # of whole sessions
-    config: CorpusConfig  # how it was prepared
+    qualities: tuple[str, ...]  # quality labels of sessions
+    config: CorpusConfig  # settings of the preparation
     index: FileName
     index_sha256: str
     shards: tuple[ShardInfo, ...]
-    sessions: dict[str, int]  # by split, or by fold
+    sessions: dict[str, int]  # by split or fold, as `turns` and `hours`
     turns: dict[str, int]
-    hours: dict[str, float]  # of usable sound
+    hours: dict[str, float]  # of usable audio
     label_counts: dict[str, dict[str, int]]  # split or fold → label → turns
-    rejected: int  # turns
-    findings: dict[str, int]  # by code
+    rejected: int  # number of rejected turns
+    findings: dict[str, int]  # number of findings by code
 
 
 class ShardFile:
-    """A shard as it was written: its entry in the manifest, its part of the index, and what was found in it."""
+    """The description of a written shard: its entry in the manifest, its part of the index, and its findings."""
 
     def __init__(self, info: ShardInfo, index: pa.Table, findings: list[Finding]) -> None:
         self.info, self.index, self.findings = info, index, findings
 
     @classmethod
-    def known(cls, info: ShardInfo, index: pa.Table, file: pa.NativeFile) -> "ShardFile":
-        """A shard of a manifest: of the file itself only the findings are read."""
-        return cls(info, index.select(SHARD_INDEX_SCHEMA.names).cast(SHARD_INDEX_SCHEMA), _said(ipc.open_file(file))[0])
+    def from_manifest(cls, info: ShardInfo, index: pa.Table, file: pa.NativeFile) -> "ShardFile":
+        """Return the description of a shard in a manifest; only its findings are read from the file."""
+        findings, _ = _metadata(ipc.open_file(file))
+        return cls(info, index.select(SHARD_INDEX_SCHEMA.names).cast(SHARD_INDEX_SCHEMA), findings)
 
     def to_arrow(self) -> pa.Table:
-        """One row, the form in which it crosses processes."""
-        said = {"info": self.info.model_dump_json(), "findings": _findings_json(self.findings)}
-        return pa.Table.from_pylist([{**said, "index": to_bytes(self.index).to_pybytes()}])
+        """Return a table of one row, to send the description to another process."""
+        row = {"info": self.info.model_dump_json(), "findings": _findings_json(self.findings)}
+        return pa.Table.from_pylist([{**row, "index": to_bytes(self.index).to_pybytes()}])
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "ShardFile":
-        """The inverse of `to_arrow`."""
+        """Return the description that `to_arrow` wrote."""
         [row] = table.to_pylist()
         findings = [Finding.from_dict(finding) for finding in json.loads(row["findings"])]
         return cls(ShardInfo.model_validate_json(row["info"]), ipc.open_file(row["index"]).read_all(), findings)
@@ -95,22 +100,22 @@ def _findings_json(findings: Sequence[Finding]) -> str:
 
 
 def encode_shard(
-    name: str, rows: Sequence[dict[str, Any]], conversations: dict[str, str], findings: Sequence[Finding]
+    name: str, rows: Sequence[TurnRow], conversations: dict[str, str], findings: Sequence[Finding]
 ) -> tuple[pa.Buffer, ShardFile]:
-    """The bytes of a shard, and what there is to know about it.
+    """Return the bytes of a shard and its description.
 
     Args:
-        name: of the file.
-        rows: by TURN_SCHEMA; `audio` in the corpus' codec.
-        conversations: id → key of what it was made from.
-        findings: about these conversations; they travel in the file, so that it can be used again.
+        name: file name.
+        rows: rows of TURN_SCHEMA; `audio` is encoded with the codec of the corpus.
+        conversations: id → `conversation_key`.
+        findings: findings about these conversations; they are stored in the file, so that it can be reused.
     """
-    said = {
+    metadata = {
         "findings": _findings_json(findings),
         "conversations": json.dumps(conversations),
         "schema_version": SCHEMA_VERSION,
     }
-    table = pa.Table.from_pylist(list(rows), TURN_SCHEMA.with_metadata(said))
+    table = pa.Table.from_pylist(list(rows), TURN_SCHEMA.with_metadata(metadata))
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
@@ -119,20 +124,20 @@ def encode_shard(
 
 
 def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:
-    """What there is to know about a shard's bytes: also those that another attempt wrote.
+    """Return the description of a shard from its bytes.
 
     Raises:
-        DataError: they are no shard.
+        DataError: the bytes are not a complete shard.
     """
     try:
         file = ipc.open_file(buffer)
-        table = _whole(file, TURN_SCHEMA)
-        findings, conversations = _said(file)
+        table = read_table(file, TURN_SCHEMA)
+        findings, conversations = _metadata(file)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{name}: not a readable shard ({reason(error)}); prepare the corpus again") from None
     index = table.drop_columns("audio")
-    offsets, lengths = _places(table["audio"], buffer.address)
-    for column, values in zip(_PLACE, (offsets, lengths), strict=True):
+    offsets, lengths = _locations(table["audio"], buffer.address)
+    for column, values in zip(_LOCATION, (offsets, lengths), strict=True):
         index = index.append_column(column, pa.array(values, pa.int64()))
     samples = sum(table["n_samples"].to_pylist())
     info = ShardInfo(
@@ -146,28 +151,30 @@ def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:
     return ShardFile(info, index.cast(SHARD_INDEX_SCHEMA), findings)
 
 
-def _whole(file: ipc.RecordBatchFileReader, schema: pa.Schema) -> pa.Table:
-    """The table of a file, every offset of which leads into the file: Arrow would follow any.
+def read_table(file: ipc.RecordBatchFileReader, schema: pa.Schema) -> pa.Table:
+    """Read a table and validate its schema, null values and offsets, which Arrow does not check by itself.
 
     Raises:
-        ArrowInvalid: one does not, or its columns are others.
+        ArrowInvalid: the table is not valid.
     """
     table = file.read_all()
     if not table.schema.equals(schema):
         raise pa.ArrowInvalid("its columns are not those of a corpus")
     table.validate(full=True)
-    if holes := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
-        raise pa.ArrowInvalid(f"{holes[0]} has holes")
+    if nulls := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
+        raise pa.ArrowInvalid(f"{nulls[0]} contains null values")
     return table
 
 
-def _said(file: ipc.RecordBatchFileReader) -> tuple[list[Finding], dict[str, str]]:
-    said = {key.decode(): value.decode() for key, value in (file.schema.metadata or {}).items()}
-    return [Finding.from_dict(finding) for finding in json.loads(said["findings"])], json.loads(said["conversations"])
+def _metadata(file: ipc.RecordBatchFileReader) -> tuple[list[Finding], dict[str, str]]:
+    """Return the findings and conversation keys of a shard."""
+    metadata = {key.decode(): value.decode() for key, value in (file.schema.metadata or {}).items()}
+    findings = [Finding.from_dict(finding) for finding in json.loads(metadata["findings"])]
+    return findings, json.loads(metadata["conversations"])
 
 
-def _places(column: pa.ChunkedArray, base: int) -> tuple[list[int], list[int]]:
-    """Where each value of a binary column lies in the file that starts at the address `base`: one read, no Arrow."""
+def _locations(column: pa.ChunkedArray, base: int) -> tuple[list[int], list[int]]:
+    """Return offset and length of each value of a binary column in the file that is mapped at address `base`."""
     offsets: list[int] = []
     lengths: list[int] = []
     for chunk in column.chunks:
@@ -180,7 +187,7 @@ def _places(column: pa.ChunkedArray, base: int) -> tuple[list[int], list[int]]:
 
 
 def to_bytes(table: pa.Table) -> pa.Buffer:
-    """A table as an Arrow IPC file, one record batch: dictionaries must not change inside a file."""
+    """Return a table as an Arrow IPC file with one record batch, because dictionaries must not change within a file."""
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks().unify_dictionaries())
@@ -188,5 +195,5 @@ def to_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def fold_split(fold: int, test: int, folds: int) -> str:
-    """The split that a fold serves as when `test` is the fold for test: the next one is for val, the rest train."""
+    """Return the split of a fold if `test` is the test fold: the next fold is val, the others are train."""
     return {test: "test", (test + 1) % folds: "val"}.get(fold, "train")

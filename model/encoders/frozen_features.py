@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.corpus.audio import waveform
 from data.loading import feature_files
 from data.loading.cached_arrays import Arrays, CacheJob, CacheKey, Layout
-from data.loading.examples import clip_of
+from data.loading.examples import load_clip
 from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import model_digest
 from model.config import ModelConfig
@@ -144,7 +144,7 @@ class FeatureJob(CacheJob[int, FeatureKey]):
         by_key: list[list[Arrays]] = [[] for _ in keys]
         with trial_numerics(self.threads, keys[0].device, keys[0].precision):
             for row in rows:
-                clip = clip_of(self.shards, row, config)
+                clip = load_clip(self.shards, row, config)
                 for features, computed in zip(
                     by_key, clip_features(encoder, clip, [k.spec for k in keys]), strict=True
                 ):

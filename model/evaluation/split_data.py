@@ -6,13 +6,14 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import ConfigError, UserError
-from data.loading.augment import Draw, longest
+from data.loading.augment import AugmentSeed, longest_samples
 from data.loading.batching import Cost
 from data.loading.examples import clip_samples, read_example
 from data.loading.feature_files import FeatureReader
-from data.loading.prefetch import Prefetcher, Source
-from data.loading.sources import SOURCES, feature_source, teacher_source
-from data.loading.tasks import Item, has_sound, items
+from data.loading.prefetch import Prefetcher
+from data.loading.ray_source import ray_source
+from data.loading.sources import Source, feature_source, local_source, teacher_source
+from data.loading.tasks import Item, has_audio, items
 from data.loading.teacher_files import TeacherReader, teacher_files
 from data.shards.dataset import Shards
 from model.objectives.teacher import teacher_inputs
@@ -69,24 +70,24 @@ class TrialData:
             UserError: a split has nothing for a task, an example does not fit, or the model needs sound and the corpus
                 has none.
         """
-        if model.config.uses_audio and not has_sound(shards):
+        if model.config.uses_audio and not has_audio(shards):
             raise UserError(
                 f"{shards.folder}: model.modality {model.config.modality!r} needs sound and this corpus is text only; "
                 "use model.modality=text, or prepare the corpus with --audio"
             )
         _check_roles(shards, model)
         if features is None:
-            source = SOURCES[reader](shards, config, model.config.uses_audio)
+            source = (local_source if reader == "local" else ray_source)(shards, config, model.config.uses_audio)
         else:
             source = feature_source(shards, config, FeatureReader(features, shards, config))
         found = cls(shards, source, {}, 0, 0)
         for split in splits:
             own = found.splits[split] = SplitData()
             for item in (item for task in model.tasks for item in select(shards, task, split)):
-                example = read_example(shards, item, config, sound=False)
+                example = read_example(shards, item, config, with_audio=False)
                 samples = clip_samples(shards, item, config)
                 measure = model.measure(example, samples)
-                if split == "train" and (slowest := longest(samples, config.augment)) > samples:
+                if split == "train" and (slowest := longest_samples(samples, config.augment)) > samples:
                     model.measure(example, slowest)  # it must fit, too
                 own.items.append(item)
                 own.costs.append(measure.cost)
@@ -100,7 +101,7 @@ class TrialData:
                 found.source = teacher_source(source, TeacherReader(teacher_logits, teacher_files(shards, inputs)))
         return found
 
-    def read(self, split: str, batches: Sequence[Sequence[int]], draw: Draw | None = None) -> Prefetcher:
+    def read(self, split: str, batches: Sequence[Sequence[int]], draw: AugmentSeed | None = None) -> Prefetcher:
         """Examples by batch, read ahead as soon as what was asked for before has been read.
 
         Args:

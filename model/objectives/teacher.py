@@ -104,7 +104,7 @@ def teacher_inputs(
     """
     inputs = {}
     for item in (item for task in tasks for item in items(shards, task, "train")):
-        example = read_example(shards, item, config, sound=False)
+        example = read_example(shards, item, config, with_audio=False)
         inputs[item] = read = teacher_input(builder, example)
         if max_positions is not None and len(read.ids) > max_positions:
             raise MisfitError(

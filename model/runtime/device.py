@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loading.batching import SPARED
+from data.loading.batching import PAD_TOLERANCE
 
 SPARED_BY_GPU = 2048
 
@@ -16,7 +16,7 @@ def spared(device: torch.device) -> int:
     A GPU is handed the kernels of a pass one by one, some 10 us each, however little they compute: for 28 layers with
     LoRA that is as long as an H100 takes for 2,000 to 3,000 positions.
     """
-    return SPARED_BY_GPU if device.type == "cuda" else SPARED
+    return SPARED_BY_GPU if device.type == "cuda" else PAD_TOLERANCE
 
 
 def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

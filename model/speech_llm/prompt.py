@@ -85,7 +85,7 @@ class PromptBuilder:
         """
         config = self.config
         head, tail = self._frame(example.task, example.speaker)
-        audio_turn = example.heard if config.uses_audio else None
+        audio_turn = example.audio_turn if config.uses_audio else None
         first = len(example.turns) - 1 if audio_turn is None else audio_turn  # everything before it is history
         current = [
             token

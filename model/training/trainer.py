@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.config import TaskWeights
-from data.loading.augment import Draw
+from data.loading.augment import AugmentSeed
 from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
@@ -80,7 +80,7 @@ class Trainer(Resumable):
 
     def _ask(self, epoch: int, first: int = 0, last: int | None = None) -> Asked:
         """Steps of an epoch, and this worker's part of them."""
-        size, draw = self.config.batch_size, Draw(self.seed, epoch)
+        size, draw = self.config.batch_size, AugmentSeed(self.seed, epoch)
         steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=self.drawn)[first:last]
         return Asked(steps, self.data.read("train", [share(step, self.rank, self.world) for step in steps], draw))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.corpus.schema import SAMPLE_RATE, SPLITS
 from data.errors import UserError
 from data.loading.examples import Example, clip_samples, read_example
-from data.loading.tasks import TASKS, Item, has_sound, heard_row, items
+from data.loading.tasks import TASKS, Item, audio_row, has_audio, items
 from data.shards.dataset import Shards
 from model.parts import summarise_parts
 from model.speech_llm.label_trie import shared_prefixes
@@ -47,7 +47,7 @@ def notes(model: SpeechLLM) -> list[str]:
 def settings_for(shards: Shards) -> list[str]:
     """Return overrides that make a configuration for any corpus: built-in models and a task that it has answers for."""
     overrides = ["name=inspect", f"data.shards={json.dumps(str(shards.folder))}"]
-    overrides += [] if has_sound(shards) else ["model.modality=text"]
+    overrides += [] if has_audio(shards) else ["model.modality=text"]
     return overrides + ([] if shards.manifest.labels else ["tasks.classify=0", "tasks.response=1"])
 
 
@@ -72,7 +72,7 @@ def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[
     Vectors are shown in brackets; ⏎ is a line break.
     """
     shards = open_shards(config)
-    example = read_example(shards, item, config.data, sound=False)
+    example = read_example(shards, item, config.data, with_audio=False)
     samples = clip_samples(shards, item, config.data)
     measure, prompt, answer = (
         model.measure(example, samples),
@@ -81,7 +81,7 @@ def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[
     )
     clip = _clip(model, samples) if CLIP in prompt.ids else ""
     targets = [_token(model, target) for target in answer.targets if target != IGNORE]
-    heard = heard_row(shards, TASKS[item[0]], item[1])
+    heard = audio_row(shards, TASKS[item[0]], item[1])
     return [
         f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
         f"  reads     {_text(model, prompt.ids, clip)}",

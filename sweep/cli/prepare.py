@@ -20,7 +20,7 @@ from sweep.execution.signals import ExitCode
 if TYPE_CHECKING:
     from data.corpus.config import CorpusConfig
     from data.corpus.schema import Corpus
-    from data.preparation.shard_jobs import Job
+    from data.preparation.shard_jobs import ShardJob
     from data.shards.dataset import Shards
     from data.shards.format import ShardFile
     from model.alignment.aligner import CTCAligner
@@ -124,7 +124,7 @@ def make_aligner(settings: "CorpusConfig") -> "CTCAligner | None":
     return CTCAligner(settings.align)
 
 
-def make_shards(jobs: "Sequence[Job]") -> "Iterator[ShardFile]":
+def make_shards(jobs: "Sequence[ShardJob]") -> "Iterator[ShardFile]":
     """Write a few shards in this process, and many with Ray Data on all CPUs of the machine or the cluster."""
     from data.preparation.shard_jobs import serially
 
@@ -155,7 +155,7 @@ def show_shards(shards: "Shards") -> None:
         _print_table(*finding_rows(findings))
     else:
         print_line("findings: none")
-    print_line(f"shards:   {shards.store.place}")
+    print_line(f"shards:   {shards.store.address}")
     print_line(f"report:   {shards.store / REPORT}")
 
 

@@ -56,8 +56,8 @@ def inspect(
     """Show a corpus and its findings, the parts of the model and what trains, and examples exactly as the model reads
     them. No weights are loaded."""
     from data.corpus.schema import SPLITS
-    from data.loading.tasks import has_sound
-    from data.shards.dataset import Shards, is_shards
+    from data.loading.tasks import has_audio
+    from data.shards.dataset import Shards, is_corpus
     from sweep.analysis.inspection import lines, settings_for
     from sweep.config.files import load
     from sweep.config.loader import apply_overrides
@@ -68,13 +68,13 @@ def inspect(
 
     if split not in (*SPLITS, None):
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
-    if is_shards(source):
+    if is_corpus(source):
         shards = Shards(source)
         show_shards(shards)
         loaded = parse(apply_overrides({}, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
     resolved = resolve(loaded)
-    check_sound(resolved, has_sound(open_shards(resolved)))
+    check_sound(resolved, has_audio(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):
         print_line(line)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from data.config import DataConfig, Section, TaskWeights
 from data.loading.tasks import TASKS
-from data.shards.store import secret_in
+from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.config.loader import problems_error, validate, with_value
 from sweep.config.space import SearchConfig
@@ -73,7 +73,7 @@ class StorageConfig(Section):
     def _mirror_problems(self) -> list[str]:
         if self.mirror is None:
             return []
-        if said := secret_in(self.mirror):
+        if said := credentials_message(self.mirror):
             return [f"storage.mirror: {said}"]
         if "://" not in self.mirror or self.mirror.startswith("file:"):
             return [f"storage.mirror: {self.mirror!r} is no store; write s3://bucket/path, or null"]
@@ -120,7 +120,7 @@ class Config(Section):
     def problems(self) -> list[str]:
         """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
         found = self.model.problems() + self.train.problems() + self.storage.problems()
-        if said := secret_in(self.data.shards):
+        if said := credentials_message(self.data.shards):
             found.append(f"data.shards: {said}")
         tasks = self.tasks.active()
         if not tasks:

@@ -12,9 +12,9 @@ from data.corpus.config import CorpusConfig
 from data.errors import MisfitError, UserError
 from data.importers import IMPORTERS
 from data.loading.examples import clip_samples, read_example
-from data.loading.tasks import TASKS, Item, has_sound
+from data.loading.tasks import TASKS, Item, has_audio
 from data.preparation.build import Run
-from data.preparation.unlabelled import SPLIT, codable, prepare_sessions, read_sessions, why_not
+from data.preparation.unlabelled import SPLIT, codable_items, prepare_sessions, read_sessions, reasons_not_coded
 from data.preparation.validate import Aligner
 from data.report.summary import read_findings
 from data.report.transcript import Coding, codings_csv, transcript_html
@@ -87,14 +87,16 @@ def _code(folder: Path, exported: peft_export.Exported, shards: Shards) -> list[
     """Code what the model can code, and give the reason for every other turn."""
     config = _config(folder, shards)
     uses_audio, tasks = config.model.uses_audio, list(exported.tasks)
-    if uses_audio and not has_sound(shards):
+    if uses_audio and not has_audio(shards):
         raise UserError(
             f"{folder}: the model needs audio (model.modality {config.model.modality}), and these sessions have none; "
             "give the folder of recordings with --audio, and times within them"
         )
     ids = shards.columns["id"]
-    reasons = {ids[row]: why for row, why in why_not(shards, read_findings(shards), tasks, uses_audio).items()}
-    if not any(codable(shards, name, uses_audio) for name in tasks):
+    reasons = {
+        ids[row]: why for row, why in reasons_not_coded(shards, read_findings(shards), tasks, uses_audio).items()
+    }
+    if not any(codable_items(shards, name, uses_audio) for name in tasks):
         raise _nothing_to_code(shards, reasons)
     settle(config)
     try:
@@ -141,8 +143,8 @@ def _fitting(model: SpeechLLM, config: DataConfig, reasons: dict[str, str]) -> S
 
     def select(shards: Shards, name: str, split: str) -> list[Item]:
         fitting = []
-        for item in codable(shards, name, model.config.uses_audio):
-            example = read_example(shards, item, config, sound=False)
+        for item in codable_items(shards, name, model.config.uses_audio):
+            example = read_example(shards, item, config, with_audio=False)
             try:
                 model.measure(example, clip_samples(shards, item, config))
                 fitting.append(item)
@@ -194,7 +196,7 @@ def _coded(
     for record in by_id.get(item_id, []):
         if task_labels := labels[record.task]:
             shares = dict(zip(task_labels, softmax(record.scores), strict=True))
-            yield replace(plain, task=record.task, code=record.prediction, shares=shares)
+            yield replace(plain, task=record.task, code=record.prediction, probabilities=shares)
         else:
             yield replace(plain, task=record.task, reply=record.prediction)
 

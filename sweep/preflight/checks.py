@@ -2,7 +2,7 @@
 is built without weights, so that a mistake is one line now and not a failed trial later."""
 
 from data.errors import UserError
-from data.loading.tasks import answer_sets, has_sound
+from data.loading.tasks import answer_sets, has_audio
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
@@ -23,7 +23,7 @@ def resolve_inputs(config: Config) -> ResolvedConfig:
     resolved = resolve(config)
     shards = open_shards(resolved)
     shards.verify()
-    check_sound(resolved, has_sound(shards))
+    check_sound(resolved, has_audio(shards))
     measured = set()
     for values in structures(resolved):
         trial = resolve_candidate(resolved, values)

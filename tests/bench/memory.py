@@ -16,8 +16,8 @@ import psutil
 import pyarrow as pa
 
 from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
-from data.loading.local_source import local_source
 from data.loading.prefetch import Prefetcher
+from data.loading.sources import local_source
 from data.preparation.build import prepare
 from data.shards.dataset import MANIFEST, Shards
 from data.shards.format import to_bytes

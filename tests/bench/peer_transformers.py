@@ -45,7 +45,9 @@ class Model(nn.Module):
 
     def forward(self, row: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Mean loss (nats a token) of the answers of rows [B], and in evaluation the scores of all labels, [B, K]."""
-        examples = [read_example(self.shards, (TASK, place), self.settings.data, sound=True) for place in row.tolist()]
+        examples = [
+            read_example(self.shards, (TASK, place), self.settings.data, with_audio=True) for place in row.tolist()
+        ]
         if self.training:
             losses = answer_losses(self.model, examples, self.settings.train.losses)
             return {"loss": losses.next_token_B.sum() / sum(losses.count_B)}

@@ -26,9 +26,9 @@ from data.config import DataConfig
 from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 from data.loading.batching import Cost, plan
 from data.loading.examples import Example, clip_samples
-from data.loading.local_source import local_source
 from data.loading.prefetch import Prefetcher
 from data.loading.ray_source import ray_source
+from data.loading.sources import local_source
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from tests.bench.measure import Cost as Spent

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.corpus.schema import Conversation, Turn
-from data.preparation.split import Place
+from data.preparation.split import Assignment
 
 
 def session(
@@ -17,11 +17,11 @@ def session(
     return Conversation(name, group or f"video {name}", turns, **more)
 
 
-def part(place: Place) -> str | int:
+def part(place: Assignment) -> str | int:
     found = place.split if place.fold is None else place.fold
     assert found is not None
     return found
 
 
-def parts(places: Mapping[str, Place]) -> dict[str, str | int]:
+def parts(places: Mapping[str, Assignment]) -> dict[str, str | int]:
     return {name: part(place) for name, place in places.items()}

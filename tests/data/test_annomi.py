@@ -106,10 +106,10 @@ def test_a_label_that_is_unknown_or_missing_is_left_to_the_validation(tmp_path: 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (row(0, 1, "00:00:02").replace(",high,", ",hihg,"), "mi_quality 'hihg' is unknown; known: high, low"),
-        (low(row(0, 1, "00:00:02")), "mi_quality is 'low', and 'high' at annomi.csv:2; a session has one"),
+        (row(0, 1, "00:00:02").replace(",high,", ",hihg,"), "mi_quality 'hihg' is unknown; use one of high, low"),
+        (low(row(0, 1, "00:00:02")), "mi_quality is 'low', but 'high' at annomi.csv:2; a session has only one"),
         (row(0, 1, "00:00:02").replace(",x,1,", ",x,one,"), "utterance_id 'one' is not a whole number"),
-        (row(0, 1, "00:00:02")[1:], "no transcript_id"),
+        (row(0, 1, "00:00:02")[1:], "transcript_id is empty"),
         ("0,high,t", "fewer cells"),
         (row(0, 1, "00:00:02").replace('"', ""), "more cells"),
     ],
@@ -123,7 +123,7 @@ def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path: Path, l
 
 def test_an_id_of_two_different_utterances_fails_the_build(tmp_path: Path) -> None:
     corpus = read(write(tmp_path, at1=row(0, 0, "00:00:02", "other")))
-    with pytest.raises(BuildError, match=r"F_DUPLICATE annomi\.csv:3, 0/0: stands already at annomi\.csv:2"):
+    with pytest.raises(BuildError, match=r"F_DUPLICATE annomi\.csv:3, 0/0: is already at annomi\.csv:2"):
         check(corpus)
 
 

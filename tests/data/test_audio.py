@@ -107,7 +107,7 @@ def test_a_channel_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
     findings: list[Finding] = []
     cut(session, {"therapist": 0, "client": 1}, findings)
     assert [(finding.code, finding.utterance) for finding in findings] == [("E_AUDIO_MISSING", "s/1")]
-    assert "the client is expected on channel 1, and the file has 1" in findings[0].message
+    assert "the client is expected on channel 1, but the file has 1" in findings[0].message
     assert [turn.audio is None for turn in session.turns] == [False, True, False]
 
 

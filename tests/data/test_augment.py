@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from data.config import AugmentConfig, DataConfig
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE
-from data.loading.augment import Draw, at_speed, augmented, longest, with_noise
-from data.loading.examples import from_arrow, read_example
-from data.loading.local_source import local_source
-from data.loading.ray_source import _plan_datasource
+from data.loading.augment import AugmentSeed, add_noise, augment_clip, change_speed, longest_samples
+from data.loading.examples import clips_from_arrow, read_example
+from data.loading.ray_source import _parts, _read_task
+from data.loading.sources import local_source
 from data.loading.tasks import Item, items
 from data.shards.dataset import Shards
 from tests.data.common import clip, make
@@ -25,7 +25,7 @@ from tests.data.common import clip, make
 ROOT = Path(__file__).parents[2]
 SPEEDS = (0.9, 1.0, 1.1)
 BOTH = AugmentConfig(speeds=SPEEDS, noise_db=(5.0, 20.0), noise_probability=0.5)
-CONFIG, DRAW = DataConfig(history=1, augment=BOTH), Draw(seed=3, epoch=2)
+CONFIG, DRAW = DataConfig(history=1, augment=BOTH), AugmentSeed(seed=3, epoch=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def train(shards: Shards) -> list[Item]:
     return items(shards, "classify", "train")
 
 
-def heard(shards: Shards, draw: Draw | None = DRAW, config: DataConfig = CONFIG) -> dict[str, np.ndarray]:
+def heard(shards: Shards, draw: AugmentSeed | None = DRAW, config: DataConfig = CONFIG) -> dict[str, np.ndarray]:
     found: dict[str, Any] = {}
     for item in train(shards):
-        example = read_example(shards, item, config, sound=True, draw=draw)
+        example = read_example(shards, item, config, with_audio=True, seed=draw)
         found[example.id] = example.pcm
     return found
 
@@ -64,7 +64,7 @@ def tell(folder: str) -> None:
 
 @pytest.mark.parametrize("speed", [0.5, 0.9, 0.97, 1.03, 1.25, 2.0])
 def test_speed_changes_tempo_and_pitch_together(speed: float) -> None:
-    found = at_speed(tone(440), speed)
+    found = change_speed(tone(440), speed)
     assert len(found) == math.ceil(SAMPLE_RATE / speed - 1e-9)
     assert found.dtype == np.dtype("<i2")
     inner = found[len(found) // 10 : -len(found) // 10]  # a resampled tone begins and ends softly
@@ -75,7 +75,7 @@ def test_speed_changes_tempo_and_pitch_together(speed: float) -> None:
 
 def test_what_resampling_lifts_over_full_scale_is_cut_and_does_not_wrap() -> None:
     square = np.where(tone(200) > 0, 32_767, -32_768).astype("<i2")
-    found = at_speed(square, 0.9).astype(int)
+    found = change_speed(square, 0.9).astype(int)
     assert (found.max(), found.min()) == (32_767, -32_768)
     runs = np.split(found, np.flatnonzero(np.diff(np.sign(found))) + 1)
     assert len(runs) < 450, "a wrapped sample would be a run of its own"
@@ -84,7 +84,7 @@ def test_what_resampling_lifts_over_full_scale_is_cut_and_does_not_wrap() -> Non
 @pytest.mark.parametrize(("samples", "changes"), [(MIN_SAMPLES, False), (2 * MIN_SAMPLES - 2, False), (3200, True)])
 def test_no_clip_gets_shorter_than_one_that_is_kept(samples: int, changes: bool) -> None:
     noise = clip(1, 1)[:1600].repeat(2)[:samples]
-    found = at_speed(noise, 2.0)
+    found = change_speed(noise, 2.0)
     assert len(found) == (MIN_SAMPLES if changes else samples)
     assert changes or np.array_equal(found, noise)
 
@@ -92,13 +92,13 @@ def test_no_clip_gets_shorter_than_one_that_is_kept(samples: int, changes: bool)
 @pytest.mark.parametrize("snr_db", [-5.0, 10.0, 30.0])
 def test_noise_has_the_power_that_was_drawn(snr_db: float) -> None:
     own = tone(440)
-    noise = augmented(own, AugmentConfig(noise_db=(snr_db, snr_db)), DRAW, "1/1").astype(float) - own
+    noise = augment_clip(own, AugmentConfig(noise_db=(snr_db, snr_db)), DRAW, "1/1").astype(float) - own
     assert 10 * np.log10(np.mean(own.astype(float) ** 2) / np.mean(noise**2)) == pytest.approx(snr_db, abs=0.2)
 
 
 def test_every_setting_is_drawn_over_all_of_its_range() -> None:
     own, config = tone(440, 0.25), BOTH.model_copy(update={"noise_probability": 0.3})
-    draws = [augmented(own, config, Draw(1, epoch), f"{turn}/0") for epoch in range(20) for turn in range(30)]
+    draws = [augment_clip(own, config, AugmentSeed(1, epoch), f"{turn}/0") for epoch in range(20) for turn in range(30)]
     lengths = [len(found) for found in draws]
     assert sorted(set(lengths)) == [math.ceil(len(own) / speed) for speed in reversed(SPEEDS)]
     for length in set(lengths):
@@ -111,14 +111,14 @@ def test_every_setting_is_drawn_over_all_of_its_range() -> None:
 
 def test_the_noise_that_may_be_drawn_does_not_change_the_speed() -> None:
     for config in (AugmentConfig(speeds=SPEEDS), BOTH, BOTH.model_copy(update={"noise_probability": 1.0})):
-        lengths = [len(augmented(tone(440), config, DRAW, f"{turn}/0")) for turn in range(20)]
-        assert lengths == [len(augmented(tone(440), BOTH, DRAW, f"{turn}/0")) for turn in range(20)]
+        lengths = [len(augment_clip(tone(440), config, DRAW, f"{turn}/0")) for turn in range(20)]
+        assert lengths == [len(augment_clip(tone(440), BOTH, DRAW, f"{turn}/0")) for turn in range(20)]
 
 
 def test_a_clip_is_heard_differently_in_another_epoch_or_run(shards: Shards) -> None:
     found = heard(shards)
-    assert equal(found, heard(shards, Draw(3, 2)))
-    for other in (Draw(3, 1), Draw(2, 2)):
+    assert equal(found, heard(shards, AugmentSeed(3, 2)))
+    for other in (AugmentSeed(3, 1), AugmentSeed(2, 2)):
         changed = heard(shards, other)
         assert sum(not np.array_equal(pcm, changed[name]) for name, pcm in found.items()) > len(found) / 2
 
@@ -139,8 +139,8 @@ def test_batches_and_order_change_no_draw(shards: Shards) -> None:
 
 def test_a_read_task_of_ray_yields_the_bytes_of_the_local_source(shards: Shards) -> None:
     batches = [train(shards)[:5], train(shards)[5:]]
-    tasks = _plan_datasource(shards, CONFIG, batches, DRAW).get_read_tasks(1)
-    carried = [clip.tobytes() for task in tasks for table in task() for clip in from_arrow(table)]
+    tasks = [_read_task(shards, CONFIG, part, DRAW) for part in _parts(batches)]
+    carried = [clip.tobytes() for task in tasks for table in task() for clip in clips_from_arrow(table)]
     local = list(local_source(shards, CONFIG, True)(batches, DRAW))
     assert carried == [example.pcm.tobytes() for batch in local for example in batch]
     assert len({example.pcm.tobytes() for batch in local for example in batch}) == len(heard(shards))
@@ -185,14 +185,16 @@ def test_noisy_sound_is_the_augmented_clip_under_the_noise_that_was_asked_for(sh
 
 
 def test_silence_gets_no_noise() -> None:
-    assert not with_noise(np.zeros(2000, "<i2"), 0.0, np.random.default_rng(0)).any()
+    assert not add_noise(np.zeros(2000, "<i2"), 0.0, np.random.default_rng(0)).any()
 
 
 def test_the_longest_that_a_clip_may_become_is_known_before(shards: Shards) -> None:
     for samples in (MIN_SAMPLES, 2003, 16_001):
         own = clip(0, 0).repeat(9)[:samples]
         for config in (BOTH, AugmentConfig(speeds=(1.5, 2.0)), AugmentConfig()):
-            assert longest(samples, config) == max([samples, *(len(at_speed(own, speed)) for speed in config.speeds)])
+            assert longest_samples(samples, config) == max(
+                [samples, *(len(change_speed(own, speed)) for speed in config.speeds)]
+            )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_the_longest_that_a_clip_may_become_is_known_before(shards: Shards) -> N
         ({"speeds": [1.0, 2.5]}, "less than or equal to 2"),
         ({"speeds": [0.905]}, "multiple of 0.01"),
         ({"speeds": "fast"}, "valid number"),
-        ({"noise_db": [20, 5]}, "the lowest ratio comes first"),
+        ({"noise_db": [20, 5]}, "the lowest ratio must come first"),
         ({"noise_db": [5]}, "Field required"),
         ({"noise_db": [5, math.inf]}, "finite number"),
         ({"noise_probability": 0}, "greater than 0"),

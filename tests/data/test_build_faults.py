@@ -46,7 +46,7 @@ def test_an_id_with_two_contents_fails(tmp_path: Path, world: World) -> None:
     world.rows.append({**world.row("s2/9"), "text": "other words"})
     message = refused(world, tmp_path)
     assert message.startswith("F_DUPLICATE: 1 id(s)")
-    assert f"corpus.csv:{len(world.rows) + 1}, s2/9: stands already at corpus.csv:51, with other content" in message
+    assert f"corpus.csv:{len(world.rows) + 1}, s2/9: is already at corpus.csv:51, with different content" in message
 
 
 def test_ids_that_are_equal_across_sessions_fail(tmp_path: Path, world: World) -> None:
@@ -54,7 +54,7 @@ def test_ids_that_are_equal_across_sessions_fail(tmp_path: Path, world: World) -
     world.rows[0]["id"], world.rows[1]["id"] = "x/0/7", "x/7"  # both become s0/0/7
     world.rows[0]["text"] = world.rows[1]["text"] = "the same"
     config = CorpusConfig.model_validate(BASE)
-    with pytest.raises(DataError, match=r"F_DUPLICATE: 1 id\(s\) name different utterances"):
+    with pytest.raises(DataError, match=r"F_DUPLICATE: 1 id\(s\) are used for different utterances"):
         prepare(IMPORTERS["table"].read(world.write(tmp_path)[0], None, config), tmp_path / "shards", config)
 
 
@@ -64,7 +64,7 @@ def test_a_session_in_two_places_is_not_mixed_up(tmp_path: Path) -> None:
         rows = "".join(f"c0,{turn},T,words {turn},x\n" for turn in turns)
         (tmp_path / "coded" / f"{part}.csv").write_text("conversation,turn,speaker,text,code\n" + rows)
     corpus = IMPORTERS["mi-tags"].read(tmp_path / "coded", None, CorpusConfig())
-    with pytest.raises(DataError, match=r"F_DUPLICATE 1\.csv:2, c0/3: the session stands already at 0\.csv:2"):
+    with pytest.raises(DataError, match=r"F_DUPLICATE 1\.csv:2, c0/3: the session is already at 0\.csv:2"):
         prepare(corpus, tmp_path / "shards")
 
 

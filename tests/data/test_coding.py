@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.preparation.shard_jobs import serially
-from data.preparation.unlabelled import SPLIT, codable, prepare_sessions, read_sessions, why_not
+from data.preparation.unlabelled import SPLIT, codable_items, prepare_sessions, read_sessions, reasons_not_coded
 from data.report.summary import read_findings
 from data.shards.dataset import Shards
 
@@ -29,18 +29,18 @@ def prepared(folder: Path) -> Shards:
 def test_every_turn_is_an_item_or_has_a_reason(tmp_path: Path) -> None:
     shards = prepared(tmp_path)
     assert set(shards.columns["split"]) == {SPLIT}
-    assert codable(shards, "classify", hears=False) == [("classify", 1)]
-    assert codable(shards, "therapist_behaviour", hears=False) == []
-    reasons = why_not(shards, read_findings(shards), ["classify"], hears=False)
+    assert codable_items(shards, "classify", uses_audio=False) == [("classify", 1)]
+    assert codable_items(shards, "therapist_behaviour", uses_audio=False) == []
+    reasons = reasons_not_coded(shards, read_findings(shards), ["classify"], uses_audio=False)
     assert reasons.keys() == {0, 2, 3}
-    assert reasons[0] == "only the client is coded"
+    assert reasons[0] == "only turns of the client are coded"
     assert reasons[2].startswith("speaker 'S' has no role; add it")
-    assert reasons[3].startswith("time 'later' is not readable")
+    assert reasons[3].startswith("time 'later' cannot be parsed")
 
 
 def test_a_model_that_listens_needs_the_sound_of_each_turn(tmp_path: Path) -> None:
     shards = prepared(tmp_path)
-    assert codable(shards, "classify", hears=True) == []
-    reasons = why_not(shards, read_findings(shards), ["classify"], hears=True)
+    assert codable_items(shards, "classify", uses_audio=True) == []
+    reasons = reasons_not_coded(shards, read_findings(shards), ["classify"], uses_audio=True)
     assert reasons.keys() == {0, 1, 2, 3}
-    assert reasons[1] == "no sound: the turn has no recording"
+    assert reasons[1] == "no audio: the turn has no recording"

@@ -14,7 +14,7 @@ from data.config import DataConfig
 from data.corpus.schema import SPLITS
 from data.errors import DataError
 from data.loading.examples import clip_samples, read_example
-from data.loading.local_source import local_source
+from data.loading.sources import local_source
 from data.loading.tasks import Item, items
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
@@ -37,7 +37,7 @@ def own_clips(shards: Shards) -> Iterator[tuple[Item, np.ndarray]]:
 
 
 def heard(shards: Shards, config: DataConfig) -> dict[Item, np.ndarray]:
-    return {item: read_example(shards, item, config, sound=True).pcm for item, _ in own_clips(shards)}
+    return {item: read_example(shards, item, config, with_audio=True).pcm for item, _ in own_clips(shards)}
 
 
 def checksum(clips: dict[Item, np.ndarray]) -> str:
@@ -92,7 +92,7 @@ def test_a_clip_that_is_alone_cannot_be_shuffled(tmp_path: Path) -> None:
     shards = make(tmp_path / "shards", "T:question! C:change! C:neutral!")
     assert len(heard(shards, DataConfig())) == 18
     [(alone, _), *_] = [(item, own) for item, own in own_clips(shards) if shards.columns["split"][item[1]] == "val"]
-    with pytest.raises(DataError, match=r"data\.sound: shuffled .* val split .* one of the therapist"):
+    with pytest.raises(DataError, match=r"data\.sound: shuffled .* val split .* only one of the therapist"):
         clip_samples(shards, alone, SHUFFLED)
 
 
@@ -121,7 +121,7 @@ def test_loud_noise_is_cut_and_does_not_wrap(tmp_path: Path) -> None:
 
 def test_noise_does_not_depend_on_what_is_read_together(shards: Shards) -> None:
     own = items(shards, "classify", "train")
-    read = local_source(shards, DataConfig(sound="noisy"), sound=True)
+    read = local_source(shards, DataConfig(sound="noisy"), with_audio=True)
     together = {example.id: example.pcm for batch in read([own]) for example in batch}
     for batch in read([[item] for item in reversed(own)]):
         assert np.array_equal(batch[0].pcm, together[batch[0].id])
@@ -137,12 +137,12 @@ def test_the_words_of_the_heard_turn_are_left_out_and_no_others(sound: bool, sha
         assert [said for _, said in given.turns] == words
         assert [said for _, said in omitted.turns] == [*words[:heard_turn], "", *words[heard_turn + 1 :]]
         assert [role for role, _ in omitted.turns] == [role for role, _ in given.turns]
-        assert (omitted.answer, omitted.heard, omitted.pcm is None) == (given.answer, heard_turn, not sound)
+        assert (omitted.answer, omitted.audio_turn, omitted.pcm is None) == (given.answer, heard_turn, not sound)
 
 
 def test_without_sound_the_words_of_the_last_turn_are_left_out(tmp_path: Path) -> None:
     shards = make(tmp_path / "shards", DIALOGUE.replace("!", ""))
     for task in ("classify", "forecast", "response", "quality"):
         for item in items(shards, task, "val"):
-            example = read_example(shards, item, DataConfig(last_text="omitted"), sound=False)
+            example = read_example(shards, item, DataConfig(last_text="omitted"), with_audio=False)
             assert [said == "" for _, said in example.turns] == [False] * (len(example.turns) - 1) + [True]

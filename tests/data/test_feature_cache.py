@@ -16,10 +16,9 @@ from data.errors import StorageError
 from data.loading import feature_files as feature_module
 from data.loading import teacher_files as teacher_module
 from data.loading.cached_arrays import CacheFile, CacheReader, missing_files, split_into_files, write_file
-from data.loading.examples import read_clip, read_example
+from data.loading.examples import read_example, read_item_clip
 from data.loading.feature_files import FeatureReader, feature_files
-from data.loading.local_source import local_source
-from data.loading.sources import feature_source, teacher_source
+from data.loading.sources import feature_source, local_source, teacher_source
 from data.loading.tasks import Item, items
 from data.loading.teacher_files import TeacherInput, TeacherLogits, TeacherReader, teacher_files
 from data.preparation.build import prepare
@@ -37,7 +36,7 @@ def teacher_inputs(
     """The letters of the dialogue stand for tokens, and those of the answer are predicted."""
     inputs = {}
     for item in (item for task in tasks for item in items(shards, task, "train")):
-        example = read_example(shards, item, config, sound=False)
+        example = read_example(shards, item, config, with_audio=False)
         ids = np.frombuffer(f"{example.turns} {example.answer}".encode(), "u1")
         inputs[item] = TeacherInput(ids.astype("<i4"), len(example.answer))
     return inputs
@@ -194,7 +193,7 @@ def test_examples_carry_features_of_their_clip(shards: Shards, tmp_path: Path, c
     for item, cached, example in zip(batch, with_features, with_audio, strict=True):
         length = 0 if example.pcm is None else len(example.pcm)
         assert same(cached, dataclasses.replace(example, pcm=None, n_samples=length))
-        assert (cached.features is None) == (example.pcm is None) == (read_clip(shards, item, config) is None)
+        assert (cached.features is None) == (example.pcm is None) == (read_item_clip(shards, item, config) is None)
         if cached.features is not None and example.pcm is not None:
             assert np.array_equal(cached.features, features_of(shards, rows[example.pcm.tobytes()])[0])
 

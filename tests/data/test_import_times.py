@@ -75,10 +75,10 @@ def test_ends_follow_from_the_next_start_where_none_is_given() -> None:
         "a/7": "W_TS_OPEN",
     }
     assert [said[name][1].split("(")[0] for name in ("a/3", "a/5", "a/6", "a/7")] == [
-        "no end: the next turn starts earlier ",
-        "no end: the time of the next turn, a/6, is not known",
-        "no start is given",
-        "the last turn, and no end is given",
+        "the turn has no end, and the next turn starts earlier ",
+        "the turn has no end, and the next turn, a/6, has no start",
+        "the turn has no start",
+        "the last turn has no end",
     ]
 
 

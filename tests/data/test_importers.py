@@ -108,7 +108,7 @@ def test_places_name_the_row(maker: Maker, tmp_path: Path) -> None:
 
 
 def test_sound_that_cannot_be_cut_is_not_ignored(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="mi-tags: the format has no times, so no sound can be cut"):
+    with pytest.raises(DataError, match="mi-tags: the format has no times, so audio cannot be cut"):
         read(MAKERS["mi-tags"], tmp_path / "source", tmp_path)
 
 
@@ -136,7 +136,7 @@ def test_without_audio_the_corpus_is_text_only(maker: Maker, tmp_path: Path) -> 
 def test_a_folder_without_recordings_is_refused(maker: Maker, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.wav").touch()
-    with pytest.raises(DataError, match="none of 2 recordings is here"):
+    with pytest.raises(DataError, match="none of 2 recordings exists"):
         read(maker, tmp_path / "source", tmp_path / "other")
     with pytest.raises(DataError, match="no such folder"):
         read(maker, tmp_path / "source", tmp_path / "nowhere")
@@ -167,7 +167,9 @@ def test_bytes_of_another_encoding_are_refused_with_line_and_byte(maker: Maker, 
     name = next(name for name, content in files.items() if "é" in content)
     before = files[name].partition("é")[0]
     line, byte = before.count("\n") + 1, len(before)
-    with pytest.raises(BuildError, match=rf"^F_ENCODING {name}:{line}: byte {byte} \(0xe9\) is not UTF-8") as error:
+    with pytest.raises(
+        BuildError, match=rf"^F_ENCODING {name}:{line}: byte {byte} \(0xe9\) is not valid UTF-8"
+    ) as error:
         IMPORTERS[maker.format].read(source, None, maker.config)
     assert "--set encoding=cp1252" in str(error.value)
     assert [finding.code for finding in error.value.findings] == ["F_ENCODING"]
@@ -192,7 +194,7 @@ def test_an_empty_source_is_refused(maker: Maker, tmp_path: Path) -> None:
 def test_a_header_without_rows_is_refused(name: str, tmp_path: Path) -> None:
     maker = MAKERS[name]
     heads = {file: content.partition("\n")[0] for file, content in maker.files(DIALOGUES).items()}
-    with pytest.raises(DataError, match=r"no rows; is this the right file\?"):
+    with pytest.raises(DataError, match=r"no rows; check the path of the source"):
         IMPORTERS[maker.format].read(write(maker, tmp_path / "source", heads), None, maker.config)
 
 

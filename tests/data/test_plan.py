@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data.loading.batching import PADDING, SPARED, Cost, groups, micro_batches, plan, plan_hash, share
+from data.loading.batching import PAD_TOLERANCE, PADDING, Cost, groups, micro_batches, plan, plan_hash, share
 
 
 def costs(count: int, seed: int = 0) -> list[Cost]:
@@ -128,7 +128,7 @@ def test_groups_are_as_large_as_padding_allows() -> None:
         for together, allowed in ((group, True), ([*group, following[0]], False)):
             own = [lengths[place] for place in together]
             computed = max(own) * len(own)
-            assert (computed - sum(own) <= max(SPARED, PADDING * computed)) == allowed
+            assert (computed - sum(own) <= max(PAD_TOLERANCE, PADDING * computed)) == allowed
     assert groups([]) == []
     assert len(groups(lengths, 2048)) < len(found) / 2  # where another part costs as much as so many positions
     assert groups([0] * 5) == [[0, 1, 2, 3, 4]]

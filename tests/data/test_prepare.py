@@ -19,7 +19,7 @@ from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.errors import DataError
 from data.preparation import shard_jobs as jobs
 from data.preparation.build import prepare
-from data.preparation.shard_jobs import Job, serially
+from data.preparation.shard_jobs import ShardJob, serially
 from data.shards.dataset import Shards
 from data.shards.format import ShardFile
 from data.shards.store import Store
@@ -41,7 +41,7 @@ class Counted:
         self.names: list[str] = []
         self.most = most
 
-    def __call__(self, todo: Sequence[Job]) -> Iterator[ShardFile]:
+    def __call__(self, todo: Sequence[ShardJob]) -> Iterator[ShardFile]:
         for job in todo:
             if len(self.names) == self.most:
                 raise KeyboardInterrupt
@@ -121,12 +121,12 @@ def test_a_changed_session_is_written_anew(tmp_path: Path) -> None:
 def test_nothing_is_lost_without_a_word(tmp_path: Path) -> None:
     """The source is the whole corpus: one with the new sessions alone would replace the others."""
     before = prepare(made(8), tmp_path / "shards")
-    with pytest.raises(DataError, match=r"2 of its sessions are not in the source, which must hold .*: c006, c007"):
+    with pytest.raises(DataError, match=r"2 of its sessions are not in the source, which must have all: c006, c007"):
         prepare(made(6), tmp_path / "shards")
     silent = made(8)
     for turn in (turn for one in silent.conversations for turn in one.turns):
         turn.audio = None
-    with pytest.raises(DataError, match="it has sound, and now there is none: give --audio as before"):
+    with pytest.raises(DataError, match="it has audio, but the source has none; give --audio as before"):
         prepare(silent, tmp_path / "shards")
     before.verify()
     assert Shards(tmp_path / "shards").fingerprint == before.fingerprint
@@ -141,7 +141,7 @@ def test_a_failed_addition_leaves_the_corpus_as_it_was(tmp_path: Path) -> None:
         prepare(grown, tmp_path / "shards")
     failing = Counted()
 
-    def fail(todo: Sequence[Job]) -> Iterator[ShardFile]:
+    def fail(todo: Sequence[ShardJob]) -> Iterator[ShardFile]:
         yield from failing(todo)
         raise DataError("the last one cannot be made")
 
@@ -164,8 +164,8 @@ def test_a_corrupt_shard_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_prepared_by_one_at_a_time(tmp_path: Path) -> None:
-    def meanwhile(todo: Sequence[Job]) -> Iterator[ShardFile]:
-        with pytest.raises(DataError, match="another `sweep prepare` works here"):
+    def meanwhile(todo: Sequence[ShardJob]) -> Iterator[ShardFile]:
+        with pytest.raises(DataError, match="another `sweep prepare` is running here"):
             prepare(made(), tmp_path / "shards")
         yield from serially(todo)
 
@@ -184,11 +184,11 @@ def test_a_recording_that_the_worker_does_not_see_is_no_silence(tmp_path: Path) 
     soundfile.write(tmp_path / "x.wav", np.zeros(160_000), SAMPLE_RATE)
     corpus.conversations[3].recording = tmp_path / "x.wav"
 
-    def elsewhere(todo: Sequence[Job]) -> Iterator[ShardFile]:
+    def elsewhere(todo: Sequence[ShardJob]) -> Iterator[ShardFile]:
         (tmp_path / "x.wav").unlink()
         return serially(todo)
 
-    with pytest.raises(DataError, match=r"x\.wav: the recording is gone, or this node does not see it"):
+    with pytest.raises(DataError, match=r"x\.wav: the recording is not visible on this node"):
         prepare(corpus, tmp_path / "shards", run=elsewhere)
     assert not (tmp_path / "shards").exists()
 
@@ -204,21 +204,21 @@ def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path, place: str) -> 
 def test_a_prefix_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "bucket" / "precious").mkdir(parents=True)
     (tmp_path / "bucket" / "precious" / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="exists already and is no corpus"):
+    with pytest.raises(DataError, match="exists already and is not a corpus"):
         prepare(made(), f"file://{tmp_path}/bucket")
     assert (tmp_path / "bucket" / "precious" / "manifest.json").exists()
 
 
 def test_other_settings_need_another_folder(tmp_path: Path) -> None:
     prepare(made(), tmp_path / "shards")
-    with pytest.raises(DataError, match=r"was prepared otherwise .*codec: 'pcm16' → 'flac'"):
+    with pytest.raises(DataError, match=r"has other settings .*codec: 'pcm16' → 'flac'"):
         prepare(made(), tmp_path / "shards", CorpusConfig(codec="flac"))
     prepare(made(), tmp_path / "shards", CorpusConfig(max_rejected=0.5))
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="exists already and is no corpus"):
+    with pytest.raises(DataError, match="exists already and is not a corpus"):
         prepare(made(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -238,7 +238,7 @@ def test_progress_counts_sessions(tmp_path: Path) -> None:
 
 
 def _prepare_slowly(folder: Path) -> None:
-    def slow(todo: Sequence[Job]) -> Iterator[ShardFile]:
+    def slow(todo: Sequence[ShardJob]) -> Iterator[ShardFile]:
         for job in todo:
             yield from serially([job])
             time.sleep(0.05)
@@ -306,7 +306,7 @@ def test_a_store_behind_a_url_holds_the_same(tmp_path: Path, kind: str, request:
     grown.verify()
     other = CorpusConfig(codec="flac", labels={"client": ("change",)}, max_rejected=0)
     names = grown.store.names()
-    with pytest.raises(DataError, match="was prepared otherwise"):
+    with pytest.raises(DataError, match="has other settings"):
         prepare(made(10), url, other)
     assert grown.store.names() == names
     for name in names:
@@ -315,8 +315,8 @@ def test_a_store_behind_a_url_holds_the_same(tmp_path: Path, kind: str, request:
 
 def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     for url in ("s3://key:hunter2@bucket/corpus", "s3://bucket/corpus?secret_key=hunter2"):
-        with pytest.raises(DataError, match="must not hold credentials") as caught:
+        with pytest.raises(DataError, match="must not contain credentials") as caught:
             Store(url)
         assert "hunter2" not in str(caught.value)
-    with pytest.raises(DataError, match="nowhere://x: not a store that can be opened"):
+    with pytest.raises(DataError, match="nowhere://x: the store cannot be opened"):
         Store("nowhere://x")

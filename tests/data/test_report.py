@@ -19,8 +19,8 @@ from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.errors import DataError
 from data.preparation.build import FINDINGS, prepare
 from data.report.page import CLIP_SECONDS, CLIPS, EXAMPLES, corpus_html
-from data.report.summary import finding_rows, parts, read_findings, split_rows
-from data.report.timeline import STRIPS
+from data.report.summary import finding_rows, read_findings, split_rows, split_summaries
+from data.report.timeline import TIMELINES
 from data.shards.dataset import Shards
 from tests.data.common import corpus
 
@@ -98,7 +98,7 @@ def html(shards: Shards) -> str:
 def test_the_tables_hold_the_numbers_of_the_manifest(shards: Shards, html: str) -> None:
     manifest, text = shards.manifest, Page(html).text
     header, rows = split_rows(shards)
-    assert header == ["split", "sessions", "turns", "with sound", "hours", *manifest.labels]
+    assert header == ["split", "sessions", "turns", "with audio", "hours", *manifest.labels]
     for row, (split, turns) in zip(rows, manifest.turns.items(), strict=False):
         assert row[:3] == [split, str(manifest.sessions[split]), str(turns)]
         assert row[4:] == [
@@ -106,8 +106,8 @@ def test_the_tables_hold_the_numbers_of_the_manifest(shards: Shards, html: str) 
             *(str(manifest.label_counts[split][label]) for label in manifest.labels),
         ]
     assert rows[-1][:3] == ["all", "6", str(sum(manifest.turns.values()))]
-    for part in parts(shards):
-        sizes = (part.name, part.sessions, part.groups, part.turns, part.heard, f"{part.hours:.2f}", part.labelled)
+    for part in split_summaries(shards):
+        sizes = (part.name, part.sessions, part.groups, part.turns, part.with_audio, f"{part.hours:.2f}", part.labelled)
         assert " ".join(map(str, sizes)) in text
         cells = " ".join(f"{count} {100 * count / part.labelled:.1f} %" for count in part.labels.values())
         assert f"{part.name} {cells}" in text
@@ -117,9 +117,9 @@ def test_the_tables_hold_the_numbers_of_the_manifest(shards: Shards, html: str) 
 
 def test_parts_are_counted_from_the_index(shards: Shards) -> None:
     columns = shards.columns
-    for part in parts(shards)[:-1]:
+    for part in split_summaries(shards)[:-1]:
         rows = [row for row, split in enumerate(columns["split"]) if split == part.name]
-        assert part.heard == sum(columns["n_samples"][row] > 0 for row in rows)
+        assert part.with_audio == sum(columns["n_samples"][row] > 0 for row in rows)
         assert part.labelled == sum(columns["label"][row] is not None for row in rows)
         assert part.groups == len({columns["group"][row] for row in rows})
         sessions = {columns["conversation"][row]: columns["quality"][row] for row in rows}
@@ -143,7 +143,7 @@ def test_every_code_appears_with_its_count_its_meaning_and_its_first_examples(sh
 
 def test_the_table_of_findings_says_what_was_done(shards: Shards) -> None:
     header, rows = finding_rows(read_findings(shards))
-    assert header == ["code", "count", "what was done", "for example"]
+    assert header == ["code", "count", "consequence", "example"]
     assert [(row[0], int(row[1])) for row in rows] == list(shards.manifest.findings.items())
     example = next(row for row in rows if row[0] == "E_TS_END")
     assert example[2] == CODES["E_TS_END"][1]
@@ -230,7 +230,7 @@ def test_clips_are_spread_over_splits_and_labels_and_hold_the_odd_ones(shards: S
     assert {columns["split"][row] for row in shown} == {"train", "val", "test"}
     assert {columns["label"][row] for row in shown} >= {"change", "neutral"}
     assert {"W_CLIPPED", "W_SILENT", "W_TOO_LONG"} <= {code for row in shown for code in columns["flags"][row].split()}
-    assert f"here the first {CLIP_SECONDS:g} of 31.0 s" in Page(html).text
+    assert f"first {CLIP_SECONDS:g} of 31.0 s" in Page(html).text
 
 
 def test_sessions_are_drawn_in_time_with_a_mark_for_every_turn_that_has_one(tmp_path: Path) -> None:
@@ -240,25 +240,25 @@ def test_sessions_are_drawn_in_time_with_a_mark_for_every_turn_that_has_one(tmp_
             turn.start, turn.end = 2.0 * turn.index, 2.0 * turn.index + 1
     made = prepare(found, tmp_path / "corpus")
     html = report(made)
-    strips = re.findall(r'<div class="strip">.*?</div>', html, re.DOTALL)
+    strips = re.findall(r'<div class="timeline">.*?</div>', html, re.DOTALL)
     assert len(strips) == 6
     for strip in strips:
         marks = [ElementTree.fromstring(mark) for mark in re.findall(r"<rect[^>]*><title>.*?</rect>", strip, re.DOTALL)]
         assert [round(float(mark.get("x", "")) * 11 / 1000) for mark in marks] == [0, 2, 4, 6, 8, 10]
         assert len({mark.get("y") for mark in marks}) == 2  # lanes
         assert len({mark.get("fill") for mark in marks}) == 6  # five labels and none
-        assert "1 without time" in strip
+        assert "1 without times" in strip
     assert "0/0 therapist: question\n0.00 to 1.00 s\nsession 0 turn 0" in html
 
 
 def test_a_time_that_is_wrong_is_red_and_the_session_is_shown_first_of_many(tmp_path: Path) -> None:
-    found = synthetic.corpus(sessions=2 * STRIPS, turns=8)
-    wrong = found.conversations[STRIPS].turns[3]
+    found = synthetic.corpus(sessions=2 * TIMELINES, turns=8)
+    wrong = found.conversations[TIMELINES].turns[3]
     assert wrong.start is not None
     wrong.end = wrong.start - 1
     html = report(prepare(found, tmp_path / "corpus"))
-    strips = re.findall(r'<div class="strip">.*?</div>', html, re.DOTALL)
-    assert len(strips) == STRIPS
+    strips = re.findall(r'<div class="timeline">.*?</div>', html, re.DOTALL)
+    assert len(strips) == TIMELINES
     red = [strip for strip in strips if re.search(r'fill="#d64545"><title>', strip)]
     assert [wrong.id in strip for strip in red] == [True]
 
@@ -266,11 +266,11 @@ def test_a_time_that_is_wrong_is_red_and_the_session_is_shown_first_of_many(tmp_
 def test_a_corpus_of_text_alone_has_neither_clips_nor_charts_of_sound(tmp_path: Path) -> None:
     made = prepare(corpus([DIALOGUE.replace("!", "")] * 6), tmp_path / "corpus")
     page = Page(report(made))
-    assert "hours of sound text only" in page.text
-    assert "Nothing was found" in page.text
-    assert "Share of a session's words" in page.text
-    assert "every turn is one step" in page.text
-    assert "Loudness" not in page.text
+    assert "hours of audio text only" in page.text
+    assert "No findings" in page.text
+    assert "Share of words per session" in page.text
+    assert "every turn has the same width" in page.text
+    assert "Level" not in page.text
     assert not page.all("audio")
 
 
@@ -288,7 +288,7 @@ def test_a_corpus_with_one_session_a_split_and_no_labels_and_no_quality_has_a_pa
     found = corpus(["T C"] * 3)
     made = prepare(Corpus("plain", (), {}, found.conversations), tmp_path / "corpus")
     page = Page(report(made))
-    assert split_rows(made)[0] == ["split", "sessions", "turns", "with sound", "hours"]
+    assert split_rows(made)[0] == ["split", "sessions", "turns", "with audio", "hours"]
     assert "labelled 0" in page.text
     assert "Labels of" not in page.text
 
@@ -302,10 +302,10 @@ def test_alignment_and_annotators_are_shown_where_there_are_any(tmp_path: Path) 
         first.votes, second.votes, third.votes = {"question": 3}, {"change": 2, "neutral": 1}, {"reflection": 1}
         second.flags += ("W_ALIGN_LOW", "W_LABEL_TIE")
     text = Page(report(prepare(found, tmp_path / "corpus"))).text
-    assert "12 turns were aligned, 6 of them moved; for 6 the alignment was not sure" in text
-    assert "Shift of the start, s median 0.25 s either way" in text
-    assert "12 turns have 3.0 annotators on average. They are of one mind on 6 (50.0 %)" in text
-    assert "agree with a probability of 0.67. 6 ties" in text  # (1 + 1/3) / 2
+    assert "12 turns were aligned and 6 of them moved. For 6 turns the confidence was too low" in text
+    assert "Shift of the start, s median 0.25 s (absolute)" in text
+    assert "12 turns have 3.0 annotators on average. They agree on 6 turns (50.0 %)" in text
+    assert "agree with probability 0.67. 6 turns have no majority" in text  # (1 + 1/3) / 2
 
 
 def test_alignment_and_annotators_are_left_out_where_there_are_none(html: str) -> None:

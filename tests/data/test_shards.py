@@ -120,7 +120,7 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path: Path, corpus: Shards
     manifest = copied(corpus, tmp_path / "shards").parent / "manifest.json"
     whole = manifest.read_text()
     for old, new, message in (
-        ('"schema_version": "3"', '"schema_version": "2"', r"written as \(version, Hz\) \('2', 16000\).*prepare"),
+        ('"schema_version": "3"', '"schema_version": "2"', r"its \(version, Hz\) is \('2', 16000\).*prepare"),
         (corpus.manifest.shards[0].name, "../../etc/passwd", r"shards\.0\.name: String should match"),
         ('"corpus"', '"corpse"', "manifest.json: corpus: Field required"),
         ("{", "", "manifest.json: file: Invalid JSON"),
@@ -141,9 +141,9 @@ def test_folds_serve_as_splits(tmp_path: Path) -> None:
     for number, one in enumerate(shards):
         assert {row for _, row in items(one, "classify", "val")} == tested[(number + 1) % 3]
         assert pickle.loads(pickle.dumps(one)).fold == number
-    with pytest.raises(DataError, match=r"data\.fold is 3, and the corpus has 3 folds, counted from 0"):
+    with pytest.raises(DataError, match=r"data\.fold is 3, but the corpus has 3 folds, counted from 0"):
         Shards(tmp_path / "shards", 3)
-    with pytest.raises(DataError, match=r"data\.fold is 1, and the corpus has no folds"):
+    with pytest.raises(DataError, match=r"data\.fold is 1, but the corpus has no folds"):
         Shards(prepare(small(), tmp_path / "plain").folder, 1)
 
 

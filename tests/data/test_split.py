@@ -10,7 +10,7 @@ import pytest
 from data.corpus.config import SplitConfig
 from data.corpus.schema import SPLITS, Conversation
 from data.errors import DataError
-from data.preparation.split import deal, groups, split_conversations, strata
+from data.preparation.split import groups, split_conversations, strata, stratified_assignment
 from data.shards.format import fold_split
 from tests.data.sessions import part, parts, session
 
@@ -144,14 +144,14 @@ def test_added_sessions_fill_what_lacks_most() -> None:
 
 def test_each_seed_gives_another_split_that_is_as_good() -> None:
     corpus = skewed(60, 0)
-    found = {tuple(deal(corpus, SHARES, seed).items()) for seed in range(20)}
+    found = {tuple(stratified_assignment(corpus, SHARES, seed).items()) for seed in range(20)}
     assert len(found) == 20
     assert all(deviation(dict(dealt), corpus, SHARES, "turns") < 0.02 for dealt in found)
 
 
 def test_dealing_does_not_depend_on_the_order_of_the_mapping() -> None:
     corpus = skewed(40, 1)
-    assert deal(corpus, SHARES, 3) == deal(dict(reversed(corpus.items())), SHARES, 3)
+    assert stratified_assignment(corpus, SHARES, 3) == stratified_assignment(dict(reversed(corpus.items())), SHARES, 3)
 
 
 # How well
@@ -166,7 +166,7 @@ def test_parts_have_the_same_labels_and_qualities_and_the_wanted_sizes(
     own, plain, random = (
         {of: np.mean([deviation(way(corpus, shares, 0), corpus, shares, of) for corpus in corpora]) for of in wanted}
         for corpora in [[skewed(n_groups, seed) for seed in range(10)]]
-        for way in (deal, by_size_alone, at_random)
+        for way in (stratified_assignment, by_size_alone, at_random)
     )
     for of, bound in wanted.items():
         assert own[of] < bound
@@ -179,23 +179,25 @@ def test_many_equal_groups_meet_the_fractions() -> None:
     for n_groups in (48, 100, 119):
         equal = {f"g{number}": Counter({"turns": 10, "label:change": 5}) for number in range(n_groups)}
         for shares in (SHARES, FOLDS, (0.8, 0.1, 0.1)):
-            counts = Counter(deal(equal, shares, 0).values())
+            counts = Counter(stratified_assignment(equal, shares, 0).values())
             assert all(abs(counts[number] - share * n_groups) < 1 for number, share in enumerate(shares))
 
 
 def test_six_equal_groups_go_four_one_one() -> None:
     for seed in range(10):
-        counts = Counter(deal({f"g{n}": Counter({"turns": 7}) for n in range(6)}, SHARES, seed).values())
+        counts = Counter(
+            stratified_assignment({f"g{n}": Counter({"turns": 7}) for n in range(6)}, SHARES, seed).values()
+        )
         assert counts == {0: 4, 1: 1, 2: 1}
 
 
 def test_a_huge_group_goes_to_train_and_the_others_share_the_rest() -> None:
     corpus = {"huge": Counter({"turns": 600})} | {f"g{number}": Counter({"turns": 10}) for number in range(40)}
-    dealt = deal(corpus, SHARES, 0)
+    dealt = stratified_assignment(corpus, SHARES, 0)
     assert dealt["huge"] == 0
     assert deviation(dealt, corpus, SHARES, "turns") < 0.011
     swallowing = {"huge": Counter({"turns": 6000}), "a": Counter({"turns": 1}), "b": Counter({"turns": 1})}
-    assert deal(swallowing, SHARES, 0)["huge"] == 0
+    assert stratified_assignment(swallowing, SHARES, 0)["huge"] == 0
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (100, 1, 1), (100, 90, 1), (50, 30, 20)])
@@ -203,8 +205,8 @@ def test_three_groups_fill_three_parts(sizes: tuple[int, ...]) -> None:
     for seed in range(5):
         corpus = {f"g{number}": Counter({"turns": size}) for number, size in enumerate(sizes)}
         empty = {f"empty{number}": Counter({"turns": 0, "quality:low": 5}) for number in range(5)}
-        assert sorted(deal(corpus, SHARES, seed).values()) == [0, 1, 2]
-        dealt = deal(corpus | empty, SHARES, seed)
+        assert sorted(stratified_assignment(corpus, SHARES, seed).values()) == [0, 1, 2]
+        dealt = stratified_assignment(corpus | empty, SHARES, seed)
         assert sorted(dealt[name] for name in corpus) == [0, 1, 2]
 
 
@@ -215,7 +217,7 @@ def test_a_part_never_stays_without_turns_where_groups_are_enough() -> None:
         corpus = skewed(int(rng.integers(len(shares), 9)), seed) | {"none": Counter({"turns": 0, "quality:low": 1})}
         fixed = {name: int(rng.integers(len(shares))) for name in sorted(corpus)[: seed % 3]}
         missing = len(shares) - len({number for name, number in fixed.items() if corpus[name]["turns"]})
-        dealt = deal(corpus, shares, seed, fixed)
+        dealt = stratified_assignment(corpus, shares, seed, fixed)
         assert fixed.items() <= dealt.items()
         if sum(counts["turns"] > 0 for name, counts in corpus.items() if name not in fixed) >= missing:
             assert {number for name, number in dealt.items() if corpus[name]["turns"]} == set(range(len(shares)))
@@ -224,7 +226,7 @@ def test_a_part_never_stays_without_turns_where_groups_are_enough() -> None:
 def test_a_stratum_of_a_single_group_disturbs_neither_the_sizes_nor_the_others() -> None:
     corpus = skewed(80, 2)
     corpus["g7"].update({f"label:only here {number}": 1 for number in range(3)})
-    dealt = deal(corpus, SHARES, 0)
+    dealt = stratified_assignment(corpus, SHARES, 0)
     assert deviation(dealt, corpus, SHARES, "turns") < 0.01
     assert deviation(dealt, corpus, SHARES, "label:change") < 0.02
 
@@ -233,12 +235,12 @@ def test_the_sizes_weigh_more_than_all_else() -> None:
     corpus = {"huge": Counter({"turns": 600})} | {f"g{number}": Counter({"turns": 10}) for number in range(40)}
     for number, counts in enumerate(corpus.values()):
         counts.update({f"quality:{number % 4}": 1})
-    assert deviation(deal(corpus, SHARES, 0), corpus, SHARES, "turns") < 0.1  # with equal weights: 0.14
+    assert deviation(stratified_assignment(corpus, SHARES, 0), corpus, SHARES, "turns") < 0.1  # else 0.14
 
 
 def test_sessions_without_labels_are_spread_too() -> None:
     corpus = {f"g{n}": Counter({"turns": 10}) for n in range(20)} | {f"none{n}": Counter() for n in range(20)}
-    dealt = deal(corpus, FOLDS, 0)
+    dealt = stratified_assignment(corpus, FOLDS, 0)
     assert Counter(number for name, number in dealt.items() if "none" in name) == dict.fromkeys(range(5), 4)
 
 
@@ -272,7 +274,7 @@ def test_too_few_groups_are_refused() -> None:
     with pytest.raises(DataError, match="0 session"):
         split_conversations([], SplitConfig())
     unlabelled = [session(f"u{number}", labels=[None]) for number in range(5)]
-    with pytest.raises(DataError, match="needs a group with labelled turns of its own"):
+    with pytest.raises(DataError, match="needs at least one group with labelled turns"):
         split_conversations([*corpus, *unlabelled], SplitConfig())
 
 

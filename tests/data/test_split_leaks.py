@@ -11,7 +11,7 @@ from data.corpus.config import SplitConfig
 from data.corpus.issues import BuildError
 from data.corpus.schema import SPLITS, Conversation
 from data.errors import DataError
-from data.preparation.split import Place, groups, split_conversations
+from data.preparation.split import Assignment, groups, split_conversations
 from tests.data.sessions import parts, session
 
 # What hangs together
@@ -34,16 +34,16 @@ def test_groups_are_what_hangs_together_named_after_the_smallest() -> None:
 
 
 def test_a_split_by_speaker_needs_to_know_who_speaks() -> None:
-    with pytest.raises(DataError, match="does not say who speaks"):
+    with pytest.raises(DataError, match="has no speaker identities"):
         groups([session("a"), session("b")], SplitConfig(by=("speaker",)))
     some = [session("a", people=("ann",)), session("b"), session("c")]
-    with pytest.raises(DataError, match=r"2 session\(s\) do not say who speaks \(b, c\), and might leak"):
+    with pytest.raises(DataError, match=r"2 session\(s\) have no speaker identity \(b, c\) and might leak"):
         groups(some, SplitConfig(by=("video", "speaker")))
 
 
 @pytest.mark.parametrize("name", ["row", "turn", "utterance", "random"])
 def test_a_split_by_row_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ValidationError, match=f"a split by {name} puts turns of one conversation.*measure memory"):
+    with pytest.raises(ValidationError, match=f"a split by {name} puts turns of one.*measure memorisation"):
         SplitConfig.model_validate({"by": name})
 
 
@@ -87,10 +87,10 @@ def test_the_corpus_s_own_split_is_taken_and_checked() -> None:
     assert [(finding.code, finding.utterance, finding.message) for finding in error.findings] == [
         ("F_LEAK_GROUP", "d", "video video a: conversation a is in train, conversation d in test"),
         ("F_LEAK_GROUP", "e", "person ann: conversation d is in test, conversation e in val"),
-        ("F_LEAK_AUDIO", "a", "the same sound: conversation b is in val, conversation a in train"),
+        ("F_LEAK_AUDIO", "a", "the same audio: conversation b is in val, conversation a in train"),
     ]
     assert all(finding.message in str(error) for finding in error.findings)
-    assert "mend the split of the corpus" in str(error)
+    assert "fix the split of the corpus" in str(error)
 
 
 def test_a_corpus_that_splits_only_some_sessions_is_refused() -> None:
@@ -100,11 +100,11 @@ def test_a_corpus_that_splits_only_some_sessions_is_refused() -> None:
 
 
 def test_a_corpus_s_own_split_has_known_names_no_folds_and_no_empty_part() -> None:
-    with pytest.raises(DataError, match=r"corpus.csv:a-0: conversation a has split 'dev'; known: train, val, test"):
+    with pytest.raises(DataError, match=r"corpus.csv:a-0: conversation a has split 'dev'; use one of train, val"):
         split_conversations([session("a", split="dev")], SplitConfig())
-    with pytest.raises(DataError, match="the corpus comes with a split of its own"):
+    with pytest.raises(DataError, match="the corpus has a predefined split"):
         split_conversations([session("a", split="train")], SplitConfig(folds=3))
-    with pytest.raises(DataError, match=r"the test split has no labelled turns.*mend the split of the corpus"):
+    with pytest.raises(DataError, match=r"the test split has no labelled turns.*fix the split of the corpus"):
         split_conversations([session("a", split="train"), session("b", split="val")], SplitConfig())
 
 
@@ -114,13 +114,13 @@ def test_an_added_session_that_joins_two_splits_fails() -> None:
     config = SplitConfig(by=("video", "speaker"))
     error = failure_of([*old, session("e", "va", people=("pb",))], config, before=before)
     assert [finding.code for finding in error.findings] == ["F_LEAK_GROUP"]
-    assert "prepare all anew" in str(error)
+    assert "prepare the whole corpus again" in str(error)
     error = failure_of(old, config, before=before, shared=[("a", "c")])
     assert [finding.code for finding in error.findings] == ["F_LEAK_AUDIO"]
 
 
 def test_an_earlier_place_that_does_not_exist_any_more_is_refused() -> None:
-    with pytest.raises(DataError, match="conversation a was put into 'train' earlier, and the parts are now 0, 1, 2"):
+    with pytest.raises(DataError, match="conversation a was in 'train' before, but the parts are now 0, 1, 2"):
         split_conversations([session(name) for name in "abc"], SplitConfig(folds=3), before={"a": "train"})
 
 
@@ -140,9 +140,9 @@ def test_a_list_decides_whatever_the_corpus_says_and_whoever_was_dealt_before(tm
     )
     places = split_conversations(corpus, config, before={"b": "train"})
     assert places == {
-        "ä": Place("video ä", "val"),
-        "b": Place("video b", "test"),
-        "c,d": Place("video c,d", "train"),
+        "ä": Assignment("video ä", "val"),
+        "b": Assignment("video b", "test"),
+        "c,d": Assignment("video c,d", "train"),
     }
 
 
@@ -154,13 +154,16 @@ def test_a_list_may_name_folds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("conversation,split\na,train\nb,dev\nc,test\n", "splits.csv:3: conversation b has split 'dev'; known: train,"),
+        (
+            "conversation,split\na,train\nb,dev\nc,test\n",
+            "splits.csv:3: conversation b has split 'dev'; use one of",
+        ),
         ("conversation,split\na,train\nb\nc,test\n", "splits.csv:3: conversation b has split ''"),
         ("conversation,split\na,train\nz,val\n", "splits.csv:3: the corpus has no conversation 'z'"),
         ("conversation,split\nb,train\n", r"2 conversation\(s\) are not listed \(a, c\)"),
         ("conversation,part\na,train\n", "splits.csv:1: the first line must name the columns"),
         ("", "splits.csv:1: the first line must name the columns"),
-        ("conversation,split\na,train\nb,train\nc,val\n", "the test split has no labelled turns.*mend .*splits.csv"),
+        ("conversation,split\na,train\nb,train\nc,val\n", "the test split has no labelled turns.*fix .*splits.csv"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -176,7 +179,7 @@ def test_a_list_that_leaks_is_refused(tmp_path: Path) -> None:
         ("F_LEAK_GROUP", "video v: conversation a is in train, conversation b in val"),
         ("F_LEAK_CONVERSATION", "conversation c is in test and in train"),
     ]
-    assert f"mend {config.file}" in str(error)
+    assert f"fix {config.file}" in str(error)
 
 
 def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

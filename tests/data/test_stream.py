@@ -18,19 +18,19 @@ from ray.exceptions import RayTaskError
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.loading.examples import from_arrow, to_arrow
-from data.loading.local_source import local_source
+from data.loading.examples import clips_from_arrow, clips_to_arrow
 from data.loading.prefetch import BURST, PREFETCH, Prefetcher
 from data.loading.ray_source import (
     FIRST_STEPS,
     STEPS_PER_TASK,
-    _kept,
     _memory,
+    _open,
     _parts,
-    _plan_datasource,
+    _read_task,
     _unwrapped,
     ray_source,
 )
+from data.loading.sources import local_source
 from data.loading.tasks import items
 from data.shards.dataset import Shards
 from data.shards.store import Store
@@ -42,13 +42,13 @@ TASKS = ("classify", "forecast", "response", "quality")
 def test_clips_survive_arrow() -> None:
     clips = [np.arange(-3, 4, dtype="<i2"), None, np.array([9], "<i2")]
     for own in (clips, clips[1:2], []):
-        table = to_arrow(own)
+        table = clips_to_arrow(own)
         assert table.num_rows == len(own)
-        assert [clip if clip is None else clip.tolist() for clip in from_arrow(table)] == [
+        assert [clip if clip is None else clip.tolist() for clip in clips_from_arrow(table)] == [
             clip if clip is None else clip.tolist() for clip in own
         ]
-    joined = pa.concat_tables([to_arrow(clips), to_arrow(clips[2:])]).slice(2)
-    assert [clip.tolist() for clip in from_arrow(joined) if clip is not None] == [[9], [9]]
+    joined = pa.concat_tables([clips_to_arrow(clips), clips_to_arrow(clips[2:])]).slice(2)
+    assert [clip.tolist() for clip in clips_from_arrow(joined) if clip is not None] == [[9], [9]]
 
 
 def test_the_memory_of_a_read_task_serves_the_next() -> None:
@@ -60,10 +60,10 @@ def test_the_memory_of_a_read_task_serves_the_next() -> None:
 def test_both_sources_give_the_same_examples(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is heard, also under a control, and where Ray cuts and joins its blocks in other places."""
 
-    def carried(source: Any, blocks: int) -> Iterator[Any]:
-        tables = [table for task in source.get_read_tasks(blocks) for table in task()]
-        assert len(tables) == blocks
-        yield from from_arrow(pa.concat_tables(tables))
+    def carried(tasks: Any) -> Iterator[Any]:
+        tables = [table for task in tasks for table in task()]
+        assert len(tables) == len(tasks) > 1
+        yield from clips_from_arrow(pa.concat_tables(tables))
 
     monkeypatch.setattr("data.loading.ray_source._clips", carried)
     own = [items(corpus, task, "train")[0] for task in TASKS]
@@ -256,7 +256,7 @@ def through_local(shards: Shards, batches: Any) -> list[Any]:
 
 def through_ray(shards: Shards, batches: Any) -> list[Any]:
     """What a read task does, in this process; it travels there pickled."""
-    tasks = _plan_datasource(shards, DataConfig(), batches).get_read_tasks(1)
+    tasks = [_read_task(shards, DataConfig(), part, None) for part in _parts(batches)]
     return [table for task in pickle.loads(cloudpickle.dumps(tasks)) for table in task()]
 
 
@@ -301,7 +301,7 @@ def test_a_corpus_that_was_prepared_anew_is_not_read_on(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "shards")
     make(tmp_path / "shards", "C:change! T:reflection!")
     with pytest.raises(DataError, match="the corpus was changed"):
-        _kept.cache_clear()
+        _open.cache_clear()
         through_ray(shards, batches)
 
 

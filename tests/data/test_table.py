@@ -38,7 +38,7 @@ def test_columns_are_taken_by_name(tmp_path: Path) -> None:
 
 
 def test_a_role_that_is_misspelt_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"roles\.coach: 'therapsit' is no role; did you mean 'therapist'"):
+    with pytest.raises(ConfigError, match=r"roles\.coach: 'therapsit' is not a role; did you mean 'therapist'"):
         read(tmp_path, "conversation,speaker,text\ns,coach,hello\n", roles={"coach": "therapsit"})
 
 
@@ -81,7 +81,7 @@ def test_what_is_said_of_a_session_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["video", "quality", "recording"])
 def test_rows_of_a_session_that_contradict_each_other_are_named(tmp_path: Path, kind: str) -> None:
     text = "conversation,speaker,text,x\na,c,1,one\na,c,2,One\na,c,3,two\n"
-    with pytest.raises(DataError, match=r"^t\.csv:4: x is 'two', and 'one' at t\.csv:2; a session has one"):
+    with pytest.raises(DataError, match=r"^t\.csv:4: x is 'two', but 'one' at t\.csv:2; a session has only one"):
         read(tmp_path, text, columns={kind: "x"})
 
 
@@ -100,11 +100,9 @@ def test_recordings_are_taken_from_a_column_or_by_name(tmp_path: Path) -> None:
     columns = {"recording": "file", "start": "t"}
     corpus = read(tmp_path, text, tmp_path / "sound", columns=columns)
     assert [one.recording.name for one in corpus.conversations if one.recording] == ["one.wav", "b.flac"]
-    with pytest.raises(
-        ConfigError, match=r"columns\.start: --audio is given, and no column says where a turn is in it"
-    ):
+    with pytest.raises(ConfigError, match=r"columns\.start: --audio is given, but no column has start times"):
         read(tmp_path, text, tmp_path / "sound", columns={"recording": "file"})
-    with pytest.raises(DataError, match=r"t\.csv:2: '\.\./one\.wav' leads out of the folder of recordings"):
+    with pytest.raises(DataError, match=r"t\.csv:2: '\.\./one\.wav' is outside the folder of recordings"):
         read(tmp_path, text.replace("one.wav", "../one.wav"), tmp_path / "sound", columns=columns)
 
 
@@ -139,7 +137,7 @@ def test_a_file_a_turn_needs_neither_times_nor_recordings(tmp_path: Path) -> Non
         ("W_TS_OPEN", "a/1"),
     ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"none of 1 recordings is here \(0\.wav"):
+    with pytest.raises(DataError, match=r"none of 1 recordings exists \(0\.wav"):
         read(tmp_path, text, tmp_path / "empty", columns={"clip": "file"})
 
 
@@ -164,14 +162,14 @@ def test_annotators_are_put_to_the_vote(tmp_path: Path) -> None:
     ]
     declared = read(tmp_path, text, columns=columns, label_separator=";", labels={"client": ["c", "b", "a"]})
     assert [turn.label for turn in turns(declared)] == ["b|a", "c", "c", "a", "b|a"]  # ties go by this order
-    with pytest.raises(ConfigError, match=r"columns\.annotator: set columns\.id or columns\.index"):
+    with pytest.raises(ConfigError, match=r"columns\.annotator: also set columns\.id or columns\.index"):
         read(tmp_path, text, columns={"label": "code", "annotator": "who"})
 
 
 def test_an_annotator_who_contradicts_himself_fails_the_build(tmp_path: Path) -> None:
     text = "conversation,speaker,text,n,code,who\na,c,x,0,p,ann\na,c,x,0,p,bob\na,c,x,0,q,ann\n"
     columns = {"label": "code", "annotator": "who", "id": "n"}
-    with pytest.raises(BuildError, match=r"F_DUPLICATE t\.csv:4, a/0: stands already at t\.csv:2, by the same"):
+    with pytest.raises(BuildError, match=r"F_DUPLICATE t\.csv:4, a/0: is already at t\.csv:2, by the same"):
         read(tmp_path, text, columns=columns)
 
 
@@ -213,12 +211,12 @@ def test_numbers_and_gaps_of_parquet_are_read_as_they_are_meant(tmp_path: Path) 
         ("t.csv", 'conversation,speaker,text\na,c,"open\nb,c,x\n', r"^t\.csv:2: not readable as CSV"),
         ("t.csv", "conversation,speaker,text\na,c,one, two\n", r"^t\.csv:2: the row has more cells"),
         ("t.csv", "conversation,speaker,text\n\na,c\n", r"^t\.csv:3: the row has fewer cells"),
-        ("t.csv", "conversation,speaker,text\n,c,x\n", r"^t\.csv:2: no conversation"),
-        ("t.csv", "conversation,speaker,text,text\na,c,x,y\n", r"^t\.csv:1: column text stands twice"),
+        ("t.csv", "conversation,speaker,text\n,c,x\n", r"^t\.csv:2: conversation is empty"),
+        ("t.csv", "conversation,speaker,text,text\na,c,x,y\n", r"^t\.csv:1: column text occurs twice"),
         ("t.csv", "conversation,speaker,text\n , ,\n", "no rows"),
         ("t.jsonl", '{"conversation": 1}\n{"conversation": 2,}\n', r"^t\.jsonl:2: not readable as JSON"),
         ("t.jsonl", "[1]\n", r"^t\.jsonl:1: not a JSON object"),
-        ("t.xlsx", "PK", r"\.xlsx is not known .*save it as CSV"),
+        ("t.xlsx", "PK", r"\.xlsx' is not supported .*save it as CSV"),
     ],
 )
 def test_files_that_are_not_whole_are_refused_with_their_line(tmp_path: Path, name: str, text: str, said: str) -> None:

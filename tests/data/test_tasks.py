@@ -69,15 +69,15 @@ def test_what_is_read_and_heard(task: str, history: int, shards: Shards) -> None
         ["therapist", "client"] * 2 + ["therapist"] * 2 + ["client", "therapist"],
     )
     for item, (session, index) in zip(items(shards, task, "train"), places(shards, task, "train"), strict=True):
-        example = read_example(shards, item, config, sound=True)
+        example = read_example(shards, item, config, with_audio=True)
         last, heard = (index - 1 if task in ("forecast", "response") else index), HEARD[task][index]
         first = max(0, min(last - history, heard))
         assert example.turns == tuple((roles[place], text(session, place)) for place in range(first, last + 1))
-        assert example.heard == heard - first
+        assert example.audio_turn == heard - first
         assert np.array_equal(example.pcm, clip(session, heard))
         assert len(example.pcm) == clip_samples(shards, item, config)
         assert (example.task, example.conversation, example.speaker) == (task, f"s{session}", roles[index])
-        assert same(read_example(shards, item, config, sound=False), replace(example, pcm=None))
+        assert same(read_example(shards, item, config, with_audio=False), replace(example, pcm=None))
 
 
 @pytest.mark.parametrize("task", ["forecast", "response"])
@@ -90,13 +90,13 @@ def test_nothing_of_the_next_turn_or_later_reaches_an_example(task: str, shards:
         other = prepare(made, tmp_path / str(index))
         for item, (_, place) in zip(items(shards, task, "train"), places(shards, task, "train"), strict=True):
             if place == index:
-                before, after = (read_example(one, item, DataConfig(), sound=True) for one in (shards, other))
+                before, after = (read_example(one, item, DataConfig(), with_audio=True) for one in (shards, other))
                 assert same(before, replace(after, answer=before.answer))
 
 
 def test_answers_are_labels_texts_and_qualities(shards: Shards) -> None:
     def answers(task: str) -> list[tuple[str, str]]:
-        examples = [read_example(shards, item, DataConfig(), sound=False) for item in items(shards, task, "val")]
+        examples = [read_example(shards, item, DataConfig(), with_audio=False) for item in items(shards, task, "val")]
         return [(example.id, example.answer) for example in examples]
 
     [(session, _), *_] = places(shards, "classify", "val")
@@ -152,17 +152,17 @@ def test_a_split_with_nothing_for_a_task_is_named(task: str, tmp_path: Path) -> 
         with pytest.raises(DataError) as error:
             items(shards, task, split)
         assert str(error.value) == (
-            f"{shards.folder}: the {split} split has nothing for the task {task} ({needs}); set tasks.{task} to 0, or "
-            "choose another split or corpus"
+            f"{shards.folder}: the {split} split has no items for the task {task} (needs {needs}); set tasks.{task} to "
+            "0, or choose another split or corpus"
         )
-    with pytest.raises(DataError, match=f"the train split has nothing for the task {task}"):
+    with pytest.raises(DataError, match=f"the train split has no items for the task {task}"):
         answer_sets(shards, [task])
 
 
 def test_labels_that_nobody_can_hear_are_no_items(tmp_path: Path) -> None:
     """As in AnnoMI, where the last turn of a session has no clip."""
     shards = make(tmp_path / "shards", "T! C:change")
-    with pytest.raises(DataError, match="nothing for the task classify"):
+    with pytest.raises(DataError, match="no items for the task classify"):
         items(shards, "classify", "train")
     assert len(items(shards, "forecast", "train")) == 4
 
@@ -198,7 +198,7 @@ def test_sets_of_labels_are_answers_if_they_occur_in_training(tmp_path: Path) ->
 def test_a_corpus_without_labels_can_be_split_for_replies(tmp_path: Path) -> None:
     shards = make(tmp_path / "shards", "C! T C! T", sessions=9)
     assert all(items(shards, "response", split) for split in ("train", "val", "test"))
-    with pytest.raises(DataError, match="nothing for the task classify"):
+    with pytest.raises(DataError, match="no items for the task classify"):
         items(shards, "classify", "train")
 
 
@@ -207,7 +207,7 @@ def test_labels_must_be_declared(label: str, tmp_path: Path) -> None:
     spoken = corpus(["C:change! T:question!"] * 6)
     spoken.conversations[3].turns[1].label = label
     known = "other, question, reflection"
-    with pytest.raises(DataError, match=f"E_LABEL , 3/1: label 'unheard-of' is unknown; known: {known}"):
+    with pytest.raises(DataError, match=f"E_LABEL , 3/1: label 'unheard-of' is unknown; expected: {known}"):
         prepare(spoken, tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
 

@@ -196,7 +196,7 @@ def test_a_fault_is_found_where_it_is(tmp_path: Path, world: World, plant: Calla
         if "/" in finding.utterance:
             assert finding.where == f"corpus.csv:{world.line(finding.utterance)}"
         row = shards.columns["id"].index(finding.utterance) if "/" in finding.utterance else None
-        assert finding.done == CODES[finding.code][1]
+        assert finding.consequence == CODES[finding.code][1]
         if row is not None and finding.code.startswith("E_"):
             assert shards.columns["text"][row] == world.row(finding.utterance)["text"]
             assert (shards.columns["label"][row], shards.pcm(row)) == (None, None)
@@ -230,8 +230,8 @@ def test_the_nearest_label_is_named(tmp_path: Path, world: World) -> None:
     a_misspelt_label(world)
     a_label_of_the_other_role(world)
     messages = {finding.code: finding.message for finding in world.prepare(tmp_path)[1]}
-    assert messages["E_LABEL"] == "label 'chnage' is unknown; did you mean 'change'? known: change, neutral, sustain"
-    assert messages["E_LABEL_ROLE"] == "label 'question' belongs to therapist, and the client speaks"
+    assert messages["E_LABEL"] == "label 'chnage' is unknown; did you mean 'change'? expected: change, neutral, sustain"
+    assert messages["E_LABEL_ROLE"] == "label 'question' belongs to therapist, but the speaker is the client"
 
 
 def test_a_rare_label_that_nobody_declared_may_be_a_typing_error(tmp_path: Path, world: World) -> None:
@@ -266,7 +266,7 @@ def test_the_same_sound_in_two_sessions_keeps_them_in_one_split(tmp_path: Path, 
     ("channels", "message"),
     [
         ({"therapist": 0}, "channels.client: has no channel"),
-        ({"therapist": 1, "client": 0, "clinet": 1}, "channels.clinet: is no role of the corpus"),
+        ({"therapist": 1, "client": 0, "clinet": 1}, "channels.clinet: is not a role of the corpus"),
     ],
 )
 def test_nobody_is_heard_on_the_channel_of_another(
@@ -296,7 +296,7 @@ def test_more_rejects_than_allowed_fail(tmp_path: Path, world: World) -> None:
     world.prepare(tmp_path / "one of 180")
     a_label_of_the_other_role(world)
     message = refused(world, tmp_path / "two of 180")
-    assert message.startswith("F_REJECTED: 2 of 180 rows are rejected (1.1%), and 1.0% are allowed")
+    assert message.startswith("F_REJECTED: 2 of 180 rows are rejected (1.1%), but only 1.0% are allowed")
     assert "corpus.csv:87, s4/5: label 'chnage' is unknown" in message
 
 

@@ -27,7 +27,7 @@ from tests.model.faults import number_of, state_of
 from tests.model.trials import Trial, history, same_end
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = r": the disk is full; free some space and give the same command again$"
+FULL = r": the disk is full; free some space and rerun the same command$"
 SHORT = Trial(train=TrainConfig(epochs=2, batch_size=16))
 
 
@@ -245,7 +245,7 @@ def test_a_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     done = limited(tmp_path, 4096)
     assert done.stdout == (
-        f"StorageError {tmp_path}/checkpoint.pt: the disk is full; free some space and give the same command again\n"
+        f"StorageError {tmp_path}/checkpoint.pt: the disk is full; free some space and rerun the same command\n"
     ), done.stderr
     assert number_of(checkpoint.load(tmp_path / FILE)) == 1
     assert names(tmp_path) == [FILE]

@@ -12,10 +12,10 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from data.config import AugmentConfig, DataConfig
 from data.errors import ConfigError, DataError
-from data.loading.augment import Draw, augmented
+from data.loading.augment import AugmentSeed, augment_clip
 from data.loading.batching import Cost, plan, plan_hash, share
 from data.loading.examples import Example
-from data.loading.tasks import TASKS, AnswerSet, heard_row
+from data.loading.tasks import TASKS, AnswerSet, audio_row
 from data.shards.dataset import Shards
 from model.config import TrainConfig
 from model.evaluation.split_data import TrialData
@@ -132,12 +132,12 @@ def test_a_checkpoint_of_other_draws_is_of_another_plan() -> None:
     assert len(names) == 3
 
 
-def listen(data: TrialData) -> list[tuple[Draw | None, Example]]:
+def listen(data: TrialData) -> list[tuple[AugmentSeed | None, Example]]:
     """Every example that will be read, and the draw that it is read with."""
-    read: list[tuple[Draw | None, Example]] = []
+    read: list[tuple[AugmentSeed | None, Example]] = []
     source = data.source
 
-    def listening(batches: Any, draw: Draw | None) -> Generator[list[Example], None, None]:
+    def listening(batches: Any, draw: AugmentSeed | None) -> Generator[list[Example], None, None]:
         for batch in source(batches, draw):
             read.extend((draw, example) for example in batch)
             yield batch
@@ -154,18 +154,18 @@ def test_training_hears_augmented_clips_and_validation_the_recorded_ones(
     read = listen(data)
     fit(model, data, trial.train, TWO, trial.seed, tmp_path, lambda epoch, metrics: None)
     every = [item for own in data.splits.values() for item in own.items]
-    rows = {(task, corpus.columns["id"][row]): heard_row(corpus, TASKS[task], row) for task, row in every}
-    draws: Counter[tuple[str, Draw | None]] = Counter()
+    rows = {(task, corpus.columns["id"][row]): audio_row(corpus, TASKS[task], row) for task, row in every}
+    draws: Counter[tuple[str, AugmentSeed | None]] = Counter()
     for draw, example in read:
         row = rows[example.task, example.id]
         assert row is not None
         clip, name, split = corpus.pcm(row), corpus.columns["id"][row], corpus.columns["split"][row]
         assert clip is not None
-        expected = clip if draw is None else augmented(clip, AUGMENTED.augment, draw, name)
+        expected = clip if draw is None else augment_clip(clip, AUGMENTED.augment, draw, name)
         assert np.array_equal(example.pcm, expected)
         draws[split, draw] += 1
     train, val = (len(data.splits[split].items) for split in ("train", "val"))
-    assert draws == {("val", None): 2 * val, ("train", Draw(7, 0)): train, ("train", Draw(7, 1)): train}
+    assert draws == {("val", None): 2 * val, ("train", AugmentSeed(7, 0)): train, ("train", AugmentSeed(7, 1)): train}
 
 
 def test_augmentation_changes_training_and_not_the_plan(models: Path, corpus: Shards, tmp_path: Path) -> None:

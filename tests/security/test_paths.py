@@ -48,7 +48,7 @@ def test_a_table_names_no_sound_outside_of_its_folder(column: str, name: str, au
         label=None, start="start", end="end", **({} if column == "conversation" else {column: column})
     )
     source = sheet(tmp_path, **{column: name})
-    with pytest.raises(DataError, match=r"sessions\.csv:2: .* leads out of the folder of recordings"):
+    with pytest.raises(DataError, match=r"sessions\.csv:2: .* is outside the folder of recordings"):
         read_sessions("table", source, audio, CorpusConfig(columns=columns), {"client": ["change"]})
 
 
@@ -56,7 +56,7 @@ def test_a_table_names_no_sound_outside_of_its_folder(column: str, name: str, au
 def test_a_session_of_annomi_names_none_either(name: str, audio: Path, tmp_path: Path) -> None:
     header = "transcript_id,mi_quality,video_url,utterance_id,interlocutor,timestamp,utterance_text"
     (tmp_path / "a.csv").write_text(f"{header}\n{name},high,v,0,client,00:00:01,hi\n")
-    with pytest.raises(DataError, match=r"a\.csv:2: .* leads out of the folder of recordings"):
+    with pytest.raises(DataError, match=r"a\.csv:2: .* is outside the folder of recordings"):
         read_sessions("annomi", tmp_path / "a.csv", audio, CorpusConfig(), {"client": ["change"]})
 
 

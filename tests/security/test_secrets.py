@@ -74,7 +74,7 @@ def test_a_database_that_names_its_user_is_no_secret(tmp_path: Path, monkeypatch
 def test_password_in_a_store_url_is_refused(key: str, url: str, tmp_path: Path) -> None:
     section, name = key.split(".")
     tree: dict[str, Any] = {"name": "a", section: {name: url}}
-    with pytest.raises(ConfigError, match=rf"{key}: .*a URL must not hold credentials") as error:
+    with pytest.raises(ConfigError, match=rf"{key}: .*a URL must not contain credentials") as error:
         parse(tree, "a.yaml")
     assert "s3cret" not in str(error.value)
     outcome = sweep("submit", "demo", "--set", f"{key}={url}", "--out", tmp_path / "run")

@@ -23,15 +23,15 @@ REFUSED = {
     "prepare annomi nowhere.csv --out new": "nowhere.csv: ",
     "prepare annomi no-column.csv --out new": "no-column.csv:1: missing column(s) mi_quality, video_url",
     "prepare annomi few.csv --out new": "the val split has no labelled turns: the 1 session(s) form 1 group(s)",
-    "prepare annomi few.csv --out taken": "taken: exists already and is no corpus",
+    "prepare annomi few.csv --out taken": "taken: exists already and is not a corpus",
     "prepare annomi --out new": "prepare annomi: name the corpus, as in `sweep prepare annomi SOURCE --out DIR`",
     "prepare anomi few.csv --out new": "prepare anomi: no such format; use one of annomi, whisperx, daic, mi-tags, tab",
-    "prepare synthetic --out taken": "taken: exists already and is no corpus",
+    "prepare synthetic --out taken": "taken: exists already and is not a corpus",
     "prepare synthetic --out new --set sessions=2": "--set: 1 problem\n  - sessions: 2: input should be greater than",
     "prepare synthetic --out new --set split.by=[row]": "--set: 1 problem\n  - split.by: ['row']: a split by row puts",
     "prepare synthetic --out new --set split.fold=5": "--set: 1 problem\n  - split.fold: unknown key; did you mean 'fo",
     "prepare synthetic --out new --set split.file=no.csv": "split.file: cannot read no.csv (No such file or directory)",
-    "prepare synthetic --out s3://key:secret@bucket/x": "s3://…: a URL must not hold credentials",
+    "prepare synthetic --out s3://key:secret@bucket/x": "s3://…: a URL must not contain credentials",
     "train demmo --out new": "demmo: no such file, and no preset of that name",
     "train good.yaml --set train.epoch=3 --out new": "good.yaml: 1 problem\n  - train.epoch: unknown key; did you mean",
     "train axis.yaml --out new": "axis.yaml: 1 problem\n  - search.space.train.epoch: no setting that a search",
@@ -51,7 +51,7 @@ REFUSED = {
 def test_rejected_rows_are_listed_beside_the_folder_that_was_not_made(here: Path) -> None:
     outcome = sweep("prepare", "annomi", "label.csv", "--out", "new")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: F_REJECTED: 1 of 2 rows are rejected (50.0%), and 1.0% are allowed")
+    assert outcome.err.startswith("error: F_REJECTED: 1 of 2 rows are rejected (50.0%), but only 1.0% are allowed")
     assert "label.csv:3, 1/1: label 'chnge' is unknown; did you mean 'change'?" in outcome.err
     assert "E_LABEL" in outcome.out
     [line] = (here / "new.findings.jsonl").read_text().splitlines()
@@ -97,7 +97,7 @@ CORPORA = {
     "missing": (lambda good, bad: None, "no manifest.json; make the shards with `sweep prepare`"),
     "manifest": (cut("manifest.json"), "manifest.json: file: Invalid JSON"),
     "index": (cut("index-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
-    "no val": (no_val, "the val split has nothing for the task classify (a labelled turn)"),
+    "no val": (no_val, "the val split has no items for the task classify (needs a labelled turn)"),
     "text only": (text_only, "model.modality text+speech needs sound and this corpus is text only"),
     "shard": (cut("shard-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
 }

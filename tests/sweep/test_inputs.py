@@ -30,7 +30,7 @@ WRONG = [
     ("model.adapter.init_from", "/nowhere.pt", "model.adapter.init_from: /nowhere.pt: no such file"),
     ("model.init_from", "/nowhere", "model.init_from: /nowhere: no such checkpoint"),
     ("model.prompt.format", "chat", "model.prompt.format: the tokenizer of "),
-    ("tasks.therapist_behaviour", 1, "{shards}: the train split has nothing for the task therapist_behaviour"),
+    ("tasks.therapist_behaviour", 1, "{shards}: the train split has no items for the task therapist_behaviour"),
 ]
 
 
@@ -121,7 +121,7 @@ def test_every_split_that_is_trained_or_chosen_by_needs_every_task(ask: Any, tmp
             conversation.split, conversation.quality = split, None if split == missing else "high"
         prepare(made, tmp_path / missing)
     ask({"tasks.quality": 1.0, "data.shards": str(tmp_path / "test")})  # only `evaluate` reads it
-    with pytest.raises(DataError, match="the val split has nothing for the task quality"):
+    with pytest.raises(DataError, match="the val split has no items for the task quality"):
         ask({"tasks.quality": 1.0, "data.shards": str(tmp_path / "val")})
 
 
@@ -135,7 +135,7 @@ def test_every_fold_needs_every_task(ask: Any, tmp_path: Path) -> None:
     shards = prepare(made, tmp_path / "folds", config)
     wanted: dict[str, Any] = {"tasks.quality": 1.0, "data.shards": str(shards.folder), "data.fold": 1}
     ask(wanted)  # fold 1 is for test, 2 for validation
-    with pytest.raises(DataError, match="the val split has nothing for the task quality"):
+    with pytest.raises(DataError, match="the val split has no items for the task quality"):
         ask(wanted, space={"data.fold": [1, 0, 2]}, points=[{"data.fold": fold} for fold in (1, 0, 2)])
 
 

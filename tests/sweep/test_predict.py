@@ -110,7 +110,7 @@ def test_predictions_are_those_of_evaluate(modality: str, work: Path, made: Path
         said = known.get(f"{row['session']}/{row['turn']}")
         if said is None:
             assert (row["speaker"], row["code"], row["probability"]) == ("therapist", "", "")
-            assert row["not_coded"] == "only the client is coded"
+            assert row["not_coded"] == "only turns of the client are coded"
             continue
         shares = dict(zip(said["scores"], softmax(list(said["scores"].values())), strict=True))
         assert {label: float(row[f"p_{label}"]) for label in LABELS} == pytest.approx(shares, rel=1e-5)
@@ -136,7 +136,7 @@ def test_the_page_stands_alone_and_escapes_everything(work: Path, made: Path) ->
     assert all(
         f">{label}</span>" in page for label in {row["code"] for row in read(Path("coded/predictions.csv"))} - {""}
     )
-    assert page.count("only the client is coded") == 5, "each of the four turns, and their count at the top"
+    assert page.count("only turns of the client are coded") == 5, "each of the four turns, and their count at the top"
 
 
 def test_what_cannot_be_coded_is_listed_with_the_reason(work: Path, made: Path) -> None:
@@ -150,12 +150,12 @@ def test_what_cannot_be_coded_is_listed_with_the_reason(work: Path, made: Path) 
     coded = {row["turn"]: row for row in read(Path("coded/predictions.csv"))}
     assert len(coded) == len(rows)
     reasons = [coded[row["id"]]["not_coded"] for row in heard]
-    assert reasons[0].startswith("no sound: ")
-    assert reasons[1] == "no file gone.wav in clips"
+    assert reasons[0].startswith("no audio: ")
+    assert reasons[1] == "the file gone.wav does not exist in clips"
     assert reasons[2].startswith("speaker 'somebody' has no role; add it in --config")
     assert (reasons[3], coded[heard[3]["id"]]["code"] in LABELS) == ("", True)
     page = Path("coded/transcript.html").read_text(encoding="utf-8")
-    assert page.count("no file gone.wav in clips") == 2
+    assert page.count("the file gone.wav does not exist in clips") == 2
 
 
 def test_a_turn_that_does_not_fit_is_listed(work: Path, made: Path) -> None:
@@ -205,7 +205,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
             reads,
             *("--csv", "strangers.csv", "--out", "o"),
         ),
-        "F_DUPLICATE: 1 id(s) name different utterances: give each its own, or remove the wrong rows; F_DUPLICATE": (
+        "F_DUPLICATE: 1 id(s) are used for different utterances; make the ids unique, or remove the wrong rows; F_": (
             reads,
             *("--csv", "twice.csv", "--set", "columns.id=id", "--out", "o"),
         ),
@@ -293,7 +293,7 @@ def test_turns_to_come_replies_and_sessions_are_answered_too(here: Path) -> None
             shares = softmax(list(one["scores"].values()))
             assert [float(row[f"p_{label}"]) for label in one["scores"]] == pytest.approx(shares, rel=1e-5)
     first = [row for row in rows if row["turn"] and not row["task"]]
-    assert {row["not_coded"] for row in first} == {"nothing comes before it"}
+    assert {row["not_coded"] for row in first} == {"no turn comes before it"}
     assert {row["speaker"] for row in rows if row["task"] == "response"} == {"therapist"}
     page = Path("coded/transcript.html").read_text(encoding="utf-8")
     replies = [row["reply"] for row in rows if row["task"] == "response"]

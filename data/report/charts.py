@@ -1,4 +1,4 @@
-"""Pictures of the report as inline SVG. Their only words are numbers; colours of text follow the page around them."""
+"""Charts of the report as inline SVG. Their only text is numbers; its colour follows the page."""
 
 import io
 import re
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4c86c0", "#f0902f", "#57a55a", "#b279a2", "#d8b72c", "#5fb3b0", "#ee8a94", "#9d755d", "#8d7cc9")
 ROLE_COLOURS = ("#5d77a8", "#c9a45c", "#7fa38a", "#a0708c")
-RED, GREY = "#d64545", "#8c8c8c"  # red is for findings alone
+RED, GREY = "#d64545", "#8c8c8c"  # red is only for findings
 BINS = 32
-_WINDOW, _HOP = 512, 128  # samples of the spectrogram
+_WINDOW, _HOP = 512, 128  # of the spectrogram, samples
 _COLUMNS = 400  # of the waveform
 
 
-def coloured(names: Sequence[str], colours: Sequence[str] = COLOURS) -> dict[str, str]:
-    """The colour of every name; colours repeat where there are many."""
-    return {name: colours[place % len(colours)] for place, name in enumerate(names)}
+def colours_of(names: Sequence[str], colours: Sequence[str] = COLOURS) -> dict[str, str]:
+    """Return the colour of every name; colours repeat if there are too many names."""
+    return {name: colours[index % len(colours)] for index, name in enumerate(names)}
 
 
 def histogram(
     series: Sequence[tuple[str, Sequence[float]]], *, log: bool = False, counts: bool = False, mark: float | None = None
 ) -> str:
-    """Stacked bars.
+    """Return a stacked histogram.
 
     Args:
-        series: colour and values of each.
-        log: bins and axis are logarithmic where the values, all positive, span a decade.
-        counts: the values are whole numbers, and no bin ends on one.
-        mark: a value to be marked by a line.
+        series: colour and values of each series.
+        log: use a logarithmic axis if the values, which must be positive, span a decade.
+        counts: the values are whole numbers; bins end between them.
+        mark: a value that is marked with a dashed line.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(3.4, 1.9), layout="constrained")
     axes = figure.add_subplot()
-    values = np.concatenate([np.asarray(own, float) for _, own in series])
-    log = log and values.max() >= 10 * values.min()  # within a decade the axis would have no numbers
+    values = np.concatenate([np.asarray(part, float) for _, part in series])
+    log = log and values.max() >= 10 * values.min()  # within a decade a logarithmic axis would have no numbers
     edges = _edges(values, log=log, counts=counts)
     axes.hist(
         [values for _, values in series],
@@ -62,7 +62,7 @@ def histogram(
     if mark is not None:
         axes.axvline(mark, color=RED, linewidth=1, linestyle="--")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    _sober(axes)
+    _style(axes)
     return _svg(figure)
 
 
@@ -77,8 +77,8 @@ def _edges(values: np.ndarray, *, log: bool, counts: bool) -> np.ndarray:
     return np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
 
 
-def sound(pcm: np.ndarray) -> str:
-    """Waveform above spectrogram (0-8 kHz, 90 dB) over time in s.
+def waveform_and_spectrogram(pcm: np.ndarray) -> str:
+    """Return the waveform above the spectrogram (0-8 kHz, 90 dB) over time in s.
 
     Args:
         pcm: int16 [n_samples], not empty.
@@ -99,16 +99,16 @@ def sound(pcm: np.ndarray) -> str:
     power = specgram(wave, _WINDOW, SAMPLE_RATE, noverlap=_WINDOW - _HOP)[0]
     decibels = 10 * np.log10(np.maximum(power, 1e-14))
     top = max(float(decibels.max()), -60.0)  # silence stays dark
-    place = (0, seconds, 0, SAMPLE_RATE / 2000)
-    below.imshow(decibels, cmap="magma", vmin=top - 90, vmax=top, origin="lower", aspect="auto", extent=place)
+    extent = (0, seconds, 0, SAMPLE_RATE / 2000)
+    below.imshow(decibels, cmap="magma", vmin=top - 90, vmax=top, origin="lower", aspect="auto", extent=extent)
     below.set_yticks((0, 4, 8))
     for axes in (above, below):
-        _sober(axes)
+        _style(axes)
     above.tick_params(labelbottom=False, bottom=False)
     return _svg(figure)
 
 
-def _sober(axes: "Axes") -> None:
+def _style(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(GREY)
@@ -116,11 +116,11 @@ def _sober(axes: "Axes") -> None:
 
 
 def _svg(figure: "Figure") -> str:
-    """The figure as an <svg> element, the same for the same figure."""
+    """Return the figure as a deterministic <svg> element."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure.savefig(sink := io.StringIO(), format="svg", transparent=True, dpi=90, metadata={"Date": None})
     svg = sink.getvalue()
-    # What is left of ids names what an element looks like, so elements of one id in two pictures are the same.
+    # The remaining ids are hashes of what an element looks like, so equal ids in two charts are the same element.
     return re.sub(r' id="[A-Za-z]+(?:2d)?_\d+"|<metadata>.*?</metadata>', "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -1,44 +1,44 @@
-"""A prepared corpus by columns, with what several sections of the report read from them."""
+"""The columns of a prepared corpus, and values that several sections of the report derive from them."""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
 from data.corpus.schema import SAMPLE_RATE, is_rejected
-from data.report import pictures
-from data.report.summary import part_names
+from data.report import charts
+from data.report.summary import split_names
 from data.shards.dataset import Shards
 
 
-class View:
-    """The columns of a corpus, and what several sections read from them."""
+class CorpusColumns:
+    """The columns of a corpus and derived values, one per row or session."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards, self.columns = shards, shards.columns
-        self.parts = part_names(shards)
-        self.roles = pictures.coloured(sorted(set(self.columns["speaker"])), pictures.ROLE_COLOURS)
-        self.labels = pictures.coloured(shards.manifest.labels)
+        self.splits = split_names(shards)
+        self.roles = charts.colours_of(sorted(set(self.columns["speaker"])), charts.ROLE_COLOURS)
+        self.labels = charts.colours_of(shards.manifest.labels)
         self.flags = [flags.split() for flags in self.columns["flags"]]
         self.sessions: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(self.columns["conversation"]):
             self.sessions[name].append(row)
         spans = zip(self.columns["t_start"], self.columns["t_end"], strict=True)
-        # The times of a rejected turn may be wrong.
+        # The times of a rejected turn may be wrong, so the length of its clip counts.
         self.seconds = [
             max(0.0, end - start) if None not in (start, end) and not is_rejected(flags) else samples / SAMPLE_RATE
             for (start, end), flags, samples in zip(spans, self.flags, self.columns["n_samples"], strict=True)
         ]
         self.timed = any(start is not None for start in self.columns["t_start"])
-        self.words = [len(text.split()) for text in self.columns["text"]]
+        self.word_counts = [len(text.split()) for text in self.columns["text"]]
 
-    def drawn(self, name: str) -> str:
-        """A key that sorts by chance, and the same whenever the content is the same."""
+    def random_key(self, name: str) -> str:
+        """Return a pseudo-random sort key that depends only on the content of the corpus and the name."""
         return hashlib.sha256(f"{self.shards.manifest.fingerprint} {name}".encode()).hexdigest()
 
     def by_role(self, values: Sequence[float | None]) -> list[tuple[str, list[float]]]:
-        """Colour and values of each role, from one value a row; None is left out."""
-        found: dict[str, list[float]] = {role: [] for role in self.roles}
+        """Return colour and values of each role from one value per row; None is left out."""
+        values_of: dict[str, list[float]] = {role: [] for role in self.roles}
         for role, value in zip(self.columns["speaker"], values, strict=True):
             if value is not None:
-                found[role].append(value)
-        return [(self.roles[role], own) for role, own in found.items()]
+                values_of[role].append(value)
+        return [(self.roles[role], kept) for role, kept in values_of.items()]
