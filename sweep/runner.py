@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from optuna.exceptions import StorageInternalError
 
@@ -26,15 +26,17 @@ from sweep.config.files import write
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, missing, resolve
 from sweep.config.schema import Config
+from sweep.config.space import Scalar
 from sweep.config.version import code_version
 from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
 from sweep.durability.mirror import Mirror, mirrored
 from sweep.durability.retention import check_disk, disk_need, prune_checkpoints
 from sweep.execution.cluster import ClusterError, local_or_remote_ray
-from sweep.execution.orphans import end_leftovers
+from sweep.execution.job import TrialJob
+from sweep.execution.orphans import end_orphans
 from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
-from sweep.execution.trial import as_run, open_shards
+from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
 from sweep.preflight.checks import resolve_inputs, skeleton
 from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
@@ -182,7 +184,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
                 mirror.check()
 
         claim_folder(config, folder)
-        if ended := end_leftovers(folder):
+        if ended := end_orphans(folder):
             listener.say(f"ended {len(ended)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop), True
         if trials_left(config, runner.study.trials()) or not is_shipped(folder) or not still_has(config, folder):
@@ -327,7 +329,7 @@ class SweepRunner:
                 save_actual_time(self.folder, estimate, time.monotonic() - started)
         shutil.rmtree(storage, ignore_errors=True)
 
-    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Any]) -> dict[str, Any]:
+    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Scalar]) -> TrialJob:
         """Write the configuration of a trial into its folder, and return what its workers receive.
 
         Args:
@@ -343,16 +345,12 @@ class SweepRunner:
         config = self.config.for_trial(values)
         trial = resolve(config)
         shards = open_shards(trial)  # the trial may be on another fold than the sweep
-        write(as_run(config, shards), folder / "config.yaml")
-        trial = as_run(trial, shards)
+        write(with_class_weights(config, shards), folder / "config.yaml")
+        trial = with_class_weights(trial, shards)
         cached = cached_folders(trial, self.cache)
         mark_used(cached)
-        return {
-            "folder": str(folder),
-            "config": trial.model_dump_json(),  # Tune copies a tree several times, and keeps the copies
-            "reader": choose_reader(resolved),
-            "cached": cached,
-        }
+        features, teacher_logits = (None if path is None else str(path) for path in cached)
+        return TrialJob(str(folder), trial.model_dump_json(), choose_reader(resolved), features, teacher_logits)
 
 
 def trials_left(config: Config, trials: Sequence[TrialRecord]) -> int:
@@ -367,7 +365,7 @@ def count_trained(config: ResolvedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def choose_reader(config: ResolvedConfig) -> str:
+def choose_reader(config: ResolvedConfig) -> Literal["local", "ray"]:
     """Return the source of batches that `data.reader` stands for: "local" or "ray"."""
     if config.data.reader != "auto":
         return config.data.reader

@@ -22,7 +22,7 @@ def train(
     from sweep.config.diff import claim_folder
     from sweep.config.files import load
     from sweep.config.resolve import missing
-    from sweep.execution.trial import as_run, available_device, open_shards, run_trial
+    from sweep.execution.trial import available_device, open_shards, run_trial, with_class_weights
     from sweep.preflight.checks import resolve_inputs
 
     loaded = load(config, set_).for_trial({})
@@ -33,13 +33,13 @@ def train(
         resolved = resolve_inputs(loaded)
         show_model(resolved)
     shards = open_shards(resolved)
-    claim_folder(as_run(loaded, shards), folder)
+    claim_folder(with_class_weights(loaded, shards), folder)
 
     def report(epoch: int, metrics: Mapping[str, object]) -> None:
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
         print_line(f"epoch {epoch}/{loaded.train.epochs}  {numbers}")
 
-    run_trial(as_run(resolved, shards), folder, report, "local", available_device())
+    run_trial(with_class_weights(resolved, shards), folder, report, "local", available_device())
     print_line(f"checkpoint: {folder / 'checkpoint.pt'}")
 
 

@@ -1,22 +1,31 @@
-"""The mailbox of a slot: trials go down to its workers, reports come up, in lock step with Tune's decisions."""
+"""The mailbox of a worker group: trials go to its workers, reports come back, in lockstep with Tune's decisions."""
 
 import asyncio
 import collections
 import ctypes
 import json
 import signal
-from typing import Any
+from typing import NamedTuple
 
 import ray
 
-Job = dict[str, Any]
-RETRIES = 3  # times in a row that a trial is started again inside its slot, without a new epoch in between
+from sweep.execution.job import FitReport, TrialJob
+
+RETRIES = 3  # restarts of a trial inside its worker group without a new epoch in between
+END = float("inf")  # the step of the last report of a trial
+
+
+class QueuedReport(NamedTuple):
+    """A report on its way to Tune."""
+
+    step: float
+    content: FitReport
 
 
 def end_on_term() -> None:
-    """Let SIGTERM end this actor at once: Ray would first wait for the calls in flight, and those here wait for ever.
+    """Let SIGTERM end this actor at once: Ray would first wait for pending calls, which never return here.
 
-    The C library's call, since Python's works in the main thread only.
+    The handler is set through the C library, since Python sets handlers in the main thread only.
     """
     if ray.is_initialized():  # within an actor
         ctypes.CDLL(None).signal(int(signal.SIGTERM), None)
@@ -24,47 +33,47 @@ def end_on_term() -> None:
 
 @ray.remote(num_cpus=0)
 class StopEvent:
-    """Tells everybody who asks that the sweep is to stop, once it is."""
+    """Tells every worker group when the sweep is asked to stop."""
 
     def __init__(self) -> None:
         end_on_term()
-        self.given = asyncio.Event()
+        self.event = asyncio.Event()
 
-    async def give(self) -> None:
-        """The sweep is to stop."""
-        self.given.set()
+    async def set(self) -> None:
+        """Ask the sweep to stop."""
+        self.event.set()
 
     async def wait(self) -> None:
-        """Return when the sweep is to stop."""
-        await self.given.wait()
+        """Return when the sweep is asked to stop."""
+        await self.event.wait()
 
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Down: the current trial. Up: its reports, each returned only once Tune has decided.
+    """Passes the current trial down to the workers, and each report up; a report returns once Tune has decided.
 
-    Steps grow strictly within a trial, so a worker that was restarted may repeat what it has said already.
+    Steps increase strictly within a trial, so a restarted worker may repeat its reports.
     """
 
     def __init__(self) -> None:
         end_on_term()
         self.version = self.over = 0  # the current trial; the last one that ended in the workers
-        self.job: Job | None = None
+        self.job: TrialJob | None = None
         self.closed = self.stopping = False
         self.changed = asyncio.Condition()
         self._reset()
 
     def _reset(self) -> None:
         self.starts, self.note = 0, ""
-        self.out: collections.deque[tuple[float, dict[str, Any]]] = collections.deque()
+        self.out: collections.deque[QueuedReport] = collections.deque()
         self.queued = self.handed = self.approved = -1.0  # steps
 
-    async def assign(self, job: Job) -> int:
-        """Start a trial; whatever still runs of the former one is told to stop."""
+    async def assign(self, job: TrialJob) -> int:
+        """Start a trial and stop what still runs of the previous one; return its version."""
         async with self.changed:
             self.version, self.job = self.version + 1, job
             self._reset()
-            self._leave_if_idle()
+            self._interrupt_if_idle()
             self.changed.notify_all()
             return self.version
 
@@ -74,8 +83,8 @@ class Mailbox:
             self.version, self.closed = self.version + 1, True
             self.changed.notify_all()
 
-    async def next(self, seen: int, rank: int) -> tuple[int, Job] | None:
-        """The trial after number `seen` (0: whichever is current), or None when the slot closes."""
+    async def next(self, seen: int, rank: int) -> tuple[int, TrialJob] | None:
+        """Return the trial after version `seen` (0: the current one), or None when the worker group closes."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.closed or self.version > max(seen, self.over))
             if self.closed:
@@ -88,8 +97,8 @@ class Mailbox:
             assert self.job is not None
             return self.version, self.job
 
-    async def report(self, version: int, step: int, metrics: dict[str, Any] | None) -> bool:
-        """True: go on. False: the trial is over. Ranks other than 0 send no metrics and only wait."""
+    async def report(self, version: int, step: int, metrics: dict[str, float] | None) -> bool:
+        """Return whether the trial continues. Ranks other than 0 send no metrics and only wait."""
         async with self.changed:
             if version == self.version and metrics is not None and step > self.queued:
                 # Tune flattens nested dictionaries, so the metrics travel as one string.
@@ -99,19 +108,19 @@ class Mailbox:
             return version == self.version
 
     async def done(self, version: int) -> None:
-        """The trial trained to its end."""
+        """Report that the trial trained to its end."""
         async with self.changed:
             if version == self.version:
-                self._push(float("inf"), {"finished": True, "done": True})
+                self._push(END, {"finished": True, "done": True})
 
     async def fail(self, version: int, why: str, final: bool, reason: str = "error", common: bool = False) -> None:
-        """An exception in `fit`. With several workers it may only mean that a peer died: Train restarts the group.
+        """Report an exception in `fit`. With several workers it may only mean that a peer died: Train restarts them.
 
         Args:
             version: of the trial.
-            why: in words.
+            why: message for people.
             final: whether another start would fail alike.
-            reason: in a word.
+            reason: kind of failure.
             common: whether every trial would fail alike.
         """
         async with self.changed:
@@ -121,55 +130,55 @@ class Mailbox:
                     self._give_up(why, reason, common)
 
     async def stop(self) -> None:
-        """The sweep is to stop: the trial that runs writes a checkpoint and ends."""
+        """Ask the running trial to write a checkpoint and end."""
         async with self.changed:
             self.stopping = True
-            self._leave_if_idle()
+            self._interrupt_if_idle()
             self.changed.notify_all()
 
     async def stopped(self) -> None:
-        """Return when the sweep is to stop."""
+        """Return when the sweep is asked to stop."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.stopping or self.closed)
 
     async def interrupted(self, version: int) -> bool:
-        """The trial has written a checkpoint and ended before its time.
+        """Report that the trial has written a checkpoint and ended early.
 
         Returns:
-            Whether that was for the sweep's sake. Otherwise its node goes away, which does not count as a failure.
+            Whether the sweep stops. Otherwise the node of a worker leaves, which does not count as a failure.
         """
         async with self.changed:
             if self.stopping:
-                self._leave(version)
+                self._interrupt(version)
             else:
                 self.starts = 0
             return self.stopping or self.closed
 
-    async def take(self, version: int) -> dict[str, Any]:
-        """The next report. Asking for it approves all that were handed out before."""
+    async def take(self, version: int) -> FitReport:
+        """Return the next report; asking for it approves all reports that were handed out before."""
         async with self.changed:
             self.approved = self.handed
             self.changed.notify_all()
             await self.changed.wait_for(lambda: bool(self.out) or version != self.version)
             if version != self.version:
-                raise RuntimeError("the slot moved on to another trial")
-            self.handed, metrics = self.out.popleft()
-            return metrics
+                raise RuntimeError("the worker group runs another trial now")
+            self.handed, content = self.out.popleft()
+            return content
 
-    def _leave_if_idle(self) -> None:
+    def _interrupt_if_idle(self) -> None:
         if self.stopping and self.starts == 0:
-            self._leave(self.version)
+            self._interrupt(self.version)
 
-    def _leave(self, version: int) -> None:
+    def _interrupt(self, version: int) -> None:
         if version == self.version > self.over:
             self.over = version
-            self._push(float("inf"), {"interrupted": True, "done": True})
+            self._push(END, {"interrupted": True, "done": True})
 
     def _give_up(self, why: str, reason: str, common: bool = False) -> None:
         self.over = self.version
-        self._push(float("inf"), {"failed": why, "reason": reason, "common": common, "done": True})
+        self._push(END, {"failed": why, "reason": reason, "common": common, "done": True})
 
-    def _push(self, step: float, metrics: dict[str, Any]) -> None:
+    def _push(self, step: float, content: FitReport) -> None:
         self.queued = step
-        self.out.append((step, metrics))
+        self.out.append(QueuedReport(step, content))
         self.changed.notify_all()

@@ -62,5 +62,5 @@ class StopRequest:
         if not first and number == signal.SIGINT:
             if not self.exits:
                 raise KeyboardInterrupt
-            orphans.end(orphans.children())
+            orphans.kill(orphans.child_processes())
             os._exit(ExitCode.UNFINISHED)

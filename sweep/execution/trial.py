@@ -1,14 +1,15 @@
-"""One trial: from its configuration to a trained, evaluated model. Runs in a slot's worker, or plainly in a process."""
+"""One trial: from its configuration to a trained, evaluated model, in a worker of a group or in a plain process."""
 
 import functools
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from data.errors import StorageError, UserError
+from data.loading.cached_arrays import CacheFolders
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
 from model.evaluation.split_data import TrialData
@@ -18,25 +19,27 @@ from model.training.random_state import seed_everything
 from model.training.trainer import Report, TrialInterrupted, fit, never
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
+from sweep.execution.job import TrialJob
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+LIVE = CacheFolders()  # nothing is cached: the trial computes features and teacher logits itself
 
 
 def open_shards(config: ResolvedConfig) -> Shards:
-    """The corpus, opened once per process."""
-    return _opened(config.data.shards, config.data.fold)
+    """Open the corpus of a configuration, once per process."""
+    return _open(config.data.shards, config.data.fold)
 
 
-@functools.lru_cache(maxsize=16)  # as many folds as a sweep may go through in turn
-def _opened(folder: str, fold: int) -> Shards:
+@functools.lru_cache(maxsize=16)  # folds that a sweep may cycle through
+def _open(folder: str, fold: int) -> Shards:
     return Shards(folder, fold)
 
 
-def as_run(config: AnyConfig, shards: Shards) -> AnyConfig:
-    """The configuration that says what is trained: with numbers where it asks for balanced classes.
+def with_class_weights(config: AnyConfig, shards: Shards) -> AnyConfig:
+    """Return the configuration with numbers where it asks for balanced classes; a trial's `config.yaml` has them.
 
     Raises:
-        ConfigError: it has numbers for a task or a label that there is not.
+        ConfigError: it has numbers for a task or a label that does not exist.
     """
     if (config.train.class_weights, config.train.sampling) == ("equal", "none"):
         return config
@@ -44,8 +47,8 @@ def as_run(config: AnyConfig, shards: Shards) -> AnyConfig:
     return config.model_copy(update={"train": train})
 
 
-def settle(config: Config) -> None:
-    """Make this process compute as a trial does."""
+def configure_process(config: Config) -> None:
+    """Set threads, random seeds and arithmetic of this process as for a trial."""
     # Convolutions on a GPU round fp32 to TF32 by default, which would break the equality of batch sizes.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(config.resources.threads)
@@ -53,26 +56,21 @@ def settle(config: Config) -> None:
 
 
 def build(
-    config: ResolvedConfig,
-    reader: str,
-    splits: Sequence[str],
-    device: str,
-    features: Path | None = None,
-    teacher_logits: Path | None = None,
+    config: ResolvedConfig, reader: str, splits: Sequence[str], device: str, cached: CacheFolders = LIVE
 ) -> tuple[SpeechLLM, TrialData]:
-    """The model of a trial as it is before training, and its data.
+    """Return the model of a trial before training, and its data.
 
     Args:
         config: of the trial.
         reader: "ray" or "local".
-        splits: those that will be read.
+        splits: to open.
         device: "cpu" or "cuda".
-        features, teacher_logits: see `CacheFolders`.
+        cached: folders of precomputed numbers.
     """
-    settle(config)
+    configure_process(config)
     shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
-    model = SpeechLLM(config.model, answers, device, encodes=features is None)
+    model = SpeechLLM(config.model, answers, device, encodes=cached.features is None)
     return model, TrialData.open(
         shards,
         model,
@@ -80,13 +78,13 @@ def build(
         splits,
         reader,
         teacher=config.train.has_teacher,
-        features=features,
-        teacher_logits=teacher_logits,
+        features=cached.features,
+        teacher_logits=cached.teacher_logits,
     )
 
 
 def available_device() -> str:
-    """The device of a process that nobody shares out devices to."""
+    """Return the device of a process that runs outside Ray."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -97,34 +95,34 @@ def run_trial(
     reader: str,
     device: str,
     interrupted: Callable[[], bool] = never,
-    features: Path | None = None,
-    teacher_logits: Path | None = None,
+    cached: CacheFolders = LIVE,
 ) -> None:
-    """Train a trial to its end, or on from its checkpoint in `folder`; see `build` and `fit`.
+    """Train a trial to its end, resuming from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
-        Interrupted: `interrupted` said so; the checkpoint is written.
+        TrialInterrupted: `interrupted` returned True; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device, features, teacher_logits)
+    model, data = build(config, reader, ("train", "val"), device, cached)
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
-def fit_job(job: dict[str, Any], report: Report, interrupted: Callable[[], bool]) -> bool:
-    """`run_trial` in a slot's worker; the job is what `SweepRunner` makes of a trial.
+def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> bool:
+    """Run a trial in a worker of a group.
 
     Returns:
-        Whether the trial came to its end; otherwise it was interrupted.
+        Whether the trial trained to its end; otherwise it was interrupted.
     """
-    config, folder = ResolvedConfig.model_validate_json(job["config"]), Path(job["folder"])
+    config, folder = ResolvedConfig.model_validate_json(job.config), Path(job.folder)
     if not (folder / "config.yaml").exists():
         raise StorageError(
-            f"{folder}: not seen from the node {socket.gethostname()}; --out must lie on storage that all nodes share"
+            f"{folder}: not visible on node {socket.gethostname()}; --out must be on storage that all nodes share"
         )
     device = config.resources.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
+    cached = CacheFolders(*(Path(name) if name else None for name in (job.features, job.teacher_logits)))
     try:
-        run_trial(config, folder, report, job["reader"], device, interrupted, *job["cached"])
+        run_trial(config, folder, report, job.reader, device, interrupted, cached)
     except TrialInterrupted:
         return False
     return True

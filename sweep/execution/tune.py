@@ -33,14 +33,16 @@ from ray.tune.search import Searcher
 from data.errors import UserError
 from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
+from sweep.config.space import Scalar
 from sweep.execution.cluster import ClusterError
+from sweep.execution.job import TrialJob
 from sweep.execution.mailbox import StopEvent
 from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
-from sweep.execution.worker_group import worker_group_class
+from sweep.execution.worker_group import Scaling, worker_group_class
 from sweep.search.study import Reason, StudyStore, common_fault
 
-MakeJob = Callable[[int, dict[str, Any]], dict[str, Any]]
+MakeJob = Callable[[int, dict[str, Scalar]], TrialJob]
 T = TypeVar("T")
 
 TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its group was lost
@@ -251,14 +253,14 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
     hide_environment(AWS_SECRETS)
-    notice = StopEvent.remote()  # type: ignore[attr-defined]
-    searcher = StudySearcher(study, make_job, check, notice.give.remote, ended)
-    scaling = {
+    stop_event = StopEvent.remote()  # type: ignore[attr-defined]
+    searcher = StudySearcher(study, make_job, check, stop_event.set.remote, ended)
+    scaling: Scaling = {
         "num_workers": resolved.resources.workers,
         "use_gpu": resolved.resources.gpus_per_worker > 0,
         "resources_per_worker": worker_resources(resolved),
     }
-    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), notice)
+    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), stop_event)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
         tune_config=ray.tune.TuneConfig(

@@ -1,10 +1,10 @@
-"""Warm slots: a Tune actor keeps one group of Ray Train workers alive and feeds it trial after trial.
+"""Worker groups: a Tune actor keeps one group of Ray Train workers running and feeds it trial after trial.
 
-    Tune  ── reset_config ──►  Slot ── assign ──►  Mailbox  ── next ──►  Train workers: fit(job, report, interrupted)
-    Tune  ◄── step ──────────  Slot ◄── take ────  Mailbox  ◄─ report ─  (waits until Tune has decided)
+    Tune ── reset_config ──► WorkerGroup ── assign ──► Mailbox ── next ──► workers: fit(job, report, interrupted)
+    Tune ◄── step ────────── WorkerGroup ◄── take ──── Mailbox ◄─ report ─ (waits until Tune has decided)
 
-Starting a TorchTrainer for every trial costs some 20 s and 24 CPU-seconds; the second and later trials of a slot cost
-about half a second. Reports go in lock step, so a pruned trial stops in every worker at the same epoch.
+A new group for every trial would cost some 20 s and 24 CPU-seconds; the second and later trials of a group cost about
+half a second. Reports go in lockstep, so a pruned trial stops in every worker at the same epoch.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import importlib
 import threading
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
 import ray.train
@@ -20,32 +20,51 @@ import ray.tune
 
 from data.errors import UserError, reason
 from model.checkpoints.fencing import StaleAttemptError
-from sweep.compat import draining_nodes
+from sweep.compat import draining_nodes, lean_trainer
+from sweep.execution.job import FitReport, TrialJob
 from sweep.execution.mailbox import Mailbox
 
-DRAIN_CHECK = 3.0  # seconds between two looks at whether this node is to go away
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+DRAIN_CHECK = 3.0  # seconds between two looks at whether this node will leave the cluster
 
 
-class TrialStopped(Exception):  # noqa: N818 — not an error
-    """The trial was ended from outside: unwind `fit` and take the next one."""
+class TrialStopped(BaseException):
+    """Tune ended the trial: `fit` unwinds, and the worker takes the next one. Not an error, so no handler takes it."""
 
 
 class NodeDrainingError(Exception):
-    """This node goes away: the trial has its checkpoint and goes on elsewhere."""
+    """This node will leave the cluster: the trial has its checkpoint and resumes elsewhere."""
 
 
-def serve(slot: dict[str, Any]) -> None:
-    """Train loop of every worker of a slot: one trial after another in the same process, over the same base weights."""
-    mailbox, context, seen = slot["mailbox"], ray.train.get_context(), 0
+class Scaling(TypedDict):
+    """Arguments of `ray.train.ScalingConfig`."""
+
+    num_workers: int
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+
+
+class ServeConfig(TypedDict):
+    """What `serve` receives through Ray Train."""
+
+    mailbox: "ActorHandle"
+    fit: str  # "module:function"
+
+
+def serve(group: ServeConfig) -> None:
+    """Run in every worker of a group: train one trial after another in this process, over the same base weights."""
+    mailbox, context, seen = group["mailbox"], ray.train.get_context(), 0
     # Imported here and not by the processes around the workers, which need no torch.
-    module, name = slot["fit"].split(":")
+    module, name = group["fit"].split(":")
     fit = getattr(importlib.import_module(module), name)
     rank, alone = context.get_world_rank(), context.get_world_size() == 1
     interrupted = watch(mailbox)
     while (current := ray.get(mailbox.next.remote(seen, rank))) is not None:
         seen, job = current
 
-        def report(step: int, metrics: dict[str, Any], version: int = seen) -> None:
+        def report(step: int, metrics: dict[str, float], version: int = seen) -> None:
             if not ray.get(mailbox.report.remote(version, step, metrics if rank == 0 else None)):
                 raise TrialStopped
 
@@ -54,37 +73,37 @@ def serve(slot: dict[str, Any]) -> None:
             if finished and rank == 0:
                 ray.get(mailbox.done.remote(seen))
             if not finished and not ray.get(mailbox.interrupted.remote(seen)):
-                raise NodeDrainingError("this node is to be drained")
+                raise NodeDrainingError("this node will leave the cluster")
         except TrialStopped:
             pass
         except StaleAttemptError:
-            return  # this process was given up for lost, and the trial goes on elsewhere
+            return  # this process was given up for lost, and the trial continues elsewhere
         except NodeDrainingError:
-            raise  # Train starts the group again, on nodes that stay
+            raise  # Train restarts the group on nodes that stay
         except Exception as error:
-            if _is_last_word(mailbox, seen, error, alone):
-                continue
-            raise
+            if not report_failure(mailbox, seen, error, alone):
+                raise
 
 
-def _is_last_word(mailbox: Any, version: int, error: Exception, alone: bool) -> bool:
-    """Tell why a trial failed; whether this worker can go on with the next one."""
+def report_failure(mailbox: "ActorHandle", version: int, error: Exception, alone: bool) -> bool:
+    """Report why a trial failed; return whether this worker can continue with the next one."""
     cause = getattr(error, "cause", None) or error  # Ray wraps what a read task raised
     if isinstance(cause, UserError):
-        told = mailbox.fail.remote(version, str(cause), final=True, reason=cause.reason, common=cause.common)
-        ray.get(told)
-        # The other workers still wait for one that alone raised: only a new group gets them out.
+        call = mailbox.fail.remote(version, str(cause), final=True, reason=cause.reason, common=cause.common)
+        ray.get(call)
+        # If only this worker raised, the others still wait for it: only a new group gets them out.
         return alone or cause.in_every_worker
-    lost = isinstance(error, ray.exceptions.RayError)  # infrastructure: worth another start
-    ray.get(mailbox.fail.remote(version, f"{type(cause).__name__}: {reason(cause)}", final=alone and not lost))
+    infrastructure = isinstance(error, ray.exceptions.RayError)  # which another start may find repaired
+    why = f"{type(cause).__name__}: {reason(cause)}"
+    ray.get(mailbox.fail.remote(version, why, final=alone and not infrastructure))
     return False
 
 
-def watch(mailbox: Any) -> Callable[[], bool]:
-    """Look out, in threads, for the end of the sweep and of this node.
+def watch(mailbox: "ActorHandle") -> Callable[[], bool]:
+    """Watch, in threads, for the end of the sweep and of this node.
 
     Returns:
-        Whether a trial is to write a checkpoint and end; free to call.
+        A function that returns whether a trial should write a checkpoint and end; it costs nothing to call.
     """
     flag, node = threading.Event(), ray.get_runtime_context().get_node_id()
 
@@ -93,11 +112,11 @@ def watch(mailbox: Any) -> Callable[[], bool]:
             ray.get(mailbox.stopped.remote())
             flag.set()
         except ray.exceptions.RayError:
-            return  # the slot is gone, and this worker with it
+            return  # the worker group is gone, and this worker with it
 
     def drain() -> None:
         while not flag.wait(DRAIN_CHECK):
-            with contextlib.suppress(Exception):  # a control plane that is away for a moment
+            with contextlib.suppress(Exception):  # the control plane is away for a moment
                 if node in draining_nodes():
                     flag.set()
 
@@ -107,62 +126,72 @@ def watch(mailbox: Any) -> Callable[[], bool]:
 
 
 class WorkerGroup(ray.tune.Trainable):
-    """A Tune trainable whose actor owns a mailbox and, in a thread, one long TorchTrainer run.
+    """A Tune trainable whose actor owns a mailbox and, in a thread, one long run of Ray Train.
 
-    Run it with `reuse_actors=True` and resources {"CPU": 0, "memory": 1}: the workers hold the real ones.
+    It needs `reuse_actors=True` and the resources {"CPU": 0, "memory": 1}: the workers hold the real ones.
     """
 
     fit: str
-    scaling: dict[str, Any]
+    scaling: Scaling
     storage: str
-    notice: Any
+    stop_event: "ActorHandle"
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, TrialJob]) -> None:
+        """Start the workers and the first trial."""
         self.error: BaseException | None = None
         self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        self.noticed = self.notice.wait.remote()
-        self.thread = threading.Thread(target=self._hold, daemon=True)
+        self.stop_requested = self.stop_event.wait.remote()
+        self.thread = threading.Thread(target=self.run_workers, daemon=True)
         self.thread.start()
         self.reset_config(config)
 
-    def _hold(self) -> None:
+    def run_workers(self) -> None:
+        """Run the workers until the mailbox closes."""
         try:
-            trainer_class(self.scaling["num_workers"])(
+            self.trainer()(
                 serve,
                 train_loop_config={"mailbox": self.mailbox, "fit": self.fit},
                 scaling_config=ray.train.ScalingConfig(**self.scaling),
                 run_config=ray.train.RunConfig(
-                    name=f"slot-{uuid.uuid4().hex[:8]}",
+                    name=f"group-{uuid.uuid4().hex[:8]}",
                     storage_path=self.storage,
                     failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
                 ),
             ).fit()
-        except BaseException as error:  # told to Tune by step(): this thread has nobody to raise to
+        except BaseException as error:  # `step` raises it: nothing waits for this thread
             self.error = error
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def trainer(self) -> type:
+        """Return the class that runs the workers."""
+        return lean_trainer(self.scaling["num_workers"])
+
+    def reset_config(self, new_config: dict[str, TrialJob]) -> bool:
+        """Start the next trial."""
         self.version = ray.get(self.mailbox.assign.remote(new_config["job"]))
         return True
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> FitReport:
+        """Return the next report of the trial."""
         reference = self.mailbox.take.remote(self.version)
-        waited = [reference, self.noticed] if self.noticed else [reference]
-        while reference not in ray.wait(waited, timeout=1)[0]:
-            if self.noticed and ray.wait([self.noticed], timeout=0)[0]:
+        awaited = [reference, self.stop_requested] if self.stop_requested else [reference]
+        while reference not in ray.wait(awaited, timeout=1)[0]:
+            if self.stop_requested and ray.wait([self.stop_requested], timeout=0)[0]:
                 ray.get(self.mailbox.stop.remote())
-                self.noticed, waited = None, [reference]
+                self.stop_requested, awaited = None, [reference]
             if not self.thread.is_alive():
-                raise RuntimeError(f"the slot's worker group is gone: {self.error}") from self.error
-        result: dict[str, Any] = ray.get(reference)
+                raise RuntimeError(f"the workers of the group are gone: {self.error}") from self.error
+        result: FitReport = ray.get(reference)
         return result
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Save nothing: the trial's folder holds its state."""
         return {}
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """The trial's own folder holds its state."""
+    def load_checkpoint(self, checkpoint: object) -> None:
+        """Load nothing."""
 
     def cleanup(self) -> None:
+        """Let the workers end."""
         try:
             ray.get(self.mailbox.close.remote(), timeout=5)
         except ray.exceptions.RayError:
@@ -170,36 +199,15 @@ class WorkerGroup(ray.tune.Trainable):
         self.thread.join(10)
 
 
-def trainer_class(workers: int) -> type[Any]:
-    """Ray Train's trainer, with no more around the workers than a slot uses: each process costs its start.
-
-    A single worker joins no process group, so neither the Tune actor nor the controller imports torch; and datasets,
-    which a trial opens for itself, have no manager.
-    """
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    base = DataParallelTrainer
-    if workers > 1:
-        from ray.train.torch import TorchTrainer
-
-        base = TorchTrainer
-
-    class GroupTrainer(base):  # type: ignore[misc, valid-type]
-        def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
-
-    return GroupTrainer
-
-
-def worker_group_class(fit: str, scaling: dict[str, Any], storage: str, notice: Any) -> type[WorkerGroup]:
-    """A slot whose workers run a function.
+def worker_group_class(fit: str, scaling: Scaling, storage: str, stop_event: "ActorHandle") -> type[WorkerGroup]:
+    """Return a class of worker groups that run a function.
 
     Args:
         fit: "module:function", called with a job, `report(epoch, metrics)` and `interrupted()`; it returns whether the
-            trial came to its end.
-        scaling: arguments of `ray.train.ScalingConfig`.
+            trial trained to its end.
+        scaling: of each group.
         storage: folder for Ray Train's own state.
-        notice: the sweep's `StopEvent`.
+        stop_event: the sweep's `StopEvent`.
     """
-    return type("Slot", (WorkerGroup,), {"fit": fit, "scaling": scaling, "storage": storage, "notice": notice})
+    attributes = {"fit": fit, "scaling": scaling, "storage": storage, "stop_event": stop_event}
+    return type("WorkerGroup", (WorkerGroup,), attributes)

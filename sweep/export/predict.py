@@ -27,7 +27,7 @@ from model.evaluation.split_data import Select, TrialData
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.files import load
 from sweep.config.resolve import ResolvedConfig, resolve
-from sweep.execution.trial import available_device, settle
+from sweep.execution.trial import available_device, configure_process
 
 TABLE, PAGE = "predictions.csv", "transcript.html"
 
@@ -98,7 +98,7 @@ def _code(folder: Path, exported: peft_export.Exported, shards: Shards) -> list[
     }
     if not any(codable_items(shards, name, uses_audio) for name in tasks):
         raise _nothing_to_code(shards, reasons)
-    settle(config)
+    configure_process(config)
     try:
         model = SpeechLLM(config.model, exported.answer_sets(), available_device())
     except CheckpointError as error:

@@ -43,7 +43,7 @@ def dry_run(run: DryRun) -> DryRunResult:
     config, device, started = run.config, run.config.resources.device, time.monotonic()
     peak, capacity = memory.Peak(device), memory.capacity(device)
     try:
-        model, data = build(config, "local", ("train", "val"), device, *run.cached)
+        model, data = build(config, "local", ("train", "val"), device, run.cached)
         startup = time.monotonic() - started
         cost = measure(model, data, config.train, config.tasks, config.seed, config.resources.workers, peak)
     except memory.OutOfMemoryError as error:

@@ -19,6 +19,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from data.corpus.schema import Corpus
 from data.loading.batching import plan
+from data.loading.cached_arrays import CacheFolders
 from data.preparation.build import prepare
 from model.tiny import fixed_seed, tiny_llama, tiny_tokenizer
 from model.training.random_state import seed_everything
@@ -176,7 +177,7 @@ def trainer(
 ) -> Trainer:
     """A trainer whose model has just been made."""
     seed_everything(0)
-    model, data = build(config, "local", ("train",), device, features, teacher_logits)
+    model, data = build(config, "local", ("train",), device, CacheFolders(features, teacher_logits))
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
 
 

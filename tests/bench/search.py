@@ -21,6 +21,7 @@ import optuna
 
 from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
+from data.loading.cached_arrays import CacheFolders
 from data.preparation.build import prepare
 from model.training.trainer import fit
 from sweep.config.files import load
@@ -107,7 +108,7 @@ def train(config: Config) -> Curve:
     if config.model.uses_audio:
         features = compute(ENCODER_FEATURES.request(config, CACHE)).folder
     curve: Curve = []
-    model, data = build(config, "local", ("train", "val"), "cpu", features)
+    model, data = build(config, "local", ("train", "val"), "cpu", CacheFolders(features))
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model, data, config.train, config.tasks, config.seed, Path(folder), lambda _, metrics: curve.append(metrics)

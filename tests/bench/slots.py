@@ -22,6 +22,7 @@ from sweep.config import files
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import resolve
 from sweep.execution.cluster import local_or_remote_ray
+from sweep.execution.job import TrialJob
 from sweep.execution.trial import fit_job
 from tests.bench.measure import Cost, Row, cpu_times, spent
 from tests.tiny_models import random_llm
@@ -119,12 +120,12 @@ def with_trainers(config: Path, folder: Path) -> list[Cost]:
     return taken[1:]  # the first one also starts what all share
 
 
-def job_of(config: Path, folder: Path) -> dict[str, Any]:
+def job_of(config: Path, folder: Path) -> TrialJob:
     """What the worker of a trial is given."""
     own = resolve(files.load(str(config), ["search.space={}"]))
     folder.mkdir(parents=True)
     files.write(own, folder / "config.yaml")
-    return {"folder": str(folder), "config": own.model_dump_json(), "reader": "local", "frozen": {}}
+    return TrialJob(str(folder), own.model_dump_json(), "local", None, None)
 
 
 def train(config: dict[str, Any]) -> None:

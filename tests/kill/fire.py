@@ -24,7 +24,7 @@ SETTLE = 8.0  # seconds after a kill in which processes that are to die of it ma
 SETTLES = {"gcs": 90.0, "raylet": 20.0}  # the same for what Ray looks for in vain before it gives up
 GRACE = 6.0  # seconds that processes have to end after their driver
 DONE, BAD_INPUT, UNFINISHED = 0, 2, 75
-GOES_ON = ("worker", "slot", "mailbox", "controller", "mlflow", "fault point", "fault at resume")  # the driver does
+GOES_ON = ("worker", "group", "mailbox", "controller", "mlflow", "fault point", "fault at resume")  # the driver does
 AWAY = (10.0, 20.0)  # seconds that the MLflow server stays away
 Say = Callable[[str], None]
 

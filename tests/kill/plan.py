@@ -25,7 +25,7 @@ POINTS = (
 )
 AT_CLAIM = "unlink attempt"  # a trial that goes on: its worker is killed, and the next one as soon as it begins
 IN_DRIVER = ("replace lease.json", "replace config.yaml", "replace mlflow.json")
-IN_CLUSTER = ("worker", "slot", "mailbox", "controller", "raylet")
+IN_CLUSTER = ("worker", "group", "mailbox", "controller", "raylet")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import psutil
 
 TITLES = {  # of processes of Ray; the driver, MLflow's server and the whole cluster are known otherwise
     "worker": ("ray::RayTrainWorker",),
-    "slot": ("ray::Slot", "ray::ResourceTrainable"),
+    "group": ("ray::WorkerGroup", "ray::ResourceTrainable"),
     "mailbox": ("ray::Mailbox",),
     "controller": ("ray::TrainController",),
 }

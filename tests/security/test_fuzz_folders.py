@@ -12,7 +12,7 @@ from sweep.analysis.predictions import INTERVALS
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.durability.mirror import OWNER, mirrored
-from sweep.execution.orphans import end_leftovers
+from sweep.execution.orphans import end_orphans
 from sweep.search.study import StudyStore
 from tests.security.mutations import ODD, VALUES, changed, check_variety, mutated, outcome
 from tests.sweep.common import PREDICTIONS, ask, report, settings, sweep, tree
@@ -64,10 +64,10 @@ def test_the_record_of_processes_is_no_list_of_targets(tmp_path: Path) -> None:
     plain = {"host": "h", "boot": 0.0, "scratch": str(tmp_path / "sweep-ray-mine"), "processes": {"1": 0.0}}
     for seed in range(40):
         (tmp_path / "processes.json").write_text(json.dumps(changed(plain, seed)))
-        assert end_leftovers(tmp_path) == []
+        assert end_orphans(tmp_path) == []
     for value in VALUES:
         (tmp_path / "processes.json").write_text(json.dumps(value))
-        assert end_leftovers(tmp_path) == []
+        assert end_orphans(tmp_path) == []
     assert (tmp_path / "sweep-ray-mine").exists()
 
 

@@ -16,7 +16,7 @@ from data.shards.dataset import MANIFEST, Shards
 from data.shards.store import Store
 from sweep.config.schema import parse
 from sweep.durability import mirror
-from sweep.execution.orphans import end_leftovers, temporary
+from sweep.execution.orphans import end_orphans, scratch_root
 from tests.sweep.common import tree
 
 OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret"]
@@ -106,12 +106,12 @@ def test_orphans_are_removed_in_their_own_folder_only(tmp_path: Path) -> None:
     (tmp_path / "sweep-ray-x").mkdir()
     for scratch in (
         tmp_path / "sweep-ray-x",
-        temporary() / "sweep-ray-x/../.." / tmp_path,
+        scratch_root() / "sweep-ray-x/../.." / tmp_path,
         Path("/"),
         Path("sweep-ray-x"),
     ):
         said = {"host": socket.gethostname(), "boot": psutil.boot_time(), "processes": {}, "scratch": str(scratch)}
         (tmp_path / "processes.json").write_text(json.dumps(said))
-        assert end_leftovers(tmp_path) == []
+        assert end_orphans(tmp_path) == []
         assert not (tmp_path / "processes.json").exists(), "it was not read"
         assert (tmp_path / "sweep-ray-x").is_dir()

@@ -1,4 +1,4 @@
-"""The cluster that a driver starts takes what the process may use, not what the machine has."""
+"""A local cluster uses the CPUs that this process may use, not all of the machine."""
 
 import subprocess
 import sys
@@ -13,6 +13,6 @@ with local_or_remote_ray():
 """
 
 
-def test_cpus_that_a_batch_system_keeps_back_are_not_used() -> None:
+def test_local_cluster_uses_only_allowed_cpus() -> None:
     found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, cwd="/")
     assert found.stdout.strip() == "1.0", found.stderr[-2000:]

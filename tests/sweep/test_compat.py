@@ -3,10 +3,14 @@
 import inspect
 
 import optuna
+import pytest
+import ray
 from mlflow.entities import Metric, Run, RunData, RunInfo
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState, create_trial
 from ray._private.state import GlobalState
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.tune.execution import class_cache
 
 from sweep import compat
@@ -45,3 +49,22 @@ def test_hidden_variables_are_not_propagated(monkeypatch) -> None:
 def test_run_knows_the_newest_steps() -> None:
     info = RunInfo("run", "1", "user", "RUNNING", 0, None, "active")
     assert compat.newest_steps(Run(info, RunData([Metric("loss", 0.5, 0, 7)]))) == {"loss": 7}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lean_trainer_starts_no_dataset_manager(workers: int) -> None:
+    lean = compat.lean_trainer(workers)
+
+    def kinds(trainer: type) -> set[type]:
+        return {type(callback) for callback in trainer(lambda: None)._create_default_callbacks()}
+
+    assert kinds(lean.__mro__[1]) - kinds(lean) == {DatasetsCallback}
+    assert issubclass(lean, TorchTrainer) == (workers > 1)
+
+
+def test_ray_takes_a_folder_for_its_files() -> None:
+    """`init` names the arguments that it does not know, before it starts anything."""
+    with pytest.raises(RuntimeError, match=r"nknown keyword argument\(s\): .*_unknown") as error:
+        ray.init(address="local", _temp_dir="/nowhere", _unknown=True)
+    assert "_temp_dir" not in str(error.value)
+    assert not ray.is_initialized()

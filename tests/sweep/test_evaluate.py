@@ -20,7 +20,7 @@ from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config, parse
-from sweep.execution.trial import as_run, open_shards
+from sweep.execution.trial import open_shards, with_class_weights
 from sweep.preflight.checks import resolve_inputs
 from sweep.preflight.feature_cache import cache_requests
 from sweep.search.study import StudyStore
@@ -213,7 +213,7 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     resolved, attempt = resolve_inputs(config), sweep_runner(config, here / "s")
     job = attempt.make_job(resolved, 0, values)
     own = load("s/trials/0000/config.yaml")
-    assert own == as_run(config.for_trial(values), open_shards(resolved))
+    assert own == with_class_weights(config.for_trial(values), open_shards(resolved))
     assert isinstance(own.train.class_weights, dict)
     assert Config.model_validate_json(job["config"]).train == own.train
     assert attempt.make_job(resolved, 0, values) == job, "as a resumed trial has it"
@@ -238,7 +238,7 @@ def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_s
         job = attempt.make_job(resolve_inputs(config), fold, {"data.fold": fold})
         own = load(f"s/trials/000{fold}/config.yaml")
         assert (own.data.fold, json.loads(job["config"])["data"]["fold"]) == (fold, fold)
-        assert own == as_run(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))
+        assert own == with_class_weights(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))
         weights.append(own.train.class_weights)
     assert weights[0] != weights[1] != weights[2]
     requests = [request for request, _ in cache_requests(resolve_inputs(config), here)]

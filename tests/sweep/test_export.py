@@ -34,7 +34,7 @@ def swept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load(str(place / "good.yaml"), [SPACE, "search.trials=3", "storage.keep=1", "model.priors=balanced"])
     claim_folder(config, folder)
     resolved, attempt = resolve_inputs(config), sweep_runner(config, folder)
-    attempt.study.bind(open_shards(resolved.data).fingerprint, code_version())
+    attempt.study.bind(open_shards(resolved).fingerprint, code_version())
     for number in range(2):
         [asked] = ask(attempt.study, 1)
         job = attempt.make_job(resolved, *asked)

@@ -327,7 +327,7 @@ def test_trial_reads_cached_teacher_logits(sweeps: Sweeps, tmp_path: Path) -> No
     one = sweeps.logits()
     precompute(one, tmp_path, ignore)
     for reader in ("local", "ray"):  # text comes from the index, so Ray does not start
-        _, data = build(one, reader, ("train", "val"), "cpu", *cached_folders(one, tmp_path))
+        _, data = build(one, reader, ("train", "val"), "cpu", cached_folders(one, tmp_path))
         for split in ("train", "val"):
             [examples] = data.read(split, [[0, 1, 2]])
             assert [example.teacher_logits is not None for example in examples] == [split == "train"] * 3

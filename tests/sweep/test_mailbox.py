@@ -1,14 +1,18 @@
-"""The mailbox by itself, without Ray: what workers and Tune are told, in which order."""
+"""The mailbox without Ray: what workers and Tune receive, and in which order; and one that is asked to end."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psutil
 import pytest
+import ray
 
+from sweep.execution.cluster import local_or_remote_ray
+from sweep.execution.job import TrialJob
 from sweep.execution.mailbox import RETRIES, Mailbox
 
-JOB = {"folder": "f"}
+JOB = TrialJob("f", "{}", "local", None, None)
 make: Callable[[], Any] = Mailbox.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
 
@@ -19,7 +23,7 @@ def play(scene: Callable[[Any], Awaitable[None]]) -> None:
     asyncio.run(timed())
 
 
-def test_a_report_returns_once_tune_has_asked_for_more() -> None:
+def test_report_returns_once_tune_asks_for_more() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         assert await box.next(0, 0) == (version, JOB)
@@ -35,7 +39,7 @@ def test_a_report_returns_once_tune_has_asked_for_more() -> None:
     play(scene)
 
 
-def test_a_stop_lets_the_trial_write_its_checkpoint() -> None:
+def test_stop_lets_the_trial_write_its_checkpoint() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         await box.next(0, 0)
@@ -46,14 +50,14 @@ def test_a_stop_lets_the_trial_write_its_checkpoint() -> None:
         assert not taken.done()  # it waits for the worker
         assert await box.interrupted(version) is True
         assert (await taken)["interrupted"]
-        await box.interrupted(version)  # of another rank: told once
+        await box.interrupted(version)  # of another rank: reported once
         assert not box.out
 
     play(scene)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_trial_that_no_worker_has_begun_ends_at_once(before: bool) -> None:
+def test_trial_without_worker_ends_at_once(before: bool) -> None:
     async def scene(box: Any) -> None:
         if before:
             await box.stop()
@@ -65,7 +69,7 @@ def test_a_trial_that_no_worker_has_begun_ends_at_once(before: bool) -> None:
     play(scene)
 
 
-def test_a_node_that_goes_away_is_no_failure() -> None:
+def test_draining_node_is_no_failure() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         for _ in range(3 * RETRIES):
@@ -76,20 +80,20 @@ def test_a_node_that_goes_away_is_no_failure() -> None:
     play(scene)
 
 
-def test_workers_that_die_again_and_again_fail_the_trial() -> None:
+def test_workers_that_keep_dying_fail_the_trial() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         for _ in range(1 + RETRIES):
             await box.next(0, 0)
         with pytest.raises(RuntimeError, match="died too often"):
             await box.next(0, 0)
-        told = await box.take(version)
-        assert (told["reason"], told["common"]) == ("workers lost", False)
+        result = await box.take(version)
+        assert (result["reason"], result["common"]) == ("workers lost", False)
 
     play(scene)
 
 
-def test_an_epoch_in_between_forgives() -> None:
+def test_new_epoch_resets_the_restarts() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         for epoch in range(1, 4):
@@ -102,7 +106,7 @@ def test_an_epoch_in_between_forgives() -> None:
     play(scene)
 
 
-def test_a_failure_says_why_once() -> None:
+def test_failure_is_reported_once() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         await box.next(0, 0)
@@ -110,14 +114,14 @@ def test_a_failure_says_why_once() -> None:
         assert not box.out
         await box.fail(version, "no such shard", final=True, reason="bad data", common=True)
         await box.fail(version, "again", final=True)
-        told = await box.take(version)
-        assert told == {"failed": "no such shard", "reason": "bad data", "common": True, "done": True}
+        result = await box.take(version)
+        assert result == {"failed": "no such shard", "reason": "bad data", "common": True, "done": True}
         assert not box.out
 
     play(scene)
 
 
-def test_closing_ends_workers_and_those_who_wait() -> None:
+def test_closing_ends_workers_and_waiting_calls() -> None:
     async def scene(box: Any) -> None:
         version = await box.assign(JOB)
         await box.next(0, 0)
@@ -128,6 +132,22 @@ def test_closing_ends_workers_and_those_who_wait() -> None:
         assert await report is False
         assert await waiting[0] is None
         await waiting[1]
-        assert await box.interrupted(version) is True  # not a node that goes away
+        assert await box.interrupted(version) is True  # not a draining node
 
     play(scene)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_mailbox_process_ends_on_term() -> None:
+    """Ray by itself would wait for the pending calls, and so would every process that waits for an answer."""
+    with local_or_remote_ray():
+        box = Mailbox.remote()  # type: ignore[attr-defined]
+        version = ray.get(box.assign.remote(JOB))
+        waiting = [box.take.remote(version), box.stopped.remote()]
+        children = psutil.Process().children(recursive=True)
+        [process] = [child for child in children if "Mailbox" in " ".join(child.cmdline())]
+        process.terminate()
+        for reference in waiting:
+            with pytest.raises(ray.exceptions.RayActorError):
+                ray.get(reference, timeout=20)

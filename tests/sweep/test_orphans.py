@@ -1,4 +1,4 @@
-"""What a killed attempt leaves behind is ended, and nothing else."""
+"""Orphans of a killed run are ended, and no other process."""
 
 import json
 import socket
@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sweep.execution import orphans as leftovers
-from sweep.execution.orphans import FILE, PREFIX, end_leftovers, recorded
+from sweep.execution import orphans
+from sweep.execution.orphans import FILE, PREFIX, end_orphans, recorded
 
 
 @pytest.fixture
@@ -33,44 +33,44 @@ def write(folder: Path, pid: int, shift: float = 0.0, **more: object) -> None:
     (folder / FILE).write_text(json.dumps(known | more))
 
 
-def test_a_process_that_was_written_down_is_ended(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_recorded_process_is_ended(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     write(tmp_path, sleeper.pid)
-    assert end_leftovers(tmp_path) == [sleeper.pid]
+    assert end_orphans(tmp_path) == [sleeper.pid]
     sleeper.wait(5)
-    assert end_leftovers(tmp_path) == []
+    assert end_orphans(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("change", [{"shift": 5.0}, {"host": "elsewhere"}, {"boot": 1.0}])
-def test_a_process_of_somebody_else_is_left_alone(
+def test_process_of_another_owner_is_left_alone(
     change: dict[str, object], tmp_path: Path, sleeper: subprocess.Popen[bytes]
 ) -> None:
     write(tmp_path, sleeper.pid, **change)  # type: ignore[arg-type]
-    assert end_leftovers(tmp_path) == []
+    assert end_orphans(tmp_path) == []
     assert sleeper.poll() is None
 
 
-def test_a_damaged_record_does_no_harm(tmp_path: Path) -> None:
+def test_damaged_record_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"host": ')
-    assert end_leftovers(tmp_path) == []
+    assert end_orphans(tmp_path) == []
 
 
-def test_only_folders_of_ray_s_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leftovers, "temporary", lambda: tmp_path)
-    (own := tmp_path / f"{PREFIX}1").mkdir()
-    (other := tmp_path / "precious").mkdir()
+def test_only_scratch_folders_of_ray_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orphans, "scratch_root", lambda: tmp_path)
+    (ours := tmp_path / f"{PREFIX}1").mkdir()
+    (precious := tmp_path / "precious").mkdir()
     (elsewhere := tmp_path / "deep" / f"{PREFIX}2").mkdir(parents=True)
     (folder := tmp_path / "sweep").mkdir()
     process = psutil.Process().pid
-    for place in (own, other, elsewhere):
+    for place in (ours, precious, elsewhere):
         write(folder, process, shift=100.0, scratch=str(place))
-        end_leftovers(folder)
-    assert [place.exists() for place in (own, other, elsewhere)] == [False, True, True]
+        end_orphans(folder)
+    assert [place.exists() for place in (ours, precious, elsewhere)] == [False, True, True]
 
 
-def test_what_runs_below_is_written_down_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a process whose parent has died meanwhile: it is nobody's child any more."""
-    monkeypatch.setattr(leftovers, "EVERY", 0.02)
+def test_child_of_a_dead_child_is_recorded_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent has died, so it is no child of this process any more."""
+    monkeypatch.setattr(orphans, "EVERY", 0.02)
     (scratch := tmp_path / f"{PREFIX}1").mkdir()
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
