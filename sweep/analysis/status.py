@@ -5,23 +5,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 from sweep.analysis.confirm import search_of
 from sweep.analysis.results import Progress, progress
 from sweep.config.paths import near
 from sweep.config.schema import Config
-from sweep.durability import lease
+from sweep.durability.heartbeat import Holder
+from sweep.durability.lease import PATIENCE, LeaseFile
 from sweep.preflight.plan_file import plan_lines
 from sweep.search.pruning_audit import AuditJson, audit_json
 from sweep.search.study import TrialRecord
-
-
-class RunnerProcess(NamedTuple):
-    """The process that runs a sweep."""
-
-    host: str
-    pid: int
 
 
 class ProgressJson(TypedDict):
@@ -48,14 +42,12 @@ def train_command(folder: Path, params: Mapping[str, object]) -> str:
     return f"train {near(folder) / 'config.yaml'} {sets}"
 
 
-def runner_of(folder: Path) -> RunnerProcess | None:
+def runner_of(folder: Path) -> Holder | None:
     """Return the process that runs a sweep; None if its lease was released, or has had no heartbeat for a while."""
-    path = folder / lease.FILE
+    lease = LeaseFile(folder)
     try:
-        age = time.time() - path.stat().st_mtime
-        content = json.loads(path.read_text())
-        return RunnerProcess(str(content["host"]), int(content["pid"])) if age < lease.PATIENCE else None
-    except (OSError, ValueError, TypeError, KeyError):
+        return lease.read() if time.time() - lease.path.stat().st_mtime < PATIENCE else None
+    except OSError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""MLflow's pages in a browser: the trials sorted by the objective, and of the best one what people look for."""
+"""Pages in a browser: MLflow's, with the trials by the objective and what the best one did, and the report."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from sweep.config.paths import trial_folder
 from sweep.search.study import StudyStore
 from sweep.tracking.tracker import mlflow_run_id
-from tests.sweep.common import PREDICTIONS, report
+from tests.sweep import searched
+from tests.sweep.common import PREDICTIONS, report, sweep
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append, runs, track
 
@@ -36,26 +37,26 @@ def page() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=str(CHROMIUM), args=[*FLAGS, "--no-proxy-server"])
         try:
-            found = browser.new_page(viewport={"width": 1900, "height": 1000})
-            found.set_default_timeout(PAGE)
+            opened = browser.new_page(viewport={"width": 1900, "height": 1000})
+            opened.set_default_timeout(PAGE)
             playwright.expect.set_options(timeout=PAGE)
-            yield found
+            yield opened
         finally:
             browser.close()
 
 
 @pytest.fixture
-def shown(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the runs of a finished sweep are, of which trial 3 is the best."""
+def runs_page(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of the runs of a finished sweep, of which trial 3 is the best."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     append(folder, 3, (48, 1005.0, 0.3))
-    own = trial_folder(folder, 3)
-    with (own / "metrics.jsonl").open("a") as file:
+    trial = trial_folder(folder, 3)
+    with (trial / "metrics.jsonl").open("a") as file:
         values = {"system/cpu_utilization_percentage": 50.0}
         file.write(json.dumps({"time": 1005.0, "step": 48, "values": values}) + "\n")
-    (own / "predictions.json").write_text(json.dumps(PREDICTIONS))
-    (own / "checkpoint.pt").write_bytes(b"weights")
+    (trial / "predictions.json").write_text(json.dumps(PREDICTIONS))
+    (trial / "checkpoint.pt").write_bytes(b"weights")
     report(study := StudyStore.open(folder, CONFIG), 3, 0.95, 0.97, 0.93)
     study.complete(3)
     track(folder, seconds=240)
@@ -63,21 +64,42 @@ def shown(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{server.uri}/#/experiments/{experiment}/runs"
 
 
-def test_the_best_trial_is_found_and_shows_what_it_did(page: Any, shown: str, folder: Path) -> None:
-    page.goto(shown)
+def test_report_fits_1280_pixels(page: Any, tmp_path: Path) -> None:
+    """Nothing scrolls sideways, neither the page nor a table."""
+    paths = ["encoders/of-a-long-name/base", "encoders/of-another-long-name/large"]
+    parts = ["encoder+adapter+lora+tokens", "adapter+lora+tokens"]
+    axes = {"model.encoder.path": paths, "model.trainable": parts, "model.cls": ["none", "after"]}
+    axes |= {"data.history": [2, 4], "train.epochs": [2, 3], "train.class_weights": ["equal", "balanced"]}
+    space = searched.SPACE | axes
+    searched.played(searched.settings(space=space, trials=8), folder := tmp_path / "searched")
+    study = StudyStore.of(folder)
+    asked = study.ask([], 9)
+    assert asked is not None
+    study.fail(asked[0], f"{folder}/of-a-path/that/is/long/and/breaks/nowhere: " + "no such file, " * 9)
+    assert sweep("report", folder).code == 0
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.goto((folder / "report" / "report.html").as_uri())
+    playwright.expect(page.locator(".js-plotly-plot").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    wide = "[...document.querySelectorAll('.scroll, table')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert page.evaluate(wide) == 0
+
+
+def test_mlflow_shows_the_best_trial(page: Any, runs_page: str, folder: Path) -> None:
+    page.goto(runs_page)
     page.get_by_test_id("sort-select-dropdown").click()
     page.get_by_text("objective", exact=True).first.click()
     page.wait_for_url(re.compile("orderByKey=metrics.*objective.*orderByAsc=false"))
-    for place, told in enumerate([("trial-0003", "0.93"), ("trial-0000", "0.8"), ("trial-0001", "0.1")]):
-        for text in told:  # the left part of a row, with the name, is an element of its own
-            playwright.expect(page.locator(f"[row-index='{place}']", has_text=text)).to_be_visible()
+    for index, texts in enumerate([("trial-0003", "0.93"), ("trial-0000", "0.8"), ("trial-0001", "0.1")]):
+        for text in texts:  # the left part of a row, with the name, is an element of its own
+            playwright.expect(page.locator(f"[row-index='{index}']", has_text=text)).to_be_visible()
     page.get_by_role("link", name="trial-0003").click()
-    page.wait_for_url(f"{shown}/{mlflow_run_id(folder, 3)}**")
+    page.wait_for_url(f"{runs_page}/{mlflow_run_id(folder, 3)}**")
     playwright.expect(page.get_by_role("heading", name="trial-0003")).to_be_visible()
-    for told in ("best_macro_f1", "synthetic (f00d)", "model.lora.rank", "Registered models"):
-        playwright.expect(page.get_by_text(told, exact=True).first).to_be_visible()
+    for text in ("best_macro_f1", "synthetic (f00d)", "model.lora.rank", "Registered models"):
+        playwright.expect(page.get_by_text(text, exact=True).first).to_be_visible()
     look_at_curves_and_files(page)
-    follow_the_links_of_the_note(page, shown, folder)
+    follow_the_links_of_the_note(page, runs_page, folder)
 
 
 def look_at_curves_and_files(page: Any) -> None:
@@ -98,12 +120,12 @@ def look_at_curves_and_files(page: Any) -> None:
     playwright.expect(files.filter(has_text="checkpoint.pt")).to_be_visible()
 
 
-def follow_the_links_of_the_note(page: Any, shown: str, folder: Path) -> None:
-    page.goto(f"{shown}/{runs(folder)[0].info.run_id}")
+def follow_the_links_of_the_note(page: Any, runs_page: str, folder: Path) -> None:
+    page.goto(f"{runs_page}/{runs(folder)[0].info.run_id}")
     link = page.get_by_role("table").get_by_role("link", name="3", exact=True)
-    place = link.get_attribute("href")
-    page.goto(f"{shown.partition('#')[0]}{place}" if place.startswith("#") else place)
+    address = link.get_attribute("href")
+    page.goto(f"{runs_page.partition('#')[0]}{address}" if address.startswith("#") else address)
     playwright.expect(page.get_by_role("heading", name="trial-0003")).to_be_visible()
-    page.goto(f"{shown.partition('#')[0]}#/models/{CONFIG.name}")
+    page.goto(f"{runs_page.partition('#')[0]}#/models/{CONFIG.name}")
     playwright.expect(page.get_by_text("@ best")).to_be_visible()
     playwright.expect(page.get_by_role("link", name="Version 1")).to_be_visible()

@@ -1,4 +1,4 @@
-"""`sweep confirm`: fresh seeds for the best, pairs, the optimism of a search, the test split, read once, and folds."""
+"""`sweep confirm`: fresh seeds for the best, pairs, the optimism of a search, the test split, and folds."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from model.evaluation.metrics import summarise
 from sweep.analysis import confirm
 from sweep.analysis.evaluate import SplitPredictions
 from sweep.analysis.predictions import read_predictions
-from sweep.cli import results as cli_confirm
+from sweep.cli import results as cli_results
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.schema import Config
@@ -30,16 +30,14 @@ from tests.sweep.searched import FOLDS, REFERENCE, TEXT, held, played, said, set
 
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a search that has ended; nothing is trained when it is confirmed, and the test split is counted."""
+    """The folder of a finished search; its confirmation trains nothing, and notes who predicts the test split."""
     played(settings(), folder := tmp_path / "played")
-    monkeypatch.setattr(cli_confirm, "run_and_show", played)
-    read: list[str] = []
+    monkeypatch.setattr(cli_results, "run_and_show", played)
 
     def predict(trial: Path, split: str) -> SplitPredictions:
-        own = StudyStore.read(trial.parents[1], load(str(trial.parents[1] / "config.yaml")))
-        params = own.trials()[int(trial.name)].params
-        read.append(f"{trial.name} {split}")
-        (tmp_path / "read.json").write_text(json.dumps(read))
+        params = StudyStore.of(trial.parents[1]).trials()[int(trial.name)].params
+        with (tmp_path / "predicted.txt").open("a") as file:
+            file.write(f"{trial.name} {split}\n")
         return SplitPredictions(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
 
     monkeypatch.setattr(confirm, "predict", predict)
@@ -60,77 +58,70 @@ def search_on_a_fold(search: Path, folded: Config) -> Path:
     return folder
 
 
-def confirmed(folder: Path, *args: object) -> dict[str, Any]:
+def confirmed(folder: Path, *args: object) -> confirm.Confirmation:
     outcome = sweep("confirm", folder, *args)
     assert (outcome.code, outcome.err) == (0, "")
     confirmation = confirm.read(folder)
     assert confirmation is not None
-    content: dict[str, Any] = json.loads(json.dumps(confirmation.to_json()))
-    return content
+    return confirmation
 
 
-def test_the_best_are_trained_again_under_fresh_seeds(search: Path) -> None:
-    confirmed(search, "--top", 2, "--seeds", 3)
-    config = load(str(confirm.confirm_folder(search) / "config.yaml"))
-    seeds = [point["seed"] for point in config.search.points]
-    assert sorted(seeds) == [1000, 1000, 1001, 1001, 1002, 1002]
+def test_confirm_trains_the_best_under_fresh_seeds(search: Path) -> None:
+    """A larger plan adds to a smaller one, and nothing that was computed is computed again."""
+    confirmed(search, "--top", 1, "--seeds", 2)
+    folder = confirm.confirm_folder(search)
+    first = folder / "trials" / "0000" / "predictions.json"
+    written = first.stat().st_mtime_ns
+    confirmation = confirmed(search, "--top", 2, "--seeds", 3)
+    config = load(str(folder / "config.yaml"))
+    assert sorted(point["seed"] for point in config.search.points) == [1000, 1000, 1001, 1001, 1002, 1002]
     assert (config.search.trials, config.search.pruning, config.storage.keep) == (6, None, None)
     assert config.train == settings().train
-    assert StudyStore.read(search, settings()).trials()[0].params == REFERENCE  # the search is as it was
-
-
-def test_a_better_one_beats_and_equals_are_tied(search: Path) -> None:
-    found = confirmed(search, "--top", 6, "--seeds", 3)
-    best = found["ranked"][0]
-    verdicts = {pair["other"]: (pair["val"]["better"], pair["test"]["better"]) for pair in found["pairs"]}
-    entries = {entry.number: entry for entry in StudyStore.read(search, settings()).trials()}
-    for number, verdict in verdicts.items():
-        text = entries[number].params["model.modality"] == "text"
-        assert verdict == ((True, True) if text else (None, None)), entries[number].params
-    assert best["params"]["model.modality"] == "speech"
-    assert best["val"]["low"] < best["val"]["value"] < best["val"]["high"]
-    lines = "\n".join(found["lines"])
-    assert f"chosen: trial {best['number']}" in lines
-    assert f"#{best['number']} beats #" in lines
-    assert "tied within noise" in lines
-    assert "optimism of the search: trial" in lines
-
-
-def test_more_is_added_to_what_was_confirmed(search: Path) -> None:
-    confirmed(search, "--top", 1, "--seeds", 2)
-    first = confirm.confirm_folder(search) / "trials" / "0000" / "predictions.json"
-    written = first.stat().st_mtime_ns
-    found = confirmed(search, "--top", 2, "--seeds", 3)
-    assert [own["seeds"] for own in found["ranked"]] == [[1000, 1001, 1002]] * 2
+    assert StudyStore.of(search).trials()[0].params == REFERENCE  # the search is as it was
+    assert [trial.seeds for trial in confirmation.ranked] == [[1000, 1001, 1002]] * 2
     assert first.stat().st_mtime_ns == written
-    smaller = confirmed(search, "--top", 1, "--seeds", 1)
-    assert len(smaller["ranked"]) == 2  # nothing that was computed is thrown away
+    assert len(confirmed(search, "--top", 1, "--seeds", 1).ranked) == 2
+    predicted = (search.parent / "predicted.txt").read_text().splitlines()
+    assert sorted(predicted) == [f"{number:04d} test" for number in range(6)]
 
 
-def test_the_test_split_is_read_once_by_each_training(search: Path) -> None:
-    for _ in range(2):
-        confirmed(search, "--top", 2, "--seeds", 2)
-    read = json.loads((search.parent / "read.json").read_text())
-    assert sorted(read) == [f"{number:04d} test" for number in range(4)]
+def test_confirm_compares_the_best_in_pairs(search: Path) -> None:
+    confirmation = confirmed(search, "--top", 6, "--seeds", 3)
+    best, trials = confirmation.chosen, {trial.number: trial for trial in StudyStore.of(search).trials()}
+    for pair in confirmation.pairs:
+        assert pair.test is not None
+        text = trials[pair.other].params["model.modality"] == "text"
+        assert (pair.val.better, pair.test.better) == ((True, True) if text else (None, None)), pair
+    assert best.params["model.modality"] == "speech"
+    assert best.val.low is not None
+    assert best.val.high is not None
+    assert best.val.low < best.val.value < best.val.high
+    lines = "\n".join(confirmation.lines())
+    for words in (f"chosen: trial {best.number}", f"#{best.number} beats #", "tied within noise"):
+        assert words in lines
+    assert f"optimism of the search: trial {best.number} reached {best.searched:.3f} in the search, and" in lines
+    outcome = sweep("confirm", search, "--top", 1, "--seeds", 2, "--json")
+    content = json.loads(outcome.out[outcome.out.index("{") :])
+    assert list(content) == ["metric", "folds", "ranked", "pairs", "lines"]
+    assert list(content["ranked"][0]) == ["number", "params", "searched", "seeds", "val", "test"]
+    assert content == json.loads((confirm.confirm_folder(search) / confirm.FILE).read_text())
 
 
-def test_without_a_test_split_validation_alone_is_told(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confirm_without_a_test_split(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*_: Any) -> SplitPredictions:
         raise MisfitError("the test split has nothing for the task")
 
     monkeypatch.setattr(confirm, "predict", nothing)
-    found = confirmed(search, "--top", 2, "--seeds", 2)
-    assert [own["test"] for own in found["ranked"]] == [None, None]
-    assert "test:" not in "\n".join(found["lines"])
+    confirmation = confirmed(search, "--top", 2, "--seeds", 2)
+    assert [trial.test for trial in confirmation.ranked] == [None, None]
+    assert "test:" not in "\n".join(confirmation.lines())
 
 
-def test_seeds_of_the_search_are_not_fresh() -> None:
+def test_fresh_seeds_are_none_of_the_search(tmp_path: Path) -> None:
+    """Trials that differ by their seed alone are one configuration."""
     assert confirm.fresh_seeds(settings(), 2) == [1000, 1001]
     axis = {"seed": [1000, 1002, 3], "model.lora.rank": [4]}
     assert confirm.fresh_seeds(settings(space=axis, points=[]), 3) == [1001, 1003, 1004]
-
-
-def test_trials_that_differ_by_seed_alone_are_one_configuration(tmp_path: Path) -> None:
     points = [REFERENCE | {"seed": seed} for seed in (0, 1, 2)] + [TEXT | {"seed": 0}]
     space = settings().model_dump()["search"]["space"] | {"seed": [0, 1, 2]}
     config = settings(space=space, points=points, trials=4)
@@ -139,97 +130,88 @@ def test_trials_that_differ_by_seed_alone_are_one_configuration(tmp_path: Path) 
     assert len(planned.search.points) == 2
 
 
-def test_the_status_of_what_confirms_ranks_nothing(search_on_a_fold: Path, folded: Config) -> None:
+def test_status_of_a_confirmation_ranks_nothing(search_on_a_fold: Path, folded: Config) -> None:
     study, search = StudyStore.read(search_on_a_fold, folded), search_on_a_fold
     best = study.best()
     assert best is not None
-    for folds, where in ((None, ""), (FOLDS, ", fold 0")):
+    for folds, fold in ((None, ""), (FOLDS, ", fold 0")):
         planned = confirm.plan(study, search, top=2, seeds=1, folds=folds)
-        place = confirm.confirm_folder(search, folds)
-        played(planned.with_values({"search.trials": 1}), place)
-        claim_folder(planned, place)
-        shown = sweep("status", place).out
-        assert f"\n#0 trial {best.number}, seed 1000{where}: COMPLETE, macro_f1 0." in shown
-        assert f"confirms the trials of {search}; `sweep confirm {search}` compares them" in shown
-        assert "sweep run" not in shown
-        assert "best" not in shown
-        assert json.loads(sweep("status", place, "--json").out)["progress"]["best"] is None
+        folder = confirm.confirm_folder(search, folds)
+        played(planned.with_values({"search.trials": 1}), folder)
+        claim_folder(planned, folder)
+        out = sweep("status", folder).out
+        assert f"\n#0 trial {best.number}, seed 1000{fold}: COMPLETE, macro_f1 0." in out
+        assert f"confirms the trials of {search}; `sweep confirm {search}` compares them" in out
+        assert "sweep run" not in out
+        assert "best" not in out
+        assert json.loads(sweep("status", folder, "--json").out)["progress"]["best"] is None
     confirmed(search, "--top", 2, "--seeds", 1)
     assert "chosen: trial" in sweep("status", confirm.confirm_folder(search)).out
 
 
-def test_a_search_that_is_named_like_a_confirmation_stays_one(search: Path) -> None:
+def test_search_named_like_a_confirmation_stays_one(search: Path) -> None:
     played(settings(), named := confirm.confirm_folder(search))
     assert "best" in sweep("status", named).out
 
 
-def test_json_for_scripts(search: Path) -> None:
-    outcome = sweep("confirm", search, "--top", 1, "--seeds", 2, "--json")
-    found = json.loads(outcome.out[outcome.out.index("{") :])
-    assert found.keys() == {"metric", "folds", "ranked", "pairs", "lines"}
-
-
-def test_each_configuration_is_trained_on_each_fold(search_on_a_fold: Path) -> None:
-    found = confirmed(search_on_a_fold, "--top", 2, "--folds", FOLDS)
+def test_confirm_pools_the_folds_by_seed(search_on_a_fold: Path) -> None:
+    """The mean of the folds' own values would be another number. The last confirmation counts."""
+    confirmation = confirmed(search_on_a_fold, "--top", 2, "--seeds", 2, "--folds", FOLDS)
     config = load(str(confirm.confirm_folder(search_on_a_fold, FOLDS) / "config.yaml"))
     points = [(point["seed"], point["data.fold"]) for point in config.search.points]
-    assert sorted(points) == [(1000, 0), (1000, 0), (1000, 1), (1000, 1), (1000, 2), (1000, 2)]
-    assert (config.name, config.search.pruning, found["folds"]) == ("played-folds", None, FOLDS)
+    assert sorted(points) == [(seed, fold) for seed in (1000, 1001) for fold in range(FOLDS) for _ in range(2)]
+    assert (config.name, config.search.pruning, confirmation.folds) == ("played-folds", None, FOLDS)
     assert not confirm.confirm_folder(search_on_a_fold).exists()
-
-
-def test_what_the_folds_hold_out_is_pooled_by_seed(search_on_a_fold: Path) -> None:
-    """The mean of the folds' own values would be another number."""
-    found = confirmed(search_on_a_fold, "--top", 2, "--seeds", 2, "--folds", FOLDS)
-    for own in found["ranked"]:
-        assert own["seeds"] == [1000, 1001]
-        for split in ("val", "test"):
-            whole = [summarise(said(own["params"], seed, split), {"classify": LABELS}, {}) for seed in own["seeds"]]
-            assert own[split]["value"] == pytest.approx(sum(one["macro_f1"] for one in whole) / 2)
-            assert own[split]["low"] < own[split]["value"] < own[split]["high"]
-    lines = "\n".join(found["lines"])
+    for trial in confirmation.ranked:
+        assert trial.seeds == [1000, 1001]
+        for split, interval in (("val", trial.val), ("test", trial.test)):
+            metrics = [summarise(said(trial.params, seed, split), {"classify": LABELS}, {}) for seed in trial.seeds]
+            assert interval is not None
+            assert interval.value == pytest.approx(sum(values["macro_f1"] for values in metrics) / 2)
+            assert interval.low is not None
+            assert interval.high is not None
+            assert interval.low < interval.value < interval.high
+    lines = "\n".join(confirmation.lines())
     assert f"mean of 2 fresh seeds, {FOLDS} folds pooled; " in lines
-    assert f" on one fold in the search, and {found['ranked'][0]['val']['value']:.3f} (" in lines
+    assert f" on one fold in the search, and {confirmation.chosen.val.value:.3f} (" in lines
     assert f" on all {FOLDS}, and " in lines
+    assert confirmed(search_on_a_fold, "--top", 1, "--seeds", 1).folds is None
 
 
-def test_a_seed_counts_once_all_of_its_folds_are_complete(search_on_a_fold: Path, folded: Config) -> None:
+def test_seed_counts_once_all_folds_are_complete(search_on_a_fold: Path, folded: Config) -> None:
     study = StudyStore.read(search_on_a_fold, folded)
     planned = confirm.plan(study, search_on_a_fold, top=1, seeds=2, folds=FOLDS)
-    place = confirm.confirm_folder(search_on_a_fold, FOLDS)
-    played(planned.with_values({"search.trials": FOLDS - 1}), place)
+    folder = confirm.confirm_folder(search_on_a_fold, FOLDS)
+    played(planned.with_values({"search.trials": FOLDS - 1}), folder)
     with pytest.raises(UserError, match="no training is complete on every fold yet"):
         confirm.confirm(study, search_on_a_fold, FOLDS)
-    played(planned.with_values({"search.trials": FOLDS + 1}), place)
+    played(planned.with_values({"search.trials": FOLDS + 1}), folder)
     assert confirm.confirm(study, search_on_a_fold, FOLDS).chosen.seeds == [1000]
 
 
-def test_the_last_confirmation_counts(search_on_a_fold: Path) -> None:
-    assert confirmed(search_on_a_fold, "--top", 1, "--folds", FOLDS)["folds"] == FOLDS
-    assert confirmed(search_on_a_fold, "--top", 1, "--seeds", 1)["folds"] is None
-    assert confirmed(search_on_a_fold, "--top", 1, "--folds", FOLDS)["folds"] == FOLDS
+@pytest.mark.parametrize(
+    ("changed", "folds", "message"),
+    [
+        ({}, 5, f"has {FOLDS} folds; use --folds {FOLDS}"),
+        ({"data.shards": "CORPUS"}, FOLDS, "has no folds; prepare the corpus with --set split.folds=3 into"),
+        ({"model.init_from": "former"}, FOLDS, "model.init_from names weights that may have been trained on any fold"),
+        ({"model.adapter.init_from": "former"}, FOLDS, "model.adapter.init_from names weights that may"),
+    ],
+)
+def test_confirm_refuses_folds(
+    changed: dict[str, str], folds: int, message: str, folded: Config, corpus: Shards, tmp_path: Path
+) -> None:
+    config = folded.with_values({key: value.replace("CORPUS", str(corpus.folder)) for key, value in changed.items()})
+    played(config.with_values({"search.trials": 1}), tmp_path)
+    with pytest.raises(UserError) as error:
+        confirm.plan(StudyStore.read(tmp_path, config), tmp_path, top=1, seeds=1, folds=folds)
+    assert str(error.value).startswith(f"--folds {folds}: ")
+    assert message in str(error.value)
 
 
-def test_folds_that_are_not_there_are_told_in_a_line(search_on_a_fold: Path, folded: Config, corpus: Shards) -> None:
-    def refused(changed: dict[str, Any], folds: int) -> str:
-        config = folded.with_values(changed)
-        with pytest.raises(UserError) as error:
-            confirm.plan(StudyStore.read(search_on_a_fold, config), search_on_a_fold, top=1, seeds=1, folds=folds)
-        return str(error.value)
-
-    assert refused({}, 5).startswith("--folds 5: ")
-    assert refused({}, 5).endswith(f" has {FOLDS} folds; use --folds {FOLDS}")
-    assert "has no folds; prepare the corpus with --set split.folds=5 into" in refused(
-        {"data.shards": str(corpus.folder)}, 5
-    )
-    for key in ("model.init_from", "model.adapter.init_from"):
-        assert f"{key} names weights that may have been trained on any fold" in refused({key: "former"}, FOLDS)
-
-
-def test_nothing_to_confirm_is_told_in_a_line(tmp_path: Path) -> None:
-    played(settings(), folder := tmp_path / "played")
+def test_confirm_needs_a_complete_trial(tmp_path: Path) -> None:
     assert "not the folder of a sweep" in complaint(sweep("confirm", tmp_path / "nowhere"))
-    (folder / "study.journal").unlink()
+    claim_folder(settings(), folder := tmp_path / "empty")
     StudyStore.open(folder, settings())
     assert "no trial is complete yet" in complaint(sweep("confirm", folder))
 
@@ -257,16 +239,16 @@ def test_every_session_is_held_out_once(folded: Config, models: Path, tmp_path: 
     command = [sys.executable, "-m", "sweep", "confirm", str(folder), "--top", "1", "--folds", str(FOLDS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    shards, places = Shards(folded.data.shards), sorted((confirm.confirm_folder(folder, FOLDS) / "trials").iterdir())
-    coded = {name for name, label in zip(shards.columns["id"], shards.columns["label"], strict=True) if label}
+    columns = Shards(folded.data.shards).columns
+    trials = sorted((confirm.confirm_folder(folder, FOLDS) / "trials").iterdir())
+    coded = {name for name, label in zip(columns["id"], columns["label"], strict=True) if label}
+    folds = dict(zip(columns["id"], columns["fold"], strict=True))
     for name, behind in (("predictions.json", 1), ("test.json", 0)):
-        held = [{record.id for record in read_predictions(place, name)["classify"][1]} for place in places]
-        assert sum(map(len, held)) == len(set.union(*held)) == len(coded)
-        for place, ids in zip(places, held, strict=True):
-            part = (load(str(place / "config.yaml")).data.fold + behind) % FOLDS
-            folds = dict(zip(shards.columns["id"], shards.columns["fold"], strict=True))
-            assert {folds[one] for one in ids} == {part}
-    found = confirm.read(folder)
-    assert found is not None
-    assert (found.folds, found.chosen.seeds) == (FOLDS, [1000])
-    assert (len(found.lines()), found.chosen.test is None) == (2, False)
+        predicted = [{record.id for record in read_predictions(trial, name)["classify"][1]} for trial in trials]
+        assert sum(map(len, predicted)) == len(set.union(*predicted)) == len(coded)
+        for trial, ids in zip(trials, predicted, strict=True):
+            assert {folds[item] for item in ids} == {(load(str(trial / "config.yaml")).data.fold + behind) % FOLDS}
+    confirmation = confirm.read(folder)
+    assert confirmation is not None
+    assert (confirmation.folds, confirmation.chosen.seeds) == (FOLDS, [1000])
+    assert (len(confirmation.lines()), confirmation.chosen.test is None) == (2, False)

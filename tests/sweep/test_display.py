@@ -4,6 +4,7 @@ import io
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from sweep.analysis.status import progress_json, runner_of, status_lines
 from sweep.cli.progress import LOG_SECONDS, ConsoleListener, TrialDisplay
+from sweep.durability.heartbeat import Holder
 from sweep.search.study import StudyStore
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append
@@ -83,7 +85,10 @@ def test_display_creates_nothing_where_no_sweep_is(tmp_path: Path) -> None:
     assert (out.getvalue(), list(tmp_path.iterdir())) == ("", [])
 
 
-def lease(folder: Path, age: float, content: str = json.dumps({"host": "node7", "pid": 41, "beat": 3})) -> None:
+HOLDER = json.dumps(asdict(Holder("token", "node7", "boot", 41, 0.0, 0.0, 3)))
+
+
+def lease(folder: Path, age: float, content: str = HOLDER) -> None:
     (path := folder / "lease.json").write_text(content)
     os.utime(path, (time.time() - age,) * 2)
 

@@ -1,4 +1,4 @@
-"""`sweep report`: what it says of a finished sweep, and of empty, failed, single, running and confirmed ones."""
+"""`sweep report`: the page, the tables and the pictures of finished, empty, failed, running and confirmed sweeps."""
 
 import json
 import re
@@ -14,123 +14,127 @@ from mlflow import MlflowClient
 from sweep.analysis import confirm
 from sweep.analysis.evaluate import SplitPredictions
 from sweep.analysis.report import ablation, figures
-from sweep.analysis.report import page as report_page
-from sweep.cli import results as cli_confirm
+from sweep.cli import results as cli_results
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.search.study import StudyStore
 from sweep.tracking.report_artifacts import to_mlflow
 from tests.conftest import LABELS
-from tests.sweep.common import complaint, sweep
+from tests.sweep.common import Outcome, complaint, sweep
 from tests.sweep.searched import REFERENCE, TEXT, played, said, settings
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A finished sweep with its report, and what the command printed."""
     played(settings(trials=10, startup_trials=6), folder := tmp_path_factory.mktemp("report") / "played")
-    return folder
+    outcome = sweep("report", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    return folder, outcome
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds; one test looks at all pictures."""
+    monkeypatch.setattr(figures, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(figures, "write_pngs", lambda *_: [])
 
 
 def page(folder: Path, *args: object) -> str:
-    """The page of a sweep, without plotly and the pictures."""
+    """Write the page of a sweep, and return it without plotly."""
     outcome = sweep("report", folder, *args)
     assert (outcome.code, outcome.err) == (0, "")
+    return read(folder)
+
+
+def read(folder: Path) -> str:
     text = (folder / "report" / "report.html").read_text()
     return re.sub(r"(?s)<script.*?</script>|<wbr>", "", text)
 
 
-def test_a_finished_sweep(finished: Path) -> None:
-    text = page(finished)
-    best = StudyStore.read(finished, settings(trials=10)).best()
+def test_report_of_a_finished_sweep(finished: tuple[Path, Outcome]) -> None:
+    folder, outcome = finished
+    text, best = read(folder), StudyStore.of(folder).best()
     assert best is not None
-    assert f"best in the search: trial {best.number}, macro_f1 {best.value:.3f} [" in text
-    assert "tied within noise" in text
-    assert "this is the luckiest of 10 trials" in text
+    verdict = outcome.out.split("\nin MLflow: ")[0].splitlines()
+    assert verdict[0].startswith(f"best in the search: trial {best.number}, macro_f1 {best.value:.3f} [")
+    assert all("tied within noise" in line or " beats " in line for line in verdict[1:-1])
+    assert verdict[-1].startswith("this is the luckiest of 10 trials")
+    assert all(f"<p>{escape(line)}</p>" in text for line in verdict)
     assert text.count("CPU-hours</td>") == 10
     for title in ("How sure the order is", "Does it listen?", "Learning curves", "What mattered", "rank with learning"):
         assert f"<h3>{title}" in text
-    names = {path.name for path in (finished / "report").iterdir()}
+    names = {path.name for path in (folder / "report").iterdir()}
     tables, drawn = {"ablation.md", "ablation.tex", "ablation.csv"}, {"history.png", "importance.png", "slices.png"}
     assert names >= tables | drawn | {"report.html"}
+    assert not [name for name in names if ".unfinished" in name]
 
 
-def test_the_page_and_the_terminal_say_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, verdict = [], report_page.find_verdict
-    monkeypatch.setattr(report_page, "find_verdict", lambda *args: asked.append(args) or verdict(*args))
-    outcome = sweep("report", finished)
-    text = (finished / "report" / "report.html").read_text()
-    said = outcome.out.split("\nin MLflow: ")[0].splitlines()
-    assert (len(asked), len(said) > 3) == (1, True)
-    assert all(f"<p>{escape(line)}</p>" in text for line in said)
-    assert not list((finished / "report").glob("*.unfinished*"))
-
-
-def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
-    page(finished)
-    text = (finished / "report" / "report.html").read_text()
+def test_page_needs_nothing_from_outside(finished: tuple[Path, Outcome]) -> None:
+    text = (finished[0] / "report" / "report.html").read_text()
     assert "Plotly.newPlot" in text
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
 
 
-def test_the_ablation_is_paired_and_holds_one_choice_at_a_time(finished: Path) -> None:
-    text = page(finished)
+def test_ablation_is_paired_by_single_choices(finished: tuple[Path, Outcome]) -> None:
+    folder, _ = finished
+    text = read(folder)
     assert "The reference: trial 0 (modality speech, rank 8, learning_rate 1.00e-03, end_of_audio none)." in text
-    table = pd.read_csv(finished / "report" / "ablation.csv").set_index("choice")
+    table = pd.read_csv(folder / "report" / "ablation.csv").set_index("choice")
     assert table.loc["modality: speech → text", "verdict"] == "worse"
     assert table.loc["rank: 8 → 16", "verdict"] == "tied within noise"
     assert table.loc["end_of_audio: none → learned", "difference"] == 0.0
     low, high = map(float, table.loc["modality: speech → text", "95 % interval"].strip("[]").split(","))
     assert low < table.loc["modality: speech → text", "difference"] < high < 0
-    tex = (finished / "report" / "ablation.tex").read_text()
+    tex = (folder / "report" / "ablation.tex").read_text()
     assert r"modality: speech $\rightarrow$ text" in tex
     assert r"macro\_f1" in tex
-    assert "| reference " in (finished / "report" / "ablation.md").read_text()
+    assert "| reference " in (folder / "report" / "ablation.md").read_text()
 
 
-def test_another_reference(finished: Path) -> None:
-    page(finished, "--reference", 1)
-    table = pd.read_csv(finished / "report" / "ablation.csv").set_index("choice")
-    assert set(table.loc[["modality: text → speech"], "verdict"]) == {"better"}
-    assert "complete are" in complaint(sweep("report", finished, "--reference", 99))
+def test_ablation_against_another_reference(finished: tuple[Path, Outcome]) -> None:
+    """In a text trial there is no end of audio to choose, so the modality is one choice."""
+    study = StudyStore.of(finished[0])
+    config, trials = study.config, study.trials()
+    choices = ablation.find_choices(study, ablation.find_reference(config, trials))
+    [modality] = [choice for choice in choices if choice.changed.keys() == {"model.modality"}]
+    assert trials[modality.number].params == TEXT
+    reference = ablation.find_reference(config, trials, 1)
+    table = ablation.ablation_table(config, reference, ablation.find_choices(study, reference))
+    assert {row[-1] for row in table.rows if row[0] == "modality: text → speech"} == {"better"}
+    assert "complete are" in complaint(sweep("report", finished[0], "--reference", 99))
 
 
-def test_importances_are_of_choices_that_all_trials_have(finished: Path) -> None:
-    """Those of text trials are not left out because text has no end of audio."""
-    study = figures.in_memory_study(StudyStore.read(finished, settings(trials=10)))
+def test_importances_are_of_common_parameters(finished: tuple[Path, Outcome]) -> None:
+    """Text trials are not left out because text has no end of audio."""
+    study = figures.in_memory_study(StudyStore.of(finished[0]))
     assert figures.common_params(study) == ["learning_rate", "modality", "rank"]
     assert {trial.params["modality"] for trial in study.trials} == {"speech", "text"}
 
 
-def test_no_trial_yet(tmp_path: Path) -> None:
+def test_report_of_empty_failed_and_running_sweeps(tmp_path: Path) -> None:
     claim_folder(settings(), folder := tmp_path / "empty")
-    StudyStore.open(folder, settings())
+    study = StudyStore.open(folder, settings())
     text = page(folder)
     assert "No trial is complete" in text
     assert "There is nothing to draw yet" in text
-
-
-def test_all_failed(tmp_path: Path) -> None:
-    claim_folder(settings(), folder := tmp_path / "failed")
-    study = StudyStore.open(folder, settings())
-    for number in range(2):
-        study.ask([], 9)
-        study.fail(number, "non-finite loss at step 840, learning rate 9e-3 <b>", "non-finite")
+    for _ in range(2):
+        asked = study.ask([], 9)
+        assert asked is not None
+        study.fail(asked[0], "non-finite loss at step 840, learning rate 9e-3 <b>", "non-finite")
     text = page(folder)
     assert "non-finite loss at step 840, learning rate 9e-3 &lt;b&gt;" in text
     assert "<b>" not in text
-
-
-def test_a_single_trial_and_one_that_runs(tmp_path: Path) -> None:
     played(settings(trials=1), folder := tmp_path / "single")
-    study = StudyStore.open(folder, settings(trials=2))
-    study.ask([], 2)
+    StudyStore.open(folder, settings(trials=2)).ask([], 2)
     text = page(folder)
     assert "best in the search: trial 0" in text
     assert "1 complete, 1 running" in text
     assert "No complete trial differs from the reference" in text
 
 
-def test_trials_without_predictions_have_values_and_no_intervals(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_report_without_predictions_has_no_intervals(tmp_path: Path) -> None:
     played(settings(trials=3), folder := tmp_path / "bare")
     for number in range(3):
         (trial_folder(folder, number) / "predictions.json").unlink()
@@ -139,22 +143,23 @@ def test_trials_without_predictions_have_values_and_no_intervals(tmp_path: Path)
     assert "tied" not in text
 
 
-def test_what_was_confirmed_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_report_shows_the_confirmation_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played(settings(trials=3), folder := tmp_path / "sure")
-    monkeypatch.setattr(cli_confirm, "run_and_show", played)
+    monkeypatch.setattr(cli_results, "run_and_show", played)
     test = said(REFERENCE, 7, "test")
     monkeypatch.setattr(confirm, "predict", lambda *_: SplitPredictions(test, {"classify": LABELS}, {}))
     assert sweep("confirm", folder, "--top", 2, "--seeds", 2).code == 0
     text = page(folder)
-    assert "chosen: trial" in text
-    assert "optimism of the search" in text
-    assert "<h2>Confirmed</h2>" in text
+    for words in ("chosen: trial", "optimism of the search", "<h2>Confirmed</h2>", "<th>in the search</th>"):
+        assert words in text
 
 
-def test_sweeps_of_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -> None:
     def other(name: str, fingerprint: str = "f" * 16, **search: Any) -> Path:
         played(settings(trials=1, **search), folder := tmp_path / name)
-        StudyStore.open(folder, settings(trials=1, **search)).study.set_user_attr("fingerprint", fingerprint)
+        StudyStore.of(folder).study.set_user_attr("fingerprint", fingerprint)
         return folder
 
     first, text, corpus = other("a"), other("b", points=[TEXT]), other("c", fingerprint="0" * 16)
@@ -165,16 +170,16 @@ def test_sweeps_of_other_corpora_and_objectives_are_not_ranked(tmp_path: Path) -
     assert "another objective: loss, not macro_f1" in found
 
 
-def test_a_point_may_differ_in_two_choices(tmp_path: Path) -> None:
-    """One that is drawn may not: its difference would say nothing of either."""
-    both = REFERENCE | {"model.lora.rank": 16, "model.end_of_audio": "learned"}
-    for name, points in {"asked": [REFERENCE, both], "drawn": [REFERENCE]}.items():
-        config = settings(trials=2, points=points)
-        played(config.with_values({"search.points": [REFERENCE, both]}), folder := tmp_path / name)
-        study = StudyStore.read(folder, config)
-        found = ablation.find_choices(study, study.trials()[0])
-        expected = ["rank: 8 → 16, end_of_audio: none → learned"] if name == "asked" else []
-        assert [ablation.choice_name(config, choice) for choice in found] == expected
+@pytest.mark.parametrize("points", [2, 1])
+def test_only_points_may_differ_in_two_choices(points: int, tmp_path: Path) -> None:
+    """The difference of a drawn trial would say nothing about either choice."""
+    both = [REFERENCE, REFERENCE | {"model.lora.rank": 16, "model.end_of_audio": "learned"}]
+    config = settings(trials=2, points=both[:points])
+    played(config.with_values({"search.points": both}), tmp_path)
+    study = StudyStore.read(tmp_path, config)
+    choices = ablation.find_choices(study, study.trials()[0])
+    expected = ["rank: 8 → 16, end_of_audio: none → learned"] if points == 2 else []
+    assert [ablation.choice_name(config, choice) for choice in choices] == expected
 
 
 def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
@@ -188,14 +193,15 @@ def test_trainings_on_other_folds_are_no_choice(tmp_path: Path) -> None:
     assert ablation.find_choices(study, study.trials()[0]) == []
 
 
-def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> None:
-    """As does what differs in one setting; what differs in three, in the seed, or in its corpus does not."""
+@pytest.mark.usefixtures("no_pictures")
+def test_ablation_includes_the_second_stage(tmp_path: Path) -> None:
+    """So it does with what differs in one setting, but not with what differs in three, in the seed or in its corpus."""
     played(settings(trials=4), first := tmp_path / "first")
 
     def other(name: str, fingerprint: str = "f" * 16, **changed: Any) -> list[object]:
-        own = settings(trials=1).with_values({"name": name} | {key.replace("__", "."): changed[key] for key in changed})
-        played(own, folder := tmp_path / name)
-        StudyStore.open(folder, own).study.set_user_attr("fingerprint", fingerprint)
+        values = {key.replace("__", "."): value for key, value in changed.items()}
+        played(settings(trials=1).with_values({"name": name} | values), folder := tmp_path / name)
+        StudyStore.of(folder).study.set_user_attr("fingerprint", fingerprint)
         return ["--with", folder]
 
     stage = {"model__init_from": "/elsewhere/first/trials/0002", "model__trainable": "lora"}
@@ -210,38 +216,27 @@ def test_a_second_stage_stands_in_the_ablation_of_the_first(tmp_path: Path) -> N
     assert "none → trial 2 of first" in text
 
 
-def test_a_folder_that_is_no_sweep(tmp_path: Path, finished: Path) -> None:
+def test_report_needs_the_folder_of_a_sweep(tmp_path: Path, finished: tuple[Path, Outcome]) -> None:
     assert "not the folder of a sweep" in complaint(sweep("report", tmp_path))
-    assert "not the folder of a sweep" in complaint(sweep("report", finished, "--with", tmp_path))
+    assert "not the folder of a sweep" in complaint(sweep("report", finished[0], "--with", tmp_path))
     assert not (tmp_path / "report").exists()
 
 
-def test_a_choice_that_takes_others_along_counts_as_one(finished: Path) -> None:
-    study = StudyStore.read(finished, settings(trials=10))
-    entries = study.trials()
-    found = ablation.find_choices(study, ablation.find_reference(study.config, entries))
-    [modality] = [choice for choice in found if choice.changed.keys() == {"model.modality"}]
-    assert entries[modality.number].params == TEXT
-
-
-def test_the_report_lies_beside_the_runs_in_mlflow(
-    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_report_is_logged_as_mlflow_artifacts(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(database, tmp_path)
     played(settings(trials=2), folder := tmp_path / "logged")
-    page(folder)
     assert to_mlflow(folder, []) == "not there, since the sweep has no run yet"
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.create_experiment("logged", artifact_location=str(tmp_path / "artifacts"))
     run = client.create_run(experiment).info.run_id
     (folder / "mlflow.json").write_text(json.dumps({"run_id": run}))
-    outcome = sweep("report", folder)
-    assert "in MLflow: artifacts of the sweep's run, under report" in outcome.out
+    assert "in MLflow: artifacts of the sweep's run, under report" in sweep("report", folder).out
     names = {Path(file.path).name for file in client.list_artifacts(run, "report")}
     assert names == {path.name for path in (folder / "report").iterdir()}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    (folder / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))  # the client remembers the other's place
+    (folder / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))  # the client remembers the other's address
     away = sweep("report", folder)
     assert away.code == 0
     assert "in MLflow: not there (" in away.out
