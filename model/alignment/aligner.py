@@ -1,8 +1,8 @@
-"""Forced alignment: each turn's start and end, found in the recording by a CTC model.
+"""Forced alignment: find the start and the end of each turn in the recording with a CTC model.
 
-Any model that `AutoModelForCTC` loads will do, with characters, word pieces or words as its tokens. A turn is searched
-around its given times, between the last words before it and the first ones after it: one "yeah" among many is told by
-its neighbours. A wildcard stands between turns, for pauses and for speech that nobody wrote down.
+Any model that `AutoModelForCTC` loads works, with characters, word pieces or words as its tokens. A turn is searched
+around its given times, between the last words before it and the first words after it: these neighbours identify one
+"yeah" among many. A wildcard between turns matches pauses and speech that is not transcribed.
 
 Shapes: T frames, C tokens of the model and, as the last one, the wildcard.
 """
@@ -23,74 +23,81 @@ from data.corpus.schema import SAMPLE_RATE, Turn, flag, is_rejected
 from data.errors import ConfigError
 from model.alignment.ctc import CTCModel, identity, load_ctc
 
-VERSION = "1"  # part of the key: raise it when the same model would give other times
-CONTEXT_RATE = 1.5  # words of the neighbours per second of window: about half of what fits
-OPEN_SECONDS = 30.0  # searched after the start of a turn whose end nobody knows, if no other turn starts before
-WILDCARD_COST = 0.1  # nats a frame, below the model's best token: words that are known explain more
-MARGIN = 0.02  # s on both sides: a model names a sound a little after its onset and stops before it has faded
+VERSION = "1"  # part of the cache key: raise it when the same model gives other times
+CONTEXT_RATE = 1.5  # words of the neighbours per second of window: about half of those that fit
+OPEN_SECONDS = 30.0  # searched after the start of a turn without an end, if no other turn starts before
+WILDCARD_COST = 0.1  # nats per frame below the model's best token: spelled words must explain more
+MARGIN = 0.02  # seconds added on both sides: models emit a token after the onset of its sound and end it early
 TIE = 1e-6  # nats
 
 _NOT_SPOKEN = re.compile(r"\[[^\]]*\]")  # "[laughs]", "[inaudible 00:02:46]"
 _BETWEEN_WORDS = re.compile(r"[\s/\u2013\u2014-]+")  # dashes are pauses
-_ANYTHING: tuple[int, ...] = ()  # in place of a word: the wildcard
+_WILDCARD: tuple[int, ...] = ()  # in place of a word
 
 Word = tuple[int, ...]  # its tokens
 Tokens = list[int]
 
 
 class CTCAligner:
-    """Refines the times of a conversation's turns; pickles as its settings, and loads the model once a process."""
+    """Refines the times of a conversation's turns; pickles as its settings, and loads the model once per process."""
 
     def __init__(self, config: AlignConfig) -> None:
         if config.model is None:
-            raise ConfigError("align.model: none is given; name a CTC model by Hugging Face id or folder")
+            raise ConfigError("align.model: is missing; name a CTC model by Hugging Face id or folder")
         self.config = config
         self.model = config.model
 
     @property
     def key(self) -> str:
-        """Names the model, its weights and the settings: equal keys give equal times.
+        """Return the cache key of the model, its weights and the settings: equal keys give equal times.
 
         Raises:
-            ConfigError: nothing can be loaded from there, or it is no CTC model.
+            ConfigError: the model cannot be loaded, or is no CTC model.
         """
         settings = f"{VERSION} {self.config.window} {self.config.min_confidence}"
         return hashlib.sha256(f"{identity(self.model)} {settings}".encode()).hexdigest()
 
     def __call__(self, pcm: np.ndarray, turns: list[Turn], findings: list[Finding]) -> None:
-        """Set start, end, given and confidence of the turns that are found; flag the others, whose times stay.
+        """Set start, end, given and confidence of the turns that are found; flag the others and keep their times.
 
-        Turns without a start, rejected ones, and ones that end before they start are left alone.
+        Turns that have no start, are rejected, or end before they start are not changed.
 
         Args:
-            pcm: int16 [n_samples] at SAMPLE_RATE, the whole recording.
+            pcm: the recording, int16 [n_samples] at SAMPLE_RATE.
             turns: of one conversation, in order.
-            findings: where those that are not found are noted.
+            findings: gets an entry for each turn that is not found.
 
         Raises:
             ConfigError: see `load_ctc`.
         """
         ctc, window = load_ctc(self.model), self.config.window
         log_probs_TC = ctc.log_probs(pcm)
-        words = [spoken(turn.text, ctc) for turn in turns]
+        words = [spoken_words(turn.text, ctc) for turn in turns]
         context = max(1, round(CONTEXT_RATE * window))
         spans = [_span(turn, turns) for turn in turns]  # before any time changes
-        for place, (turn, span) in enumerate(zip(turns, spans, strict=True)):
+        for index, (turn, span) in enumerate(zip(turns, spans, strict=True)):
             if span is None:
                 continue
             area = max(0.0, span[0] - window), min(len(pcm) / SAMPLE_RATE, span[1] + window)
             first, last = (samples(time) // ctc.frame for time in area)
-            # Words that were said elsewhere would push the turn's own aside.
-            near = [own if _overlap(area, other) else [] for own, other in zip(words, spans, strict=True)]
+            # Words of turns outside the searched area would displace the turn's words.
+            near = [
+                turn_words if _overlap(area, turn_span) else []
+                for turn_words, turn_span in zip(words, spans, strict=True)
+            ]
             try:
-                targets = _targets(words[place], near[:place], near[place + 1 :], context, ctc)
-                found = _find(targets, with_wildcard(log_probs_TC[first:last]), ctc.blank)
-                self._set(turn, found, first, ctc, len(pcm) / SAMPLE_RATE)
+                targets = _targets(words[index], near[:index], near[index + 1 :], context, ctc)
+                token_spans = _align(targets, with_wildcard(log_probs_TC[first:last]), ctc.blank)
+                self._set_times(turn, token_spans, first, ctc, len(pcm) / SAMPLE_RATE)
             except _NotFoundError as error:
                 flag(turn, findings, "W_ALIGN_LOW", f"{error}; the given times stay")
 
-    def _set(self, turn: Turn, spans: list[TokenSpan], first: int, ctc: CTCModel, duration: float) -> None:
-        """Raises _NotFoundError: the spans are not to be trusted."""
+    def _set_times(self, turn: Turn, spans: list[TokenSpan], first: int, ctc: CTCModel, duration: float) -> None:
+        """Set the times of a turn from the spans of its tokens.
+
+        Raises:
+            _NotFoundError: the spans are not reliable.
+        """
         turn.confidence = float(np.mean([span.score for span in spans if span.token != ctc.size]))
         if turn.confidence < self.config.min_confidence:
             raise _NotFoundError(f"confidence {turn.confidence:.2f} is below {self.config.min_confidence:g}")
@@ -102,70 +109,76 @@ class CTCAligner:
 
 
 class _NotFoundError(Exception):
-    """Why a turn keeps its times."""
+    """A turn keeps its times; the message says why."""
 
 
 def _span(turn: Turn, turns: list[Turn]) -> Span | None:
-    """The given times, with an end if there is none; None: the turn is not aligned."""
+    """Return the given times, with an estimate for a missing end; None: the turn is not aligned."""
     if turn.start is None or is_rejected(turn.flags) or (turn.end is not None and turn.end < turn.start):
         return None
     if turn.end is not None:
         return turn.start, turn.end
-    later = (other.start for other in turns if other.start is not None and other.start > turn.start)
+    later = (start for start in (following.start for following in turns) if start is not None and start > turn.start)
     return turn.start, min(later, default=turn.start + OPEN_SECONDS)
 
 
-def _overlap(area: Span, other: Span | None) -> bool:
-    return other is not None and other[0] <= area[1] and other[1] >= area[0]
+def _overlap(area: Span, span: Span | None) -> bool:
+    return span is not None and span[0] <= area[1] and span[1] >= area[0]
 
 
 def with_wildcard(log_probs_TC: Tensor) -> Tensor:
-    """Append the wildcard, which fits any frame nearly as well as the model's best token does; float64.
+    """Append the wildcard as the last token: it fits any frame nearly as well as the model's best token.
 
-    `forced_align` leaves the best path where two ways into a token are equal to the last bit, as they are around a
-    wildcard in silence: a little noise, always the same, keeps them apart.
+    `forced_align` loses the best path where two ways into a token are equal to the last bit, as they are around a
+    wildcard in silence: a little noise, always the same, makes them differ.
+
+    Args:
+        log_probs_TC: of the model's tokens.
+
+    Returns:
+        float64 [T, C + 1].
     """
     all_TC = torch.cat([log_probs_TC, log_probs_TC.amax(dim=-1, keepdim=True) - WILDCARD_COST], dim=-1).double()
     return all_TC - TIE * torch.rand(all_TC.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def spoken(text: str, ctc: CTCModel) -> list[Word]:
-    """The tokens of each word, in upper or lower case as the model has them.
+def spoken_words(text: str, ctc: CTCModel) -> list[Word]:
+    """Return the tokens of each word, in the case of the model's tokens.
 
-    Characters that it lacks are left out. What it cannot spell at all, and figures (nobody knows how they were read),
-    are the empty word; remarks in square brackets and loose punctuation are no words.
+    Characters that the model lacks are left out. Words that it cannot spell at all, and figures (it is not known how
+    they were spoken) become wildcards; remarks in square brackets and loose punctuation are no words.
     """
     text = _NOT_SPOKEN.sub(" ", text.replace("\u2019", "'"))
     words = [word for word in _BETWEEN_WORDS.split(text) if any(map(str.isalnum, word))]
-    return [_ANYTHING if any(map(str.isdigit, word)) else ctc.spell(word) for word in words]
+    return [_WILDCARD if any(map(str.isdigit, word)) else ctc.spell(word) for word in words]
 
 
 def _targets(
-    own: list[Word], before: list[list[Word]], after: list[list[Word]], count: int, ctc: CTCModel
+    words: list[Word], before: list[list[Word]], after: list[list[Word]], count: int, ctc: CTCModel
 ) -> tuple[Tokens, Tokens, Tokens]:
-    """The tokens of the last `count` words before a turn, its own, and those of the first words after it.
+    """Return the tokens of the last `count` words before a turn, of its words, and of the first words after it.
 
     Raises:
-        _NotFoundError: nothing of the turn can be heard for, or not where it begins or ends.
+        _NotFoundError: no word of the turn can be spelled, or not the one that begins or ends it.
     """
-    if not any(own):
+    if not any(words):
         raise _NotFoundError("no word of it can be spelled with the model's tokens")
-    if not (own[0] and own[-1]):
+    if not (words[0] and words[-1]):
         raise _NotFoundError("it begins or ends with a word that the model's tokens cannot spell, like a figure")
-    past = [word for turn in before[-count:] for word in (_ANYTHING, *turn)]
-    future = [word for turn in after[:count] for word in (*turn, _ANYTHING)]
+    past = [word for turn in before[-count:] for word in (_WILDCARD, *turn)]
+    future = [word for turn in after[:count] for word in (*turn, _WILDCARD)]
     return (
-        _tokens([_ANYTHING, *past[-count:], _ANYTHING], ctc),
-        _tokens(own, ctc),
-        _tokens([_ANYTHING, *future[:count], _ANYTHING], ctc),
+        _tokens([_WILDCARD, *past[-count:], _WILDCARD], ctc),
+        _tokens(words, ctc),
+        _tokens([_WILDCARD, *future[:count], _WILDCARD], ctc),
     )
 
 
 def _tokens(words: Sequence[Word], ctc: CTCModel) -> list[int]:
-    """Words one after the other, the model's delimiter between them; one wildcard for unknown ones in a row."""
+    """Return the tokens of words with the model's delimiter between them; wildcards in a row become one."""
     tokens: list[int] = []
     for word in words:
-        if word == _ANYTHING:
+        if word == _WILDCARD:
             tokens += [] if tokens[-1:] == [ctc.size] else [ctc.size]
         else:
             tokens += [] if not tokens or tokens[-1] == ctc.size else ctc.delimiter
@@ -173,17 +186,17 @@ def _tokens(words: Sequence[Word], ctc: CTCModel) -> list[int]:
     return tokens
 
 
-def _find(targets: tuple[Tokens, Tokens, Tokens], log_probs_TC: Tensor, blank: int) -> list[TokenSpan]:
-    """The frames of a turn's own tokens, with their mean probabilities.
+def _align(targets: tuple[Tokens, Tokens, Tokens], log_probs_TC: Tensor, blank: int) -> list[TokenSpan]:
+    """Return the frames of a turn's tokens, with their mean probabilities.
 
     Raises:
         _NotFoundError: the window has fewer frames than the tokens need.
     """
-    before, own, after = targets
-    tokens = torch.tensor([*before, *own, *after], dtype=torch.int32)
-    needed = len(tokens) + int((tokens[1:] == tokens[:-1]).sum())  # a blank has to part equal ones
+    before, tokens_of_turn, after = targets
+    tokens = torch.tensor([*before, *tokens_of_turn, *after], dtype=torch.int32)
+    needed = len(tokens) + int((tokens[1:] == tokens[:-1]).sum())  # a blank must separate equal tokens
     if len(log_probs_TC) < needed:
         raise _NotFoundError(f"its words need {needed} frames of the model, and {len(log_probs_TC)} are searched")
     path, scores = forced_align(log_probs_TC[None], tokens[None], blank=blank)
     spans: list[TokenSpan] = merge_tokens(path[0], scores[0].exp(), blank=blank)
-    return spans[len(before) : len(before) + len(own)]
+    return spans[len(before) : len(before) + len(tokens_of_turn)]

@@ -1,4 +1,7 @@
-"""CTC models by Hugging Face id or folder, for forced alignment: what they hear, and how they spell."""
+"""CTC models by Hugging Face id or folder, for forced alignment: their frame probabilities and their spelling.
+
+Shapes: T frames, C tokens of the model.
+"""
 
 import functools
 import hashlib
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
@@ -17,17 +21,17 @@ from data.corpus.audio import MIN_SAMPLES, waveform
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import ConfigError, reason
 
-BLOCK_SECONDS, OVERLAP_SECONDS = 20, 2  # a recording is heard in blocks, with this much more on both sides
-_PROBES = 20_480, 184_320  # samples; what lies between is a multiple of every usual frame
-_FILES = {".safetensors", ".json", ".txt", ".model"}  # that decide what a model hears and how it spells
+BLOCK_SECONDS, OVERLAP_SECONDS = 20, 2  # a recording is computed in blocks, with an overlap on both sides
+_PROBES = 20_480, 184_320  # samples; their difference is a multiple of every usual frame
+_FILES = {".safetensors", ".json", ".txt", ".model"}  # that determine the probabilities and the spelling
 
 
 class CTCModel:
-    """A CTC model with what it takes to feed it."""
+    """A CTC model with its feature extractor and its tokenizer."""
 
     def __init__(self, model: Any, extractor: Any, tokenizer: Any) -> None:
         self._model, self._extractor, self._tokenizer = model, extractor, tokenizer
-        self.blank: int = model.config.pad_token_id  # what the model's own loss takes for it
+        self.blank: int = model.config.pad_token_id  # as in the model's own loss
         self.size: int = model.config.vocab_size
         self._special = {self.blank, *tokenizer.all_special_ids}
         delimiter = getattr(tokenizer, "word_delimiter_token_id", None)
@@ -37,39 +41,38 @@ class CTCModel:
 
     @functools.cached_property
     def frame(self) -> int:
-        """Samples a frame, measured: configurations tell it in many ways or not at all."""
-        short, long = (len(self._heard(np.zeros(n_samples, np.int16))) for n_samples in _PROBES)
+        """Samples per frame; measured, since configurations name it in many ways or not at all."""
+        short, long = (len(self._log_probs(np.zeros(n_samples, np.int16))) for n_samples in _PROBES)
         return (_PROBES[1] - _PROBES[0]) // (long - short)
 
     def log_probs(self, pcm: np.ndarray) -> Tensor:
-        """int16 [n_samples] → float32 [frames, size] on the CPU.
+        """Return log-probabilities [T, C], float32 on the CPU, of a recording, int16 [n_samples].
 
-        Heard in blocks, each as if it were alone, so that an hour takes hardly more memory than a minute.
+        Blocks are computed one after another, so that an hour takes hardly more memory than a minute.
         """
         n_frames = len(pcm) // self.frame
         block, overlap = (seconds * SAMPLE_RATE // self.frame for seconds in (BLOCK_SECONDS, OVERLAP_SECONDS))
         parts = [torch.zeros(0, self.size)]
         for first in range(0, n_frames, block):
             before = max(0, first - overlap)
-            heard = self._heard(pcm[before * self.frame : (first + block + overlap) * self.frame])
-            parts.append(heard[first - before :][: min(block, n_frames - first)])
+            part_TC = self._log_probs(pcm[before * self.frame : (first + block + overlap) * self.frame])
+            parts.append(part_TC[first - before :][: min(block, n_frames - first)])
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def _heard(self, pcm: np.ndarray) -> Tensor:
-        wave = waveform(np.pad(pcm, (0, max(0, MIN_SAMPLES - len(pcm)))))  # a convolution needs a few frames
+    def _log_probs(self, pcm: np.ndarray) -> Tensor:
+        wave = waveform(np.pad(pcm, (0, max(0, MIN_SAMPLES - len(pcm)))))  # the convolutions need a few frames
         inputs = self._extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(self._model.device)
         return F.log_softmax(self._model(**inputs).logits[0].float(), dim=-1).cpu()
 
     def spell(self, word: str) -> tuple[int, ...]:
-        """The tokens of a word, in the case that the model has; characters that it lacks are left out."""
-        known = "".join(self._known(character) for character in word)
-        tokens = self._tokenizer(known, add_special_tokens=False)["input_ids"] if known else []
+        """Return the tokens of a word, in the case of the model's tokens, without characters that the model lacks."""
+        spelled = ""
+        for character in word:
+            forms = (character, character.upper(), character.lower())
+            spelled += next((form for form in forms if form in self._alphabet), "")
+        tokens = self._tokenizer(spelled, add_special_tokens=False)["input_ids"] if spelled else []
         return tuple(token for token in tokens if token not in self._special)
-
-    def _known(self, character: str) -> str:
-        forms = (character, character.upper(), character.lower())
-        return next((form for form in forms if form in self._alphabet), "")
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,11 +83,11 @@ def load_ctc(path: str) -> CTCModel:
         path: Hugging Face id or local folder; weights are read from safetensors only.
 
     Raises:
-        ConfigError: nothing can be loaded from there, it is no CTC model, or weights are missing: random ones would
-            stand in for them.
+        ConfigError: nothing can be loaded from there, it is no CTC model, or weights are missing, which would be
+            random.
     """
     _config(path)
-    with _loading(path), torch.random.fork_rng(devices=[]):  # making a model draws weights
+    with _loading(path), torch.random.fork_rng(devices=[]):  # a new model draws random weights
         extractor = AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, report = AutoModelForCTC.from_pretrained(
@@ -106,14 +109,15 @@ def load_ctc(path: str) -> CTCModel:
 
 
 def identity(path: str) -> str:
-    """Names a model and its weights: by the bytes of a folder's files, or by the commit of an id.
+    """Return what identifies a model and its weights: the digest of a folder's files, or the commit of an id.
 
     Raises:
-        ConfigError: there is no configuration, or it is not a CTC model's.
+        ConfigError: there is no configuration, or it is not that of a CTC model.
     """
-    config = _config(path)
+    _config(path)
     if not Path(path).is_dir():
-        return f"{path}@{config._commit_hash}"
+        with _loading(path):
+            return f"{path}@{Path(str(try_to_load_from_cache(path, 'config.json'))).parent.name}"
     content = hashlib.sha256()
     for file in sorted(Path(path).iterdir()):
         if file.suffix in _FILES:
@@ -126,7 +130,7 @@ def _config(path: str) -> Any:
     with _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CTC_MAPPING:
-        raise ConfigError(f"align.model: {path} is a {config.model_type} model, which has no CTC; use e.g. a wav2vec2")
+        raise ConfigError(f"align.model: {path} is a {config.model_type} model, which has no CTC; use e.g. wav2vec2")
     if config.pad_token_id is None:
         raise ConfigError(f"align.model: {path} does not say which token is the blank; set pad_token_id in config.json")
     return config
@@ -134,7 +138,7 @@ def _config(path: str) -> Any:
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """Whatever goes wrong is the folder's fault, and transformers, safetensors and the hub have errors of their own."""
+    """Report any failure as a ConfigError: transformers, safetensors and the hub raise errors of many types."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,7 @@
-"""Attempts at a trial: who began last may write into its folder, and what still runs of those before may not.
+"""The lock on a trial's folder: the attempt that began last may write, and workers of earlier attempts may not.
 
-A worker may go on for seconds after its node was given up for lost, while the trial has begun again elsewhere.
+A worker may run for seconds after its node was declared dead, while the trial has begun again elsewhere. So every
+attempt has a number, a fencing token, which every write checks.
 """
 
 import contextlib
@@ -15,22 +16,22 @@ from data.errors import StorageError, storing
 LOCK = ".lock"
 PREFIX = "attempt-"
 WRITTEN = ("checkpoint", "predictions.json", "token_budget")  # how the names of such files begin
-PATIENCE = 60.0  # seconds for which another's lock is waited for: nobody holds it for longer than a rename
+TIMEOUT = 60.0  # seconds to wait for the lock, which is never held for longer than a rename takes
 
 
 class StaleAttemptError(Exception):
-    """A later attempt at the trial has begun: this one must write nothing any more."""
+    """A later attempt at the trial has begun: this one must not write any more."""
 
 
 class TrialLock:
-    """The right to write into a trial's folder, until somebody else claims it."""
+    """The right to write into a trial's folder, until another attempt claims it."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
 
     @classmethod
     def claim(cls, folder: Path) -> "TrialLock":
-        """Begin the next attempt; what former ones have not finished writing is removed.
+        """Begin the next attempt, and remove the unfinished files of former ones.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -38,11 +39,11 @@ class TrialLock:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
-                known = _numbers(folder)
-                number = max(known, default=0) + 1
-                (folder / _name(number)).touch(exist_ok=False)
-                for former in known:  # only now: a kill in between leaves two, of which the newer one counts
-                    (folder / _name(former)).unlink()
+                former = _attempts(folder)
+                number = max(former, default=0) + 1
+                (folder / _file(number)).touch(exist_ok=False)
+                for attempt in former:  # after the new file: a kill in between leaves two, of which the newer counts
+                    (folder / _file(attempt)).unlink()
                 for path in folder.glob(f"*{UNFINISHED}*"):
                     if path.name.startswith(WRITTEN):
                         path.unlink()
@@ -50,10 +51,10 @@ class TrialLock:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder, for a moment, to change a file in it.
+        """Hold the folder's file lock for a moment, to change a file in it.
 
         Raises:
-            Superseded: a later attempt has begun.
+            StaleAttemptError: a later attempt has begun.
             StorageError: in place of an OSError within.
         """
         with storing(self.folder), _locked(self.folder):
@@ -61,21 +62,21 @@ class TrialLock:
             yield
 
     def check(self) -> None:
-        """Raise Superseded where a later attempt has begun already."""
+        """Raise StaleAttemptError if a later attempt has begun."""
         with storing(self.folder):
-            newest = max(_numbers(self.folder), default=0)
+            newest = max(_attempts(self.folder), default=0)
         if newest != self.number:
-            raise StaleAttemptError(f"{self.folder}: attempt {self.number} is over, number {newest} has begun")
+            raise StaleAttemptError(f"{self.folder}: attempt {self.number} is superseded by attempt {newest}")
 
     def unfinished(self, name: str) -> Path:
-        """The name under which a file is written; no two attempts share it."""
+        """Return the temporary name under which this attempt writes a file; no two attempts share it."""
         return self.folder / f"{name}{UNFINISHED}{self.number:04d}"
 
     def replace(self, name: str, content: str) -> None:
-        """Write or replace a small file in one move.
+        """Write or replace a small file atomically.
 
         Raises:
-            Superseded, StorageError: as `writing`.
+            StaleAttemptError, StorageError: as `writing`.
         """
         with storing(self.folder / name), removed_afterwards(self.unfinished(name)) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
@@ -87,10 +88,10 @@ class TrialLock:
 def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=TIMEOUT)
     except Timeout:
         raise StorageError(
-            f"{folder / LOCK}: held by another process for {PATIENCE:.0f} s; end it and give the same command again"
+            f"{folder / LOCK}: held by another process for {TIMEOUT:.0f} s; end it and rerun the same command"
         ) from None
     try:
         yield
@@ -98,10 +99,10 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _name(number: int) -> str:
-    return f"{PREFIX}{number:04d}"
+def _file(attempt: int) -> str:
+    return f"{PREFIX}{attempt:04d}"
 
 
-def _numbers(folder: Path) -> list[int]:
-    """Of the attempts that have left a file: one, or two after a kill."""
+def _attempts(folder: Path) -> list[int]:
+    """Return the numbers of the attempts that have a file: one, or two after a kill."""
     return [int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*")]

@@ -21,7 +21,7 @@ from model.encoders.base import SpeechEncoder
 from model.encoders.conformer import Wav2Vec2BertEncoder, Wav2Vec2ConformerEncoder
 from model.encoders.wav2vec2 import WaveformEncoder, WavLMEncoder
 from model.encoders.whisper import WhisperEncoder
-from model.runtime.memory import kept
+from model.runtime.memory import cached
 
 ENCODERS: dict[str, type[SpeechEncoder]] = {  # by the model type in config.json
     "hubert": WaveformEncoder,
@@ -43,9 +43,9 @@ def encoder_kind(path: str) -> str:
     return kind
 
 
-@kept
+@cached
 def load_encoder(path: str, device: str, dtype: str = "float32") -> SpeechEncoder:
-    """Load an encoder in evaluation mode. The trials of a process share its weights, see `kept`.
+    """Load an encoder in evaluation mode. The trials of a process share its weights, see `cached`.
 
     Args:
         path: Hugging Face id or local folder.

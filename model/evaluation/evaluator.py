@@ -1,10 +1,12 @@
-"""The examples of a trial, and predictions over a whole split: identical however the split is batched."""
+"""Predict a whole split: the records are identical however the split is cut into batches.
+
+Shapes: B examples, K labels of a task.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from data.loading.batching import micro_batches, plan, share
 from data.loading.examples import Example
@@ -14,35 +16,45 @@ from model.evaluation.metrics import Record
 from model.evaluation.scoring import decide, generate, label_scores
 from model.evaluation.split_data import SplitData, TrialData
 from model.objectives.losses import answer_losses
-from model.runtime.distributed import world
+from model.runtime.distributed import gather, world
 from model.speech_llm.speech_llm import SpeechLLM
 
-LOGITS = 2**28  # numbers computed at once in an evaluation: 1 GiB in fp32
-TOGETHER = 64  # items of an evaluation that are cut into batches together, of similar tokens and frames
+MAX_LOGITS = 2**28  # computed at once in an evaluation: 1 GiB in fp32
+POOL = 64  # items of an evaluation that are sorted into batches together, by tokens and frames
 
 
-class Asked(NamedTuple):
-    """A pass over items that has been asked for: it is read ahead while something else is computed."""
+class PendingBatches(NamedTuple):
+    """Batches that were requested: they are read ahead while something else is computed."""
 
     batches: list[list[int]]  # positions in the split's items
-    reading: Prefetcher
+    reader: Prefetcher
 
 
-def ask(model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None) -> Asked:
+def request_batches(
+    model: SpeechLLM, data: TrialData, split: str, token_budget: int, batch_size: int | None = None
+) -> PendingBatches:
     """Start to read this worker's part of a split for `evaluate`, with the same arguments."""
     rank, workers = world()
-    own = data.splits[split]
+    items = data.splits[split]
     batches: list[list[int]] = []
     for task in model.tasks:
-        positions = share([place for place, item in enumerate(own.items) if item[0] == task], rank, workers)
-        if batch_size is None:
-            costs = [own.costs[position] for position in positions]
-            for together in plan(costs, batch_size=TOGETHER, seed=0, epoch=0):
-                for part in micro_batches([costs[place] for place in together], token_budget, model.pad_tolerance):
-                    batches += _within_memory(model, task, own, [positions[together[place]] for place in part])
-        else:
+        of_task = [position for position, item in enumerate(items.items) if item[0] == task]
+        positions = share(of_task, rank, workers)
+        if batch_size is not None:
             batches += [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
-    return Asked(batches, data.read(split, batches))
+            continue
+        costs = [items.costs[position] for position in positions]
+        for pool in plan(costs, batch_size=POOL, seed=0, epoch=0):
+            for part in micro_batches([costs[index] for index in pool], token_budget, model.pad_tolerance):
+                batches += _limit_logits(model, task, items, [positions[pool[index]] for index in part])
+    return PendingBatches(batches, data.read(split, batches))
+
+
+def _limit_logits(model: SpeechLLM, task: str, items: SplitData, batch: list[int]) -> list[list[int]]:
+    """Cut a batch so that its logits, one row for every label node or token of an answer, stay within MAX_LOGITS."""
+    rows = max([len(model.tries[task].nodes) + 1, *(items.predicted[position] for position in batch)])
+    size = max(1, MAX_LOGITS // (rows * model.llm.get_input_embeddings().num_embeddings))
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 @torch.no_grad()
@@ -52,8 +64,8 @@ def evaluate(
     split: str,
     token_budget: int,
     batch_size: int | None = None,
-    asked: Asked | None = None,
-    between: Callable[[], Any] = lambda: None,
+    pending: PendingBatches | None = None,
+    before_batch: Callable[[], object] = lambda: None,
 ) -> list[Record]:
     """Predict a whole split, over all workers.
 
@@ -61,37 +73,26 @@ def evaluate(
         model: that predicts.
         data: with the split.
         split: by name.
-        token_budget: limit on what is computed together.
-        batch_size: items computed together; by default as many as fit in `token_budget`.
-        asked: what `ask` returned, where it was called early.
-        between: called before each batch; it may raise to end the evaluation.
+        token_budget: limit on the tokens and frames that are computed together.
+        batch_size: items computed together; by default as many as fit into `token_budget`.
+        pending: what `request_batches` returned, if it was called before.
+        before_batch: called before each batch; it may raise to end the evaluation.
 
     Returns:
-        One record per item, in order.
+        One record per item, in the order of the items.
     """
-    batches, reading = asked or ask(model, data, split, token_budget, batch_size)
+    batches, reader = pending or request_batches(model, data, split, token_budget, batch_size)
     model.eval()
-    found: list[tuple[int, Record]] = []
-    for batch, examples in zip(batches, reading, strict=True):
-        between()
-        found += zip(batch, predict(model, examples), strict=True)
-    if (workers := world()[1]) > 1:
-        everybody: list[Any] = [None] * workers
-        dist.all_gather_object(everybody, found)
-        found = [item for part in everybody for item in part]
-    return [record for _, record in sorted(found, key=lambda item: item[0])]
-
-
-def _within_memory(model: SpeechLLM, task: str, own: SplitData, batch: list[int]) -> list[list[int]]:
-    """Cut a batch so that its logits, of which every label or token of an answer needs some, stay within LOGITS."""
-    rows = len(model.tries[task].nodes) + 1
-    rows = max([rows, *(own.predicted[position] for position in batch)])
-    size = max(1, LOGITS // (rows * model.llm.get_input_embeddings().num_embeddings))
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
+    records: list[tuple[int, Record]] = []
+    for batch, examples in zip(batches, reader, strict=True):
+        before_batch()
+        records += zip(batch, predict(model, examples), strict=True)
+    all_records = [pair for part in gather(records) for pair in part]
+    return [record for _, record in sorted(all_records, key=lambda pair: pair[0])]
 
 
 def predict(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
-    """The records of examples of one task."""
+    """Return the records of examples of one task."""
     return (_label_records if model.tasks[examples[0].task].labels else _text_records)(model, examples)
 
 
@@ -100,23 +101,15 @@ def _label_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record
     labels = model.tasks[task].labels
     scores_BK = label_scores(model, examples)
     decided_BK = decide(model, task, scores_BK)
-    losses = [
-        -float(row[labels.index(example.answer)])
-        if example.answer in labels
-        # A set of labels that training does not hold: nobody can choose it, but its words have a probability.
-        else float(answer_losses(model, [example], LossConfig()).next_token_B)
-        for row, example in zip(scores_BK, examples, strict=True)
-    ]
-    return [
-        _record(
-            model,
-            example,
-            prediction=labels[int(decided_K.argmax())],
-            scores=tuple(decided_K.tolist()),
-            loss=loss,
-        )
-        for example, decided_K, loss in zip(examples, decided_BK, losses, strict=True)
-    ]
+    records = []
+    for example, scores_K, decided_K in zip(examples, scores_BK, decided_BK, strict=True):
+        if example.answer in labels:
+            loss = -float(scores_K[labels.index(example.answer)])
+        else:  # a set of labels that training lacks: it cannot be predicted, but its text has a probability
+            loss = float(answer_losses(model, [example], LossConfig()).next_token_B)
+        prediction = labels[int(decided_K.argmax())]
+        records.append(_record(model, example, prediction=prediction, scores=tuple(decided_K.tolist()), loss=loss))
+    return records
 
 
 def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
@@ -127,7 +120,7 @@ def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]
     ]
 
 
-def _record(model: SpeechLLM, example: Example, **said: Any) -> Record:
+def _record(model: SpeechLLM, example: Example, **prediction: Any) -> Record:
     return Record(
         id=example.id,
         task=example.task,
@@ -136,5 +129,5 @@ def _record(model: SpeechLLM, example: Example, **said: Any) -> Record:
         subset=example.subset,
         label=example.answer,
         tokens=model.answer(example).predicted,
-        **said,
+        **prediction,
     )

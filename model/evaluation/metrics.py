@@ -1,4 +1,4 @@
-"""Metrics of all tasks, from one record an item: nothing here depends on how items were batched."""
+"""Metrics of all tasks, from one record per item: they do not depend on how items were batched."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 
 from data.corpus.schema import JOIN, split_label
 
-BINS = 15  # of the confidence, for the calibration error
+BINS = 15  # of the calibration error
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the model said about one item."""
+    """The prediction of one item."""
 
     id: str
     task: str
@@ -29,81 +29,81 @@ class Record:
     ended: bool = True  # a generated text ended by EOS
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON and tables."""
+        """Return the fields, for JSON and tables."""
         return asdict(self)
 
 
 def summarise(
     records: Sequence[Record], labels: Mapping[str, Sequence[str]], roles: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """The metrics of every task.
+    """Return the metrics of every task.
 
     Args:
         records: of all tasks.
         labels: by task, its labels in order; none for a task whose answer is text.
-        roles: who may carry which label.
+        roles: the labels of each role.
 
     Returns:
-        Those of the first task by their names, those of the others as `<task>/<name>`. All tasks have `loss` (nats a
+        Those of the first task by their names, those of the others as `<task>/<name>`. All tasks have `loss` (nats per
         token); see `label_metrics` and `text_metrics` for the others.
     """
-    found: dict[str, float] = {}
-    for place, (task, known) in enumerate(labels.items()):
-        own = [record for record in records if record.task == task]
-        values = {"loss": sum(record.loss for record in own) / sum(record.tokens for record in own)}
-        values |= label_metrics(own, known, roles) if known else text_metrics(own)
-        found |= {name if place == 0 else f"{task}/{name}": value for name, value in values.items()}
-    return found
+    metrics: dict[str, float] = {}
+    for index, (task, task_labels) in enumerate(labels.items()):
+        of_task = [record for record in records if record.task == task]
+        values = {"loss": sum(record.loss for record in of_task) / sum(record.tokens for record in of_task)}
+        values |= label_metrics(of_task, task_labels, roles) if task_labels else text_metrics(of_task)
+        metrics |= {name if index == 0 else f"{task}/{name}": value for name, value in values.items()}
+    return metrics
 
 
 def label_metrics(
     records: Sequence[Record], labels: Sequence[str], roles: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Accuracy, macro- and weighted F1, overall, by role and by named subset, and the calibration error.
+    """Return accuracy and F1, overall, by role and by named subset, and the calibration error.
 
     F1 is over the declared label set, so a label that never occurs and is never predicted counts as 0 in the macro
     average, and a prediction outside a role's labels counts against that role. Where turns have several labels, F1 is
-    over the single ones and accuracy asks for the whole set.
+    over the single labels, and accuracy counts the turns whose set of labels is right.
 
     Returns:
-        `accuracy`, `macro_f1`, `weighted_f1`, then the first two as `…_<role>` where a corpus has several roles,
-        `accuracy_<subset>`, and `ece`.
+        `accuracy`, `macro_f1`, `weighted_f1` and `ece`; the first two also as `…_<role>` where a corpus has several
+        roles; and `accuracy_<subset>`.
     """
-    found = {"accuracy": _accuracy(records), **_f1(records, labels), "ece": calibration_error(records)}
+    metrics = {"accuracy": _accuracy(records), **_f1(records, labels), "ece": calibration_error(records)}
     speakers = {record.speaker for record in records}
     present = [role for role in roles if role in speakers and not set(labels).isdisjoint(roles[role])]
     for role in present if len(present) > 1 else []:
-        own = [record for record in records if record.speaker == role]
-        found[f"accuracy_{role}"] = _accuracy(own)
-        found[f"macro_f1_{role}"] = _f1(own, roles[role])["macro_f1"]
+        of_role = [record for record in records if record.speaker == role]
+        metrics[f"accuracy_{role}"] = _accuracy(of_role)
+        metrics[f"macro_f1_{role}"] = _f1(of_role, roles[role])["macro_f1"]
     for subset in sorted({record.subset for record in records if record.subset is not None}):
-        found[f"accuracy_{subset}"] = _accuracy([record for record in records if record.subset == subset])
-    return found
+        metrics[f"accuracy_{subset}"] = _accuracy([record for record in records if record.subset == subset])
+    return metrics
 
 
 def text_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Of generated texts against the true ones.
+    """Compare generated texts with the true ones.
 
     Returns:
         `perplexity` of the true texts, corpus `bleu` (Papineni et al., 2002; 0 to 100), mean `rouge_l` (F-measure; Lin,
-        2004), and the health of decoding: the shares `eos_rate`, `run_on` (cut at the limit) and `empty`.
+        2004), and how decoding ended, as shares: `eos_rate`, `run_on` (cut at the limit) and `empty`.
     """
     import sacrebleu
 
-    said, truth = [record.prediction for record in records], [record.label for record in records]
+    predicted, true = [record.prediction for record in records], [record.label for record in records]
     ended = sum(record.ended for record in records) / len(records)
     return {
         "perplexity": math.exp(min(700.0, sum(r.loss for r in records) / sum(r.tokens for r in records))),
-        "bleu": float(sacrebleu.corpus_bleu(said, [truth]).score),
+        "bleu": float(sacrebleu.corpus_bleu(predicted, [true]).score),
         "rouge_l": float(np.mean(rouge_l(records))),
         "eos_rate": ended,
         "run_on": 1 - ended,
-        "empty": sum(not text for text in said) / len(said),
+        "empty": sum(not text for text in predicted) / len(predicted),
     }
 
 
 def rouge_l(records: Sequence[Record]) -> list[float]:
-    """ROUGE-L of each text (F-measure)."""
+    """Return ROUGE-L (F-measure; Lin, 2004) of each text."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -111,13 +111,13 @@ def rouge_l(records: Sequence[Record]) -> list[float]:
 
 
 def calibration_error(records: Sequence[Record]) -> float:
-    """Expected calibration error with bins of equal width (Guo et al., 2017, arXiv 1706.04599, equation 3).
+    """Return the expected calibration error with bins of equal width (Guo et al., 2017, arXiv 1706.04599, equation 3).
 
     The confidence is the predicted label's probability among the labels.
     """
-    scores = np.array([record.scores for record in records])
-    shares = np.exp(scores - scores.max(1, keepdims=True))
-    confidence = shares.max(1) / shares.sum(1)
+    scores_IK = np.array([record.scores for record in records])
+    shares_IK = np.exp(scores_IK - scores_IK.max(1, keepdims=True))
+    confidence = shares_IK.max(1) / shares_IK.sum(1)
     right = np.array([record.label == record.prediction for record in records], dtype=float)
     # Bins are open to the left, as in the paper.
     bins = np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
@@ -126,21 +126,23 @@ def calibration_error(records: Sequence[Record]) -> float:
 
 
 def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and support of each single label."""
+    """Return precision, recall, F1 and support of each single label."""
     from sklearn.metrics import precision_recall_fscore_support
 
     single = single_labels(labels)
-    truth, said = indicators(records, single)
-    columns = precision_recall_fscore_support(truth, said, labels=range(len(single)), average=None, zero_division=0)
+    true_IL, predicted_IL = indicators(records, single)
+    columns = precision_recall_fscore_support(
+        true_IL, predicted_IL, labels=range(len(single)), average=None, zero_division=0
+    )
     names = ("precision", "recall", "f1", "support")
     return {
-        label: {name: float(column[place]) for name, column in zip(names, columns, strict=True)}
-        for place, label in enumerate(single)
+        label: {name: float(column[index]) for name, column in zip(names, columns, strict=True)}
+        for index, label in enumerate(single)
     }
 
 
 def confusion(records: Sequence[Record], labels: Sequence[str]) -> np.ndarray:
-    """Counts [true label, predicted label]."""
+    """Return the counts [true label, predicted label]."""
     from sklearn.metrics import confusion_matrix
 
     counts: np.ndarray = confusion_matrix(*_pairs(records), labels=list(labels))
@@ -152,21 +154,22 @@ def _pairs(records: Sequence[Record]) -> tuple[list[str], list[str]]:
 
 
 def single_labels(labels: Sequence[str]) -> list[str]:
-    """Without those that stand for several labels of a turn."""
+    """Return the labels without those that combine several labels of a turn."""
     return [label for label in labels if JOIN not in label]
 
 
 def indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """[item, label]: whether the turn has the label, and whether the model said so. Labels beyond `single` are wrong
-    answers and nobody's class."""
+    """Return [item, label + 1] twice: whether the turn has the label, and whether it is predicted.
+
+    Labels other than `single` are wrong answers, and belong to no class. The last column is always empty.
+    """
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    # A column that is always empty: scikit-learn takes a matrix of one column for another kind of problem.
+    # The empty column is for scikit-learn, which takes a matrix of one column for another kind of problem.
     binarizer = MultiLabelBinarizer(classes=[*single, JOIN])
-    known = set(single)
-    columns = [[known & set(split_label(text)) for text in side] for side in _pairs(records)]
-    truth, said = (binarizer.fit_transform(column) for column in columns)
-    return truth, said
+    sides = [[set(single) & set(split_label(text)) for text in side] for side in _pairs(records)]
+    true_IL, predicted_IL = (binarizer.fit_transform(side) for side in sides)
+    return true_IL, predicted_IL
 
 
 def _accuracy(records: Sequence[Record]) -> float:
@@ -177,9 +180,9 @@ def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support
 
     single = single_labels(labels)
-    truth, said = indicators(records, single)
-    own = {"labels": range(len(single)), "zero_division": 0}
+    true_IL, predicted_IL = indicators(records, single)
+    options = {"labels": range(len(single)), "zero_division": 0}
     return {
-        f"{average}_f1": float(precision_recall_fscore_support(truth, said, average=average, **own)[2])
+        f"{average}_f1": float(precision_recall_fscore_support(true_IL, predicted_IL, average=average, **options)[2])
         for average in ("macro", "weighted")
     }

@@ -1,6 +1,6 @@
-"""Answers of a trained model: labels are scored, replies are generated. Neither depends on what is batched together.
+"""Answers of a trained model: labels are scored, replies are generated. Neither depends on the batch.
 
-Legend: B examples, T positions of the padded prompt, E width, V vocabulary, K labels, N nodes of the label trie.
+Shapes: B examples, T positions of the padded prompt, E width, V vocabulary, K labels, N nodes of the label trie.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,13 @@ from model.speech_llm.speech_llm import SpeechLLM, pad_left
 
 @torch.no_grad()
 def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
-    """Log-probability (nats) of every label string followed by EOS, for examples of one task.
+    """Score every label: the log-probability (nats) of its text followed by EOS.
 
-    The prompt is read once; then one forward pass over the trie of all labels scores them together.
+    One forward pass reads the prompts, and a second one the trie of all labels, which scores them together.
+
+    Args:
+        model: in evaluation mode.
+        examples: of one task.
 
     Returns:
         scores_BK, in the order of the task's labels.
@@ -37,15 +41,16 @@ def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
         ).logits
         batch, nodes = len(examples), len(trie.nodes)
         ancestors_NN = torch.tensor(trie.ancestors, device=model.device)
-        seen = torch.cat(
+        visible_BNX = torch.cat(
             [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
-        )  # [B, N, T+N]
+        )  # X = T + N
         lowest = torch.finfo(embeddings_BTE.dtype).min
-        bias = torch.zeros(seen.shape, dtype=embeddings_BTE.dtype, device=model.device).masked_fill(~seen, lowest)
+        bias_BNX = torch.zeros(visible_BNX.shape, dtype=embeddings_BTE.dtype, device=model.device)
+        bias_BNX.masked_fill_(~visible_BNX, lowest)
         depth_N = ancestors_NN.sum(-1) - 1
         rest_BNV = model.llm(
             inputs_embeds=model.embed(trie.nodes).expand(batch, -1, -1),
-            attention_mask=bias[:, None],
+            attention_mask=bias_BNX[:, None],
             position_ids=mask_BT.sum(-1, keepdim=True) + depth_N,
             past_key_values=cache,
             use_cache=True,
@@ -56,13 +61,15 @@ def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
 
 
 def decide(model: SpeechLLM, task: str, scores_BK: Tensor) -> Tensor:
-    """The scores by which labels are chosen: as they are, or divided by the labels' shares in training.
+    """Return the scores that labels are chosen by: unchanged, or with the labels' shares in training divided out.
 
-    The latter is the optimal choice for the balanced error (logit adjustment, Menon et al., arXiv 2007.07314).
+    The latter is optimal for the balanced error (logit adjustment, Menon et al., 2021, arXiv 2007.07314).
     """
     if model.config.priors == "as-is":
         return scores_BK
-    counts_K = torch.tensor(model.tasks[task].counts, dtype=torch.float64) + 1  # a label that never occurs has a share
+    counts_K = (
+        torch.tensor(model.tasks[task].counts, dtype=torch.float64) + 1
+    )  # so that a label that never occurs has a share
     return scores_BK - (counts_K / counts_K.sum()).log().to(scores_BK)
 
 
@@ -71,12 +78,12 @@ class Reply:
     """A generated text."""
 
     text: str
-    ended: bool  # by EOS; else it was cut at the limit
+    ended: bool  # by EOS; otherwise it was cut at the limit
 
 
 @torch.no_grad()
 def generate(model: SpeechLLM, examples: Sequence[Example]) -> list[Reply]:
-    """Greedy replies, padded on the left: on the right, most of them would depend on the batch."""
+    """Generate greedy replies; prompts are padded on the left, since replies would depend on padding on the right."""
     tokenizer = model.prompt_builder.tokenizer.hf
     eos = tokenizer.eos_token_id
     settings = GenerationConfig(

@@ -1,4 +1,4 @@
-"""Numbers of the host, brought to the device: without waiting for what is computed there."""
+"""Move values from the host to the device without waiting for the device."""
 
 from typing import Any
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from data.loading.batching import PAD_TOLERANCE
 
-SPARED_BY_GPU = 2048
+GPU_PAD_TOLERANCE = 2048
 
 
-def spared(device: torch.device) -> int:
-    """Positions of padding that cost less than another pass over the model, see `data.plan`.
+def pad_tolerance(device: torch.device) -> int:
+    """Return how many padded positions cost less than one more pass over the model, see `data.loading.batching`.
 
-    A GPU is handed the kernels of a pass one by one, some 10 us each, however little they compute: for 28 layers with
-    LoRA that is as long as an H100 takes for 2,000 to 3,000 positions.
+    A GPU receives the kernels of a pass one by one, some 10 us each, however little they compute: for 28 layers with
+    LoRA that takes as long as an H100 needs for 2,000 to 3,000 positions.
     """
-    return SPARED_BY_GPU if device.type == "cuda" else PAD_TOLERANCE
+    return GPU_PAD_TOLERANCE if device.type == "cuda" else PAD_TOLERANCE
 
 
-def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers, lists of them, or an array.
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return values (a number, nested lists, or an array) as a tensor on the device.
 
-    From pinned memory, which torch keeps until it has been read: a copy from elsewhere first waits until the device has
-    computed all that it was given.
+    The copy starts from pinned memory, which torch keeps until the copy is done: a copy from pageable memory first
+    waits until the device has finished everything that was queued.
     """
-    tensor = torch.tensor(numbers, dtype=dtype)
+    tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Memory: base models that a process keeps, what it holds, and how it ends where nothing smaller can be computed."""
+"""Memory of a worker: base models that it caches, its peak, and what happens when it runs out."""
 
 import contextlib
 import ctypes
@@ -9,20 +9,20 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from data.errors import UserError
 
-KEPT_SHARE = 1 / 8  # of a device's memory, for base models that wait for a trial to use them again
-MOST_KEPT = 8  # base models, also of those without weights
-SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# Bytes that a worker's process has for itself before it has a model (571 MB measured, of torch, transformers and Ray);
-# the pages of libraries are shared by all of them.
+CACHE_SHARE = 1 / 8  # of a device's memory, for base models that no trial uses at the moment
+CACHE_SIZE = 8  # base models, those without weights included
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Bytes that a worker's process takes before it has a model: 571 MB measured with torch, transformers and Ray. All
+# workers share the pages of libraries.
 WORKER = 600 * 10**6
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 
 
@@ -33,41 +33,41 @@ class OutOfMemoryError(UserError):
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get memory: on a GPU there is a class for it, on a CPU words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
+    """Return whether torch could not allocate memory: on a CPU only the message tells."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def one_at_a_time(tokens: int) -> OutOfMemoryError:
-    """The error where an example does not fit by itself."""
+def single_example_error(tokens: int) -> OutOfMemoryError:
+    """Return the error for an example of `tokens` tokens and frames that does not fit by itself."""
     return OutOfMemoryError(f"out of memory with one example at a time ({tokens} tokens); {ADVICE}")
 
 
 def free() -> None:
-    """Give back what nothing refers to any more. To be called outside of the `except` that holds the frames."""
+    """Release memory that is no longer referenced. Call it outside the `except` block that holds the frames."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Tell that there is no memory for something that no token budget makes smaller.
+def required_for(purpose: str) -> Iterator[None]:
+    """Report missing memory for something that a smaller token budget does not make smaller.
 
     Raises:
-        OutOfMemory: in place of torch's own error.
+        OutOfMemoryError: in place of torch's own error.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(f"out of memory in {what}; train fewer parameters, or use a larger device") from None
+        raise OutOfMemoryError(f"out of memory in {purpose}; train fewer parameters, or use a larger device") from None
 
 
 class Peak:
-    """The most memory that this process holds at a time, from now on.
+    """Measures the peak memory of this process from its construction on.
 
-    On a CPU that is resident memory (Linux): of a worker that has no model yet, and what was added to it here.
+    On a CPU this is resident memory (Linux): that of a worker without a model, and what was added in this process.
 
     Args:
         device: "cpu" or "cuda".
@@ -79,20 +79,20 @@ class Peak:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what former models left in the heap
-            _at_rest()
+            ctypes.CDLL(None).malloc_trim(0)  # returns the heap of former models to the system
+            baseline()
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        """Bytes."""
+        """Return the peak in bytes."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return _resident("VmHWM") - _at_rest() + WORKER
+        return _resident("VmHWM") - baseline() + WORKER
 
 
 @functools.cache
-def _at_rest() -> int:
-    """Of this process when it was first asked: before it had a model."""
+def baseline() -> int:
+    """Return the resident bytes of this process at the first call, which comes before it has a model."""
     return _resident("VmRSS")
 
 
@@ -102,10 +102,10 @@ def _resident(name: str) -> int:
 
 
 def capacity(device: str) -> int:
-    """Bytes of the device: of a GPU, or of this machine or container."""
+    """Return the bytes of memory of the GPU, or of this machine or container."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
-    limits = [Path(limit).read_text().strip() for limit in LIMITS if Path(limit).exists()]
+    limits = [Path(limit).read_text().strip() for limit in CONTAINER_LIMITS if Path(limit).exists()]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
 
@@ -113,31 +113,31 @@ def capacity(device: str) -> int:
 Load = TypeVar("Load", bound=Callable[..., nn.Module])
 
 
-def kept(load: Load) -> Load:
-    """Keep what a function of a path, a device and more has loaded: a search over base models comes back to each.
+def cached(load: Load) -> Load:
+    """Cache the models that a function of a path, a device and more loads: a search over base models reuses each.
 
-    The newest is kept in any case. Those before it stay as long as all together take no more than a share of the
-    device's memory; the one that was not used for longest goes first, before another is loaded.
+    The newest model always stays. Older ones stay while all together take no more than `CACHE_SHARE` of the device's
+    memory; the least recently used one is dropped first, before another model is loaded.
     """
-    found: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()
+    models: OrderedDict[tuple[object, ...], nn.Module] = OrderedDict()
     signature = inspect.signature(load)
 
     @functools.wraps(load)
-    def loaded(*given: Any, **named: Any) -> nn.Module:
-        (call := signature.bind(*given, **named)).apply_defaults()
+    def cached_load(*args: object, **kwargs: object) -> nn.Module:
+        (call := signature.bind(*args, **kwargs)).apply_defaults()
         key = tuple(call.arguments.values())
-        if key not in found:
-            room = KEPT_SHARE * capacity(call.arguments["device"])
-            while found and (len(found) == MOST_KEPT or _with_another(found.values()) > room):
-                found.popitem(last=False)
-            found[key] = load(*key)
-        found.move_to_end(key)
-        return found[key]
+        if key not in models:
+            limit = CACHE_SHARE * capacity(call.arguments["device"])
+            while models and (len(models) == CACHE_SIZE or _size_with_another(models.values()) > limit):
+                models.popitem(last=False)
+            models[key] = load(*key)
+        models.move_to_end(key)
+        return models[key]
 
-    return loaded  # type: ignore[return-value]
+    return cast(Load, cached_load)
 
 
-def _with_another(models: Iterable[nn.Module]) -> int:
-    """Bytes of models, and of one more like the largest of them."""
-    sizes = [sum(own.nbytes for own in model.parameters() if not own.is_meta) for model in models]
+def _size_with_another(models: Iterable[nn.Module]) -> int:
+    """Return the bytes of models, and of one more that is as large as the largest of them."""
+    sizes = [sum(tensor.nbytes for tensor in model.parameters() if not tensor.is_meta) for model in models]
     return sum(sizes) + max(sizes)

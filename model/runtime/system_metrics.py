@@ -1,7 +1,7 @@
-"""What else a trial's machine does: the metrics `system/…`, under the names that MLflow's own monitor has for them.
+"""System metrics of a trial, `system/…`, under the names that MLflow's own monitor gives them.
 
-There is no thread for it: it is asked for where the curve is written anyway, between steps, and not more often than
-every few seconds. Steps that are done again after a kill are told again, with other values; of a step the first counts.
+No thread samples them: the training asks when it writes its metrics log, between steps, and gets a sample every few
+seconds at most. Steps that are repeated after a kill are logged again with other values; the first value counts.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ import time
 import psutil
 import torch
 
-EVERY = 10.0  # seconds
+INTERVAL = 10.0  # seconds between two samples
 PREFIX = "system/"
 MEGABYTE = 1e6
 
 
 class SystemMetrics:
-    """Of the node that a trial's first worker runs on, and of the GPUs that it sees.
+    """Samples the node that a trial's first worker runs on, and the GPUs that this worker sees.
 
     Args:
         device: of the model.
@@ -24,45 +24,41 @@ class SystemMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.due = time.monotonic() + EVERY
-        self.told = False
-        psutil.cpu_percent()  # which counts from one call to the next
+        self.next_sample = time.monotonic() + INTERVAL
+        self.sampled = False
+        psutil.cpu_percent()  # measures from one call to the next
 
-    def sample(self, once: bool = False) -> dict[str, float]:
-        """What is used now, by metric; nothing where that was told a moment ago.
+    def sample(self, at_least_once: bool = False) -> dict[str, float]:
+        """Return the current values by metric, or nothing where the last sample is recent.
 
         Args:
-            once: tell it even so if it was never told, since a short trial has no other chance.
+            at_least_once: sample in any case if there was no sample yet: a short trial has no other chance.
         """
         now = time.monotonic()
-        if now < self.due and (self.told or not once):
+        if now < self.next_sample and (self.sampled or not at_least_once):
             return {}
-        self.due, self.told = now + EVERY, True
-        found = _node()
+        self.next_sample, self.sampled = now + INTERVAL, True
+        memory = psutil.virtual_memory()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / MEGABYTE,
+            "system_memory_usage_percentage": memory.used / memory.total * 100,
+        }
         if self.device.type == "cuda":
-            for place in range(torch.cuda.device_count()):
-                found |= {f"gpu_{place}_{name}": value for name, value in _gpu(place).items()}
-        return {f"{PREFIX}{name}": round(value, 1) for name, value in found.items()}
+            for index in range(torch.cuda.device_count()):
+                values |= {f"gpu_{index}_{name}": value for name, value in _gpu(index).items()}
+        return {f"{PREFIX}{name}": round(value, 1) for name, value in values.items()}
 
 
-def _node() -> dict[str, float]:
-    memory = psutil.virtual_memory()
-    return {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_megabytes": memory.used / MEGABYTE,
-        "system_memory_usage_percentage": memory.used / memory.total * 100,
-    }
-
-
-def _gpu(place: int) -> dict[str, float]:
-    """As far as the driver tells: a slice of a GPU has no utilization, for one. No training ends for want of this."""
-    found = {}
+def _gpu(index: int) -> dict[str, float]:
+    """Return what the driver reports; a slice of a GPU reports no utilization, which must not end a trial."""
+    values = {}
     with contextlib.suppress(Exception):
-        used = torch.cuda.device_memory_used(place)
-        found["memory_usage_megabytes"] = used / MEGABYTE
-        found["memory_usage_percentage"] = used / torch.cuda.get_device_properties(place).total_memory * 100
+        used = torch.cuda.device_memory_used(index)
+        values["memory_usage_megabytes"] = used / MEGABYTE
+        values["memory_usage_percentage"] = used / torch.cuda.get_device_properties(index).total_memory * 100
     with contextlib.suppress(Exception):
-        found["utilization_percentage"] = float(torch.cuda.utilization(place))
+        values["utilization_percentage"] = float(torch.cuda.utilization(index))
     with contextlib.suppress(Exception):
-        found["power_usage_watts"] = torch.cuda.power_draw(place) / 1000
-    return found
+        values["power_usage_watts"] = torch.cuda.power_draw(index) / 1000
+    return values

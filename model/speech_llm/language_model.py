@@ -12,14 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, reason
 from model.config import LLMConfig, LoraSettings
-from model.runtime.memory import kept
+from model.runtime.memory import cached
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@kept
+@cached
 def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
-    """Load a causal language model, frozen and in evaluation mode. The trials of a process share it, see `kept`.
+    """Load a causal language model, frozen and in evaluation mode. The trials of a process share it, see `cached`.
 
     Args:
         path: Hugging Face id or local folder.

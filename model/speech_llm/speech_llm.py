@@ -23,14 +23,14 @@ from data.loading.batching import Cost, groups
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
 from model.checkpoints import checkpoint
-from model.checkpoints.warm_start import chain, check_meaning, placed, start_from
+from model.checkpoints.warm_start import check_meaning, load_parent, load_parent_tensors, match_names
 from model.config import ModelConfig
 from model.encoders.base import SpeechEncoder
 from model.encoders.frozen_features import FeatureSpec, clip_features, pooling
 from model.encoders.loading import load_encoder
 from model.encoders.spec_augment import draw_time_mask
 from model.parts import check_loaded, part_of, select_trainable
-from model.runtime.device import on_device, spared
+from model.runtime.device import on_device, pad_tolerance
 from model.speech_llm.adapter import Adapter, load_adapter
 from model.speech_llm.label_trie import LabelTrie, label_trie, shared_prefixes
 from model.speech_llm.language_model import copy_parameters, load_llm_with_lora, max_positions, shared_view
@@ -96,7 +96,7 @@ class SpeechLLM(nn.Module):
         self.end_of_audio = _learned_vector(embedding, config.uses_audio and config.end_of_audio == "learned")
         self.cls = _learned_vector(embedding, config.cls != "none")
         self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
-        self.parents: list[dict[str, str]] = []
+        self.parents: list[checkpoint.ParentLink] = []
         self.files: dict[str, str] = {}  # digests of other files that were loaded, by configuration key
         trained = select_trainable(self, config.patterns, fixed)
         if self.encoder is not None:
@@ -118,11 +118,11 @@ class SpeechLLM(nn.Module):
                 self.files["model.adapter.init_from"] = checkpoint.digest(self.adapter.state_dict())
         tensors: dict[str, Tensor] = {}
         if config.init_from is not None:
-            former = chain(config.init_from)
-            tensors, self.parents = placed(self, former.tensors), former.links
+            former = load_parent(config.init_from)
+            tensors, self.parents = match_names(self, former.tensors), former.lineage
         copy_parameters(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
         if config.init_from is not None:
-            names, report = start_from(self, tensors, config.init_from, config.init_partial)
+            names, report = load_parent_tensors(self, tensors, config.init_from, config.init_partial)
             loaded |= names
             check_meaning(former, self.meaning(), {part_of(name) for name in names})
             report += f"; trained on corpus {former.fingerprint}"
@@ -178,7 +178,7 @@ class SpeechLLM(nn.Module):
     @property
     def pad_tolerance(self) -> int:
         """The number of padding positions that cost less than a second pass over the model."""
-        return spared(self.device)
+        return pad_tolerance(self.device)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except frozen parts: their dropout stays off."""

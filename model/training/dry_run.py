@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data.config import TaskWeights
 from data.loading.batching import Cost, micro_batches, plan, share
 from model.config import TrainConfig
-from model.evaluation.evaluator import Asked, ask
+from model.evaluation.evaluator import PendingBatches, request_batches
 from model.evaluation.split_data import TrialData
 from model.runtime.memory import Peak
 from model.speech_llm.speech_llm import SpeechLLM
@@ -66,7 +66,7 @@ def measure(
                 val_seconds=val_seconds,
                 min_bytes=min_bytes,
                 full_bytes=peak.read(),
-                token_budget=trainer.budget,
+                token_budget=trainer.token_budget,
             )
         finally:
             data.close()
@@ -75,12 +75,12 @@ def measure(
 def _measure_epoch(trainer: Trainer, workers: int) -> float:
     """Return the projected seconds of the optimizer steps of an epoch."""
     size, train = trainer.config.batch_size, trainer.train
-    steps = plan(train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=trainer.drawn)
+    steps = plan(train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=trainer.sampling_weights)
 
     def positions(step: Sequence[int]) -> int:
         costs = [train.costs[position] for position in share(step, 0, workers)]
         return sum(
-            _positions(costs, part) for part in micro_batches(costs, trainer.budget, trainer.model.pad_tolerance)
+            _positions(costs, part) for part in micro_batches(costs, trainer.token_budget, trainer.model.pad_tolerance)
         )
 
     return _project(steps, positions, lambda step: _step(trainer, step, workers), (1.0, 0.5))
@@ -89,16 +89,16 @@ def _measure_epoch(trainer: Trainer, workers: int) -> float:
 def _measure_evaluation(trainer: Trainer) -> float:
     """Return the projected seconds of an evaluation by one worker, projected for each task separately."""
     model, data, val = trainer.model, trainer.data, trainer.data.splits["val"]
-    asked = ask(model, data, "val", trainer.budget)
-    asked.reading.close()
+    pending = request_batches(model, data, "val", trainer.token_budget)
+    pending.reader.close()
     by_task: dict[str, list[list[int]]] = {}
-    for batch in asked.batches:
+    for batch in pending.batches:
         by_task.setdefault(val.items[batch[0]][0], []).append(batch)
 
     def predict(batch: Sequence[int]) -> float:
-        trainer.validation = Asked([list(batch)], data.read("val", [batch]))
+        trainer.validation = PendingBatches([list(batch)], data.read("val", [batch]))
         started = time.monotonic()
-        trainer._validate()
+        trainer.validate()
         return time.monotonic() - started
 
     return sum(
@@ -128,9 +128,9 @@ def _step(trainer: Trainer, step: Sequence[int], workers: int) -> float:
     positions = share(step, 0, workers)
     [examples] = trainer.data.read("train", [positions])
     while True:
-        budget, started = trainer.budget, time.monotonic()
-        trainer._optimizer_step(step, positions, examples)
+        budget, started = trainer.token_budget, time.monotonic()
+        trainer.optimizer_step(step, positions, examples)
         if trainer.model.device.type == "cuda":
             torch.cuda.synchronize()
-        if trainer.budget == budget:  # a lower budget means that a try ran out of memory: measure again
+        if trainer.token_budget == budget:  # a lower budget means that a try ran out of memory: measure again
             return time.monotonic() - started

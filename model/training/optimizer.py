@@ -1,8 +1,8 @@
-"""AdamW with a learning rate for every part, and its schedule."""
+"""AdamW with a learning rate for every part of the model, and its schedule."""
 
-from typing import Any
-
-import torch
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from model.config import TrainConfig
@@ -10,22 +10,26 @@ from model.parts import part_of
 from model.speech_llm.speech_llm import SpeechLLM
 
 
-def make_optimizer(model: SpeechLLM, config: TrainConfig) -> torch.optim.AdamW:
-    """For all parameters that train: one group for every learning rate that the configuration tells apart.
+def make_optimizer(model: SpeechLLM, config: TrainConfig) -> AdamW:
+    """Return AdamW over all parameters that train, with one group for every learning rate of the configuration.
 
-    Fused: one pass over the memory, and the only kind that looks by itself, on the device, whether to make the step:
-    it makes none where its `found_inf` is not 0.
+    It is fused: one pass over the memory, and only a fused optimizer can skip its step on the device, see
+    `compat.skip_steps_if`.
     """
-    groups: dict[float, list[torch.nn.Parameter]] = {}
+    groups: dict[float, list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = getattr(config.learning_rates, part_of(name), None)
-            groups.setdefault(own or config.learning_rate, []).append(parameter)
-    rates = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-    return torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
+            rate = getattr(config.learning_rates, part_of(name), None) or config.learning_rate
+            groups.setdefault(rate, []).append(parameter)
+    return AdamW(
+        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
-    """The learning rate over a number of steps."""
+def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """Return the schedule of the learning rates over a number of optimizer steps."""
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return get_scheduler(kind, optimizer, round(config.warmup * steps), steps)
+    schedule: LRScheduler = get_scheduler(kind, optimizer, round(config.warmup * steps), steps)
+    return schedule

@@ -1,15 +1,25 @@
-"""Seed all random generators; save and restore their states."""
+"""Seed all random number generators; save and restore their states."""
 
 import random
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+class RandomState(TypedDict):
+    """The states of all generators of a process, in types that `checkpoint.load` accepts."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[str, Tensor, int, int, float]
+    torch: Tensor
+    cuda: Tensor | None  # of the current device
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that initialisation, dropout or augmentation draws from."""
-    # Draws from Python's generator when it is first imported: in the middle of one trial, and not of the next.
+    """Seed every generator that initialisation, dropout or augmentation uses."""
+    # Its first import draws from Python's generator: that must not happen in the middle of one trial only.
     import sklearn.metrics  # noqa: F401
 
     random.seed(seed)
@@ -17,19 +27,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generator_state() -> dict[str, Any]:
-    """The state of all generators, in types that `load` accepts."""
+def get_random_state() -> RandomState:
+    """Return the states of all generators."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy = name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "numpy": cast(tuple[str, Tensor, int, int, float], numpy),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the current device
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def restore_generators(state: dict[str, Any]) -> None:
-    """The inverse of `generator_state`."""
+def set_random_state(state: RandomState) -> None:
+    """Restore what `get_random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

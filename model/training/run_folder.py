@@ -1,203 +1,146 @@
-"""The half of the training loop that outlives its process: checkpoint, curves, predictions, and whose they are."""
+"""The folder of a training: its checkpoints, metrics log, predictions and token budget, and the lock over them."""
 
 import json
 import logging
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import NamedTuple
 
 from model.checkpoints import checkpoint
+from model.checkpoints.checkpoint import CheckpointState, NewestCheckpoint
 from model.checkpoints.fencing import TrialLock
-from model.config import TrainConfig
 from model.evaluation.metrics import Record
-from model.evaluation.split_data import TrialData
-from model.runtime.distributed import from_first, world
-from model.runtime.system_metrics import SystemMetrics
-from model.speech_llm.speech_llm import SpeechLLM
-from model.training import metrics_log as curve
-from model.training.random_state import generator_state, restore_generators
+from model.runtime.distributed import on_first_worker, world
+from model.training.metrics_log import MetricsLog
 
-BUDGET = "token_budget"  # file: what fitted into memory, where that was less than train.token_budget
+PREDICTIONS = "predictions.json"  # of the last evaluation
+TOKEN_BUDGET = "token_budget"  # what fitted into memory, where that was less than train.token_budget
 
 
-@dataclass
-class Progress:
-    """The state of the loop: everything of a run that is neither a weight nor a generator."""
+class Opened(NamedTuple):
+    """What a training continues from."""
 
-    epoch: int = 0
-    step: int = 0  # optimizer steps done in this epoch; all of them where only the evaluation is left
-    total_steps: int = 0
-    examples: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict)  # of this epoch: loss → [sum, predicted tokens]
-    seconds: float = 0.0  # of training and evaluation, of all attempts up to their checkpoints
-    data_wait: float = 0.0  # those of them for which the next batch was waited for
-    history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # what was reported, by epoch
-    ends: list[int] = field(default_factory=list)  # `examples` at the end of each epoch of the history
-    times: list[float] = field(default_factory=list)  # and the time of day
+    checkpoint: NewestCheckpoint | None
+    token_budget: int | None  # that earlier attempts came down to
 
 
-class Resumable:
-    """What `Trainer` keeps in its folder. Rank 0 writes, and only while no later attempt at the trial has begun."""
+class RunFolder:
+    """Writes what a training keeps, and only while no later attempt at the trial has begun.
 
-    def __init__(self, model: SpeechLLM, data: TrialData, config: TrainConfig, folder: Path) -> None:
-        self.model, self.data, self.config, self.folder = model, data, config, folder
-        self.rank, self.world = world()
-        self.labels = {task: known.labels for task, known in model.tasks.items()}
-        self.optimizer: torch.optim.Optimizer
-        self.schedule: Any
-        self.plan_hash: str
-        self.state = Progress()
-        self.budget = config.token_budget  # in effect
-        self.saved = 0  # steps that the checkpoint holds
-        self.usage = SystemMetrics(model.device)
-        self._attempt: TrialLock | None = None
+    Rank 0 writes all but the token budget, which any worker may lower.
+
+    Args:
+        path: of the folder, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rank, _ = world()
+        self.metrics = MetricsLog(path)
+        self._lock: TrialLock | None = None
 
     @property
-    def attempt(self) -> TrialLock:
-        """The right to write; claimed by `resume`, or else with the first write."""
-        if self._attempt is None:
-            self._attempt = TrialLock.claim(self.folder)
-        return self._attempt
+    def lock(self) -> TrialLock:
+        """The right to write; claimed by `open`, or else with the first write."""
+        if self._lock is None:
+            self._lock = TrialLock.claim(self.path)
+        return self._lock
 
     @property
-    def path(self) -> Path:
-        """Where the checkpoint of this trial is."""
-        return self.folder / checkpoint.FILE
+    def checkpoint_path(self) -> Path:
+        """The path of the checkpoint."""
+        return self.path / checkpoint.FILE
 
-    def is_over(self) -> bool:
-        """Whether all epochs are done, or validation loss has not fallen for `patience` of them."""
-        if self.state.epoch >= self.config.epochs:
-            return True
-        if self.config.patience is None or not self.state.history:
-            return False
-        losses = [metrics.get("total_loss", metrics["loss"]) for _, metrics in self.state.history]
-        best = min(range(len(losses)), key=lambda place: (not math.isfinite(losses[place]), losses[place]))
-        return len(losses) - 1 - best >= self.config.patience
-
-    def save(self) -> None:
-        """Write the checkpoint; generators of every worker are in it.
+    def open(self) -> Opened:
+        """Begin an attempt, and return what it continues from. All workers must call this.
 
         Raises:
-            Superseded, StorageError: as `checkpoint.save`.
-        """
-        generators: list[Any] = [generator_state()]
-        if self.world > 1:
-            generators = [None] * self.world
-            dist.all_gather_object(generators, generator_state())
-        if self.rank == 0:
-            tensors = checkpoint.trained_tensors(self.model)
-            state = {
-                "tensors": tensors,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "generators": generators,
-                "progress": {name: getattr(self.state, name) for name in Progress.__dataclass_fields__},
-                "plan_hash": self.plan_hash,
-                "fingerprint": self.data.shards.fingerprint,
-                "digest": checkpoint.digest(tensors),
-                "parents": self.model.parents,
-                "files": self.model.files,
-                "meaning": self.model.meaning(),
-                "attempt": self.attempt.number,
-            }
-            with self.attempt.writing():
-                curve.sync(self.folder / curve.FILE)  # no step of a checkpoint is missing in the curves
-            checkpoint.save(self.path, state, self.attempt)
-        self.saved = self.state.total_steps
-        if self.world > 1:
-            dist.barrier()
-
-    def resume(self) -> None:
-        """Begin an attempt, and continue from the newest whole checkpoint, if there is one.
-
-        Raises:
-            CheckpointError: it belongs to another model or another batch plan.
+            CheckpointError: another worker cannot read the checkpoint that rank 0 found intact.
             StorageError: the folder cannot be used.
         """
-        held: dict[str, Any] = {}  # rank 0 reads the checkpoint while it looks for one that is whole
+        newest: list[NewestCheckpoint] = []  # rank 0 reads the checkpoint while it looks for an intact one
 
-        def begin() -> tuple[int, str | None, int]:
-            attempt = self._attempt = TrialLock.claim(self.folder)
-            name, state, notes = checkpoint.newest(self.folder)
-            held.update(state)
-            for note in notes:
-                self._tell(note)
-            return attempt.number, name, self._kept_budget()
+        def begin() -> tuple[int, str | None, int | None]:
+            self._lock = TrialLock.claim(self.path)
+            intact, warnings = checkpoint.newest(self.path)
+            newest.extend([intact] if intact else [])
+            for warning in warnings:
+                self.warn(warning, step=0)
+            return self._lock.number, intact and intact.name, self._read_token_budget()
 
-        number, name, kept = from_first(begin)
-        self._attempt, self.budget = TrialLock(self.folder, number), min(self.budget, kept)
-        if name is not None:
-            self._restore(self.folder / name, held or checkpoint.load(self.folder / name))
+        number, name, token_budget = on_first_worker(begin)
+        self._lock = TrialLock(self.path, number)
+        if name is not None and not newest:
+            newest.append(NewestCheckpoint(name, checkpoint.load(self.path / name)))
+        return Opened(newest[0] if newest else None, token_budget)
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        if state["plan_hash"] != self.plan_hash:
-            raise checkpoint.CheckpointError(
-                f"{path}: made on other data or with another batch size or seed; use another folder"
-            )
-        checkpoint.restore(self.model, state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        restore_generators(state["generators"][min(self.rank, len(state["generators"]) - 1)])
-        self.state = Progress(**state["progress"])
-        self.saved = self.state.total_steps
-        if self.rank == 0:  # killed between the checkpoint and the curve
-            told = curve.epochs(self.folder / curve.FILE)
-            for place, (epoch, _) in enumerate(self.state.history):
-                if epoch not in told:
-                    self._log_epoch(place)
+    def save(self, state: CheckpointState) -> None:
+        """Write the checkpoint. Call it on rank 0.
+
+        Raises:
+            StaleAttemptError, StorageError: as `checkpoint.save`.
+        """
+        with self.lock.writing():
+            self.metrics.sync()  # the metrics log has every step of the checkpoint
+        checkpoint.save(self.checkpoint_path, state, self.lock)
 
     def finish(self) -> None:
-        """The trial is over: nothing goes on from a checkpoint before the last one."""
+        """Remove the previous checkpoint: a trial that is over never continues from it."""
         if self.rank == 0:
-            with self.attempt.writing():
-                self.path.with_name(checkpoint.PREVIOUS).unlink(missing_ok=True)
+            with self.lock.writing():
+                self.checkpoint_path.with_name(checkpoint.PREVIOUS).unlink(missing_ok=True)
 
-    def _kept_budget(self) -> int:
-        path = self.folder / BUDGET
-        return int(path.read_text()) if path.exists() else self.budget
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Append a point to the metrics log; `step` is the number of training examples seen."""
+        if self.rank == 0:
+            self._append(values, step)
 
-    def _keep_budget(self, budget: int, why: str) -> None:
-        """From now on, and in later attempts, no more than this is computed at once; any worker may say so."""
-        self.budget = budget
-        self.attempt.replace(BUDGET, str(min(budget, self._kept_budget())))
-        self._tell(f"{why}; train.token_budget is {budget} from here on, which changes no result without dropout")
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float], step: int, ended: float) -> None:
+        """Append the metrics of an epoch to the metrics log.
 
-    def _tell(self, note: str) -> None:
-        """Say something in the log, and keep it beside the curves."""
+        Args:
+            epoch: from 1.
+            metrics: that were reported.
+            step: training examples seen at its end.
+            ended: its time of day.
+        """
+        if self.rank == 0:
+            values = {name: value for name, value in metrics.items() if name not in ("epoch", "steps")}
+            self._append(values, step, ended, epoch)
+
+    def warn(self, note: str, step: int) -> None:
+        """Log a warning, and append it to the metrics log."""
         logging.getLogger(__name__).warning(note)
-        self._append({"values": {}, "note": note})
+        self._append({}, step, note=note)
 
-    def _log(self, values: dict[str, float]) -> None:
-        """Add a point to the trial's curve."""
+    def _append(
+        self,
+        values: Mapping[str, float],
+        step: int,
+        measured: float | None = None,
+        epoch: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        measured = time.time() if measured is None else measured
+        attempt = self.lock.number
+        with self.lock.writing():
+            self.metrics.append(values, time=measured, step=step, attempt=attempt, epoch=epoch, note=note)
+
+    def write_predictions(self, records: Sequence[Record], labels: Mapping[str, Sequence[str]]) -> None:
+        """Replace the predictions by those of the last evaluation; `labels` has the labels of each task."""
         if self.rank == 0:
-            self._append({"values": values})
-            self._log_usage()
+            content = {"labels": labels, "records": [record.as_dict() for record in records]}
+            self.lock.replace(PREDICTIONS, json.dumps(content))
 
-    def _log_usage(self, once: bool = False) -> None:
-        """Add what the machine does, in a line of its own: the steps' own lines are the same whenever they are made."""
-        if self.rank == 0 and (values := self.usage.sample(once)):
-            self._append({"values": values})
+    def lower_token_budget(self, budget: int, cause: str, step: int) -> None:
+        """Keep a token budget for later attempts, and warn about it; any worker may call this."""
+        kept = self._read_token_budget()
+        self.lock.replace(TOKEN_BUDGET, str(budget if kept is None else min(budget, kept)))
+        self.warn(
+            f"{cause}; train.token_budget is {budget} from here on, which changes no result without dropout", step
+        )
 
-    def _log_epoch(self, place: int) -> None:
-        """Add the end of an epoch, by its place in the history, to the curve."""
-        epoch, metrics = self.state.history[place]
-        values = {name: value for name, value in metrics.items() if name not in ("epoch", "steps")}
-        mark = {"time": self.state.times[place], "step": self.state.ends[place]}
-        if self.rank == 0:
-            self._append(mark | {"epoch": epoch, "values": values})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        common = {"time": time.time(), "step": self.state.examples, "attempt": self.attempt.number}
-        with self.attempt.writing():
-            curve.append(self.folder / curve.FILE, common | line)
-
-    def _write_predictions(self, records: Sequence[Record]) -> None:
-        if self.rank == 0:
-            content = {"labels": self.labels, "records": [record.as_dict() for record in records]}
-            self.attempt.replace("predictions.json", json.dumps(content))
+    def _read_token_budget(self) -> int | None:
+        path = self.path / TOKEN_BUDGET
+        return int(path.read_text()) if path.exists() else None

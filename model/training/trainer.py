@@ -1,10 +1,17 @@
-"""`fit`: one trial from its first or last step to its end. The same loop under Ray, in `sweep train` and in tests."""
+"""Train one trial from its first or its last step to its end; the same loop under Ray, in `sweep train` and in tests.
+
+`fit` tells it: load the newest checkpoint, then for every epoch make its steps, evaluate, write the checkpoint and the
+metrics log, and report.
+
+Shapes: B examples of a micro-batch, N sums of losses (see `loss_accumulator`).
+"""
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,293 +21,40 @@ from data.loading.augment import AugmentSeed
 from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
+from model.checkpoints.checkpoint import CheckpointError, CheckpointState, digest, restore, trained_tensors
+from model.compat import skip_steps_if
 from model.config import TrainConfig
-from model.evaluation.evaluator import Asked, ask, evaluate
+from model.evaluation.evaluator import PendingBatches, evaluate, request_batches
 from model.evaluation.metrics import Record, summarise
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced, weights_by_item
 from model.objectives.losses import answer_losses
 from model.runtime import memory
 from model.runtime.device import on_device
-from model.runtime.distributed import any_worker, sum_gradients
+from model.runtime.distributed import any_worker, barrier, gather, sum_gradients, world
+from model.runtime.system_metrics import SystemMetrics
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training.loss_accumulator import LossAccumulator, Step, means
+from model.training.loss_accumulator import LossAccumulator, Step, Sums, means
 from model.training.optimizer import make_optimizer, make_schedule
-from model.training.random_state import generator_state, restore_generators
-from model.training.run_folder import Resumable
+from model.training.random_state import get_random_state, set_random_state
+from model.training.run_folder import RunFolder
 
-Report = Callable[[int, dict[str, Any]], None]
-LOG_EVERY = 10  # optimizer steps between two points of the training curve, and for which none waits for the device
+Metrics = dict[str, float]
+Report = Callable[[int, Metrics], None]
+LOG_EVERY = 10  # optimizer steps between two points of the training loss; none of them waits for the device
 
 
-class TrialInterrupted(Exception):  # noqa: N818 — not an error
-    """The training was asked to end; all that it did is in the checkpoint."""
+class TrialInterrupted(BaseException):
+    """Signals that the training was asked to end; the checkpoint contains everything that was done.
+
+    It derives from BaseException, as KeyboardInterrupt does: an `except Exception` must not take it for an error. The
+    caller of `fit` catches it.
+    """
 
 
 def never() -> bool:
-    """Nothing asks the training to end."""
+    """Return False: nothing asks the training to end."""
     return False
-
-
-class Trainer(Resumable):
-    """The loop of `fit`, with its optimizer, schedule and state."""
-
-    def __init__(
-        self,
-        model: SpeechLLM,
-        data: TrialData,
-        config: TrainConfig,
-        tasks: TaskWeights,
-        seed: int,
-        folder: Path,
-        interrupted: Callable[[], bool] = never,
-    ) -> None:
-        super().__init__(model, data, resolve_balanced(config, model.tasks), folder)
-        self.seed, self.interrupted = seed, interrupted
-        self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(model, config)
-        self.train = data.splits["train"]
-        self.steps = math.ceil(len(self.train.items) / config.batch_size)  # of an epoch
-        self.schedule = make_schedule(self.optimizer, config, config.epochs * self.steps)
-        items, answers = self.train.items, self.train.answers
-        self.importance = weights_by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
-        self.drawn = weights_by_item(self.config.sampling, items, answers)
-        self.begun: Asked | None = None  # the first steps of the next epoch
-        self.validation: Asked | None = None
-        self.stop = self.due = False  # what all workers know since the last step: to end; to write a checkpoint
-        self.tally = LossAccumulator(list(model.tasks), config.losses, model.device)
-        self.found_inf = torch.zeros((), device=model.device)  # 1: no step is made any more
-        self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # as torch's GradScaler does
-        self.since = time.monotonic()  # the last checkpoint, or the start of the epoch
-        self.counted = self.since  # up to when the time is in `state.seconds`
-        self.computing: list[int] = []  # items of the micro-batch that is computed
-        fingerprint = data.shards.fingerprint
-        self.plan_hash = plan_hash(self.train.costs, fingerprint, config.batch_size, seed, weights=self.drawn)
-
-    def _ask(self, epoch: int, first: int = 0, last: int | None = None) -> Asked:
-        """Steps of an epoch, and this worker's part of them."""
-        size, draw = self.config.batch_size, AugmentSeed(self.seed, epoch)
-        steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=self.drawn)[first:last]
-        return Asked(steps, self.data.read("train", [share(step, self.rank, self.world) for step in steps], draw))
-
-    def train_epoch(self) -> None:
-        """The rest of the current epoch.
-
-        Raises:
-            Interrupted: after a checkpoint of the last step.
-        """
-        state = self.state
-        self.counted = time.monotonic()
-        self.end_if_asked()
-        self.model.augment = (self.seed, state.epoch)
-        parts = [self.begun] if self.begun else []
-        first = len(self.begun.batches) if self.begun else state.step
-        if first < self.steps:
-            parts.append(self._ask(state.epoch, first))
-        self.validation = ask(self.model, self.data, "val", self.budget)
-        self.model.train()
-        self.since = time.monotonic()
-        for steps, reading in parts:
-            for step, examples in zip(steps, reading, strict=True):
-                state.examples += len(step)
-                self._optimizer_step(step, share(step, self.rank, self.world), examples)
-                if self.stop or self.due or state.total_steps % self.config.checkpoint_steps == 0:
-                    self.save()
-                    self.since = time.monotonic()
-                if self.stop:
-                    self._end()
-            state.data_wait += reading.waited
-        self.tally.read(state.sums)
-
-    def end_if_asked(self) -> None:
-        """Between steps, at a place that all workers reach.
-
-        Raises:
-            Interrupted: a worker was asked to end; all that was done is in the checkpoint.
-        """
-        if any_worker(self.interrupted())[0]:
-            if self.saved < self.state.total_steps:
-                self.save()
-            self._end()
-
-    def _end(self) -> NoReturn:
-        raise TrialInterrupted(f"ended after step {self.state.total_steps}, which is in the checkpoint")
-
-    def save(self) -> None:
-        """Write the checkpoint, of steps that are known to be sound.
-
-        Raises:
-            NonFiniteError: one was not, and was not made.
-            Superseded, StorageError: as `checkpoint.save`.
-        """
-        self.tally.read(self.state.sums)
-        self._count_time()
-        super().save()
-
-    def _count_time(self) -> None:
-        """With every checkpoint, so that a trial has used what all of its attempts have."""
-        now = time.monotonic()
-        self.state.seconds += now - self.counted
-        self.counted = now
-
-    def _tokens(self, step: Sequence[int]) -> dict[str, int]:
-        """Predicted tokens of a step, by task."""
-        found = dict.fromkeys(self.model.tasks, 0)
-        for position in step:
-            found[self.train.items[position][0]] += self.train.predicted[position]
-        return found
-
-    def _factors(self, step: Sequence[int]) -> dict[int, float]:
-        """By position of a step: what the sum of its losses is multiplied by.
-
-        Each task counts with its weight times its mean loss per token, over the whole step: the divisors follow from
-        the plan, so they are the same for every worker and every cut into micro-batches. Class weights, of which
-        balanced ones are 1 on average over the corpus, are no part of the divisors: in a step of one item they would
-        cancel.
-        """
-        totals = self._tokens(step)
-        return {
-            position: self.task_weights[task] * self.importance[position] / totals[task]
-            for position, task in ((position, self.train.items[position][0]) for position in step)
-        }
-
-    def _optimizer_step(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> None:
-        """Nothing here waits for the device: whether the step is sound, its optimizer sees, and the tally tells."""
-        total, sums_N = self._gradients(step, own, examples)
-        self._agree()
-        total = sum_gradients(self.parameters, total)
-        with memory.told("the step of the optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-            self.found_inf.logical_or_(~(total + norm).isfinite())
-            self.optimizer.step()
-        rate = self.schedule.get_last_lr()[0]
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._note(Step(self.state.total_steps + 1, rate, self._tokens(step), total, norm, sums_N))
-
-    def _gradients(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """This worker's part of a step, with as much at once as fits into memory."""
-        before = generator_state()
-        while True:
-            try:
-                return self._backward(step, own, examples)
-            except RuntimeError as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                self._compute_less([self.train.costs[position] for position in self.computing], len(self.computing))
-                if self.world > 1:  # the others wait for this one: the group starts again, and reads the new budget
-                    raise
-            self.optimizer.zero_grad(set_to_none=True)
-            memory.free()
-            restore_generators(before)
-
-    def _backward(self, step: Sequence[int], own: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Gradients, their loss, and the sums_N of all losses, of this worker's part of a step."""
-        factors, (total, sums_N) = self._factors(step), self.tally.nothing()
-        for part in micro_batches(
-            [self.train.costs[position] for position in own], self.budget, self.model.pad_tolerance
-        ):
-            self.computing = [own[place] for place in part]
-            losses = answer_losses(self.model, [examples[place] for place in part], self.config.losses)
-            factor_B = on_device([factors[own[place]] for place in part], self.model.device)
-            loss = (losses.weighted_sum(self.config.losses) * factor_B).sum()
-            loss.backward()
-            total += loss.detach()
-            sums_N += self.tally.by_task(losses, [examples[place].task for place in part])
-        return total, sums_N
-
-    def _compute_less(self, costs: Sequence[Cost], count: int) -> None:
-        """Halve the token budget, below what did not fit: `count` examples at once, of such costs.
-
-        Raises:
-            OutOfMemory: it was one by itself.
-        """
-        longest = max(map(sum, costs))
-        if count == 1:
-            raise memory.one_at_a_time(longest)
-        said = f"out of memory with {count} examples at a time"
-        self._keep_budget(max(1, min(self.budget, longest * count) // 2), said)
-
-    def _note(self, made: Step) -> None:
-        """Count a step that was made."""
-        state = self.state
-        state.step, state.total_steps = state.step + 1, state.total_steps + 1
-        self.tally.unread.append(made)
-        if state.total_steps % LOG_EVERY == 0:
-            total = self.tally.read(state.sums)
-            self._log({"train_loss_step": total, "learning_rate": self.schedule.get_last_lr()[0]})
-
-    def _agree(self) -> None:
-        """Agree with the other workers on what comes after the step.
-
-        Whoever is asked to end, all end, after the same step; and the clock of rank 0 counts for all.
-        """
-        due = self.rank == 0 and time.monotonic() - self.since >= self.config.checkpoint_seconds
-        self.stop, self.due = any_worker(self.interrupted(), due)
-
-    def finish_epoch(self) -> dict[str, Any]:
-        """Evaluate, write the checkpoint, and return what to report.
-
-        Raises:
-            Interrupted: the steps of the epoch are in the checkpoint, and the evaluation is done again.
-        """
-        self.end_if_asked()
-        state, last = self.state, self.state.epoch + 1 == self.config.epochs
-        # No more than the first read task has: one that is under way when the trial is pruned takes its process along.
-        self.begun = None if last else self._ask(state.epoch + 1, last=FIRST_STEPS)
-        records = self._validate()
-        state.epoch, state.step = state.epoch + 1, 0
-        self._count_time()
-        metrics: dict[str, Any] = {
-            **self._measure(records),
-            **means(state.sums, next(iter(self.model.tasks))),
-            "epoch": state.epoch,
-            "steps": state.total_steps,
-            "seconds": state.seconds,
-            "data_wait": state.data_wait,
-            "dropped_turns": self.data.dropped_turns,
-            "short_clips": self.data.short_clips,
-        }
-        state.sums = {}
-        state.history.append((state.epoch, metrics))
-        state.ends.append(state.examples)
-        state.times.append(time.time())
-        # In this order: a checkpoint has its predictions, and of an epoch in it the curve is mended by `resume`.
-        self._write_predictions(records)
-        self.save()
-        self._log_epoch(-1)
-        self._log_usage(once=True)
-        return metrics
-
-    def _validate(self) -> list[Record]:
-        """The records of the validation split, with as much at once as fits into memory."""
-        # Workers have batches of their own in an evaluation, so several of them cannot agree on where to end.
-        between = self.end_if_asked if self.world == 1 else never
-        while True:
-            asked = self.validation or ask(self.model, self.data, "val", self.budget)
-            self.validation = None
-            try:
-                records = evaluate(self.model, self.data, "val", self.budget, asked=asked, between=between)
-                self.state.data_wait += asked.reading.waited
-                return records
-            except RuntimeError as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                asked.reading.close()
-                self._compute_less(self.data.splits["val"].costs, max(map(len, asked.batches)))
-                if self.world > 1:
-                    raise
-            memory.free()
-
-    def _measure(self, records: Sequence[Record]) -> dict[str, float]:
-        """Validation metrics; with several tasks also the weighted sum of their losses."""
-        found = summarise(records, self.labels, self.data.shards.manifest.roles)
-        if len(self.labels) > 1:
-            names = ["loss", *(f"{task}/loss" for task in list(self.labels)[1:])]
-            weights = [self.task_weights[task] for task in self.labels]
-            found["total_loss"] = sum(weight * found[name] for weight, name in zip(weights, names, strict=True))
-        return found
 
 
 def fit(
@@ -313,7 +67,7 @@ def fit(
     report: Report,
     interrupted: Callable[[], bool] = never,
 ) -> None:
-    """Train a model to the end, or on from the checkpoint in `folder`.
+    """Train a model to the end, from the checkpoint in `folder` on if there is one.
 
     Args:
         model: freshly made under `seed`.
@@ -321,29 +75,406 @@ def fit(
         config: of the training.
         tasks: weights of the model's tasks.
         seed: of the batch plan.
-        folder: gets checkpoint.pt, metrics.jsonl (the curves) and predictions.json (of the last evaluation).
-        report: called with (epoch, metrics) after every epoch, also again for those before a resume; it may raise to
+        folder: see `RunFolder`.
+        report: called with (epoch, metrics) after every epoch, and again for those before a resume; it may raise to
             stop the trial.
-        interrupted: whether the training shall end; asked in every worker after each step, and between the batches of
-            an evaluation where there is one worker. It costs what a call costs, so it should only look at a flag.
+        interrupted: returns whether the training must end. Every worker calls it after each step, and a single worker
+            also between the batches of an evaluation, so it should only look at a flag.
 
     Raises:
-        Interrupted: as asked; everything that was done is in the checkpoint.
-        Superseded: a later attempt at this trial has begun; nothing was written since.
-        NonFiniteError: before an update with a loss or gradient that is not finite.
-        OutOfMemory: an example does not fit by itself.
-        StorageError: the folder cannot be written; the former checkpoint is as it was.
+        TrialInterrupted: `interrupted` returned True; everything that was done is in the checkpoint.
+        StaleAttemptError: a later attempt at this trial has begun; nothing was written since.
+        NonFiniteError: a loss or gradient was not finite; no step was made with it.
+        OutOfMemoryError: an example does not fit by itself.
+        StorageError: the folder cannot be written; the former checkpoint is unchanged.
         CheckpointError: the checkpoint in `folder` belongs to another model or batch plan.
     """
     trainer = Trainer(model, data, config, tasks, seed, folder, interrupted)
     trainer.resume()
-    for epoch, metrics in list(trainer.state.history):
+    for epoch, metrics in list(trainer.progress.history):
         report(epoch, metrics)
     try:
         while not trainer.is_over():
             trainer.train_epoch()
             metrics = trainer.finish_epoch()
-            report(trainer.state.epoch, metrics)
+            report(trainer.progress.epoch, metrics)
     finally:
-        data.close()  # what was read ahead for an epoch that is not trained
-    trainer.finish()
+        data.close()  # stops reading ahead for an epoch that is not trained
+    trainer.folder.finish()
+
+
+@dataclass
+class Progress:
+    """The state of the loop: everything of a training that is neither a tensor nor a random state."""
+
+    epoch: int = 0
+    step: int = 0  # optimizer steps made in this epoch; all of them where only the evaluation is missing
+    total_steps: int = 0
+    examples: int = 0
+    sums: Sums = field(default_factory=dict)  # of this epoch
+    seconds: float = 0.0  # of training and evaluation, of all attempts up to their checkpoints
+    data_wait: float = 0.0  # the part of them that was spent waiting for the next batch
+    history: list[tuple[int, Metrics]] = field(default_factory=list)  # what was reported, by epoch
+    ends: list[int] = field(default_factory=list)  # `examples` at the end of each epoch of the history
+    times: list[float] = field(default_factory=list)  # time of day at the end of each epoch of the history
+
+
+class Trainer:
+    """The loop of `fit`, with its optimizer, schedule and progress; see `fit` for the arguments."""
+
+    def __init__(
+        self,
+        model: SpeechLLM,
+        data: TrialData,
+        config: TrainConfig,
+        tasks: TaskWeights,
+        seed: int,
+        folder: Path,
+        interrupted: Callable[[], bool] = never,
+    ) -> None:
+        self.model, self.data, self.config = model, data, resolve_balanced(config, model.tasks)
+        self.seed, self.interrupted = seed, interrupted
+        self.rank, self.workers = world()
+        self.folder = RunFolder(folder)
+        self.progress = Progress()
+        self.saved_steps = 0  # that the checkpoint contains
+        self.token_budget = config.token_budget  # halved when memory runs out
+        self.labels = {task: answers.labels for task, answers in model.tasks.items()}
+        self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
+
+        self.train = data.splits["train"]
+        self.epoch_steps = math.ceil(len(self.train.items) / config.batch_size)
+        items, answers = self.train.items, self.train.answers
+        self.item_weights = weights_by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
+        self.sampling_weights = weights_by_item(self.config.sampling, items, answers)
+        fingerprint = data.shards.fingerprint
+        self.plan_hash = plan_hash(
+            self.train.costs, fingerprint, config.batch_size, seed, weights=self.sampling_weights
+        )
+        self.next_steps: PendingBatches | None = None  # the first steps of the next epoch
+        self.validation: PendingBatches | None = None
+
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(model, config)
+        self.schedule = make_schedule(self.optimizer, config, config.epochs * self.epoch_steps)
+        self.losses = LossAccumulator(list(model.tasks), config.losses, model.device)
+        self.non_finite = torch.zeros((), device=model.device)  # 1 after a step that is not finite: no more are made
+        skip_steps_if(self.non_finite, self.optimizer)
+
+        self.must_stop = self.checkpoint_due = False  # what all workers agreed on after the last step
+        self.checkpoint_time = time.monotonic()  # of the last checkpoint, or the start of the epoch
+        self.counted_time = self.checkpoint_time  # `progress.seconds` counts the time up to here
+        self.computing: list[int] = []  # positions of the micro-batch that is computed
+        self.system_metrics = SystemMetrics(model.device)
+
+    # Load the checkpoint
+
+    def resume(self) -> None:
+        """Begin an attempt, and continue from the newest intact checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another model or another batch plan.
+            StorageError: the folder cannot be used.
+        """
+        newest, token_budget = self.folder.open()
+        if token_budget is not None:
+            self.token_budget = min(self.token_budget, token_budget)
+        if newest is None:
+            return
+        name, state = newest
+        if state["plan_hash"] != self.plan_hash:
+            raise CheckpointError(
+                f"{self.folder.path / name}: made on other data or with another batch size or seed; use another folder"
+            )
+        restore(self.model, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        set_random_state(state["generators"][min(self.rank, len(state["generators"]) - 1)])
+        self.progress = Progress(**state["progress"])
+        self.saved_steps = self.progress.total_steps
+        logged = {line.epoch for line in self.folder.metrics.lines()} if self.rank == 0 else set()
+        for index, (epoch, _) in enumerate(self.progress.history):
+            if epoch not in logged:  # the last attempt was killed between its checkpoint and the line
+                self._log_epoch(index)
+
+    def is_over(self) -> bool:
+        """Return whether all epochs are trained, or the validation loss has not fallen for `patience` of them."""
+        progress, patience = self.progress, self.config.patience
+        if progress.epoch >= self.config.epochs:
+            return True
+        if patience is None or not progress.history:
+            return False
+        losses = [metrics.get("total_loss", metrics["loss"]) for _, metrics in progress.history]
+        best = min(range(len(losses)), key=lambda index: (not math.isfinite(losses[index]), losses[index]))
+        return len(losses) - 1 - best >= patience
+
+    # Make the steps of an epoch
+
+    def train_epoch(self) -> None:
+        """Make the remaining steps of the current epoch.
+
+        Raises:
+            TrialInterrupted: after a checkpoint of the last step.
+        """
+        progress = self.progress
+        self.counted_time = time.monotonic()
+        self.end_if_asked()
+        self.model.augment = (self.seed, progress.epoch)
+        parts = [self.next_steps] if self.next_steps else []
+        first = len(self.next_steps.batches) if self.next_steps else progress.step
+        if first < self.epoch_steps:
+            parts.append(self._request_steps(progress.epoch, first))
+        self.validation = request_batches(self.model, self.data, "val", self.token_budget)
+        self.model.train()
+        self.checkpoint_time = time.monotonic()
+        for steps, reader in parts:
+            for step, examples in zip(steps, reader, strict=True):
+                progress.examples += len(step)
+                self.optimizer_step(step, share(step, self.rank, self.workers), examples)
+                if self.must_stop or self.checkpoint_due or progress.total_steps % self.config.checkpoint_steps == 0:
+                    self.save()
+                    self.checkpoint_time = time.monotonic()
+                if self.must_stop:
+                    self._end()
+            progress.data_wait += reader.waited
+        self.losses.read(progress.sums)
+
+    def _request_steps(self, epoch: int, first: int = 0, last: int | None = None) -> PendingBatches:
+        """Start to read this worker's part of the steps of an epoch."""
+        size, weights = self.config.batch_size, self.sampling_weights
+        steps = plan(self.train.costs, batch_size=size, seed=self.seed, epoch=epoch, weights=weights)[first:last]
+        parts = [share(step, self.rank, self.workers) for step in steps]
+        return PendingBatches(steps, self.data.read("train", parts, AugmentSeed(self.seed, epoch)))
+
+    def optimizer_step(self, step: Sequence[int], part: Sequence[int], examples: Sequence[Example]) -> None:
+        """Make an optimizer step. Nothing here waits for the device.
+
+        The optimizer skips a step that is not finite by itself, and the loss accumulator reports it when it is read.
+
+        Args:
+            step: positions of the training split, of all workers.
+            part: those of this worker.
+            examples: of `part`.
+        """
+        total, sums_N = self._gradients(step, part, examples)
+        # If one worker is asked to end, all end after the same step. The clock of rank 0 counts for all.
+        is_due = self.rank == 0 and time.monotonic() - self.checkpoint_time >= self.config.checkpoint_seconds
+        self.must_stop, self.checkpoint_due = any_worker(self.interrupted(), is_due)
+        total = sum_gradients(self.parameters, total)
+        with memory.required_for("the step of the optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.non_finite.logical_or_(~(total + norm).isfinite())
+            self.optimizer.step()
+        rate = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._record_step(Step(self.progress.total_steps + 1, rate, self._tokens(step), total, norm, sums_N))
+
+    def _gradients(
+        self, step: Sequence[int], part: Sequence[int], examples: Sequence[Example]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of this worker's part of a step, with a smaller token budget until it fits.
+
+        Returns:
+            The loss of the part, and the sums_N of all losses.
+        """
+        random_state = get_random_state()
+        while True:
+            try:
+                return self._backward(step, part, examples)
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self._halve_token_budget(
+                    [self.train.costs[position] for position in self.computing], len(self.computing)
+                )
+                if self.workers > 1:  # the others wait for this one: the group starts again with the new budget
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            memory.free()
+            set_random_state(random_state)
+
+    def _backward(self, step: Sequence[int], part: Sequence[int], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of this worker's part of a step, in micro-batches.
+
+        The loss of each task is the mean over its predicted tokens in the whole step, times the task's weight. The
+        divisors follow from the plan, so they are the same for every worker and every cut into micro-batches. Class
+        weights (balanced ones are 1 on average over the corpus) are not part of the divisors: in a step of one item
+        they would cancel.
+        """
+        tokens, (total, sums_N) = self._tokens(step), self.losses.zeros()
+        for indices in micro_batches(
+            [self.train.costs[position] for position in part], self.token_budget, self.model.pad_tolerance
+        ):
+            self.computing = [part[index] for index in indices]
+            losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses)
+            factors = []
+            for position in self.computing:
+                task = self.train.items[position][0]
+                factors.append(self.task_weights[task] * self.item_weights[position] / tokens[task])
+            factor_B = on_device(factors, self.model.device)
+            loss = (losses.weighted_sum(self.config.losses) * factor_B).sum()
+            loss.backward()
+            total += loss.detach()
+            sums_N += self.losses.by_task(losses, [examples[index].task for index in indices])
+        return total, sums_N
+
+    def _tokens(self, step: Sequence[int]) -> dict[str, int]:
+        """Return the predicted tokens of a step, by task."""
+        tokens = dict.fromkeys(self.model.tasks, 0)
+        for position in step:
+            tokens[self.train.items[position][0]] += self.train.predicted[position]
+        return tokens
+
+    def _halve_token_budget(self, costs: Sequence[Cost], count: int) -> None:
+        """Halve the token budget, to less than `count` examples with these costs need, which did not fit.
+
+        Raises:
+            OutOfMemoryError: it was one example.
+        """
+        longest = max(map(sum, costs))
+        if count == 1:
+            raise memory.single_example_error(longest)
+        self.token_budget = max(1, min(self.token_budget, longest * count) // 2)
+        cause = f"out of memory with {count} examples at a time"
+        self.folder.lower_token_budget(self.token_budget, cause, self.progress.examples)
+
+    def _record_step(self, step: Step) -> None:
+        """Count a step that was made, and log the training loss at times."""
+        progress = self.progress
+        progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
+        self.losses.unread.append(step)
+        if progress.total_steps % LOG_EVERY == 0:
+            loss = self.losses.read(progress.sums)
+            rate = float(self.schedule.get_last_lr()[0])
+            self.folder.log({"train_loss_step": loss, "learning_rate": rate}, progress.examples)
+            self._log_system_metrics()
+
+    # Evaluate and report
+
+    def finish_epoch(self) -> Metrics:
+        """Evaluate, write the checkpoint and the metrics log, and return the metrics to report.
+
+        Raises:
+            TrialInterrupted: the steps of the epoch are in the checkpoint; the evaluation must be repeated.
+        """
+        self.end_if_asked()
+        progress, is_last = self.progress, self.progress.epoch + 1 == self.config.epochs
+        # No more than the first read task reads: a read task that runs when the trial is pruned ends its process, too.
+        self.next_steps = None if is_last else self._request_steps(progress.epoch + 1, last=FIRST_STEPS)
+        records = self.validate()
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self._count_time()
+        metrics: Metrics = {
+            **self._validation_metrics(records),
+            **means(progress.sums, next(iter(self.model.tasks))),
+            "epoch": progress.epoch,
+            "steps": progress.total_steps,
+            "seconds": progress.seconds,
+            "data_wait": progress.data_wait,
+            "dropped_turns": self.data.dropped_turns,
+            "short_clips": self.data.short_clips,
+        }
+        progress.sums = {}
+        progress.history.append((progress.epoch, metrics))
+        progress.ends.append(progress.examples)
+        progress.times.append(time.time())
+        # In this order: the predictions of a checkpoint are there, and `resume` logs an epoch whose line is missing.
+        self.folder.write_predictions(records, self.labels)
+        self.save()
+        self._log_epoch(-1)
+        self._log_system_metrics(at_least_once=True)
+        return metrics
+
+    def validate(self) -> list[Record]:
+        """Return the records of the validation split, computed with a smaller token budget until it fits."""
+        # Several workers have different batches in an evaluation, so they cannot agree on where to end.
+        before_batch = self.end_if_asked if self.workers == 1 else never
+        while True:
+            pending = self.validation or request_batches(self.model, self.data, "val", self.token_budget)
+            self.validation = None
+            try:
+                records = evaluate(
+                    self.model, self.data, "val", self.token_budget, pending=pending, before_batch=before_batch
+                )
+                self.progress.data_wait += pending.reader.waited
+                return records
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                pending.reader.close()
+                self._halve_token_budget(self.data.splits["val"].costs, max(map(len, pending.batches)))
+                if self.workers > 1:
+                    raise
+            memory.free()
+
+    def _validation_metrics(self, records: Sequence[Record]) -> Metrics:
+        """Return the validation metrics; with several tasks also `total_loss`, the weighted sum of their losses."""
+        metrics = summarise(records, self.labels, self.data.shards.manifest.roles)
+        if len(self.labels) > 1:
+            names = ["loss", *(f"{task}/loss" for task in list(self.labels)[1:])]
+            weights = [self.task_weights[task] for task in self.labels]
+            metrics["total_loss"] = sum(weight * metrics[name] for weight, name in zip(weights, names, strict=True))
+        return metrics
+
+    def _log_epoch(self, index: int) -> None:
+        """Log the metrics of an epoch of the history."""
+        (epoch, metrics), progress = self.progress.history[index], self.progress
+        self.folder.log_epoch(epoch, metrics, progress.ends[index], progress.times[index])
+
+    def _log_system_metrics(self, at_least_once: bool = False) -> None:
+        """Log them in a line of their own: the lines of steps are the same whenever the steps are made."""
+        if self.rank == 0 and (values := self.system_metrics.sample(at_least_once)):
+            self.folder.log(values, self.progress.examples)
+
+    # Write the checkpoint
+
+    def save(self) -> None:
+        """Write the checkpoint, after all losses and gradients up to it proved finite.
+
+        Raises:
+            NonFiniteError: one was not finite; its step was not made.
+            StaleAttemptError, StorageError: as `checkpoint.save`.
+        """
+        self.losses.read(self.progress.sums)
+        self._count_time()
+        random_states = gather(get_random_state())
+        if self.rank == 0:
+            tensors = trained_tensors(self.model)
+            state: CheckpointState = {
+                "tensors": tensors,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "generators": random_states,
+                "progress": {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__},
+                "plan_hash": self.plan_hash,
+                "fingerprint": self.data.shards.fingerprint,
+                "digest": digest(tensors),
+                "parents": self.model.parents,
+                "files": self.model.files,
+                "meaning": self.model.meaning(),
+                "attempt": self.folder.lock.number,
+            }
+            self.folder.save(state)
+        self.saved_steps = self.progress.total_steps
+        barrier()
+
+    def _count_time(self) -> None:
+        """Add the time since the last call: with every checkpoint, so that all attempts of a trial are counted."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.counted_time
+        self.counted_time = now
+
+    def end_if_asked(self) -> None:
+        """End between two steps, at a point that all workers reach.
+
+        Raises:
+            TrialInterrupted: a worker was asked to end; everything that was done is in the checkpoint.
+        """
+        if any_worker(self.interrupted())[0]:
+            if self.saved_steps < self.progress.total_steps:
+                self.save()
+            self._end()
+
+    def _end(self) -> NoReturn:
+        raise TrialInterrupted(f"ended after step {self.progress.total_steps}, which is in the checkpoint")

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from data.atomic import write_file
 from data.errors import MisfitError, UserError
 from data.formats import format_count, format_number
-from model.evaluation.bootstrap import Comparison, Interval, Sums, compare, interval, sums_of
+from model.evaluation.bootstrap import Comparison, Interval, SummedMetric, compare, interval, summed_metric
 from model.evaluation.metrics import Record
 from sweep.analysis.evaluate import predict
 from sweep.analysis.predictions import read_predictions
@@ -88,8 +88,8 @@ class Confirmation:
         for pair in self.pairs:
             names = f"#{best.number}", f"#{pair.other}"
             mcnemar = "" if pair.val.mcnemar is None else f"; McNemar p = {pair.val.mcnemar:.2g}"
-            lines.append(f"validation: {pair.val.told(*names)}{mcnemar}")
-            lines += [f"test: {pair.test.told(*names)}"] if pair.test is not None else []
+            lines.append(f"validation: {pair.val.describe(*names)}{mcnemar}")
+            lines += [f"test: {pair.test.describe(*names)}"] if pair.test is not None else []
         searched, confirmed = (" on one fold", f"on all {self.folds}") if self.folds else ("", "under fresh seeds")
         optimism = (
             f"optimism of the search: trial {best.number} reached {best.searched:.3f}{searched} in the search, and "
@@ -307,7 +307,7 @@ def _groups(
     return groups
 
 
-def objective(config: Config, trial: Path) -> tuple[Sums, str]:
+def objective(config: Config, trial: Path) -> tuple[SummedMetric, str]:
     """Return the objective as something that can be resampled, and its task.
 
     Args:
@@ -320,7 +320,7 @@ def objective(config: Config, trial: Path) -> tuple[Sums, str]:
     task, _, metric = config.search.metric.rpartition("/")
     predictions = read_predictions(trial)
     task = task or next(iter(predictions), "")
-    sums = sums_of(metric, predictions[task][0], {}) if task in predictions else None
+    sums = summed_metric(metric, predictions[task][0], {}) if task in predictions else None
     if sums is None:
         raise UserError(
             f"search.metric: {config.search.metric} has no interval, so trials cannot be compared by it; search by "

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from data.atomic import write_file
 from data.errors import UserError, reason
-from model.evaluation.bootstrap import Interval, interval, sums_of
+from model.evaluation.bootstrap import Interval, interval, summed_metric
 from model.evaluation.metrics import Record
 from sweep.config.paths import trial_folder
 from sweep.config.version import code_version
@@ -86,5 +86,5 @@ def interval_of(predictions: Predictions, name: str, roles: Mapping[str, Sequenc
     """
     task, _, metric = name.rpartition("/")
     labels, records = predictions.get(task or next(iter(predictions), ""), ([], []))
-    sums = sums_of(metric, labels, roles)
+    sums = summed_metric(metric, labels, roles)
     return interval([records], sums) if sums and records else None

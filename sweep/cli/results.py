@@ -33,12 +33,13 @@ def open_study_store(folder: Path) -> "StudyStore":
 
 
 def _trial_json(folder: Path, trial: "TrialRecord") -> "TrialJson":
-    from model.training.metrics_log import attempts
+    from model.training.metrics_log import MetricsLog
     from sweep.analysis.results import trial_json
     from sweep.config.paths import trial_folder
     from sweep.tracking.tracker import mlflow_run_id
 
-    return trial_json(trial, mlflow_run_id(folder, trial.number), attempts(trial_folder(folder, trial.number)))
+    attempts = MetricsLog(trial_folder(folder, trial.number)).last_attempt()
+    return trial_json(trial, mlflow_run_id(folder, trial.number), attempts)
 
 
 def status(folder: SweepArgument, as_json: JsonOption = False) -> None:

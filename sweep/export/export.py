@@ -60,9 +60,9 @@ def export(source: Path, trial: str, out: Path) -> None:
         confirmed=[] if confirmation is None else confirmation.lines(),
     )
     card = model_card(trained.model, config, facts)
-    names = ("sweep", "trial", "corpus", "fingerprint", "roles")
+    exported = peft_export.ExportSource(facts.sweep, facts.trial, facts.corpus, facts.fingerprint, facts.roles)
     with new_folder(out) as unfinished:
-        peft_export.write(trained.model, unfinished, {name: getattr(facts, name) for name in names})
+        peft_export.write(trained.model, unfinished, exported)
         write(absolute(config), unfinished / "config.yaml")  # with absolute paths, so it works in any folder
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.atomic import write_file
 from data.errors import UserError
-from model.training.metrics_log import MetricsLog, Point, attempts, times
+from model.training.metrics_log import MetricsLog, MetricsReader, Point
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
@@ -118,7 +118,7 @@ class Tracker(threading.Thread):
         """Believe nothing about the server that is not on disk; `_connect` compares that with what the server has."""
         self.runs: Runs | None = None
         self.states: dict[int, dict[str, Any]] = {}  # as in mlflow.json, by trial
-        self.curves: dict[int, MetricsLog] = {}  # of trials that run
+        self.curves: dict[int, MetricsReader] = {}  # of trials that run
         self.status: dict[str, str] = {}  # that MLflow shows, by run
         self.summed: dict[str, float] = {}  # the metrics of the sweep's own run
 
@@ -245,7 +245,7 @@ class Tracker(threading.Thread):
 
     def _start(self, runs: Runs, entry: TrialRecord) -> None:
         """Make the run of a trial that has none."""
-        state, known = self._state(entry.number), times(trial_folder(self.folder, entry.number))
+        state, known = self._state(entry.number), MetricsLog(trial_folder(self.folder, entry.number)).time_range()
         state.setdefault("started", known[0] if known else now())
         state.setdefault("codes", [code_version()])
         tags = {"mlflow.parentRunId": self.parent, **summary.start_tags(self.config, entry, state["codes"])}
@@ -254,28 +254,28 @@ class Tracker(threading.Thread):
         state["offset"] = 0
         self._remember(entry.number)
 
-    def _curve(self, runs: Runs, number: int) -> MetricsLog:
+    def _curve(self, runs: Runs, number: int) -> MetricsReader:
         """The points of a trial that its run lacks."""
         state, folder = self._state(number), trial_folder(self.folder, number)
-        curve = MetricsLog(folder)
-        if "offset" in state and curve.skip(state["offset"]) and curve.highest() == state.get("highest", {}):
+        curve = MetricsReader(folder)
+        if "offset" in state and curve.skip(state["offset"]) and curve.last_steps() == state.get("highest", {}):
             return curve
-        return MetricsLog(
+        return MetricsReader(
             folder, runs.steps(state["run_id"])
         )  # the file does not tell, or is not the one that was sent
 
-    def _ship(self, runs: Runs, number: int, curve: MetricsLog) -> None:
+    def _ship(self, runs: Runs, number: int, curve: MetricsReader) -> None:
         state, points = self._state(number), curve.read()
         runs.send(state["run_id"], points)
         if points or state.get("offset") != curve.offset:
-            state.update(offset=curve.offset, highest=curve.highest())
+            state.update(offset=curve.offset, highest=curve.last_steps())
             self._remember(number)
 
     def _end(self, runs: Runs, entry: TrialRecord) -> None:
         """Complete the run of a trial that is over."""
         number, state, folder = entry.number, self._state(entry.number), trial_folder(self.folder, entry.number)
-        known, points = runs.steps(state["run_id"]), MetricsLog(folder).read()
-        self._ship(runs, number, MetricsLog(folder, known))
+        known, points = runs.steps(state["run_id"]), MetricsReader(folder).read()
+        self._ship(runs, number, MetricsReader(folder, known))
         own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
         content = own.read_text(encoding="utf-8") if own.exists() else dump(self.config.for_trial(entry.params))
         tags = runs.artifacts(state["run_id"], content, folder)
@@ -284,7 +284,7 @@ class Tracker(threading.Thread):
         metrics = summary.trial_metrics(self.config, entry, points)
         sums = [Point(name, step, state["finished"], value) for name, value in metrics.items()]
         new = [point for point in sums if step not in known.get(point.name, ())]
-        runs.send(state["run_id"], new, tags | summary.end_tags(entry, attempts(folder)))
+        runs.send(state["run_id"], new, tags | summary.end_tags(entry, MetricsLog(folder).last_attempt()))
         runs.client.set_terminated(state["run_id"], STATUS[entry.state], end_time=state["finished"])
         state.setdefault("highest", {}).update(dict.fromkeys(metrics, step))
         state["ended"] = True

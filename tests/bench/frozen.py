@@ -187,7 +187,7 @@ def seconds(own: Trainer, epoch: int, count: int = STEPS) -> float:
     started = time.process_time()
     steps = plan(own.train.costs, batch_size=own.config.batch_size, seed=0, epoch=epoch)[:count]
     for step, examples in zip(steps, own.data.read("train", steps), strict=True):
-        own._optimizer_step(step, step, examples)
+        own.optimizer_step(step, step, examples)
     return (time.process_time() - started) / count
 
 

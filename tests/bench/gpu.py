@@ -119,7 +119,7 @@ def train(own: Trainer) -> None:
     """A round, with what is read for it."""
     steps = first_steps(own)
     for step, examples in zip(steps, own.data.read("train", steps), strict=True):
-        own._optimizer_step(step, step, examples)
+        own.optimizer_step(step, step, examples)
 
 
 def make_tokenizer(folder: Path) -> None:

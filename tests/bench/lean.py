@@ -38,10 +38,10 @@ def bare() -> Row:
     text = {"model.modality": "text", "model.trainable": "lora", "model.cls": "none", "data.history": 3}
     config = settings(**text, **{"train.schedule": "constant", "train.warmup": 0.0})
     own, other = trainer(config), trainer(config)
-    step = max(micro_batches(own.train.costs, own.budget), key=len)[:ITEMS]
+    step = max(micro_batches(own.train.costs, own.token_budget), key=len)[:ITEMS]
     (examples,) = own.data.read("train", [step])
     own.model.train()
-    steps = {"fit": lambda: own._optimizer_step(step, step, examples), "bare": minimal(other, step)}
+    steps = {"fit": lambda: own.optimizer_step(step, step, examples), "bare": minimal(other, step)}
     taken = in_turns({name: several(work) for name, work in steps.items()}, ROUNDS)
     pairs = zip(own.parameters, other.parameters, strict=True)
     apart = max(float((one - two).detach().abs().max()) for one, two in pairs)
@@ -107,7 +107,7 @@ def noting() -> list[Row]:
         if epoch:  # the first one warms up
             runs.append((whole, sum(cost.cpu for cost in spent), sum(cost.wall for cost in spent)))
     size = own.path.stat().st_size / 1e6
-    note = f"{own.steps} steps an epoch, a checkpoint of {size:.1f} MB each; "
+    note = f"{own.epoch_steps} steps an epoch, a checkpoint of {size:.1f} MB each; "
     took = {"CPU": [(one.cpu, cpu) for one, cpu, _ in runs], "wall": [(one.wall, wall) for one, _, wall in runs]}
     return [
         Row(

@@ -51,7 +51,7 @@ def compare(name: str, count: int) -> Row:
     def apart() -> None:
         step = steps[next(places[0])]
         for own in alone:
-            own._optimizer_step(step, step, read(own, step))
+            own.optimizer_step(step, step, read(own, step))
 
     def together() -> None:
         step = steps[next(places[1])]

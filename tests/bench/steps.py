@@ -59,7 +59,7 @@ def seconds(made: Trainer, first: int) -> float:
     batches = list(made.data.read("train", steps))
     started = time.process_time()
     for step, examples in zip(steps, batches, strict=True):
-        made._optimizer_step(step, step, examples)
+        made.optimizer_step(step, step, examples)
     return (time.process_time() - started) / STEPS
 
 

@@ -46,7 +46,7 @@ class Kill:
     redone: dict[int, int] = field(default_factory=dict)  # steps by trial
 
 
-class Finished(Exception):  # noqa: N818
+class FinishedError(Exception):
     """The driver said that the sweep is done."""
 
 
@@ -81,7 +81,7 @@ class Attack:
                     self.unfired.remove(shot)
             self.slow.unlink()
             self.wait(lambda: False, "the end", patient=True)
-        except Finished:
+        except FinishedError:
             self.check_left("the end")
         finally:
             targets.kill(targets.tree(self.driver.pid), KILL)
@@ -119,7 +119,7 @@ class Attack:
             patient: whether it may take long as long as trials make steps; else only a new start gives more time.
 
         Raises:
-            Finished: the sweep has ended before.
+            FinishedError: the sweep has ended before.
         """
         deadline = time.monotonic() + STUCK
         while not condition():
@@ -179,14 +179,14 @@ class Attack:
         if code == DONE:
             if kill is not None and kill.all is None:
                 kill.all = time.time() - kill.time
-            raise Finished
+            raise FinishedError
         if by_itself:
             self.faults.append(f"start {self.starts}: the driver ended by itself with code {code}")
         if kill is not None and kill.shot.kind in GOES_ON:
             self.faults.append(f"start {self.starts}: after {kill.shot.name}, the driver ended with code {code}")
         if code == BAD_INPUT or self.starts > len(self.kills) + 5:
             self.faults.append(f"start {self.starts}: code {code}, given up")
-            raise Finished
+            raise FinishedError
         if kill is not None:
             kill.codes.append(code)
             kill.first = kill.all = None  # what was done since was still the old attempt's

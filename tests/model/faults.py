@@ -1,8 +1,8 @@
-"""Saves checkpoints in processes that are killed at their N-th operation on files, and tells what is left each time.
+"""Save checkpoints in processes that are killed at their N-th operation on files, and report what each leaves.
 
     python -m tests.model.faults FOLDER
 
-Nothing of it is in the product: the operations are those of `os` and of the files that it opens.
+The product has no hook for it: the operations are those of `os` and of the files that it opens.
 """
 
 import io
@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from model.checkpoints import checkpoint
-from model.checkpoints import checksum as sealed
+from model.checkpoints import checkpoint, checksum
 from model.checkpoints.fencing import TrialLock
 
 CALLS = ("replace", "rename", "link", "unlink", "fsync", "open", "close")  # of os
 
 
 def state_of(number: int) -> dict[str, Any]:
-    """The state after a number of saves; every part of it tells the number."""
+    """Return the state after a number of saves; every part of it depends on the number."""
     return {
         "tensors": {"weight": torch.full((300, 7), float(number))},
         "progress": {"step": number},
@@ -36,7 +35,7 @@ def state_of(number: int) -> dict[str, Any]:
 
 
 def number_of(state: dict[str, Any]) -> int:
-    """The inverse of `state_of`; parts of different saves are an error."""
+    """Return the number of a state; parts of different saves are an error."""
     number: int = state["progress"]["step"]
     assert torch.equal(state["tensors"]["weight"], torch.full((300, 7), float(number)))
     assert state["meaning"] == {"adapter": str(number)}
@@ -51,7 +50,7 @@ class Killer:
         for name in CALLS:
             setattr(os, name, self.watched(getattr(os, name)))
         io.open = self.watched(io.open)
-        sealed._Stream.write = self.cut(sealed._Stream.write)  # type: ignore[method-assign]
+        checksum._HashingWriter.write = self.cut(checksum._HashingWriter.write)  # type: ignore[method-assign]
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def watching(*args: Any, **options: Any) -> Any:
@@ -96,29 +95,29 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 def main(folder: Path) -> list[dict[str, Any]]:
-    """For the first, second and third save: what is left after a kill at each operation, and after one more save."""
-    found = []
-    for hard_links in (True, False):
-        for former in (0, 1, 2):
-            at, more = 1, True
-            while more:
-                own = folder / f"{hard_links}-{former}-{at}"
-                for number in range(1, former + 1):
-                    checkpoint.save(own / checkpoint.FILE, state_of(number))
-                own.mkdir(parents=True, exist_ok=True)
-                more = killed(own, former + 1, at, hard_links)
-                TrialLock.claim(own)
-                name, state, notes = checkpoint.newest(own)
-                row = {"links": hard_links, "former": former, "at": at, "killed": more, "notes": notes}
-                row |= {"name": name, "number": number_of(state) if name else 0}
-                row["files"] = sorted(path.name for path in own.iterdir())
-                checkpoint.save(own / checkpoint.FILE, state_of(9))
-                row["next"] = number_of(checkpoint.load(own / checkpoint.FILE))
-                row["previous"] = (own / checkpoint.PREVIOUS).exists()
-                found.append(row)
-                shutil.rmtree(own)
-                at += 1
-    return found
+    """Return what a kill at each operation leaves of the first, second or third save, and what one more save does."""
+    rows = []
+    for hard_links, former in ((True, 0), (True, 1), (True, 2), (False, 0), (False, 2)):
+        at, more = 1, True
+        while more:
+            own = folder / f"{hard_links}-{former}-{at}"
+            for number in range(1, former + 1):
+                checkpoint.save(own / checkpoint.FILE, state_of(number))
+            own.mkdir(parents=True, exist_ok=True)
+            more = killed(own, former + 1, at, hard_links)
+            TrialLock.claim(own)
+            newest, notes = checkpoint.newest(own)
+            name, state = newest or (None, {})
+            row = {"links": hard_links, "former": former, "at": at, "killed": more, "notes": notes}
+            row |= {"name": name, "number": number_of(state) if name else 0}
+            row["files"] = sorted(path.name for path in own.iterdir())
+            checkpoint.save(own / checkpoint.FILE, state_of(9))
+            row["next"] = number_of(checkpoint.load(own / checkpoint.FILE))
+            row["previous"] = (own / checkpoint.PREVIOUS).exists()
+            rows.append(row)
+            shutil.rmtree(own)
+            at += 1
+    return rows
 
 
 if __name__ == "__main__":

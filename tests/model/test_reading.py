@@ -1,4 +1,4 @@
-"""Training never waits for what could have been read before, and leaves no reading behind."""
+"""Training reads ahead what it needs next, and leaves no reading thread behind."""
 
 import threading
 import time
@@ -11,76 +11,69 @@ import pytest
 from data.loading.prefetch import PREFETCH
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
-from model.training import trainer as train
-from tests.model.trials import CONFIG, KilledError, Trial, history
+from model.training import trainer as training
+from tests.model.trials import CONFIG, KilledError, Trial
 
-TRIAL = Trial(train=CONFIG.model_copy(update={"epochs": 3, "batch_size": 2}))
+TRIAL = Trial(train=CONFIG.model_copy(update={"batch_size": 2}))
 
 
 def until(condition: Callable[[], bool]) -> bool:
+    """Wait for a condition, at most 5 s."""
     end = time.monotonic() + 5
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
     return condition()
 
 
-def readings() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "reading"]
+def is_ahead(pending: Any) -> bool:
+    """Return whether as much is read as may be: all batches and the mark of the end, or PREFETCH."""
+    wanted = min(PREFETCH, len(pending.batches) + 1)
+    return until(lambda: pending.reader._batches.qsize() == wanted)
 
 
-def is_ahead(asked: Any) -> bool:
-    """As far as it may be: all batches and the mark of the end, or PREFETCH."""
-    wanted = min(PREFETCH, len(asked.batches) + 1)
-    return until(lambda: asked.reading._batches.qsize() == wanted)
+def no_thread_reads() -> bool:
+    return until(lambda: not any(thread.name == "reading" for thread in threading.enumerate()))
 
 
-def test_what_comes_next_is_read_before_it_is_needed(
+def test_next_batches_are_read_before_they_are_needed(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation split during the last steps of an epoch, the next epoch's first steps during validation."""
     trainer, ready = TRIAL.trainer(models, corpus, tmp_path), []
-    evaluate = train.evaluate
+    evaluate = training.evaluate
 
-    def slowly(*args: Any, asked: Any, **more: Any) -> Any:
-        following = trainer.begun
-        ready.append(is_ahead(asked))
-        found = evaluate(*args, asked=asked, **more)
+    def slowly(*args: Any, pending: Any, **more: Any) -> Any:
+        following = trainer.next_steps
+        ready.append(is_ahead(pending))
+        records = evaluate(*args, pending=pending, **more)
         ready.append(following is None or is_ahead(following))
-        return found
+        return records
 
-    monkeypatch.setattr(train, "evaluate", slowly)
-    for _ in range(3):
+    monkeypatch.setattr(training, "evaluate", slowly)
+    for _ in range(2):
         trainer.train_epoch()
         trainer.finish_epoch()
-    assert ready == [True] * 6
-    assert trainer.begun is None  # nothing comes after the last epoch
+    assert ready == [True] * 4
+    assert trainer.next_steps is None  # nothing comes after the last epoch
+    waits = [metrics["data_wait"] for _, metrics in checkpoint.load(tmp_path / checkpoint.FILE)["progress"]["history"]]
+    assert 0 < waits[0] <= waits[1] < 60
 
 
-def test_time_that_is_waited_for_data_is_reported(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    TRIAL.run(models, corpus, tmp_path)
-    reported = checkpoint.load(tmp_path / "checkpoint.pt")["progress"]["history"]
-    waits = [metrics["data_wait"] for _, metrics in reported]
-    assert len(waits) == 3
-    assert all(0 < wait < 60 for wait in waits)
-    assert waits == sorted(waits)
-    assert {metrics["data_wait"] for _, metrics in history(tmp_path)} == {0}
-
-
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_a_trial_that_is_ended_leaves_no_reading(epoch: int, models: Path, corpus: Shards, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_ended_trial_leaves_no_reading_thread(epoch: int, models: Path, corpus: Shards, tmp_path: Path) -> None:
     def report(number: int, metrics: dict[str, Any]) -> None:
         if number == epoch:
             raise KilledError
 
     with pytest.raises(KilledError):
         TRIAL.run(models, corpus, tmp_path, report)
-    assert until(lambda: not readings())
+    assert no_thread_reads()
 
 
-def test_an_error_in_a_step_leaves_no_reading(
+def test_failed_step_leaves_no_reading_thread(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "answer_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "answer_losses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         TRIAL.run(models, corpus, tmp_path)
-    assert until(lambda: not readings())
+    assert no_thread_reads()

@@ -46,46 +46,31 @@ def whole(
     return trial, folder
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 7])
+ONE_BY_ONE = [pytest.param((steps,), marks=pytest.mark.long) for steps in (2, 3, 4, 7)]
+
+
+@pytest.mark.parametrize("kills", [(2, 3, 1, 3), *ONE_BY_ONE, pytest.param((3,) * 9, marks=pytest.mark.long)])
 def test_a_killed_run_resumes_bit_for_bit(
-    steps: int,
+    kills: tuple[int, ...],
     whole: tuple[Trial, Path],
     models: Path,
     corpus: Shards,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed within the first epoch before, at and after a checkpoint, and later on."""
+    """Killed before, at and after a checkpoint, and in a later epoch; and once more while it reports an epoch."""
     trial, folder = whole
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_after(patch, steps)
-        trial.run(models, corpus, tmp_path)
-    trial.run(models, corpus, tmp_path)
-    assert same_end(tmp_path, folder)
 
-
-def test_a_run_that_is_killed_again_and_again_resumes_bit_for_bit(
-    whole: tuple[Trial, Path], models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial, folder = whole
-    for _ in range(10):
-        try:
-            with monkeypatch.context() as patch:
-                kill_after(patch, 3)
-                trial.run(models, corpus, tmp_path)
-        except KilledError:
-            continue
-        break
-    assert same_end(tmp_path, folder)
-
-
-def test_a_run_that_ends_while_it_reports_is_reported_again(
-    whole: tuple[Trial, Path], models: Path, corpus: Shards, tmp_path: Path
-) -> None:
     def stop(epoch: int, metrics: dict[str, Any]) -> None:
         raise KilledError
 
-    trial, folder = whole
+    for steps in kills:
+        try:
+            with monkeypatch.context() as patch:
+                kill_after(patch, steps)
+                trial.run(models, corpus, tmp_path)
+        except KilledError:
+            pass
     with pytest.raises(KilledError):
         trial.run(models, corpus, tmp_path, stop)
     epochs: list[int] = []
@@ -94,30 +79,24 @@ def test_a_run_that_ends_while_it_reports_is_reported_again(
     assert same_end(tmp_path, folder)
 
 
-def test_the_generators_matter_to_what_is_resumed(models: Path, corpus: Shards) -> None:
-    """Otherwise the tests above would hold without dropout, too."""
-    trial = RESUMED["encoder-dropout-specaugment"]
-    model, data = trial.start(models, corpus)
+def test_random_states_matter_to_what_is_resumed(models: Path, corpus: Shards) -> None:
+    """Otherwise the test above would hold without dropout, too."""
+    model, data = RESUMED["encoder-dropout-specaugment"].start(models, corpus)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     (examples,) = data.read("train", [[0, 1, 2]])
 
     @torch.no_grad()
-    def moves(compute: Callable[[], Tensor]) -> bool:
-        one, other = compute(), compute()
-        return not torch.equal(one, other)
+    def is_random(compute: Callable[[], Tensor]) -> bool:
+        return not torch.equal(compute(), compute())
 
-    def heard() -> Tensor:
+    def clips() -> Tensor:
         return torch.cat(model.clips(examples))
 
-    def said() -> Tensor:
-        logits: Tensor = model.llm(input_ids=torch.tensor([[1, 5, 9]])).logits
-        return logits
+    def logits() -> Tensor:
+        return model.llm(input_ids=torch.tensor([[1, 5, 9]])).logits
 
-    model.train()
-    assert moves(heard)
-    assert moves(said)
-    model.eval()
-    assert not moves(heard)
-    assert not moves(said)
+    for training in (True, False):
+        model.train(training)
+        assert [is_random(clips), is_random(logits)] == [training, training]

@@ -1,4 +1,4 @@
-"""What a trial's machine does: told now and then, under MLflow's names, and never a reason to end."""
+"""System metrics are sampled at intervals, under MLflow's names, and never end a trial; devices differ in padding."""
 
 from pathlib import Path
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
+from data.loading.batching import PAD_TOLERANCE, Cost, micro_batches
+from data.loading.tasks import items
 from data.shards.dataset import Shards
-from model.runtime import system_metrics as usage
-from model.runtime.system_metrics import EVERY, PREFIX, SystemMetrics
-from model.training import metrics_log as curve
-from model.training import trainer as train
+from model.runtime import system_metrics
+from model.runtime.device import pad_tolerance
+from model.runtime.system_metrics import INTERVAL, PREFIX, SystemMetrics
+from model.training import trainer as training
+from model.training.metrics_log import MetricsLog
 from tests.model.trials import Trial
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -25,65 +28,73 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(usage, "time", found := Clock())
-    return found
+    monkeypatch.setattr(system_metrics, "time", clock := Clock())
+    return clock
 
 
-def test_the_node_has_the_names_of_mlflow(clock: Clock) -> None:
-    own = SystemMetrics(CPU)
-    (monitor := CPUMonitor()).collect_metrics()
-    clock.now += EVERY
-    found = own.sample()
+def test_node_metrics_have_the_names_of_mlflow(clock: Clock) -> None:
+    metrics, monitor = SystemMetrics(CPU), CPUMonitor()
+    monitor.collect_metrics()
+    clock.now += INTERVAL
+    found = metrics.sample()
     assert found.keys() == {f"{PREFIX}{name}" for name in monitor.metrics}
     assert 0 <= found["system/cpu_utilization_percentage"] <= 100
     assert 0 < found["system/system_memory_usage_percentage"] <= 100
     assert found["system/system_memory_usage_megabytes"] > 1
 
 
-def test_it_is_told_now_and_then_and_once_at_least(clock: Clock) -> None:
-    own = SystemMetrics(CPU)
-    assert own.sample() == {}, "a moment is too short to measure"
-    assert own.sample(once=True)
-    assert own.sample(once=True) == {}
-    clock.now += EVERY - 0.1
-    assert own.sample(once=True) == {}
+def test_metrics_are_sampled_at_intervals_and_at_least_once(clock: Clock) -> None:
+    metrics = SystemMetrics(CPU)
+    assert metrics.sample() == {}, "the first interval is too short to measure"
+    assert [bool(metrics.sample(at_least_once=True)) for _ in range(2)] == [True, False]
+    clock.now += INTERVAL - 0.1
+    assert metrics.sample(at_least_once=True) == {}
     clock.now += 0.2
-    assert own.sample()
-    assert own.sample() == {}
+    assert [bool(metrics.sample()) for _ in range(2)] == [True, False]
 
 
-def test_what_a_gpu_does_not_tell_is_left_out(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(place: int) -> int:
+def test_values_that_a_gpu_does_not_report_are_left_out(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SystemMetrics(GPU).sample(at_least_once=True)
+    assert torch.cuda.is_available() or not any("gpu" in name for name in found)
+
+    def refuse(index: int) -> int:
         raise RuntimeError("not supported")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda place: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda index: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 12 * 10**9}))
-    monkeypatch.setattr(torch.cuda, "utilization", lambda place: refuse(place) if place else 80)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda index: refuse(index) if index else 80)
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
-    found = SystemMetrics(GPU).sample(once=True)
-    assert {name: value for name, value in found.items() if "gpu" in name} == {
-        "system/gpu_0_memory_usage_megabytes": 3000.0,
-        "system/gpu_0_memory_usage_percentage": 25.0,
-        "system/gpu_0_utilization_percentage": 80.0,
-        "system/gpu_1_memory_usage_megabytes": 3000.0,
-        "system/gpu_1_memory_usage_percentage": 25.0,
+    found = SystemMetrics(GPU).sample(at_least_once=True)
+    expected = {
+        f"system/gpu_{index}_memory_usage_{name}": value
+        for index in (0, 1)
+        for name, value in (("megabytes", 3000.0), ("percentage", 25.0))
+    }
+    assert {name: value for name, value in found.items() if "gpu" in name} == expected | {
+        "system/gpu_0_utilization_percentage": 80.0
     }
 
 
-def test_a_machine_without_the_gpu_it_names(clock: Clock) -> None:
-    found = SystemMetrics(GPU).sample(once=True)
-    assert torch.cuda.is_available() or not any("gpu" in name for name in found)
-
-
-def test_a_trial_tells_it_beside_its_steps(
+def test_metrics_log_has_system_metrics_in_lines_of_their_own(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(usage, "EVERY", 0.0)
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(system_metrics, "INTERVAL", 0.0)
     Trial().run(models, corpus, tmp_path)
-    lines = list(curve.lines((tmp_path / curve.FILE).read_bytes()))
-    told = [line for line in lines if any(name.startswith(PREFIX) for name in line["values"])]
-    assert all(name.startswith(PREFIX) for line in told for name in line["values"])
-    steps = {line["step"] for line in lines if "train_loss_step" in line["values"]}
-    assert {line["step"] for line in told} == steps
+    lines = MetricsLog(tmp_path).lines()
+    assert [line.step for line in lines] == sorted(line.step for line in lines)
+    system = [line for line in lines if any(name.startswith(PREFIX) for name in line.values)]
+    assert all(name.startswith(PREFIX) for line in system for name in line.values)
+    steps = [line for line in lines if "train_loss_step" in line.values]
+    assert all(line.values.keys() == {"train_loss_step", "learning_rate"} for line in steps)
+    assert {line.step for line in system} == {line.step for line in steps}
+    assert [line.step for line in lines if line.epoch == 1] == [len(items(corpus, "classify", "train"))]
+
+
+def test_gpu_computes_a_ragged_step_in_few_parts() -> None:
+    costs = [Cost(100 + 25 * index) for index in range(16)]
+    parts = {kind: len(micro_batches(costs, 16_384, pad_tolerance(torch.device(kind)))) for kind in ("cpu", "cuda")}
+    assert pad_tolerance(CPU) == PAD_TOLERANCE
+    assert parts["cuda"] == 2
+    assert parts["cpu"] > 6

@@ -1,4 +1,4 @@
-"""Trials for the tests of training: what is trained, and by what it is known afterwards."""
+"""Trials for the tests of training, and comparisons of their ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,15 +62,15 @@ class Trial:
 
 
 def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    """What was reported, but for the clock."""
+    """Return what was reported, without the times."""
     state = checkpoint.load(folder / "checkpoint.pt")
     return [(epoch, {**metrics, "seconds": 0, "data_wait": 0}) for epoch, metrics in state["progress"]["history"]]
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the process end before a further step."""
+    """Raise KilledError before a further step."""
     taken = 0
-    original = Trainer._optimizer_step
+    original = Trainer.optimizer_step
 
     def step(self: Trainer, *args: Any) -> None:
         nonlocal taken
@@ -79,11 +79,11 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         taken += 1
         original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(Trainer, "optimizer_step", step)
 
 
 def same_end(one: Path, other: Path) -> bool:
-    """Weights, optimizer, schedule, generators and everything that was reported; not the clock, nor who did it."""
+    """Compare weights, optimizer, schedule, random states and reports; not the times, nor the attempt."""
     states = [checkpoint.load(folder / "checkpoint.pt") for folder in (one, other)]
     for state in states:
         state["progress"] = {**state["progress"], "seconds": 0, "data_wait": 0, "history": 0, "times": 0}
@@ -92,7 +92,7 @@ def same_end(one: Path, other: Path) -> bool:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """To the bit, whatever contains the tensors."""
+    """Compare to the bit, whatever contains the tensors."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

@@ -16,7 +16,7 @@ from data.shards.dataset import Shards
 from model.alignment.ctc import load_ctc
 from model.checkpoints import checkpoint
 from model.checkpoints import peft_export as exported
-from model.checkpoints.warm_start import chain
+from model.checkpoints.warm_start import load_parent
 from model.encoders.loading import load_encoder
 from model.speech_llm.adapter import read_tensors
 from model.speech_llm.language_model import load_llm
@@ -94,7 +94,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
     for name in (checkpoint.FILE, "study.journal", "predictions.json"):
         (folder / name).write_bytes(poison + b"\n")  # a journal's last line may be unfinished
     assert "damaged checkpoint" in outcome(lambda: checkpoint.load(folder / checkpoint.FILE))
-    assert "damaged checkpoint" in outcome(lambda: chain(str(folder)))
+    assert "damaged checkpoint" in outcome(lambda: load_parent(str(folder)))
     assert "damaged study" in outcome(lambda: StudyStore.read(folder, settings()))
     assert "predictions.json: damaged" in outcome(lambda: read_predictions(folder))
     assert "not a file of tensors" in outcome(lambda: read_tensors(folder / checkpoint.FILE))
@@ -114,7 +114,7 @@ def test_files_of_an_exported_model(poison: bytes, tmp_path: Path) -> None:
     said = {"sweep": "a", "trial": 0, "corpus": "c", "fingerprint": "f", "roles": {}, "tasks": {}, "meaning": {}}
     (tmp_path / exported.LABELS).write_text(exported.Exported(**said, digest="d").model_dump_json())
     (tmp_path / exported.SPEECH).write_bytes(poison)
-    assert "its weights cannot be read" in outcome(lambda: exported.as_state(tmp_path))
+    assert "its weights cannot be read" in outcome(lambda: exported.load_state(tmp_path))
 
 
 def in_place_of_weights(original: Path, folder: Path, content: bytes) -> str:

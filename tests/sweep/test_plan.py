@@ -241,7 +241,7 @@ def dying(run: DryRun) -> DryRunResult:
     """A dry run that the system kills if the rank is large; its startup stands for the process."""
     if run.config.model.lora.rank > 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    assert 0.5 < memory._at_rest() / memory.WORKER < 2, "the memory of a worker's process before it has a model"
+    assert 0.5 < memory.baseline() / memory.WORKER < 2, "the memory of a worker's process before it has a model"
     return dry_run(run).model_copy(update={"startup": os.getpid()})
 
 

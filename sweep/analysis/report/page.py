@@ -117,7 +117,7 @@ def find_verdict(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
         best, maximize = [predictions[0][task][1]], config.search.direction == "maximize"
         for trial, rival in zip(done[1:], predictions[1:], strict=False):
             comparison = compare(best, [rival[task][1]], sums, maximize)
-            lines.append(comparison.told(f"#{first.number}", f"#{trial.number}"))
+            lines.append(comparison.describe(f"#{first.number}", f"#{trial.number}"))
     lines.append(
         f"this is the luckiest of {len(done)} trials; `sweep confirm {near(folder)}` shows how much of it is luck"
     )

@@ -121,12 +121,12 @@ def before(operation, place):
 
 def note_steps(module):
     """Tell every optimizer step of a trial, by the process that writes its checkpoints."""
-    original = module.Trainer._note
+    original = module.Trainer._record_step
 
     def note(self, *args):
         original(self, *args)
-        if self.rank == 0 and self.folder.name.isdigit():  # not a dry step
-            made = {"trial": int(self.folder.name), "step": self.state.total_steps}
+        if self.rank == 0 and self.folder.path.name.isdigit():  # not a dry step
+            made = {"trial": int(self.folder.path.name), "step": self.progress.total_steps}
             line = {"time": time.time(), "pid": os.getpid()} | made
             descriptor = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             real_write(descriptor, json.dumps(line).encode() + b"\n")
@@ -134,7 +134,7 @@ def note_steps(module):
             if os.path.exists(SLOW):
                 time.sleep(0.3)
 
-    module.Trainer._note = note
+    module.Trainer._record_step = note
 
 
 class Watcher(importlib.abc.MetaPathFinder):
