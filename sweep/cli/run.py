@@ -104,7 +104,7 @@ def _preview(config: Config, folder: Path) -> None:
     console.print(preview_table(found))
     if found.refused:
         sys.exit(ExitCode.BAD_INPUT)
-    if resolved and (found.going_on or found.points or found.drawn):
+    if resolved and (found.resumed or found.points or found.drawn):
         cache = cache_folder(config, folder)
         for request, _ in cache_requests(resolved, cache):
             print_line(describe(request))

@@ -116,8 +116,8 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
     ]
     yield "changed", [*changes, *preview.notes] or ["nothing" if preview.started else "new sweep"]
     yield "done", [f"{count} {state}" for state, count in sorted(preview.ended.items())] or ["no trial"]
-    yield "resumes", [f"trial {number} {where}" for number, where in preview.going_on] or ["no trial"]
-    first = sum(preview.ended.values()) + len(preview.going_on)
+    yield "resumes", [f"trial {number} {where}" for number, where in preview.resumed] or ["no trial"]
+    first = sum(preview.ended.values()) + len(preview.resumed)
     points = [f"trial {number}: {_format_point(point)}" for number, point in enumerate(preview.points, start=first)]
     drawn = [f"{preview.drawn} drawn by the search"] if preview.drawn else []
     yield "starts", [*points, *drawn] or ["no trial"]

@@ -64,7 +64,7 @@ def inspect(
     from sweep.config.resolve import resolve
     from sweep.config.schema import parse
     from sweep.execution.trial import open_shards
-    from sweep.preflight.checks import check_sound
+    from sweep.preflight.checks import check_audio
 
     if split not in (*SPLITS, None):
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
@@ -75,6 +75,6 @@ def inspect(
     else:
         loaded = load(source, set_)
     resolved = resolve(loaded)
-    check_sound(resolved, has_audio(open_shards(resolved)))
+    check_audio(resolved, has_audio(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):
         print_line(line)

@@ -1,13 +1,13 @@
-"""What changed since a sweep started, and whether it may; and what `sweep run` would do now.
+"""Compare the settings of a started sweep with those it is asked to resume with.
 
-A started sweep takes what leaves its trials comparable: more trials, other resources, a wider space. All else is
-refused before anything is written.
+A started sweep accepts changes that leave its trials comparable: more trials, other resources, a wider space. It
+refuses all other changes before anything is written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from data.errors import ConfigError
 from sweep.config.files import load, write
@@ -15,138 +15,133 @@ from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.config.space import Axis
 
-Verdict = Literal["taken", "refused"]
-# Settings that a started sweep takes, with what its user should know.
-FREE = {
+Verdict = Literal["accepted", "refused"]
+# Settings that may change, with what the user should know.
+ACCEPTED = {
     "search.trials": "",
     "resources.slots": "",
-    "resources.workers": "results are the same without dropout, whose draws follow the workers",
+    "resources.workers": "results are the same without dropout, whose random numbers depend on the workers",
     "resources.cpus_per_worker": "",
     "resources.gpus_per_worker": "results of CPUs and GPUs differ in the last digits",
     "storage.keep": "",
     "storage.mirror": "",
     "storage.features": "",
     "storage.cache": "",
-    "train.token_budget": "results are the same in fp32 without dropout, whose draws follow the cut",
+    "train.token_budget": "results are the same in fp32 without dropout, whose random numbers depend on the budget",
     "train.checkpoint_steps": "",
     "train.checkpoint_seconds": "",
     "data.reader": "",
 }
+# Why others may not, by the beginning of their key.
 REASONS = {
-    "name": "it names the ledger and the MLflow experiment",
+    "name": "it names the study and the MLflow experiment",
     "seed": "trials would not be comparable",
     "data.": "trials would not be comparable",
     "tasks.": "trials would not be comparable",
     "model.": "trials would not be comparable",
     "train.": "trials would not be comparable",
-    "search.metric": "trials were judged by the former one",
-    "search.pruning": "trials were pruned by the former rule",
-    "search.startup_trials": "trials were drawn by the former one",
-    "storage.ledger": "the trials so far would be left behind",
+    "search.metric": "existing trials were ranked by the previous metric",
+    "search.pruning": "existing trials were pruned by the previous rule",
+    "search.startup_trials": "existing trials were sampled under the previous value",
+    "storage.ledger": "existing trials would be left in the previous study",
 }
 FIRST_EPOCH = "search.pruning.first_epoch"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not what it was."""
+    """A setting with different values before and after."""
 
     key: str
-    before: Any
-    after: Any
+    before: object
+    after: object
     verdict: Verdict
-    why: str  # of a refusal; or what to know
+    why: str  # the reason of a refusal, or what the user should know
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} → {_shown(self.after)}"
+        return f"{self.key}: {_format(self.before)} → {_format(self.after)}"
 
 
 @dataclass(frozen=True)
 class Changes:
-    """All settings that are not what they were."""
+    """All differences between two configurations."""
 
     all: tuple[Change, ...]
 
     @property
     def refused(self) -> list[Change]:
-        """Those that a started sweep cannot take."""
+        """Changes that a started sweep cannot accept."""
         return [change for change in self.all if change.verdict == "refused"]
 
     def refusal(self, folder: Path) -> str:
-        """The message about them: the difference, then the reasons."""
+        """Return the error message: the refused changes, then the reasons."""
         listed = "; ".join(map(str, self.refused))
         reasons: dict[str, list[str]] = {}
         for change in self.refused:
             reasons.setdefault(change.why, []).append(change.key)
-        lines = [f"{folder}: started with other settings ({listed}); use --out for a new folder"]
+        lines = [f"{folder}: started with different settings ({listed}); use --out for a new folder"]
         return "\n".join([*lines, *(f"  - {', '.join(keys)}: {why}" for why, keys in reasons.items())])
 
 
 def compare(before: Config, after: Config) -> Changes:
-    """What differs between the configuration that a sweep started with and another one."""
+    """Return the differences between the configuration of a started sweep and a new one, with their verdicts."""
     old, new = flat(before), flat(after)
-    found = list(_first_epoch(before, after))
+    changes = list(_first_epoch(before, after))
     for key in {**old, **new}:
-        one, other = old.get(key), new.get(key)  # settings of a section that is null are not there
-        if one == other or key == FIRST_EPOCH:
+        former, latter = old.get(key), new.get(key)  # a section that is null has no settings
+        if former == latter or key == FIRST_EPOCH:
             continue
         if key == "search.space":
-            found += _space(before, after)
+            changes += _space(before, after)
+        elif key == "search.points" and new[key][: len(old[key])] == old[key]:
+            changes.append(Change(key, former, latter, "accepted", "new points run next"))
         elif key == "search.points":
-            found.append(_points(before.search.points, after.search.points))
-        elif key in FREE:
-            found.append(Change(key, one, other, "taken", FREE[key]))
+            changes.append(Change(key, former, latter, "refused", "existing points keep their order; append new ones"))
+        elif key in ACCEPTED:
+            changes.append(Change(key, former, latter, "accepted", ACCEPTED[key]))
         else:
             why = next((why for start, why in REASONS.items() if key.startswith(start)), "it decides the trials")
-            found.append(Change(key, one, other, "refused", why))
-    return Changes(tuple(found))
+            changes.append(Change(key, former, latter, "refused", why))
+    return Changes(tuple(changes))
 
 
-def _first_epoch(before: Config, after: Config) -> Iterable[Change]:
-    """What counts is the epoch that comes out: null follows `train.epochs`, of which a wider axis may have more."""
-    was, will_be = (flat(config).get(FIRST_EPOCH) for config in (before, after))
-    one, other = (config.search.first_rung(config.train.epochs) for config in (before, after))
-    if one != other:
-        way_out = f"; set it to {one}" if one is not None and other is not None else ""
-        yield Change(FIRST_EPOCH, one, other, "refused", f"{REASONS['search.pruning']}{way_out}")
-    elif was != will_be:
-        yield Change(FIRST_EPOCH, was, will_be, "taken", f"epoch {one} as before")
+def _first_epoch(before: Config, after: Config) -> Iterator[Change]:
+    """Compare the effective first epoch of pruning: null follows `train.epochs`, which a wider axis may raise."""
+    was, becomes = (flat(config).get(FIRST_EPOCH) for config in (before, after))
+    former, latter = (config.search.first_rung(config.train.epochs) for config in (before, after))
+    if former != latter:
+        fix = f"; set it to {former}" if former is not None and latter is not None else ""
+        yield Change(FIRST_EPOCH, former, latter, "refused", f"{REASONS['search.pruning']}{fix}")
+    elif was != becomes:
+        yield Change(FIRST_EPOCH, was, becomes, "accepted", f"epoch {former} as before")
 
 
-def _points(before: list[Any], after: list[Any]) -> Change:
-    if after[: len(before)] == before:
-        return Change("search.points", before, after, "taken", "new points run next")
-    why = "points were started in their order; new ones go behind them"
-    return Change("search.points", before, after, "refused", why)
-
-
-def _space(before: Config, after: Config) -> Iterable[Change]:
-    old, new = before.search.space, after.search.space
+def _space(before: Config, after: Config) -> Iterator[Change]:
+    """Compare the axes: an axis may become wider, and a new one must contain the setting of the existing trials."""
+    old, new, settings = before.search.space, after.search.space, flat(before)
     for key in {**old, **new}:
-        name, one, other = f"search.space.{key}", old.get(key), new.get(key)
-        if one == other:
+        name, former, latter = f"search.space.{key}", old.get(key), new.get(key)
+        if former == latter:
             continue
-        if other is None:
-            yield Change(name, one, None, "refused", "trials vary it; put the axis back")
-        elif one is None:
-            yield _new_axis(name, flat(before)[key], other)
+        if latter is None:
+            yield Change(name, former, None, "refused", "existing trials vary it; put the axis back")
+        elif former is None:
+            setting = settings[key]
+            if latter.contains(setting):
+                yield Change(name, setting, latter, "accepted", f"new axis; existing trials have {setting!r} on it")
+            else:
+                why = f"existing trials have {setting!r}, which a new axis must contain"
+                yield Change(name, setting, latter, "refused", why)
+        elif why := _narrowing(former, latter):
+            yield Change(name, former, latter, "refused", why)
         else:
-            why = _narrowing(one, other)
-            verdict: Verdict = "refused" if why else "taken"
-            yield Change(name, one, other, verdict, why or "wider: trials so far count within it")
-
-
-def _new_axis(name: str, setting: Any, axis: Axis) -> Change:
-    if axis.contains(setting):
-        return Change(name, setting, axis, "taken", f"new axis: trials so far have {setting!r} on it")
-    why = f"trials so far have {setting!r}, which a new axis must contain"
-    return Change(name, setting, axis, "refused", why)
+            yield Change(name, former, latter, "accepted", "wider; existing trials lie within it")
 
 
 def _narrowing(before: Axis, after: Axis) -> str:
-    """Why one axis does not hold all of another; empty if it does."""
+    """Return why an axis does not contain all of the previous one; an empty string if it does."""
     if before.when != after.when:
-        return "trials were drawn under the former condition"
+        return "existing trials were drawn under the previous condition"
     if (before.choices is None) != (after.choices is None):
         return "a list of choices cannot become a range, nor a range a list"
     if before.choices is not None and after.choices is not None:
@@ -155,27 +150,25 @@ def _narrowing(before: Axis, after: Axis) -> str:
         return f"narrower: {', '.join(map(repr, gone))} would be left out" if gone else ""
     kinds = [(axis.log, axis.step, isinstance(axis.distribution().low, int)) for axis in (before, after)]
     if kinds[0] != kinds[1]:
-        return "log, step, and whole numbers must stay as they are"
+        return "log, step, and whole or fractional numbers must stay the same"
     if not (after.contains(before.low) and after.contains(before.high)):
-        return "narrower: the range must hold all of the former one, and its steps"
+        return "narrower: the range must contain the previous one and its steps"
     return ""
 
 
-def _shown(value: Any) -> str:
+def _format(value: object) -> str:
     if not isinstance(value, Axis):
         return repr(value)
-    set_ = value.model_dump(exclude_defaults=True)
-    return repr(set_["choices"] if set_.keys() == {"choices"} else set_)
+    settings = value.model_dump(exclude_defaults=True)
+    return repr(settings["choices"] if settings.keys() == {"choices"} else settings)
 
 
 def claim_folder(config: Config, folder: Path) -> None:
-    """Write the configuration into a new folder, or over that of a sweep which can take the changes.
+    """Write the configuration into a new folder, or over that of a sweep that accepts the changes.
 
     Raises:
-        ConfigError: the folder belongs to other settings (see `sweep.changes`); nothing is written then.
+        ConfigError: the folder was started with different settings; nothing is written then.
     """
-    pass  # DROPPED
-
     path = folder / "config.yaml"
     if path.exists():
         changes = compare(load(str(path)), config)

@@ -1,4 +1,7 @@
-"""The embedded defaults: the synthetic corpus and the tiny models, made on first use and cached by their version."""
+"""Resolve the inputs of a configuration: built-in names and local paths become absolute paths.
+
+The built-in inputs are the synthetic corpus and the tiny models. They are made on first use and cached by version.
+"""
 
 import os
 import subprocess
@@ -41,26 +44,25 @@ class ResolvedConfig(Config):
 
 
 def cache_folder() -> Path:
-    """Where made things are kept: $SWEEP_CACHE, or the user's cache folder."""
+    """Return the folder of built-in inputs: $SWEEP_CACHE, or one in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
     return Path(os.environ.get("SWEEP_CACHE", default))
 
 
 def missing(config: Config) -> list[str]:
-    """Built-in inputs of a configuration that are not made yet.
+    """Return the built-in inputs of a configuration that have not been made.
 
     Raises:
-        ConfigError: there is no built-in of that name.
+        ConfigError: there is no built-in input of that name.
     """
     return sorted({name for name in _named(config).values() if not _folder(name).exists()})
 
 
 def resolve(config: Config) -> ResolvedConfig:
-    """Replace built-in names by folders, making what is not there yet, and local paths by absolute ones: workers run in
-    folders of their own.
+    """Make missing built-in inputs, and replace built-in names and relative paths by absolute paths.
 
     Raises:
-        ConfigError: there is no built-in of that name.
+        ConfigError: there is no built-in input of that name.
     """
     _make_all(missing(config))
     resolved = absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
@@ -68,7 +70,7 @@ def resolve(config: Config) -> ResolvedConfig:
 
 
 def absolute(config: Config) -> Config:
-    """Replace local paths by absolute ones, so that they lead to the same place from another folder."""
+    """Return the configuration with absolute paths, which are valid in other folders: Ray workers run in one each."""
     settings = flat(config)
     return config.with_values(
         {key: str(Path(settings[key]).absolute()) for key in FILES if settings[key] and Path(settings[key]).exists()}
@@ -76,12 +78,12 @@ def absolute(config: Config) -> Config:
 
 
 def _named(config: Config) -> dict[str, str]:
-    """The settings that name a built-in, and which."""
+    """Return the settings that name a built-in input, with its name."""
     settings = flat(config)
     named = {key: settings[key].removeprefix(PREFIX) for key in KEYS if settings[key].startswith(PREFIX)}
     for key, name in named.items():
         if name not in MAKERS:
-            known = ", ".join(PREFIX + other for other in MAKERS)
+            known = ", ".join(PREFIX + maker for maker in MAKERS)
             raise ConfigError(f"{key}: {PREFIX}{name} is not built in; use one of {known}, or a path")
     return named
 
@@ -91,9 +93,9 @@ def _folder(name: str) -> Path:
 
 
 def _make_all(names: list[str]) -> None:
-    """Make each in its own process, at the same time: they are independent, and use one thread each.
+    """Make several inputs at the same time, each in a process with one thread.
 
-    These processes do not import `__main__`, as those of `multiprocessing` do: it may be a script that runs a sweep.
+    The processes do not import `__main__` as those of `multiprocessing` do: it may be a script that runs a sweep.
     """
     code = "import sys; from sweep.config.resolve import _make; _make(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

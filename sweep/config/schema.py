@@ -1,4 +1,4 @@
-"""The configuration of a sweep: one typed tree, read from YAML and dotted overrides; all its problems in one error."""
+"""The configuration of a sweep: one typed tree. `sweep.config.files.load` reads it from YAML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -17,68 +17,70 @@ TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
 
 
 class ResourceConfig(Section):
-    """What a trial occupies."""
+    """The resources of a trial, and how many trials run at a time."""
 
-    workers: Count = Field(1, description="Ray Train workers of a trial; without dropout the result is the same.")
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of a worker; whole ones are threads.")
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a worker; may be a fraction.")
-    slots: Count | None = Field(None, description="Trials at the same time; by default as many as the cluster holds.")
+    workers: Count = Field(1, description="Ray Train workers per trial; without dropout, results do not depend on it.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
+        1, description="CPUs per worker; a worker uses as many threads, rounded down."
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs per worker; may be a fraction.")
+    slots: Count | None = Field(None, description="Trials at a time; null: as many as the cluster has room for.")
 
     @property
     def threads(self) -> int:
-        """Of a worker."""
+        """Number of threads of a worker."""
         return max(1, int(self.cpus_per_worker))
 
     @property
     def device(self) -> str:
-        """Of a worker; one that asked for no GPU may see those of others."""
+        """Device of a worker. A worker without a GPU may still see those of others, and must not use them."""
         return "cuda" if self.gpus_per_worker > 0 else "cpu"
 
 
 class StorageConfig(Section):
-    """Where a sweep keeps its ledger, and how many of its checkpoints."""
+    """Where a sweep keeps its study, its checkpoints and its feature cache."""
 
     ledger: str | None = Field(
         None,
-        description="Where the ledger lies. null: a journal file in the sweep's folder, on one machine or on a file "
-        "system that all machines share. Or a database: sqlite:///file (relative to the sweep's folder) or "
+        description="Where the study is stored. null: a journal file in the sweep's folder, on one machine or on a "
+        "shared file system. Or a database: sqlite:///file (relative to the sweep's folder) or "
         "postgresql://user@host/database, which sweeps may share; its password comes from $PGPASSWORD or ~/.pgpass.",
     )
     keep: Count | None = Field(
-        3, description="Checkpoints kept of ended trials, the best ones; null: all. Running trials keep theirs."
+        3,
+        description="Checkpoints to keep of ended trials, the best ones; null: all. Running trials keep theirs.",
     )
 
     mirror: str | None = Field(
         None,
-        description="URL of a store (s3://bucket/path, gs://…) that gets a copy of the sweep's folder, from which "
-        "another machine goes on; null: none. Credentials come from the environment.",
+        description="URL (s3://bucket/path, gs://…) of a copy of the sweep's folder, from which another machine can "
+        "resume; null: none. Credentials come from the environment.",
     )
 
     features: Literal["cached", "live"] = Field(
         "cached",
-        description="What a frozen encoder, or its frozen layers, make of the sound, and a distillation's teacher of "
-        "the words. cached: computed once, before the trials start, and kept in storage.cache. live: by every trial "
-        "anew, with the same result.",
+        description="Outputs of frozen encoders and layers, and of a distillation's teacher. cached: computed once "
+        "before the trials start, and kept in storage.cache. live: computed by every trial, with the same result.",
     )
     cache: str | None = Field(
         None,
-        description="Folder of what trials and sweeps share, seen by all nodes; relative to the one in which the "
-        "sweep's own folder lies. null: `cache` there.",
+        description="Folder of the feature cache, which sweeps share and all nodes can read; relative to the parent of "
+        "the sweep's folder. null: `cache` there.",
     )
 
     def problems(self) -> list[str]:
-        """As in ModelConfig. Not a validator: its message would show the value, and with it a password."""
+        """Return broken rules, as in ModelConfig. A validator would show the value, and with it a password."""
         return [*self._ledger_problems(), *self._mirror_problems()]
 
     def _mirror_problems(self) -> list[str]:
         if self.mirror is None:
             return []
-        if said := credentials_message(self.mirror):
-            return [f"storage.mirror: {said}"]
+        if problem := credentials_message(self.mirror):
+            return [f"storage.mirror: {problem}"]
         if "://" not in self.mirror or self.mirror.startswith("file:"):
-            return [f"storage.mirror: {self.mirror!r} is no store; write s3://bucket/path, or null"]
+            return [f"storage.mirror: {self.mirror!r} is not the URL of a store; write s3://bucket/path, or null"]
         if self.ledger is not None and self.ledger.startswith("sqlite"):
-            return ["storage.mirror: a ledger in SQLite is not copied; use postgresql://…, or storage.ledger=null"]
+            return ["storage.mirror: a SQLite database is not copied; use postgresql://…, or storage.ledger=null"]
         return []
 
     def _ledger_problems(self) -> list[str]:
@@ -94,21 +96,21 @@ class StorageConfig(Section):
             return [f"storage.ledger: not a URL; {wanted}"]
         if url.password or any("password" in name for name in url.query):
             return [
-                "storage.ledger: holds a password, which would be written to files; take it out, and give it in "
+                "storage.ledger: contains a password, which would be written to files; remove it, and pass it in "
                 "$PGPASSWORD or ~/.pgpass"
             ]
         if url.get_backend_name() not in ("sqlite", "postgresql") or url.database in (None, "", ":memory:"):
-            return [f"storage.ledger: {self.ledger!r} is no database that a ledger can lie in; {wanted}"]
+            return [f"storage.ledger: {self.ledger!r} is not a database for a study; {wanted}"]
         return []
 
 
 class Config(Section):
-    """Everything that decides a sweep; `search.space` varies it from trial to trial."""
+    """All settings of a sweep; `search.space` varies them from trial to trial."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        ..., description="Of the sweep: its folder under runs/ and its MLflow experiment."
+        ..., description="Name of the sweep, of its folder under runs/ and of its MLflow experiment."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of initialisation, batch plan and search.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of initialisation, batches and search.")
     data: DataConfig = DataConfig()
     tasks: TaskWeights = TaskWeights()
     model: ModelConfig = ModelConfig()
@@ -118,23 +120,23 @@ class Config(Section):
     storage: StorageConfig = StorageConfig()
 
     def problems(self) -> list[str]:
-        """Rules that span several settings, each as a line that names the key, the value, the rule and the fix."""
+        """Return broken rules over several settings, each as a line with the key, the value, the rule and the fix."""
         found = self.model.problems() + self.train.problems() + self.storage.problems()
-        if said := credentials_message(self.data.shards):
-            found.append(f"data.shards: {said}")
+        if problem := credentials_message(self.data.shards):
+            found.append(f"data.shards: {problem}")
         tasks = self.tasks.active()
         if not tasks:
-            return [*found, "tasks: all weights are 0, so there is nothing to learn; raise one"]
+            return [*found, "tasks: all weights are 0, so nothing would be trained; raise one"]
         known = metric_names(tasks)
         if self.search.metric not in known:
             found.append(
-                f"search.metric: {self.search.metric!r} is no metric of the task{'s'[: len(tasks) - 1]} "
+                f"search.metric: {self.search.metric!r} is not a metric of the task{'s'[: len(tasks) - 1]} "
                 f"{', '.join(tasks)}; choose from {', '.join(known)}"
             )
         return found
 
     def with_values(self, values: Mapping[str, Any]) -> "Config":
-        """A copy with dotted keys replaced, validated.
+        """Return a validated copy with the values of dotted keys replaced.
 
         Raises:
             ConfigError: a key is unknown or a value breaks a rule.
@@ -154,16 +156,16 @@ class Config(Section):
 
 
 def metric_names(tasks: Sequence[str]) -> list[str]:
-    """What a search over these tasks may go by; metrics of the first task have no prefix."""
+    """Return the metrics that a search may optimize; those of the first task have no prefix."""
     names = ["total_loss"] if len(tasks) > 1 else []
-    for place, task in enumerate(tasks):
-        own = TEXT_METRICS if TASKS[task].answer == "text" else LABEL_METRICS
-        names += [name if place == 0 else f"{task}/{name}" for name in own]
+    for index, task in enumerate(tasks):
+        metrics = TEXT_METRICS if TASKS[task].answer == "text" else LABEL_METRICS
+        names += [name if index == 0 else f"{task}/{name}" for name in metrics]
     return names
 
 
 def parse(tree: Mapping[str, Any], source: str) -> Config:
-    """Validate a tree of plain values.
+    """Return a tree of plain values as a validated configuration, with the objective that fits its tasks.
 
     Raises:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.

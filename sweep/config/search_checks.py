@@ -1,15 +1,14 @@
 """Check the axes and points of a search against the configuration."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
 
 from pydantic import ValidationError
 
 from data.config import TaskWeights
 from sweep.config.loader import flat, problems_error, rule, with_value
 from sweep.config.schema import Config
-from sweep.config.space import FOLD
+from sweep.config.space import FOLD, Scalar
 
 SEARCHABLE = (
     "seed",
@@ -36,8 +35,8 @@ def check_search(config: Config, source: str) -> None:
         raise problems_error(source, problems)
 
 
-def _space_problems(config: Config) -> Iterable[str]:
-    """Axes that lie outside the configuration, or whose values it would refuse."""
+def _space_problems(config: Config) -> Iterator[str]:
+    """Yield what is wrong with each axis, then with each point."""
     leaves = set(flat(config))
     for key, axis in config.search.space.items():
         where = f"search.space.{key}"
@@ -49,8 +48,8 @@ def _space_problems(config: Config) -> Iterable[str]:
         for condition in axis.when:
             if condition not in leaves:
                 yield f"{where}.when.{condition}: no such setting"
-        refused = [line for value in axis.extremes() for line in _refusals(config, where, {key: value})]
-        yield from refused or _refusals(config, where, {key: axis.inside()})
+        refused = [line for value in axis.extremes() for line in _refusals(config, key, value)]
+        yield from refused or _refusals(config, key, axis.inside())
     yield from _first_task_problems(config)
     if FOLD in config.search.space and (config.search.pruning or config.search.trials > len(config.search.points)):
         yield (
@@ -66,36 +65,32 @@ def _space_problems(config: Config) -> Iterable[str]:
                 yield f"search.points[{number}].{key}: {value!r} lies outside its axis; {space.describe()}"
 
 
-def _first_task_problems(config: Config) -> Iterable[str]:
-    """Axes under which metrics without a prefix would speak of different tasks in different trials."""
+def _first_task_problems(config: Config) -> Iterator[str]:
+    """Yield axes with which metrics without a prefix would be of different tasks in different trials."""
     for key, axis in config.search.space.items():
-        if not key.startswith("tasks.") or any(not isinstance(value, int | float) for value in axis.extremes()):
+        weights = [value for value in axis.extremes() if isinstance(value, int | float)]
+        if not key.startswith("tasks.") or len(weights) < len(axis.extremes()):
             continue
-        weights = config.tasks.model_dump()
-        first = {
-            next(iter(TaskWeights(**{**weights, key.removeprefix("tasks."): value}).active()), None)
-            for value in axis.extremes()
-            if value >= 0
-        }
+        task, tasks = key.removeprefix("tasks."), config.tasks.model_dump()
+        first = {next(iter(TaskWeights(**{**tasks, task: weight}).active()), None) for weight in weights if weight >= 0}
         if len(first) > 1:
             named = " or ".join(sorted(str(task) for task in first))
             yield (
-                f"search.space.{key}: its values make {named} the first task, of which metrics without a prefix speak, "
-                "so trials could not be compared; leave 0 out, or search another task's weight"
+                f"search.space.{key}: its values make {named} the first task, and metrics without a prefix are "
+                "those of the first task, so trials could not be compared; leave 0 out, or search another task's weight"
             )
 
 
-def _refusals(config: Config, where: str, values: dict[str, Any]) -> Iterable[str]:
+def _refusals(config: Config, key: str, value: Scalar) -> Iterator[str]:
+    """Yield why the configuration would refuse a value of an axis."""
     tree = config.model_dump(exclude={"search": {"space", "points"}})
-    for key, value in values.items():
-        tree = with_value(tree, key.split("."), value)
     try:
-        changed = Config.model_validate(tree)
+        changed = Config.model_validate(with_value(tree, key.split("."), value))
     except ValidationError as error:
         for detail in error.errors():
-            yield f"{where}: the axis holds {detail['input']!r}: {rule(detail)}"
+            yield f"search.space.{key}: the axis has {detail['input']!r}: {rule(detail)}"
         return
-    # Rules over several settings are judged here only if no other axis could mend them.
+    # Rules over several settings are checked here only if no other axis could make them hold.
     if len(config.search.space) == 1:
         for problem in changed.problems():
-            yield f"{where}: {problem}"
+            yield f"search.space.{key}: {problem}"

@@ -1,4 +1,4 @@
-"""The search: its axes, the points it must contain, and how losers end early."""
+"""The search: its axes, its fixed points, and the rule that prunes trials."""
 
 import math
 from collections.abc import Mapping
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Scalar = bool | int | float | str | None
+Values = dict[str, Scalar]  # of axes, by dotted key
 EPOCHS, FOLD = "train.epochs", "data.fold"
-# Of the epochs, before anybody is ended: earlier on, quick starters lead those that will win.
+# Share of the epochs before the first pruning: earlier on, fast starters lead the eventual winners.
 LATE = Fraction(3, 5)
 
 
 class Sampler(Protocol):
-    """The part of an Optuna trial that draws values."""
+    """The methods of an Optuna trial that draw values."""
 
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+    def suggest_categorical(self, name: str, choices: list[Scalar]) -> Scalar: ...
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
 
@@ -31,13 +32,13 @@ class Sampler(Protocol):
 class Axis(Section):
     """The values of one setting: a list of choices, or a range (of whole numbers if both ends are whole)."""
 
-    choices: list[Scalar] | None = Field(None, description="The values themselves; a bare list is short for this.")
+    choices: list[Scalar] | None = Field(None, description="List of values; a plain list is short for this.")
     low: int | float | None = Field(None, description="Lower end of a range, included.")
     high: int | float | None = Field(None, description="Upper end of a range, included.")
     step: int | float | None = Field(None, description="Distance between values of a range.")
     log: bool = Field(False, description="Sample the range on a logarithmic scale.")
     when: dict[str, list[Scalar]] = Field(
-        {}, description="Only vary this setting in trials in which others have one of these values."
+        {}, description="Vary this setting only in trials where other settings have one of these values."
     )
 
     @model_validator(mode="before")
@@ -67,32 +68,37 @@ class Axis(Section):
     def _whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-    def extremes(self) -> list[Any]:
-        """The values that decide whether all of the axis is allowed, together with `inside`."""
+    def extremes(self) -> list[Scalar]:
+        """Return all choices, or both ends of the range; with `inside` they decide whether the axis is valid."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
-    def inside(self) -> Any:
-        """A value between the extremes: one that a setting for whole numbers refuses, if the range holds such."""
+    def by_sign(self) -> list[Scalar]:
+        """Return one extreme above 0 and one that is not, as far as there are such."""
+        return list({isinstance(value, int | float) and value > 0: value for value in self.extremes()}.values())
+
+    def inside(self) -> Scalar:
+        """Return a value between the extremes; a fractional one if the range has any, for settings that refuse it."""
         if self.choices is not None or self._whole:
             return self.extremes()[0]
         assert self.low is not None
         assert self.high is not None
         return self.low + 0.381966 * (self.high - self.low)
 
-    def contains(self, value: Any) -> bool:
-        """Whether a value lies on the axis."""
+    def contains(self, value: object) -> bool:
+        """Return whether a value lies on the axis."""
         if self.choices is not None:
             return value in self.choices
         assert self.low is not None
         assert self.high is not None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or (self._whole and not isinstance(value, int)) or not self.low <= value <= self.high:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        if (self._whole and not isinstance(value, int)) or not self.low <= value <= self.high:
             return False
         steps = (value - self.low) / (self.step or 1)
         return self.step is None or math.isclose(steps, round(steps), abs_tol=1e-8)
 
     def distribution(self) -> "BaseDistribution":
-        """What `suggest` draws from, as Optuna notes it with a value."""
+        """Return the Optuna distribution that `suggest` draws from."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices is not None:
@@ -105,13 +111,13 @@ class Axis(Section):
         return FloatDistribution(float(low), float(high), step=None if step is None else float(step), log=self.log)
 
     def describe(self) -> str:
-        """The axis in words."""
+        """Return what may be chosen, for an error message."""
         if self.choices is not None:
             return f"choose from {self.choices}"
         return f"choose from {self.low} to {self.high}" + (f" in steps of {self.step}" if self.step else "")
 
-    def suggest(self, key: str, sampler: Sampler) -> Any:
-        """Draw a value."""
+    def suggest(self, key: str, sampler: Sampler) -> Scalar:
+        """Draw a value for this axis."""
         if self.choices is not None:
             return sampler.suggest_categorical(key, self.choices)
         low, high = self.low, self.high
@@ -128,128 +134,133 @@ class PruningConfig(Section):
 
     first_epoch: Count | None = Field(
         None,
-        description="First epoch after which a trial may end; later ones double. null: three fifths of train.epochs, "
-        "of its largest value where it is an axis, since learning curves cross before.",
+        description="First epoch after which a trial may be pruned; the next ones double it. null: three fifths of "
+        "train.epochs (of its largest value if it is an axis), because learning curves cross earlier.",
     )
-    keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that goes on at each.")
-    after_trials: Count = Field(4, description="Trials that must have reached an epoch before one is ended there.")
+    keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that continues at each.")
+    after_trials: Count = Field(4, description="Trials that must have reached an epoch before one is pruned there.")
     audit: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1,
-        description="Share of the trials that is never ended: they show what pruning costs. 0: none; 1: all, so that "
-        "the rule is only watched.",
+        description="Share of the trials that is never pruned, to measure what pruning costs. 0: none. 1: all, so that "
+        "the rule is only evaluated.",
     )
 
 
 class SearchConfig(Section):
-    """What is searched, for how long, and by which number."""
+    """What is searched, with how many trials, and by which metric."""
 
-    trials: Count = Field(12, description="Trials in all, those that fail included; `--trials` raises it later.")
+    trials: Count = Field(12, description="Total number of trials, failed ones included; raise it to extend a sweep.")
     metric: str = Field(
         "macro_f1",
-        description="On the validation split, after a trial's last epoch; of the first task, or as <task>/<metric>.",
+        description="Objective on the validation split after the last epoch: of the first task, or <task>/<metric>.",
     )
-    pruning: PruningConfig | None = Field(PruningConfig(), description="null: every trial trains to its end.")
-    startup_trials: Count = Field(6, description="Trials drawn at random before the sampler (TPE) learns from them.")
-    space: dict[str, Axis] = Field({}, description="Axes by the dotted key of the setting.")
-    points: list[dict[str, Scalar]] = Field([], description="Trials to run first: values for some or all axes.")
+    pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
+    startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")
+    space: dict[str, Axis] = Field({}, description="Axes, by the dotted key of the setting that they vary.")
+    points: list[dict[str, Scalar]] = Field([], description="Trials that run first: values for some or all axes.")
 
     @model_validator(mode="after")
-    def _no_circle(self) -> Self:
+    def _no_cycle(self) -> Self:
         try:
             self.order()
         except CycleError as error:
-            raise ValueError(f"the conditions of {', '.join(error.args[1][1:])} form a circle; remove one") from None
+            raise ValueError(f"the conditions of {', '.join(error.args[1][1:])} form a cycle; remove one") from None
         return self
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """Of the metric."""
+        """Whether the metric is to be maximized or minimized."""
         return "minimize" if self.metric.endswith(("loss", "perplexity", "ece")) else "maximize"
 
     def first_rung(self, epochs: int) -> int | None:
-        """The first epoch after which trials are compared; None where nothing is pruned.
+        """Return the first epoch after which trials are compared; None without pruning.
 
         Args:
-            epochs: `train.epochs` of the sweep. Where that is an axis its largest value counts, so that the epoch is
-                one and the same for all trials; those that have fewer epochs may all end before it.
+            epochs: `train.epochs` of the sweep. If that is an axis, its largest value counts, so that the epoch is the
+                same for all trials; trials with fewer epochs may all end before it.
         """
         if self.pruning is None:
             return None
         return self.pruning.first_epoch or math.ceil(self._longest(epochs) * LATE)
 
     def rungs(self, epochs: int) -> list[int]:
-        """The epochs after which trials are compared: they double, and nobody is judged after the last one.
+        """Return the epochs after which trials are compared: they double, and end before the last epoch.
 
         Args:
-            epochs: as of `first_rung`.
+            epochs: see `first_rung`.
         """
-        first, found = self.first_rung(epochs), list[int]()
+        first, rungs = self.first_rung(epochs), list[int]()
         while first is not None and first < self._longest(epochs):
-            found.append(first)
+            rungs.append(first)
             first *= 2
-        return found
+        return rungs
 
     def expected_share(self, epochs: int, trials: int) -> float:
-        """The share of its epochs that a trial is trained for, on average over `trials` of them, by the rule alone.
+        """Return the mean share of its epochs that a trial trains for, if the rule prunes as many trials as it may.
 
         Args:
-            epochs: as of `first_rung`.
-            trials: in all.
+            epochs: see `first_rung`.
+            trials: total number of trials.
         """
         rule, last, going, done, before = self.pruning, self._longest(epochs), float(trials), 0.0, 0
         for rung in self.rungs(epochs):
             assert rule is not None
             done, before = done + going * (rung - before), rung
-            first = min(going, rule.after_trials - 1)  # which nothing ends
+            first = min(going, rule.after_trials - 1)  # these are never pruned
             going = first + (going - first) * (rule.audit + (1 - rule.audit) * rule.keep)
         return (done + going * (last - before)) / (trials * last)
 
     def mean_epochs(self, epochs: int) -> float:
-        """Of trials that are drawn, before any is pruned."""
+        """Return the mean number of epochs of a trial without pruning."""
         axis = self.space.get(EPOCHS)
-        values = [epochs] if axis is None else [int(value) for value in axis.extremes()]
+        values = [epochs] if axis is None else _whole_numbers(axis)
         return sum(values) / len(values)
 
     def _longest(self, epochs: int) -> int:
         axis = self.space.get(EPOCHS)
-        known = [] if axis is None else [int(value) for value in axis.extremes()]
-        return max([*known, epochs] if axis is None or axis.when else known)
+        values = [] if axis is None else _whole_numbers(axis)
+        return max([*values, epochs] if axis is None or axis.when else values)
 
     def order(self) -> list[str]:
-        """The axes in the order of drawing: an axis comes after those that its condition names.
+        """Return the axes in the order of drawing: an axis comes after those that its condition names.
 
         Raises:
-            CycleError: axes depend on each other in a circle.
+            CycleError: the conditions form a cycle.
         """
         needs = {key: [other for other in axis.when if other in self.space] for key, axis in self.space.items()}
         return list(TopologicalSorter(needs).static_order())
 
-    def suggest(self, sampler: Sampler, base: Mapping[str, Any]) -> dict[str, Any]:
+    def suggest(self, sampler: Sampler, base: Mapping[str, object]) -> Values:
         """Draw a value for every axis whose condition holds.
 
         Args:
             sampler: an Optuna trial; asked again, it gives the same values.
             base: settings by dotted key, for conditions on settings that are not axes.
         """
-        values: dict[str, Any] = {}
+        values: Values = {}
         for key in self.order():
             axis = self.space[key]
             if all(values.get(other, base.get(other)) in allowed for other, allowed in axis.when.items()):
                 values[key] = axis.suggest(key, sampler)
         return values
 
-    def complete(self, values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a trial that was drawn before some axes were there: these had the sweep's setting until then.
+    def complete(self, values: Mapping[str, Scalar], base: Mapping[str, Any]) -> Values:
+        """Return the values of a trial, with the sweep's setting on axes that were added after it was drawn.
 
         Args:
             values: as they were drawn.
             base: settings by dotted key.
         """
-        found = dict(values)
+        completed = dict(values)
         for key in self.order():
             when = self.space[key].when
-            if key not in found and all(
-                found.get(other, base.get(other)) in allowed for other, allowed in when.items()
+            if key not in completed and all(
+                completed.get(other, base.get(other)) in allowed for other, allowed in when.items()
             ):
-                found[key] = base[key]
-        return found
+                completed[key] = base[key]
+        return completed
+
+
+def _whole_numbers(axis: Axis) -> list[int]:
+    """Return the extremes of an axis of whole numbers; anything else has been refused before it matters."""
+    return [int(value) for value in axis.extremes() if value is not None]

@@ -1,4 +1,4 @@
-"""The version of the code that runs."""
+"""The version of the running code."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ SOURCES = ("data", "model", "sweep")
 
 @functools.cache
 def code_version() -> str:
-    """The version of this project, and a hash over its source files: equal where the code is."""
+    """Return the version of this project and a hash of its source files."""
     content = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for package in SOURCES:
@@ -18,6 +18,6 @@ def code_version() -> str:
             content.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     try:
         version = metadata.version("speech-llm-sweep")
-    except metadata.PackageNotFoundError:  # run from a working directory that was shipped as it is
+    except metadata.PackageNotFoundError:  # run from sources that were not installed, as in a Ray job
         version = "source"
     return f"{version}+{content.hexdigest()[:10]}"

@@ -1,5 +1,7 @@
-"""What a sweep needs before it starts: corpus and models are looked at, and every structure that the search may ask for
-is built without weights, so that a mistake is one line now and not a failed trial later."""
+"""Check the inputs of a sweep before it starts: the corpus, the models, and every model structure of the search.
+
+The structures are built without weights. A mistake is then one line at the start, and not a failed trial hours later.
+"""
 
 from data.errors import UserError
 from data.loading.tasks import answer_sets, has_audio
@@ -13,17 +15,17 @@ from sweep.search.candidates import resolve_candidate, structures
 
 
 def resolve_inputs(config: Config) -> ResolvedConfig:
-    """Make what is built in, and check the rest.
+    """Resolve a configuration, and check its corpus, its models and the structures of its search.
 
     Raises:
-        UserError: a shard is missing or corrupt, a split has nothing for a task, a label that there is not has a
-            weight, an example does not fit, a model is not to be found or does not fit its settings, or the corpus has
-            no sound and an axis wants it.
+        UserError: a shard is missing or corrupt, a split has no items of a task, an unknown label has a weight, an
+            example is too long, a model is missing or does not fit its settings, or a modality needs audio and the
+            corpus has none.
     """
     resolved = resolve(config)
     shards = open_shards(resolved)
     shards.verify()
-    check_sound(resolved, has_audio(shards))
+    check_audio(resolved, has_audio(shards))
     measured = set()
     for values in structures(resolved):
         trial = resolve_candidate(resolved, values)
@@ -38,13 +40,13 @@ def resolve_inputs(config: Config) -> ResolvedConfig:
 
 
 def _lengths(config: Config) -> str:
-    """The settings that decide how long an example is: others need not be measured anew."""
-    lora = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
-    return repr((config.model.model_dump(exclude=lora), config.tasks.active(), config.data.fold))
+    """Return the settings on which the lengths of examples depend; they are measured once for each."""
+    irrelevant = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
+    return repr((config.model.model_dump(exclude=irrelevant), config.tasks.active(), config.data.fold))
 
 
 def skeleton(config: ResolvedConfig) -> SpeechLLM:
-    """The model of a configuration without its weights.
+    """Return the model of a configuration without its weights.
 
     Raises:
         UserError: see `SpeechLLM`.
@@ -53,12 +55,16 @@ def skeleton(config: ResolvedConfig) -> SpeechLLM:
     return SpeechLLM(config.model, answer_sets(shards, config.tasks.active()), "meta")
 
 
-def check_sound(config: Config, audible: bool) -> None:
-    """Raise a UserError where a modality needs sound and the corpus has none."""
+def check_audio(config: Config, has_audio: bool) -> None:
+    """Check that the corpus has audio if a modality needs it.
+
+    Raises:
+        UserError: it has none.
+    """
     axis = config.search.space.get("model.modality")
-    wanted = [config.model.modality] if axis is None else axis.extremes()
-    if any(modality != "text" for modality in wanted) and not audible:
+    modalities = [config.model.modality] if axis is None else axis.extremes()
+    if any(modality != "text" for modality in modalities) and not has_audio:
         raise UserError(
-            f"{config.data.shards}: model.modality {' / '.join(map(str, wanted))} needs sound and this corpus is text "
-            "only; use --set model.modality=text, or prepare the corpus with --audio"
+            f"{config.data.shards}: model.modality {' / '.join(map(str, modalities))} needs audio, and this corpus is "
+            "text only; use --set model.modality=text, or prepare the corpus with --audio"
         )

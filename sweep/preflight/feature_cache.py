@@ -82,7 +82,7 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
 def _options(key: str, axis: Axis) -> Sequence[Scalar]:
     """Return the values of an axis that are worth telling apart; none of a continuous axis."""
     if key.startswith(SIGN_ONLY):
-        return list({value > 0: value for value in axis.extremes()}.values())
+        return axis.by_sign()
     if axis.choices is not None:
         return list(axis.choices)
     low, high, step = axis.low, axis.high, axis.step or 1

@@ -7,8 +7,8 @@ from typing import TypeGuard
 
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.config.space import Axis, Scalar
-from sweep.search.candidates import Candidate, Values, draw, representatives, resolve_candidate
+from sweep.config.space import Axis, Scalar, Values
+from sweep.search.candidates import Candidate, draw, representatives, resolve_candidate
 
 MAX_PROFILES = 16
 # Settings that change neither time nor memory, or by a hundredth. All other settings count.
@@ -87,14 +87,17 @@ def trial_profiles(config: Config, all_values: bool = False) -> tuple[list[Trial
     total = sum(candidate.weight for candidate in drawn)
     profiles = []
     for group in map(groups.__getitem__, names):
-        values = max(
-            (member.values for member in group), key=lambda values: [values.get(key, 0) for key in LARGEST_ONLY]
-        )
+        values = max((member.values for member in group), key=_size)
         trial = resolve_candidate(config, values)
         if trial is not None:
             relevant = {key: value for key, value in values.items() if is_relevant(key)}
             profiles.append(TrialProfile(relevant, trial, sum(member.weight for member in group) / total))
     return profiles, len(groups) - len(names)
+
+
+def _size(values: Values) -> list[float]:
+    """Return the order of the trials of a profile; the largest one represents all."""
+    return [value if _is_number(value := values.get(key)) else 0 for key in LARGEST_ONLY]
 
 
 def is_relevant(key: str) -> bool:
@@ -138,10 +141,11 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _options(key: str, axis: Axis, all_values: bool) -> list[Scalar]:
     """Return the values of an axis that are worth telling apart."""
     values = axis.extremes()
-    if not all(map(_is_number, values)):
+    numbers = list(filter(_is_number, values))
+    if len(numbers) < len(values):
         return values
     if key.startswith(SIGN_ONLY):
-        return list({value > 0: value for value in values}.values())
+        return axis.by_sign()
     if all_values:
-        return sorted(values)
-    return [max(values)] if key in LARGEST_ONLY else list(dict.fromkeys((min(values), max(values))))
+        return [*sorted(numbers)]
+    return [max(numbers)] if key in LARGEST_ONLY else list(dict.fromkeys((min(numbers), max(numbers))))

@@ -8,18 +8,17 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data.errors import ConfigError
 from sweep.config.loader import flat
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
-from sweep.config.space import FOLD, Axis
+from sweep.config.space import FOLD, Axis, Scalar, Values
 
 STRUCTURE = ("model.", "tasks.", FOLD)  # axes that change what is built, or what it is built for
 MOST = 1024  # combinations that are looked at; of more, as many are drawn at random
-Values = dict[str, Any]  # of axes, by dotted key
-Options = Mapping[str, Sequence[Any]]  # values of axes that are combined, by dotted key
+Options = Mapping[str, Sequence[Scalar]]  # values of axes that are combined, by dotted key
 
 
 class Candidate(NamedTuple):
@@ -77,13 +76,13 @@ def representatives(config: Config, options: Options) -> list[Candidate]:
     return sorted(found, key=rank)
 
 
-def draw(config: Config, wanted: Mapping[str, Any]) -> Values:
+def draw(config: Config, wanted: Mapping[str, Scalar]) -> Values:
     """Return the values of a trial: the wanted ones where their conditions hold, and the first value of other axes."""
     [candidate] = candidates(config, _fixed(config, wanted))
     return candidate.values
 
 
-def resolve_candidate(config: Config, values: Mapping[str, Any]) -> ResolvedConfig | None:
+def resolve_candidate(config: Config, values: Mapping[str, Scalar]) -> ResolvedConfig | None:
     """Return the configuration of a trial with these values; None if they are allowed singly and not together."""
     try:
         return resolve(config.for_trial(values))
@@ -110,14 +109,14 @@ def structures(config: Config) -> Iterator[Values]:
             yield structural
 
 
-def _fixed(config: Config, wanted: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def _fixed(config: Config, wanted: Mapping[str, Scalar]) -> dict[str, Sequence[Scalar]]:
     """Return one option for each axis: the wanted value, or else the first or lowest one."""
     return {key: [wanted.get(key, axis.extremes()[0])] for key, axis in config.search.space.items()}
 
 
-def _under_conditions(space: Mapping[str, Axis], key: str, value: Any) -> Values:
+def _under_conditions(space: Mapping[str, Axis], key: str, value: Scalar) -> Values:
     """Return a value of an axis, with values of other axes under which it is drawn, if there are such."""
-    values = {key: value}
+    values: Values = {key: value}
     for name, allowed in space[key].when.items():
         possible = [choice for choice in allowed if name in space and space[name].contains(choice)]
         values |= _under_conditions(space, name, possible[0]) if possible else {}
