@@ -98,7 +98,7 @@ CORPORA = {
     "manifest": (cut("manifest.json"), "manifest.json: file: Invalid JSON"),
     "index": (cut("index-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
     "no val": (no_val, "the val split has no items for the task classify (needs a labelled turn)"),
-    "text only": (text_only, "model.modality text+speech needs sound and this corpus is text only"),
+    "text only": (text_only, "model.modality text+speech needs audio, and this corpus is text only"),
     "shard": (cut("shard-*"), "arrow: the file is corrupt (its sha256 is not the manifest's)"),
 }
 

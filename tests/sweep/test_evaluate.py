@@ -167,7 +167,7 @@ def test_training_a_finished_trial_changes_nothing(trial: Path) -> None:
     assert (outcome.code, results(trial)) == (0, before)
     assert "epoch 2/2" in outcome.out
     other = complaint(sweep("train", "good.yaml", "--out", "trial", "--set", "seed=3"))
-    assert other.startswith("trial: started with other settings (seed: 0 → 3)")
+    assert other.startswith("trial: started with different settings (seed: 0 → 3)")
     assert results(trial) == before
 
 

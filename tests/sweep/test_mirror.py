@@ -218,8 +218,8 @@ def test_mirror_writes_nothing_outside_the_folder(tmp_path: Path) -> None:
 
 def test_unusable_mirror_settings_are_refused(here: Path) -> None:
     for wrong, why in (
-        ("storage.mirror=/data/copy", "is no store"),
-        ("storage={mirror: 's3://b/p', ledger: 'sqlite:///l.db'}", "a ledger in SQLite is not copied"),
+        ("storage.mirror=/data/copy", "is not the URL of a store"),
+        ("storage={mirror: 's3://b/p', ledger: 'sqlite:///l.db'}", "a SQLite database is not copied"),
     ):
         assert why in complaint(sweep("run", "good.yaml", "--set", wrong))
     shutil.rmtree("runs", ignore_errors=True)

@@ -181,10 +181,10 @@ def test_file_that_is_no_database_is_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        (f"postgresql://me:{SECRET}@host/db", "holds a password"),
-        (f"postgresql://me@host/db?password={SECRET}", "holds a password"),
-        (f"postgresql://me@host/db?sslpassword={SECRET}", "holds a password"),
-        ("mysql://me@host/db", "'mysql://me@host/db' is no database that a ledger can lie in"),
+        (f"postgresql://me:{SECRET}@host/db", "contains a password"),
+        (f"postgresql://me@host/db?password={SECRET}", "contains a password"),
+        (f"postgresql://me@host/db?sslpassword={SECRET}", "contains a password"),
+        ("mysql://me@host/db", "'mysql://me@host/db' is not a database for a study"),
         ("sqlite://", "no database"),
         ("sqlite:///:memory:", "no database"),
         ("postgresql://me@host", "no database"),
