@@ -21,6 +21,7 @@ from sweep.execution.cluster import ClusterError
 from sweep.execution.tune import SweepAbortedError
 from sweep.runner import Outcome, SweepRunner
 from sweep.search.study import TrialRecord
+from tests.sweep.common import sweep
 
 (EXAMPLE,) = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/sweep.md").read_text(encoding="utf-8"), flags=re.DOTALL
@@ -83,6 +84,10 @@ def test_sweep_resumes_in_a_thread_and_prints_nothing(notebook: Path, capsys: py
     assert (first.state, first.exit_code, first.message, len(first.trials)) == ("unfinished", 75, message, 2)
     assert (second.state, second.folder, second.trials[:2]) == ("done", Path("runs/t"), first.trials)
     assert capsys.readouterr().out == ""
+    ended = sweep("run", "good.yaml", "--set", "train.epochs=1", "--trials", 3)
+    assert (ended.code, ended.out.splitlines()[-1]) == (0, second.message)
+    assert re.search(r"^2 +COMPLETE +0.70", ended.out, flags=re.MULTILINE)
+    assert re.search(r"^reproduce:  .*sweep train runs/t/config.yaml", ended.out, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
