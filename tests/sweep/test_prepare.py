@@ -1,4 +1,4 @@
-"""`sweep prepare`: every format becomes shards with a report, through Ray and after a kill; `sweep inspect` shows them."""
+"""`sweep prepare`: a format becomes shards with a report, through Ray and after a kill; `sweep inspect` shows them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.data.makers import MAKERS, Said, write
 from tests.model import voices
 from tests.sweep.common import sweep, tree
 
-SESSIONS = 6
+SESSIONS = 8
 LABELS = {"therapist": ("question", "reflection", "other"), "client": ("change", "neutral", "sustain")}
 # Sessions of different words that all have every label, in turns of two seconds.
 DIALOGUES = {
@@ -53,8 +53,9 @@ def test_format_becomes_shards_with_a_report(name: str, tmp_path: Path, monkeypa
     command = ["prepare", maker.format, source, "--config", "settings.yaml", "--out", "new"]
     if maker.times:
         (audio := tmp_path / "audio").mkdir()
+        rng = np.random.default_rng(0)
         for session in DIALOGUES:
-            noise = np.random.default_rng(0).standard_normal(24 * SAMPLE_RATE) * 0.05
+            noise = rng.standard_normal(24 * SAMPLE_RATE) * 0.05
             soundfile.write(audio / maker.audio.format(session), noise, SAMPLE_RATE)
         command += ["--audio", audio]
     outcome = sweep(*command)
