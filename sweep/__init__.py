@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sweep.runner import Outcome
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def run_sweep(
     config: str | Path,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     *,
     trials: int | None = None,
     out: str | Path | None = None,

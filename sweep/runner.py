@@ -184,8 +184,8 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
                 mirror.check()
 
         claim_folder(config, folder)
-        if ended := end_orphans(folder):
-            listener.say(f"ended {len(ended)} processes that a killed run had left behind")
+        if orphans := end_orphans(folder):
+            listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop), True
         if trials_left(config, runner.study.trials()) or not is_shipped(folder) or not still_has(config, folder):
             resolved = resolved or check_inputs(config, listener)
@@ -208,8 +208,8 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
     if mirror is not None and not mirror.complete:
         message = "unfinished: the mirror lacks some files; rerun the same command to copy them"
         return outcome("unfinished", ExitCode.UNFINISHED, message)
-    found = progress(config, trials)
-    counts = {"complete": found.complete, "pruned": found.pruned, "failed": found.failed}
+    ended = progress(config, trials)
+    counts = {"complete": ended.complete, "pruned": ended.pruned, "failed": ended.failed}
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return outcome("done", ExitCode.DONE, f"done: {listed}; the best is trial {best.number} ({folder})")
 

@@ -160,8 +160,8 @@ def report(
     from sweep.tracking.report_artifacts import to_mlflow
 
     study = open_study_store(folder)
-    others = {other.resolve(): other for other in beside if other.resolve() != folder.resolve()}
-    opened = [open_study_store(other) for other in others.values()]
+    folders = {path.resolve(): path for path in beside if path.resolve() != folder.resolve()}
+    opened = [open_study_store(path) for path in folders.values()]
     with console.status("drawing"):
         verdict, written = page.write(study, folder, out or folder / "report", opened, reference)
     for line in verdict:

@@ -97,14 +97,14 @@ def _preview(config: Config, folder: Path) -> None:
     from sweep.execution.trial import open_shards
     from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
     from sweep.preflight.plan import preview_plan
-    from sweep.preflight.preview import preview
+    from sweep.preflight.preview import preview as preview_sweep
 
     resolved = None if missing(config) else resolve(config)
-    found = preview(config, folder, open_shards(resolved).fingerprint if resolved else None)
-    console.print(preview_table(found))
-    if found.refused:
+    preview = preview_sweep(config, folder, open_shards(resolved).fingerprint if resolved else None)
+    console.print(preview_table(preview))
+    if preview.refused:
         sys.exit(ExitCode.BAD_INPUT)
-    if resolved and (found.resumed or found.points or found.drawn):
+    if resolved and (preview.resumed or preview.points or preview.drawn):
         cache = cache_folder(config, folder)
         for request, _ in cache_requests(resolved, cache):
             print_line(describe(request))

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
@@ -21,16 +21,26 @@ from sweep.cli.run import load_config
 from sweep.config.schema import Config
 from sweep.execution.signals import ExitCode
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobStatus
+
 PACKAGES = ("data", "model", "sweep")
 SOURCES = ("*.py", "*.yaml", "*.j2")
 STOP_SECONDS = 90  # between the signal and the end of a job that is stopped: time for a checkpoint
 RETRY_SECONDS = 3.0  # between two attempts to follow a log
 
 
+class JobInfo(Protocol):
+    """The part of `ray.job_submission.JobDetails` that is used here."""
+
+    status: "JobStatus"
+    driver_exit_code: int | None
+
+
 class JobClient(Protocol):
     """The part of `ray.job_submission.JobSubmissionClient` that is used here."""
 
-    def submit_job(self, **job: Any) -> str:
+    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, object]) -> str:
         """Start a job, and return its id."""
 
     def tail_job_logs(self, job: str) -> AsyncIterator[str]:
@@ -39,7 +49,7 @@ class JobClient(Protocol):
     def get_job_logs(self, job: str) -> str:
         """Return the log so far."""
 
-    def get_job_info(self, job: str) -> Any:
+    def get_job_info(self, job: str) -> JobInfo:
         """Return status and exit code."""
 
 
@@ -108,9 +118,9 @@ def connect(address: str | None) -> JobClient:
         client: JobClient = JobSubmissionClient(address)
         return client
     except Exception as error:
-        shown = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "no address"
+        name = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "no address"
         raise ClusterError(
-            f"{shown}: no job server answers ({reason(error)}); give --address http://HEAD:8265, and a token if the "
+            f"{name}: no job server answers ({reason(error)}); give --address http://HEAD:8265, and a token if the "
             "server requires one"
         ) from None
 

@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from sweep.execution import orphans
 
+Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -36,7 +38,7 @@ class StopRequest:
         self.requested = threading.Event()
         self.graceful = False
         self.exits = exits
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 # Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
 # result, while Tune would write all trials to disk again and again.
@@ -27,6 +27,7 @@ os.environ.update(
 
 import ray
 import ray.tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -35,7 +36,7 @@ from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.space import Scalar
 from sweep.execution.cluster import ClusterError
-from sweep.execution.job import TrialJob
+from sweep.execution.job import FitReport, TrialJob
 from sweep.execution.mailbox import StopEvent
 from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
@@ -89,15 +90,15 @@ class StudySearcher(Searcher):
         self.stopping = False
         self.fault: tuple[str, str] | None = None  # message and kind of a failure that hits every trial
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return nothing: Tune saves its searcher, and the study must not be copied."""
         return {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+    def set_search_properties(self, *_: object, **__: object) -> bool:
         """Accept Tune's settings; the study has its own."""
         return True
 
-    def suggest(self, trial_id: str) -> Any:
+    def suggest(self, trial_id: str) -> dict[str, TrialJob] | str:
         """Return the configuration of the next Tune trial, or FINISHED."""
         self.check()
         while not self.stopping:
@@ -116,20 +117,20 @@ class StudySearcher(Searcher):
                 continue
             self.numbers[trial_id] = number
             return {"job": job}
-        return Searcher.FINISHED
+        return str(Searcher.FINISHED)
 
-    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def report(self, trial_id: str, result: FitReport) -> bool:
         """Report an epoch to the study, and return whether the trial ends here."""
         self.check()
         return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: FitReport | None = None, error: bool = False) -> None:
         """Record how a trial ended."""
         number = self.numbers.pop(trial_id, None)
         if number is None:
             return
         self.check()
-        result = result or {}
+        result = result or FitReport()
         if result.get("finished"):
             self.study.complete(number)
         elif result.get("interrupted"):
@@ -137,7 +138,7 @@ class StudySearcher(Searcher):
         elif result.get("common"):
             self._abort(result["failed"], result["reason"])
         elif "failed" in result:
-            self._fail(number, result["failed"], result["reason"])
+            self._fail(number, result["failed"], cast("Reason", result["reason"]))
         elif error and not self.stopping:
             self._fail(number, "its workers were lost too often", "workers lost")
         try:
@@ -174,10 +175,11 @@ class StudyScheduler(FIFOScheduler):
         super().__init__()
         self.searcher = searcher
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
+        """Return nothing, as the searcher does."""
         return {}
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: object, trial: Trial, result: FitReport) -> str:
         """Report the epoch, and return Tune's decision."""
         ended = self.searcher.report(trial.trial_id, result)
         decision: str = TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
