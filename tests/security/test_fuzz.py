@@ -199,9 +199,9 @@ def test_a_poisoned_index_is_refused_where_it_is_read(corpus: Shards, tmp_path: 
     index, path = corpus.index, folder / corpus.manifest.index
     row = corpus.columns["n_samples"].index(max(corpus.columns["n_samples"]))
     for column, value, said in (
-        ("text", None, "text has holes"),
-        ("shard", 99, f"row {row} lies in no shard"),
-        ("offset", -1, f"row {row} lies in no shard"),
+        ("text", None, "text contains null values"),
+        ("shard", 99, f"the location of row {row} is invalid"),
+        ("offset", -1, f"the location of row {row} is invalid"),
         ("n_samples", 2**30, "is corrupt"),
         ("length", 2**40, "is corrupt"),
     ):

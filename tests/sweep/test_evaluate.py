@@ -215,7 +215,7 @@ def test_a_trial_of_a_sweep_says_the_numbers_and_the_sweep_does_not(here: Path) 
     own = load("s/trials/0000/config.yaml")
     assert own == with_class_weights(config.for_trial(values), open_shards(resolved))
     assert isinstance(own.train.class_weights, dict)
-    assert Config.model_validate_json(job["config"]).train == own.train
+    assert Config.model_validate_json(job.config).train == own.train
     assert attempt.make_job(resolved, 0, values) == job, "as a resumed trial has it"
     claim_folder(load("good.yaml", asked), here / "s")
     assert load("s/config.yaml").train.class_weights == "balanced"
@@ -237,7 +237,7 @@ def test_a_trial_on_a_fold_has_the_numbers_and_the_teacher_of_its_own_training_s
     for fold in range(3):
         job = attempt.make_job(resolve_inputs(config), fold, {"data.fold": fold})
         own = load(f"s/trials/000{fold}/config.yaml")
-        assert (own.data.fold, json.loads(job["config"])["data"]["fold"]) == (fold, fold)
+        assert (own.data.fold, json.loads(job.config)["data"]["fold"]) == (fold, fold)
         assert own == with_class_weights(config.for_trial({"data.fold": fold}), Shards(shards.folder, fold))
         weights.append(own.train.class_weights)
     assert weights[0] != weights[1] != weights[2]
