@@ -1,15 +1,15 @@
-"""A Ray cluster of several nodes on this machine: a head and nodes as processes of their own, with a token."""
+"""A Ray cluster of several nodes on this machine: a head and nodes as processes, which require a token."""
 
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,31 +18,29 @@ import psutil
 
 from tests.sweep.common import sweep
 
-RAY = str(Path(os.sys.executable).parent / "ray")  # type: ignore[attr-defined]
+RAY = str(Path(sys.executable).parent / "ray")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses now."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Return free ports of the loopback interface."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
-    """What the condition gives, once it gives something."""
+    """Wait until the condition returns something true, and return it."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"never came: {what()}"
         time.sleep(0.1)
-    return found
+    return value
 
 
 def settings(models: Path, shards: Path, epochs: int, trials: int, **changed: Any) -> dict[str, Any]:
-    """A sweep whose trials train an encoder, so that it takes long enough to be disturbed."""
+    """Return a sweep whose trials train an encoder, so that it takes long enough to be disturbed."""
     return {
         "name": "job",
         "data": {"shards": str(shards), "history": 1, "reader": "ray"},
@@ -60,18 +58,18 @@ def settings(models: Path, shards: Path, epochs: int, trials: int, **changed: An
 
 
 def epochs(out: Path) -> int:
-    """That all trials of a sweep have finished so far."""
+    """Return how many epochs all trials of a sweep have finished."""
     return sum(path.read_text().count('"macro_f1"') for path in out.glob("trials/*/metrics.jsonl"))
 
 
 def trials(out: Path) -> list[dict[str, Any]]:
-    """What `sweep status` says of each."""
+    """Return the trials of `sweep status`."""
     return list(json.loads(sweep("status", out, "--json").out)["trials"])
 
 
 @dataclass
 class Cluster:
-    """Nodes that are up, and what a client needs to reach them."""
+    """Running nodes, and what a client needs to connect."""
 
     folder: Path
     environment: dict[str, str]
@@ -86,62 +84,50 @@ class Cluster:
         words += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", *more]
         words += [f"--ray-client-server-port={client}"] if head else [f"--address={self.address}"]
         log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
-        process = subprocess.Popen(
-            words, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
-        )
-        self.nodes.append(process)
-        return process
+        options = {"env": self.environment, "stdout": log, "stderr": log, "cwd": self.folder}
+        self.nodes.append(subprocess.Popen(words, start_new_session=True, **options))
+        return self.nodes[-1]
 
     def state(self, *words: str) -> str:
-        """What `ray …` says about the cluster."""
+        """Return the output of `ray …`."""
         run = [RAY, *words]
         return subprocess.run(run, env=self.environment, capture_output=True, text=True, check=True, cwd="/").stdout
 
     def listed(self, *words: str) -> list[dict[str, Any]]:
-        """What `ray list …` says."""
-        said = self.state("list", *words, "--address", self.server, "--format", "json")
-        found: list[dict[str, Any]] = json.loads(said) if said.lstrip().startswith("[") else []
-        return found
+        """Return the rows of `ray list …`."""
+        output = self.state("list", *words, "--address", self.server, "--format", "json")
+        return json.loads(output) if output.lstrip().startswith("[") else []
 
     def answers(self, *words: str) -> bool:
-        """Whether `ray …` succeeds."""
+        """Return whether `ray …` succeeds."""
         return subprocess.run([RAY, *words], env=self.environment, capture_output=True, check=False).returncode == 0
 
 
-def processes_of(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A node's own process and all below it."""
-    try:
-        root = psutil.Process(node.pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def kill(node: subprocess.Popen[bytes]) -> None:
-    """End a node at once with all that runs on it, as a machine that is switched off."""
-    own = processes_of(node)
-    for process in own:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(own, timeout=20)
+    """End a node and all its processes at once, as a machine that is switched off."""
+    with suppress(psutil.NoSuchProcess):
+        processes = [(root := psutil.Process(node.pid)), *root.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=20)
     node.wait(20)
 
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """A head with one CPU; only those with the token get in."""
-    # Names of sockets are limited, so not under pytest's folder.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as place:
-        folder = Path(place)
+    """Run a head with one CPU, to which only those with the token can connect."""
+    # The length of socket names is limited, so not under pytest's folder.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         (folder / "token").write_text(secrets.token_hex(32))
         port, dashboard = free_ports(2)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-        environment["PATH"] = f"{Path(RAY).parent}:{environment['PATH']}"  # as in a virtual environment that is active
-        environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        made = Cluster(folder, environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+        server = f"http://127.0.0.1:{dashboard}"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        # As in a virtual environment that is active.
+        environment |= {"RAY_API_SERVER_ADDRESS": server, "PATH": f"{Path(RAY).parent}:{environment['PATH']}"}
+        made = Cluster(folder, environment, f"127.0.0.1:{port}", server)
         try:
             head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
             made.add("--head", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", *head, head=True)

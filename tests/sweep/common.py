@@ -1,4 +1,4 @@
-"""Small sweeps and commands for the tests of this folder, run by hand and without Ray."""
+"""Small sweeps whose trials are reported by hand, and commands that run in this process."""
 
 import contextlib
 import io
@@ -39,33 +39,35 @@ Asked = tuple[int, dict[str, Any]]
 
 
 def settings(**search: Any) -> Config:
-    own = {"trials": 9, "startup_trials": 4, "space": SPACE, "points": POINTS, "pruning": None}
-    return parse({"name": "test", "train": {"epochs": 4}, "search": own | search}, "test")
+    """Return a sweep of nine trials in four dimensions."""
+    defaults = {"trials": 9, "startup_trials": 4, "space": SPACE, "points": POINTS, "pruning": None}
+    return parse({"name": "test", "train": {"epochs": 4}, "search": defaults | search}, "test")
 
 
 def pruned(audit: float = 0.0, **search: Any) -> Config:
+    """Return the same sweep with pruning."""
     return settings(pruning={"first_epoch": 2, "after_trials": 4, "audit": audit}, **search)
 
 
 def ask(study: StudyStore, count: int) -> list[Asked]:
     """Start trials that run at the same time."""
-    found: list[Asked] = []
+    running: list[Asked] = []
     for _ in range(count):
-        asked = study.ask([number for number, _ in found], 99)
+        asked = study.ask([number for number, _ in running], 99)
         assert asked is not None
-        found.append(asked)
-    return found
+        running.append(asked)
+    return running
 
 
 def report(study: StudyStore, number: int, *values: float) -> list[bool]:
-    """Epochs from the first on, as a trial reports them, also when it goes on after a kill."""
+    """Report the epochs of a trial from the first one, also when it resumes after a kill."""
     name = study.config.search.metric
     epochs = enumerate(values, start=1)
     return [study.report(number, epoch, {name: value, "steps": 10 * epoch}) for epoch, value in epochs]
 
 
 def play(study: StudyStore, target: int) -> Iterator[Asked]:
-    """Run trials one after another to their ends; each value is a function of the number."""
+    """Run trials to their ends, one after another; the values are a function of the number."""
     while (asked := study.ask([], target)) is not None:
         number = asked[0]
         if not any(report(study, number, *(number * 7 % 5 + epoch for epoch in range(4)))):
@@ -75,7 +77,7 @@ def play(study: StudyStore, target: int) -> Iterator[Asked]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """How a command ended."""
 
     code: int
     out: str
@@ -98,13 +100,13 @@ def sweep(*args: object) -> Outcome:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything under a folder, with its content."""
+    """Return every path below a folder, with its content."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def refused(here: Path, *args: object) -> str:
-    """The one error of a command that must leave the folder as it was."""
+    """Return the error of a command, which must leave the folder as it was."""
     before = tree(here)
     outcome = sweep(*args)
     assert tree(here) == before
@@ -113,7 +115,7 @@ def refused(here: Path, *args: object) -> str:
 
 
 def complaint(outcome: Outcome) -> str:
-    """The one error of a command that ended with the code for bad input."""
+    """Return the only error of a command that ended with the exit code for bad input."""
     assert outcome.code == 2
     start, message = outcome.err.split("error: ")
     assert (start, "Traceback" in message) == ("", False)

@@ -1,4 +1,4 @@
-"""Fixtures of this folder: a place to give commands in, and a sweep for the tracker."""
+"""Fixtures of this folder: a working folder for commands, and a sweep for the tracker."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CSV = {
 
 @pytest.fixture(scope="session")
 def place(models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Settings, CSV files and a folder that is taken."""
+    """Return a folder with settings, CSV files and a folder that is not empty."""
     model = {"encoder": {"path": str(models / "hubert-group")}, "llm": {"path": str(models / "llm")}}
     data = {"shards": str(corpus.folder), "history": 2, "reader": "local"}
     train = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}
@@ -49,6 +49,7 @@ def place(models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a trained trial."""
     folder = tmp_path_factory.mktemp("trained") / "trial"
     assert sweep("train", place / "good.yaml", "--out", folder).code == 0
     return folder
@@ -56,7 +57,7 @@ def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a test: a copy of `place`."""
+    """Work in a copy of `place`; a sweep that would start Ray fails."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     disable_progress_bar()  # as main() does before transformers is imported
     monkeypatch.chdir(tmp_path)
@@ -66,13 +67,13 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def trial(here: Path, trained: Path) -> Path:
-    """The folder of a trained trial, in the working folder."""
+    """Return a copy of the trained trial in the working folder."""
     return Path(shutil.copytree(trained, here / "trial"))
 
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making one costs seconds."""
+    """Return an empty MLflow database, which takes seconds to create."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -80,7 +81,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a sweep with a complete, a pruned, a failed and a running trial."""
+    """Return the folder of a sweep with a complete, a pruned, a failed and a running trial."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(database, tmp_path)
     (folder := tmp_path / "sweep").mkdir()
@@ -99,10 +100,11 @@ def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def server(database: Path, tmp_path: Path) -> Iterator[Server]:
-    (place := tmp_path / "server").mkdir()
-    own = Server(place, database)
+    """Run an MLflow server."""
+    (folder := tmp_path / "server").mkdir()
+    server = Server(folder, database)
     try:
-        own.start()
-        yield own
+        server.start()
+        yield server
     finally:
-        own.kill()
+        server.kill()

@@ -1,4 +1,4 @@
-"""Searches whose trials are played, not trained: what a trial says follows from its parameters and its seed."""
+"""Searches whose trials are played, not trained: predictions follow from the parameters and the seed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,30 +33,29 @@ SESSIONS, TURNS, FOLDS = 16, 24, 3
 
 
 def settings(**search: Any) -> Config:
-    """A sweep over some points, and drawn trials behind them."""
-    own = {"trials": 6, "pruning": None, "space": SPACE, "points": POINTS}
-    return parse({"name": "played", "train": {"epochs": 2}, "search": own | search}, "test")
+    """Return a sweep over some points, followed by drawn trials."""
+    defaults = {"trials": 6, "pruning": None, "space": SPACE, "points": POINTS}
+    return parse({"name": "played", "train": {"epochs": 2}, "search": defaults | search}, "test")
 
 
 def said(params: Mapping[str, Any], seed: int, split: str = "val") -> list[Record]:
-    """Predictions of a trial: speech knows 8 of 10, text 6 of 10; whatever else differs matters little."""
+    """Return the predictions of a trial: speech is right for 8 of 10, text for 6; the rest matters little."""
     skill = (0.8 if params.get("model.modality", "speech") == "speech" else 0.6) + 0.001 * params["model.lora.rank"]
     items = np.random.default_rng([1 if split == "val" else 2])
     labels = items.choice(LABELS, SESSIONS * TURNS)
     drawn = np.random.default_rng([seed, int(1e6 * params["train.learning_rate"]), params["model.lora.rank"]])
-    found = []
-    for place, label in enumerate(labels):
+    records = []
+    for index, label in enumerate(labels):
         prediction = str(label) if drawn.random() < skill else str(drawn.choice(LABELS))
-        scores = tuple(0.0 if known == prediction else -2.0 for known in LABELS)
-        name = f"{split}{place % SESSIONS}"
-        found.append(
-            Record(f"{name}/{place}", "classify", name, "client", None, str(label), prediction, scores, 1.0, 2)
-        )
-    return found
+        scores = tuple(0.0 if name == prediction else -2.0 for name in LABELS)
+        session = f"{split}{index % SESSIONS}"
+        key = f"{session}/{index}"
+        records.append(Record(key, "classify", session, "client", None, str(label), prediction, scores, 1.0, 2))
+    return records
 
 
 def held(records: Sequence[Record], params: Mapping[str, Any], split: str = "val") -> list[Record]:
-    """Those that a trial on a fold predicts: of FOLDS, `data.fold` is for test, and the next one for validation."""
+    """Return the records that a trial on a fold predicts: `data.fold` is its test fold, and the next one validates."""
     if "data.fold" not in params:
         return list(records)
     part = (params["data.fold"] + (split == "val")) % FOLDS
@@ -64,22 +63,21 @@ def held(records: Sequence[Record], params: Mapping[str, Any], split: str = "val
 
 
 def write(folder: Path, records: Sequence[Record]) -> None:
-    """As a trial does."""
+    """Write predictions as a trial does."""
     content = {"labels": {"classify": LABELS}, "records": [asdict(record) for record in records]}
     (folder / "predictions.json").write_text(json.dumps(content))
 
 
 def played(config: Config, folder: Path) -> int:
-    """What `sweep run` does, without training anything; 0, as it ends."""
+    """Do what `sweep run` does without training anything, and return the exit code 0."""
     claim_folder(config, folder)
     study = StudyStore.open(folder, config)
     study.bind("f" * 16, "0+abc")
     while (asked := study.ask([], config.search.trials)) is not None:
         number, params = asked
-        own = trial_folder(folder, number)
-        own.mkdir(parents=True)
+        (trial := trial_folder(folder, number)).mkdir(parents=True)
         records = held(said(params, params.get("seed", 0)), params)
-        write(own, records)
+        write(trial, records)
         metrics = summarise(records, {"classify": LABELS}, {}) | {"seconds": 60.0 + number}
         for epoch in range(1, config.train.epochs + 1):
             study.report(number, epoch, metrics | {"steps": 12 * epoch})
