@@ -37,14 +37,18 @@ def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelC
 
 
 def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:
-    """A model for three tasks whose LoRA update is not the zero it starts as, so that it takes part in the test."""
+    """Return a model for three tasks, in evaluation mode."""
     seed_everything(seed)
-    model = SpeechLLM(settings(models, kind, **changed), ANSWERS)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return perturb_lora(SpeechLLM(settings(models, kind, **changed), ANSWERS)).eval()
+
+
+@torch.no_grad()
+def perturb_lora(model: SpeechLLM) -> SpeechLLM:
+    """Draw the LoRA update, which starts as zero and would take no part in a test."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1)
+    return model
 
 
 def replies(examples: list[Example]) -> list[Example]:

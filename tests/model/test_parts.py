@@ -135,7 +135,7 @@ def test_nothing_to_train_is_an_error(models: Path) -> None:
         ({"trainable": "llm", "modality": "text", "cls": "none", "lora": LORA}, "lora", "lora_A.default.weight"),
     ],
 )
-def test_what_would_stay_random_is_refused(changed: dict[str, Any], part: str, name: str, models: Path) -> None:
+def test_parts_that_would_stay_random_are_refused(changed: dict[str, Any], part: str, name: str, models: Path) -> None:
     with pytest.raises(ConfigError) as error:
         make(models, **changed)
     message = str(error.value)
