@@ -4,20 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from model.encoders.base import SpeechEncoder
 from tests.conftest import ENCODERS
-from tests.model.encoders import VARIANTS, fresh
+from tests.model.encoders import VARIANTS
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of every kind and variant."""
+    """The folder of every encoder kind and variant."""
     made = tmp_path_factory.mktemp("variants")
     for name, make in VARIANTS.items():
         make(made / name)
     return {name: models / name for name in ENCODERS} | {name: made / name for name in VARIANTS}
-
-
-@pytest.fixture
-def encoder(folders: dict[str, Path], request: pytest.FixtureRequest) -> SpeechEncoder:
-    return fresh(folders[request.param])

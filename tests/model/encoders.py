@@ -19,9 +19,9 @@ from model.encoders.spec_augment import draw_time_mask
 from tests import tiny_models
 from tests.model.common import close
 
-LONG = 6 * SAMPLE_RATE
-BELOW = 200  # samples: fewer than any kind but Whisper needs for a frame
-VARIANTS = {  # accepted too, but not of a published layout that ENCODERS has
+LONG = 7 * SAMPLE_RATE // 2  # several windows of Whisper, and distances that WavLM no longer tells apart
+BELOW = 200  # samples: too few for a frame of any kind but Whisper
+VARIANTS = {  # supported, but not in the layout of a published checkpoint
     "hubert-batch-norm": partial(tiny_models.random_hubert, norm="group", conv_pos_batch_norm=True),
     "hubert-without-specaugment": partial(tiny_models.random_hubert, norm="layer", mask_time_prob=0.0),
     "conformer-group": partial(tiny_models.random_conformer, positions="relative", norm="group"),
@@ -32,12 +32,12 @@ VARIANTS = {  # accepted too, but not of a published layout that ENCODERS has
 
 
 def fresh(folder: Path, dtype: str = "float32") -> SpeechEncoder:
-    """An encoder that no other test has."""
+    """Load an encoder that no other test has."""
     return load_encoder.__wrapped__(str(folder), "cpu", dtype)
 
 
 def noise(n_samples: int, seed: int) -> np.ndarray:
-    """A clip with a level and an offset of its own."""
+    """Return a clip with a random level and offset."""
     rng = np.random.default_rng(seed)
     return (rng.uniform(0.01, 0.3) * rng.standard_normal(n_samples) + rng.uniform(-0.05, 0.05)).astype(np.float32)
 
@@ -45,31 +45,42 @@ def noise(n_samples: int, seed: int) -> np.ndarray:
 CLIPS = [noise(n_samples, seed) for seed, n_samples in enumerate((MIN_SAMPLES, 5637, 20801, LONG))]
 
 
-def encode(
-    encoder: SpeechEncoder, clips: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None
-) -> list[Tensor]:
-    """The frames of each clip, of the length that the one formula says and zero beyond it."""
-    frames_BFD, lengths_B = encoder(clips, masks)
+def split(encoder: SpeechEncoder, frames_BFD: Tensor, lengths_B: Tensor, clips: Sequence[np.ndarray]) -> list[Tensor]:
+    """Return the frames of each clip, whose number must follow from the formula, and check that the rest is zero."""
     lengths = [encoder.num_frames(len(clip)) for clip in clips]
     assert lengths_B.tolist() == lengths
     assert frames_BFD.shape == (len(clips), max(lengths), encoder.width)
-    for row, length in zip(frames_BFD, lengths, strict=True):
-        assert not row[length:].any()
+    assert not any(row[length:].any() for row, length in zip(frames_BFD, lengths, strict=True))
     return [row[:length] for row, length in zip(frames_BFD, lengths, strict=True)]
+
+
+def encode(
+    encoder: SpeechEncoder, clips: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None
+) -> list[Tensor]:
+    return split(encoder, *encoder(clips, masks), clips)
 
 
 def same(frames: Sequence[Tensor], reference: Sequence[Tensor]) -> bool:
     return all(
-        bool(one.isfinite().all()) and one.shape == other.shape and close(one, other)
-        for one, other in zip(frames, reference, strict=True)
+        bool(row.isfinite().all()) and row.shape == expected.shape and close(row, expected)
+        for row, expected in zip(frames, reference, strict=True)
     )
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def invariant(encoder: SpeechEncoder, clips: Sequence[np.ndarray] = CLIPS) -> bool:
+    """Whether a clip's frames are the same alone, next to the longest one, and in batches of all in three orders."""
+    alone = [encode(encoder, [clip])[0] for clip in clips]
+    every = list(range(len(clips)))
+    longest = max(every, key=lambda index: len(clips[index]))
+    batches = [*([index, longest] for index in every if index != longest), every, every[::-1], every[1::2] + every[::2]]
+    return all(
+        same(encode(encoder, [clips[index] for index in batch]), [alone[index] for index in batch]) for batch in batches
+    )
 
 
 def edited(folder: Path, to: Path, config: dict[str, Any], extractor: dict[str, Any] | None = None) -> Path:
-    """A copy of a model's folder with other settings."""
+    """Copy a model's folder and change its settings."""
     shutil.copytree(folder, to)
     for name, changes in (("config.json", config), ("preprocessor_config.json", extractor or {})):
         path = to / name
@@ -79,25 +90,26 @@ def edited(folder: Path, to: Path, config: dict[str, Any], extractor: dict[str, 
 
 
 def without_dropout(folder: Path, to: Path) -> SpeechEncoder:
-    """In training mode; layer drop, SpecAugment and batch norm stay as the checkpoint has them."""
+    """Load an encoder in training mode; layer drop, SpecAugment and batch norm stay as the checkpoint has them."""
     settings = json.loads((folder / "config.json").read_text())
     copy = edited(folder, to, {name: 0.0 for name in settings if "dropout" in name})
     return fresh(copy).train()
 
 
 def masks_of(encoder: SpeechEncoder, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    counts = [encoder.num_frames(len(clip)) for clip in clips]
+    seeds = [len(clip) for clip in clips]
     return [
-        draw_time_mask(encoder.num_frames(len(clip)), 0.4, np.random.default_rng(len(clip)), span=4) for clip in clips
+        draw_time_mask(count, 0.4, np.random.default_rng(seed), span=4)
+        for count, seed in zip(counts, seeds, strict=True)
     ]
 
 
-def gradient(encoder: SpeechEncoder, batches: Sequence[Sequence[int]]) -> Tensor:
-    """Of the frames of all clips times a fixed vector, summed, cut into batches; for every trained parameter."""
-    direction_D = torch.randn(encoder.width, generator=torch.Generator().manual_seed(0))
-    encoder.zero_grad()
-    for batch in batches:
-        clips = [CLIPS[place] for place in batch]
-        frames = encode(encoder, clips, masks_of(encoder, clips))
-        torch.stack([(row @ direction_D).sum() for row in frames]).sum().backward()
-    gradients = [parameter.grad for parameter in encoder.parameters() if parameter.requires_grad]
-    return torch.cat([part.flatten() for part in gradients if part is not None])
+def gradient(parameters: Sequence[Tensor], frames: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the gradient of a fixed linear function of all frames, summed over batches; None counts as nothing."""
+    for parameter in parameters:
+        parameter.grad = None
+    for batch in frames:
+        direction_D = torch.randn(batch[0].shape[1], generator=torch.Generator().manual_seed(0))
+        torch.stack([(row @ direction_D).sum() for row in batch]).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])

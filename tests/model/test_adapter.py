@@ -1,6 +1,5 @@
-"""The adapter: how many embeddings a clip gives, from which frames, and where its weights may come from."""
+"""The adapter: the number of embeddings of a clip, the frames that they depend on, and files of initial weights."""
 
-import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,19 @@ from model.training.trainer import fit
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS, build, close, settings
 
-KINDS = ("pool", "stack", "conv")
 WIDTH_IN, WIDTH_OUT = 3, 5
+every_adapter = pytest.mark.parametrize(
+    ("kind", "hidden"), [("pool", 0), ("pool", 7), ("stack", 0), ("stack", 7), ("conv", 0), ("conv", 7)]
+)
 
-every_adapter = pytest.mark.parametrize(("kind", "hidden"), list(itertools.product(KINDS, (0, 7))))
 
-
-def adapter(kind: str = "pool", hidden: int = 0, window: int = 4, stride: int = 3, seed: int = 0) -> Adapter:
+def make(kind: str = "pool", hidden: int = 0, window: int = 4, stride: int = 3, seed: int = 0) -> Adapter:
     torch.manual_seed(seed)
     return Adapter(WIDTH_IN, WIDTH_OUT, AdapterConfig(kind=kind, hidden=hidden, window=window, stride=stride))
 
 
 def batch(lengths: list[int], fill: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Frames of clips, with `fill` in the padding."""
+    """Return the frames of clips, with `fill` in the padding."""
     frames_BFD = torch.full((len(lengths), max(lengths), WIDTH_IN), fill)
     for row, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(row)
@@ -45,23 +44,22 @@ def batch(lengths: list[int], fill: float = 0.0) -> tuple[Tensor, Tensor]:
     return frames_BFD, torch.tensor(lengths)
 
 
-def naive(own: Adapter, frames_FD: Tensor) -> Tensor:
-    """The embeddings of one clip, window by window."""
-    config = own.config
-    window, stride = config.window, config.stride
+def naive(adapter: Adapter, frames_FD: Tensor) -> Tensor:
+    """Return the embeddings of one clip, computed window by window."""
+    window, stride = adapter.config.window, adapter.config.stride
     if len(frames_FD) < window:
         frames_FD = torch.cat([frames_FD, torch.zeros(window - len(frames_FD), WIDTH_IN)])
     rows = []
     for start in range(0, len(frames_FD) - window + 1, stride):
         inside_WD = frames_FD[start : start + window]
-        if own.conv is not None:
-            vector = torch.einsum("odw,wd->o", own.conv.weight, inside_WD) + own.conv.bias
+        if adapter.conv is not None:
+            vector = torch.einsum("odw,wd->o", adapter.conv.weight, inside_WD) + adapter.conv.bias
             vector = torch.nn.functional.gelu(vector)
         else:
-            vector = torch.cat(list(inside_WD)) if config.kind == "stack" else inside_WD.sum(0) / window
-        vector = own.linear.weight @ vector + own.linear.bias
-        if own.out is not None:
-            vector = own.out.weight @ torch.nn.functional.gelu(vector) + own.out.bias
+            vector = torch.cat(list(inside_WD)) if adapter.config.kind == "stack" else inside_WD.sum(0) / window
+        vector = adapter.linear.weight @ vector + adapter.linear.bias
+        if adapter.out is not None:
+            vector = adapter.out.weight @ torch.nn.functional.gelu(vector) + adapter.out.bias
         rows.append(vector)
     return torch.stack(rows)
 
@@ -69,65 +67,29 @@ def naive(own: Adapter, frames_FD: Tensor) -> Tensor:
 @every_adapter
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (4, 3), (4, 4), (8, 4)])
 @torch.no_grad()
-def test_every_clip_gives_what_the_explicit_windows_give(kind: str, hidden: int, window: int, stride: int) -> None:
-    own, lengths = adapter(kind, hidden, window, stride), list(range(1, 26))
+def test_embeddings_equal_explicit_windows(kind: str, hidden: int, window: int, stride: int) -> None:
+    """A clip below one window included, which is padded with zeros."""
+    adapter, lengths = make(kind, hidden, window, stride), [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 25]
     frames_BFD, lengths_B = batch(lengths)
-    for row, (found, length) in enumerate(zip(own(frames_BFD, lengths_B), lengths, strict=True)):
-        assert found.shape == (own.num_embeddings(length), WIDTH_OUT)
-        assert close(found, naive(own, frames_BFD[row, :length]))
+    for row, (embedded, length) in enumerate(zip(adapter(frames_BFD, lengths_B), lengths, strict=True)):
+        assert embedded.shape == (adapter.num_embeddings(length), WIDTH_OUT)
+        assert close(embedded, naive(adapter, frames_BFD[row, :length]))
 
 
 @every_adapter
-@torch.no_grad()
-def test_only_frames_within_the_clip_count(kind: str, hidden: int) -> None:
-    """What lies beyond a clip that fills a window changes nothing, nor does how much of it there is."""
-    own, lengths = adapter(kind, hidden), [4, 5, 6, 7, 9, 14]
-    clean, other = own(*batch(lengths)), own(*batch(lengths, fill=1e6))
-    assert all(torch.equal(one, two) for one, two in zip(clean, other, strict=True))
+def test_embeddings_depend_on_the_clip_and_all_its_windows(kind: str, hidden: int) -> None:
+    """The content and the amount of padding change nothing, and every frame inside a window matters."""
+    adapter, lengths = make(kind, hidden), [4, 5, 6, 7, 9, 14]
+    clean, filled = adapter(*batch(lengths)), adapter(*batch(lengths, fill=1e6))
+    assert all(map(torch.equal, clean, filled))
     for row, length in enumerate(lengths):
-        (alone,) = own(batch(lengths)[0][row : row + 1, :length], torch.tensor([length]))
+        (alone,) = adapter(batch(lengths)[0][row : row + 1, :length], torch.tensor([length]))
         assert close(alone, clean[row])
-
-
-@every_adapter
-def test_every_frame_within_a_window_counts(kind: str, hidden: int) -> None:
-    own = adapter(kind, hidden)
     frames_BFD, lengths_B = batch([9, 12])
     frames_BFD.requires_grad_()
-    sum(embedded.square().sum() for embedded in own(frames_BFD, lengths_B)).backward()
+    sum(embedded.square().sum() for embedded in adapter(frames_BFD, lengths_B)).backward()
     used_BF = frames_BFD.grad.abs().sum(-1) > 0
-    assert used_BF.tolist() == [[place < 7 for place in range(12)], [place < 10 for place in range(12)]]
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("pool", [[3.0, 5.0], [7.0, 9.0]]), ("stack", [[1.0, 5.0], [5.0, 9.0]]), ("conv", [[1.0, 7.0], [5.0, 11.0]])],
-)
-@torch.no_grad()
-def test_a_clip_that_can_be_checked_by_hand(kind: str, expected: list[list[float]]) -> None:
-    """Four frames of width 2 in windows of two, and one that fills none."""
-    frames_FD = torch.tensor([[1.0, 3.0], [5.0, 7.0], [5.0, 7.0], [9.0, 11.0], [0.0, 0.0]])
-    own = Adapter(2, 2, AdapterConfig(kind=kind, window=2, stride=2))
-    own.linear.bias.zero_()
-    # pool: the average. stack: the first value of both frames. conv: the first of the first, the second of the second.
-    own.linear.weight.copy_(torch.eye(4)[[0, 2]] if kind == "stack" else torch.eye(2))
-    if own.conv is not None:
-        own.conv.bias.zero_()
-        own.conv.weight.zero_()
-        own.conv.weight[0, 0, 0] = own.conv.weight[1, 1, 1] = 1.0
-        expected = torch.nn.functional.gelu(torch.tensor(expected)).tolist()
-    (found,) = own(frames_FD[None], torch.tensor([5]))
-    assert torch.allclose(found, torch.tensor(expected))
-
-
-@torch.no_grad()
-def test_a_clip_below_one_window_is_filled_with_zeros() -> None:
-    own = adapter("pool", window=4, stride=2)
-    frames_BFD, lengths_B = batch([1, 3])
-    short, longer = own(frames_BFD, lengths_B)
-    assert len(short) == len(longer) == 1
-    assert close(short[0], own.linear(frames_BFD[0, 0] / 4))
-    assert close(longer[0], own.linear(frames_BFD[1].sum(0) / 4))
+    assert used_BF.tolist() == [[frame < 7 for frame in range(12)], [frame < 10 for frame in range(12)]]
 
 
 @pytest.mark.parametrize("window", [2, 8, 60])
@@ -148,15 +110,15 @@ def test_short_clips_are_counted(window: int, models: Path, corpus: Shards) -> N
     assert TrialData.open(corpus, text, DataConfig(history=2), ("train",)).short_clips == 0
 
 
-def test_a_clip_of_exactly_one_window_is_not_short(models: Path, examples: list[Example]) -> None:
+def test_clip_of_exactly_one_window_is_not_short(models: Path, examples: list[Example]) -> None:
     model = SpeechLLM(settings(models, "whisper", adapter={"window": 10, "stride": 5}), ANSWERS, "meta")
     assert not model.measure(examples[0], 10 * 320).short_clip
     assert model.measure(examples[0], 9 * 320).short_clip
 
 
-def saved(own: Adapter, folder: Path, form: str) -> Path:
-    """The adapter's tensors in a file."""
-    tensors = {name: tensor.contiguous() for name, tensor in own.state_dict().items()}
+def saved(adapter: Adapter, folder: Path, form: str) -> str:
+    """Save the adapter's tensors and return the path."""
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
     prefixed = {f"adapter.{name}": tensor for name, tensor in tensors.items()}
     path = folder / ("adapter.safetensors" if form.startswith("safetensors") else "adapter.pt")
     if form.startswith("safetensors"):
@@ -166,72 +128,64 @@ def saved(own: Adapter, folder: Path, form: str) -> Path:
         torch.save({"tensors": prefixed | others, "progress": {}, "parents": []}, path)
     else:
         torch.save(prefixed if form.endswith("prefixed") else tensors, path)
-    return path
+    return str(path)
 
 
-@every_adapter
-@pytest.mark.parametrize("form", ["safetensors", "safetensors-prefixed", "torch", "torch-prefixed", "checkpoint"])
-def test_weights_are_read_from_every_kind_of_file(kind: str, hidden: int, form: str, tmp_path: Path) -> None:
-    source, own = adapter(kind, hidden, seed=1), adapter(kind, hidden, seed=2)
-    path = saved(source, tmp_path, form)
-    names, said = load_adapter(own, str(path), partial=False)
-    count = len(source.state_dict())
-    assert names == source.state_dict().keys()
-    assert said == f"{path}: {count} of {count} tensors matched; missing: none; unexpected: none"
-    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in own.state_dict().items())
-
-
-@pytest.mark.parametrize("form", ["safetensors", "torch", "checkpoint"])
-def test_what_is_left_out_is_said_and_must_be_allowed(form: str, tmp_path: Path) -> None:
-    source, own = adapter("conv", hidden=0, seed=1), adapter("pool", hidden=WIDTH_OUT, seed=2)
-    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    path = str(saved(source, tmp_path, form))
-    said = "2 of 4 tensors matched; missing: out.bias, out.weight; unexpected: conv.bias, conv.weight"
+def refusal(adapter: Adapter, path: str | Path, partial: bool = False) -> str:
+    """Return the message, one line, with which a file is refused."""
     with pytest.raises(ConfigError) as error:
-        load_adapter(own, path, partial=False)
-    assert str(error.value) == (
-        f"model.adapter.init_from: {path}: {said}; use a file of this adapter, or allow it with "
-        "model.adapter.init_partial=true"
-    )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
-    names, report = load_adapter(own, path, partial=True)
-    assert (names, report) == ({"linear.weight", "linear.bias"}, f"{path}: {said}")
-    assert torch.equal(own.linear.weight, source.linear.weight)
-    assert torch.equal(own.out.weight, before["out.weight"])
+        load_adapter(adapter, str(path), partial)
+    message = str(error.value)
+    assert message.startswith("model.adapter.init_from: ")
+    assert "\n" not in message
+    return message.removeprefix("model.adapter.init_from: ")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "safetensors-prefixed", "torch", "torch-prefixed", "checkpoint"])
+def test_weights_are_read_from_every_kind_of_file(form: str, tmp_path: Path) -> None:
+    for kind in ("pool", "stack", "conv"):
+        source, adapter = make(kind, hidden=7, seed=1), make(kind, hidden=7, seed=2)
+        path, tensors = saved(source, tmp_path, form), source.state_dict()
+        names, report = load_adapter(adapter, path, partial=False)
+        assert names == tensors.keys()
+        assert report == f"{path}: {len(tensors)} of {len(tensors)} tensors matched; missing: none; unexpected: none"
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("source", "own", "said"),
+    ("source", "target", "report"),
     [
-        ("conv", "pool", "2 of 2 tensors matched; missing: none; unexpected: conv.bias, conv.weight"),
-        ("pool", "conv", "2 of 4 tensors matched; missing: conv.bias, conv.weight; unexpected: none"),
+        (("conv", 0), ("pool", 0), "2 of 2 tensors matched; missing: none; unexpected: conv.bias, conv.weight"),
+        (("pool", 0), ("conv", 0), "2 of 4 tensors matched; missing: conv.bias, conv.weight; unexpected: none"),
+        (
+            ("conv", 0),
+            ("pool", WIDTH_OUT),
+            "2 of 4 tensors matched; missing: out.bias, out.weight; unexpected: conv.bias, conv.weight",
+        ),
     ],
 )
-def test_neither_more_nor_less_goes_unsaid(source: str, own: str, said: str, tmp_path: Path) -> None:
-    path = str(saved(adapter(source), tmp_path, "safetensors"))
-    with pytest.raises(ConfigError, match=said):
-        load_adapter(adapter(own), path, partial=False)
-    assert load_adapter(adapter(own), path, partial=True)[1] == f"{path}: {said}"
+def test_partial_match_is_reported_and_must_be_allowed(source: Any, target: Any, report: str, tmp_path: Path) -> None:
+    lender, adapter = make(*source, seed=1), make(*target, seed=2)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    path = saved(lender, tmp_path, "checkpoint")
+    advice = "use a file of this adapter, or allow it with model.adapter.init_partial=true"
+    assert refusal(adapter, path) == f"{path}: {report}; {advice}"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+    assert load_adapter(adapter, path, partial=True) == ({"linear.weight", "linear.bias"}, f"{path}: {report}")
+    kept = before | {name: lender.state_dict()[name] for name in ("linear.weight", "linear.bias")}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter.state_dict().items())
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_a_file_of_which_nothing_fits_is_refused(partial: bool, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused(partial: bool, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"head.weight": torch.ones(2)}, path)
-    with pytest.raises(ConfigError, match=r"0 of 2 tensors matched; .* unexpected: head\.weight; use a file of") as e:
-        load_adapter(adapter(), str(path), partial)
-    assert "init_partial" not in str(e.value)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("partial", [True, False])
-def test_another_width_is_refused_by_name(partial: bool, tmp_path: Path) -> None:
-    source = Adapter(WIDTH_IN + 1, WIDTH_OUT, AdapterConfig(window=4, stride=3))
-    path = saved(source, tmp_path, "safetensors")
-    expected = rf"^model\.adapter\.init_from: linear\.weight is \[5, 4\] in {path}, and this adapter needs \[5, 3\];"
-    with pytest.raises(ConfigError, match=expected) as error:
-        load_adapter(adapter(), str(path), partial)
-    assert "\n" not in str(error.value)
+    message = refusal(make(), path, partial)
+    assert "0 of 2 tensors matched; missing: linear.bias, linear.weight; unexpected: head.weight; use a file" in message
+    assert "init_partial" not in message
+    wide = saved(Adapter(WIDTH_IN + 1, WIDTH_OUT, AdapterConfig(window=4, stride=3)), tmp_path, "safetensors")
+    expected = f"linear.weight is [5, 4] in {wide}, and this adapter needs [5, 3];"
+    assert refusal(make(), wide, partial).startswith(expected)
 
 
 class Evil:
@@ -242,39 +196,27 @@ class Evil:
         return (self.mark.touch, ())
 
 
-@pytest.mark.parametrize("name", ["adapter.pt", "adapter.bin", "adapter.safetensors"])
-def test_a_file_cannot_run_code(name: str, tmp_path: Path) -> None:
-    torch.save({"linear.weight": Evil(tmp_path / "ran")}, tmp_path / name)
-    with pytest.raises(ConfigError, match=r"model\.adapter\.init_from: .*: not a file of tensors \(.*\); use") as error:
-        load_adapter(adapter(), str(tmp_path / name), partial=True)
-    assert not (tmp_path / "ran").exists()
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("name", ["adapter.pt", "adapter.safetensors"])
-def test_files_that_cannot_be_read_are_one_line(name: str, tmp_path: Path) -> None:
-    def message(path: Path) -> str:
-        with pytest.raises(ConfigError) as error:
-            load_adapter(adapter(), str(path), partial=False)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
+def test_unreadable_files_are_refused_and_run_no_code(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert message(path) == f"model.adapter.init_from: {path}: no such file"
+    assert refusal(make(), path) == f"{path}: no such file"
     path.write_bytes(b"half a file")
-    assert message(path).startswith(f"model.adapter.init_from: {path}: not a file of tensors (")
+    assert refusal(make(), path).startswith(f"{path}: not a file of tensors (")
+    torch.save({"linear.weight": Evil(tmp_path / "ran")}, path)
+    assert refusal(make(), path, partial=True).startswith(f"{path}: not a file of tensors (")
+    assert not (tmp_path / "ran").exists()
     path.unlink()
     path.mkdir()
-    assert message(path).startswith(f"model.adapter.init_from: {path}: not a file of tensors (")
+    assert refusal(make(), path).startswith(f"{path}: not a file of tensors (")
+    shutil.rmtree(path)
     if path.suffix == ".pt":
-        shutil.rmtree(path)
         for content in ([1, 2], {"tensors": torch.ones(1)}, {"epoch": 3}):
             torch.save(content, path)
-            assert "0 of 2 tensors matched" in message(path)
+            assert "0 of 2 tensors matched" in refusal(make(), path)
 
 
-def test_a_trial_lends_its_adapter_to_another(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    """By the path of its checkpoint; the parts beside it are none of the adapter's business."""
+def test_checkpoint_of_a_trial_lends_its_adapter(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """The other parts of the checkpoint are ignored."""
     config = settings(models, "whisper")
     seed_everything(0)
     first = SpeechLLM(config, {"classify": AnswerSet(LABELS, (1, 1, 1))})
@@ -294,12 +236,13 @@ def test_a_trial_lends_its_adapter_to_another(models: Path, corpus: Shards, tmp_
 
 @pytest.mark.parametrize(("kind", "hidden"), [("pool", 0), ("stack", 8), ("conv", 8)])
 @torch.no_grad()
-def test_a_model_plans_for_the_embeddings_that_it_makes(
+def test_model_makes_as_many_embeddings_as_planned(
     kind: str, hidden: int, models: Path, examples: list[Example]
 ) -> None:
     model = build(models, adapter={"kind": kind, "hidden": hidden, "window": 20, "stride": 4})
     assert model.encoder is not None
     assert model.adapter is not None
-    found = [len(clip_TE) for clip_TE in model.clips(examples)]
-    assert found == [model.adapter.num_embeddings(model.encoder.num_frames(len(example.pcm))) for example in examples]
-    assert found[0] == 1 < found[-1]
+    counts = [len(clip_TE) for clip_TE in model.clips(examples)]
+    frames = [model.encoder.num_frames(len(example.pcm)) for example in examples]
+    assert counts == list(map(model.adapter.num_embeddings, frames))
+    assert counts[0] == 1 < counts[-1]

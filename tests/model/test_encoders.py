@@ -1,9 +1,8 @@
-"""Every encoder kind gives a clip the same frames whatever else is in the batch: the conformance suite.
+"""The conformance suite: every encoder kind gives a clip the same frames whatever else is in the batch.
 
 The reference is a clip encoded alone, which in turn equals what the stock model of transformers yields for it.
 """
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,78 +22,50 @@ from tests.model.common import close
 from tests.model.encoders import (
     BELOW,
     CLIPS,
-    LONG,
     VARIANTS,
     encode,
     fresh,
     gradient,
+    invariant,
     masks_of,
     noise,
     same,
+    split,
     without_dropout,
 )
 
-PADDED = [kind for kind in ENCODERS if kind != "whisper"]
+ALL = [*ENCODERS, *VARIANTS]
 CONFORMERS = ["conformer-relative", "conformer-rotary", "conformer-group", "conformer-no-positions"]
 
 
-every_kind = pytest.mark.parametrize("encoder", ENCODERS, indirect=True)
-
-
-@torch.no_grad()
-def invariant(encoder: SpeechEncoder, clips: Sequence[np.ndarray] = CLIPS, every_order: bool = False) -> bool:
-    """Whether a clip's frames are the same alone, beside the longest one, and in a batch of all."""
-    alone = [encode(encoder, [clip])[0] for clip in clips]
-    places = range(len(clips))
-    longest = max(places, key=lambda place: len(clips[place]))
-    batches: list[Sequence[int]] = [*((place, longest) for place in places), places, places[::-1]]
-    if every_order:
-        batches += [*itertools.permutations(places), *itertools.combinations(places, 3)]
-    return all(
-        same(encode(encoder, [clips[place] for place in batch]), [alone[place] for place in batch]) for batch in batches
-    )
-
-
-@pytest.mark.parametrize("kind", [*ENCODERS, *VARIANTS])
+@pytest.mark.parametrize("kind", ALL)
 def test_frames_do_not_depend_on_the_batch(kind: str, folders: dict[str, Path]) -> None:
-    assert invariant(fresh(folders[kind]))
-
-
-@every_kind
-def test_frames_do_not_depend_on_the_order_of_rows(encoder: SpeechEncoder) -> None:
-    assert invariant(encoder, [*CLIPS[:3], CLIPS[3][:32_000]], every_order=True)
-
-
-@every_kind
-def test_shortest_clips_do_not_depend_on_the_batch(encoder: SpeechEncoder) -> None:
-    clips = [noise(n_samples, n_samples) for n_samples in (MIN_SAMPLES, BELOW, 1, LONG)]
-    assert [encoder.num_frames(n_samples) for n_samples in (BELOW, 1)] == [1, 1]
-    assert invariant(encoder, clips)
-
-
-@every_kind
-def test_silence_is_finite_and_does_not_depend_on_the_batch(encoder: SpeechEncoder) -> None:
-    assert invariant(encoder, [np.zeros(5637, np.float32), noise(LONG, 1), np.zeros(MIN_SAMPLES, np.float32)])
+    """With clips from one sample on, and silence next to noise."""
+    encoder = fresh(folders[kind])
+    assert encoder.num_frames(BELOW) == encoder.num_frames(1) == 1
+    shortest = [noise(n_samples, n_samples) for n_samples in (BELOW, 1)]
+    silence = [np.zeros(n_samples, np.float32) for n_samples in (5637, MIN_SAMPLES)]
+    assert invariant(encoder, [*CLIPS, *shortest, *silence])
 
 
 @torch.no_grad()
 def stock(folder: Path, clips: Sequence[np.ndarray]) -> list[Tensor]:
-    """What transformers yields for each unpadded clip, with the feature extractor of the folder."""
+    """Return what transformers yields for each unpadded clip, with the feature extractor of the folder."""
     model, extractor = AutoModel.from_pretrained(folder).eval(), AutoFeatureExtractor.from_pretrained(folder)
-    found = []
+    frames = []
     for clip in clips:
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         if model.config.model_type == "whisper":
-            found.append(model.get_encoder()(**inputs).last_hidden_state[0])
+            frames.append(model.get_encoder()(**inputs).last_hidden_state[0])
         else:
             frames_FD = model(**inputs).last_hidden_state[0]
             half = model.config.model_type == "wav2vec2-bert" and not inputs["attention_mask"][0, -1]
-            found.append(frames_FD[:-1] if half else frames_FD)
-    return found
+            frames.append(frames_FD[:-1] if half else frames_FD)
+    return frames
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, *VARIANTS])
-def test_a_clip_alone_yields_what_the_stock_model_yields(kind: str, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", ALL)
+def test_clip_alone_equals_the_stock_model(kind: str, folders: dict[str, Path]) -> None:
     encoder = fresh(folders[kind])
     clips = [clip[:SAMPLE_RATE] for clip in CLIPS] if kind == "whisper" else CLIPS  # stock Whisper reads one window
     expected = stock(folders[kind], clips)
@@ -105,12 +76,12 @@ def test_a_clip_alone_yields_what_the_stock_model_yields(kind: str, folders: dic
 
 
 @pytest.mark.parametrize("kind", ["hubert-layer", "conformer-rotary", "w2v-bert"])
-def test_the_length_formula_is_the_stock_models(kind: str, folders: dict[str, Path]) -> None:
+def test_frame_count_equals_the_stock_model(kind: str, folders: dict[str, Path]) -> None:
     """At every edge of the first frames, and at odd lengths."""
     encoder = fresh(folders[kind])
     first = range(encoder.min_samples, encoder.min_samples + 4 * 320)
     edges = {n for n in first if encoder.num_frames(n) != encoder.num_frames(n + 1)}
-    lengths = sorted({encoder.min_samples, *edges, *(n + 1 for n in edges), 4321, 5637, 16000, 23457, 48111})
+    lengths = sorted({encoder.min_samples, *edges, *(n + 1 for n in edges), 4321, 5637, 16000, 23457})
     expected = [len(frames) for frames in stock(folders[kind], [noise(n, n) for n in lengths])]
     assert len(edges) >= 3
     assert [encoder.num_frames(n) for n in lengths] == expected
@@ -128,39 +99,48 @@ def test_whisper_reads_long_clips_window_by_window(models: Path) -> None:
     assert [encoder.num_computed_frames(n) for n in (1, window, window + 1)] == [50, 50, 100]
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, *VARIANTS])
+@pytest.mark.parametrize("kind", ALL)
 def test_training_does_not_depend_on_the_batch(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is drawn: SpecAugment hides the frames that it is given, and no layer is dropped."""
     encoder = without_dropout(folders[kind], tmp_path / kind)
-    alone = gradient(encoder, [[0], [1], [2], [3]])
-    assert len(alone) == sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    masks = masks_of(encoder, CLIPS)
+
+    def masked(*batches: Sequence[int]) -> Tensor:
+        pairs = [([CLIPS[index] for index in batch], [masks[index] for index in batch]) for batch in batches]
+        return gradient(parameters, [encode(encoder, *pair) for pair in pairs])
+
+    alone = masked([0], [1], [2], [3])
+    assert len(alone) == sum(parameter.numel() for parameter in parameters)
     assert alone.abs().max() > 0
-    assert close(gradient(encoder, [[3, 0], [2, 1]]), alone)
-    assert close(gradient(encoder, [[1, 3, 0, 2]]), alone)
-    assert invariant(encoder)
+    assert close(masked([3, 0], [2, 1]), alone)
+    assert close(masked([1, 3, 0, 2]), alone)
     buffers = dict(fresh(folders[kind]).named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in encoder.named_buffers())
-    with torch.no_grad():  # nothing is drawn: SpecAugment only hides what it is given, layers are not dropped
+    with torch.no_grad():
         trained = encode(encoder, CLIPS)
+        assert same([encode(encoder, [clip])[0] for clip in CLIPS], trained)
         assert same(trained, encode(encoder.eval(), CLIPS))
 
 
-@pytest.mark.parametrize("encoder", [*ENCODERS, "hubert-without-specaugment"], indirect=True)
+@pytest.mark.parametrize("kind", [*ENCODERS, "hubert-without-specaugment"])
 @torch.no_grad()
-def test_masks_hide_frames_whatever_the_batch(encoder: SpeechEncoder) -> None:
+def test_masks_hide_frames_whatever_the_batch(kind: str, folders: dict[str, Path]) -> None:
+    encoder = fresh(folders[kind])
     masks = masks_of(encoder, CLIPS)
     assert all(mask.any() for mask in masks)
     alone = [encode(encoder, [clip], [mask])[0] for clip, mask in zip(CLIPS, masks, strict=True)]
-    for order in ([3, 1, 0, 2], [0, 3], [2, 1, 3]):
-        batched = encode(encoder, [CLIPS[place] for place in order], [masks[place] for place in order])
-        assert same(batched, [alone[place] for place in order])
+    for order in ([3, 1, 0, 2], [2, 1, 3]):
+        batched = encode(encoder, [CLIPS[index] for index in order], [masks[index] for index in order])
+        assert same(batched, [alone[index] for index in order])
     plain = encode(encoder, CLIPS)
-    assert not any(close(one, other, 1e-3) for one, other in zip(alone, plain, strict=True))
+    assert not any(close(masked, frames, 1e-3) for masked, frames in zip(alone, plain, strict=True))
     assert same(encode(encoder, CLIPS, [np.zeros_like(mask) for mask in masks]), plain)
 
 
 @pytest.mark.parametrize("kind", ["w2v-bert", "wavlm-group"])
-def test_what_is_hidden_does_not_matter(kind: str, models: Path) -> None:
-    """Frames behind the mask carry nothing of their sound, where no convolution over time follows them."""
+def test_hidden_frames_carry_no_audio(kind: str, models: Path) -> None:
+    """Where no convolution over time follows the mask."""
     encoder = fresh(models / kind)
     inputs = []
     encoder.model.encoder.register_forward_pre_hook(
@@ -176,53 +156,158 @@ def test_what_is_hidden_does_not_matter(kind: str, models: Path) -> None:
 
 def test_whisper_masks_hide_two_mel_steps_a_frame(models: Path) -> None:
     encoder = fresh(models / "whisper")
-    seen = []
-    encoder.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inputs = []
+    encoder.model.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     mask = np.zeros(encoder.num_frames(20801), dtype=bool)  # over two windows of 50 frames
     mask[[3, 49, 52]] = True
     encode(encoder, [CLIPS[2]], [mask])
-    hidden_WT = (seen[0] == 0).all(1)
+    hidden_WT = (inputs[0] == 0).all(1)
     assert hidden_WT.nonzero().tolist() == [[0, 6], [0, 7], [0, 98], [0, 99], [1, 4], [1, 5]]
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ENCODERS)
 @torch.no_grad()
-def test_a_deep_copy_keeps_no_state_of_its_original(encoder: SpeechEncoder) -> None:
-    copy = shared_view(encoder)
-    expected = [encode(encoder, [clip])[0] for clip in CLIPS]
-    encode(encoder, [CLIPS[1], CLIPS[0]])  # leaves its lengths behind
-    assert same(encode(copy, [CLIPS[0], CLIPS[3]]), [expected[0], expected[3]])
-    encode(copy, [CLIPS[1], CLIPS[0]])
-    assert same(encode(encoder, [CLIPS[2], CLIPS[3]]), expected[2:])
+def test_deep_copy_keeps_no_state_of_its_original(kind: str, folders: dict[str, Path]) -> None:
+    encoder = fresh(folders[kind])
+    copy, clips = shared_view(encoder), CLIPS[:3]
+    expected = [encode(encoder, [clip])[0] for clip in clips]
+    encode(encoder, [clips[1], clips[0]])  # leaves its lengths behind
+    assert same(encode(copy, [clips[0], clips[2]]), [expected[0], expected[2]])
+    encode(copy, [clips[1], clips[0]])
+    assert same(encode(encoder, clips[1:]), expected[1:])
 
 
-@pytest.mark.parametrize("kind", CONFORMERS)
-def test_conformers_train_without_the_statistics_of_the_batch(
-    kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FAULTS = [
+    *(("batch norm in training", kind) for kind in CONFORMERS),
+    *(("unmasked group norm", kind) for kind in ALL if "group" in kind or "batch" in kind),
+    *(("unmasked convolution", kind) for kind in [*CONFORMERS, "hubert-batch-norm"]),
+    *(("no attention mask", kind) for kind in ENCODERS if kind != "whisper"),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+def test_faults_are_noticed(
+    fault: str, kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SpeechEncoder, "train", nn.Module.train)
-    assert not invariant(without_dropout(folders[kind], tmp_path / kind), CLIPS[1:3])
-
-
-@pytest.mark.parametrize("kind", [kind for kind in (*ENCODERS, *VARIANTS) if "group" in kind or "batch" in kind])
-def test_an_unmasked_group_norm_is_noticed(
-    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MaskedGroupNorm, "forward", nn.GroupNorm.forward)
-    assert not invariant(fresh(folders[kind]), CLIPS[1:3])
-
-
-@pytest.mark.parametrize("kind", [*CONFORMERS, "hubert-batch-norm"])
-def test_an_unmasked_convolution_is_noticed(
-    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MaskedConv1d, "forward", nn.Conv1d.forward)
-    assert not invariant(fresh(folders[kind]), CLIPS[1:3])
-
-
-@pytest.mark.parametrize("kind", PADDED)
-def test_a_missing_attention_mask_is_noticed(kind: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = fresh(models / kind)
-    forward = encoder.model.forward
-    monkeypatch.setattr(encoder.model, "forward", lambda inputs, attention_mask: forward(inputs))
+    """A suite that compares clips of other lengths fails with each fault."""
+    if fault == "batch norm in training":
+        monkeypatch.setattr(SpeechEncoder, "train", nn.Module.train)
+        encoder = without_dropout(folders[kind], tmp_path / kind)
+    else:
+        encoder = fresh(folders[kind])
+    if fault == "unmasked group norm":
+        monkeypatch.setattr(MaskedGroupNorm, "forward", nn.GroupNorm.forward)
+    if fault == "unmasked convolution":
+        monkeypatch.setattr(MaskedConv1d, "forward", nn.Conv1d.forward)
+    if fault == "no attention mask":
+        forward = encoder.model.forward
+        monkeypatch.setattr(encoder.model, "forward", lambda inputs, attention_mask: forward(inputs))
     assert not invariant(encoder, CLIPS[1:3])
+
+
+# Frozen layers and the layers above them ------------------------------------------------------------------------------
+
+
+def upper(encoder: SpeechEncoder, hidden: Sequence[Tensor], clips: Sequence[np.ndarray], start: int) -> list[Tensor]:
+    return split(encoder, *encoder.forward_from_layer(hidden, [len(clip) for clip in clips], start), clips)
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, "hubert-batch-norm", "conformer-no-positions", "w2v-bert-rotary"])
+@torch.no_grad()
+def test_two_steps_yield_the_frames_of_one(kind: str, folders: dict[str, Path]) -> None:
+    """Clips alone up to a layer and in any batch from there on equal the whole encoder over a clip alone."""
+    encoder, clips = fresh(folders[kind]), [*CLIPS[:3], noise(BELOW, 1)]
+    assert len(encoder.transformer.layers) == 2
+    whole = [encode(encoder, [clip])[0] for clip in clips]
+    inputs = [encoder.layer_inputs(clip, [1, 0, 2]) for clip in clips]
+    for start in (1, 2):
+        hidden = [by_start[start] for by_start in inputs]
+        assert [row.shape for row in hidden] == [
+            (encoder.num_computed_frames(len(clip)), encoder.width) for clip in clips
+        ]
+        for order in ([0], [3, 2, 1, 0]):
+            frames = upper(encoder, [hidden[index] for index in order], [clips[index] for index in order], start)
+            assert same(frames, [whole[index] for index in order])
+        assert torch.equal(encoder.layer_inputs(clips[1], [start])[start], hidden[1])  # whatever ran before
+    assert all(map(torch.equal, [by_start[0] for by_start in inputs], whole))
+    assert same(encode(encoder, clips), whole)
+
+
+@pytest.mark.parametrize("kind", ["hubert-group", "wavlm-layer", "conformer-relative", "w2v-bert", "whisper"])
+def test_upper_layers_train_whatever_the_batch(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = without_dropout(folders[kind], tmp_path / kind)
+    hidden = [encoder.layer_inputs(clip, [1])[1] for clip in CLIPS[:3]]
+    parameters = list(encoder.transformer.layers[1].parameters())
+
+    def above(*batches: Sequence[int]) -> Tensor:
+        pairs = [([hidden[index] for index in batch], [CLIPS[index] for index in batch]) for batch in batches]
+        return gradient(parameters, [upper(encoder, *pair, 1) for pair in pairs])
+
+    alone = above([0], [1], [2])
+    assert len(alone) == sum(parameter.numel() for parameter in parameters)
+    assert alone.abs().max() > 0
+    assert close(above([2, 0], [1]), alone)
+    assert close(above([1, 0, 2]), alone)
+
+
+# bfloat16 and mixed precision -----------------------------------------------------------------------------------------
+
+
+def sound(n_samples: int, seed: int) -> np.ndarray:
+    """Return gliding tones in noise: clips that differ enough to get different labels from a random classifier."""
+    rng = np.random.default_rng(seed)
+    time_N = np.arange(n_samples) / SAMPLE_RATE
+    tones_N = sum(
+        rng.random() * np.sin(2 * np.pi * pitch * time_N * (1 + 0.3 * rng.standard_normal() * time_N))
+        for pitch in rng.uniform(80, 4000, 3)
+    )
+    swell_N = 0.2 + np.abs(np.sin(np.pi * rng.uniform(0.5, 4) * time_N))
+    noise_N = rng.choice([0.02, 0.2, 1.0]) * rng.standard_normal(n_samples)
+    return (rng.uniform(0.01, 0.3) * (tones_N * swell_N + noise_N)).astype(np.float32)
+
+
+SOUNDS = [sound(int(n_samples), seed) for seed, n_samples in enumerate(np.linspace(MIN_SAMPLES, 4800, 100))]
+
+
+@torch.no_grad()
+def mean_frames(encoder: SpeechEncoder, size: int) -> Tensor:
+    """Return the mean frame of every sound, in batches of mixed lengths, [clips, D]."""
+    order = np.random.default_rng(0).permutation(len(SOUNDS)).tolist()
+    means: dict[int, Tensor] = {}
+    for batch in (order[start : start + size] for start in range(0, len(order), size)):
+        frames = encode(encoder, [SOUNDS[index] for index in batch])
+        means |= {index: row.float().mean(0) for index, row in zip(batch, frames, strict=True)}
+    return torch.stack([means[index] for index in range(len(SOUNDS))])
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, models: Path) -> None:
+    """A fixed random classifier, whose bias centres it on the clips so that it uses every label."""
+    encoder = fresh(models / kind, "bfloat16")
+    weight_DK = torch.randn(encoder.width, 3, generator=torch.Generator().manual_seed(0))
+    alone, batched = mean_frames(encoder, 1), mean_frames(encoder, 8)
+    labels, batched_labels = (((means - alone.mean(0)) @ weight_DK).argmax(1) for means in (alone, batched))
+    assert labels.bincount(minlength=3).min() >= 5
+    assert (labels == batched_labels).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_mixed_precision_trains_and_leaves_no_trace(kind: str, models: Path) -> None:
+    encoder = fresh(models / kind)
+    expected = encode(encoder, CLIPS[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        frames = encode(encoder.train(), CLIPS[:3], masks_of(encoder, CLIPS[:3]))
+        torch.cat(frames).square().mean().backward()
+    assert torch.cat(frames).isfinite().all()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+    assert all(map(torch.equal, encode(encoder.eval(), CLIPS[:3]), expected))
+
+
+@pytest.mark.parametrize("kind", ["conformer-rotary", "w2v-bert-rotary"])
+def test_rotary_positions_differ_in_bfloat16(kind: str, folders: dict[str, Path]) -> None:
+    encoder = fresh(folders[kind], "bfloat16")
+    encode(encoder, [noise(7 * SAMPLE_RATE, 1)])
+    cosines = encoder.model.encoder.embed_positions.cached_rotary_positional_embedding[0, :, 0, 0, 0]
+    positions = torch.arange(encoder.num_frames(7 * SAMPLE_RATE))
+    assert len(positions) > 300
+    assert (cosines.float() - positions.cos()).abs().max() < 0.01

@@ -1,4 +1,4 @@
-"""SpecAugment in training: masks are drawn by seed, epoch and utterance, whatever the batch."""
+"""SpecAugment in training: masks depend on seed, epoch and utterance, and not on the batch."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from data.loading.examples import Example
 from data.shards.dataset import Shards
 from model.config import TrainConfig
+from model.encoders.spec_augment import draw_time_mask
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.trainer import fit
 from tests.model.common import build, close
@@ -19,13 +19,12 @@ from tests.model.trials import ONE, Trial
 
 
 @pytest.fixture
-def calm(models: Path, tmp_path: Path) -> Path:
-    """A HuBERT without dropout, so that its masks are all that is drawn."""
-    shutil.copytree(models / "hubert-layer", tmp_path / "calm")
-    path = tmp_path / "calm" / "config.json"
+def folder(models: Path, tmp_path: Path) -> Path:
+    """A HuBERT without dropout, so that only masks are drawn."""
+    path = Path(shutil.copytree(models / "hubert-layer", tmp_path / "hubert")) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({name: 0.0 if "dropout" in name else value for name, value in config.items()}))
-    return tmp_path / "calm"
+    return path.parent
 
 
 def augmented(models: Path, folder: Path, share: float = 0.3) -> SpeechLLM:
@@ -35,45 +34,46 @@ def augmented(models: Path, folder: Path, share: float = 0.3) -> SpeechLLM:
 
 
 @torch.no_grad()
-def test_masks_do_not_depend_on_the_batch(models: Path, calm: Path, examples: list[Example]) -> None:
-    """Nor do the embeddings of masked clips."""
-    model = augmented(models, calm)
+def test_masked_clips_do_not_depend_on_the_batch(models: Path, folder: Path, examples: list[Example]) -> None:
+    """Frames are masked in training only."""
+    model = augmented(models, folder)
     together = model.clips(examples)
-    for place, example in enumerate(examples):
-        assert close(model.clips([example])[0], together[place])
-    for one, other in zip(model.clips(examples[::-1]), together[::-1], strict=True):
-        assert close(one, other)
+    assert all(close(model.clips([example])[0], together[row]) for row, example in enumerate(examples))
+    assert all(map(close, model.clips(examples[::-1]), together[::-1]))
+    plain = torch.cat(augmented(models, folder, share=0.0).clips(examples))
+    assert not close(torch.cat(together), plain, 1e-2)
+    assert close(torch.cat(model.eval().clips(examples)), plain)
 
 
-@torch.no_grad()
-def test_masks_follow_from_seed_epoch_and_utterance(models: Path, calm: Path, examples: list[Example]) -> None:
-    model = augmented(models, calm)
-    long = examples[-1]
+def test_masks_follow_from_seed_epoch_and_utterance(models: Path, folder: Path, examples: list[Example]) -> None:
+    model, long = augmented(models, folder), examples[-1]
 
-    def masks(seed: int, epoch: int, example: Example = long) -> list[bool]:
+    def mask(seed: int, epoch: int, example: Example = long) -> list[bool]:
         model.augment = (seed, epoch)
         return model._time_masks([example], [np.zeros(len(long.pcm), np.float32)])[0].tolist()
 
-    assert masks(7, 2) == masks(7, 2)
-    assert 0 < sum(masks(7, 2)) < len(masks(7, 2))
-    others = [masks(8, 2), masks(7, 3), masks(7, 2, examples[0])]
-    assert all(other != masks(7, 2) for other in others)
+    assert mask(7, 2) == mask(7, 2)
+    assert 0 < sum(mask(7, 2)) < len(mask(7, 2))
+    assert mask(7, 2) not in [mask(8, 2), mask(7, 3), mask(7, 2, examples[0])]
 
 
-@torch.no_grad()
-def test_frames_are_masked_in_training_only(models: Path, calm: Path, examples: list[Example]) -> None:
-    def clips(model: SpeechLLM) -> Tensor:
-        return torch.cat(model.clips(examples))
-
-    plain = clips(augmented(models, calm, share=0.0))
-    masked = augmented(models, calm)
-    assert not close(clips(masked), plain, 1e-2)
-    assert close(clips(masked.eval()), plain)
-
-
-def test_every_epoch_has_masks_of_its_own(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    trial = Trial(train=TrainConfig(epochs=3, batch_size=64))
+def test_every_epoch_has_other_masks(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    augments: list[tuple[int, int]] = []
+    trial = Trial(train=TrainConfig(epochs=2, batch_size=64))
     model, data = trial.start(models, corpus)
-    fit(model, data, trial.train, ONE, 7, tmp_path, lambda epoch, metrics: seen.append(model.augment))
-    assert seen == [(7, 0), (7, 1), (7, 2)]
+    fit(model, data, trial.train, ONE, 7, tmp_path, lambda epoch, metrics: augments.append(model.augment))
+    assert augments == [(7, 0), (7, 1)]
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 7, 10, 19, 20, 250])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.65, 0.99])
+def test_time_mask_hides_spans_but_never_all_frames(n_frames: int, share: float) -> None:
+    masks = [draw_time_mask(n_frames, share, np.random.default_rng(seed)) for seed in range(300)]
+    assert all(mask.shape == (n_frames,) and mask.dtype == bool and not mask.all() for mask in masks)
+    assert np.array_equal(masks[7], draw_time_mask(n_frames, share, np.random.default_rng(7)))
+    hidden = np.mean(masks)
+    assert hidden <= share * 1.1 + 0.02
+    assert hidden == 0 if share == 0 or n_frames == 1 else hidden >= share * 0.4
+    if n_frames == 250 and share == 0.1:
+        edges = [np.flatnonzero(np.diff(mask.astype(int), prepend=0, append=0)) for mask in masks]
+        assert min(np.diff(edge)[::2].min() for edge in edges if len(edge)) == 10

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.errors import ConfigError, DataError
 from data.loading.examples import Example
@@ -28,28 +30,27 @@ LLAMA_DATE = (
 )
 
 
-def prompter(models: Path, folder: Path | None = None, **changed: Any) -> PromptBuilder:
+def builder(models: Path, folder: Path | None = None, **changed: Any) -> PromptBuilder:
     path = folder or models / "llm"
     changed["llm"] = {"path": str(path)} | changed.get("llm", {})
     return PromptBuilder(load_tokenizer(str(path)), settings(models, **changed))
 
 
-def shown(prompter: PromptBuilder, ids: list[int]) -> str:
+def text_of(prompts: PromptBuilder, ids: list[int]) -> str:
     names = {CLIP: "[CLIP]", END: "[END]", CLS: "[CLS]"}
-    tokenizer = prompter.tokenizer.hf
-    return "".join(names[token] if token < 0 else tokenizer.decode([token]) for token in ids)
+    return "".join(names[token] if token < 0 else prompts.tokenizer.hf.decode([token]) for token in ids)
 
 
-def prompt_text(own: PromptBuilder, example: Example) -> str:
-    """The prompt without the token that it begins with."""
-    text = shown(own, own.prompt(example).ids)
-    start = own.tokenizer.hf.bos_token
+def prompt_text(prompts: PromptBuilder, example: Example) -> str:
+    """Return the prompt without its first token."""
+    text = text_of(prompts, prompts.prompt(example).ids)
+    start = prompts.tokenizer.hf.bos_token
     assert text.startswith(start)
     return text.removeprefix(start)
 
 
 def with_template(models: Path, folder: Path, template: str) -> Path:
-    """A tokenizer that has a chat template."""
+    """Save a tokenizer that has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(models / "llm")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -64,7 +65,7 @@ def example(examples: list[Example]) -> Example:
 
 @pytest.fixture
 def reply(example: Example) -> Example:
-    """An example whose last clip lies in the middle of the dialogue."""
+    """An example whose last clip is in the middle of the dialogue."""
     turns = (("therapist", "how are you"), ("client", "well so"), ("therapist", "go on"), ("client", "maybe"))
     return replace(example, task="response", speaker="therapist", answer="tell me more", turns=turns, heard=1)
 
@@ -83,162 +84,132 @@ def reply(example: Example) -> Example:
         ({"modality": "speech", "cls": "none", "prompt": {"order": "sound-text"}}, "client:[CLIP][END]\nlabel:"),
     ],
 )
-def test_the_layout_of_every_modality(models: Path, example: Example, changed: dict[str, Any], expected: str) -> None:
-    own = prompter(models, **changed)
-    assert prompt_text(own, example) == f"therapist: i want it\nclient: so\n{expected}"
-    assert own.prompt(example).dropped_turns == 0
+def test_layout_of_every_modality(models: Path, example: Example, changed: dict[str, Any], expected: str) -> None:
+    prompts = builder(models, **changed)
+    assert prompt_text(prompts, example) == f"therapist: i want it\nclient: so\n{expected}"
+    assert prompts.prompt(example).dropped_turns == 0
 
 
-def test_every_turn_ends_with_the_separator(models: Path, example: Example) -> None:
-    own = prompter(models, prompt={"separator": " [SEP] "})
+def test_separator_roles_and_empty_text(models: Path, example: Example) -> None:
     expected = "therapist: i want it [SEP] client: so [SEP] client: really now[CLIP][END] [SEP] label:[CLS]"
-    assert prompt_text(own, example) == expected
-
-
-def test_roles_are_renamed_everywhere(models: Path, example: Example) -> None:
-    own = prompter(models, **BARE, prompt={"roles": {"client": "Patient"}})
-    assert prompt_text(own, example) == "therapist: i want it\nPatient: so\nPatient: really now\nlabel:"
+    assert prompt_text(builder(models, prompt={"separator": " [SEP] "}), example) == expected
+    renamed = builder(models, **BARE, prompt={"roles": {"client": "Patient"}})
+    assert prompt_text(renamed, example) == "therapist: i want it\nPatient: so\nPatient: really now\nlabel:"
     forecast = replace(example, task="forecast")
-    assert prompt_text(own, forecast).endswith("\nnext Patient label:")
-    assert prompt_text(own, replace(forecast, speaker="therapist")).endswith("\nnext therapist label:")
+    assert prompt_text(renamed, forecast).endswith("\nnext Patient label:")
+    assert prompt_text(renamed, replace(forecast, speaker="therapist")).endswith("\nnext therapist label:")
+    silent = replace(example, turns=(*example.turns[:-1], ("client", "")))
+    assert prompt_text(builder(models), silent).endswith("client: so\nclient:[CLIP][END]\nlabel:[CLS]")
+    assert prompt_text(builder(models, **BARE), silent).endswith("client: so\nclient:\nlabel:")
+
+
+CUES = {
+    "classify": "label:",
+    "client_talk": "talk type:",
+    "therapist_behaviour": "behaviour:",
+    "forecast": "next client label:",
+    "response": "client:",
+    "quality": "session quality:",
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_cue_of_each_task_ends_the_prompt(task: str, models: Path, example: Example) -> None:
-    expected = {
-        "classify": "label:",
-        "client_talk": "talk type:",
-        "therapist_behaviour": "behaviour:",
-        "forecast": "next client label:",
-        "response": "client:",
-        "quality": "session quality:",
-    }
-    assert prompt_text(prompter(models, **BARE), replace(example, task=task)).endswith(f"now\n{expected[task]}")
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_instruction_stands_first(task: str, models: Path, example: Example) -> None:
+def test_instruction_comes_first_and_cue_last(task: str, models: Path, example: Example) -> None:
     asked = replace(example, task=task)
-    dialogue = prompt_text(prompter(models, **BARE), asked)
-    told = prompter(models, **BARE, prompt={"instruction": "task"})
-    assert prompt_text(told, asked) == f"{TASKS[task].instruction}\n{dialogue}"
-    own = prompter(models, **BARE, prompt={"instruction": "say what it is"})
-    assert prompt_text(own, asked) == f"say what it is\n{dialogue}"
+    dialogue = prompt_text(builder(models, **BARE), asked)
+    assert dialogue.endswith(f"now\n{CUES[task]}")
+    for setting, text in (("task", TASKS[task].instruction), ("say what it is", "say what it is")):
+        prompts = builder(models, **BARE, prompt={"instruction": setting})
+        assert prompt_text(prompts, asked) == f"{text}\n{dialogue}"
 
 
-def test_whole_turns_are_dropped_from_the_oldest_on(models: Path, example: Example) -> None:
-    """And what stays keeps its tokens."""
-    full = prompter(models, **BARE).prompt(example).ids
-    limited = prompter(models, **BARE, llm={"max_text_tokens": len(full) - 1})
+def test_oldest_turns_are_dropped_first(models: Path, example: Example) -> None:
+    """The turns that stay keep their tokens."""
+    full = builder(models, **BARE).prompt(example).ids
+    limited = builder(models, **BARE, llm={"max_text_tokens": len(full) - 1})
     prompt = limited.prompt(example)
     assert prompt.dropped_turns == 1
     assert prompt_text(limited, example) == "client: so\nclient: really now\nlabel:"
     assert full[-len(prompt.ids) + 1 :] == prompt.ids[1:]
-    assert prompter(models, **BARE, llm={"max_text_tokens": len(full)}).prompt(example).ids == full
+    for history, text, dropped in ((len(full), len(full), 0), (len(full), len(full) - 1, 1), (0, len(full), 2)):
+        limits = builder(models, **BARE, prompt={"history_tokens": history}, llm={"max_text_tokens": text})
+        assert limits.prompt(example).dropped_turns == dropped
 
 
 @pytest.mark.parametrize(
     ("extra", "kept"), [(-1, "client: so\n"), (0, "therapist: i want it\nclient: so\n"), (None, "")]
 )
-def test_history_tokens_limits_the_turns_before_the_last(
-    extra: int | None, kept: str, models: Path, example: Example
-) -> None:
-    history = len(prompter(models).tokenizer.ids("therapist: i want it\n"))
-    history += len(prompter(models).tokenizer.ids("client: so\n"))
-    limit = 0 if extra is None else history + extra
-    own = prompter(models, **BARE, prompt={"history_tokens": limit})
-    assert prompt_text(own, example) == f"{kept}client: really now\nlabel:"
-    assert own.prompt(example).dropped_turns == 2 - kept.count("\n")
+def test_history_tokens_limits_earlier_turns(extra: int | None, kept: str, models: Path, example: Example) -> None:
+    history = sum(len(builder(models).tokenizer.ids(turn)) for turn in ("therapist: i want it\n", "client: so\n"))
+    prompts = builder(models, **BARE, prompt={"history_tokens": 0 if extra is None else history + extra})
+    assert prompt_text(prompts, example) == f"{kept}client: really now\nlabel:"
+    assert prompts.prompt(example).dropped_turns == 2 - kept.count("\n")
 
 
-def test_both_limits_hold(models: Path, example: Example) -> None:
-    full = len(prompter(models, **BARE).prompt(example).ids)
-    for history, text, dropped in ((full, full, 0), (full, full - 1, 1), (0, full, 2)):
-        own = prompter(models, **BARE, prompt={"history_tokens": history}, llm={"max_text_tokens": text})
-        assert own.prompt(example).dropped_turns == dropped
-
-
-def test_a_turn_that_is_heard_is_never_dropped(models: Path, reply: Example) -> None:
-    rest = "client: well so[CLIP][END]\ntherapist: go on\nclient: maybe\ntherapist:[CLS]"
-    own = prompter(models, prompt={"history_tokens": 0})
-    assert prompt_text(own, reply) == rest
-    prompt = own.prompt(reply)
+def test_audio_turn_is_never_dropped(models: Path, reply: Example) -> None:
+    """Without audio, all turns but the last are history."""
+    prompts = builder(models, prompt={"history_tokens": 0})
+    expected = "client: well so[CLIP][END]\ntherapist: go on\nclient: maybe\ntherapist:[CLS]"
+    assert prompt_text(prompts, reply) == expected
+    prompt = prompts.prompt(reply)
     assert prompt.dropped_turns == 1
-    words = sum(token >= 0 for token in prompt.ids)  # placeholders are not text
-    assert prompter(models, llm={"max_text_tokens": words}).prompt(reply) == prompt
-    with pytest.raises(DataError, match=f"{words} text tokens exceed"):
-        prompter(models, llm={"max_text_tokens": words - 1}).prompt(reply)
+    n_text = sum(token >= 0 for token in prompt.ids)  # placeholders are not text
+    assert builder(models, llm={"max_text_tokens": n_text}).prompt(reply) == prompt
+    with pytest.raises(DataError, match=rf"^utterance {reply.id}: {n_text} text tokens exceed model\.llm\.max_") as e:
+        builder(models, llm={"max_text_tokens": n_text - 1}).prompt(reply)
+    assert "\n" not in str(e.value)
+    text = builder(models, **BARE, prompt={"history_tokens": 0})
+    assert prompt_text(text, reply) == "client: maybe\ntherapist:"
+    assert text.prompt(reply).dropped_turns == 3
 
 
-def test_without_sound_all_turns_but_the_last_are_history(models: Path, reply: Example) -> None:
-    own = prompter(models, **BARE, prompt={"history_tokens": 0})
-    assert prompt_text(own, reply) == "client: maybe\ntherapist:"
-    assert own.prompt(reply).dropped_turns == 3
-
-
-def test_an_omitted_text_leaves_the_sound(models: Path, example: Example) -> None:
-    silent = replace(example, turns=(*example.turns[:-1], ("client", "")))
-    assert prompt_text(prompter(models), silent).endswith("client: so\nclient:[CLIP][END]\nlabel:[CLS]")
-    assert prompt_text(prompter(models, **BARE), silent).endswith("client: so\nclient:\nlabel:")
-
-
-def test_the_answer_ends_with_eos_and_cls_may_stand_before_it(models: Path) -> None:
+def test_answers_end_with_eos_and_are_plain_words(models: Path) -> None:
     eos = load_tokenizer(str(models / "llm")).hf.eos_token_id
-    plain, after = (prompter(models, cls=cls).answer("change") for cls in ("none", "after"))
+    plain, after = (builder(models, cls=cls).answer("change") for cls in ("none", "after"))
     assert plain.targets == (*plain.inputs, eos)
     assert after.inputs == (*plain.inputs, CLS)
     assert after.targets == (*plain.inputs, IGNORE, eos)
     assert plain.predicted == after.predicted == len(plain.inputs) + 1
-
-
-def test_answers_are_written_as_words(models: Path) -> None:
     assert answer_text("classify", "follow_neutral") == "follow neutral"
     assert answer_text("classify", "change|giving_info") == "change, giving info"
     assert answer_text("response", " well+then \n go_on ") == "well+then go_on"
-    own = prompter(models)
-    answers = own.label_answers("classify", ("change", "sustain", "change|sustain"))
-    texts = [shown(own, list(answer.inputs)) for answer in answers.values()]
+    prompts = builder(models)
+    answers = prompts.label_answers("classify", ("change", "sustain", "change|sustain"))
+    texts = [text_of(prompts, list(answer.inputs)) for answer in answers.values()]
     assert texts == [" change", " sustain", " change, sustain"]
-
-
-def test_labels_that_begin_alike_are_found(models: Path) -> None:
-    answers = prompter(models, cls="after").label_answers("classify", ("change", "sustain", "change|sustain"))
     assert shared_prefixes(answers) == [("change", "change|sustain")]
     assert shared_prefixes({label: answers[label] for label in ("change", "sustain")}) == []
 
 
 @pytest.mark.parametrize("special", ["</s>", "<s>", "<pad>"])
-def test_a_special_token_that_a_transcript_spells_out_is_plain_text(
+def test_special_token_in_a_transcript_is_plain_text(
     special: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    said = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), heard=1)
-    own = prompter(models, **BARE)
-    tokenizer = own.tokenizer.hf
+    spelt = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), heard=1)
+    prompts = builder(models, **BARE)
+    tokenizer = prompts.tokenizer.hf
     assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]
-    ids = own.prompt(said).ids
-    assert not set(ids[1:]) & set(tokenizer.all_special_ids)
-    assert prompt_text(own, said) == f"therapist: i {special} it\nclient: {special} so {special}\nlabel:"
-    answer = own.answer(special)
-    assert not set(answer.inputs) & set(tokenizer.all_special_ids)
-    chat = prompter(models, with_template(models, tmp_path, CHAT), **BARE, prompt={"format": "chat"})
-    specials = [token for token in chat.prompt(said).ids if token in tokenizer.all_special_ids]
+    assert not set(prompts.prompt(spelt).ids[1:]) & set(tokenizer.all_special_ids)
+    assert prompt_text(prompts, spelt) == f"therapist: i {special} it\nclient: {special} so {special}\nlabel:"
+    assert not set(prompts.answer(special).inputs) & set(tokenizer.all_special_ids)
+    chat = builder(models, with_template(models, tmp_path, CHAT), **BARE, prompt={"format": "chat"})
+    specials = [token for token in chat.prompt(spelt).ids if token in tokenizer.all_special_ids]
     assert specials == tokenizer("<s></s><s>", add_special_tokens=False)["input_ids"]
 
 
-def test_the_chat_format_is_the_tokenizers_own(models: Path, tmp_path: Path, example: Example) -> None:
-    """Its special tokens are themselves, and no other start stands before it."""
+def test_chat_format_uses_the_chat_template(models: Path, tmp_path: Path, example: Example) -> None:
+    """The template's special tokens are special, and no other start precedes it."""
     llm = with_template(models, tmp_path, CHAT)
-    own = prompter(models, llm, prompt={"format": "chat", "instruction": "task"})
+    prompts = builder(models, llm, prompt={"format": "chat", "instruction": "task"})
     dialogue = "therapist: i want it\nclient: so\nclient: really now[CLIP][END]\nlabel:"
     expected = f"<s>system: {TASKS['classify'].instruction}</s>\n<s>user: {dialogue}</s>\n<s>assistant: [CLS]"
-    prompt = own.prompt(example)
-    assert shown(own, prompt.ids) == expected
-    tokenizer = own.tokenizer.hf
-    assert prompt.ids.count(tokenizer.bos_token_id) == 3
-    assert prompt.ids.count(tokenizer.eos_token_id) == 2
-    assert shown(own, list(own.answer("change").inputs)) == "change"
-    without = prompter(models, llm, prompt={"format": "chat"})
-    assert shown(without, without.prompt(example).ids) == f"<s>user: {dialogue}</s>\n<s>assistant: [CLS]"
+    prompt = prompts.prompt(example)
+    assert text_of(prompts, prompt.ids) == expected
+    assert prompt.ids.count(prompts.tokenizer.hf.bos_token_id) == 3
+    assert prompt.ids.count(prompts.tokenizer.hf.eos_token_id) == 2
+    assert text_of(prompts, list(prompts.answer("change").inputs)) == "change"
+    bare = builder(models, llm, prompt={"format": "chat"})
+    assert text_of(bare, bare.prompt(example).ids) == f"<s>user: {dialogue}</s>\n<s>assistant: [CLS]"
 
 
 @pytest.mark.parametrize(
@@ -249,20 +220,14 @@ def test_the_chat_format_is_the_tokenizers_own(models: Path, tmp_path: Path, exa
         ('{{ strftime_now("%Y-%m-%d") }}', "2024-07-26"),
         ('{% if strftime_now is defined %}{{ strftime_now("%A, %d %B %Y") }}{% endif %}', "Friday, 26 July 2024"),
         ('{% set today = strftime_now("%b %-d, %y") %}{{ today }}', "Jul 26, 24"),
+        ("\n\nstart", "\n\nstart"),  # a template keeps its line breaks
     ],
 )
-def test_the_date_in_a_chat_is_always_the_same(
+def test_chat_template_has_a_fixed_date(
     template: str, date: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    own = prompter(models, with_template(models, tmp_path, f"{template} {CHAT}"), **BARE, prompt={"format": "chat"})
-    assert shown(own, own.prompt(example).ids).startswith(f"{date} <s>user: therapist: i want it")
-
-
-def test_a_template_keeps_its_line_breaks(models: Path, tmp_path: Path, example: Example) -> None:
-    own = prompter(models, with_template(models, tmp_path, "\n\n" + CHAT), **BARE, prompt={"format": "chat"})
-    tokenizer = own.tokenizer.hf
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
-    assert shown(own, own.prompt(example).ids)[: text.index("x")] == text[: text.index("x")]
+    prompts = builder(models, with_template(models, tmp_path, f"{template} {CHAT}"), **BARE, prompt={"format": "chat"})
+    assert text_of(prompts, prompts.prompt(example).ids).startswith(f"{date} <s>user: therapist: i want it")
 
 
 @pytest.mark.parametrize(
@@ -273,59 +238,87 @@ def test_a_template_keeps_its_line_breaks(models: Path, tmp_path: Path, example:
         ("{{ messages[0].content }} {{ messages[0].content }}", "does not take this prompt"),
     ],
 )
-def test_a_template_that_refuses_the_prompt_is_one_line(
+def test_template_that_refuses_the_prompt_is_one_line(
     template: str, reason: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    own = prompter(models, with_template(models, tmp_path, template), prompt={"format": "chat"})
+    prompts = builder(models, with_template(models, tmp_path, template), prompt={"format": "chat"})
     with pytest.raises(ConfigError, match=rf"model\.prompt\.format: the chat template of .*{reason}.*; use plain") as e:
-        own.prompt(example)
+        prompts.prompt(example)
     assert "\n" not in str(e.value)
-
-
-def test_a_tokenizer_without_chat_template_is_one_line(models: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.prompt\.format: .* has no chat template; use plain") as error:
-        prompter(models, prompt={"format": "chat"})
-    assert "\n" not in str(error.value)
-
-
-def test_an_utterance_over_the_limit_is_named(models: Path, example: Example) -> None:
-    limited = prompter(models, llm={"max_text_tokens": 4})
-    with pytest.raises(DataError, match=rf"^utterance {example.id}: \d+ text tokens exceed model\.llm\.max_text") as e:
-        limited.prompt(example)
-    assert "\n" not in str(e.value)
-
-
-def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.llm\.path: cannot load a tokenizer") as error:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("modality", ["text", "speech", "text+speech"])
 @pytest.mark.parametrize("task", ["classify", "response"])
-def test_what_the_llm_cannot_reach_is_refused(
+def test_examples_beyond_the_llm_are_refused(
     task: str, modality: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    """To the position: the prompt, then the longest label, or as much as may be generated."""
+    """To the position: the prompt, then the longest label or as many tokens as may be generated."""
     asked = replace(example, task=task, answer="change")
     whole = SpeechLLM(settings(models, modality=modality), ANSWERS)
     (prompt,) = whole.prompts([asked])
     labels = whole.answers[task].values()
     needed = len(prompt) + max((len(answer.inputs) for answer in labels), default=whole.config.max_new_tokens)
-    for reach in (needed, needed - 1):
-        folder = tmp_path / str(reach)
-        shutil.copytree(models / "llm", folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": reach}))
     assert asked.pcm is not None
 
-    def measured(reach: int) -> int:
-        changed = {"modality": modality, "llm": {"path": str(tmp_path / str(reach))}}
-        return SpeechLLM(settings(models, **changed), ANSWERS, "meta").measure(asked, len(asked.pcm)).predicted
+    def predicted(limit: int) -> int:
+        folder = shutil.copytree(models / "llm", tmp_path / str(limit))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": limit}))
+        limited = SpeechLLM(settings(models, modality=modality, llm={"path": str(folder)}), ANSWERS, "meta")
+        return limited.measure(asked, len(asked.pcm)).predicted
 
-    assert measured(needed) == whole.answer(asked).predicted
-    with pytest.raises(
-        DataError, match=rf"utterance {asked.id}: .* up to {needed} positions .* reads {needed - 1} at once;"
-    ) as e:
-        measured(needed - 1)
+    assert predicted(needed) == whole.answer(asked).predicted
+    expected = rf"utterance {asked.id}: .* up to {needed} positions .* reads {needed - 1} at once;"
+    with pytest.raises(DataError, match=expected) as e:
+        predicted(needed - 1)
     assert "\n" not in str(e.value)
+
+
+# Tokenizers that lack what a prompt or an answer needs ----------------------------------------------------------------
+
+
+@pytest.fixture
+def words_only(tmp_path: Path) -> Path:
+    """A tokenizer that has a vocabulary of a few words."""
+    words = "<unk> <s> </s> client therapist : label [SEP] change sustain".split()
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "key"),
+    [
+        ({"separator": " [END] "}, r"model\.prompt\.separator: ' \[END\] '"),
+        ({"separator": " [SEP] ", "roles": {"client": "Patient"}}, r"model\.prompt\.roles\.client: 'Patient'"),
+    ],
+)
+def test_words_outside_the_vocabulary_are_refused(
+    prompt: dict[str, Any], key: str, models: Path, words_only: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} is not in the vocabulary of .*; use other words") as error:
+        builder(models, words_only, prompt=prompt)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_cannot_be_told_apart_are_refused(models: Path, words_only: Path) -> None:
+    prompts = builder(models, words_only, prompt={"separator": " [SEP] "})
+    assert prompts.label_answers("classify", ("change", "sustain")).keys() == {"change", "sustain"}
+    with pytest.raises(ConfigError, match=r"^label 'neutral': 'neutral' is not in the vocabulary"):
+        prompts.label_answers("classify", ("change", "neutral"))
+    with pytest.raises(ConfigError, match=r"^labels 'go_on' and 'go on' have the same tokens; rename one"):
+        builder(models).label_answers("classify", ("go_on", "change", "go on"))
+
+
+def test_unusable_tokenizers_are_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.prompt\.format: .* has no chat template; use plain"):
+        builder(models, prompt={"format": "chat"})
+    with pytest.raises(ConfigError, match=r"model\.llm\.path: cannot load a tokenizer") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+    tokenizer = AutoTokenizer.from_pretrained(models / "llm")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.llm\.path: .* has no EOS token, which ends every answer"):
+        load_tokenizer(str(tmp_path))
