@@ -68,7 +68,7 @@ def examples() -> list[Example]:
                 *(("therapist", " ".join(words[turn:])) for turn in range(place % 4)),
                 ("client", " ".join(words[: 1 + place])),
             ),
-            heard=place % 4,
+            audio_turn=place % 4,
             pcm=(rng.standard_normal(round(length * SAMPLE_RATE)) * (500 + 900 * place) + 200).astype("<i2"),
         )
         for place, length in enumerate(seconds)

@@ -37,7 +37,7 @@ def clips(count: int, longest: float) -> list[Example]:
             answer=LABELS[place % 3],
             subset=None,
             turns=(*(("therapist", " ".join(rng.choice(words, 9))) for _ in range(place % 4)), ("client", "maybe")),
-            heard=place % 4,
+            audio_turn=place % 4,
             pcm=(rng.standard_normal(int(rng.uniform(0.2, longest) * SAMPLE_RATE)) * 3000).astype("<i2"),
         )
         for place in range(count)

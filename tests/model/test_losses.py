@@ -181,7 +181,7 @@ def test_the_teacher_reads_the_turns_of_the_student(models: Path, examples: list
     example = next(example for example in examples if len(example.turns) > 2)
     speech = {"modality": "speech", "cls": "none", "end_of_audio": "none"}
     roomy = build(models, **speech)
-    cut = replace(example, turns=example.turns[1:], heard=len(example.turns) - 2)
+    cut = replace(example, turns=example.turns[1:], audio_turn=len(example.turns) - 2)
     tokens = sum(token >= 0 for token in roomy.prompt_builder.prompt(cut).ids)
     tight = build(models, **speech, llm={"path": str(models / "llm"), "max_text_tokens": tokens})
     assert tight.prompt_builder.prompt(example).dropped_turns == 1

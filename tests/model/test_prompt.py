@@ -60,14 +60,14 @@ def with_template(models: Path, folder: Path, template: str) -> Path:
 @pytest.fixture
 def example(examples: list[Example]) -> Example:
     turns = (("therapist", "i want it"), ("client", "so"), ("client", "really now"))
-    return replace(examples[2], turns=turns, heard=2)
+    return replace(examples[2], turns=turns, audio_turn=2)
 
 
 @pytest.fixture
 def reply(example: Example) -> Example:
     """An example whose last clip is in the middle of the dialogue."""
     turns = (("therapist", "how are you"), ("client", "well so"), ("therapist", "go on"), ("client", "maybe"))
-    return replace(example, task="response", speaker="therapist", answer="tell me more", turns=turns, heard=1)
+    return replace(example, task="response", speaker="therapist", answer="tell me more", turns=turns, audio_turn=1)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_answers_end_with_eos_and_are_plain_words(models: Path) -> None:
 def test_special_token_in_a_transcript_is_plain_text(
     special: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    spelt = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), heard=1)
+    spelt = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), audio_turn=1)
     prompts = builder(models, **BARE)
     tokenizer = prompts.tokenizer.hf
     assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]
