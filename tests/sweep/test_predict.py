@@ -297,7 +297,7 @@ def test_turns_to_come_replies_and_sessions_are_answered_too(here: Path) -> None
     assert {row["speaker"] for row in rows if row["task"] == "response"} == {"therapist"}
     page = Path("coded/transcript.html").read_text(encoding="utf-8")
     replies = [row["reply"] for row in rows if row["task"] == "response"]
-    assert (page.count("session quality: "), page.count(">the model: ")) == (12, len(replies))
+    assert (page.count("session quality: "), page.count(">reply of the model: ")) == (12, len(replies))
     assert any(replies), "the model must say something for this to test anything"
 
 
