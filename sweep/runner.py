@@ -46,7 +46,7 @@ from sweep.search.candidates import first_trial
 from sweep.search.study import StudyStore, TrialRecord, best_first
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
-from sweep.tracking.tracker import Tracker, is_shipped, still_has
+from sweep.tracking.tracker import Tracker, is_sent, server_has_all
 
 SEND_SECONDS = 120.0  # that MLflow has at the end; the next run sends what it did not take
 COPY_SECONDS = 600.0  # that the mirror has at the end
@@ -187,7 +187,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop), True
-        if trials_left(config, runner.study.trials()) or not is_shipped(folder) or not still_has(config, folder):
+        if trials_left(config, runner.study.trials()) or not is_sent(folder) or not server_has_all(config, folder):
             resolved = resolved or check_inputs(config, listener)
             with listener.running(config, folder):
                 sent = runner.run(resolved)

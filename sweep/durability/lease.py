@@ -71,7 +71,7 @@ class Lease(threading.Thread):
     def check(self) -> None:
         """Check that the lease is still ours; to be called before each write to the sweep.
 
-        A file system that is away for a moment takes the lease from nobody.
+        A file system that is away for a moment does not take the lease from its holder.
 
         Raises:
             LeaseLostError: another process has taken the sweep over.

@@ -154,7 +154,7 @@ class StudyStore:
         peers = [
             peer.intermediate_values[epoch]
             for peer in self.study.get_trials(deepcopy=False)
-            # Without the audit an exempted trial would not have come this far, so it is nobody's peer any more.
+            # Without the audit an exempted trial would not have come this far, so it is no peer any more.
             if epoch in peer.intermediate_values and epoch <= peer.user_attrs.get("spared", epoch)
         ]
         if not prune(value, peers, search.direction, rule):

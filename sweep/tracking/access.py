@@ -1,4 +1,4 @@
-"""Where MLflow is, and whether it takes what a sweep will send: asked before the first trial, told in plain words."""
+"""The address of MLflow, and the check before the first trial that the user may write there."""
 
 import os
 from pathlib import Path
@@ -12,32 +12,32 @@ CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 def tracking_uri(folder: Path) -> str:
-    """$MLFLOW_TRACKING_URI, or SQLite beside the sweep's folder.
+    """Return $MLFLOW_TRACKING_URI, or a SQLite database beside the sweep's folder.
 
     Raises:
-        UserError: it holds a user's name or password, which MLflow's errors would show.
+        UserError: it contains a user's name or password, which MLflow's errors would show.
     """
     return given_uri() or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
 
 
 def given_uri() -> str:
-    """$MLFLOW_TRACKING_URI; "" if it is not set.
+    """Return $MLFLOW_TRACKING_URI; "" if it is not set.
 
     Raises:
         UserError: see `tracking_uri`.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    place = urlsplit(uri)
-    if place.password is not None or (place.username is not None and place.scheme.startswith("http")):
+    url = urlsplit(uri)
+    if url.password is not None or (url.username is not None and url.scheme.startswith("http")):
         raise UserError(
-            "MLFLOW_TRACKING_URI: holds a user's name or password, which logs and a job's metadata would show; take it "
-            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD)"
+            "MLFLOW_TRACKING_URI: contains a user's name or password, which logs and a job's metadata would show; "
+            "remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD)"
         )
     return uri
 
 
 def ui_command(folder: Path, program: str = "mlflow") -> str:
-    """What a person types to look at the runs."""
+    """Return the command that opens the UI with the runs."""
     uri = tracking_uri(folder)
     if not uri.startswith("sqlite:///"):
         return f"open {uri}"
@@ -46,14 +46,14 @@ def ui_command(folder: Path, program: str = "mlflow") -> str:
 
 
 def check_access(uri: str, name: str) -> None:
-    """Look whether a server lets this user write. One that is away is no reason not to train.
+    """Check that a server lets this user write; an unavailable server is no reason not to train.
 
     Args:
         uri: of the server or its database.
         name: of the experiment, which is the sweep's.
 
     Raises:
-        UserError: it turns the user away.
+        UserError: it rejects the user.
     """
     from mlflow.exceptions import MlflowException
 
@@ -63,19 +63,19 @@ def check_access(uri: str, name: str) -> None:
     try:
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
-            client.set_experiment_tag(experiment.experiment_id, *KIND)  # which it has, if a sweep made it
+            client.set_experiment_tag(experiment.experiment_id, *KIND)  # a sweep's experiment has this tag already
     except MlflowException as error:
         if (why := denial(error)) is not None:
             raise UserError(f"MLflow at {uri} {why}") from None
 
 
 def denial(error: Exception) -> str | None:
-    """Why a server turns the user away, and what to do; None where it does not."""
+    """Return why a server rejects the user and what to do; None if it does not."""
     code = getattr(error, "error_code", None)
     if code == "UNAUTHENTICATED":
-        return f"does not know this user and password; set {CREDENTIALS} as its administrator gave them"
+        return f"rejects this user and password; set {CREDENTIALS} as its administrator gave them"
     if code != DENIED:
         return None
     if "Host header" in str(error):
-        return "does not go by this name; its administrator can allow it"
-    return "does not let this user write to the experiment of this name, another user's; give another one, --set name=…"
+        return "rejects this host name; its administrator can allow it"
+    return "does not let this user write to the experiment of this name, another user's; use another one, --set name=…"

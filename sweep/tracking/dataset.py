@@ -1,4 +1,4 @@
-"""The corpus of a sweep as MLflow shows it: tags to filter by, and a dataset that runs are linked to."""
+"""The corpus of a sweep in MLflow: tags to filter by, and a dataset that runs are linked to."""
 
 import json
 from collections.abc import Mapping
@@ -14,44 +14,46 @@ from data.shards.dataset import Shards
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-DIGEST = 36  # characters that MLflow allows
+DIGEST = 36  # characters that MLflow allows for a dataset's digest
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What names a corpus, and what is in it."""
+    """A corpus: its identity and its content."""
 
     name: str
     fingerprint: str
     labels: tuple[str, ...]
-    place: str  # of its shards
-    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # sessions, turns, hours: by split or fold
-    fold: int | None = None  # the one for test, where there are folds
+    address: str  # path or URL of its shards, without secrets
+    counts: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # of sessions, turns and hours, by split or fold
+    fold: int | None = None  # for test, where there are folds
 
     @classmethod
     def of(cls, shards: Shards) -> "Corpus":
-        """That of some shards; nothing but their manifest is read."""
-        known = shards.manifest
+        """Return the corpus of some shards; only their manifest is read."""
+        manifest = shards.manifest
         return cls(
-            name=known.corpus,
+            name=manifest.corpus,
             fingerprint=shards.fingerprint,
-            labels=known.labels,
-            place=without_secrets(str(shards.folder)),
-            counts={"sessions": known.sessions, "turns": known.turns, "hours": known.hours},
-            fold=shards.fold if known.config.split.folds else None,
+            labels=manifest.labels,
+            address=without_secrets(str(shards.folder)),
+            counts={"sessions": manifest.sessions, "turns": manifest.turns, "hours": manifest.hours},
+            fold=shards.fold if manifest.config.split.folds else None,
         )
 
     def with_fold(self, fold: int) -> "Corpus":
-        """The same with another fold for test; see `Shards.fingerprint`."""
+        """Return the corpus with another fold for test; see `Shards.fingerprint`."""
         return replace(self, fold=fold, fingerprint=f"{self.fingerprint.rpartition('-')[0]}-{fold}")
 
     def tags(self) -> dict[str, str]:
-        """For a run."""
-        told = {"corpus": self.name, "fingerprint": self.fingerprint, "labels": ",".join(self.labels)}
-        return {f"data.{name}": value for name, value in told.items()}
+        """Return the tags of a run on this corpus."""
+        labels = ",".join(self.labels)
+        return {"data.corpus": self.name, "data.fingerprint": self.fingerprint, "data.labels": labels}
 
     def input(self) -> "DatasetInput":
-        """For `MlflowClient.log_inputs`."""
+        """Return the input for `MlflowClient.log_inputs`."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -60,23 +62,23 @@ class Corpus:
         dataset = Dataset(
             name=self.name,
             digest=self.fingerprint[:DIGEST],
-            source_type=urlsplit(self.place).scheme or "local",
-            source=json.dumps({"uri": self.place}),
+            source_type=urlsplit(self.address).scheme or "local",
+            source=json.dumps({"uri": self.address}),
             schema=json.dumps({"mlflow_colspec": columns}),
             profile=json.dumps(profile),
         )
         return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])
 
 
-def _type(stored: pa.DataType) -> str:
-    """What a column holds, however it is stored."""
-    held = stored.value_type if pa.types.is_dictionary(stored) else stored
-    return str(held).removeprefix("large_")
+def _type(column: pa.DataType) -> str:
+    """Return the type of a column's values, independent of their encoding."""
+    values = column.value_type if pa.types.is_dictionary(column) else column
+    return str(values).removeprefix("large_")
 
 
-def without_secrets(place: str) -> str:
-    """A folder as it is; a URL without its user, its password and its options, of which some are keys."""
-    if "://" not in place:
-        return place
-    url = urlsplit(place)
+def without_secrets(address: str) -> str:
+    """Return a path as it is, and a URL without user, password and options, some of which are keys."""
+    if "://" not in address:
+        return address
+    url = urlsplit(address)
     return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"

@@ -1,4 +1,4 @@
-"""A report beside the runs that it is about."""
+"""Reports as artifacts of the MLflow run that they are about."""
 
 import os
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from sweep.tracking.tracker import parent_run_id
 
 
 def to_mlflow(folder: Path, written: Sequence[Path]) -> str:
-    """Log the files of a report as artifacts of the sweep's run; what came of it, in words.
+    """Log the files of a report as artifacts of the sweep's run; return where they are, or why they are not there.
 
-    A server that is away is no reason to have no report.
+    An unavailable server does not fail the report.
     """
     run_id = parent_run_id(folder)
     if run_id is None:
-        return "not there, since the sweep has no run yet"
+        return "not logged, since the sweep has no run yet"
     for variable, value in CLIENT.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
@@ -27,5 +27,5 @@ def to_mlflow(folder: Path, written: Sequence[Path]) -> str:
         for path in written:
             client.log_artifact(run_id, str(path), "report")
     except Exception as error:  # whatever the client raises
-        return f"not there ({reason(error)}); give the command again"
+        return f"not logged ({reason(error)}); rerun the same command"
     return "artifacts of the sweep's run, under report"

@@ -1,107 +1,109 @@
-"""What MLflow's table of runs sorts, filters and compares: single numbers, parameters and tags of a trial and a sweep.
+"""What MLflow's table of runs sorts, filters and compares: summary metrics, parameters and tags of trials and sweeps.
 
-A curve shows in that table with its last value only, so the best of each metric is a metric of its own.
+The table shows the last value of a metric only, so the best value of each metric is another metric.
 """
 
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from model.training.metrics_log import Point
 from sweep.config.loader import flat
 from sweep.config.schema import Config
+from sweep.config.space import Scalar
 from sweep.search.pruning import better
 from sweep.search.study import TrialRecord, best_first
 
 BEST, OBJECTIVE = "best_", "objective"
-# Of the validation split; those of later tasks have the task before them, those of a role or subset have it behind.
+# Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
 LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")
 
 
 def is_summary(name: str) -> bool:
-    """Whether a metric sums up a run, and so is in no curve that a trial wrote."""
+    """Return whether a metric summarises a run, and so is not in the trial's metrics log."""
     return name == OBJECTIVE or name.startswith(BEST)
 
 
-def params(config: Config, entry: TrialRecord) -> dict[str, Any]:
-    """The value of every axis, so that runs can be compared on all of them.
+def params(config: Config, trial: TrialRecord) -> dict[str, Scalar]:
+    """Return the value of every axis, so that runs can be compared on all of them.
 
-    A trial outside the condition of an axis ran with the sweep's own setting, which is then the value;
-    `unvaried` names such axes.
+    A trial outside the condition of an axis ran with the sweep's setting, which is then the value; `unvaried` returns
+    such axes.
     """
     base = flat(config)
-    return {key: base[key] for key in config.search.space} | entry.params
+    return {key: base[key] for key in config.search.space} | trial.params
 
 
-def unvaried(config: Config, entry: TrialRecord) -> list[str]:
-    """Axes whose condition did not hold for a trial."""
-    return [key for key in config.search.space if key not in entry.params]
+def unvaried(config: Config, trial: TrialRecord) -> list[str]:
+    """Return the axes whose condition did not hold for a trial."""
+    return [key for key in config.search.space if key not in trial.params]
 
 
-def start_tags(config: Config, entry: TrialRecord, codes: Sequence[str]) -> dict[str, str]:
-    """What is known of a trial when it begins.
+def start_tags(config: Config, trial: TrialRecord, codes: Sequence[str]) -> dict[str, str]:
+    """Return the tags of a trial that starts.
 
     Args:
         config: of the sweep.
-        entry: of the trial.
-        codes: that ran it, see `sweep.changes.code_version`.
+        trial: the trial.
+        codes: versions of the code that ran it, see `sweep.config.version.code_version`.
     """
-    seed = entry.params.get("seed", config.seed)
-    told = {"sweep.trial": str(entry.number), "sweep.seed": str(seed), "sweep.code": ", ".join(codes)}
-    fixed = unvaried(config, entry)
-    return told | ({"sweep.unvaried": ", ".join(fixed)} if fixed else {})
+    seed = trial.params.get("seed", config.seed)
+    tags = {"sweep.trial": str(trial.number), "sweep.seed": str(seed), "sweep.code": ", ".join(codes)}
+    fixed = unvaried(config, trial)
+    return tags | ({"sweep.unvaried": ", ".join(fixed)} if fixed else {})
 
 
-def end_tags(entry: TrialRecord, attempts: int | None) -> dict[str, str]:
-    """How a trial ended; `sweep.rung` is the epoch that it reached, where pruned ones were judged last."""
-    told = {
-        "state": entry.state,
-        "why": entry.why,
-        "reason": entry.reason,
-        "rung": max(entry.curve, default=0),
+def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
+    """Return the tags of a trial that has ended; `sweep.rung` is the last epoch, where the rule judged a pruned one."""
+    tags = {
+        "state": trial.state,
+        "why": trial.why,
+        "reason": trial.reason,
+        "rung": max(trial.curve, default=0),
         "attempts": attempts,
     }
-    return {f"sweep.{name}": str(value) for name, value in told.items() if value is not None}
+    return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None}
 
 
-def trial_metrics(config: Config, entry: TrialRecord, points: Iterable[Point]) -> dict[str, float]:
-    """`best_<metric>` over the epochs of a trial that has ended, each in its own direction, and its `objective`.
+def trial_metrics(config: Config, trial: TrialRecord, points: Iterable[Point]) -> dict[str, float]:
+    """Return `best_<metric>` over the epochs of an ended trial, each in its direction, and its `objective`.
 
-    Of a failed trial there is no objective: nothing that sorts by it should put one first.
+    A failed trial has no objective, so that it is never first in a ranking.
 
     Args:
         config: of the sweep.
-        entry: of the trial.
-        points: of its curves.
+        trial: the trial.
+        points: of its metrics log.
     """
-    metric, direction = config.search.metric, config.search.direction
-    found: dict[str, float] = {}
-    study = [(metric, value, direction) for value in entry.curve.values()]
-    curves = [(point.name, point.value, _direction(point.name)) for point in points if point.name != metric]
-    for name, value, way in [*study, *curves]:
+    metric, objective = config.search.metric, config.search.direction
+    best: dict[str, float] = {}
+    study = [(metric, value, objective) for value in trial.curve.values()]
+    logged = [(point.name, point.value, _direction(point.name)) for point in points if point.name != metric]
+    for name, value, direction in [*study, *logged]:
         key = f"{BEST}{name}"
-        if way is not None and math.isfinite(value) and (key not in found or better(value, found[key], way)):
-            found[key] = value
-    if entry.state in ("COMPLETE", "PRUNED") and entry.value is not None and math.isfinite(entry.value):
-        found[OBJECTIVE] = entry.value
-    return found
+        if direction is None or not math.isfinite(value):
+            continue
+        if key not in best or better(value, best[key], direction):
+            best[key] = value
+    if trial.state in ("COMPLETE", "PRUNED") and trial.value is not None and math.isfinite(trial.value):
+        best[OBJECTIVE] = trial.value
+    return best
 
 
-def sweep_metrics(config: Config, entries: Sequence[TrialRecord]) -> dict[str, float]:
-    """The best complete trial of a sweep, and its value; empty before there is one.
+def sweep_metrics(config: Config, trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """Return the best complete trial of a sweep and its value; empty before there is one.
 
-    There is no `objective`, or the sweep's run would stand among its trials where they are sorted by it.
+    There is no `objective`, or the sweep's run would be ranked among its trials.
     """
-    best = next(iter(best_first(config, entries)), None)
+    best = next(iter(best_first(config, trials)), None)
     if best is None or best.value is None:
         return {}
     return {f"{BEST}{config.search.metric}": best.value, f"{BEST}trial": float(best.number)}
 
 
 def _direction(name: str) -> str | None:
-    """Whether more or less of a metric is better; None where neither is a goal."""
+    """Return whether a metric should be large or small; None if it is no goal."""
     if name.startswith("train_"):
         return None
     return "maximize" if MORE.fullmatch(name) else "minimize" if LESS.fullmatch(name) else None

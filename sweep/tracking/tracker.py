@@ -1,23 +1,23 @@
-"""MLflow as a projection of the ledger: a thread of the driver ships what trials wrote to their own files.
+"""MLflow as a projection of the study: a thread of the driver sends what trials have written to their own files.
 
-Training never waits for the server. Each trial appends to `metrics.jsonl`; this thread sends the points it has not sent
-yet, with their original times, and remembers how far it got in `mlflow.json` beside them. Sending again changes
-nothing, so a kill or a server that is away costs no point and doubles none.
+Training never waits for the server. Each trial appends to `metrics.jsonl`; this thread sends the points that it has not
+sent yet, with their original times, and stores its position in `mlflow.json` beside them. Sending a point again changes
+nothing, so a kill or an unavailable server loses no point and doubles none.
 
-What is remembered is a belief. When a driver starts, after every error, and when it ends, one search compares it with
-what the server has: runs that are unknown there are made again, and a run without its newest points gets what it lacks.
-A trial that ends is compared point by point, whatever happened to the server in the meantime.
+What `mlflow.json` says is a belief. When a driver starts, after every error, and when it ends, one search compares it
+with what the server has: runs that are missing there are created again, and a run without its newest points gets them
+again. A trial that ends is compared point by point, whatever happened to the server in the meantime.
 
-A driver that ends in an orderly way leaves no run RUNNING: SCHEDULED are those that go on when the command is given
-again. A driver that is killed cannot say so; its runs stay RUNNING until the command is given again.
+A driver that ends in an orderly way leaves no run RUNNING: runs that the next command resumes are SCHEDULED. The runs
+of a killed driver stay RUNNING until then.
 """
 
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from data.atomic import write_file
 from data.errors import UserError
@@ -40,30 +40,47 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
-LASTING = ("started", "finished", "codes")  # of a trial's mlflow.json: true whatever the server has
+MAX_WAIT = 15.0  # seconds between two attempts while the server is unavailable
 Say = Callable[[str], object]
-LONGEST = 15.0  # seconds between two attempts at a server that is away
+
+
+class RunState(TypedDict, total=False):
+    """Content of `mlflow.json`: what is believed about a run. `started`, `finished` and `codes` hold in any case."""
+
+    run_id: str
+    ended: bool  # the server has everything
+    started: int  # milliseconds
+    finished: int  # milliseconds
+    codes: list[str]  # versions of the code that ran the trial
+    offset: int  # bytes of `metrics.jsonl` that were sent
+    highest: dict[str, int]  # newest step that was sent, by metric
 
 
 def mlflow_run_id(folder: Path, number: int) -> str | None:
-    """The MLflow run of a trial, if it has one yet."""
-    run_id: str | None = _read_state(trial_folder(folder, number)).get("run_id")
-    return run_id
+    """Return the MLflow run of a trial, if it has one yet."""
+    return _read_state(trial_folder(folder, number)).get("run_id")
 
 
 def parent_run_id(folder: Path) -> str | None:
-    """The MLflow run of a sweep, if it has one yet."""
-    run_id: str | None = _read_state(folder).get("run_id")
-    return run_id
+    """Return the MLflow run of a sweep, if it has one yet."""
+    return _read_state(folder).get("run_id")
 
 
-def is_shipped(folder: Path) -> bool:
-    """Whether MLflow was sent all of a sweep that has ended."""
-    return bool(_read_state(folder).get("ended"))
+def is_sent(folder: Path) -> bool:
+    """Return whether MLflow was sent everything about a sweep that has ended."""
+    return _read_state(folder).get("ended", False)
 
 
 class Tracker(threading.Thread):
-    """Keeps MLflow up to date with the ledger until `finish` is called."""
+    """Keeps MLflow up to date with the study until `finish` is called.
+
+    Args:
+        config: of the sweep.
+        folder: of the sweep.
+        corpus: that the runs are linked to.
+        every: seconds between two rounds of sending.
+        say: shows a line to the user when the server becomes unavailable, and when it is back.
+    """
 
     def __init__(
         self, config: Config, folder: Path, corpus: Corpus, every: float = 1.0, say: Say = lambda _: None
@@ -76,15 +93,16 @@ class Tracker(threading.Thread):
         self.error: str | None = None
         self.complete = False
         self.study: StudyStore | None = None
-        self._doubt()
+        self._forget()
 
     def finish(self, timeout: float = 120.0) -> bool:
-        """Ship what is left; False when the server did not take it all within `timeout` seconds."""
+        """Send what is left; return False if the server did not take it all within `timeout` seconds."""
         self.ended.set()
         self.join(timeout)
         return self.complete
 
     def run(self) -> None:
+        """Send what is new, round by round."""
         wait = self.every
         while True:
             last = self.ended.is_set()
@@ -92,239 +110,240 @@ class Tracker(threading.Thread):
                 if self.runs is None or last:
                     self._connect()
                 self._sync(last)
-                self._tell(None)
+                self._set_error(None)
                 wait = self.every
                 if last:
                     self.complete = True
                     return
-            except Exception as error:  # whatever the server's trouble is, training goes on and this is tried again
-                self._tell(denial(error) or f"{type(error).__name__}: {error}".splitlines()[0])
-                wait = min(wait * 2, LONGEST)
-                self._doubt()
+            except Exception as error:  # of any kind: training continues, and the next round tries again
+                self._set_error(denial(error) or f"{type(error).__name__}: {error}".splitlines()[0])
+                wait = min(wait * 2, MAX_WAIT)
+                self._forget()
             if self.ended.is_set():
                 time.sleep(min(wait, 1.0))
             else:
                 self.ended.wait(wait)
 
-    def _tell(self, error: str | None) -> None:
-        """Keep what is wrong, and say when something begins to be wrong, or ends to."""
+    def _set_error(self, error: str | None) -> None:
+        """Keep the current error, and tell the user when it appears or disappears."""
         before, self.error = self.error, error
         if error is not None and before is None:
-            self.say(f"MLflow lacks some results ({error}); training goes on, and they are sent when it takes them")
+            self.say(f"MLflow is unavailable; metrics are buffered and will be retried ({error})")
         elif error is None and before is not None:
-            self.say("MLflow has all results again")
+            self.say("MLflow is available again and has all results")
 
-    def _doubt(self) -> None:
-        """Believe nothing about the server that is not on disk; `_connect` compares that with what the server has."""
+    def _forget(self) -> None:
+        """Forget everything about the server that is not on disk; `_connect` compares that with what the server has."""
         self.runs: Runs | None = None
-        self.states: dict[int, dict[str, Any]] = {}  # as in mlflow.json, by trial
-        self.curves: dict[int, MetricsReader] = {}  # of trials that run
+        self.states: dict[int, RunState] = {}  # of trials
+        self.readers: dict[int, MetricsReader] = {}  # of running trials
         self.status: dict[str, str] = {}  # that MLflow shows, by run
-        self.summed: dict[str, float] = {}  # the metrics of the sweep's own run
+        self.sweep_metrics: dict[str, float] = {}  # of the sweep's own run
 
     def _connect(self) -> None:
-        self._doubt()
-        store = self.folder.parent / "mlartifacts" / self.config.name
+        """Find or create the runs of the sweep, and compare them with what is believed about them."""
+        self._forget()
+        artifacts = self.folder.parent / "mlartifacts" / self.config.name
         runs = Runs(self.uri, self.key, self.corpus)
-        runs.enter(_read_state(self.folder).get("run_id"), self.config.name, store)
-        found = runs.look()
-        if self.key in found:
-            self.parent, self.summed = str(found[self.key].info.run_id), dict(found[self.key].data.metrics)
-            runs.mend(found[self.key], {})
+        runs.enter(parent_run_id(self.folder), self.config.name, artifacts)
+        by_key = runs.find()
+        if self.key in by_key:
+            parent = by_key[self.key]
+            self.parent, self.sweep_metrics = str(parent.info.run_id), dict(parent.data.metrics)
+            runs.complete(parent, {})
         else:
-            self.parent = runs.make(self.key, self.folder.name, {}, {}, now())
+            self.parent = runs.create(self.key, self.folder.name, {}, {}, now())
         runs.client.update_run(self.parent, status="RUNNING")
         runs.client.log_text(self.parent, dump(self.config), "config.yaml")
         _write_state(self.folder, {"run_id": self.parent, "ended": False})
-        for entry in self._entries():
-            self._compare(runs, entry, found.get(f"{self.key}/{entry.number}"))
+        for trial in self._trials():
+            self._compare(runs, trial, by_key.get(f"{self.key}/{trial.number}"))
         self.runs = runs
 
-    def _entries(self) -> list[TrialRecord]:
+    def _trials(self) -> list[TrialRecord]:
         try:
             self.study = self.study or StudyStore.read(self.folder, self.config)
         except UserError:
             return []  # no trial has started yet
-        return [entry for entry in self.study.trials() if has_started(self.folder, entry)]
+        return [trial for trial in self.study.trials() if has_started(self.folder, trial)]
 
-    def _state(self, number: int) -> dict[str, Any]:
+    def _state(self, number: int) -> RunState:
         if number not in self.states:
             self.states[number] = _read_state(trial_folder(self.folder, number))
         return self.states[number]
 
-    def _remember(self, number: int) -> None:
+    def _save_state(self, number: int) -> None:
         _write_state(trial_folder(self.folder, number), self.states[number])
 
-    def _compare(self, runs: Runs, entry: TrialRecord, run: "Run | None") -> None:
-        """Forget what is believed of a trial if its run says otherwise, so that it is shipped again."""
-        state = self._state(entry.number)
-        kept = {name: value for name, value in state.items() if name in LASTING}
+    def _compare(self, runs: Runs, trial: TrialRecord, run: "Run | None") -> None:
+        """Forget what is believed about a trial if its run contradicts it, so that everything is sent again."""
+        state = self._state(trial.number)
+        lasting: RunState = {}
+        if "started" in state:
+            lasting["started"] = state["started"]
+        if "finished" in state:
+            lasting["finished"] = state["finished"]
+        if "codes" in state:
+            lasting["codes"] = state["codes"]
         if run is None:
-            self.states[entry.number] = kept
+            self.states[trial.number] = lasting
             return
         run_id = str(run.info.run_id)
         self.status[run_id] = run.info.status
         if state.get("run_id") != run_id or lacks(run, state.get("highest", {})):
-            self.states[entry.number] = {**kept, "run_id": run_id}
-        elif run.info.status != STATUS.get(entry.state):
+            self.states[trial.number] = {**lasting, "run_id": run_id}
+        elif run.info.status != STATUS.get(trial.state):
             state["ended"] = False
-        runs.mend(run, summary.params(self.config, entry))
-        self._note_code(runs, entry, run_id)
+        runs.complete(run, summary.params(self.config, trial))
+        # A trial may be resumed by another version of the code.
+        state = self._state(trial.number)
+        if trial.state == "RUNNING" and state.get("codes", [])[-1:] != [code_version()]:
+            state["codes"] = [*state.get("codes", []), code_version()]
+            runs.client.set_tag(run_id, "sweep.code", ", ".join(state["codes"]))
+            self._save_state(trial.number)
         if run.data.tags.get("mlflow.parentRunId") != self.parent:
             runs.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
 
-    def _note_code(self, runs: Runs, entry: TrialRecord, run_id: str) -> None:
-        """A trial may go on under another version of the code than the one that it began with."""
-        state = self._state(entry.number)
-        if entry.state == "RUNNING" and state.get("codes", [])[-1:] != [code_version()]:
-            state["codes"] = [*state.get("codes", []), code_version()]
-            runs.client.set_tag(run_id, "sweep.code", ", ".join(state["codes"]))
-            self._remember(entry.number)
-
     def _sync(self, last: bool) -> None:
+        """Send what is new about all trials; in the last round also what concerns the sweep as a whole."""
         from mlflow.exceptions import MlflowException
 
-        entries, refusal = self._entries(), None
-        for entry in entries:
+        trials, refusal = self._trials(), None
+        for trial in trials:
             try:
-                self._sync_trial(entry, last)
+                self._sync_trial(trial, last)
             except MlflowException as error:
                 if error.error_code != REFUSED:
                     raise
-                refusal = refusal or error  # the server is there: this trial's trouble is not that of the others
-                self.curves.pop(entry.number, None)
+                refusal = refusal or error  # the server refuses this trial's data and takes that of the others
+                self.readers.pop(trial.number, None)
         if last:
-            self._end_sweep(entries, refusal is None)
+            self._end_sweep(trials, all_sent=refusal is None)
         if refusal is not None:
             raise refusal
 
-    def _end_sweep(self, entries: list[TrialRecord], whole: bool) -> None:
+    def _end_sweep(self, trials: Sequence[TrialRecord], all_sent: bool) -> None:
+        """Complete the sweep's own run: note, best trial and code; each summary metric once for so many trials."""
         assert self.runs is not None
-        client, ended = self.runs.client, sum(entry.state != "RUNNING" for entry in entries)
-        finished = whole and ended >= self.config.search.trials
-        self._sum_up(self.runs, entries, ended)
-        chooses = finished and FOLD not in self.config.search.space  # the best of folds is the easiest one
-        for best in best_first(self.config, entries)[:1] if chooses else []:
-            publish(self.runs, self.config.name, self.folder, best, self._state(best.number)["run_id"])
+        client, ended = self.runs.client, sum(trial.state != "RUNNING" for trial in trials)
+        run_ids = {trial.number: self._state(trial.number).get("run_id", "") for trial in trials}
+        links = {number: link(self.runs.experiment, run_id) for number, run_id in run_ids.items() if run_id}
+        tags = {"mlflow.note.content": note(self.config, self.folder, trials, links)}
+        tags["sweep.code"] = ", ".join((self.study.codes() if self.study else []) or [code_version()])
+        best = next(iter(best_first(self.config, trials)), None)
+        if best is not None:
+            tags |= {"sweep.best_trial": str(best.number), "sweep.best_run": run_ids[best.number]}
+        metrics = summary.sweep_metrics(self.config, trials)
+        changed = {name: value for name, value in metrics.items() if self.sweep_metrics.get(name) != value}
+        self.runs.send(self.parent, [Point(name, ended, now(), value) for name, value in changed.items()], tags)
+        finished = all_sent and ended >= self.config.search.trials
+        # The best of several folds is only the easiest fold, so it is no model to publish.
+        if finished and best is not None and FOLD not in self.config.search.space:
+            publish(self.runs, self.config.name, self.folder, best, run_ids[best.number])
         if finished:
             client.set_terminated(self.parent, "FINISHED")
-        else:  # nobody works on it until the command is given again
+        else:  # until the command is rerun
             client.update_run(self.parent, status="SCHEDULED")
         _write_state(self.folder, {"run_id": self.parent, "ended": finished})
 
-    def _sum_up(self, runs: Runs, entries: list[TrialRecord], ended: int) -> None:
-        """The note, the best trial and the code, on the sweep's own run; each value once for so many trials."""
-        own = {entry.number: str(self._state(entry.number).get("run_id", "")) for entry in entries}
-        links = {number: link(runs.experiment, run_id) for number, run_id in own.items() if run_id}
-        told = {"mlflow.note.content": note(self.config, self.folder, entries, links)}
-        told["sweep.code"] = ", ".join((self.study.codes() if self.study else []) or [code_version()])
-        for best in best_first(self.config, entries)[:1]:
-            told |= {"sweep.best_trial": str(best.number), "sweep.best_run": own[best.number]}
-        metrics = summary.sweep_metrics(self.config, entries)
-        new = [Point(name, ended, now(), value) for name, value in metrics.items() if self.summed.get(name) != value]
-        runs.send(self.parent, new, told)
-
-    def _sync_trial(self, entry: TrialRecord, last: bool) -> None:
+    def _sync_trial(self, trial: TrialRecord, last: bool) -> None:
+        """Send what is new about a trial, and end its run if the trial has ended."""
         assert self.runs is not None
-        number, state = entry.number, self._state(entry.number)
+        number, state = trial.number, self._state(trial.number)
         if state.get("ended"):
             return
         if "run_id" not in state:
-            self._start(self.runs, entry)
-        if number not in self.curves:
-            self.curves[number] = self._curve(self.runs, number)
-        self._ship(self.runs, number, self.curves[number])
-        run_id = state["run_id"]
-        if entry.state != "RUNNING":
-            self._end(self.runs, entry)
+            self._create_run(self.runs, trial)
+        if number not in self.readers:
+            self.readers[number] = self._unsent(self.runs, number)
+        self._send_points(self.runs, number, self.readers[number])
+        if trial.state != "RUNNING":
+            self._end_run(self.runs, trial)
             return
-        status = "SCHEDULED" if last else "RUNNING"
+        run_id, status = state["run_id"], "SCHEDULED" if last else "RUNNING"
         if self.status.get(run_id) != status:
             self.runs.client.update_run(run_id, status=status)
             self.status[run_id] = status
 
-    def _start(self, runs: Runs, entry: TrialRecord) -> None:
-        """Make the run of a trial that has none."""
-        state, known = self._state(entry.number), MetricsLog(trial_folder(self.folder, entry.number)).time_range()
-        state.setdefault("started", known[0] if known else now())
+    def _create_run(self, runs: Runs, trial: TrialRecord) -> None:
+        state, attempted = self._state(trial.number), MetricsLog(trial_folder(self.folder, trial.number)).time_range()
+        state.setdefault("started", attempted[0] if attempted else now())
         state.setdefault("codes", [code_version()])
-        tags = {"mlflow.parentRunId": self.parent, **summary.start_tags(self.config, entry, state["codes"])}
-        params, name = summary.params(self.config, entry), f"trial-{entry.number:04d}"
-        state["run_id"] = runs.make(f"{self.key}/{entry.number}", name, tags, params, state["started"])
+        tags = {"mlflow.parentRunId": self.parent, **summary.start_tags(self.config, trial, state["codes"])}
+        params, name = summary.params(self.config, trial), f"trial-{trial.number:04d}"
+        state["run_id"] = runs.create(f"{self.key}/{trial.number}", name, tags, params, state["started"])
         state["offset"] = 0
-        self._remember(entry.number)
+        self._save_state(trial.number)
 
-    def _curve(self, runs: Runs, number: int) -> MetricsReader:
-        """The points of a trial that its run lacks."""
+    def _unsent(self, runs: Runs, number: int) -> MetricsReader:
+        """Return a reader of a trial's metrics, positioned at the points that its run lacks."""
         state, folder = self._state(number), trial_folder(self.folder, number)
-        curve = MetricsReader(folder)
-        if "offset" in state and curve.skip(state["offset"]) and curve.last_steps() == state.get("highest", {}):
-            return curve
-        return MetricsReader(
-            folder, runs.steps(state["run_id"])
-        )  # the file does not tell, or is not the one that was sent
+        reader = MetricsReader(folder)
+        if "offset" in state and reader.skip(state["offset"]) and reader.last_steps() == state.get("highest", {}):
+            return reader
+        return MetricsReader(folder, runs.steps(state["run_id"]))  # the state is unknown, or of another file
 
-    def _ship(self, runs: Runs, number: int, curve: MetricsReader) -> None:
-        state, points = self._state(number), curve.read()
+    def _send_points(self, runs: Runs, number: int, reader: MetricsReader) -> None:
+        state, points = self._state(number), reader.read()
         runs.send(state["run_id"], points)
-        if points or state.get("offset") != curve.offset:
-            state.update(offset=curve.offset, highest=curve.last_steps())
-            self._remember(number)
+        if points or state.get("offset") != reader.offset:
+            state["offset"], state["highest"] = reader.offset, reader.last_steps()
+            self._save_state(number)
 
-    def _end(self, runs: Runs, entry: TrialRecord) -> None:
-        """Complete the run of a trial that is over."""
-        number, state, folder = entry.number, self._state(entry.number), trial_folder(self.folder, entry.number)
-        known, points = runs.steps(state["run_id"]), MetricsReader(folder).read()
-        self._ship(runs, number, MetricsReader(folder, known))
-        own = folder / "config.yaml"  # what ran: with numbers for balanced classes; a trial that never began has none
-        content = own.read_text(encoding="utf-8") if own.exists() else dump(self.config.for_trial(entry.params))
-        tags = runs.artifacts(state["run_id"], content, folder)
-        state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
+    def _end_run(self, runs: Runs, trial: TrialRecord) -> None:
+        """Complete and end the run of a trial that has ended."""
+        number, state, folder = trial.number, self._state(trial.number), trial_folder(self.folder, trial.number)
+        run_id, steps, points = state["run_id"], runs.steps(state["run_id"]), MetricsReader(folder).read()
+        self._send_points(runs, number, MetricsReader(folder, steps))
+        # The file of the trial has numbers for balanced classes; a trial that never began has no file.
+        path = folder / "config.yaml"
+        config = path.read_text(encoding="utf-8") if path.exists() else dump(self.config.for_trial(trial.params))
+        tags = runs.log_artifacts(run_id, config, folder)
+        finished = state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
         step = max((point.step for point in points), default=0)
-        metrics = summary.trial_metrics(self.config, entry, points)
-        sums = [Point(name, step, state["finished"], value) for name, value in metrics.items()]
-        new = [point for point in sums if step not in known.get(point.name, ())]
-        runs.send(state["run_id"], new, tags | summary.end_tags(entry, MetricsLog(folder).last_attempt()))
-        runs.client.set_terminated(state["run_id"], STATUS[entry.state], end_time=state["finished"])
+        metrics = summary.trial_metrics(self.config, trial, points)
+        new = [Point(name, step, finished, value) for name, value in metrics.items() if step not in steps.get(name, ())]
+        runs.send(run_id, new, tags | summary.end_tags(trial, MetricsLog(folder).last_attempt()))
+        runs.client.set_terminated(run_id, STATUS[trial.state], end_time=finished)
         state.setdefault("highest", {}).update(dict.fromkeys(metrics, step))
         state["ended"] = True
-        self._remember(number)
-        self.curves.pop(number, None)
+        self._save_state(number)
+        self.readers.pop(number, None)
 
 
-def still_has(config: Config, folder: Path) -> bool:
-    """Whether MLflow still has what it was sent of a sweep that has ended; True also when it cannot be asked now.
+def server_has_all(config: Config, folder: Path) -> bool:
+    """Return whether MLflow still has what it was sent of a sweep that has ended; True also if it cannot be asked now.
 
-    Such a sweep sends nothing any more unless there is a reason to, and this tells.
+    Such a sweep sends nothing any more unless there is a reason to, which this function finds.
     """
     from mlflow.exceptions import MlflowException
 
     runs = Runs(tracking_uri(folder), sweep_id(folder))
     try:
-        if not runs.enter(_read_state(folder).get("run_id"), None, folder):
+        if not runs.enter(parent_run_id(folder), None, folder):
             return False
-        found = runs.look()
+        by_key = runs.find()
     except MlflowException:
         return True
-    for entry in StudyStore.read(folder, config).trials():
-        state = _read_state(trial_folder(folder, entry.number))
-        run = found.get(f"{runs.key}/{entry.number}")
+    for trial in StudyStore.read(folder, config).trials():
+        state = _read_state(trial_folder(folder, trial.number))
+        run = by_key.get(f"{runs.key}/{trial.number}")
         if run is None or run.info.run_id != state.get("run_id") or lacks(run, state.get("highest", {})):
             return False
-        if run.info.status != STATUS.get(entry.state):
+        if run.info.status != STATUS.get(trial.state):
             return False
-    return runs.key in found
+    return runs.key in by_key
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """What is believed about a run; nothing, if the file is not there or a crash of the machine left it empty."""
+def _read_state(folder: Path) -> RunState:
+    """Return what is believed about a run; nothing, if the file does not exist or a power failure left it empty."""
     try:
-        content = json.loads((folder / "mlflow.json").read_text())
+        content: RunState = json.loads((folder / "mlflow.json").read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
+def _write_state(folder: Path, state: RunState) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "mlflow.json", json.dumps(state))

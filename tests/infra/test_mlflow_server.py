@@ -224,12 +224,12 @@ def test_sweep_without_write_access_is_refused_at_start(
     own, out = config(tmp_path, models, corpus, "hers"), tmp_path / "out"
     with acting(anna | {"MLFLOW_TRACKING_PASSWORD": "not the right one"}):
         wrong = complaint(sweep("run", own, "--out", out))
-    assert wrong.startswith(f"MLflow at {site.uri} does not know this user and password; set MLFLOW_TRACKING_USERNAME")
+    assert wrong.startswith(f"MLflow at {site.uri} rejects this user and password; set MLFLOW_TRACKING_USERNAME")
     with acting(anna) as client:
         client.create_experiment("hers")
     with acting(bob):
         other = complaint(sweep("run", own, "--out", out))
-    assert "another user's; give another one, --set name=" in other
+    assert "another user's; use another one, --set name=" in other
     assert (len(wrong.splitlines()), len(other.splitlines()), out.exists()) == (1, 1, False)
 
 

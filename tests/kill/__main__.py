@@ -1,4 +1,4 @@
-"""Kills sweeps, and tells what came of it: a table by kill, one of what must hold, and one of what a kill costs.
+"""Kill sweeps and report the result: a table of kills, one of what must hold, and one of what a kill costs.
 
 python -m tests.kill [--kills 25] [--sweeps 4] [--seed 0] [--json FILE]
 """
@@ -16,13 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> int:
-    """1 where something did not hold."""
+    """Return 1 if something did not hold."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
-    parser.add_argument("--kills", type=int, default=25, help="in all")
+    parser.add_argument("--kills", type=int, default=25, help="total number")
     parser.add_argument("--sweeps", type=int, default=4, help="of one and two ranks, fed by both readers")
     parser.add_argument("--seed", type=int, default=0, help="of the kills and their moments")
     parser.add_argument("--no-calm", action="store_true", help="leave out the undisturbed sweeps")
-    parser.add_argument("--json", type=Path, help="file for all that was seen")
+    parser.add_argument("--json", type=Path, help="file for all results")
     asked = parser.parse_args()
     from tests.kill.report import content, show
     from tests.kill.run import run

@@ -1,6 +1,6 @@
-"""Trials of a sweep trained by themselves, in plain processes without Ray: what the sweep's results are held against.
+"""Trials of a sweep trained by themselves, in plain processes without Ray: the reference for the sweep's results.
 
-python -m tests.kill.alone SWEEP OUT RANK WORLD: one process of them; `train` starts as many as a trial has workers.
+python -m tests.kill.alone SWEEP OUT RANK WORLD: one of these processes; `train` starts one for each worker.
 """
 
 import json

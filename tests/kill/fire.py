@@ -1,4 +1,4 @@
-"""A sweep under fire: the command is given, its processes are killed, and it is given again until it says "done"."""
+"""A sweep under fire: its processes are killed, and the command is rerun until the sweep is done."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from typing import Any
 from tests.kill import targets
 from tests.kill.plan import KILL, ORDERLY, Shot
 from tests.kill.play import Play
-from tests.kill.server import Server
 from tests.kill.steps import Progress, Step, Steps, lives, redone
-from tests.kill.studies import entries
+from tests.kill.studies import trials
+from tests.sweep.mlflow_server import Server
 
 STUCK = 180.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0
-SETTLE = 8.0  # seconds after a kill in which processes that are to die of it may go on
+SETTLE = 8.0  # seconds after a kill in which affected processes may still run
 SETTLES = {"gcs": 90.0, "raylet": 20.0}  # the same for what Ray looks for in vain before it gives up
 GRACE = 6.0  # seconds that processes have to end after their driver
 DONE, BAD_INPUT, UNFINISHED = 0, 2, 75
-GOES_ON = ("worker", "group", "mailbox", "controller", "mlflow", "fault point", "fault at resume")  # the driver does
+DRIVER_SURVIVES = ("worker", "group", "mailbox", "controller", "mlflow", "fault point", "fault at resume")
 AWAY = (10.0, 20.0)  # seconds that the MLflow server stays away
 Say = Callable[[str], None]
 
@@ -46,8 +46,8 @@ class Kill:
     redone: dict[int, int] = field(default_factory=dict)  # steps by trial
 
 
-class FinishedError(Exception):
-    """The driver said that the sweep is done."""
+class Finished(BaseException):
+    """The sweep is done: a signal to the attack, not an error."""
 
 
 class Attack:
@@ -62,7 +62,7 @@ class Attack:
         self.begun = time.time()
         self.shot = False  # the driver was killed by us
         self.progress = Progress()  # since the last kill
-        self.asked = 0.0  # when the ledger was last looked at
+        self.asked = 0.0  # when the study was last read
         self.server_back: float | None = None
         self.before: dict[int, int] = {}  # steps that were redone without a reason
         self.unfired: list[Shot] = []
@@ -71,7 +71,7 @@ class Attack:
         self.driver: subprocess.Popen[bytes]
 
     def run(self, shots: list[Shot]) -> None:
-        """Fire all shots, as far as the sweep lasts, and see it end."""
+        """Fire all shots, as long as the sweep lasts, and wait for its end."""
         self.unfired = list(shots)
         try:
             self.start()
@@ -81,7 +81,7 @@ class Attack:
                     self.unfired.remove(shot)
             self.slow.unlink()
             self.wait(lambda: False, "the end", patient=True)
-        except FinishedError:
+        except Finished:
             self.check_left("the end")
         finally:
             targets.kill(targets.tree(self.driver.pid), KILL)
@@ -89,7 +89,7 @@ class Attack:
             self.note_redone()
 
     def start(self) -> None:
-        """Give the command."""
+        """Start the command."""
         self.starts += 1
         with self.play.log.open("ab") as log:
             log.write(f"\n=== start {self.starts} after {time.time() - self.begun:.1f} s\n".encode())
@@ -99,7 +99,7 @@ class Attack:
             )
 
     def wait_for_moment(self, shot: Shot) -> None:
-        """Until the sweep works again and some time has passed; shots that come early only let time pass."""
+        """Wait until the sweep works again and some time has passed; early shots only wait for the time."""
         if not (shot.early and self.kills):
             since = time.time()
             self.wait(lambda: self.recovered() and self.steps.newest > since, "work")
@@ -107,19 +107,19 @@ class Attack:
         self.wait(lambda: time.time() >= until, "the moment")
 
     def recovered(self) -> bool:
-        """Whether nothing shows any more of the last kill."""
+        """Return whether the sweep has recovered from the last kill."""
         return not self.kills or self.kills[-1].all is not None
 
     def wait(self, condition: Callable[[], bool], what: str, patient: bool = False) -> None:
-        """Look after the sweep until something holds.
+        """Keep the sweep running until a condition holds.
 
         Args:
             condition: what has to hold.
-            what: in words.
-            patient: whether it may take long as long as trials make steps; else only a new start gives more time.
+            what: name of the condition.
+            patient: whether new steps of trials extend the deadline; otherwise only a restart does.
 
         Raises:
-            FinishedError: the sweep has ended before.
+            Finished: the sweep has ended first.
         """
         deadline = time.monotonic() + STUCK
         while not condition():
@@ -132,10 +132,10 @@ class Attack:
             time.sleep(0.03)
 
     def turn(self) -> bool:
-        """Note what is new, and give the command again where it has ended; whether there was anything."""
+        """Record new steps, and rerun the command if it has ended; return whether there was anything."""
         if self.server is not None and self.server_back is not None and time.time() >= self.server_back:
             self.server_back = None
-            self.server.start()
+            self.server.start(wait=False)
         new = self.steps.look()
         if self.kills:
             self.note_progress(self.kills[-1], new)
@@ -146,7 +146,7 @@ class Attack:
         return True
 
     def note_progress(self, kill: Kill, new: list[Step]) -> None:
-        """How far the sweep has recovered from its last kill; for a while, the dying may still make steps."""
+        """Record the recovery from the last kill; for a while, dying processes may still make steps."""
         self.progress.add(step for step in new if step.time > kill.time)
         settle = SETTLE if kill.codes else SETTLES.get(kill.shot.kind, SETTLE)
         if time.time() < kill.time + settle or kill.all is not None:
@@ -156,14 +156,14 @@ class Attack:
         waiting = [number for number, when in times.items() if when is None]
         if waiting and time.time() - self.asked > 0.7:
             self.asked = time.time()
-            known = entries(self.play.folder)
+            known = trials(self.play.folder)
             if known and all(known[number].state != "RUNNING" for number in waiting):
                 waiting, times = [], dict.fromkeys(times, self.asked)
         if not waiting and (times or kill.first is not None):
             last = max((when for when in times.values() if when is not None), default=None)
             kill.all = kill.first if last is None else self.difference(last, kill)
             if kill.pid is not None and lives(kill.pid):
-                kill.victims.append("which lives on")
+                kill.victims.append("which survived")
 
     @staticmethod
     def difference(when: float | None, kill: Kill) -> float | None:
@@ -171,7 +171,7 @@ class Attack:
         return None if when is None else when - kill.time
 
     def driver_ended(self, code: int) -> None:
-        """Give the command again, unless there is nothing left to do."""
+        """Rerun the command unless the sweep is done."""
         self.say(f"the driver ended with code {code}")
         kill = self.kills[-1] if self.kills else None
         by_itself = not self.shot and (kill is None or kill.all is not None or code == -KILL)
@@ -179,14 +179,14 @@ class Attack:
         if code == DONE:
             if kill is not None and kill.all is None:
                 kill.all = time.time() - kill.time
-            raise FinishedError
+            raise Finished
         if by_itself:
             self.faults.append(f"start {self.starts}: the driver ended by itself with code {code}")
-        if kill is not None and kill.shot.kind in GOES_ON:
+        if kill is not None and kill.shot.kind in DRIVER_SURVIVES:
             self.faults.append(f"start {self.starts}: after {kill.shot.name}, the driver ended with code {code}")
         if code == BAD_INPUT or self.starts > len(self.kills) + 5:
-            self.faults.append(f"start {self.starts}: code {code}, given up")
-            raise FinishedError
+            self.faults.append(f"start {self.starts}: code {code}, gave up")
+            raise Finished
         if kill is not None:
             kill.codes.append(code)
             kill.first = kill.all = None  # what was done since was still the old attempt's
@@ -196,17 +196,17 @@ class Attack:
         self.start()
 
     def check_left(self, when: str) -> None:
-        """After an end that was not a kill, nothing may run any more."""
+        """Check that nothing runs after an end that was not a kill."""
         end = time.monotonic() + GRACE
         while left := targets.belonging(self.play.folder, self.play.scratch):
             if time.monotonic() > end:
-                told = ", ".join(f"{one.pid} {targets.title(one)[:60]}" for one in left)
-                self.faults.append(f"{when}: {len(left)} processes still ran after {GRACE:.0f} s: {told}")
+                names = ", ".join(f"{process.pid} {targets.title(process)[:60]}" for process in left)
+                self.faults.append(f"{when}: {len(left)} processes still ran after {GRACE:.0f} s: {names}")
                 return
             time.sleep(0.3)
 
     def fire(self, shot: Shot) -> bool:
-        """Carry out a shot; whether it hit somebody."""
+        """Fire a shot; return whether it hit a process."""
         kill = self.new_kill(shot)
         if shot.at:
             hit = self.fire_at_point(shot, kill)
@@ -228,14 +228,14 @@ class Attack:
         return hit
 
     def new_kill(self, shot: Shot) -> Kill:
-        """The state of things before a shot."""
+        """Record the state of the sweep before a shot."""
         self.turn()
-        known = entries(self.play.folder)
+        known = trials(self.play.folder)
         kill = Kill(shot, time.time())
-        running = [number for number, entry in known.items() if entry.state == "RUNNING"]
+        running = [number for number, trial in known.items() if trial.state == "RUNNING"]
         kill.running = {number: self.steps.highest.get(number, 0) for number in running}
-        kill.params = {number: entry.params for number, entry in known.items()}
-        kill.ended = {n: (entry.state, entry.value) for n, entry in known.items() if entry.state != "RUNNING"}
+        kill.params = {number: trial.params for number, trial in known.items()}
+        kill.ended = {n: (trial.state, trial.value) for n, trial in known.items() if trial.state != "RUNNING"}
         self.kills.append(kill)
         return kill
 
@@ -295,17 +295,17 @@ class Attack:
             time.sleep(0.1)  # until it is written
             if not fired.exists():
                 return False
-            told = json.loads(fired.read_text())
-            kill.time, self.shot = told["time"], told["pid"] == self.driver.pid
-            kill.victims.append(f"{told['pid']} at {os.path.relpath(told['path'], self.play.folder)}")
+            hit = json.loads(fired.read_text())
+            kill.time, self.shot = hit["time"], hit["pid"] == self.driver.pid
+            kill.victims.append(f"{hit['pid']} at {os.path.relpath(hit['path'], self.play.folder)}")
             return True
         finally:
             armed.unlink()
             fired.unlink(missing_ok=True)
 
     def unstick(self, what: str) -> None:
-        """Nothing happens any more: keep what can be seen of it, and end it."""
-        self.faults.append(f"start {self.starts}: waited {STUCK:.0f} s in vain for {what}")
+        """Record a sweep that does not progress, and end it."""
+        self.faults.append(f"start {self.starts}: waited {STUCK:.0f} s without success for {what}")
         self.say(self.faults[-1])
         with (self.play.root / f"stuck-{self.starts}.txt").open("w") as file:
             for member in targets.tree(self.driver.pid):
@@ -318,7 +318,7 @@ class Attack:
         self.driver.wait(30)
 
     def note_redone(self) -> None:
-        """What each kill made the sweep do again."""
+        """Record the steps that each kill made the sweep repeat."""
         if self.steps.path.exists():
             self.before, *counts = redone(self.steps.path.read_bytes(), [kill.time for kill in self.kills])
             for kill, count in zip(self.kills, counts, strict=True):

@@ -1,4 +1,4 @@
-"""What is killed, how, and when: drawn from a seed, so that a run can be had again."""
+"""What is killed, how, and when: drawn from a seed, so that a run can be repeated."""
 
 import random
 import signal
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 NAMES = {KILL: "-9", TERM: "-15", USR1: "USR1"}
-ORDERLY = (TERM, USR1)  # of a driver: it has to end by itself, with the code for "unfinished"
+ORDERLY = (TERM, USR1)  # the driver has to end by itself, with the code for "unfinished"
 # In the order of a write: between any two operations of a checkpoint, and of the files around it.
 POINTS = (
     "open checkpoint.pt",
@@ -23,7 +23,7 @@ POINTS = (
     "replace predictions.json",
     "fsync metrics.jsonl",
 )
-AT_CLAIM = "unlink attempt"  # a trial that goes on: its worker is killed, and the next one as soon as it begins
+AT_CLAIM = "unlink attempt"  # a resumed trial: its worker is killed, and the next one as soon as it begins
 IN_DRIVER = ("replace lease.json", "replace config.yaml", "replace mlflow.json")
 IN_CLUSTER = ("worker", "group", "mailbox", "controller", "raylet")
 
@@ -36,8 +36,8 @@ class Shot:
         kind: of the process.
         number: of the signal.
         at: for a fault point, the operation before which (or in which) a process dies.
-        skip: operations of that name that it lets pass.
-        early: do not wait until the sweep has recovered from the kill before.
+        skip: operations of that name to skip.
+        early: do not wait until the sweep has recovered from the previous kill.
         delay: seconds from the moment that is waited for.
     """
 
@@ -50,12 +50,12 @@ class Shot:
 
     @property
     def name(self) -> str:
-        """Of its row in the table."""
+        """Name of its row in the table."""
         return self.kind if self.at else f"{self.kind} {NAMES[signal.Signals(self.number)]}"
 
 
 def deck(rng: random.Random) -> list[Shot]:
-    """Every kind of kill once, in a random order; those of the issue's list come twice, since they are the point."""
+    """Return every kind of kill once, in a random order; kills of the driver and the cluster come with each signal."""
     shots = [Shot(kind, number) for kind in IN_CLUSTER for number in (KILL, TERM)]
     shots += [Shot("driver", number) for number in (KILL, TERM, USR1)]
     shots += [Shot("cluster"), Shot("mlflow"), Shot("gcs")]
@@ -66,7 +66,7 @@ def deck(rng: random.Random) -> list[Shot]:
 
 
 def draw(kills: int, plays: Sequence[bool], seed: int) -> list[list[Shot]]:
-    """The kills of each play.
+    """Return the kills of each play.
 
     Args:
         kills: in all.
@@ -89,7 +89,7 @@ def draw(kills: int, plays: Sequence[bool], seed: int) -> list[list[Shot]]:
 
 
 def timed(shot: Shot, rng: random.Random) -> Shot:
-    """The shot at its moment: mostly once work goes on, and sometimes right into the recovery."""
+    """Return the shot with its moment: mostly while trials train, and sometimes during the recovery."""
     early = shot.kind in ("driver", "cluster") and rng.random() < 0.25
     delay = rng.uniform(2, 15) if early else rng.uniform(0, 1.2)
     return Shot(shot.kind, shot.number, shot.at, shot.skip, early, round(delay, 2))

@@ -1,4 +1,4 @@
-"""A play: a small sweep in a folder of its own, and all that has to be told to its processes."""
+"""A play: a small sweep in its own folder, with the command and environment of its processes."""
 
 import os
 import sys
@@ -20,14 +20,14 @@ EPOCHS = 4
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells plays apart.
+    """The variant of a play.
 
     Args:
-        workers: of a trial; one slot if there are two of them, else two slots.
+        workers: of a trial; with two of them one trial runs at a time, else two.
         reader: of the data.
         server: whether MLflow is a server; else it is a file.
-        ledger: see `storage.ledger`.
-        trials: in all.
+        study: see `storage.ledger`.
+        trials: total number.
     """
 
     workers: int
@@ -38,30 +38,30 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """For people."""
-        said = f"{self.workers} rank{'s' if self.workers > 1 else ''}, {self.reader} reader"
-        said += ", MLflow server" if self.server else ""
-        return said + (", SQLite ledger" if self.study else "")
+        """Title for people."""
+        title = f"{self.workers} rank{'s' if self.workers > 1 else ''}, {self.reader} reader"
+        title += ", MLflow server" if self.server else ""
+        return title + (", SQLite study" if self.study else "")
 
 
 VARIANTS = (
     Variant(1, "ray"),
     Variant(2, "local"),
-    Variant(1, "local", server=True, study="sqlite:///ledger.db"),
+    Variant(1, "local", server=True, study="sqlite:///study.db"),
     Variant(2, "ray", server=True),
 )
 
 
 @dataclass(frozen=True)
 class Stuff:
-    """What all plays read."""
+    """Corpus and models of all plays."""
 
     models: Path
     shards: Path
 
 
 def make_stuff(folder: Path) -> Stuff:
-    """A corpus in synthetic speech and untrained tiny models."""
+    """Make a corpus in synthetic speech and untrained tiny models."""
     for name in ("whisper", "llm"):
         tiny_models.MODELS[name](folder / "models" / name)
     prepare(synthetic.corpus(sessions=12, turns=12, seed=5), folder / "shards")
@@ -69,7 +69,7 @@ def make_stuff(folder: Path) -> Stuff:
 
 
 def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
-    """A sweep with pruning whose first parameters are given, so that they do not depend on the order of events."""
+    """Return a sweep with pruning; its first parameters are given, so they do not depend on the order of events."""
     ranks = (2, 4, 8, 2, 4, 8)
     rates = (3e-3, 1e-2, 1e-3, 6e-3, 2e-3, 8e-3)
     modalities = ("speech", "text", "text+speech", "text", "speech", "text+speech")
@@ -119,12 +119,12 @@ class Play:
 
     @property
     def command(self) -> list[str]:
-        """The one that is given again and again."""
+        """The command, which is rerun after every kill."""
         return [sys.executable, "-m", "sweep", "run", str(self.config), "--out", str(self.folder)]
 
     def environment(self) -> dict[str, str]:
-        """Of the driver, and so of all that it starts."""
+        """Return the environment of the driver and all that it starts."""
         unwanted = ("RAY_", "MLFLOW_", "KILL_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        own = {"KILL_FOLDER": str(self.faults), "PYTHONPATH": str(FAULTS), "TMPDIR": str(self.scratch)}
-        return kept | own | ({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {})
+        added = {"KILL_FOLDER": str(self.faults), "PYTHONPATH": str(FAULTS), "TMPDIR": str(self.scratch)}
+        return kept | added | ({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {})

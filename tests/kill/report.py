@@ -15,30 +15,30 @@ from tests.kill.verdict import Row
 
 @dataclass
 class Result:
-    """A play that is over."""
+    """A finished play."""
 
     name: str
     kills: list[Kill]
     rows: list[Row]
     starts: int
     seconds: float
-    alone: float  # seconds that the comparison took
+    alone: float  # seconds of the comparison
     calm: float | None = None  # seconds of the undisturbed sweep
     states: dict[int, str] = field(default_factory=dict)
-    unfired: list[Shot] = field(default_factory=list)  # the sweep was over before
+    unfired: list[Shot] = field(default_factory=list)  # the sweep ended first
 
     @property
     def faults(self) -> list[str]:
-        """Everything that did not hold."""
+        """All violations."""
         return [f"{row.what}: {fault}" for row in self.rows for fault in row.faults]
 
     def count(self, what: str) -> int:
-        """Faults by which something was lost, or doubled."""
+        """Return the number of violations by which something was lost, or doubled."""
         return sum(len(row.faults) for row in self.rows if row.counts == what)
 
 
 def show(results: Sequence[Result], console: Console) -> None:
-    """Print all of it."""
+    """Print all tables."""
     console.print(kills_table(results), checks_table(results), kinds_table(results))
     for result in results:
         for fault in result.faults:
@@ -47,16 +47,16 @@ def show(results: Sequence[Result], console: Console) -> None:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """In a line."""
+    """Return the result in a line."""
     kills = sum(len(result.kills) for result in results)
     lost, doubled = (sum(result.count(what) for result in results) for what in ("lost", "doubled"))
     others = sum(len(result.faults) for result in results) - lost - doubled
-    said = f"{kills} kills over {len(results)} sweep{'s' if len(results) > 1 else ''}: {lost} lost, {doubled} doubled"
-    return said + (f", {others} other faults" if others else "")
+    line = f"{kills} kills over {len(results)} sweep{'s' if len(results) > 1 else ''}: {lost} lost, {doubled} doubled"
+    return line + (f", {others} other faults" if others else "")
 
 
 def kills_table(results: Sequence[Result]) -> Table:
-    """Every kill."""
+    """Return a table of every kill."""
     table = Table(title="kills")
     for column in ("play", "kill", "victim", "at step", "exit", "first s", "all s", "redone"):
         table.add_column(column)
@@ -73,8 +73,8 @@ def kills_table(results: Sequence[Result]) -> Table:
 
 
 def checks_table(results: Sequence[Result]) -> Table:
-    """What must hold, by play."""
-    table = Table(title="\n".join(f"{n}: {_told(result)}" for n, result in enumerate(results, start=1)))
+    """Return a table of the conditions, by play."""
+    table = Table(title="\n".join(f"{n}: {_title(result)}" for n, result in enumerate(results, start=1)))
     table.add_column("what must hold")
     for place in range(1, len(results) + 1):
         table.add_column(str(place))
@@ -87,38 +87,38 @@ def checks_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def _told(result: Result) -> str:
-    said = f"{result.name}: {len(result.kills)} kills, {result.starts} starts, {result.seconds:.0f} s"
-    return said + (f" (undisturbed {result.calm:.0f} s)" if result.calm else "")
+def _title(result: Result) -> str:
+    title = f"{result.name}: {len(result.kills)} kills, {result.starts} starts, {result.seconds:.0f} s"
+    return title + (f" (undisturbed {result.calm:.0f} s)" if result.calm else "")
 
 
 def kinds_table(results: Sequence[Result]) -> Table:
-    """What a kill costs, by its kind."""
+    """Return a table of what a kill costs, by kind."""
     kills = [kill for result in results for kill in result.kills]
-    table = Table(title="what a kill costs: seconds until a trial, and all trials, go on; steps made once more")
+    table = Table(title="what a kill costs: seconds until a trial, and all trials, train again; repeated steps")
     for column in ("kind", "kills", "median first", "median all", "max all", "most steps"):
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for entry in kinds(kills):
-        times = [_seconds(entry[name]) for name in ("median_first", "median_all", "max_all")]
-        table.add_row(entry["kind"], str(entry["kills"]), *times, str(entry["most_steps"]))
+    for row in kinds(kills):
+        times = [_seconds(row[name]) for name in ("median_first", "median_all", "max_all")]
+        table.add_row(row["kind"], str(row["kills"]), *times, str(row["most_steps"]))
     return table
 
 
 def kinds(kills: Sequence[Kill]) -> list[dict[str, Any]]:
-    """The same as data."""
-    found = []
+    """Return the same as data."""
+    rows = []
     for name in sorted({kill.shot.name for kill in kills}):
-        own = [kill for kill in kills if kill.shot.name == name]
-        first = [kill.first for kill in own if kill.first is not None]
-        every = [kill.all for kill in own if kill.all is not None]
-        steps = max((count for kill in own for count in kill.redone.values()), default=0)
+        alike = [kill for kill in kills if kill.shot.name == name]
+        first = [kill.first for kill in alike if kill.first is not None]
+        every = [kill.all for kill in alike if kill.all is not None]
+        steps = max((count for kill in alike for count in kill.redone.values()), default=0)
         times = {"median_first": _median(first), "median_all": _median(every), "max_all": max(every, default=None)}
-        found.append({"kind": name, "kills": len(own), **times, "most_steps": steps})
-    return found
+        rows.append({"kind": name, "kills": len(alike), **times, "most_steps": steps})
+    return rows
 
 
 def content(results: Sequence[Result]) -> dict[str, Any]:
-    """For a file."""
+    """Return the content of the JSON file."""
     kills = [kill for result in results for kill in result.kills]
     return {
         "headline": headline(results),

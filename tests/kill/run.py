@@ -1,4 +1,4 @@
-"""Plays from their beginning to their verdict."""
+"""Run plays from their start to their verdict."""
 
 import random
 import shutil
@@ -13,26 +13,26 @@ from tests.kill.fire import Attack, Say
 from tests.kill.plan import Shot, draw
 from tests.kill.play import VARIANTS, Play, Stuff, Variant, make_stuff
 from tests.kill.report import Result
-from tests.kill.server import Server
 from tests.kill.studies import config_of
-from tests.kill.verdict import Row, again_row, bits_row, cost_rows, ledger_rows, left_rows, reference_row
+from tests.kill.verdict import Row, again_row, bits_row, cost_rows, left_rows, reference_row, study_rows
 from tests.kill.verdict_mlflow import mlflow_rows
+from tests.sweep.mlflow_server import Server
 
 EXTRA = 2  # plays that may be added for kills that the others had no time for
 
 
 def run(kills: int, sweeps: int, seed: int, say: Say, calm: bool = True) -> list[Result]:
-    """Several plays, of all variants in turn.
+    """Run several plays, of all variants in turn.
 
     Args:
-        kills: in all.
+        kills: total number.
         sweeps: plays.
         seed: of the kills and their moments.
-        say: is told what happens.
+        say: shows a line about what happens.
         calm: run every variant undisturbed once, too.
     """
     root = Path(tempfile.mkdtemp(prefix="kill-"))
-    say(f"everything lies in {root}, which is kept if there are faults")
+    say(f"working in {root}, which is kept if there are faults")
     stuff = make_stuff(root / "stuff")
     plans = draw(kills, [VARIANTS[place % len(VARIANTS)].server for place in range(sweeps)], seed)
     known: dict[Variant, tuple[Mapping[int, TrialRecord], float]] = {}
@@ -55,15 +55,15 @@ def run(kills: int, sweeps: int, seed: int, say: Say, calm: bool = True) -> list
 
 
 def undisturbed(variant: Variant, stuff: Stuff, root: Path, say: Say) -> tuple[Mapping[int, TrialRecord], float]:
-    """The trials of a variant when nothing is killed, and what it took."""
+    """Return the trials of a variant when nothing is killed, and its seconds."""
     say(f"undisturbed: {variant.name}")
-    own = Play(variant, stuff, root)
-    attack = Attack(own, None, random.Random(0), say)
+    current = Play(variant, stuff, root)
+    attack = Attack(current, None, random.Random(0), say)
     attack.run([])
     if attack.faults or attack.starts != 1:
-        raise RuntimeError(f"the undisturbed sweep failed: {attack.faults}; see {own.log}")
-    shutil.rmtree(own.scratch, ignore_errors=True)
-    return entries_of(own), time.time() - attack.begun
+        raise RuntimeError(f"the undisturbed sweep failed: {attack.faults}; see {current.log}")
+    shutil.rmtree(current.scratch, ignore_errors=True)
+    return trials_of(current), time.time() - attack.begun
 
 
 def play(
@@ -75,28 +75,27 @@ def play(
     say: Say,
     calm: tuple[Mapping[int, TrialRecord], float] | None = None,
 ) -> Result:
-    """A sweep under fire, and what is to be said of it."""
+    """Run a sweep under fire and judge it."""
     say(f"under fire: {variant.name}; {', '.join(shot.name for shot in shots)}")
-    own = Play(variant, stuff, root)
+    current = Play(variant, stuff, root)
     server = Server(root / "server") if variant.server else None
     if server is not None:
         server.start()
-        server.wait()
-        own.tracking = server.uri
+        current.tracking = server.uri
     try:
-        attack = Attack(own, server, rng, say)
+        attack = Attack(current, server, rng, say)
         attack.run(list(shots))
         seconds = time.time() - attack.begun
     finally:
         if server is not None:
             server.kill()
-        left = left_rows(own)
-        shutil.rmtree(own.scratch, ignore_errors=True)
-    uri = server.database if server is not None else f"sqlite:///{own.folder.parent / 'mlflow.db'}"
+        left = left_rows(current)
+        shutil.rmtree(current.scratch, ignore_errors=True)
+    uri = f"sqlite:///{server.database}" if server is not None else f"sqlite:///{current.folder.parent / 'mlflow.db'}"
     started = time.time()
     say("training the trials alone")
-    rows = judge(own, attack, uri, calm[0] if calm else None) + left
-    states = {number: entry.state for number, entry in entries_of(own).items()}
+    rows = judge(current, attack, uri, calm[0] if calm else None) + left
+    states = {number: trial.state for number, trial in trials_of(current).items()}
     return Result(
         variant.name,
         attack.kills,
@@ -110,20 +109,20 @@ def play(
     )
 
 
-def judge(own: Play, attack: Attack, uri: str, calm: Mapping[int, TrialRecord] | None) -> list[Row]:
-    """All that must hold."""
-    entries = entries_of(own)
-    epochs = {number: max(entry.curve) for number, entry in entries.items() if entry.curve}
-    alone.train(own.folder, own.root / "alone", epochs, own.variant.workers)
-    rows = [Row("the driver did as it should", attack.faults)]
-    rows += ledger_rows(entries, attack.kills, own)
+def judge(current: Play, attack: Attack, uri: str, calm: Mapping[int, TrialRecord] | None) -> list[Row]:
+    """Return all conditions that must hold."""
+    trials = trials_of(current)
+    epochs = {number: max(trial.curve) for number, trial in trials.items() if trial.curve}
+    alone.train(current.folder, current.root / "alone", epochs, current.variant.workers)
+    rows = [Row("the driver ended as expected", attack.faults)]
+    rows += study_rows(trials, attack.kills, current)
     if calm is not None:
-        rows.append(reference_row(entries, calm, attack.kills, len(config_of(own.folder).search.points)))
-    rows.append(bits_row({number: entries[number] for number in epochs}, own.folder, own.root / "alone"))
-    rows += [*cost_rows(attack.kills, attack.before), again_row(own.folder)]
-    return rows + mlflow_rows(entries, own.folder, uri)
+        rows.append(reference_row(trials, calm, attack.kills, len(config_of(current.folder).search.points)))
+    rows.append(bits_row({number: trials[number] for number in epochs}, current.folder, current.root / "alone"))
+    rows += [*cost_rows(attack.kills, attack.before), again_row(current.folder)]
+    return rows + mlflow_rows(trials, current.folder, uri)
 
 
-def entries_of(own: Play) -> dict[int, TrialRecord]:
-    """The ledger of a play that is over."""
-    return {entry.number: entry for entry in StudyStore.read(own.folder, config_of(own.folder)).trials()}
+def trials_of(current: Play) -> dict[int, TrialRecord]:
+    """Return the trials of a finished play."""
+    return {trial.number: trial for trial in StudyStore.read(current.folder, config_of(current.folder)).trials()}

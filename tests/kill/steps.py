@@ -1,4 +1,4 @@
-"""What trials have done, step by step, as `faults/sitecustomize.py` writes it down."""
+"""The optimizer steps of trials, as `faults/sitecustomize.py` records them."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ FILE = "steps.jsonl"
 
 
 class Step(NamedTuple):
-    """An optimizer step that was made."""
+    """An optimizer step."""
 
     time: float
     pid: int  # of the worker that leads
@@ -20,30 +20,30 @@ class Step(NamedTuple):
 
 
 class Progress:
-    """How far a sweep has recovered from a kill: new steps, of processes that were not to die of it."""
+    """Recovery of a sweep from a kill: new steps of processes that the kill does not affect."""
 
     def __init__(self) -> None:
         self.made: dict[int, list[Step]] = {}  # by trial, since the kill
 
     def add(self, steps: Iterable[Step]) -> None:
-        """Take new steps in."""
+        """Add new steps."""
         for step in steps:
             self.made.setdefault(step.trial, []).append(step)
 
     def resumed(self, trial: int) -> float | None:
-        """When the worker that has a trial now, and lives, made its first new step; None if there is none."""
+        """Return when the living worker of a trial made its first new step; None if it made none."""
         made = self.made.get(trial)
         if not made or not lives(made[-1].pid):
             return None
         return next(step.time for step in made if step.pid == made[-1].pid)
 
     def first(self) -> float | None:
-        """The same of any trial."""
+        """Return the same for any trial."""
         return min((time for trial in self.made if (time := self.resumed(trial)) is not None), default=None)
 
 
 def lives(pid: int) -> bool:
-    """Whether a process runs."""
+    """Return whether a process runs."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -51,7 +51,7 @@ def lives(pid: int) -> bool:
 
 
 class Steps:
-    """Follows the steps of a sweep; new ones are those that no attempt has made before."""
+    """Follows the steps of a sweep; a step is new if no run of the sweep has made it before."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
@@ -60,7 +60,7 @@ class Steps:
         self.newest = 0.0  # when the last new step was made
 
     def look(self) -> list[Step]:
-        """The new steps since the last call."""
+        """Return the new steps since the last call."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -78,13 +78,13 @@ class Steps:
 
 
 def parsed(content: bytes) -> Iterator[Step]:
-    """All steps of a file's content."""
+    """Yield all steps in the content of a file."""
     for line in content.splitlines():
         yield Step(**json.loads(line))
 
 
 def redone(content: bytes, kills: list[float]) -> list[dict[int, int]]:
-    """Steps that were made once more, by trial, after each of the kills.
+    """Return the repeated steps, by trial, after each of the kills.
 
     Args:
         content: of the file.

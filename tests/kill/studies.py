@@ -1,4 +1,4 @@
-"""What the ledger of a sweep says at a moment, also while a driver writes it."""
+"""The study of a sweep at a moment, also while a driver writes it."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from sweep.search.study import StudyStore, TrialRecord
 
 
 def config_of(folder: Path) -> Config:
-    """Of a sweep that has begun."""
+    """Return the configuration of a sweep that has begun."""
     return load(str(folder / "config.yaml"))
 
 
-def entries(folder: Path) -> dict[int, TrialRecord]:
-    """Every trial by number; none, if the sweep has not begun, or a line of its ledger is just being written."""
+def trials(folder: Path) -> dict[int, TrialRecord]:
+    """Return every trial by number; none if the sweep has not begun or its study is just being written."""
     try:
-        return {entry.number: entry for entry in StudyStore.read(folder, config_of(folder)).trials()}
-    except Exception:  # asked again, and in the end without this mercy
+        return {trial.number: trial for trial in StudyStore.read(folder, config_of(folder)).trials()}
+    except Exception:  # the caller asks again, and in the end without this `except`
         return {}

@@ -1,4 +1,4 @@
-"""Kill anything, any time; the same command carries on: a sweep under fire loses nothing and doubles nothing.
+"""Any process may be killed at any time; rerunning the same command loses nothing and doubles nothing.
 
 The short form is part of the suite: one sweep, of which a worker is killed in the middle of a write, and later all
 processes at once. `pytest -m long -s tests/kill`, or `python -m tests.kill`, is the proof: 25 kills of all kinds over
@@ -36,7 +36,7 @@ def check(results: list[Result], kills: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
     stuff = make_stuff(tmp_path / "stuff")
     result = play(Variant(1, "ray", trials=6), stuff, tmp_path / "play", SHORT, random.Random(0), say)
     check([result], len(SHORT))
@@ -46,5 +46,5 @@ def test_a_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_many_kills_of_every_kind_over_several_sweeps() -> None:
+def test_many_kills_lose_and_double_nothing() -> None:
     check(run(25, 4, seed=0, say=say), 25)

@@ -1,4 +1,4 @@
-"""What must hold after a sweep under fire: of its ledger, its results, its processes and its files."""
+"""What must hold after a sweep under fire: of its study, its results, its processes and its files."""
 
 import fnmatch
 import json
@@ -17,7 +17,7 @@ from tests.model.trials import equal
 
 ENDED = ("COMPLETE", "PRUNED")
 CLOCK = ("seconds", "data_wait")
-SWEEP_FILES = (".lock", "config.yaml", "mlflow.json", "plan.json", "sweep-id", "study.journal", "ledger.db")
+SWEEP_FILES = (".lock", "config.yaml", "mlflow.json", "plan.json", "sweep-id", "study.journal", "study.db")
 TRIAL_FILES = (
     "predictions.json",
     "intervals.json",
@@ -28,18 +28,18 @@ TRIAL_FILES = (
     "metrics.jsonl",
     "mlflow.json",
 )
-BESIDE = "checkpoint.previous.pt"  # of a trial that was pruned: nothing tells its worker in time to remove it
+BESIDE = "checkpoint.previous.pt"  # of a pruned trial: its worker does not learn in time that it should remove the file
 
 
 @dataclass(frozen=True)
 class Row:
-    """Something that must hold.
+    """A condition that must hold.
 
     Args:
         what: must hold.
-        faults: where it does not, in words.
+        faults: a line for each violation.
         note: for people.
-        counts: what a fault means: something "lost" or "doubled", or else.
+        counts: what a violation means: something "lost" or "doubled", or "".
     """
 
     what: str
@@ -48,89 +48,93 @@ class Row:
     counts: str = ""
 
 
-def ledger_rows(entries: Mapping[int, TrialRecord], kills: Sequence[Kill], play: Play) -> list[Row]:
-    """Every trial once, with the parameters that it had, in a final state, each epoch once."""
-    states = [entry.state for entry in entries.values()]
+def study_rows(trials: Mapping[int, TrialRecord], kills: Sequence[Kill], play: Play) -> list[Row]:
+    """Check every trial: it exists once, with its parameters, in a final state, with each epoch once."""
+    states = [trial.state for trial in trials.values()]
     numbers = list(range(play.variant.trials))
     told = f"{states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned"
     return [
-        Row("the same trials", [] if list(entries) == numbers else [f"{list(entries)} in place of {numbers}"], told),
+        Row("the same trials", [] if list(trials) == numbers else [f"{list(trials)} in place of {numbers}"], told),
         Row(
             "each in a final state",
-            [f"trial {n}: {entry.state} ({entry.why})" for n, entry in entries.items() if entry.state not in ENDED],
+            [f"trial {n}: {trial.state} ({trial.why})" for n, trial in trials.items() if trial.state not in ENDED],
             counts="lost",
         ),
         Row(
             "none of the audited was pruned",
-            [f"trial {n}: {entry.why}" for n, entry in entries.items() if entry.audited and entry.state == "PRUNED"],
-            f"{sum(entry.audited for entry in entries.values())} audited",
+            [f"trial {n}: {trial.why}" for n, trial in trials.items() if trial.audited and trial.state == "PRUNED"],
+            f"{sum(trial.audited for trial in trials.values())} audited",
         ),
-        Row("parameters as they were asked", list(_changed(entries, kills)), f"{len(kills)} looks"),
-        Row("what had ended stays as it was", list(_reopened(entries, kills))),
+        Row("parameters as they were asked", list(_changed(trials, kills)), f"{len(kills)} looks"),
+        Row("what had ended stays as it was", list(_reopened(trials, kills))),
         Row(
             "no epoch twice, none left out",
-            [f"trial {n}: {list(e.curve)}" for n, e in entries.items() if list(e.curve) != _whole(e)],
+            [
+                f"trial {n}: {list(trial.curve)}"
+                for n, trial in trials.items()
+                if list(trial.curve) != _all_epochs(trial)
+            ],
             counts="doubled",
         ),
     ]
 
 
-def _whole(entry: TrialRecord) -> list[int]:
-    last = EPOCHS if entry.state == "COMPLETE" else max(entry.curve, default=0)
+def _all_epochs(trial: TrialRecord) -> list[int]:
+    last = EPOCHS if trial.state == "COMPLETE" else max(trial.curve, default=0)
     return list(range(1, last + 1))
 
 
-def _changed(entries: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
+def _changed(trials: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
     return [
-        f"trial {number}: {params} became {entries[number].params if number in entries else 'nothing'}"
+        f"trial {number}: {params} became {trials[number].params if number in trials else 'nothing'}"
         for kill in kills
         for number, params in kill.params.items()
-        if number not in entries or entries[number].params != params
+        if number not in trials or trials[number].params != params
     ]
 
 
-def _reopened(entries: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
+def _reopened(trials: Mapping[int, TrialRecord], kills: Sequence[Kill]) -> list[str]:
     return [
-        f"trial {number}: {ended} became {entries[number].state, entries[number].value}"
+        f"trial {number}: {ended} became {trials[number].state, trials[number].value}"
         for kill in kills
         for number, ended in kill.ended.items()
-        if (entries[number].state, entries[number].value) != ended
+        if (trials[number].state, trials[number].value) != ended
     ]
 
 
 def reference_row(
-    entries: Mapping[int, TrialRecord], calm: Mapping[int, TrialRecord], kills: Sequence[Kill], points: int
+    trials: Mapping[int, TrialRecord], calm: Mapping[int, TrialRecord], kills: Sequence[Kill], points: int
 ) -> Row:
-    """Against the same sweep undisturbed: parameters that were given, or drawn before the first kill."""
-    before = kills[0].params if kills else entries
+    """Compare with the undisturbed sweep: parameters that were given, or drawn before the first kill."""
+    before = kills[0].params if kills else trials
     alike = [number for number in calm if number < points or number in before]
     faults = [
-        f"trial {n}: {entries[n].params} in place of {calm[n].params}"
+        f"trial {n}: {trials[n].params} in place of {calm[n].params}"
         for n in alike
-        if n not in entries or entries[n].params != calm[n].params
+        if n not in trials or trials[n].params != calm[n].params
     ]
-    faults += [] if entries.keys() == calm.keys() else [f"trials {list(entries)} in place of {list(calm)}"]
+    faults += [] if trials.keys() == calm.keys() else [f"trials {list(trials)} in place of {list(calm)}"]
     return Row("trials and parameters of the undisturbed sweep", faults, f"{len(alike)} of {len(calm)} comparable")
 
 
-def bits_row(entries: Mapping[int, TrialRecord], folder: Path, alone: Path) -> Row:
-    """Weights, optimizer and all metrics of every trial equal those of the trial trained by itself."""
+def bits_row(trials: Mapping[int, TrialRecord], folder: Path, alone: Path) -> Row:
+    """Compare weights, optimizer and all metrics of every trial with those of the trial trained by itself."""
     faults = []
-    for number in entries:
+    for number in trials:
         ours, theirs = (_state(place / f"{number:04d}") for place in (folder / "trials", alone))
         for name, value in theirs.items():
             if not equal(ours[name], value):
                 faults.append(f"trial {number}: its {name} differs")
         history = dict(ours["history"])
-        if history.keys() != entries[number].curve.keys():
-            faults.append(f"trial {number}: the checkpoint has epochs {list(history)}, the ledger others")
-        elif any(entries[number].curve[n] != history[n]["macro_f1"] for n in history):
-            faults.append(f"trial {number}: the ledger's curve is not that of the checkpoint")
-    return Row("results bit for bit those of the trial alone", faults, f"{len(entries)} trials", "lost")
+        if history.keys() != trials[number].curve.keys():
+            faults.append(f"trial {number}: the checkpoint has epochs {list(history)}, the study others")
+        elif any(trials[number].curve[n] != history[n]["macro_f1"] for n in history):
+            faults.append(f"trial {number}: the study's curve is not that of the checkpoint")
+    return Row("results bit for bit those of the trial alone", faults, f"{len(trials)} trials", "lost")
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """What must not differ: nothing that tells the time, or who it was."""
+    """Return what must not differ: everything except times and process ids."""
     state = checkpoint.load(folder / checkpoint.FILE)
     history = [
         (epoch, {k: v for k, v in known.items() if k not in CLOCK}) for epoch, known in state["progress"]["history"]
@@ -140,7 +144,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def cost_rows(kills: Sequence[Kill], before: Mapping[int, int]) -> list[Row]:
-    """At most one checkpoint interval is made once more, of every trial, after a kill."""
+    """Check that a kill repeats at most one checkpoint interval of each trial."""
     faults = [f"before any kill: {dict(before)}"] if before else []
     faults += [
         f"{kill.shot.name} {kill.shot.at}: {count} steps of trial {number}"
@@ -153,7 +157,7 @@ def cost_rows(kills: Sequence[Kill], before: Mapping[int, int]) -> list[Row]:
 
 
 def again_row(folder: Path) -> Row:
-    """Steps that were made twice gave the same numbers."""
+    """Check that repeated steps gave the same numbers."""
     faults, twice = [], 0
     for path in sorted(folder.glob("trials/*/metrics.jsonl")):
         known: dict[tuple[str, int], Any] = {}
@@ -168,7 +172,7 @@ def again_row(folder: Path) -> Row:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a curve."""
+    """Return the complete lines of a metrics log."""
     found = []
     for line in path.read_bytes().splitlines():
         try:
@@ -179,7 +183,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def left_rows(play: Play) -> list[Row]:
-    """Nothing runs, and no file is without an owner."""
+    """Check that nothing runs any more and no file is left over."""
     running = targets.belonging(play.folder, play.scratch)
     told = [f"{process.pid} {targets.title(process)[:60]}" for process in running]
     temporary = sorted(path.name for path in play.scratch.iterdir())
@@ -193,7 +197,7 @@ def left_rows(play: Play) -> list[Row]:
 
 
 def strangers(folder: Path) -> list[str]:
-    """Files that nobody needs any more."""
+    """Return files that nothing needs any more."""
     found = []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         place = path.relative_to(folder)

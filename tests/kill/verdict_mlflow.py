@@ -1,4 +1,4 @@
-"""What must hold of MLflow after a sweep under fire: one run a trial, each point once, honest statuses."""
+"""What must hold of MLflow after a sweep under fire: one run per trial, each point once, true statuses."""
 
 import json
 from collections import Counter
@@ -17,11 +17,11 @@ from tests.kill.verdict import Row, lines
 Key = tuple[str, int]  # metric and step
 
 
-def mlflow_rows(entries: Mapping[int, TrialRecord], folder: Path, uri: str) -> list[Row]:
-    """Compare what MLflow has with the ledger and the curves.
+def mlflow_rows(trials: Mapping[int, TrialRecord], folder: Path, uri: str) -> list[Row]:
+    """Compare what MLflow has with the study and the metrics logs.
 
     Args:
-        entries: of the ledger.
+        trials: of the study.
         folder: of the sweep.
         uri: of MLflow's database.
     """
@@ -32,35 +32,35 @@ def mlflow_rows(entries: Mapping[int, TrialRecord], folder: Path, uri: str) -> l
     known = Counter(run.data.tags.get("sweep.trial") for run in runs if run not in parents)
     children = {int(run.data.tags["sweep.trial"]): run for run in runs if run not in parents}
     return [
-        Row("one MLflow run a trial", _runs(entries, known), f"{len(runs)} runs", "doubled"),
+        Row("one MLflow run a trial", _runs(trials, known), f"{len(runs)} runs", "doubled"),
         Row("the parent run is FINISHED", [run.info.status for run in parents if run.info.status != "FINISHED"]),
-        Row("honest statuses", _statuses(entries, children)),
-        *_points(client, entries, children, folder),
+        Row("true statuses", _statuses(trials, children)),
+        *_points(client, trials, children, folder),
     ]
 
 
-def _runs(entries: Mapping[int, TrialRecord], known: Counter[Any]) -> list[str]:
-    return [f"trial {n}: {known[str(n)]} runs" for n in entries if known[str(n)] != 1] + [
-        f"trial {n}: it is not in the ledger" for n in known if n is None or int(n) not in entries
+def _runs(trials: Mapping[int, TrialRecord], known: Counter[Any]) -> list[str]:
+    return [f"trial {n}: {known[str(n)]} runs" for n in trials if known[str(n)] != 1] + [
+        f"trial {n}: it is not in the study" for n in known if n is None or int(n) not in trials
     ]
 
 
-def _statuses(entries: Mapping[int, TrialRecord], children: Mapping[int, Any]) -> list[str]:
+def _statuses(trials: Mapping[int, TrialRecord], children: Mapping[int, Any]) -> list[str]:
     faults = []
     for number, run in children.items():
-        expected = STATUS.get(entries[number].state) if number in entries else None
+        expected = STATUS.get(trials[number].state) if number in trials else None
         if run.info.status != expected:
             faults.append(f"trial {number}: {run.info.status} in place of {expected}")
-        elif not run.data.params.items() >= {key: str(value) for key, value in entries[number].params.items()}.items():
+        elif not run.data.params.items() >= {key: str(value) for key, value in trials[number].params.items()}.items():
             faults.append(f"trial {number}: its parameters are {run.data.params}")
     return faults
 
 
 def _points(
-    client: MlflowClient, entries: Mapping[int, TrialRecord], children: Mapping[int, Any], folder: Path
+    client: MlflowClient, trials: Mapping[int, TrialRecord], children: Mapping[int, Any], folder: Path
 ) -> list[Row]:
     doubled, lost, count = [], [], 0
-    for number in entries.keys() & children.keys():
+    for number in trials.keys() & children.keys():
         run, expected = children[number], _written(folder / "trials" / f"{number:04d}" / "metrics.jsonl")
         names = {name for name, _ in expected} | {name for name in run.data.metrics if not is_summary(name)}
         got = [point for name in names for point in client.get_metric_history(run.info.run_id, name)]
@@ -69,19 +69,19 @@ def _points(
         doubled += [f"trial {number}: {key} {times} times" for key, times in counts.items() if times > 1]
         values = {(point.key, point.step): point.value for point in got}
         lost += [f"trial {number}: {key} is missing" for key in expected.keys() - values.keys()]
-        lost += [f"trial {number}: {key} is not in the curves" for key in values.keys() - expected.keys()]
+        lost += [f"trial {number}: {key} is not in the metrics log" for key in values.keys() - expected.keys()]
         lost += [f"trial {number}: {k} differs" for k in values.keys() & expected.keys() if values[k] != expected[k]]
     return [
         Row("each MLflow point once", doubled, f"{count} points", "doubled"),
-        Row("no hole in the MLflow curves", lost, counts="lost"),
+        Row("no hole in MLflow's metrics", lost, counts="lost"),
     ]
 
 
 def _written(path: Path) -> dict[Key, float]:
-    """Every point of a trial; of those that were made twice the first counts."""
-    found: dict[Key, float] = {}
+    """Return every point of a trial; of repeated ones the first counts."""
+    points: dict[Key, float] = {}
     for line in lines(path):
         for name, value in line["values"].items():
             if isinstance(value, int | float):
-                found.setdefault((name, line["step"]), json.loads(json.dumps(float(value))))
-    return found
+                points.setdefault((name, line["step"]), json.loads(json.dumps(float(value))))
+    return points

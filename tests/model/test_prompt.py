@@ -185,7 +185,9 @@ def test_answers_end_with_eos_and_are_plain_words(models: Path) -> None:
 def test_special_token_in_a_transcript_is_plain_text(
     special: str, models: Path, tmp_path: Path, example: Example
 ) -> None:
-    spelt = replace(example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), audio_turn=1)
+    spelt = replace(
+        example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), audio_turn=1
+    )
     prompts = builder(models, **BARE)
     tokenizer = prompts.tokenizer.hf
     assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]

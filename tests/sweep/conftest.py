@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ from mlflow import MlflowClient
 from transformers.utils.logging import disable_progress_bar
 
 from data.shards.dataset import Shards
-from sweep.config.paths import trial_folder
 from sweep.runner import SweepRunner
-from sweep.search.study import StudyStore
-from tests.sweep.common import PREDICTIONS, ask, report, sweep
+from tests.sweep.common import sweep
 from tests.sweep.mlflow_server import Server
-from tests.sweep.tracked import CONFIG, append
+from tests.sweep.tracked import make_sweep
 
 COLUMNS = (
     "transcript_id,mi_quality,video_url,utterance_id,interlocutor,timestamp,utterance_text,client_talk_type,"
@@ -83,19 +80,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of a sweep with a complete, a pruned, a failed and a running trial."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(database, tmp_path)
-    (folder := tmp_path / "sweep").mkdir()
-    study = StudyStore.open(folder, CONFIG)
-    ask(study, 4)
-    report(study, 0, 0.9, 0.8)
-    study.complete(0)
-    assert report(study, 1, 0.1) == [True]
-    study.fail(2, "lost")
-    append(folder, 0, (16, 1000.25, 0.5), (32, 1001.5, 0.75))
-    append(folder, 1, (16, 1002.0, 0.1))
-    append(folder, 3, (16, 1003.0, nan), (32, 1004.0, 0.4))
-    (trial_folder(folder, 0) / "predictions.json").write_text(json.dumps(PREDICTIONS))
-    return folder
+    return make_sweep(tmp_path / "sweep", database)
 
 
 @pytest.fixture

@@ -23,31 +23,36 @@ def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
 
 
 class Server:
-    """`mlflow server` on loopback; its database can be put aside and replaced while it is down."""
+    """`mlflow server` on loopback, in its own process group; its database can be replaced while it is down.
 
-    def __init__(self, folder: Path, empty: Path) -> None:
+    Args:
+        folder: for its database, its artifacts and its log; created if it does not exist.
+        empty: a database to begin with; None: the server creates one.
+    """
+
+    def __init__(self, folder: Path, empty: Path | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.empty, self.port = folder, empty, free_port()
         self.database = folder / "server.db"
-        shutil.copy(empty, self.database)
+        if empty is not None:
+            shutil.copy(empty, self.database)
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        words = [
-            "--backend-store-uri",
-            f"sqlite:///{self.database}",
-            "--artifacts-destination",
-            str(self.folder / "files"),
-        ]
-        words += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+    def start(self, wait: bool = True) -> None:
+        files, address = self.folder / "files", ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        words = ["--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(files), *address]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))}
         with (self.folder / "server.log").open("ab") as log:
+            command = [sys.executable, "-m", "mlflow", "server", *words]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *words], stdout=log, stderr=log, start_new_session=True
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(self.answers)
+        if wait:
+            wait_for(self.answers)
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
@@ -55,18 +60,20 @@ class Server:
         return False
 
     def kill(self) -> None:
-        """The server and the processes it started, which are a group of their own."""
+        """Kill the server and the processes that it started."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
             self.process = None
 
     def copy(self, to: Path) -> None:
+        """Copy the database while the server runs."""
         with (
-            contextlib.closing(sqlite3.connect(self.database)) as own,
-            contextlib.closing(sqlite3.connect(to)) as other,
+            contextlib.closing(sqlite3.connect(self.database)) as source,
+            contextlib.closing(sqlite3.connect(to)) as target,
         ):
-            own.backup(other)
+            source.backup(target)
 
     def replace(self, by: Path) -> None:
         for leftover in self.folder.glob("server.db*"):

@@ -227,7 +227,7 @@ def test_report_is_logged_as_mlflow_artifacts(database: Path, tmp_path: Path, mo
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(database, tmp_path)
     played(settings(trials=2), folder := tmp_path / "logged")
-    assert to_mlflow(folder, []) == "not there, since the sweep has no run yet"
+    assert to_mlflow(folder, []) == "not logged, since the sweep has no run yet"
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.create_experiment("logged", artifact_location=str(tmp_path / "artifacts"))
     run = client.create_run(experiment).info.run_id
@@ -239,4 +239,4 @@ def test_report_is_logged_as_mlflow_artifacts(database: Path, tmp_path: Path, mo
     (folder / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))  # the client remembers the other's address
     away = sweep("report", folder)
     assert away.code == 0
-    assert "in MLflow: not there (" in away.out
+    assert "in MLflow: not logged (" in away.out

@@ -1,4 +1,4 @@
-"""MLflow comes back without what it had, or somebody deleted some of it: everything is there again, and once."""
+"""MLflow comes back without what it had, or a user deletes some of it: everything is sent again, and once."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
 from sweep.tracking.summary import is_summary
-from sweep.tracking.tracker import is_shipped, mlflow_run_id, still_has
+from sweep.tracking.tracker import is_sent, mlflow_run_id, server_has_all
 from tests.sweep.common import report
 from tests.sweep.tracked import CONFIG, append, curve, runs, track, written
 
@@ -21,7 +21,7 @@ NUMBERS = range(4)
 
 
 def end(folder: Path) -> None:
-    """The trial that runs comes to its end."""
+    """Let the running trial end."""
     append(folder, 3, (48, 1005.0, 0.3))
     report(study := StudyStore.open(folder, CONFIG), 3, 0.95)
     study.complete(3)
@@ -32,7 +32,7 @@ def database(folder: Path) -> Path:
 
 
 def shown(folder: Path) -> list[str]:
-    """All that must be as it was, as text: NaN is not equal to itself."""
+    """Return all that must not change, as text: NaN is not equal to itself."""
 
     def row(run: Run) -> str:
         number = int(run.data.tags["sweep.trial"])
@@ -44,7 +44,7 @@ def shown(folder: Path) -> list[str]:
 
 
 def note(parent: Run) -> str:
-    """Without links: a run that was made again has another name."""
+    """Return the note without links: a run that was created again has another id."""
     return re.sub(r"runs/\w+", "", parent.data.tags["mlflow.note.content"])
 
 
@@ -56,18 +56,18 @@ def ended(folder: Path) -> Path:
     shutil.copy(database(folder), folder.parent / "older.db")
     end(folder)
     track(folder)
-    assert is_shipped(folder)
-    assert still_has(CONFIG, folder)
+    assert is_sent(folder)
+    assert server_has_all(CONFIG, folder)
     return folder
 
 
 @pytest.mark.parametrize("copy", ["empty.db", "older.db"])
-def test_a_database_that_lost_runs_or_points_gets_them_again(copy: str, ended: Path) -> None:
+def test_lost_runs_or_points_are_sent_again(copy: str, ended: Path) -> None:
     before, ids = shown(ended), [mlflow_run_id(ended, number) for number in NUMBERS]
     parent = runs(ended)[0]
     times = [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]]
     shutil.copy(ended.parent / copy, database(ended))
-    assert not still_has(CONFIG, ended)
+    assert not server_has_all(CONFIG, ended)
     track(ended)
     assert shown(ended) == before
     assert repr([curve(ended, number) for number in NUMBERS]) == repr([written(ended, number) for number in NUMBERS])
@@ -82,10 +82,10 @@ def test_a_database_that_lost_runs_or_points_gets_them_again(copy: str, ended: P
         files = {file.path for file in MlflowClient(tracking_uri(ended)).list_artifacts(run.info.run_id)}
         assert "config.yaml" in files
         assert ("predictions.json" in files) == (run.data.tags["sweep.trial"] == "0")
-    assert still_has(CONFIG, ended)
+    assert server_has_all(CONFIG, ended)
 
 
-def test_a_hole_that_nobody_noticed_is_filled_when_the_trial_ends(folder: Path) -> None:
+def test_unnoticed_hole_is_filled_when_the_trial_ends(folder: Path) -> None:
     """The database was replaced between two requests, and newer points hide that older ones are gone."""
     track(folder)
     client, run_id = MlflowClient(tracking_uri(folder)), mlflow_run_id(folder, 3)
@@ -133,7 +133,7 @@ Change = Callable[[MlflowClient, Path], None]
 
 
 @pytest.mark.parametrize("change", [delete_run, delete_parent, delete_experiment, rename_experiment, second_run])
-def test_what_people_do_in_the_ui_costs_no_run_and_makes_none(change: Change, ended: Path) -> None:
+def test_changes_in_the_ui_lose_and_add_no_run(change: Change, ended: Path) -> None:
     before, ids = shown(ended), [run.info.run_id for run in runs(ended)[1]]
     change(MlflowClient(tracking_uri(ended)), ended)
     track(ended)
@@ -142,12 +142,12 @@ def test_what_people_do_in_the_ui_costs_no_run_and_makes_none(change: Change, en
     assert runs(ended)[0].info.status == "FINISHED"
 
 
-def test_an_answer_that_cannot_be_had_is_no_loss(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_no_loss(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert still_has(CONFIG, ended)
+    assert server_has_all(CONFIG, ended)
 
 
-def test_a_trial_that_still_runs_gets_its_lost_points_at_once(folder: Path) -> None:
+def test_running_trial_gets_lost_points_at_once(folder: Path) -> None:
     track(folder)
     shutil.copy(database(folder), copy := folder.parent / "older.db")
     append(folder, 3, (48, 1005.0, 0.3))
@@ -159,7 +159,7 @@ def test_a_trial_that_still_runs_gets_its_lost_points_at_once(folder: Path) -> N
     assert runs(folder)[1][3].info.status == "SCHEDULED"
 
 
-def test_steps_that_are_made_again_after_files_were_put_back_are_not_doubled(folder: Path) -> None:
+def test_repeated_steps_after_a_restore_are_not_doubled(folder: Path) -> None:
     """The trial's folder is an older copy: the trial repeats what MLflow has already, at another time."""
     path = folder / "trials/0003/metrics.jsonl"
     older = path.read_bytes()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs `pip install optu
 
 @pytest.fixture
 def store(tmp_path: Path) -> StudyStore:
-    """Of a sweep with a trial in every state."""
+    """The study of a sweep with a trial in every state."""
     made = StudyStore.open(tmp_path, CONFIG)
     ask(made, 4)
     report(made, 0, 0.9, 0.8, 0.7, 0.95)
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> StudyStore:
 
 @pytest.fixture
 def api(store: StudyStore, tmp_path: Path) -> Iterator[Any]:
-    """Asks a dashboard that shows the sweep."""
+    """Query a dashboard that shows the sweep."""
     root = f"http://127.0.0.1:{(port := free_port())}/api"
     words = [str(PROGRAM), str(tmp_path / FILE), "--host", "127.0.0.1", "--port", str(port)]
 
@@ -61,18 +61,18 @@ def api(store: StudyStore, tmp_path: Path) -> Iterator[Any]:
         process.wait()
 
 
-def test_the_dashboard_shows_every_trial(api: Any, store: StudyStore, tmp_path: Path) -> None:
+def test_dashboard_shows_every_trial(api: Any, store: StudyStore, tmp_path: Path) -> None:
     before = (tmp_path / FILE).read_bytes()
     [study] = api("studies")["study_summaries"]
     assert study["study_name"] == CONFIG.name
     shown = api(f"studies/{study['study_id']}?after=0")
-    trials, entries = shown["trials"], store.trials()
+    trials, records = shown["trials"], store.trials()
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Fail", "Running"]
-    for trial, entry in zip(trials, entries, strict=True):
-        assert trial["number"] == entry.number
+    for trial, record in zip(trials, records, strict=True):
+        assert trial["number"] == record.number
         params = {param["name"]: param["param_external_value"] for param in trial["params"]}
-        assert params == {key: str(value) for key, value in entry.params.items()}
+        assert params == {key: str(value) for key, value in record.params.items()}
         curve = {one["step"]: one["value"] for one in trial["intermediate_values"]}
-        assert curve == entry.curve
+        assert curve == record.curve
     assert (trials[0]["values"], shown["directions"]) == ([0.95], ["maximize"])
-    assert (tmp_path / FILE).read_bytes() == before, "to look at it changes nothing"
+    assert (tmp_path / FILE).read_bytes() == before, "reading changes nothing"

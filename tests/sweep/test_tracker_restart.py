@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri
-from sweep.tracking.tracker import Tracker, is_shipped, mlflow_run_id
+from sweep.tracking.tracker import Tracker, is_sent, mlflow_run_id
 from tests.sweep.common import report
 from tests.sweep.mlflow_server import Server, wait_for
 from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params, written
@@ -17,12 +17,12 @@ from tests.sweep.tracked import CONFIG, DATA, append, curve, runs, shown_params,
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_server_that_is_killed_and_comes_back_with_less(
+def test_killed_server_that_lost_data_gets_it_again(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("sweep.tracking.tracker.LONGEST", 0.5)
+    monkeypatch.setattr("sweep.tracking.tracker.MAX_WAIT", 0.5)
     steps = iter(range(48, 1000, 16))
 
     def train(points: int) -> None:
@@ -60,16 +60,16 @@ def test_a_server_that_is_killed_and_comes_back_with_less(
 
 
 def check(folder: Path) -> None:
-    """MLflow shows the ledger, and the curves that were written, point by point."""
+    """Check that MLflow shows the study and the metrics logs, point by point."""
     parent, children = runs(folder)
-    entries = StudyStore.read(folder, CONFIG).trials()
-    assert (parent.info.status, is_shipped(folder)) == ("FINISHED", True)
+    trials = StudyStore.read(folder, CONFIG).trials()
+    assert (parent.info.status, is_sent(folder)) == ("FINISHED", True)
     assert [run.info.status for run in children] == ["FINISHED", "KILLED", "FAILED", "FINISHED"]
-    for entry, run in zip(entries, children, strict=True):
-        assert run.data.params == shown_params(entry)
+    for record, run in zip(trials, children, strict=True):
+        assert run.data.params == shown_params(record)
         for name in ("loss", "f1"):
-            assert repr(curve(folder, entry.number, name)) == repr(written(folder, entry.number, name))
+            assert repr(curve(folder, record.number, name)) == repr(written(folder, record.number, name))
         files = {file.path for file in MlflowClient(tracking_uri(folder)).list_artifacts(run.info.run_id)}
         assert files >= (
-            {"config.yaml", "confusion_matrix.png", "predictions.json"} if entry.number == 0 else {"config.yaml"}
+            {"config.yaml", "confusion_matrix.png", "predictions.json"} if record.number == 0 else {"config.yaml"}
         )

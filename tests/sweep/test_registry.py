@@ -1,4 +1,4 @@
-"""The best model on the server: sent once, a version for a run, and an alias that follows what the sweep finds."""
+"""The best model on the server: sent once, one version per run, and an alias that follows the sweep."""
 
 import shutil
 from pathlib import Path
@@ -10,9 +10,9 @@ from mlflow.exceptions import MlflowException
 from sweep.config.paths import trial_folder
 from sweep.search.study import StudyStore
 from sweep.search.study_storage import sweep_id
-from sweep.tracking import registry as mlflow_model
+from sweep.tracking import registry
 from sweep.tracking.access import tracking_uri
-from sweep.tracking.tracker import is_shipped, mlflow_run_id
+from sweep.tracking.tracker import is_sent, mlflow_run_id
 from tests.sweep.common import ask, report
 from tests.sweep.tracked import CONFIG, append, runs, track
 
@@ -25,11 +25,11 @@ def trained(folder: Path, number: int, content: bytes = b"weights") -> None:
 
 
 def versions(folder: Path) -> list[tuple[str, str | None]]:
-    """By version, its run; the last one is that of the alias."""
+    """Return each version with its run; the last one is that of the alias."""
     client = MlflowClient(tracking_uri(folder))
-    found = [(version.version, version.run_id) for version in client.search_model_versions()]
+    registered = [(version.version, version.run_id) for version in client.search_model_versions()]
     best = client.get_model_version_by_alias(CONFIG.name, "best")
-    return [(str(version), run) for version, run in sorted(found)] + [(str(best.version), best.run_id)]
+    return [(str(version), run) for version, run in sorted(registered)] + [(str(best.version), best.run_id)]
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def ended(folder: Path) -> Path:
     trained(folder, 0)
     StudyStore.open(folder, CONFIG).fail(3, "lost")
     track(folder)
-    assert is_shipped(folder)
+    assert is_sent(folder)
     return folder
 
 
-def test_the_best_trial_is_a_version_with_its_files(ended: Path) -> None:
+def test_best_trial_is_a_version_with_its_files(ended: Path) -> None:
     run_id = mlflow_run_id(ended, 0)
     assert versions(ended) == [("1", run_id)] * 2
     client = MlflowClient(tracking_uri(ended))
@@ -55,7 +55,7 @@ def test_the_best_trial_is_a_version_with_its_files(ended: Path) -> None:
         assert client.list_artifacts(run.info.run_id, "model") == []
 
 
-def test_the_same_best_again_makes_no_second_version(ended: Path) -> None:
+def test_same_best_trial_has_one_version(ended: Path) -> None:
     track(ended)
     for state in ended.rglob("mlflow.json"):
         state.unlink()
@@ -64,7 +64,7 @@ def test_the_same_best_again_makes_no_second_version(ended: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "best"), [(0.95, 4), (0.5, 0)])
-def test_the_alias_follows_a_sweep_that_grows(value: float, best: int, ended: Path) -> None:
+def test_alias_follows_an_extended_sweep(value: float, best: int, ended: Path) -> None:
     ask(study := StudyStore.open(ended, MORE), 1)
     trained(ended, 4, b"better")
     track(ended, MORE)
@@ -77,7 +77,7 @@ def test_the_alias_follows_a_sweep_that_grows(value: float, best: int, ended: Pa
     assert versions(ended) == [*known, *new, [*known, *new][-1]]
 
 
-def test_half_a_file_is_sent_again(ended: Path) -> None:
+def test_half_file_is_sent_again(ended: Path) -> None:
     run_id, client = mlflow_run_id(ended, 0), MlflowClient(tracking_uri(ended))
     [stored] = (ended.parent / "mlartifacts").rglob("checkpoint.pt")
     stored.write_bytes(b"wei")
@@ -93,20 +93,18 @@ def test_half_a_file_is_sent_again(ended: Path) -> None:
 
 
 @pytest.mark.parametrize("why", ["none", "large"])
-def test_without_a_checkpoint_to_send_there_is_no_version(
-    why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_checkpoint_means_no_version(why: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "large":
         trained(folder, 0)
-        monkeypatch.setattr(mlflow_model, "LARGEST", 3)
+        monkeypatch.setattr(registry, "MAX_BYTES", 3)
     StudyStore.open(folder, CONFIG).fail(3, "lost")
     track(folder)
-    assert is_shipped(folder)
+    assert is_sent(folder)
     with pytest.raises(MlflowException, match="not found"):
         versions(folder)
 
 
-def test_a_model_of_another_sweep_is_left_alone(ended: Path) -> None:
+def test_model_of_another_sweep_is_not_changed(ended: Path) -> None:
     """Two sweeps of one name on one server: neither takes the other's alias, whichever is extended."""
     other = Path(shutil.copytree(ended, ended.with_name("other")))
     for path in (*other.rglob("mlflow.json"), other / "sweep-id"):
