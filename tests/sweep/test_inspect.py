@@ -1,19 +1,21 @@
 """`sweep inspect`: the parts that train, and examples exactly as the model reads them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data.shards.dataset import Shards
-from tests.sweep.common import sweep, tree
+from tests.sweep.common import complaint, sweep, tree
 
 
-def shown(here: Path, *sets: str, example: str | None = None) -> str:
-    options = [word for item in sets for word in ("--set", item)]
-    named = ["--example", example] if example else []
+def inspect(here: Path, *settings: str, example: str | None = None) -> str:
+    """Return what the command prints; it changes no file."""
+    options = [word for setting in settings for word in ("--set", setting)]
+    options += ["--example", example] if example else []
     before = tree(here)
-    outcome = sweep("inspect", here / "good.yaml", *options, *named)
+    outcome = sweep("inspect", here / "good.yaml", *options)
     assert (outcome.code, outcome.err) == (0, "")
     assert tree(here) == before
     return outcome.out
@@ -24,8 +26,8 @@ def numbers(out: str, part: str) -> list[int]:
     return [int(word.replace(",", "")) for word in row.split()[1:3]]
 
 
-def test_the_parts_add_up(here: Path) -> None:
-    out = shown(here, "model.end_of_audio=learned", "train.learning_rates.adapter=0.5")
+def test_inspect_counts_the_parts(here: Path) -> None:
+    out = inspect(here, "model.end_of_audio=learned", "train.learning_rates.adapter=0.5")
     rows = [numbers(out, part) for part in ("encoder", "adapter", "lora", "tokens", "llm")]
     assert numbers(out, "all") == [sum(column) for column in zip(*rows, strict=True)]
     assert [total == trained for total, trained in rows] == [False, True, True, True, False]
@@ -33,47 +35,35 @@ def test_the_parts_add_up(here: Path) -> None:
     assert re.search(r"encoder .* frozen +hubert-group", out)
 
 
-def test_an_example_is_the_sequence_that_the_model_reads(here: Path, corpus: Shards) -> None:
+def test_inspect_shows_the_sequence_that_is_read(here: Path, corpus: Shards) -> None:
     columns = corpus.columns
-    row = columns["id"].index("c000/3")
-    split = columns["split"][row]
-    if split != "train":
-        row = columns["split"].index("train") + 3
-    name = columns["id"][row]
-    texts = columns["text"][row - 1 : row + 1]
-    out = shown(here, "data.history=1", "model.cls=after", "model.end_of_audio=learned", example=name)
-    sound = rf"\[sound: {columns['n_samples'][row] / 16_000:.2f} s → \d+ frames → \d+ embeddings\]\[END\]"
-    assert re.search(rf"reads +<s>therapist: {texts[0]}⏎client: {texts[1]}{sound}⏎label:", out)
+    row = columns["split"].index("train") + 3
+    out = inspect(here, "data.history=1", "model.cls=after", "model.end_of_audio=learned", example=columns["id"][row])
+    before, text = columns["text"][row - 1 : row + 1]
+    clip = rf"\[\w+: {columns['n_samples'][row] / 16_000:.2f} s → \d+ frames → \d+ embeddings\]\[END\]"
+    assert re.search(rf"reads +<s>therapist: {before}⏎client: {text}{clip}⏎label:", out)
     assert re.search(rf"answers +{columns['label'][row]}\[CLS\]", out)
     assert out.count("loss over") == 1
     assert re.search(r"loss over .*'</s>' \d+\n", out)
 
 
-def test_every_task_has_its_example(here: Path) -> None:
-    out = shown(here, "tasks.response=1", "tasks.quality=1", "model.prompt.instruction=task")
-    assert [line.split(":")[0] for line in out.splitlines() if re.match(r"\w+: c\d+", line)] == [
-        "classify",
-        "response",
-        "quality",
-    ]
+def test_inspect_shows_an_example_of_every_task(here: Path) -> None:
+    out = inspect(here, "tasks.response=1", "tasks.quality=1", "model.prompt.instruction=task")
+    tasks = [line.split(":")[0] for line in out.splitlines() if re.match(r"\w+: c\d+", line)]
+    assert tasks == ["classify", "response", "quality"]
     assert "<s>Write the therapist's reply.⏎" in out
 
 
-def test_labels_that_begin_alike_are_told(here: Path) -> None:
-    """Only EOS tells them apart, which the scores include."""
-    assert "begin with the same tokens" not in shown(here)
-    manifest = here / "shards" / "manifest.json"
-    manifest.parent.mkdir()
-    source = Path(re.search(r'"shards": "([^"]+)"', (here / "good.yaml").read_text())[1])  # type: ignore[index]
-    for path in source.iterdir():
-        (manifest.parent / path.name).write_bytes(path.read_bytes())
+def test_inspect_names_labels_that_begin_alike(here: Path, corpus: Shards) -> None:
+    """Only the end of the sequence tells them apart, which the scores include."""
+    assert "begin with the same tokens" not in inspect(here)
+    manifest = Path(shutil.copytree(corpus.folder, here / "shards")) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"neutral"', '"change of plan"'))
-    out = shown(here, f"data.shards={manifest.parent}")
+    out = inspect(here, f"data.shards={manifest.parent}")
     assert "labels 'change' and 'change of plan' begin with the same tokens" in out
 
 
 @pytest.mark.parametrize("wanted", ["c000/999", "nonsense"])
-def test_an_id_that_is_not_there_is_one_line(wanted: str, here: Path) -> None:
-    outcome = sweep("inspect", here / "good.yaml", "--example", wanted)
-    assert outcome.code == 2
-    assert f"--example {wanted}: there is no such item for classify" in outcome.err
+def test_inspect_of_an_unknown_id_is_one_error(wanted: str, here: Path) -> None:
+    message = complaint(sweep("inspect", here / "good.yaml", "--example", wanted))
+    assert message.startswith(f"--example {wanted}: there is no such item for classify")
