@@ -136,22 +136,21 @@ class Outcome:
         return f"<p>{html.escape(self.message)}</p><table>{table}</table>"
 
 
-def run(config: Config, folder: Path, listener: Listener | None = None, exits: bool = False) -> Outcome:
+def run(config: Config, folder: Path, listener: Listener | None = None, stop: StopRequest | None = None) -> Outcome:
     """Start, resume or extend a sweep.
 
     Args:
         config: of the sweep.
         folder: of the sweep; created if it does not exist.
         listener: receives the progress; None: nothing is shown.
-        exits: whether a second Ctrl-C ends the process at once.
+        stop: whether the sweep was asked to stop; None: signals ask it while this function runs.
 
     Raises:
         UserError: the settings, the corpus or a model cannot be used; a new sweep leaves nothing behind.
     """
-    listener = listener or Silent()
-    with StopRequest(exits) as stop:
+    with contextlib.ExitStack() as stack:
         try:
-            return _run(config, folder, listener, stop)
+            return _run(config, folder, listener or Silent(), stop or stack.enter_context(StopRequest()))
         except SweepAbortedError as error:
             code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE
             message = f"{error}; the sweep was stopped, rerun the same command to resume ({folder})"

@@ -44,7 +44,7 @@ class ConsoleListener:
 
     def status(self, text: str) -> AbstractContextManager[object]:
         """Show a spinner on a terminal."""
-        return self.console.status(text)
+        return self.console.status(text) if self.console.is_terminal else contextlib.nullcontext()
 
     def checked(self, resolved: ResolvedConfig) -> None:
         """Show the parts of the model."""

@@ -12,7 +12,7 @@ from sweep.cli.console import complain, console, print_line
 from sweep.cli.options import ConfigArgument, OutOption, SetOption, TrialsOption
 from sweep.cli.show import preview_table, print_best, program, show_trials
 from sweep.config.schema import Config
-from sweep.execution.signals import ExitCode
+from sweep.execution.signals import ExitCode, StopRequest
 
 if TYPE_CHECKING:
     from sweep.runner import Outcome
@@ -51,9 +51,14 @@ def run_and_show(config: Config, folder: Path) -> int:
     from sweep.cli.progress import ConsoleListener
     from sweep.runner import run as run_sweep
 
-    outcome = run_sweep(config, folder, ConsoleListener(), exits=True)
-    if outcome.trials:
-        _show_trials(outcome)
+    (stop := StopRequest(exits=True)).install()  # to the end of the process
+    outcome = run_sweep(config, folder, ConsoleListener(), stop)
+    try:
+        if outcome.trials:
+            _show_trials(outcome)
+    except KeyboardInterrupt:
+        print_line(f"stopped; rerun the same command to see the results ({folder})")
+        return ExitCode.UNFINISHED
     if outcome.state == "failed":
         complain(outcome.message)
     else:
