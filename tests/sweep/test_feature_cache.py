@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pytest
-import yaml
 from filelock import FileLock, Timeout
 
 from data.errors import StorageError
@@ -285,15 +284,13 @@ def test_complete_request_blocks_no_other_sweep(
     assert unlocked == [True]
 
 
-@pytest.mark.parametrize("kind", ["features", "logits"])
 def test_little_work_starts_no_processes(
-    kind: str, sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+    sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_cache, "SMALL_WORK", 1e11)
-    one = sweeps.features() if kind == "features" else sweeps.logits()
-    precompute(one, tmp_path, ignore)
+    precompute(sweeps.features(), tmp_path, ignore)
     assert computed == []
-    assert cached_folders(one, tmp_path) != CacheFolders()
+    assert cached_folders(sweeps.features(), tmp_path) != CacheFolders()
 
 
 @pytest.mark.parametrize("kind", ["features", "logits"])
@@ -387,16 +384,3 @@ def test_cache_is_listed_and_pruned(sweeps: Sweeps, tmp_path: Path) -> None:
     assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
     assert pooled[8].exists()
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
-
-
-def test_preview_shows_what_is_computed(sweeps: Sweeps, tmp_path: Path) -> None:
-    path = tmp_path / "test.yaml"
-    either = sweeps.features({"model.trainable": [FROZEN, UPPER]})
-    path.write_text(yaml.safe_dump(either.model_dump(mode="json")))
-    outcome = sweep("run", path, "--dry-run", "--out", tmp_path / "runs" / "test")
-    assert outcome.code == 0
-    lines = outcome.out.replace("\n", " ")
-    assert "features of whisper, pooled by 8 / 4: " in lines
-    assert "features of whisper up to layer 1 of 2: " in lines
-    assert lines.count("shared by all trials; 1 of 1 files to compute") == 2
-    assert not (tmp_path / "runs").exists()

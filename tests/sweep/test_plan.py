@@ -21,7 +21,7 @@ from sweep.preflight.dry_run import DryRun, DryRunResult, dry_run
 from sweep.preflight.plan import Plan, make_plan
 from sweep.preflight.plan_file import FILE, Estimate, PlanFile, plan_lines, save_actual_time, save_estimate
 from sweep.search.study import StudyStore
-from tests.sweep.common import Asked, ask, play, report, sweep
+from tests.sweep.common import FROZEN, Asked, ask, play, report, sweep
 from tests.sweep.tiny import config
 
 NODES = [{"CPU": 2.0}]
@@ -57,22 +57,30 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 
 
 def test_dry_runs_are_done_once_for_a_sweep(
-    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, corpus: Shards, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A kill loses only the dry run in progress, and other code measures again."""
+    instant, one = dry_run_module.dry_run, searched(models, corpus)
+
+    def killed(run: DryRun) -> DryRunResult:
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        return instant(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dry_run_module, "dry_run", killed)
+        plan_of(one, tmp_path)
     lines: list[str] = []
-    one = searched(models, corpus)
     plan = plan_of(one, tmp_path, lines)
-    assert [(known.fits, known.result.failure, known.available > 10**9) for known in plan.results] == [
-        (True, "", True)
-    ] * 2
-    assert lines[0].startswith("plan: measured 2 trial profiles in ")
-    assert plan.epoch_seconds({MODALITY: "speech"}) > plan.epoch_seconds({MODALITY: "text"}) > 0  # with the encoder
-    monkeypatch.setattr(dry_run_module, "dry_run", lambda _: pytest.fail("measured again"))
+    assert lines[0].startswith("plan: measured 6 trial profiles in ")
+    assert sorted(measured) == [(rank, modality) for rank in (2, 4, 8) for modality in ("speech", "text")]
+    assert plan.epoch_seconds({MODALITY: "speech"}) == 2 * plan.epoch_seconds({MODALITY: "text"}) == 3.0
     again = plan_of(resolved(one, {"search.trials": 30, "seed": 4}), tmp_path)
     assert [known.result for known in again.results] == [known.result for known in plan.results]
+    assert len(measured) == 6
     monkeypatch.setattr(plan_module, "code_version", lambda: "other")
-    with pytest.raises(pytest.fail.Exception, match="measured again"):
-        plan_of(one, tmp_path)
+    plan_of(one, tmp_path)
+    assert len(measured) == 12
 
 
 def resolved(config: ResolvedConfig, changed: dict[str, Any]) -> ResolvedConfig:
@@ -83,30 +91,13 @@ def test_profile_that_exceeds_worker_memory_is_excluded(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of two trials at a time may use a half of the node's memory."""
-    monkeypatch.setattr(memory, "capacity", lambda device: 2 * 500 * 10**6)
-    space = {RANK: [2, 4], RATE: SPACE[RATE]}
-    with pytest.raises(UserError, match=r"^no trial of the search space fits into memory \(needs \d+ MB with one"):
-        plan_of(searched(models, corpus, space=space), tmp_path)
+    cost = TrialCost(train=1.0, val=0.5, least=600 * 10**6, full=700 * 10**6, budget=16_384)
+    monkeypatch.setattr(dry_run_module, "dry_run", lambda _: DryRunResult(cost=cost, capacity=10**9))
+    with pytest.raises(UserError, match=r"^no trial of the search space fits into memory \(needs 600 MB with one"):
+        plan_of(searched(models, corpus, space={RANK: [2, 4], RATE: SPACE[RATE]}), tmp_path)
     lines = PlanFile.read(tmp_path).excluded
     assert len(lines) == 2  # also with the smaller rank
     assert all("with one example at a time, and has 500 MB" in line for line in lines)
-
-
-def test_resume_measures_only_missing_profiles(
-    models: Path, corpus: Shards, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    instant = dry_run_module.dry_run
-
-    def killed(run: DryRun) -> DryRunResult:
-        if len(measured) == 1:
-            raise KeyboardInterrupt
-        return instant(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dry_run_module, "dry_run", killed)
-        plan_of(searched(models, corpus), tmp_path)
-    plan_of(searched(models, corpus), tmp_path)
-    assert sorted(measured) == [(rank, modality) for rank in (2, 4, 8) for modality in ("speech", "text")]
 
 
 def test_values_below_an_excluded_one_are_measured(
@@ -227,13 +218,18 @@ def test_plan_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / FILE).read_text()) == old
 
 
-def test_preview_shows_the_plan_and_writes_nothing(models: Path, corpus: Shards, tmp_path: Path) -> None:
+def test_preview_shows_cache_and_plan_and_writes_nothing(models: Path, corpus: Shards, tmp_path: Path) -> None:
     path = tmp_path / "test.yaml"
-    path.write_text(json.dumps(searched(models, corpus).model_dump(mode="json")))
+    space = {"model.trainable": [FROZEN, f"{FROZEN}+encoder.*.layers.1.*"]}
+    path.write_text(config(models, corpus, space).model_dump_json())
     outcome = sweep("run", path, "--dry-run", "--out", tmp_path / "runs" / "test")
     assert outcome.code == 0
-    assert "plan: measured 2 trial profiles in " in outcome.out
-    assert "CPU-hours" in outcome.out
+    lines = outcome.out.replace("\n", " ")
+    assert "features of whisper, pooled by 8 / 4: " in lines
+    assert "features of whisper up to layer 1 of 2: " in lines
+    assert lines.count(" files to compute") == lines.count("shared by all trials; ") == 2
+    assert "plan: measured 2 trial profiles in " in lines
+    assert "CPU-hours; less with the feature cache" in lines
     assert sorted(tmp_path.iterdir()) == [path]
 
 
