@@ -104,9 +104,12 @@ def test_the_runbook_names_what_the_program_says() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
-def test_files_that_pages_name_exist(page: Path) -> None:
-    named = re.findall(r"`((?:data|model|sweep|tests|infra|docs)/[\w./-]+)`", page.read_text())
-    assert not [path for path in named if not (ROOT / path).exists()]
+def test_files_and_symbols_that_pages_name_exist(page: Path) -> None:
+    """As `model/training/trainer.py:fit`, or a file or folder alone."""
+    named = re.findall(r"`((?:data|model|sweep|tests|infra|docs)/[\w./-]+)(?::(\w+))?`", page.read_text())
+    for path, symbol in named:
+        assert (ROOT / path).exists(), path
+        assert not symbol or re.search(rf"^(?:def|class) {symbol}\b", (ROOT / path).read_text(), re.MULTILINE), symbol
 
 
 def test_architecture_names_every_folder() -> None:
