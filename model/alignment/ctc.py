@@ -8,14 +8,23 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CTC_MAPPING,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForCTC,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from data.corpus.audio import MIN_SAMPLES, waveform
 from data.corpus.schema import SAMPLE_RATE
@@ -29,7 +38,9 @@ _FILES = {".safetensors", ".json", ".txt", ".model"}  # that determine the proba
 class CTCModel:
     """A CTC model with its feature extractor and its tokenizer."""
 
-    def __init__(self, model: Any, extractor: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, extractor: FeatureExtractionMixin, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self._model, self._extractor, self._tokenizer = model, extractor, tokenizer
         self.blank: int = model.config.pad_token_id  # as in the model's own loss
         self.size: int = model.config.vocab_size
@@ -126,7 +137,7 @@ def identity(path: str) -> str:
     return content.hexdigest()
 
 
-def _config(path: str) -> Any:
+def _config(path: str) -> PretrainedConfig:
     with _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CTC_MAPPING:

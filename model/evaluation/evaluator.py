@@ -4,7 +4,7 @@ Shapes: B examples, K labels of a task.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -108,19 +108,26 @@ def _label_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record
         else:  # a set of labels that training lacks: it cannot be predicted, but its text has a probability
             loss = float(answer_losses(model, [example], LossConfig()).next_token_B)
         prediction = labels[int(decided_K.argmax())]
-        records.append(_record(model, example, prediction=prediction, scores=tuple(decided_K.tolist()), loss=loss))
+        records.append(_record(model, example, prediction, loss, tuple(decided_K.tolist())))
     return records
 
 
 def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
     losses = answer_losses(model, examples, LossConfig()).next_token_B.tolist()
     return [
-        _record(model, example, prediction=reply.text, scores=(), loss=loss, ended=reply.ended)
+        _record(model, example, reply.text, loss, ended=reply.ended)
         for example, reply, loss in zip(examples, generate(model, examples), losses, strict=True)
     ]
 
 
-def _record(model: SpeechLLM, example: Example, **prediction: Any) -> Record:
+def _record(
+    model: SpeechLLM,
+    example: Example,
+    prediction: str,
+    loss: float,
+    scores: tuple[float, ...] = (),
+    ended: bool = True,
+) -> Record:
     return Record(
         id=example.id,
         task=example.task,
@@ -128,6 +135,9 @@ def _record(model: SpeechLLM, example: Example, **prediction: Any) -> Record:
         speaker=example.speaker,
         subset=example.subset,
         label=example.answer,
+        prediction=prediction,
+        scores=scores,
+        loss=loss,
         tokens=model.answer(example).predicted,
-        **prediction,
+        ended=ended,
     )

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ class Record:
     tokens: int  # of the true answer, EOS included
     ended: bool = True  # a generated text ended by EOS
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the fields, for JSON and tables."""
         return asdict(self)
 

@@ -28,15 +28,15 @@ ERRORS = (
 )
 
 
-def full_above(patch: pytest.MonkeyPatch, most: int, after: int = 0, error: RuntimeError = ERRORS[1]) -> list[int]:
-    """Patch a device that holds so many examples at once, after some calls; return the sizes that were tried."""
+def full_above(patch: pytest.MonkeyPatch, most: int, call: int = 0, error: RuntimeError = ERRORS[1]) -> list[int]:
+    """Patch a device that holds so many examples at once (in one call, or in all); return the sizes that were tried."""
     sizes: list[int] = []
     original = training.answer_losses
 
     def compute(model: Any, examples: Any, config: Any) -> Any:
         torch.rand(3)  # the second try must draw the same again
         sizes.append(len(examples))
-        if len(examples) > most and len(sizes) > after:
+        if len(examples) > most and call in (0, len(sizes)):
             raise error
         return original(model, examples, config)
 
@@ -48,24 +48,25 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(folder / checkpoint.FILE)["tensors"]
 
 
-@pytest.mark.parametrize("after", [0, 1], ids=["first part", "second part"])
+@pytest.mark.parametrize(("most", "call"), [(4, 0), (1, 2)], ids=["first part", "second part"])
 def test_step_that_does_not_fit_equals_that_of_a_smaller_budget(
-    after: int, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    most: int, call: int, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, dropout included, also where a part of the step was summed already; and the budget is kept."""
     trial = Trial(model={"lora": DROPOUT}, train=WHOLE)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        full_above(patch, 4, after)
+        full_above(patch, most, call)
         trial.run(models, corpus, tmp_path / "halved", lambda *_: 1 // 0)
     lines = [line for line in MetricsLog(tmp_path / "halved").lines() if line.note]
     assert {line.step for line in lines} == {9}  # the first step
-    assert lines[0].note.startswith("out of memory with 6 examples at a time; train.token_budget is ")
+    assert lines[0].note.startswith("out of memory with ")
+    assert " examples at a time; train.token_budget is " in lines[0].note
     budget = int((tmp_path / "halved" / "token_budget").read_text())
     with monkeypatch.context() as patch:
         small = Trial(model={"lora": DROPOUT}, train=WHOLE.model_copy(update={"token_budget": budget}))
         tried = full_above(patch, 99)
         trial.run(models, corpus, tmp_path / "halved")
-        assert 0 < max(tried) <= 4
+        assert 0 < max(tried) <= 8
         small.run(models, corpus, tmp_path / "small")
     halved, expected = tensors(tmp_path / "halved"), tensors(tmp_path / "small")
     assert all(torch.equal(halved[name], expected[name]) for name in halved)
@@ -133,7 +134,7 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
 
 def test_workers_restart_with_a_smaller_budget(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """As a group that starts again when one of them fails."""
-    with pytest.raises(Exception, match=r"OutOfMemoryError|Connection"):
+    with pytest.raises(Exception, match=r"can't allocate memory|Connection"):
         as_two_workers(worker, 2, models, corpus.folder, tmp_path)
     (tmp_path / "rendezvous").unlink()
     as_two_workers(worker, 2, models, corpus.folder, tmp_path)

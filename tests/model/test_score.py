@@ -216,6 +216,6 @@ def test_padding_is_on_the_left_and_positions_start_at_the_text() -> None:
 
 def test_cls_after_labels_with_a_shared_beginning_is_refused(models: Path) -> None:
     """Nothing is predicted where the shorter one ends, so it would always win."""
-    with pytest.raises(ConfigError, match=r"model\.cls: after cannot tell 'change' from 'change\|neutral'"):
+    with pytest.raises(ConfigError, match=r"model\.cls: after cannot distinguish 'change' from 'change\|neutral'"):
         SpeechLLM(settings(models, cls="after"), {"classify": SETS})
     SpeechLLM(settings(models, cls="before"), {"classify": SETS})

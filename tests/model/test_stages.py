@@ -19,7 +19,7 @@ from model.encoders.loading import load_encoder
 from model.evaluation.evaluator import evaluate
 from model.training.trainer import fit
 from tests.model.common import close
-from tests.model.trials import DROPOUT, NEW, ONE, KilledError, Trial, kill_after, same_end
+from tests.model.trials import NEW, ONE, Trial
 
 SHORT = TrainConfig(epochs=1, batch_size=8, learning_rate=3e-3, checkpoint_steps=1)
 FIRST = Trial(model={"trainable": "adapter+tokens", "lora": {"enabled": False}}, train=SHORT)
@@ -80,18 +80,6 @@ def test_second_stage_starts_from_the_first(first: Path, models: Path, corpus: S
     written = json.loads((tmp_path / "predictions.json").read_text())["records"]
     records = [record.as_dict() | {"scores": list(record.scores)} for record in evaluate(model, data, "val", 16_384)]
     assert records == written
-
-
-def test_second_stage_resumes_bit_for_bit(
-    first: Path, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = second(first, lora=DROPOUT)
-    trial.run(models, corpus, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_after(patch, 2)
-        trial.run(models, corpus, tmp_path / "killed")
-    trial.run(models, corpus, tmp_path / "killed")
-    assert same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_third_stage_has_the_lineage_of_both_before_it(
@@ -217,13 +205,6 @@ def test_lora_adapts_an_llm_that_an_earlier_stage_trained(models: Path, corpus: 
     assert torch.equal(
         own["llm.base_model.model.model.embed_tokens.weight"], tensors_of(tmp_path)["llm.model.embed_tokens.weight"]
     )
-
-
-def test_lora_of_another_scale_is_refused(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    """Shapes alone would let it through."""
-    Trial(model={"trainable": NEW}, train=SHORT).run(models, corpus, tmp_path)
-    with pytest.raises(CheckpointError, match=r"model\.init_from: .* has lora with .*, and this model with .*;"):
-        second(tmp_path, trainable=NEW, lora={"rank": 4, "alpha": 4}).start(models, corpus)
 
 
 def test_changed_file_of_a_frozen_adapter_is_refused(first: Path, models: Path, corpus: Shards, tmp_path: Path) -> None:

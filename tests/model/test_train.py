@@ -195,12 +195,18 @@ def test_epoch_reports_every_task(models: Path, corpus: Shards, tmp_path: Path) 
         for split in ("train", "val")
     }
     assert found["steps"] == math.ceil(len(rows["train"]) / 9)
-    dropped = sum(min(2, row - corpus.sessions[row][0]) for split in rows.values() for _, row in split)
-    assert found["dropped_turns"] == dropped > 0
+    _, data = trial.start(models, corpus)
+    assert found["dropped_turns"] == data.dropped_turns > 0
     written = json.loads((tmp_path / "predictions.json").read_text())
     assert written["labels"] == {"classify": ["change", "sustain", "neutral"], "response": []}
     expected = [(task, corpus.columns["id"][row]) for task, row in rows["val"]]
     assert [(record["task"], record["id"]) for record in written["records"]] == expected
+
+
+def test_turns_without_room_in_the_prompt_are_counted(models: Path, corpus: Shards) -> None:
+    _, data = Trial(model={"prompt": {"history_tokens": 0}}).start(models, corpus)
+    rows = [row for split in ("train", "val") for _, row in items(corpus, "classify", split)]
+    assert data.dropped_turns == sum(min(2, row - corpus.sessions[row][0]) for row in rows) > 0
 
 
 def test_training_loss_is_the_mean_over_the_tokens_of_an_epoch(models: Path, corpus: Shards, tmp_path: Path) -> None:
