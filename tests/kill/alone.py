@@ -20,10 +20,10 @@ def train(sweep: Path, out: Path, epochs: dict[int, int], workers: int) -> None:
     """Train every trial up to the epoch that it got in the sweep.
 
     Args:
-        sweep: its folder.
-        out: gets a folder for each trial.
-        epochs: by number.
-        workers: of a trial; one that works alone is trained beside another one.
+        sweep: folder of the sweep.
+        out: folder for the folders of the trials.
+        epochs: of each trial, by number.
+        workers: of a trial; trials with one worker are trained two at a time.
     """
     out.mkdir(parents=True)
     (out / "epochs.json").write_text(json.dumps(epochs))
@@ -42,34 +42,35 @@ def train(sweep: Path, out: Path, epochs: dict[int, int], workers: int) -> None:
         raise RuntimeError(f"training alone failed: {(out / 'log-0.txt').read_text()[-2000:]}")
 
 
-class EnoughError(Exception):
-    """The trial got no further in the sweep."""
+class EndReached(BaseException):
+    """The trial reached the epoch at which it ended in the sweep: a signal, not an error."""
 
 
 def train_one(config: Path, folder: Path, last: int) -> None:
-    """One trial, up to an epoch."""
+    """Train one trial up to an epoch."""
     from sweep.config.files import load
+    from sweep.config.resolve import resolve
     from sweep.execution.trial import run_trial
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         if epoch == last:
-            raise EnoughError
+            raise EndReached
 
     try:
-        run_trial(load(str(config)), folder, report, "local", "cpu")
-    except EnoughError:
+        run_trial(resolve(load(str(config))), folder, report, "local", "cpu")
+    except EndReached:
         return
     raise RuntimeError(f"{config}: ended before epoch {last}")
 
 
 def main() -> None:
-    """One rank of all trials, or a half of the trials that have one rank."""
+    """Train one rank of all trials, or half of the trials that have one rank."""
     sweep, out, rank, world = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world)
-    for place, (number, last) in enumerate(json.loads((out / "epochs.json").read_text()).items()):
-        if world > 1 or place % 2 == rank:
+    for index, (number, last) in enumerate(json.loads((out / "epochs.json").read_text()).items()):
+        if world > 1 or index % 2 == rank:
             name = f"{int(number):04d}"
             train_one(sweep / "trials" / name / "config.yaml", out / name, last)
     if world > 1:

@@ -1,7 +1,7 @@
 """The tables of a run, and its JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -98,54 +98,20 @@ def kinds_table(results: Sequence[Result]) -> Table:
     table = Table(title="what a kill costs: seconds until a trial, and all trials, train again; repeated steps")
     for column in ("kind", "kills", "median first", "median all", "max all", "most steps"):
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for row in kinds(kills):
-        times = [_seconds(row[name]) for name in ("median_first", "median_all", "max_all")]
-        table.add_row(row["kind"], str(row["kills"]), *times, str(row["most_steps"]))
-    return table
-
-
-def kinds(kills: Sequence[Kill]) -> list[dict[str, Any]]:
-    """Return the same as data."""
-    rows = []
     for name in sorted({kill.shot.name for kill in kills}):
         alike = [kill for kill in kills if kill.shot.name == name]
         first = [kill.first for kill in alike if kill.first is not None]
         every = [kill.all for kill in alike if kill.all is not None]
+        times = [_seconds(median(first) if first else None), _seconds(median(every) if every else None)]
+        times.append(_seconds(max(every, default=None)))
         steps = max((count for kill in alike for count in kill.redone.values()), default=0)
-        times = {"median_first": _median(first), "median_all": _median(every), "max_all": max(every, default=None)}
-        rows.append({"kind": name, "kills": len(alike), **times, "most_steps": steps})
-    return rows
+        table.add_row(name, str(len(alike)), *times, str(steps))
+    return table
 
 
 def content(results: Sequence[Result]) -> dict[str, Any]:
     """Return the content of the JSON file."""
-    kills = [kill for result in results for kill in result.kills]
-    return {
-        "headline": headline(results),
-        "kinds": kinds(kills),
-        "plays": [
-            {
-                "name": result.name,
-                "seconds": result.seconds,
-                "undisturbed_seconds": result.calm,
-                "starts": result.starts,
-                "states": result.states,
-                "checks": [{"what": row.what, "note": row.note, "faults": list(row.faults)} for row in result.rows],
-                "kills": [_kill(kill) for kill in result.kills],
-            }
-            for result in results
-        ],
-    }
-
-
-def _kill(kill: Kill) -> dict[str, Any]:
-    shot = {"name": kill.shot.name, "at": kill.shot.at, "early": kill.shot.early}
-    seen = {"running": kill.running, "victims": kill.victims, "codes": kill.codes, "redone": kill.redone}
-    return shot | {"time": kill.time, "first": kill.first, "all": kill.all} | seen
-
-
-def _median(numbers: Sequence[float]) -> float | None:
-    return median(numbers) if numbers else None
+    return {"headline": headline(results), "plays": [asdict(result) for result in results]}
 
 
 def _seconds(number: float | None) -> str:

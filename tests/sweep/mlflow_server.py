@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
 
 
 class Server:
-    """`mlflow server` on loopback, in its own process group; its database can be replaced while it is down.
+    """`mlflow server` on loopback, in its own process group; it can be killed and restarted.
 
     Args:
         folder: for its database, its artifacts and its log; created if it does not exist.
@@ -32,7 +31,7 @@ class Server:
 
     def __init__(self, folder: Path, empty: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.empty, self.port = folder, empty, free_port()
+        self.folder, self.port = folder, free_port()
         self.database = folder / "server.db"
         if empty is not None:
             shutil.copy(empty, self.database)
@@ -66,16 +65,3 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
             self.process = None
-
-    def copy(self, to: Path) -> None:
-        """Copy the database while the server runs."""
-        with (
-            contextlib.closing(sqlite3.connect(self.database)) as source,
-            contextlib.closing(sqlite3.connect(to)) as target,
-        ):
-            source.backup(target)
-
-    def replace(self, by: Path) -> None:
-        for leftover in self.folder.glob("server.db*"):
-            leftover.unlink()
-        shutil.copy(by, self.database)

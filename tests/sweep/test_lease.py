@@ -159,21 +159,16 @@ def test_suspended_driver_notices_its_replacement(tmp_path: Path, elsewhere: Cal
         suspended.check()
 
 
-def test_lost_lease_is_not_taken_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken", [True, False])
+def test_lost_lease_is_not_taken_back(taken: bool, tmp_path: Path) -> None:
+    """Neither from another holder, nor if its file was removed."""
     with hold(tmp_path, **FAST) as held:
-        theirs = leave(tmp_path)
-        until(held.heartbeat.lost.is_set)
-        time.sleep(3 * BEAT)
-        assert content(tmp_path) == asdict(theirs)
-    assert content(tmp_path) == asdict(theirs), "a lost lease is not ours to remove"
-
-
-def test_removed_lease_is_lost(tmp_path: Path) -> None:
-    with hold(tmp_path, **FAST) as held:
-        (tmp_path / FILE).unlink()
+        theirs = asdict(leave(tmp_path)) if taken else (tmp_path / FILE).unlink()
         until(held.heartbeat.lost.is_set)
         with pytest.raises(LeaseLostError):
             held.check()
+        time.sleep(3 * BEAT)
+    assert (content(tmp_path) if taken else set(tree(tmp_path)) - {LOCK}) == (theirs or set())
 
 
 def test_unreachable_file_system_loses_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,8 @@ def test_another_machine_resumes_from_the_mirror(url: str, tmp_path: Path) -> No
     assert "trials/0000/checkpoint.pt" not in content(three)
 
 
-def test_returning_machine_drops_what_did_not_count(tmp_path: Path, url: str) -> None:
+def test_returning_machine_drops_what_did_not_count(tmp_path: Path) -> None:
+    url = "memory://bucket/returning"
     begin(one := tmp_path / "one")
     leave(one, url)
     (two := tmp_path / "two").mkdir()

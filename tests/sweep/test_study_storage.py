@@ -18,29 +18,22 @@ from tests.sweep.stores import Postgres, at, postgres  # noqa: F401 — fixture
 SECRET = "hunter2"
 
 
-def test_lock_and_half_line_of_a_killed_driver_are_removed(tmp_path: Path) -> None:
-    ask(StudyStore.open(tmp_path, settings()), 1)
-    (tmp_path / f"{FILE}.lock").touch()  # held by a dead process
-    with (tmp_path / FILE).open("ab") as file:
-        file.write(b'{"op_code": 8, "trial_')  # a full disk
-    study = StudyStore.open(tmp_path, settings())
-    assert not (tmp_path / f"{FILE}.lock").exists(), "Optuna would wait half a minute for it"
-    report(study, 0, 0.5)
-    assert StudyStore.open(tmp_path, settings()).trials()[0].curve == {1: 0.5}
-
-
-def test_reading_keeps_the_writers_lock_and_line(tmp_path: Path) -> None:
-    writer = StudyStore.open(tmp_path, settings())
-    reader = StudyStore.read(tmp_path, settings())
+def test_only_the_writer_repairs_lock_and_half_line(tmp_path: Path) -> None:
+    """A dead driver leaves them; while a reader looks, they may belong to a living one."""
+    writer, reader = StudyStore.open(tmp_path, settings()), StudyStore.read(tmp_path, settings())
     ask(writer, 1)
     report(writer, 0, 0.5)
-    (tmp_path / f"{FILE}.lock").touch()  # held by the writer at this moment
+    (tmp_path / f"{FILE}.lock").touch()
     with (tmp_path / FILE).open("ab") as file:
-        file.write(b'{"op_code": 8, "trial_')  # and its line is on the way
+        file.write(b'{"op_code": 8, "trial_')
     before = tree(tmp_path)
     for study in (reader, StudyStore.read(tmp_path, settings())):
         assert study.trials()[0].curve == {1: 0.5}
     assert tree(tmp_path) == before
+    study = StudyStore.open(tmp_path, settings())
+    assert not (tmp_path / f"{FILE}.lock").exists(), "Optuna would wait half a minute for it"
+    report(study, 0, 0.5, 0.6)
+    assert StudyStore.open(tmp_path, settings()).trials()[0].curve == {1: 0.5, 2: 0.6}
 
 
 def test_repeated_reports_write_nothing(tmp_path: Path) -> None:
@@ -87,22 +80,19 @@ def test_sweeps_of_one_name_stay_apart(kind: str, tmp_path: Path, request: pytes
 
 
 def test_relative_sqlite_path_is_in_the_sweep_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = at("sqlite:///ledger.db", settings())
+    """Reading a study that does not exist creates no file there."""
+    config, folder = at("sqlite:///study.db", settings()), tmp_path / "s"
+    folder.mkdir()
+    assert not has_study(folder, config)
+    sweep_id(folder)
+    with pytest.raises(UserError, match="no trial has started yet"):
+        StudyStore.read(folder, config)
+    assert list(tree(folder)) == ["sweep-id"]
     monkeypatch.chdir(tmp_path)
-    Path("s").mkdir()
     ask(StudyStore.open(Path("s"), config), 1)
     monkeypatch.chdir("/")
-    assert len(StudyStore.read(tmp_path / "s", config).trials()) == 1
-    assert (tmp_path / "s/ledger.db").exists()
-
-
-def test_reading_a_missing_study_creates_no_file(tmp_path: Path) -> None:
-    config = at("sqlite:///ledger.db", settings())
-    assert not has_study(tmp_path, config)
-    sweep_id(tmp_path)
-    with pytest.raises(UserError, match="no trial has started yet"):
-        StudyStore.read(tmp_path, config)
-    assert list(tree(tmp_path)) == ["sweep-id"]
+    assert len(StudyStore.read(folder, config).trials()) == 1
+    assert (folder / "study.db").exists()
 
 
 def test_two_sweeps_create_the_tables_at_once(tmp_path: Path, postgres: Postgres) -> None:  # noqa: F811

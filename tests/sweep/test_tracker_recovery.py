@@ -62,7 +62,8 @@ def ended(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("copy", ["empty.db", "older.db"])
-def test_lost_runs_or_points_are_sent_again(copy: str, ended: Path) -> None:
+def test_lost_runs_or_points_are_sent_again(copy: str, ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that cannot be reached counts as one that has everything."""
     before, ids = shown(ended), [mlflow_run_id(ended, number) for number in NUMBERS]
     parent = runs(ended)[0]
     times = [(run.info.start_time, run.info.end_time) for run in runs(ended)[1]]
@@ -82,6 +83,8 @@ def test_lost_runs_or_points_are_sent_again(copy: str, ended: Path) -> None:
         files = {file.path for file in MlflowClient(tracking_uri(ended)).list_artifacts(run.info.run_id)}
         assert "config.yaml" in files
         assert ("predictions.json" in files) == (run.data.tags["sweep.trial"] == "0")
+    assert server_has_all(CONFIG, ended)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert server_has_all(CONFIG, ended)
 
 
@@ -106,45 +109,24 @@ def test_unnoticed_hole_is_filled_when_the_trial_ends(folder: Path) -> None:
     assert [step for step, *_ in curve(folder, 3, "f1")] == [16, 32, 40, 48]
 
 
-def delete_run(client: MlflowClient, folder: Path) -> None:
-    client.delete_run(mlflow_run_id(folder, 0))
-
-
-def delete_parent(client: MlflowClient, folder: Path) -> None:
-    client.delete_run(runs(folder)[0].info.run_id)
-
-
-def delete_experiment(client: MlflowClient, folder: Path) -> None:
-    client.delete_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id)
-
-
-def rename_experiment(client: MlflowClient, folder: Path) -> None:
-    client.rename_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id, "another name")
-
-
-def second_run(client: MlflowClient, folder: Path) -> None:
-    first = client.get_run(mlflow_run_id(folder, 0))
+def test_changes_in_the_ui_lose_and_add_no_run(ended: Path) -> None:
+    client, before, ids = MlflowClient(tracking_uri(ended)), shown(ended), [run.info.run_id for run in runs(ended)[1]]
+    first = client.get_run(ids[0])
+    experiment = first.info.experiment_id
     tags = {name: first.data.tags[name] for name in ("sweep.key", "sweep.trial", "mlflow.parentRunId")}
-    later = first.info.start_time + 5000
-    client.log_metric(client.create_run(first.info.experiment_id, later, tags).info.run_id, "loss", 9.0)
-
-
-Change = Callable[[MlflowClient, Path], None]
-
-
-@pytest.mark.parametrize("change", [delete_run, delete_parent, delete_experiment, rename_experiment, second_run])
-def test_changes_in_the_ui_lose_and_add_no_run(change: Change, ended: Path) -> None:
-    before, ids = shown(ended), [run.info.run_id for run in runs(ended)[1]]
-    change(MlflowClient(tracking_uri(ended)), ended)
-    track(ended)
-    assert shown(ended) == before
-    assert [run.info.run_id for run in runs(ended)[1]] == ids
-    assert runs(ended)[0].info.status == "FINISHED"
-
-
-def test_unreachable_server_is_no_loss(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert server_has_all(CONFIG, ended)
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: client.delete_run(ids[0]),
+        lambda: client.delete_run(runs(ended)[0].info.run_id),
+        lambda: client.create_run(experiment, first.info.start_time + 5000, tags),  # a second run of trial 0
+        lambda: client.delete_experiment(experiment),
+        lambda: client.rename_experiment(experiment, "another name"),
+    )
+    for change in changes:
+        change()
+        track(ended)
+        assert shown(ended) == before
+        assert [run.info.run_id for run in runs(ended)[1]] == ids
+        assert runs(ended)[0].info.status == "FINISHED"
 
 
 def test_running_trial_gets_lost_points_at_once(folder: Path) -> None:

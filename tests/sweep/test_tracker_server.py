@@ -171,15 +171,6 @@ def test_extended_sweep_gets_more_runs(folder: Path) -> None:
     assert after[4].info.status == "FAILED"
 
 
-def test_two_sweeps_of_one_name_have_their_own_runs(folder: Path) -> None:
-    (other := folder.with_name("other")).mkdir()
-    ask(StudyStore.open(other, CONFIG), 1)
-    append(other, 0)
-    track(folder)
-    track(other)
-    assert mlflow_run_id(other, 0) not in {None, mlflow_run_id(folder, 0)}
-
-
 def test_secrets_are_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
         monkeypatch.setenv(name, f"very-{name.lower()}-indeed")
