@@ -14,6 +14,8 @@ from sweep.config.loader import Tree, apply_overrides, read_tree, value_at, with
 from sweep.config.schema import Config, parse
 from sweep.config.search_checks import check_search
 
+SPACE, POINTS = ("search", "space"), ("search", "points")
+
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """Read a preset or a YAML file, apply `key=value` overrides, validate the result and check its search space.
@@ -30,22 +32,21 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _without_axes(tree: Tree, keys: Sequence[str]) -> Tree:
-    """Return the tree without axes of overridden settings, and without the points that have another value of them."""
+    """Return the tree without the axes of overridden settings, and without points that have another value on them."""
     for key in keys:
-        space = value_at(tree, ["search", "space"])
+        space, points = value_at(tree, SPACE), value_at(tree, POINTS)
         if not isinstance(space, dict) or key not in space:
             continue
-        axes = {name: axis for name, axis in space.items() if name != key}
-        tree = with_value(tree, ["search", "space"], axes)
-        points, value = value_at(tree, ["search", "points"]), value_at(tree, key.split("."))
+        tree = with_value(tree, SPACE, _without(space, key))
         if isinstance(points, list):
+            value = value_at(tree, key.split("."))
             kept = [point for point in points if not isinstance(point, dict) or point.get(key, value) == value]
-            without = [
-                {name: own for name, own in point.items() if name != key} if isinstance(point, dict) else point
-                for point in kept
-            ]
-            tree = with_value(tree, ["search", "points"], without)
+            tree = with_value(tree, POINTS, [_without(point, key) for point in kept])
     return tree
+
+
+def _without(section: object, key: str) -> object:
+    return {name: value for name, value in section.items() if name != key} if isinstance(section, dict) else section
 
 
 def presets() -> list[str]:

@@ -1,4 +1,4 @@
-"""Typed settings from YAML and `key=value` overrides, with every problem in one error. Knows no particular tree.
+"""Typed settings of any kind from YAML and `key=value` overrides, with all problems in one error.
 
 read_tree ─► apply_overrides ─► validate
 """
@@ -81,7 +81,7 @@ def value_at(tree: object, path: Sequence[str]) -> object:
 
 
 def with_value(tree: object, path: Sequence[str], value: object) -> Tree:
-    """Return a copy of a tree with a value put in at a path of keys; what is no section on the way becomes one."""
+    """Return a copy of a tree with a new value at a path of keys; a value on the path becomes a section."""
     section: Tree = dict(tree) if isinstance(tree, dict) else {}
     name, *rest = path
     section[name] = with_value(section.get(name), rest, value) if rest else value

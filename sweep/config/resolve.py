@@ -43,12 +43,6 @@ class ResolvedConfig(Config):
     """
 
 
-def cache_folder() -> Path:
-    """Return the folder of built-in inputs: $SWEEP_CACHE, or one in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
-    return Path(os.environ.get("SWEEP_CACHE", default))
-
-
 def missing(config: Config) -> list[str]:
     """Return the built-in inputs of a configuration that have not been made.
 
@@ -89,7 +83,9 @@ def _named(config: Config) -> dict[str, str]:
 
 
 def _folder(name: str) -> Path:
-    return cache_folder() / f"{name}-{synthetic.VERSION}.{tiny.VERSION}.{SCHEMA_VERSION}"
+    """Return the folder of a built-in input: in $SWEEP_CACHE, or in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
+    return Path(os.environ.get("SWEEP_CACHE", default)) / f"{name}-{synthetic.VERSION}.{tiny.VERSION}.{SCHEMA_VERSION}"
 
 
 def _make_all(names: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The configuration of a sweep: one typed tree. `sweep.config.files.load` reads it from YAML."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -121,21 +121,21 @@ class Config(Section):
 
     def problems(self) -> list[str]:
         """Return broken rules over several settings, each as a line with the key, the value, the rule and the fix."""
-        found = self.model.problems() + self.train.problems() + self.storage.problems()
+        problems = self.model.problems() + self.train.problems() + self.storage.problems()
         if problem := credentials_message(self.data.shards):
-            found.append(f"data.shards: {problem}")
+            problems.append(f"data.shards: {problem}")
         tasks = self.tasks.active()
         if not tasks:
-            return [*found, "tasks: all weights are 0, so nothing would be trained; raise one"]
-        known = metric_names(tasks)
-        if self.search.metric not in known:
-            found.append(
+            return [*problems, "tasks: all weights are 0, so nothing would be trained; raise one"]
+        metrics = metric_names(tasks)
+        if self.search.metric not in metrics:
+            problems.append(
                 f"search.metric: {self.search.metric!r} is not a metric of the task{'s'[: len(tasks) - 1]} "
-                f"{', '.join(tasks)}; choose from {', '.join(known)}"
+                f"{', '.join(tasks)}; choose from {', '.join(metrics)}"
             )
-        return found
+        return problems
 
-    def with_values(self, values: Mapping[str, Any]) -> "Config":
+    def with_values(self, values: Mapping[str, object]) -> "Config":
         """Return a validated copy with the values of dotted keys replaced.
 
         Raises:
@@ -146,7 +146,7 @@ class Config(Section):
             tree = with_value(tree, key.split("."), value)
         return parse(tree, "trial")
 
-    def for_trial(self, values: Mapping[str, Any]) -> "Config":
+    def for_trial(self, values: Mapping[str, object]) -> "Config":
         """Return the configuration that reproduces one trial by itself: its values in place, and no search.
 
         Raises:
@@ -164,7 +164,7 @@ def metric_names(tasks: Sequence[str]) -> list[str]:
     return names
 
 
-def parse(tree: Mapping[str, Any], source: str) -> Config:
+def parse(tree: Mapping[str, object], source: str) -> Config:
     """Return a tree of plain values as a validated configuration, with the objective that fits its tasks.
 
     Raises:

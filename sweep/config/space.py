@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Scalar = bool | int | float | str | None
 Values = dict[str, Scalar]  # of axes, by dotted key
 EPOCHS, FOLD = "train.epochs", "data.fold"
-# Share of the epochs before the first pruning: earlier on, fast starters lead the eventual winners.
+# Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
 
 
@@ -227,7 +227,7 @@ class SearchConfig(Section):
         Raises:
             CycleError: the conditions form a cycle.
         """
-        needs = {key: [other for other in axis.when if other in self.space] for key, axis in self.space.items()}
+        needs = {key: [name for name in axis.when if name in self.space] for key, axis in self.space.items()}
         return list(TopologicalSorter(needs).static_order())
 
     def suggest(self, sampler: Sampler, base: Mapping[str, object]) -> Values:
@@ -240,7 +240,7 @@ class SearchConfig(Section):
         values: Values = {}
         for key in self.order():
             axis = self.space[key]
-            if all(values.get(other, base.get(other)) in allowed for other, allowed in axis.when.items()):
+            if all(values.get(name, base.get(name)) in allowed for name, allowed in axis.when.items()):
                 values[key] = axis.suggest(key, sampler)
         return values
 
@@ -255,7 +255,7 @@ class SearchConfig(Section):
         for key in self.order():
             when = self.space[key].when
             if key not in completed and all(
-                completed.get(other, base.get(other)) in allowed for other, allowed in when.items()
+                completed.get(name, base.get(name)) in allowed for name, allowed in when.items()
             ):
                 completed[key] = base[key]
         return completed
