@@ -15,6 +15,7 @@ from sweep.preflight.checks import resolve_inputs
 from tests.sweep.common import sweep
 
 STAGES = ("research-log", "research-log-stage-2")
+NAMES = sorted({*presets()} - {STAGES[1]})
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -39,21 +40,22 @@ def train(config: Config, point: dict[str, Any], folder: Path) -> None:
     assert 0 <= reported[-1]["macro_f1"] <= 1
 
 
-@pytest.mark.parametrize("name", sorted({*presets()} - {STAGES[1]}))
-def test_preset_trains(name: str, small: list[str], models: Path, tmp_path: Path) -> None:
-    """The structures of all points are built, and the first point is trained."""
+def small_config(name: str, small: list[str], models: Path) -> Config:
     real = name == "llama-3b-hubert-large"  # in bf16 with checkpointing: all that its ids would load, but small
     config = load(name, [*small, f"model.encoder.path={models / 'hubert-layer'}"] if real else small)
     assert (config.model.llm.dtype == config.model.precision == "bfloat16") is real
-    resolve_inputs(config)
-    train(config, next(iter(config.search.points), {}), tmp_path / "0")
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_structures_of_a_preset_are_built(name: str, small: list[str], models: Path) -> None:
+    resolve_inputs(small_config(name, small, models))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted({*presets()} - {STAGES[1]}))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_point_of_a_preset_trains(name: str, small: list[str], models: Path, tmp_path: Path) -> None:
-    encoder = f"model.encoder.path={models / 'hubert-layer'}"
-    config = load(name, [*small, encoder] if name.startswith("llama") else small)
+    config = small_config(name, small, models)
     tuned = {"model.modality": "speech", "model.trainable": "encoder+adapter+lora+tokens"}
     for number, point in enumerate([*config.search.points, tuned]):
         train(config, point, tmp_path / str(number))
