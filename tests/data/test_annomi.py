@@ -1,4 +1,4 @@
-"""AnnoMI: its times, labels, qualities and annotators, on files made here, and on the real ones if at hand."""
+"""AnnoMI: times, labels, qualities and annotators, in files made here and in the real ones if they are present."""
 
 from collections import Counter
 from pathlib import Path
@@ -61,7 +61,7 @@ def found(corpus: Corpus) -> list[tuple[str, str]]:
     return sorted((finding.code, finding.utterance) for finding in corpus.findings)
 
 
-def test_ends_are_the_next_starts_and_odd_times_are_found(tmp_path: Path) -> None:
+def test_ends_are_the_next_starts(tmp_path: Path) -> None:
     corpus = read(write(tmp_path, sessions=1))
     (conversation,) = corpus.conversations
     assert [turn.end for turn in conversation.turns] == [2.0, None, 6.0, None, 10.0, 12.0, None]
@@ -73,7 +73,7 @@ def test_ends_are_the_next_starts_and_odd_times_are_found(tmp_path: Path) -> Non
     assert all(finding.where.startswith("annomi.csv:") for finding in corpus.findings)
 
 
-def test_an_unreadable_time_costs_a_label_and_the_sound_of_two_turns_and_no_text(tmp_path: Path) -> None:
+def test_unreadable_time_rejects_the_turn_and_opens_the_previous(tmp_path: Path) -> None:
     corpus = read(write(tmp_path, sessions=1, at3=row(0, 3, "soon")))
     (conversation,) = corpus.conversations
     assert len(conversation.turns) == len(STAMPS)
@@ -82,7 +82,7 @@ def test_an_unreadable_time_costs_a_label_and_the_sound_of_two_turns_and_no_text
     assert [turn.label for turn in conversation.turns[2:4]] == ["question", None]
 
 
-def test_sessions_of_a_video_are_a_group_and_have_a_quality(tmp_path: Path) -> None:
+def test_sessions_have_group_and_quality(tmp_path: Path) -> None:
     changed = {f"at{place}": low(row(1, place - 7, STAMPS[place - 7])) for place in range(7, 14)}
     corpus = read(write(tmp_path, sessions=2, **changed))
     assert [(one.id, one.group, one.quality) for one in corpus.conversations] == [
@@ -94,7 +94,7 @@ def test_sessions_of_a_video_are_a_group_and_have_a_quality(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("code", "said"), [("chnge", "did you mean 'change'"), ("", "label '' is unknown")])
-def test_a_label_that_is_unknown_or_missing_is_left_to_the_validation(tmp_path: Path, code: str, said: str) -> None:
+def test_unknown_or_missing_label_is_found_by_validation(tmp_path: Path, code: str, said: str) -> None:
     corpus = read(write(tmp_path, sessions=1, at1=row(0, 1, "00:00:02", code)))
     assert corpus.conversations[0].turns[1].label == code
     check(corpus)
@@ -114,20 +114,20 @@ def test_a_label_that_is_unknown_or_missing_is_left_to_the_validation(tmp_path: 
         (row(0, 1, "00:00:02").replace('"', ""), "more cells"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+def test_invalid_row_is_refused_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(DataError, match=r"^annomi\.csv:3: ") as error:
         read(write(tmp_path, at1=line))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_id_of_two_different_utterances_fails_the_build(tmp_path: Path) -> None:
+def test_id_of_two_utterances_fails(tmp_path: Path) -> None:
     corpus = read(write(tmp_path, at1=row(0, 0, "00:00:02", "other")))
     with pytest.raises(BuildError, match=r"F_DUPLICATE annomi\.csv:3, 0/0: is already at annomi\.csv:2"):
         check(corpus)
 
 
-def test_the_full_version_is_put_to_the_vote(tmp_path: Path) -> None:
+def test_full_version_uses_the_majority_vote(tmp_path: Path) -> None:
     codes = ["neutral", "change", "change", "neutral", "change", "sustain"]
     corpus = read(write_full(tmp_path, *codes))
     first, last = corpus.conversations[0].turns
@@ -137,14 +137,14 @@ def test_the_full_version_is_put_to_the_vote(tmp_path: Path) -> None:
     assert found(corpus) == [("W_TS_OPEN", "0/1")]
 
 
-def test_a_tie_goes_to_the_first_of_the_labels_and_is_flagged(tmp_path: Path) -> None:
+def test_tied_vote_uses_the_first_label_and_is_flagged(tmp_path: Path) -> None:
     corpus = read(write_full(tmp_path, "sustain", "neutral", "sustain", "neutral", "change"))
     first = corpus.conversations[0].turns[0]
     assert (first.label, first.flags) == ("neutral", ("W_LABEL_TIE",))
     assert "5 annotators gave neutral, sustain 2 x each" in {finding.message for finding in corpus.findings}
 
 
-def test_clips_are_cut_between_starts_whatever_the_recording(tmp_path: Path) -> None:
+def test_clips_are_cut_between_starts(tmp_path: Path) -> None:
     audio = tmp_path / "audio"
     audio.mkdir()
     for session, (rate, channels) in enumerate([(16_000, 1), (44_100, 2), (22_050, 1)]):
@@ -158,7 +158,7 @@ def test_clips_are_cut_between_starts_whatever_the_recording(tmp_path: Path) -> 
 
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "ties"), [("AnnoMI-simple.csv", 0), ("AnnoMI-full.csv", 14)])
-def test_the_real_corpus_has_its_known_counts(name: str, ties: int) -> None:
+def test_real_corpus_has_the_known_counts(name: str, ties: int) -> None:
     if not (SHARED / name).exists():
         pytest.skip(f"needs {name}, which the project may not ship")
     corpus = read(SHARED / name)

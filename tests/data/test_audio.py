@@ -1,4 +1,4 @@
-"""Recordings: any rate, layout and length becomes the same samples, in blocks or at once; clips are cut from them."""
+"""Recordings: any rate, layout and length gives the same samples in blocks or at once; clips are cut exactly."""
 
 from pathlib import Path
 
@@ -30,9 +30,9 @@ def pitch(pcm: np.ndarray) -> float:
     return float(np.abs(np.fft.rfft(pcm)).argmax() * SAMPLE_RATE / len(pcm))
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("seconds", [0.3, 2.99, 5.0, 5.01, 6.02, 9.7])
-def test_a_recording_read_in_blocks_is_the_one_read_at_once(
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100])
+@pytest.mark.parametrize("seconds", [0.3, 2.99, 5.01, 9.7])
+def test_blocks_give_the_same_samples_as_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, seconds: float
 ) -> None:
     monkeypatch.setattr(audio, "_BLOCK", 3)
@@ -49,7 +49,7 @@ def test_a_recording_read_in_blocks_is_the_one_read_at_once(
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
-def test_a_tone_survives_every_format(tmp_path: Path, suffix: str) -> None:
+def test_every_format_is_decoded(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     soundfile.write(path, tone(2, 440, 44_100), 44_100)
     found = read_recording(path)
@@ -57,14 +57,14 @@ def test_a_tone_survives_every_format(tmp_path: Path, suffix: str) -> None:
     assert pitch(found.pcm[0]) == pytest.approx(440, abs=2)
 
 
-def test_channels_that_cancel_are_not_mixed_into_silence(tmp_path: Path) -> None:
+def test_channels_that_cancel_are_not_mixed(tmp_path: Path) -> None:
     wave = tone(1, 300)
     soundfile.write(tmp_path / "x.wav", np.stack([0.9 * wave, -wave], axis=1), SAMPLE_RATE, subtype="FLOAT")
     found = read_recording(tmp_path / "x.wav").pcm[0]
     assert abs(found).max() == pytest.approx(0.3 * 32767, rel=0.01)  # the louder one as it is
 
 
-def test_broken_samples_are_told_by_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_broken_samples_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audio, "_BLOCK", 3)
     signal = noise(8, 44_100, 1)
     signal[44_100 * 5 : 44_100 * 5 + 3] = np.inf
@@ -74,13 +74,13 @@ def test_broken_samples_are_told_by_their_time(tmp_path: Path, monkeypatch: pyte
     assert abs(found.pcm).max() < 32767
 
 
-def test_what_is_no_sound_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_file_without_audio_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.wav").write_bytes(b"RIFF\x00\x00")
     with pytest.raises(DataError, match=r"x\.wav: not readable as audio .*; convert it to WAV or FLAC"):
         read_recording(tmp_path / "x.wav")
 
 
-def test_codecs_keep_every_sample() -> None:
+def test_codecs_are_lossless() -> None:
     pcm = np.random.default_rng(2).integers(-32768, 32768, 5000).astype(np.int16)
     for codec in ("pcm16", "flac"):
         assert np.array_equal(decode(encode(pcm, codec), codec), pcm)
@@ -94,7 +94,7 @@ def dialogue(folder: Path, signal: np.ndarray) -> Conversation:
     return Conversation("s", "s", turns, recording=folder / "s.wav")
 
 
-def test_a_speaker_is_heard_on_his_own_channel(tmp_path: Path) -> None:
+def test_turns_are_cut_from_the_channel_of_the_role(tmp_path: Path) -> None:
     session = dialogue(tmp_path, np.stack([tone(3, 200), tone(3, 700)], axis=1))
     findings: list[Finding] = []
     cut(session, {"therapist": 0, "client": 1}, findings)
@@ -102,7 +102,7 @@ def test_a_speaker_is_heard_on_his_own_channel(tmp_path: Path) -> None:
     assert findings == []
 
 
-def test_a_channel_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
+def test_missing_channel_is_a_finding(tmp_path: Path) -> None:
     session = dialogue(tmp_path, tone(3, 200))
     findings: list[Finding] = []
     cut(session, {"therapist": 0, "client": 1}, findings)
@@ -111,7 +111,7 @@ def test_a_channel_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
     assert [turn.audio is None for turn in session.turns] == [False, True, False]
 
 
-def test_a_turn_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+def test_turn_may_have_a_separate_file(tmp_path: Path) -> None:
     session = dialogue(tmp_path, tone(3, 200))
     soundfile.write(tmp_path / "own.flac", tone(0.7, 500, 8_000), 8_000)
     soundfile.write(tmp_path / "short.wav", tone(0.05, 500), SAMPLE_RATE)
@@ -127,7 +127,7 @@ def test_a_turn_may_have_a_file_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_cuts_are_whole_samples_without_gap_or_overlap(tmp_path: Path) -> None:
+def test_cuts_have_neither_gap_nor_overlap(tmp_path: Path) -> None:
     session = dialogue(tmp_path, noise(3, SAMPLE_RATE, 1))
     times = (0.0, 1.00003, 1.99996, 3.0)
     for turn, start, end in zip(session.turns, times, times[1:], strict=False):

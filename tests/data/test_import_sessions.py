@@ -1,4 +1,4 @@
-"""Formats of one file a session: WhisperX, DAIC and MI-TAGS, in the ways in which their folders are laid out."""
+"""Formats with one file per session: WhisperX, DAIC and MI-TAGS, in different folder layouts."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def whisper(path: Path, *segments: object) -> None:
     path.write_text(json.dumps({"segments": segments}), encoding="utf-8")
 
 
-def test_speakers_of_a_single_session_can_be_named(tmp_path: Path) -> None:
+def test_roles_of_a_single_session_can_be_set(tmp_path: Path) -> None:
     segment = {"start": 0.5, "end": 1.5, "text": " hi", "speaker": "SPEAKER_00"}
     whisper(tmp_path / "a.json", segment)
     whisper(tmp_path / "b.json", segment)
@@ -28,7 +28,7 @@ def test_speakers_of_a_single_session_can_be_named(tmp_path: Path) -> None:
     assert [(one.id, one.turns[0].speaker) for one in corpus.conversations] == [("a", "therapist"), ("b", "client")]
 
 
-def test_segments_without_speaker_or_times_keep_their_words(tmp_path: Path) -> None:
+def test_segments_without_speaker_or_times_keep_their_text(tmp_path: Path) -> None:
     whisper(
         tmp_path / "a.json",
         {"start": 0.0, "end": 1.0, "text": "who?", "label": "x"},
@@ -51,7 +51,7 @@ def test_segments_without_speaker_or_times_keep_their_words(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"segments": [\n  {"text": "a",}\n]}', r"^a\.json:2: not readable as JSON \(column \d+"),
         ('{"segments": []}', r"^a\.json:1: no segments"),
@@ -59,13 +59,13 @@ def test_segments_without_speaker_or_times_keep_their_words(tmp_path: Path) -> N
         ('{"segments": [{"text": "a"}, {"start": 1}]}', r"^a\.json:segments\[1\]: the segment has no text"),
     ],
 )
-def test_json_that_cannot_be_used_is_named_with_its_place(tmp_path: Path, content: str, said: str) -> None:
+def test_invalid_json_is_refused_with_its_position(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_whisperx(tmp_path, None, ROLES)
 
 
-def test_daic_sessions_lie_in_folders_with_their_sound(tmp_path: Path) -> None:
+def test_daic_recordings_may_be_beside_transcripts(tmp_path: Path) -> None:
     for name in ("300", "301"):
         (tmp_path / f"{name}_P").mkdir()
         (tmp_path / f"{name}_P" / f"{name}_TRANSCRIPT.csv").write_text(DAIC, encoding="utf-8")
@@ -86,23 +86,23 @@ def test_daic_sessions_lie_in_folders_with_their_sound(tmp_path: Path) -> None:
     assert corpus.labels == ()
 
 
-def test_daic_recordings_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_daic_recordings_may_be_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    sound = tmp_path / "sound"
-    (sound / "301_P").mkdir(parents=True)
+    audio = tmp_path / "audio"
+    (audio / "301_P").mkdir(parents=True)
     for name in ("300", "301", "302"):
         (tmp_path / "text" / f"{name}_TRANSCRIPT.csv").write_text(DAIC, encoding="utf-8")
-    for path in (sound / "300_AUDIO.wav", sound / "301_P" / "301_AUDIO.flac"):
+    for path in (audio / "300_AUDIO.wav", audio / "301_P" / "301_AUDIO.flac"):
         path.touch()
-    corpus = read_daic(tmp_path / "text", sound, CorpusConfig())
+    corpus = read_daic(tmp_path / "text", audio, CorpusConfig())
     assert [one.recording for one in corpus.conversations] == [
-        sound / "300_AUDIO.wav",
-        sound / "301_P" / "301_AUDIO.flac",
-        sound / "302_AUDIO.wav",
+        audio / "300_AUDIO.wav",
+        audio / "301_P" / "301_AUDIO.flac",
+        audio / "302_AUDIO.wav",
     ]
 
 
-def test_turns_of_mi_tags_are_ordered_by_number_whoever_coded_them(tmp_path: Path) -> None:
+def test_mi_tags_turns_are_ordered_by_number(tmp_path: Path) -> None:
     text = CODED + "0,T,a,OQ,ann\n10,C,c,CT,ann\n0,T,a,CQ,bob\n2,C,b,CT,bob\n10,C,c,ST,bob\n0,T,a,OQ,cy\n"
     (tmp_path / "s.csv").write_text(text, encoding="utf-8")
     corpus = read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())
@@ -117,14 +117,14 @@ def test_turns_of_mi_tags_are_ordered_by_number_whoever_coded_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize("column", ["conversation", "session"])
-def test_a_file_of_mi_tags_may_hold_several_sessions(tmp_path: Path, column: str) -> None:
+def test_mi_tags_file_may_have_several_sessions(tmp_path: Path, column: str) -> None:
     text = f"{column},turn,speaker,text,code\np,0,counsellor,a,q\nr,0,patient,a,x\np,1,client,b,x\n"
     (tmp_path / "all.csv").write_text(text, encoding="utf-8")
     corpus = read_mi_tags(tmp_path / "all.csv", None, CorpusConfig())
     assert [[turn.id for turn in one.turns] for one in corpus.conversations] == [["p/0", "p/1"], ["r/0"]]
 
 
-def test_turns_without_a_number_are_named(tmp_path: Path) -> None:
+def test_mi_tags_turn_without_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(CODED + "one,t,a,q,ann\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"^s\.csv:2: turn 'one' is not a whole number"):
         read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())

@@ -1,4 +1,4 @@
-"""Times as people write them, and ends from the next start."""
+"""Times in usual and unusual formats, and ends that follow from the next start."""
 
 import re
 
@@ -14,45 +14,29 @@ def turn(number: int, start: float | None = None, end: float | None = None) -> T
 
 
 @pytest.mark.parametrize(
-    ("stamp", "seconds"),
+    ("stamps", "times", "flags"),
     [
-        ("13", 13.0),
-        (" 13.25 ", 13.25),
-        (".5", 0.5),
-        ("1e1", 10.0),
-        ("-0.02", -0.02),
-        ("01:05", 65.0),
-        ("75:10", 4510.0),
-        ("0:00:13", 13.0),
-        ("01:00:02.500", 3602.5),
+        (
+            "13| 13.25 |.5|1e1|-0.02|01:05|75:10|0:00:13|01:00:02.500",
+            [13, 13.25, 0.5, 10, -0.02, 65, 4510, 13, 3602.5],
+            (),
+        ),
+        ("00:00:010|00:00:13,5|000:01:00", [10, 13.5, 60], ("W_TS_FORMAT",)),
+        ("soon|00:60:00|00:00:61|1,234|nan|inf|1e999|1_0|1:2:3:4|1e7|99999:00:00", [None] * 11, ("E_TS_FORMAT",)),
     ],
+    ids=["usual", "odd", "unreadable"],
 )
-def test_usual_times_are_read_without_a_finding(stamp: str, seconds: float) -> None:
-    findings: list[Finding] = []
-    assert read_time(stamp, turn(0), findings) == seconds
-    assert findings == []
+def test_times_are_parsed_and_flagged(stamps: str, times: list[float | None], flags: tuple[str, ...]) -> None:
+    for stamp, seconds in zip(stamps.split("|"), times, strict=True):
+        findings: list[Finding] = []
+        spoken = turn(0)
+        assert read_time(stamp, spoken, findings) == seconds
+        assert (spoken.flags, spoken.label) == (flags, None if seconds is None else "change")
+        assert [finding.code for finding in findings] == list(flags)
+        assert all(repr(stamp) in finding.message for finding in findings)
 
 
-@pytest.mark.parametrize(("stamp", "seconds"), [("00:00:010", 10.0), ("00:00:13,5", 13.5), ("000:01:00", 60.0)])
-def test_odd_times_are_read_and_flagged(stamp: str, seconds: float) -> None:
-    findings: list[Finding] = []
-    own = turn(0)
-    assert read_time(stamp, own, findings) == seconds
-    assert own.flags == ("W_TS_FORMAT",)
-    assert stamp in findings[0].message
-    assert own.label == "change"
-
-
-@pytest.mark.parametrize("stamp", ["soon", "00:60:00", "00:00:61", "1,234", "nan", "inf", "1e999", "1_0", "1:2:3:4"])
-def test_unreadable_times_reject_the_turn(stamp: str) -> None:
-    findings: list[Finding] = []
-    own = turn(0)
-    assert read_time(stamp, own, findings) is None
-    assert (own.flags, own.label) == (("E_TS_FORMAT",), None)
-    assert repr(stamp) in findings[0].message
-
-
-def test_nothing_is_no_time_and_plain_numbers_may_be_milliseconds() -> None:
+def test_empty_time_is_none_and_units_may_be_milliseconds() -> None:
     findings: list[Finding] = []
     assert read_time("  ", turn(0), findings) is None
     assert read_time("1500", turn(0), findings, "ms") == 1.5
@@ -61,30 +45,23 @@ def test_nothing_is_no_time_and_plain_numbers_may_be_milliseconds() -> None:
     assert [finding.code for finding in findings] == ["W_TS_FORMAT"]
 
 
-def test_ends_follow_from_the_next_start_where_none_is_given() -> None:
+def test_missing_ends_are_the_next_starts() -> None:
     turns = [turn(0, 0), turn(1, 2, 3), turn(2, 4), turn(3, 4), turn(4, 3), turn(5, 9), turn(6), turn(7, 11)]
     findings: list[Finding] = []
     set_ends(turns, findings)
-    assert [own.end for own in turns] == [2, 3, None, None, 9, None, None, None]
-    said = {finding.utterance: (finding.code, finding.message) for finding in findings}
-    assert {name: code for name, (code, _) in said.items()} == {
-        "a/2": "W_TS_ZERO",
-        "a/3": "W_TS_OPEN",
-        "a/5": "W_TS_OPEN",
-        "a/6": "W_TS_OPEN",
-        "a/7": "W_TS_OPEN",
-    }
-    assert [said[name][1].split("(")[0] for name in ("a/3", "a/5", "a/6", "a/7")] == [
-        "the turn has no end, and the next turn starts earlier ",
-        "the turn has no end, and the next turn, a/6, has no start",
-        "the turn has no start",
-        "the last turn has no end",
+    assert [spoken.end for spoken in turns] == [2, 3, None, None, 9, None, None, None]
+    assert [(finding.utterance, finding.code, finding.message.split(" (")[0]) for finding in findings] == [
+        ("a/2", "W_TS_ZERO", "the next turn starts at the same time"),
+        ("a/3", "W_TS_OPEN", "the turn has no end, and the next turn starts earlier"),
+        ("a/5", "W_TS_OPEN", "the turn has no end, and the next turn, a/6, has no start"),
+        ("a/6", "W_TS_OPEN", "the turn has no start"),
+        ("a/7", "W_TS_OPEN", "the last turn has no end"),
     ]
 
 
-def test_a_turn_that_stands_twice_does_not_end_where_it_starts() -> None:
+def test_duplicate_turn_is_not_the_next_turn() -> None:
     turns = [turn(0, 0), turn(1, 2), turn(1, 2), turn(2, 5, 6), turn(0, 0)]
     findings: list[Finding] = []
     set_ends(turns, findings)
-    assert [own.end for own in turns[:2]] == [2, 5]
+    assert [spoken.end for spoken in turns[:2]] == [2, 5]
     assert findings == []
