@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, the fingerprint names content, and damage is found and named."""
+"""Shards: content survives, the fingerprint depends on content alone, and damage is found."""
 
 import pickle
 import shutil
@@ -14,29 +14,28 @@ from data.corpus.schema import Corpus
 from data.errors import DataError
 from data.loading.examples import read_example
 from data.loading.tasks import items
-from data.preparation import shard_jobs as jobs
+from data.preparation import shard_jobs
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from tests.data.common import same
 
 
-def small(seed: int = 1) -> Corpus:
-    return synthetic.corpus(sessions=6, turns=6, seed=seed)
+def small() -> Corpus:
+    return synthetic.corpus(sessions=6, turns=6, seed=1)
 
 
-def copied(shards: Shards, folder: Path) -> Path:
-    """A copy to damage; the path of its shard."""
+def copy_of(shards: Shards, folder: Path) -> Path:
+    """Copy a corpus to damage it; return the path of its shard."""
     shutil.copytree(shards.folder, folder)
     return folder / shards.manifest.shards[0].name
 
 
 @pytest.mark.parametrize("codec", ["pcm16", "flac"])
-def test_turns_come_out_as_they_went_in(tmp_path: Path, codec: str) -> None:
-    said = {turn.id: turn for conversation in small().conversations for turn in conversation.turns}
+def test_turns_are_read_as_they_were_written(tmp_path: Path, codec: str) -> None:
+    written = {turn.id: turn for conversation in small().conversations for turn in conversation.turns}
     shards = prepare(small(), tmp_path / "shards", CorpusConfig(codec=codec))
-    assert shards.columns["id"] == sorted(said)
-    for row, name in enumerate(shards.columns["id"]):
-        turn = said[name]
+    assert shards.columns["id"] == sorted(written)
+    for row, turn in enumerate(written[name] for name in shards.columns["id"]):
         assert (shards.columns["text"][row], shards.columns["label"][row]) == (turn.text, turn.label)
         clip = shards.pcm(row)
         assert (clip is None) == (turn.audio is None)
@@ -44,15 +43,13 @@ def test_turns_come_out_as_they_went_in(tmp_path: Path, codec: str) -> None:
     shards.verify()
 
 
-def test_the_fingerprint_names_content_and_neither_sharding_nor_codec(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_ignores_shards_and_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = prepare(small(), tmp_path / "one")
     flac = prepare(small(), tmp_path / "flac", CorpusConfig(codec="flac"))
-    monkeypatch.setattr(jobs, "SHARD_BYTES", 1 << 16)
-    shuffled = small()
-    shuffled.conversations.reverse()
-    many = prepare(shuffled, tmp_path / "many")
+    monkeypatch.setattr(shard_jobs, "SHARD_BYTES", 1 << 16)
+    reverse = small()
+    reverse.conversations.reverse()
+    many = prepare(reverse, tmp_path / "many")
     assert len(many.manifest.shards) > len(one.manifest.shards)
     assert many.fingerprint == one.fingerprint == flac.fingerprint
     found = items(one, "classify", "train")
@@ -62,52 +59,43 @@ def test_the_fingerprint_names_content_and_neither_sharding_nor_codec(
         assert all(same(first, other) for other in others)
 
 
-def test_the_fingerprint_changes_with_anything_that_can_be_seen(tmp_path: Path) -> None:
-    def unrated(corpus: Corpus) -> None:
-        corpus.conversations[0].quality = None
-
-    def louder(corpus: Corpus) -> None:
-        corpus.conversations[0].turns[1].audio[0] += 1
-
-    def reworded(corpus: Corpus) -> None:
-        corpus.conversations[0].turns[0].text += "!"
-
-    def other_order(corpus: Corpus) -> None:
-        corpus.labels = corpus.labels[::-1]
-
-    seen = {prepare(small(), tmp_path / "as it is").fingerprint}
-    changes = (unrated, louder, reworded, other_order)
-    for change in changes:
-        corpus = small()
-        change(corpus)
-        seen.add(prepare(corpus, tmp_path / change.__name__).fingerprint)
-    assert len(seen) == 1 + len(changes)
+@pytest.mark.parametrize("change", ["quality", "audio", "text", "labels"])
+def test_fingerprint_depends_on_content(tmp_path: Path, corpus: Shards, change: str) -> None:
+    made = small()
+    before = prepare(small(), tmp_path / "before").fingerprint
+    match change:
+        case "quality":
+            made.conversations[0].quality = None
+        case "audio":
+            made.conversations[0].turns[1].audio[0] += 1
+        case "text":
+            made.conversations[0].turns[0].text += "!"
+        case "labels":
+            made.labels = made.labels[::-1]
+    assert prepare(made, tmp_path / "after").fingerprint != before
 
 
-def test_a_corrupt_shard_is_named(tmp_path: Path, corpus: Shards) -> None:
-    path = copied(corpus, tmp_path / "shards")
+def test_corrupt_shard_is_named(tmp_path: Path, corpus: Shards) -> None:
+    path = copy_of(corpus, tmp_path / "shards")
     content = bytearray(path.read_bytes())
-    place = corpus.columns["offset"][corpus.columns["n_samples"].index(max(corpus.columns["n_samples"]))]
-    content[place] ^= 0xFF
+    row = corpus.columns["n_samples"].index(max(corpus.columns["n_samples"]))
+    content[corpus.columns["offset"][row]] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path.name}: the file is corrupt"):
         Shards(path.parent).verify()
-    broken = Shards(path.parent)
     with pytest.raises(DataError, match=rf"{path.name}: utterance .* is corrupt"):
-        for row in range(broken.index.num_rows):
-            broken.pcm(row)
+        Shards(path.parent).pcm(row)
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=rf"{path.name}: utterance .* is corrupt"):
         Shards(path.parent).pcm(1)
     path.unlink()
-    with pytest.raises(DataError, match=rf"{path.name}: the file is missing"):
-        Shards(path.parent).verify()
-    with pytest.raises(DataError, match=rf"{path.name}: the file is missing"):
-        Shards(path.parent).pcm(1)
+    for read in (Shards.verify, lambda shards: shards.pcm(1)):
+        with pytest.raises(DataError, match=rf"{path.name}: the file is missing"):
+            read(Shards(path.parent))
 
 
-def test_a_damaged_index_is_named(tmp_path: Path, corpus: Shards) -> None:
-    folder = copied(corpus, tmp_path / "shards").parent
+def test_damaged_index_is_named(tmp_path: Path, corpus: Shards) -> None:
+    folder = copy_of(corpus, tmp_path / "shards").parent
     index = folder / corpus.manifest.index
     index.write_bytes(index.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"index-.*: the file is corrupt"):
@@ -116,8 +104,8 @@ def test_a_damaged_index_is_named(tmp_path: Path, corpus: Shards) -> None:
         _ = Shards(folder).columns
 
 
-def test_a_damaged_or_foreign_manifest_is_refused(tmp_path: Path, corpus: Shards) -> None:
-    manifest = copied(corpus, tmp_path / "shards").parent / "manifest.json"
+def test_damaged_or_foreign_manifest_is_refused(tmp_path: Path, corpus: Shards) -> None:
+    manifest = copy_of(corpus, tmp_path / "shards").parent / "manifest.json"
     whole = manifest.read_text()
     for old, new, message in (
         ('"schema_version": "3"', '"schema_version": "2"', r"its \(version, Hz\) is \('2', 16000\).*prepare"),
@@ -131,23 +119,38 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path: Path, corpus: Shards
             Shards(manifest.parent)
 
 
-def test_folds_serve_as_splits(tmp_path: Path) -> None:
+def test_folds_are_used_as_splits(tmp_path: Path) -> None:
     config = CorpusConfig.model_validate({"split": {"folds": 3}})
-    shards = [prepare(small(), tmp_path / "shards", config)]
-    shards += [Shards(tmp_path / "shards", fold) for fold in (1, 2)]
-    assert len({one.fingerprint for one in shards}) == 3
-    tested = [{row for _, row in items(one, "classify", "test")} for one in shards]
+    folds = [prepare(small(), tmp_path / "shards", config), *(Shards(tmp_path / "shards", fold) for fold in (1, 2))]
+    assert len({shards.fingerprint for shards in folds}) == 3
+    tested = [{row for _, row in items(shards, "classify", "test")} for shards in folds]
     assert sum(map(len, tested)) == len(set.union(*tested)) == 18
-    for number, one in enumerate(shards):
-        assert {row for _, row in items(one, "classify", "val")} == tested[(number + 1) % 3]
-        assert pickle.loads(pickle.dumps(one)).fold == number
+    for number, shards in enumerate(folds):
+        assert {row for _, row in items(shards, "classify", "val")} == tested[(number + 1) % 3]
+        assert pickle.loads(pickle.dumps(shards)).fold == number
     with pytest.raises(DataError, match=r"data\.fold is 3, but the corpus has 3 folds, counted from 0"):
         Shards(tmp_path / "shards", 3)
     with pytest.raises(DataError, match=r"data\.fold is 1, but the corpus has no folds"):
         Shards(prepare(small(), tmp_path / "plain").folder, 1)
 
 
-def test_shards_travel_as_their_folder(corpus: Shards) -> None:
+def test_pickle_contains_only_the_address(corpus: Shards) -> None:
     assert len(corpus.columns["id"]) > 0
     assert len(pickle.dumps(corpus)) < 500
     assert pickle.loads(pickle.dumps(corpus)).manifest == corpus.manifest
+
+
+def test_synthetic_sessions_are_independent() -> None:
+    """A session does not depend on the number of sessions, and only good therapists reply to the label."""
+    few, many = (synthetic.corpus(sessions=count, turns=20, seed=4).conversations for count in (2, 12))
+    for first, second in zip(few, many, strict=False):
+        assert first.quality == second.quality
+        for one, other in zip(first.turns, second.turns, strict=True):
+            assert (one.text, one.label, one.start, one.end) == (other.text, other.label, other.start, other.end)
+            assert one.audio is other.audio is None or np.array_equal(one.audio, other.audio)
+    assert {conversation.quality for conversation in many} == set(synthetic.QUALITIES)
+    for conversation in many:
+        good = conversation.quality == "high"
+        for client, reply in zip(conversation.turns[1::2], conversation.turns[2::2], strict=False):
+            fits = reply.text == synthetic.REPLIES[client.label]
+            assert fits if good else reply.text not in synthetic.REPLIES.values()
