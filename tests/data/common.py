@@ -1,4 +1,4 @@
-"""Corpora written in a word a turn, in which every text and every clip tells which turn it belongs to."""
+"""Corpora written with one word per turn; every text and every clip is unique to its turn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ def text(session: int, index: int) -> str:
 
 
 def clip(session: int, index: int) -> np.ndarray:
-    """Noise: no two turns have the same, or one of the same length."""
+    """Return noise; its samples and length are different for every turn."""
     noise = np.random.default_rng((session, index)).standard_normal(2000 + 100 * session + index)
     return (noise * 1000).astype(np.int16)
 
 
 def turns(dialogue: str, session: int) -> list[Turn]:
-    """A dialogue such as "T:question C:change! C": role, label, and ! for a clip."""
+    """Return the turns of a dialogue such as "T:question C:change! C": role, label, and ! for a clip."""
     found = []
     for index, word in enumerate(dialogue.split()):
         role, _, label = word.removesuffix("!").partition(":")
@@ -37,7 +37,7 @@ def turns(dialogue: str, session: int) -> list[Turn]:
 
 
 def corpus(dialogues: Sequence[str], qualities: Sequence[str | None] = ("high",)) -> Corpus:
-    """A session for every dialogue; qualities go round."""
+    """Return a corpus with a session for every dialogue; qualities are repeated in turn."""
     conversations = [
         Conversation(
             f"s{session}", f"g{session}", turns(dialogue, session), quality=qualities[session % len(qualities)]
@@ -50,7 +50,7 @@ def corpus(dialogues: Sequence[str], qualities: Sequence[str | None] = ("high",)
 
 
 def make(folder: Path, dialogue: str, sessions: int = 6, **changed: Any) -> Shards:
-    """Shards of a corpus whose sessions go alike: four of six are for training, one each for val and test."""
+    """Prepare a corpus of equal sessions; of six, four are in train and one each in val and test."""
     return prepare(corpus([dialogue] * sessions, **changed), folder)
 
 

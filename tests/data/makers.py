@@ -1,4 +1,4 @@
-"""The same dialogues, written in every format."""
+"""The same dialogues in every format."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from data.corpus.config import ColumnConfig, CorpusConfig
 
 class Said(NamedTuple):
     speaker: str
-    text: str  # the first word is unique
+    text: str  # its first word is unique
     label: str
     start: int  # s
     end: int  # s, the start of the next turn
@@ -51,9 +51,9 @@ def annomi(dialogues: Dialogues, annotators: int = 0) -> Files:
     header = "transcript_id mi_quality video_title video_url topic utterance_id interlocutor timestamp utterance_text"
     rows: list[list[object]] = []
     for name, said in dialogues.items():
-        for number, one in enumerate(said):
-            codes = [one.label, "n/a"] if one.speaker == "therapist" else ["n/a", one.label]
-            row = [name, "high", "t", f"video{name}", "x", number, one.speaker, clock(one.start), one.text]
+        for number, turn in enumerate(said):
+            codes = [turn.label, "n/a"] if turn.speaker == "therapist" else ["n/a", turn.label]
+            row = [name, "high", "t", f"video{name}", "x", number, turn.speaker, clock(turn.start), turn.text]
             rows += [[*row, *who, *codes] for who in ([[place] for place in range(annotators)] or [[]])]
     who = " annotator_id" if annotators else ""
     return {"annomi.csv": separated(f"{header}{who} main_therapist_behaviour client_talk_type", rows)}
@@ -68,14 +68,9 @@ def whisperx(dialogues: Dialogues) -> Files:
     files = {}
     for name, said in dialogues.items():
         segments = [
-            {
-                "start": float(one.start),
-                "end": float(one.end),
-                "text": f" {one.text}",
-                "speaker": speakers.get(one.speaker, one.speaker),
-                "words": [{"word": "x", "score": 0.5}],
-            }
-            for one in said
+            {"start": float(turn.start), "end": float(turn.end), "text": f" {turn.text}", "words": [{"word": "x"}]}
+            | {"speaker": speakers.get(turn.speaker, turn.speaker)}
+            for turn in said
         ]
         files[f"{name}.json"] = json.dumps({"segments": segments, "language": "en"}, ensure_ascii=False, indent=1)
     return files
@@ -86,7 +81,7 @@ def daic(dialogues: Dialogues) -> Files:
     files = {}
     for name, said in dialogues.items():
         rows: list[list[object]] = [
-            [f"{one.start}.000", f"{one.end}.0", speakers.get(one.speaker, one.speaker), one.text] for one in said
+            [f"{turn.start}.000", f"{turn.end}.0", speakers.get(turn.speaker, turn.speaker), turn.text] for turn in said
         ]
         files[f"{name}_TRANSCRIPT.csv"] = separated("start_time stop_time speaker value", rows, "\t")
     return files
@@ -95,17 +90,11 @@ def daic(dialogues: Dialogues) -> Files:
 def mi_tags(dialogues: Dialogues) -> Files:
     files = {}
     for name, said in dialogues.items():
-        rows: list[list[object]] = [
-            [
-                number,
-                one.speaker[0].upper() if one.speaker in SPEAKERS else one.speaker,
-                one.text,
-                one.label.upper(),
-                who,
-            ]
-            for who in ("ann", "bob")
-            for number, one in enumerate(said)
-        ]
+        rows: list[list[object]] = []
+        for who in ("ann", "bob"):
+            for number, turn in enumerate(said):
+                speaker = turn.speaker[0].upper() if turn.speaker in SPEAKERS else turn.speaker
+                rows.append([number, speaker, turn.text, turn.label.upper(), who])
         files[f"{name}.csv"] = separated("turn speaker text code annotator", rows)
     return files
 
@@ -116,7 +105,9 @@ COLUMNS = "conversation speaker text label start end"
 
 def records(dialogues: Dialogues) -> list[dict[str, object]]:
     rows = [
-        [name, one.speaker, one.text, one.label, one.start, one.end] for name in dialogues for one in dialogues[name]
+        [name, turn.speaker, turn.text, turn.label, turn.start, turn.end]
+        for name in dialogues
+        for turn in dialogues[name]
     ]
     return [dict(zip(COLUMNS.split(), row, strict=True)) for row in rows]
 
@@ -142,11 +133,11 @@ PLAIN = CorpusConfig()
 
 @dataclass(frozen=True)
 class Maker:
-    """How the dialogues are written in a format, and what it can tell of them."""
+    """Writes the dialogues in a format; the other fields say what the format contains."""
 
     format: str
     files: Callable[[Dialogues], Files]
-    column: str = ""  # one that it must have
+    column: str = ""  # a required column
     config: CorpusConfig = PLAIN
     folder: bool = False  # whether the source is a folder
     ends: bool = True

@@ -1,4 +1,4 @@
-"""Sessions to be coded: no codes are needed, nothing is split, and every turn that cannot be coded has a reason."""
+"""Sessions to be coded need neither codes nor a split; every turn that cannot be coded has a reason."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from data.shards.dataset import Shards
 ROLES = {"client": ("change", "neutral"), "therapist": ()}
 SEGMENTS = [
     {"speaker": "T", "text": "so?", "start": 0, "end": 1},
-    {"speaker": "C", "text": "well", "start": 1, "end": 2, "label": "a code that nobody knows"},
+    {"speaker": "C", "text": "well", "start": 1, "end": 2, "label": "an unknown code"},
     {"speaker": "S", "text": "who is it", "start": 2, "end": 3},
     {"speaker": "C", "text": "when", "start": "later", "end": 4},
 ]
 
 
 def prepared(folder: Path) -> Shards:
-    """One session of WhisperX, which is fewer than there are splits."""
+    """Prepare a single session of WhisperX, fewer than there are splits."""
     (folder / "one.json").write_text(json.dumps({"segments": SEGMENTS}))
     config = CorpusConfig(columns=ColumnConfig(label="code"))
     corpus = read_sessions("whisperx", folder / "one.json", None, config, ROLES)
@@ -38,7 +38,7 @@ def test_every_turn_is_an_item_or_has_a_reason(tmp_path: Path) -> None:
     assert reasons[3].startswith("time 'later' cannot be parsed")
 
 
-def test_a_model_that_listens_needs_the_sound_of_each_turn(tmp_path: Path) -> None:
+def test_audio_model_needs_a_clip_of_each_turn(tmp_path: Path) -> None:
     shards = prepared(tmp_path)
     assert codable_items(shards, "classify", uses_audio=True) == []
     reasons = reasons_not_coded(shards, read_findings(shards), ["classify"], uses_audio=True)
