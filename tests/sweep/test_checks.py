@@ -23,7 +23,6 @@ WRONG = [
     ("model.trainable", "adaptr+lora", "model.trainable: 'adaptr' matches no parameter that can train"),
     ("model.trainable", "encoder.*.7.*+adapter+lora", "model.trainable: 'encoder.*.7.*' matches no parameter that can"),
     ("model.trainable", "lora", "model.trainable: adapter is frozen and was never loaded, so adapter."),
-    ("model.trainable", "adapter", "model.trainable: lora is frozen and was never loaded, so llm."),
     ("model.lora.targets", ["v_prj"], "model.lora.targets: v_prj match no linear layer"),
     ("model.llm.path", "/nowhere", "model.llm.path: cannot load a tokenizer from /nowhere"),
     ("model.encoder.path", "/nowhere", "model.encoder.path: cannot load an encoder from /nowhere"),

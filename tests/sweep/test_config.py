@@ -1,4 +1,4 @@
-"""Settings: every problem in one error that names key, value and rule; files, overrides, and the sweep's folder."""
+"""Settings: every problem in one error that names key, value and rule; files, overrides and resolution."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,7 @@ import pytest
 
 from data.config import AugmentConfig
 from data.errors import ConfigError
-from sweep.config import files
-from sweep.config.diff import claim_folder
-from sweep.config.files import dump, load, presets, write
+from sweep.config.files import dump, load, presets
 from sweep.config.resolve import ResolvedConfig, absolute, resolve
 
 BAD = """
@@ -278,29 +276,6 @@ def test_weights_by_label_are_a_setting(yaml: Yaml) -> None:
     lines = problems(yaml("name: a\ntrain: {class_weights: {classify: {change: 0}}, sampling: often}"))[1:]
     assert "train.class_weights.classify.change: 0: input should be greater than 0" in lines
     assert "train.sampling: 'often': input should be 'none' or 'balanced'" in lines
-
-
-def test_folder_keeps_its_settings_but_takes_more_trials(tmp_path: Path) -> None:
-    folder, config = tmp_path / "sweep", load("demo")
-    claim_folder(config, folder)
-    more = {"search.trials": 40, "resources.slots": 3, "resources.workers": 2}
-    claim_folder(config.with_values(more), folder)
-    kept = load(str(folder / "config.yaml"))
-    assert (kept.search.trials, kept.resources.workers) == (40, 2)
-    before = (folder / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=r"started with different settings \(seed: 0 → 1\); use --out"):
-        claim_folder(config.with_values(more | {"seed": 1}), folder)
-    assert (folder / "config.yaml").read_bytes() == before
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(config := load("demo"), path := tmp_path / "config.yaml")
-    before = path.read_bytes()
-    monkeypatch.setattr(files, "dump", lambda config: "\ud800")  # cannot be encoded
-    with pytest.raises(UnicodeEncodeError):
-        write(config, path)
-    assert path.read_bytes() == before
 
 
 def test_resolved_config_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

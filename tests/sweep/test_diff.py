@@ -14,7 +14,7 @@ from sweep.config import version
 from sweep.config.diff import claim_folder, compare
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
-from sweep.config.schema import Config, parse
+from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.preflight import preview as preview_module
 from sweep.preflight.preview import Preview, preview
@@ -41,17 +41,11 @@ def verdicts(before: Config, after: Config) -> dict[str, tuple[str, str]]:
     ("key", "value", "verdict", "why"),
     [
         ("search.trials", 40, "accepted", ""),
-        ("search.trials", 3, "accepted", ""),
-        ("resources.slots", 3, "accepted", ""),
         ("resources.workers", 2, "accepted", "dropout"),
-        ("resources.cpus_per_worker", 2.0, "accepted", ""),
         ("resources.gpus_per_worker", 0.5, "accepted", "CPUs and GPUs"),
-        ("storage.keep", None, "accepted", ""),
         ("train.token_budget", 99, "accepted", "fp32"),
-        ("train.checkpoint_steps", 9, "accepted", ""),
         ("data.reader", "local", "accepted", ""),
         ("seed", 1, "refused", "comparable"),
-        ("data.shards", "elsewhere", "refused", "comparable"),
         ("data.history", 3, "refused", "comparable"),
         ("tasks.forecast", 1.0, "refused", "comparable"),
         ("model.modality", "text", "refused", "comparable"),
@@ -72,10 +66,8 @@ def test_setting_is_accepted_if_no_result_depends_on_it(key: str, value: Any, ve
 @pytest.mark.parametrize(
     ("key", "axis", "refusal"),
     [
-        (RANK, [2, 8, 16, 32], ""),
         (RANK, [1, 16, 8, 2], ""),
         (RATE, {"low": 1e-4, "high": 1e-2, "log": True}, ""),
-        (RATE, {"low": 5e-4, "high": 1e-1, "log": True}, ""),
         ("model.cls", ["none", "after"], ""),
         ("train.weight_decay", {"low": 0.0, "high": 0.1}, ""),
         ("model.end_of_audio", {"choices": ["none", "learned"], "when": {"model.modality": ["speech"]}}, ""),
@@ -83,9 +75,7 @@ def test_setting_is_accepted_if_no_result_depends_on_it(key: str, value: Any, ve
         (RANK, None, "put the axis back"),
         (RANK, {"low": 1, "high": 64}, "list of choices cannot become a range"),
         (RATE, {"low": 1e-3, "high": 1e-2, "log": True}, "narrower"),
-        (RATE, {"low": 5e-4, "high": 5e-3, "log": True}, "narrower"),
         (RATE, {"low": 5e-4, "high": 1e-2}, "log, step"),
-        (RATE, [1e-3], "list"),
         ("model.trainable", SPACE["model.trainable"]["choices"], "condition"),  # type: ignore[call-overload,index]
         ("model.cls", ["before", "after"], "existing trials have 'none', which a new axis must contain"),
     ],
@@ -98,11 +88,12 @@ def test_space_may_widen_and_not_narrow(key: str, axis: Any, refusal: str) -> No
 
 
 def test_range_with_steps_keeps_its_steps() -> None:
-    def stepped(low: float, high: float) -> Config:
-        return settings(points=[], space={"train.warmup": {"low": low, "high": high, "step": 0.2}})
-
-    for wider, verdict in ((stepped(0.0, 0.8), "accepted"), (stepped(0.1, 0.7), "refused")):
-        assert [said for said, _ in verdicts(stepped(0.2, 0.6), wider).values()] == [verdict]
+    former, wider, moved = (
+        settings(points=[], space={"train.warmup": {"low": low, "high": high, "step": 0.2}})
+        for low, high in ((0.2, 0.6), (0.0, 0.8), (0.1, 0.7))
+    )
+    assert not compare(former, wider).refused
+    assert compare(former, moved).refused
 
 
 @pytest.mark.parametrize(("key", "value"), [("keep", 0.25), ("after_trials", 9), ("audit", 0.2), ("first_epoch", 1)])
@@ -255,11 +246,7 @@ def test_dry_run_reports_other_data_and_code(config: Config, tmp_path: Path, mon
     monkeypatch.setattr(preview_module, "code_version", lambda: "2+new")
     found = preview(config, tmp_path, "bb")
     assert found.refused
+    config = config.with_values({"model.prompt.separator": "[SEP]"})  # which looks like markup
+    assert "[SEP]" in text_of(preview(config, tmp_path, "bb"))
     for part in ("data: aa → bb (refused: another corpus)", f"code: {code_version()} → 2+new", "refused: another"):
         assert part in text_of(found)
-
-
-def test_dry_run_escapes_markup(tmp_path: Path) -> None:
-    config = parse(settings().model_dump() | {"search": {"points": []}}, "a")
-    claim_folder(config, tmp_path)
-    assert "[SEP]" in text_of(preview(config.with_values({"model.prompt.separator": "[SEP]"}), tmp_path, None))
