@@ -96,8 +96,8 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
         assert model.adapter is not None
         count = encoder.num_computed_frames if request.key.layers else encoder.num_frames
         frames = [count(size) for file in files for size in file.sizes]
-        kept = frames if request.key.pool is None else map(model.adapter.num_embeddings, frames)
-        return sum(kept) * encoder.width * BYTES_PER_VALUE
+        lengths = frames if request.key.pool is None else map(model.adapter.num_embeddings, frames)
+        return sum(lengths) * encoder.width * BYTES_PER_VALUE
 
     def describe(self, key: FeatureKey, config: ResolvedConfig) -> str:
         """Return the encoder, its layers, the pooling and the audio."""

@@ -29,9 +29,10 @@ class Estimate(BaseModel):
 class PlanFile(BaseModel):
     """The content of the file."""
 
+    model_config = ConfigDict(populate_by_name=True)
     steps: dict[str, JsonValue] = Field({}, description="Results of dry runs by key, see `DryRunResult`.")
     excluded: list[str] = Field([], description="A line for each trial profile that does not fit into memory.")
-    forecast: Estimate | None = None
+    estimate: Estimate | None = Field(None, alias="forecast")
 
     @classmethod
     def read(cls, folder: Path) -> "PlanFile":
@@ -50,23 +51,23 @@ class PlanFile(BaseModel):
 def save_estimate(folder: Path, estimate: Estimate) -> None:
     """Save an estimate, unless an attempt before has saved one for the same number of trials."""
     plan = PlanFile.read(folder)
-    if plan.forecast is None or plan.forecast.trials != estimate.trials:
-        plan.forecast = estimate
+    if plan.estimate is None or plan.estimate.trials != estimate.trials:
+        plan.estimate = estimate
         plan.write(folder)
 
 
 def save_actual_time(folder: Path, estimate: Estimate, seconds: float) -> None:
     """Save what the trials took, if the attempt with this estimate was the first one and ran all of them."""
     plan = PlanFile.read(folder)
-    if plan.forecast == estimate:
-        plan.forecast = estimate.model_copy(update={"took": seconds})
+    if plan.estimate == estimate:
+        plan.estimate = estimate.model_copy(update={"took": seconds})
         plan.write(folder)
 
 
 def plan_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[str]:
     """Return the excluded trial profiles and, once all trials have ended, how the estimate compares with reality."""
     plan = PlanFile.read(folder)
-    excluded, estimate = [f"plan: {line}" for line in plan.excluded], plan.forecast
+    excluded, estimate = [f"plan: {line}" for line in plan.excluded], plan.estimate
     ended = sum(trial.state != "RUNNING" for trial in trials)
     if estimate is None or estimate.trials != config.search.trials or ended < estimate.trials:
         return excluded

@@ -101,25 +101,19 @@ def names(files: Sequence[CacheFile[Any]]) -> set[str]:
 
 
 @both_kinds
-def test_rows_are_read_as_written(kind: Kind, shards: Shards, tmp_path: Path) -> None:
-    reader, files = kind.compute(tmp_path, shards), kind.files(shards)
-    rows = [row for file in files for row in file.rows]
-    assert (len(files), len(rows)) == ((1, 18) if kind is FEATURES else (2, 16))
+@pytest.mark.parametrize("files", [1, 4], ids=["one file", "many files"])
+def test_rows_are_read_as_written(files: int, kind: Kind, shards: Shards, tmp_path: Path, request: Any) -> None:
+    if files > 1:
+        request.getfixturevalue("small_files")
+    reader, found = kind.compute(tmp_path, shards), kind.files(shards)
+    rows = [row for file in found for row in file.rows]
+    assert len(names(found)) == len(found) >= files
+    assert len(rows) == len(set(rows)) == (18 if kind is FEATURES else 16)
     for row in rows:
         read, written = reader.arrays(row), kind.arrays(shards, row)
         assert [values.dtype for values in read] == [values.dtype for values in written]
         assert all(map(np.array_equal, read, written))
-    assert missing_files(tmp_path, files) == []
-
-
-@both_kinds
-@pytest.mark.usefixtures("small_files")
-def test_large_shard_is_split_into_files(kind: Kind, shards: Shards, tmp_path: Path) -> None:
-    reader, files = kind.compute(tmp_path, shards), kind.files(shards)
-    assert len(files) == len(names(files)) > 3
-    rows = [row for file in files for row in file.rows]
-    assert len(rows) == len(set(rows)) == (18 if kind is FEATURES else 16)
-    assert all(np.array_equal(reader.arrays(row)[0], kind.arrays(shards, row)[0]) for row in rows)
+    assert missing_files(tmp_path, found) == []
 
 
 @both_kinds

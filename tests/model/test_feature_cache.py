@@ -16,7 +16,7 @@ from data.loading.cached_arrays import CacheFolders
 from data.loading.examples import Example
 from data.loading.feature_files import feature_files
 from data.loading.tasks import answer_sets
-from data.loading.teacher_files import TeacherLogits, TeacherReader, teacher_files
+from data.loading.teacher_files import TeacherLogits, teacher_files
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.config import LossConfig, ModelConfig
@@ -69,27 +69,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return prepare(synthetic.corpus(sessions=6, turns=4, seed=3), tmp_path_factory.mktemp("corpus") / "shards")
 
 
-def teacher_inputs(trial: Trial, model: SpeechLLM, shards: Shards) -> dict[Any, Any]:
-    return teacher.teacher_inputs(model.prompt_builder, model.max_positions, shards, trial.data, list(model.tasks))
-
-
 def precompute(trial: Trial, config: ModelConfig, shards: Shards, root: Path) -> CacheFolders:
-    """Compute all that a trial may read from the cache."""
+    """Compute all that a trial may read from the cache; a predicted token takes half a kilobyte."""
     model, features, logits = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), "meta"), None, None
-    jobs: list[FeatureJob | TeacherJob] = []
     if config.uses_audio:
         feature = feature_key(config, trial.data, "cpu", model.frozen_layers)
         features = root / feature.key
-        files = feature_files(shards, trial.data)
-        jobs += [FeatureJob(file, {features: feature}, 1, shards, trial.data) for file in files]
+        for file in feature_files(shards, trial.data):
+            [table] = FeatureJob(file, {features: feature}, 1, shards, trial.data)().to_pylist()
+            assert table["size"] == file.size
+            assert table["bytes"] > 0
     if trial.train.losses.distillation:
-        key = teacher_key(config, trial.train.losses.temperature, "cpu")
-        logits, inputs = root / key.key, teacher_inputs(trial, model, shards)
-        jobs += [TeacherJob(file, {logits: key}, 1, inputs) for file in teacher_files(shards, inputs)]
-    for job in jobs:
-        [table] = job().to_pylist()
-        assert table["size"] == job.file.size
-        assert table["bytes"] > 0
+        key, tasks = teacher_key(config, trial.train.losses.temperature, "cpu"), list(model.tasks)
+        logits = root / key.key
+        inputs = teacher.teacher_inputs(model.prompt_builder, model.max_positions, shards, trial.data, tasks)
+        for part in teacher_files(shards, inputs):
+            [table] = TeacherJob(part, {logits: key}, 1, inputs)().to_pylist()
+            predicted = sum(inputs[item].predicted for item in part.rows)
+            assert table == {"size": part.size, "bytes": 4 * (64 + 65) * predicted}
     return CacheFolders(features, logits)
 
 
@@ -235,20 +232,6 @@ def test_teacher_predicts_the_tokens_of_the_model(models: Path, examples: list[E
         assert read.predicted == len(targets) == answer.predicted
         assert read.ids[len(read.ids) - read.predicted + 1 :].tolist() == targets[:-1]
         assert (read.ids >= 0).all()
-
-
-def test_teacher_logits_take_half_a_kilobyte_a_token(models: Path, corpus: Shards, tmp_path: Path) -> None:
-    trial = Trial(model=TEXT, train=DISTILLED)
-    config = trial.config(models)
-    folder = precompute(trial, config, corpus, tmp_path).teacher_logits
-    inputs = teacher_inputs(trial, SpeechLLM(config, answer_sets(corpus, trial.tasks.active()), "meta"), corpus)
-    assert folder is not None
-    reader = TeacherReader(folder, teacher_files(corpus, inputs))
-    for item, read in inputs.items():
-        logits = reader.read(item)
-        assert logits is not None
-        assert [values.shape for values in logits] == [(read.predicted, 64), (read.predicted, 65)]
-        assert sum(values.nbytes for values in logits) == 516 * read.predicted
 
 
 def test_feature_key_covers_exactly_what_features_depend_on(models: Path) -> None:

@@ -59,7 +59,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 def test_dry_runs_are_done_once_for_a_sweep(
     models: Path, corpus: Shards, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill loses only the dry run in progress, and other code measures again."""
+    """A kill loses only the dry run in progress, other code measures again, and smaller values are measured if the
+    largest one does not fit."""
     instant, one = dry_run_module.dry_run, searched(models, corpus)
 
     def killed(run: DryRun) -> DryRunResult:
@@ -75,6 +76,12 @@ def test_dry_runs_are_done_once_for_a_sweep(
     assert lines[0].startswith("plan: measured 6 trial profiles in ")
     assert sorted(measured) == [(rank, modality) for rank in (2, 4, 8) for modality in ("speech", "text")]
     assert plan.epoch_seconds({MODALITY: "speech"}) == 2 * plan.epoch_seconds({MODALITY: "text"}) == 3.0
+    assert [plan.fits({RANK: rank, MODALITY: "text"}) for rank in (2, 4, 8, 16)] == [True, True, False, False]
+    assert plan.fits({RANK: 6, MODALITY: "text"}), "between one that fits and one that does not"
+    assert plan.fits({RANK: 8, MODALITY: "other"}), "not measured"
+    line = "plan: excluded, does not fit into memory: model.lora.rank 8, model.modality text: too large by 4"
+    assert line in lines
+    assert line in plan_lines(one, tmp_path, [])
     again = plan_of(resolved(one, {"search.trials": 30, "seed": 4}), tmp_path)
     assert [known.result for known in again.results] == [known.result for known in plan.results]
     assert len(measured) == 6
@@ -98,20 +105,6 @@ def test_profile_that_exceeds_worker_memory_is_excluded(
     lines = PlanFile.read(tmp_path).excluded
     assert len(lines) == 2  # also with the smaller rank
     assert all("with one example at a time, and has 500 MB" in line for line in lines)
-
-
-def test_values_below_an_excluded_one_are_measured(
-    models: Path, corpus: Shards, tmp_path: Path, measured: list[Any]
-) -> None:
-    lines: list[str] = []
-    plan = plan_of(searched(models, corpus), tmp_path, lines)
-    assert [plan.fits({RANK: rank, MODALITY: "text"}) for rank in (2, 4, 8)] == [True, True, False]
-    assert plan.fits({RANK: 6, MODALITY: "text"}), "between one that fits and one that does not"
-    assert not plan.fits({RANK: 16, MODALITY: "text"})
-    assert plan.fits({RANK: 8, MODALITY: "other"}), "not measured"
-    line = "plan: excluded, does not fit into memory: model.lora.rank 8, model.modality text: too large by 4"
-    assert line in lines
-    assert line in plan_lines(searched(models, corpus), tmp_path, [])
 
 
 @pytest.mark.usefixtures("measured")
@@ -189,7 +182,7 @@ def test_first_estimate_is_compared_with_reality(models: Path, corpus: Shards, t
         study.report(number, 1, {"macro_f1": 0.5, "steps": 1, "seconds": first.work})
         study.complete(number)
         save_estimate(tmp_path, plan.estimate(study.trials(), [], 2))  # of a later attempt: it is not saved
-    assert PlanFile.read(tmp_path).forecast == first
+    assert PlanFile.read(tmp_path).estimate == first
     assert lines() == ["plan: 0.0025 CPU-hours estimated, 0.005 CPU-hours used (2.00 times that), by several attempts"]
     save_actual_time(tmp_path, plan.estimate(study.trials(), [], 2), 7.0)  # of an attempt that ran a part
     assert "several attempts" in lines()[0]
@@ -213,7 +206,7 @@ def test_plan_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert [results["b"].too_large, results["b"].cost] == ["too large", None]
     dumped = {key: result.model_dump(by_alias=True, exclude_defaults=True) for key, result in results.items()}
     assert dumped == old["steps"]
-    assert plan.forecast == Estimate(trials=3, used=0, work=8.5, seconds=6.5, took=8.25)
+    assert plan.estimate == Estimate(trials=3, used=0, work=8.5, seconds=6.5, took=8.25)
     plan.write(tmp_path)
     assert json.loads((tmp_path / FILE).read_text()) == old
 
