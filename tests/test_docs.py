@@ -24,7 +24,7 @@ GIVEN = {
     "sweep predict": "tests/sweep/test_predict.py",
     "sweep prepare": "tests/sweep/test_prepare.py",
     "make install": "Makefile",
-    "optuna-dashboard": "tests/sweep/test_dashboard.py",
+    "optuna-dashboard": "tests/sweep/test_optuna_dashboard.py",
     "infra/mlflow/": "tests/infra/test_mlflow_server.py",
     "python infra/k8s/validate.py": "tests/infra/test_k8s.py",
 }
