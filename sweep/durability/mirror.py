@@ -44,6 +44,7 @@ class OwnerFile:
     def __init__(self, url: str) -> None:
         self.url = url
         self.generation = 0  # that `write` stores
+        self.written: Holder | None = None
 
     def load(self) -> Owner | None:
         """Return the content; None if nothing was ever copied.
@@ -61,14 +62,20 @@ class OwnerFile:
             raise DataError(f"{store / OWNER}: names no writer; remove it if no process works on the sweep") from None
 
     def read(self) -> Holder | None:
-        """Return the writer; None if the mirror was released or is new."""
+        """Return the writer; None if the mirror was released or is new.
+
+        A writer whose object was deleted remains the writer: its next heartbeat restores the object.
+        """
         owner = self.load()
-        return owner.holder if owner is not None and owner.open else None
+        if owner is None:
+            return self.written
+        return owner.holder if owner.open else None
 
     def write(self, holder: Holder, is_open: bool = True) -> None:
         """Store the writer."""
         content = {"holder": asdict(holder), "generation": self.generation, "open": is_open}
         Store(self.url).write(OWNER, json.dumps(content).encode())
+        self.written = holder
 
 
 class MirrorRecord(NamedTuple):

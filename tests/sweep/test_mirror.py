@@ -174,6 +174,10 @@ def test_driver_stops_when_its_mirror_is_taken_over(tmp_path: Path) -> None:
     begin(one := tmp_path / "one")
     with keep(one, url) as writer:
         writer.check()
+        Store(url).delete(mirror.OWNER)
+        while OwnerFile(url).load() is None:  # the next heartbeat restores it
+            writer.join(0.02)
+        writer.check()
         other = Heartbeat(owner := OwnerFile(url), one)
         while writer.is_alive():  # its own heartbeat may come just after
             owner.write(other.holder)
