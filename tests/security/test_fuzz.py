@@ -129,7 +129,7 @@ def test_absurd_headers(rate: int, channels: int, bits: int, length: int, tmp_pa
     assert said == "" or said.startswith(f"{path}: not readable as audio (")
 
 
-def test_settings(tmp_path: Path) -> None:
+def test_mutated_settings_load_or_are_refused(tmp_path: Path) -> None:
     """What is accepted is a configuration that reads back as it was written."""
     whole = dump(load("demo")).encode()
     path, outcomes = tmp_path / "a.yaml", []
@@ -173,7 +173,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_yaml_that_is_more_than_it_seems(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_yaml_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, said = YAML[name]
     monkeypatch.chdir(tmp_path)
     error = outcome(lambda: load(str(_written(tmp_path / "a.yaml", text.encode()))))
@@ -183,7 +183,7 @@ def test_yaml_that_is_more_than_it_seems(name: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("override", ["=1", ".=1", "a..b=1", "train.[=1", "train.epochs=" + "[" * 3000, "name=${seed}"])
-def test_overrides(override: str) -> None:
+def test_hostile_override_is_refused(override: str) -> None:
     assert outcome(lambda: load("demo", [override]))
 
 
