@@ -81,12 +81,12 @@ def example_lines(model: SpeechLLM, config: ResolvedConfig, item: Item) -> list[
     )
     clip = _clip(model, samples) if CLIP in prompt.ids else ""
     targets = [_token(model, target) for target in answer.targets if target != IGNORE]
-    heard = audio_row(shards, TASKS[item[0]], item[1])
+    audio_turn = audio_row(shards, TASKS[item[0]], item[1])
     return [
         f"{example.task}: {example.id} ({example.conversation}, {example.speaker})",
         f"  reads     {_text(model, prompt.ids, clip)}",
         f"  answers   {_text(model, answer.inputs, clip)}",
-        *([] if heard is None else [f"  audio     {_audio(shards, heard)}"]),
+        *([] if audio_turn is None else [f"  audio     {_audio(shards, audio_turn)}"]),
         *([] if not clip else [f"  clip      {_clip_positions(model, prompt.ids, samples)}"]),
         f"  loss over {' | '.join(targets)}",
         f"  loss mask {_mask(prompt.ids, answer.targets)}",
@@ -127,7 +127,7 @@ def _clip(model: SpeechLLM, samples: int) -> str:
     assert model.adapter is not None
     frames = model.encoder.num_frames(samples)
     seconds = samples / SAMPLE_RATE
-    return f"[sound: {seconds:.2f} s → {frames} frames → {model.adapter.num_embeddings(frames)} embeddings]"
+    return f"[audio: {seconds:.2f} s → {frames} frames → {model.adapter.num_embeddings(frames)} embeddings]"
 
 
 def _text(model: SpeechLLM, ids: Sequence[int], clip: str) -> str:

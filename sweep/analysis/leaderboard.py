@@ -23,7 +23,7 @@ DETAILED = ("weighted_f1", "loss", "ece", *GENERATION)  # metrics that only the 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The trials of a sweep, best first, and what else is to be said about them."""
+    """The trials of a sweep, best first, with the lines that explain them."""
 
     table: TableView  # groups of columns: trial, metrics, subsets, parameters, details, reason
     note: str  # what the figures are

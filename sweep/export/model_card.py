@@ -90,8 +90,8 @@ def _figures(config: Config, facts: CardFacts) -> list[str]:
     rows = []
     for name, value in facts.metrics.items():
         if isinstance(value, float) and not name.startswith(NO_QUALITY):
-            found = interval_of(facts.predictions, name, facts.roles)
-            limits = "" if found is None or found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+            interval = interval_of(facts.predictions, name, facts.roles)
+            limits = "" if interval is None or interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
             rows.append([name, f"{value:.4g}", limits])
     lines = [
         "## Figures",

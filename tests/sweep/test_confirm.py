@@ -147,11 +147,8 @@ def test_status_of_a_confirmation_ranks_nothing(search_on_a_fold: Path, folded: 
         assert json.loads(sweep("status", folder, "--json").out)["progress"]["best"] is None
     confirmed(search, "--top", 2, "--seeds", 1)
     assert "chosen: trial" in sweep("status", confirm.confirm_folder(search)).out
-
-
-def test_search_named_like_a_confirmation_stays_one(search: Path) -> None:
-    played(settings(), named := confirm.confirm_folder(search))
-    assert "best" in sweep("status", named).out
+    played(settings(), named_alike := confirm.confirm_folder(search.with_name("other")))
+    assert "best" in sweep("status", named_alike).out, "without a search of this name it is one itself"
 
 
 def test_confirm_pools_the_folds_by_seed(search_on_a_fold: Path) -> None:

@@ -91,7 +91,7 @@ def test_status_fits_the_terminal(encoding: str, width: int, wide: Path, monkeyp
     """Number, state and objective are always shown, and a line says what is not."""
     stream = io.TextIOWrapper(buffer := io.BytesIO(), encoding=encoding, write_through=True)
     monkeypatch.setattr(console, "width", width)
-    monkeypatch.setattr(console, "file", stream)
+    monkeypatch.setitem(vars(console), "_file", stream)  # None by default: sys.stdout, whichever it is
     assert sweep("status", wide).code == 0
     lines = buffer.getvalue().decode(encoding).splitlines()
     rule = next(index for index, line in enumerate(lines) if set(line) in ({"─"}, {"-"}))
