@@ -39,7 +39,9 @@ def run_sweep(
 
     quiet_libraries()
     values = {**(overrides or {}), **({} if trials is None else {"search.trials": trials})}
-    loaded = load(str(config), [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()])
+    loaded = load(
+        str(config), [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in values.items()]
+    )
     from sweep.runner import run  # imports torch, Ray and MLflow
 
     return run(loaded, Path(out or f"runs/{loaded.name}"), ConsoleListener() if progress else None)

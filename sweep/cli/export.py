@@ -15,8 +15,10 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     trial: Annotated[str, typer.Option(help="best, or a trial number.")] = "best",
 ) -> None:
-    """Write a trained model: LoRA for PEFT, other weights as safetensors, labels and a model card. To load it, only its
-    base models are needed."""
+    """Write a trained model: LoRA for PEFT, other weights as safetensors, labels and a model card.
+
+    Only its base models are needed to load it.
+    """
     from sweep.export.export import export as write
 
     with console.status("loading the model"):

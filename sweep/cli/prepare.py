@@ -45,7 +45,10 @@ def prepare(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings: roles, labels, columns, split …")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting, e.g. split.folds=5; repeatable.")] = [],  # noqa: B006
 ) -> None:
-    """Write a corpus as Arrow shards. Rerun the same command to resume it, or to add new sessions."""
+    """Write a corpus as Arrow shards.
+
+    Rerun the same command to resume it, or to add new sessions.
+    """
     from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
     from data.report.summary import finding_rows

@@ -69,7 +69,10 @@ def best(
     as_json: JsonOption = False,
     as_config: Annotated[bool, typer.Option("--config", help="Print its configuration, for `sweep train`.")] = False,
 ) -> None:
-    """Show the best trial and how to reproduce it, and what `sweep confirm` found about it."""
+    """Show the best trial and how to reproduce it.
+
+    If `sweep confirm` has trained it again, its findings are shown, too.
+    """
     from sweep.analysis.confirm import read as read_confirmation
 
     study = open_study_store(folder)
@@ -125,8 +128,10 @@ def confirm(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the best configurations again with fresh seeds, compare them in pairs, and evaluate them on the test split.
-    Rerun the same command to resume it."""
+    """Train the best configurations again with fresh seeds, and compare them.
+
+    They are compared in pairs, and evaluated on the test split. Rerun the same command to resume.
+    """
     from sweep.analysis import confirm as analysis
 
     study = open_study_store(folder)
@@ -154,8 +159,10 @@ def report(
     beside: Annotated[list[Path], typer.Option("--with", help="Another sweep to show beside it; repeatable.")] = [],  # noqa: B006
     reference: Annotated[int | None, typer.Option(help="Trial that the choices are compared with.")] = None,
 ) -> None:
-    """Write a report: the best configuration, its margin, and the effect of each choice; a page, tables for a paper,
-    and figures."""
+    """Write a report: the best configuration, its margin, and the effect of each choice.
+
+    It consists of a page, tables for a paper, and figures.
+    """
     from sweep.analysis.report import page
     from sweep.tracking.report_artifacts import to_mlflow
 

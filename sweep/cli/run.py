@@ -27,7 +27,7 @@ def run(
         bool, typer.Option("--dry-run", help="Show what would happen; start nothing and write nothing.")
     ] = False,
 ) -> None:
-    """Start a sweep, or resume it: the command is the same."""
+    """Start, resume or extend a sweep; the command is the same."""
     loaded = load_config(config, set_, trials)
     folder = out or Path("runs") / loaded.name
     if _in_ray_package() and not folder.is_absolute():

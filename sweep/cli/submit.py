@@ -63,7 +63,10 @@ def submit(
     ] = None,
     wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit with its exit code.")] = True,
 ) -> None:
-    """Run a sweep as a job of a Ray cluster. Ctrl-C leaves the job running. Rerun the command to resume the sweep."""
+    """Run a sweep as a job of a Ray cluster.
+
+    Ctrl-C leaves the job running. Rerun the same command to resume the sweep.
+    """
     from sweep.execution.cluster import ClusterError
 
     if not out.is_absolute():

@@ -53,8 +53,10 @@ def inspect(
         str | None, typer.Option(help="Id of an utterance or session; by default the first one.")
     ] = None,
 ) -> None:
-    """Show a corpus and its findings, the parts of the model and what trains, and examples exactly as the model reads
-    them. No weights are loaded."""
+    """Show the corpus, the parts of the model and what trains, and examples as the model reads them.
+
+    No weights are loaded.
+    """
     from data.corpus.schema import SPLITS
     from data.loading.tasks import has_audio
     from data.shards.dataset import Shards, is_corpus
