@@ -100,22 +100,22 @@ def main(folder: Path) -> list[dict[str, Any]]:
     for hard_links, former in ((True, 0), (True, 1), (True, 2), (False, 0), (False, 2)):
         at, more = 1, True
         while more:
-            own = folder / f"{hard_links}-{former}-{at}"
+            trial = folder / f"{hard_links}-{former}-{at}"
             for number in range(1, former + 1):
-                checkpoint.save(own / checkpoint.FILE, state_of(number))
-            own.mkdir(parents=True, exist_ok=True)
-            more = killed(own, former + 1, at, hard_links)
-            TrialLock.claim(own)
-            newest, notes = checkpoint.newest(own)
+                checkpoint.save(trial / checkpoint.FILE, state_of(number))
+            trial.mkdir(parents=True, exist_ok=True)
+            more = killed(trial, former + 1, at, hard_links)
+            TrialLock.claim(trial)
+            newest, notes = checkpoint.newest(trial)
             name, state = newest or (None, {})
             row = {"links": hard_links, "former": former, "at": at, "killed": more, "notes": notes}
             row |= {"name": name, "number": number_of(state) if name else 0}
-            row["files"] = sorted(path.name for path in own.iterdir())
-            checkpoint.save(own / checkpoint.FILE, state_of(9))
-            row["next"] = number_of(checkpoint.load(own / checkpoint.FILE))
-            row["previous"] = (own / checkpoint.PREVIOUS).exists()
+            row["files"] = sorted(path.name for path in trial.iterdir())
+            checkpoint.save(trial / checkpoint.FILE, state_of(9))
+            row["next"] = number_of(checkpoint.load(trial / checkpoint.FILE))
+            row["previous"] = (trial / checkpoint.PREVIOUS).exists()
             rows.append(row)
-            shutil.rmtree(own)
+            shutil.rmtree(trial)
             at += 1
     return rows
 

@@ -31,7 +31,7 @@ class Planted(CTCModel):
     frame = HOP
 
     def __init__(self, folder: Path, letters: dict[int, str], probability: float) -> None:
-        (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(VOCABULARY)}))
+        (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(VOCABULARY)}))
         config = SimpleNamespace(pad_token_id=0, vocab_size=len(VOCABULARY))
         super().__init__(SimpleNamespace(config=config), None, Wav2Vec2CTCTokenizer(str(folder / "vocab.json")))
         self.probs = torch.full((10 * SECOND, self.size), 1e-6)
@@ -58,8 +58,8 @@ def aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(aligner, "load_ctc", lambda path: Planted(tmp_path, letters, probability))
         monkeypatch.setattr(aligner, "MARGIN", margin)
         turns = [
-            Turn(f"s/{place}", place, "client", text, start=start, end=end)
-            for place, (text, start, end) in enumerate(given)
+            Turn(f"s/{index}", index, "client", text, start=start, end=end)
+            for index, (text, start, end) in enumerate(given)
         ]
         findings: list[Finding] = []
         pcm = np.zeros(10 * SAMPLE_RATE, np.int16)
@@ -71,7 +71,7 @@ def aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def at(start: float, text: str, step: int = 5) -> dict[int, str]:
     """A letter every `step` frames from `start` (s) on."""
-    return {round(start * SECOND) + step * place: letter for place, letter in enumerate(text)}
+    return {round(start * SECOND) + step * index: letter for index, letter in enumerate(text)}
 
 
 def test_turn_gets_the_times_of_its_first_and_last_letter(aligned) -> None:
@@ -191,13 +191,13 @@ def test_times_in_whole_seconds_become_true_times(ctc: Path) -> None:
     given = np.array([(turn.start, np.nan if turn.end is None else turn.end) for turn in turns])
     findings: list[Finding] = []
     CTCAligner(AlignConfig(model=str(ctc)))(pcm, turns, findings)
-    found = np.array([turn.span for turn in turns])
-    before, after = (np.nanmedian(abs(times - truth), axis=0) for times in (given, found))
+    aligned_times = np.array([turn.span for turn in turns])
+    before, after = (np.nanmedian(abs(times - truth), axis=0) for times in (given, aligned_times))
     assert before[0] > 0.4
     assert (after < 0.08).all()
     assert len(findings) < 6
     is_found = np.array([turn.given is not None for turn in turns])
-    assert (abs(found - truth)[is_found] < 0.5).mean() > 0.97
+    assert (abs(aligned_times - truth)[is_found] < 0.5).mean() > 0.97
     assert all(turn.start >= 0 and turn.end <= len(pcm) / SAMPLE_RATE for turn in turns)
 
 
@@ -236,7 +236,7 @@ def make_wav2vec2(folder: Path) -> None:
         **small, conv_dim=(8,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=32
     )
     Wav2Vec2ForCTC(config).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(VOCABULARY)}))
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(VOCABULARY)}))
     Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
 

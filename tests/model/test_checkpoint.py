@@ -211,28 +211,6 @@ def test_full_disk_is_one_line_and_changes_nothing(
     assert [epoch for epoch, _ in history(tmp_path)] == [1, 2, 3]
 
 
-def test_torn_line_stays_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process was killed while it wrote; where the disk is full, the part of the line is removed."""
-    log, write, room = MetricsLog(tmp_path), os.write, [7]
-    log.append({"a": 1.0}, time=1, step=1, attempt=1)
-    with log.path.open("ab") as file:
-        file.write(b'{"step": 2, "val')
-    log.append({}, time=1, step=3, attempt=1, epoch=1)
-    assert log.path.read_bytes().count(b"\n") == 3
-    assert [(line.step, line.epoch) for line in log.lines()] == [(1, None), (3, 1)]
-    before = log.path.read_bytes()
-
-    def write_little(descriptor: int, content: bytes) -> int:
-        if not room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, content[: room.pop()])
-
-    monkeypatch.setattr(os, "write", write_little)
-    with pytest.raises(OSError, match="No space"):
-        log.append({}, time=1, step=4, attempt=1)
-    assert log.path.read_bytes() == before
-
-
 @pytest.mark.parametrize("damaged", [[FILE], [FILE, PREVIOUS]], ids=["newest", "both"])
 def test_trial_continues_from_the_newest_intact_checkpoint(
     damaged: list[str], whole: Path, models: Path, corpus: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -74,16 +74,16 @@ def test_interrupted_run_resumes_bit_for_bit(
     """Nothing that was done is repeated, except for an evaluation that was interrupted."""
     folder, places = whole
     for index in range(len(places)) if every else [0, 1, *kinds(places).values()]:
-        own = tmp_path / str(index)
+        path = tmp_path / str(index)
         with pytest.raises(TrialInterrupted, match="ended after step"):
-            run(TRIAL, models, corpus, own, asked_after(index))
-        assert (own / checkpoint.FILE).exists() is (index > 0)
+            run(TRIAL, models, corpus, path, asked_after(index))
+        assert (path / checkpoint.FILE).exists() is (index > 0)
         if index > 0:
             here, after = places[index], places[min(index + 1, len(places) - 1)]
             made = here[2] + (not here[3] and after[2] > here[2])  # a question in a step comes before its end
-            assert checkpoint.load(own / checkpoint.FILE)["progress"]["total_steps"] == made
-        run(TRIAL, models, corpus, own, never)
-        assert same_end(own, folder), places[index]
+            assert checkpoint.load(path / checkpoint.FILE)["progress"]["total_steps"] == made
+        run(TRIAL, models, corpus, path, never)
+        assert same_end(path, folder), places[index]
 
 
 def test_interrupted_evaluation_repeats_no_step(
@@ -147,13 +147,13 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
     often = Trial(model=SHARED.model, train=SHARED.train.model_copy(update={"checkpoint_seconds": 1e-9 + 99 * rank}))
     run(often, models, shards, out / "often", never)
     for which, times in CUTS:
-        own, ended = out / f"{which}-{times}", ""
+        path, ended = out / f"{which}-{times}", ""
         try:
-            run(SHARED, models, shards, own, asked_after(times) if rank == which else never)
+            run(SHARED, models, shards, path, asked_after(times) if rank == which else never)
         except TrialInterrupted as signal:
             ended = str(signal)
         (out / f"{which}-{times}-rank-{rank}").write_text(ended)
-        run(SHARED, models, shards, own, never)
+        run(SHARED, models, shards, path, never)
     dist.destroy_process_group()
 
 

@@ -46,16 +46,16 @@ def test_gradient_checkpointing_changes_memory_only(
     """The backward pass computes activations again, also through an LLM that is frozen."""
     llm = {"path": str(models / "llm")}
     calls = counted(monkeypatch, LlamaAttention)
-    found = []
+    results = []
     for checkpointing in (False, True):
-        own = build(models, "whisper", llm=llm | {"gradient_checkpointing": checkpointing}, **changed).train()
+        model = build(models, "whisper", llm=llm | {"gradient_checkpointing": checkpointing}, **changed).train()
         calls.clear()
-        losses = answer_losses(own, mixed(examples), LossConfig())
+        losses = answer_losses(model, mixed(examples), LossConfig())
         assert len(calls) == 2
-        found.append((losses.next_token_B.detach(), gradients(own, losses, LossConfig())))
+        results.append((losses.next_token_B.detach(), gradients(model, losses, LossConfig())))
         assert len(calls) == (4 if checkpointing else 2)
-    (one, gradient), (other, again) = found
-    assert close(one, other, 1e-6)
+    (first_B, gradient), (second_B, again) = results
+    assert close(first_B, second_B, 1e-6)
     assert gradient.keys() == again.keys()
     scale = max(tensor.abs().max() for tensor in gradient.values())
     assert all((tensor - again[name]).abs().max() <= 1e-6 * scale for name, tensor in gradient.items())
@@ -73,7 +73,7 @@ def trainer(models: Path, corpus: Shards, folder: Path, tasks: TaskWeights, **ch
     made = Trainer(model, data, config, tasks, 0, folder)
     model.train()
     last = len(data.splits["train"].items) - 1
-    step = [place * last // 11 for place in range(12)]
+    step = [index * last // 11 for index in range(12)]
     return made, step, next(data.read("train", [step]))
 
 
@@ -83,7 +83,7 @@ def expected_objective(setup: Setup, weigh: Callable[[str], float]) -> Tensor:
     total = torch.zeros(())
     for task, weight in made.task_weights.items():
         nll, shares = [], []
-        for example in (one for one in examples if one.task == task):
+        for example in (example for example in examples if example.task == task):
             logits, _, targets = student_rows(made.model, example)
             nll.append(F.cross_entropy(logits, targets, reduction="none"))
             shares.append(torch.full((len(targets),), weigh(example.answer)))
@@ -94,19 +94,19 @@ def expected_objective(setup: Setup, weigh: Callable[[str], float]) -> Tensor:
 def minimised(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[float, Tensor]:
     """The loss and the gradient of an optimizer step that is not made."""
     made, step, examples = setup
-    found: list[float] = []
-    monkeypatch.setattr(made, "_record_step", lambda noted: found.append(float(noted.total)))
+    results: list[float] = []
+    monkeypatch.setattr(made, "_record_step", lambda noted: results.append(float(noted.total)))
     monkeypatch.setattr(made.optimizer, "zero_grad", lambda set_to_none: None)
     monkeypatch.setattr(made.optimizer, "step", lambda: None)
     made.optimizer_step(step, step, examples)
-    return found[0], torch.cat([parameter.grad.flatten() for parameter in made.parameters])
+    return results[0], torch.cat([parameter.grad.flatten() for parameter in made.parameters])
 
 
 def gradient_of(setup: Setup, objective: Tensor) -> Tensor:
     parameters = setup[0].parameters
     grads = torch.autograd.grad(objective, parameters, allow_unused=True)
     pairs = zip(parameters, grads, strict=True)
-    return torch.cat([(torch.zeros_like(own) if grad is None else grad).flatten() for own, grad in pairs])
+    return torch.cat([(torch.zeros_like(parameter) if grad is None else grad).flatten() for parameter, grad in pairs])
 
 
 FOUR = TaskWeights(classify=0.3, forecast=1.0, response=1.5, quality=0.7)

@@ -26,14 +26,14 @@ def record(label: str, prediction: str, **changed: object) -> Record:
 def records(count: int = 200, seed: int = 0, sets: bool = False) -> list[Record]:
     """Predictions that are right in six of ten cases, each with scores of which it has the best."""
     rng = np.random.default_rng(seed)
-    known = SETS if sets else LABELS
+    label_names = SETS if sets else LABELS
     rows = []
     for index in range(count):
         role = str(rng.choice(list(ROLES)))
-        label = str(rng.choice([name for name in known if set(name.split("|")) <= set(ROLES[role])]))
-        prediction = label if rng.random() < 0.6 else str(rng.choice(known))
-        scores = np.log(rng.dirichlet(np.ones(len(known))))
-        best, predicted = int(scores.argmax()), known.index(prediction)
+        label = str(rng.choice([name for name in label_names if set(name.split("|")) <= set(ROLES[role])]))
+        prediction = label if rng.random() < 0.6 else str(rng.choice(label_names))
+        scores = np.log(rng.dirichlet(np.ones(len(label_names))))
+        best, predicted = int(scores.argmax()), label_names.index(prediction)
         scores[[best, predicted]] = scores[[predicted, best]]
         row = record(label, prediction, id=f"u{index}", conversation=f"c{index % 11}", speaker=role)
         subset = "hard" if index % 4 == 0 else None
@@ -48,7 +48,7 @@ def texts(count: int = 40, seed: int = 0) -> list[Record]:
         record(
             str(rng.choice(TEXTS)),
             str(rng.choice([*TEXTS, "tell me", "what would help", ""])),
-            id=f"u{place}",
+            id=f"u{index}",
             task="response",
             speaker="therapist",
             scores=(),
@@ -56,7 +56,7 @@ def texts(count: int = 40, seed: int = 0) -> list[Record]:
             tokens=int(rng.integers(1, 9)),
             ended=bool(rng.random() < 0.7),
         )
-        for place in range(count)
+        for index in range(count)
     ]
 
 
@@ -70,19 +70,21 @@ def pairs(rows: list[Record]) -> tuple[list[str], list[str]]:
 
 def test_metrics_of_single_labels_equal_scikit_learn() -> None:
     rows = records()
-    truth, said = pairs(rows)
-    found = summary(rows)
-    assert found["accuracy"] == accuracy_score(truth, said)
+    truth, predicted_labels = pairs(rows)
+    values = summary(rows)
+    assert values["accuracy"] == accuracy_score(truth, predicted_labels)
     for name in ("macro", "weighted"):
-        assert found[f"{name}_f1"] == pytest.approx(f1_score(truth, said, labels=list(LABELS), average=name))
+        assert values[f"{name}_f1"] == pytest.approx(
+            f1_score(truth, predicted_labels, labels=list(LABELS), average=name)
+        )
     for role, own_labels in ROLES.items():
-        own = [row for row in rows if row.speaker == role]
-        expected = f1_score(*pairs(own), labels=list(own_labels), average="macro")
-        assert found[f"macro_f1_{role}"] == pytest.approx(expected)
-        assert found[f"accuracy_{role}"] == accuracy_score(*pairs(own))
-    assert found["accuracy_hard"] == accuracy_score(*pairs([row for row in rows if row.subset == "hard"]))
-    assert (confusion(rows, LABELS) == confusion_matrix(truth, said, labels=list(LABELS))).all()
-    report = classification_report(truth, said, labels=list(LABELS), output_dict=True)
+        part = [row for row in rows if row.speaker == role]
+        expected = f1_score(*pairs(part), labels=list(own_labels), average="macro")
+        assert values[f"macro_f1_{role}"] == pytest.approx(expected)
+        assert values[f"accuracy_{role}"] == accuracy_score(*pairs(part))
+    assert values["accuracy_hard"] == accuracy_score(*pairs([row for row in rows if row.subset == "hard"]))
+    assert (confusion(rows, LABELS) == confusion_matrix(truth, predicted_labels, labels=list(LABELS))).all()
+    report = classification_report(truth, predicted_labels, labels=list(LABELS), output_dict=True)
     for label, row in per_label(rows, LABELS).items():
         assert list(row.values()) == pytest.approx(list(report[label].values()))  # precision, recall, F1, support
 
@@ -90,56 +92,58 @@ def test_metrics_of_single_labels_equal_scikit_learn() -> None:
 def test_metrics_of_label_sets_equal_scikit_learn() -> None:
     """F1 is over the single labels; accuracy counts sets that are right."""
     rows = records(sets=True)
-    truth, said = pairs(rows)
-    found = summary(rows, SETS)
+    truth, predicted_labels = pairs(rows)
+    values = summary(rows, SETS)
     binarizer = MultiLabelBinarizer(classes=list(LABELS))
-    indicators = [binarizer.fit_transform([text.split("|") for text in side]) for side in (truth, said)]
+    indicators = [binarizer.fit_transform([text.split("|") for text in side]) for side in (truth, predicted_labels)]
     for name in ("macro", "weighted"):
-        assert found[f"{name}_f1"] == pytest.approx(f1_score(*indicators, average=name, zero_division=0))
-    assert found["accuracy"] == accuracy_score(*indicators)
+        assert values[f"{name}_f1"] == pytest.approx(f1_score(*indicators, average=name, zero_division=0))
+    assert values["accuracy"] == accuracy_score(*indicators)
     client = np.array([row.speaker == "client" for row in rows])
-    own = [side[client][:, :3] for side in indicators]
-    assert found["macro_f1_client"] == pytest.approx(f1_score(*own, average="macro", zero_division=0))
+    part = [side[client][:, :3] for side in indicators]
+    assert values["macro_f1_client"] == pytest.approx(f1_score(*part, average="macro", zero_division=0))
     assert per_label(rows, SETS).keys() == set(LABELS)
     assert per_label(rows, SETS)["change"]["support"] == indicators[0][:, 0].sum()
-    assert (confusion(rows, SETS) == confusion_matrix(truth, said, labels=list(SETS))).all()
+    assert (confusion(rows, SETS) == confusion_matrix(truth, predicted_labels, labels=list(SETS))).all()
 
 
 def test_label_that_never_occurs_counts_in_the_macro_average() -> None:
     rows = [record("change", "change", scores=(0.0, -1.0))] * 3
-    found = summarise(rows, {"classify": ("change", "neutral")}, {"client": ("change", "neutral")})
-    assert found["macro_f1"] == 0.5
-    assert found["weighted_f1"] == 1.0
+    values = summarise(rows, {"classify": ("change", "neutral")}, {"client": ("change", "neutral")})
+    assert values["macro_f1"] == 0.5
+    assert values["weighted_f1"] == 1.0
 
 
 @pytest.mark.parametrize("sets", [False, True])
 def test_prediction_outside_the_labels_is_wrong_and_no_class(sets: bool) -> None:
-    known = SETS if sets else LABELS
+    label_names = SETS if sets else LABELS
     rows = records(sets=sets)
     odd = [replace(row, prediction="nonsense") if index % 5 == 0 else row for index, row in enumerate(rows)]
-    truth, said = pairs(odd)
-    found = summary(odd, known)
-    assert found["accuracy"] == np.mean([one == other for one, other in zip(truth, said, strict=True)])
-    assert found["accuracy"] < summary(rows, known)["accuracy"]
+    truth, predicted_labels = pairs(odd)
+    values = summary(odd, label_names)
+    assert values["accuracy"] == np.mean(
+        [left == right_side for left, right_side in zip(truth, predicted_labels, strict=True)]
+    )
+    assert values["accuracy"] < summary(rows, label_names)["accuracy"]
     if not sets:
-        expected = f1_score(truth, said, labels=list(LABELS), average="macro")
-        assert found["macro_f1"] == pytest.approx(expected)
-        assert expected > f1_score(truth, said, average="macro", zero_division=0)  # with a class of its own
-    assert per_label(odd, known).keys() == set(LABELS)
-    assert confusion(odd, known).shape == (len(known), len(known))
-    assert 0 <= found["ece"] <= 1
+        expected = f1_score(truth, predicted_labels, labels=list(LABELS), average="macro")
+        assert values["macro_f1"] == pytest.approx(expected)
+        assert expected > f1_score(truth, predicted_labels, average="macro", zero_division=0)  # with a class of its own
+    assert per_label(odd, label_names).keys() == set(LABELS)
+    assert confusion(odd, label_names).shape == (len(label_names), len(label_names))
+    assert 0 <= values["ece"] <= 1
 
 
 def test_role_without_labels_of_the_task_has_no_metrics() -> None:
     """The speaker of the last turn says nothing about the quality of a session."""
     rows = [
-        record("high", said, task="quality", speaker=speaker, scores=(0.0, -1.0))
-        for said in ("high", "low")
+        record("high", predicted_labels, task="quality", speaker=speaker, scores=(0.0, -1.0))
+        for predicted_labels in ("high", "low")
         for speaker in ROLES
     ]
-    found = summarise(rows, {"quality": ("high", "low")}, ROLES)
-    assert found["accuracy"] == 0.5
-    assert not [name for name in found if "client" in name or "therapist" in name]
+    values = summarise(rows, {"quality": ("high", "low")}, ROLES)
+    assert values["accuracy"] == 0.5
+    assert not [name for name in values if "client" in name or "therapist" in name]
 
 
 def slow_calibration_error(rows: list[Record]) -> float:
@@ -154,7 +158,7 @@ def slow_calibration_error(rows: list[Record]) -> float:
                 inside.append((confidence, row.label == row.prediction))
         if inside:
             accuracy = sum(right for _, right in inside) / len(inside)
-            confidence = sum(one for one, _ in inside) / len(inside)
+            confidence = sum(left for left, _ in inside) / len(inside)
             total += len(inside) / len(rows) * abs(accuracy - confidence)
     return total
 
@@ -170,19 +174,19 @@ def test_calibration_error_equals_the_explicit_sum() -> None:
 
 def test_metrics_of_texts_equal_those_of_their_tools() -> None:
     rows = texts()
-    found = summarise(rows, {"response": ()}, ROLES)
-    truth, said = pairs(rows)
-    assert found["bleu"] == sacrebleu.corpus_bleu(said, [truth]).score > 0
+    values = summarise(rows, {"response": ()}, ROLES)
+    truth, predicted_labels = pairs(rows)
+    assert values["bleu"] == sacrebleu.corpus_bleu(predicted_labels, [truth]).score > 0
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(truth, said, strict=True)]
-    assert found["rouge_l"] == pytest.approx(np.mean(scores))
+    scores = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(truth, predicted_labels, strict=True)]
+    assert values["rouge_l"] == pytest.approx(np.mean(scores))
     nats, tokens = sum(row.loss for row in rows), sum(row.tokens for row in rows)
-    assert found["loss"] == pytest.approx(nats / tokens)
-    assert found["perplexity"] == pytest.approx(math.exp(nats / tokens))
-    assert found["eos_rate"] == np.mean([row.ended for row in rows])
-    assert found["run_on"] == pytest.approx(1 - found["eos_rate"])
-    assert found["empty"] == said.count("") / len(rows) > 0
-    assert found.keys() == {"loss", "perplexity", "bleu", "rouge_l", "eos_rate", "run_on", "empty"}
+    assert values["loss"] == pytest.approx(nats / tokens)
+    assert values["perplexity"] == pytest.approx(math.exp(nats / tokens))
+    assert values["eos_rate"] == np.mean([row.ended for row in rows])
+    assert values["run_on"] == pytest.approx(1 - values["eos_rate"])
+    assert values["empty"] == predicted_labels.count("") / len(rows) > 0
+    assert values.keys() == {"loss", "perplexity", "bleu", "rouge_l", "eos_rate", "run_on", "empty"}
 
     hopeless = [replace(row, loss=1e6) for row in rows]
     assert math.isfinite(summarise(hopeless, {"response": ()}, ROLES)["perplexity"])
@@ -191,11 +195,11 @@ def test_metrics_of_texts_equal_those_of_their_tools() -> None:
 def test_metrics_of_the_first_task_have_no_prefix() -> None:
     rows, spoken, later = records(), texts(), [replace(row, task="forecast") for row in records(seed=1)]
     labels = {"classify": LABELS, "forecast": LABELS, "response": ()}
-    found = summarise([*spoken, *later, *rows], labels, ROLES)
+    values = summarise([*spoken, *later, *rows], labels, ROLES)
     expected = summary(rows)
     expected |= {f"forecast/{name}": value for name, value in summarise(later, {"forecast": LABELS}, ROLES).items()}
     expected |= {f"response/{name}": value for name, value in summarise(spoken, {"response": ()}, ROLES).items()}
-    assert found == expected
+    assert values == expected
 
 
 def test_order_of_records_changes_nothing() -> None:
@@ -207,8 +211,15 @@ def test_order_of_records_changes_nothing() -> None:
 
 def test_role_with_a_single_label_is_measured_like_any_other() -> None:
     """scikit-learn treats a matrix of one column as a binary problem."""
-    rows = [record("note", said, speaker="therapist", scores=(0.0, -1.0)) for said in ("note", "note", "change")]
-    found = per_label(rows, ("note",))["note"]
-    truth, said = pairs(rows)
-    assert found["f1"] == pytest.approx(f1_score(truth, said, labels=["note"], average=None)[0]) == pytest.approx(0.8)
-    assert (found["support"], found["recall"]) == (3, pytest.approx(2 / 3))
+    rows = [
+        record("note", predicted_labels, speaker="therapist", scores=(0.0, -1.0))
+        for predicted_labels in ("note", "note", "change")
+    ]
+    values = per_label(rows, ("note",))["note"]
+    truth, predicted_labels = pairs(rows)
+    assert (
+        values["f1"]
+        == pytest.approx(f1_score(truth, predicted_labels, labels=["note"], average=None)[0])
+        == pytest.approx(0.8)
+    )
+    assert (values["support"], values["recall"]) == (3, pytest.approx(2 / 3))

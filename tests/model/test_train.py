@@ -184,19 +184,19 @@ def test_epoch_reports_every_task(models: Path, corpus: Shards, tmp_path: Path) 
     trial = Trial(model={"prompt": {"history_tokens": 0}}, tasks=TWO, train=train)
     reports: list[dict[str, Any]] = []
     trial.run(models, corpus, tmp_path, lambda epoch, metrics: reports.append(metrics))
-    (found,) = reports
-    assert found["total_loss"] == pytest.approx(1.0 * found["loss"] + 0.5 * found["response/loss"])
+    (reported,) = reports
+    assert reported["total_loss"] == pytest.approx(1.0 * reported["loss"] + 0.5 * reported["response/loss"])
     names = {"train_loss", "train_loss/distillation", "train_loss/response", "train_loss/response/distillation"}
-    assert {name for name in found if name.startswith("train_loss")} == names
-    assert {"accuracy", "macro_f1", "ece", "response/bleu", "response/perplexity", "response/run_on"} <= found.keys()
-    assert (found["epoch"], found["short_clips"]) == (1, 0)
+    assert {name for name in reported if name.startswith("train_loss")} == names
+    assert {"accuracy", "macro_f1", "ece", "response/bleu", "response/perplexity", "response/run_on"} <= reported.keys()
+    assert (reported["epoch"], reported["short_clips"]) == (1, 0)
     rows = {
         split: [item for task in trial.tasks.active() for item in items(corpus, task, split)]
         for split in ("train", "val")
     }
-    assert found["steps"] == math.ceil(len(rows["train"]) / 9)
+    assert reported["steps"] == math.ceil(len(rows["train"]) / 9)
     _, data = trial.start(models, corpus)
-    assert found["dropped_turns"] == data.dropped_turns > 0
+    assert reported["dropped_turns"] == data.dropped_turns > 0
     written = json.loads((tmp_path / "predictions.json").read_text())
     assert written["labels"] == {"classify": ["change", "sustain", "neutral"], "response": []}
     expected = [(task, corpus.columns["id"][row]) for task, row in rows["val"]]
@@ -222,9 +222,9 @@ def test_training_loss_is_the_mean_over_the_tokens_of_an_epoch(models: Path, cor
             model.cls.mul_(30)
 
     fit(model, data, trial.train, ONE, 7, tmp_path, compare)
-    found = [metrics["train_loss"] for _, metrics in history(tmp_path)]
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert abs(found[0] - found[1]) > 1e-2
+    reported = [metrics["train_loss"] for _, metrics in history(tmp_path)]
+    assert reported == pytest.approx(expected, rel=1e-5)
+    assert abs(reported[0] - reported[1]) > 1e-2
 
 
 def test_checkpoint_has_what_trains_and_refuses_another_trial(models: Path, corpus: Shards, tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_checkpoint_has_what_trains_and_refuses_another_trial(models: Path, corp
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["tensors"].keys() == trained_tensors(model).keys()
     assert state["digest"] == digest(state["tensors"]) == digest(trained_tensors(model))
-    other, _ = Trial(model={"lora": {"rank": 2}}).start(models, corpus)
+    different, _ = Trial(model={"lora": {"rank": 2}}).start(models, corpus)
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
-        checkpoint.load_tensors(other, state["tensors"])
+        checkpoint.load_tensors(different, state["tensors"])
     for changed in (Trial(train=train, seed=8), Trial(train=train.model_copy(update={"batch_size": 4}))):
         with pytest.raises(CheckpointError, match="other data or with another batch size or seed"):
             changed.run(models, corpus, tmp_path)

@@ -82,21 +82,21 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(Trainer, "optimizer_step", step)
 
 
-def same_end(one: Path, other: Path) -> bool:
+def same_end(first: Path, second: Path) -> bool:
     """Compare weights, optimizer, schedule, random states and reports; not the times, nor the attempt."""
-    states = [checkpoint.load(folder / "checkpoint.pt") for folder in (one, other)]
+    states = [checkpoint.load(folder / "checkpoint.pt") for folder in (first, second)]
     for state in states:
         state["progress"] = {**state["progress"], "seconds": 0, "data_wait": 0, "history": 0, "times": 0}
         del state["attempt"]
-    return equal(*states) and history(one) == history(other)
+    return equal(*states) and history(first) == history(second)
 
 
-def equal(one: Any, other: Any) -> bool:
+def equal(first: Any, second: Any) -> bool:
     """Compare to the bit, whatever contains the tensors."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(value, second[name]) for name, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)

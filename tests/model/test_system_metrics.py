@@ -36,11 +36,11 @@ def test_node_metrics_have_the_names_of_mlflow(clock: Clock) -> None:
     metrics, monitor = SystemMetrics(CPU), CPUMonitor()
     monitor.collect_metrics()
     clock.now += INTERVAL
-    found = metrics.sample()
-    assert found.keys() == {f"{PREFIX}{name}" for name in monitor.metrics}
-    assert 0 <= found["system/cpu_utilization_percentage"] <= 100
-    assert 0 < found["system/system_memory_usage_percentage"] <= 100
-    assert found["system/system_memory_usage_megabytes"] > 1
+    sampled = metrics.sample()
+    assert sampled.keys() == {f"{PREFIX}{name}" for name in monitor.metrics}
+    assert 0 <= sampled["system/cpu_utilization_percentage"] <= 100
+    assert 0 < sampled["system/system_memory_usage_percentage"] <= 100
+    assert sampled["system/system_memory_usage_megabytes"] > 1
 
 
 def test_metrics_are_sampled_at_intervals_and_at_least_once(clock: Clock) -> None:
@@ -54,8 +54,8 @@ def test_metrics_are_sampled_at_intervals_and_at_least_once(clock: Clock) -> Non
 
 
 def test_values_that_a_gpu_does_not_report_are_left_out(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SystemMetrics(GPU).sample(at_least_once=True)
-    assert torch.cuda.is_available() or not any("gpu" in name for name in found)
+    sampled = SystemMetrics(GPU).sample(at_least_once=True)
+    assert torch.cuda.is_available() or not any("gpu" in name for name in sampled)
 
     def refuse(index: int) -> int:
         raise RuntimeError("not supported")
@@ -65,13 +65,13 @@ def test_values_that_a_gpu_does_not_report_are_left_out(clock: Clock, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 12 * 10**9}))
     monkeypatch.setattr(torch.cuda, "utilization", lambda index: refuse(index) if index else 80)
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
-    found = SystemMetrics(GPU).sample(at_least_once=True)
+    sampled = SystemMetrics(GPU).sample(at_least_once=True)
     expected = {
         f"system/gpu_{index}_memory_usage_{name}": value
         for index in (0, 1)
         for name, value in (("megabytes", 3000.0), ("percentage", 25.0))
     }
-    assert {name: value for name, value in found.items() if "gpu" in name} == expected | {
+    assert {name: value for name, value in sampled.items() if "gpu" in name} == expected | {
         "system/gpu_0_utilization_percentage": 80.0
     }
 

@@ -1,8 +1,12 @@
 """The metrics log: each (metric, step) once, whatever happened to its writer."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from model.training.metrics_log import FILE, MetricsLog, MetricsReader, Point
 
@@ -67,3 +71,25 @@ def test_attempts_and_times(tmp_path: Path) -> None:
     lines = ((20, 2.0, 1), (30, 5.0, 3), (40, 4.0, 2))
     write(tmp_path, *(line(step, seconds=seconds, attempt=attempt) for step, seconds, attempt in lines))
     assert (log.last_attempt(), log.time_range()) == (3, (1000, 5000))
+
+
+def test_torn_line_stays_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process was killed while it wrote; where the disk is full, the part of the line is removed."""
+    log, write_all, room = MetricsLog(tmp_path), os.write, [7]
+    log.append({"a": 1.0}, time=1, step=1, attempt=1)
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 2, "val')
+    log.append({}, time=1, step=3, attempt=1, epoch=1)
+    assert log.path.read_bytes().count(b"\n") == 3
+    assert [(line.step, line.epoch) for line in log.lines()] == [(1, None), (3, 1)]
+    before = log.path.read_bytes()
+
+    def write_little(descriptor: int, content: bytes) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_all(descriptor, content[: room.pop()])
+
+    monkeypatch.setattr(os, "write", write_little)
+    with pytest.raises(OSError, match="No space"):
+        log.append({}, time=1, step=4, attempt=1)
+    assert log.path.read_bytes() == before

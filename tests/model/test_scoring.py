@@ -39,7 +39,7 @@ def next_logits(model: SpeechLLM, prompt_TE: torch.Tensor, tokens: list[int]) ->
 def naive_score(model: SpeechLLM, example: Example, answer: Answer) -> torch.Tensor:
     (prompt,) = model.prompts([example])
     logp = next_logits(model, prompt, list(answer.inputs)).log_softmax(-1)
-    return torch.stack([logp[place, token] for place, token in enumerate(answer.targets) if token != IGNORE]).sum()
+    return torch.stack([logp[index, token] for index, token in enumerate(answer.targets) if token != IGNORE]).sum()
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_balanced_priors_divide_scores_by_training_shares(models: Path, examples
     assert decide(plain, "classify", scores_BK) is scores_BK
     shares = torch.tensor([6, 4, 3]) / 13  # of the counts 5, 3, 2 and one of each
     assert close(decide(balanced, "classify", scores_BK), scores_BK - shares.log())
-    for one, other in zip(predict(plain, examples), predict(balanced, examples), strict=True):
-        assert one.loss == other.loss
-        assert other.scores == pytest.approx([a - b for a, b in zip(one.scores, shares.log().tolist(), strict=True)])
-        assert other.prediction == LABELS[max(range(3), key=other.scores.__getitem__)]
+    for first, second in zip(predict(plain, examples), predict(balanced, examples), strict=True):
+        assert first.loss == second.loss
+        assert second.scores == pytest.approx([a - b for a, b in zip(first.scores, shares.log().tolist(), strict=True)])
+        assert second.prediction == LABELS[max(range(3), key=second.scores.__getitem__)]
     balanced.tasks["classify"] = AnswerSet(LABELS, (0, 10**9, 10**9))
     records = predict(balanced, examples)
     assert {record.prediction for record in records} == {"change"}
@@ -107,8 +107,8 @@ def naive_reply(model: SpeechLLM, example: Example, limit: int, eos: int) -> tup
 
 def expected_replies(model: SpeechLLM, examples: list[Example]) -> list[Reply]:
     tokenizer, limit = model.prompt_builder.tokenizer.hf, model.config.max_new_tokens
-    found = [naive_reply(model, example, limit, tokenizer.eos_token_id) for example in examples]
-    return [Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended) for tokens, ended in found]
+    generated = [naive_reply(model, example, limit, tokenizer.eos_token_id) for example in examples]
+    return [Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended) for tokens, ended in generated]
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def stopping(models: Path, tmp_path_factory: pytest.TempPathFactory, examples: l
     """The LLM with another EOS: a token in the middle of one reply that is not in all of them."""
     model, asked = build(models), replies(examples)
     with torch.no_grad():
-        said = [naive_reply(model, example, 6, -1)[0] for example in asked]
-    middle = {token for tokens in said for token in tokens[1:-1] if token not in tokens[:1]}
-    eos = next(token for token in sorted(middle) if not all(token in tokens for tokens in said))
+        references = [naive_reply(model, example, 6, -1)[0] for example in asked]
+    middle = {token for tokens in references for token in tokens[1:-1] if token not in tokens[:1]}
+    eos = next(token for token in sorted(middle) if not all(token in tokens for tokens in references))
     folder = tmp_path_factory.mktemp("llm") / "stopping"
     shutil.copytree(models / "llm", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -135,26 +135,28 @@ def test_replies_are_greedy_and_stop_at_eos(
 ) -> None:
     """They do not depend on the batch."""
     model, asked = build(models, modality=modality, llm={"path": str(stopping)}), replies(examples)
-    found = generate(model, asked)
-    assert found == expected_replies(model, asked)
-    assert len({reply.text for reply in found}) > 1
-    assert modality == "text" or {reply.ended for reply in found} == {True, False}
+    generated = generate(model, asked)
+    assert generated == expected_replies(model, asked)
+    assert len({reply.text for reply in generated}) > 1
+    assert modality == "text" or {reply.ended for reply in generated} == {True, False}
     records = predict(model, asked)
-    assert [(record.prediction, record.ended) for record in records] == [(reply.text, reply.ended) for reply in found]
-    assert [generate(model, [example])[0] for example in asked] == found
-    assert generate(model, asked[::-1]) == found[::-1]
+    assert [(record.prediction, record.ended) for record in records] == [
+        (reply.text, reply.ended) for reply in generated
+    ]
+    assert [generate(model, [example])[0] for example in asked] == generated
+    assert generate(model, asked[::-1]) == generated[::-1]
 
 
 @torch.no_grad()
 def test_eos_as_the_last_allowed_token_ends_a_reply(models: Path, stopping: Path, examples: list[Example]) -> None:
     whole, asked = build(models, llm={"path": str(stopping)}), replies(examples)
     eos = whole.prompt_builder.tokenizer.hf.eos_token_id
-    said = [naive_reply(whole, example, 6, eos) for example in asked]
-    place = next(place for place, (_, ended) in enumerate(said) if ended)
-    length = len(said[place][0])
+    references = [naive_reply(whole, example, 6, eos) for example in asked]
+    index = next(index for index, (_, ended) in enumerate(references) if ended)
+    length = len(references[index][0])
     for limit, ended in ((length + 1, True), (length, False)):
         model = build(models, llm={"path": str(stopping)}, max_new_tokens=limit)
-        (reply,) = generate(model, [asked[place]])
+        (reply,) = generate(model, [asked[index]])
         assert reply.ended is ended
 
 

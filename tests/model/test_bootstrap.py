@@ -14,15 +14,17 @@ NAMES = ("accuracy", "macro_f1", "weighted_f1", "loss", "accuracy_client", "macr
 
 
 def sums(name: str = "accuracy", labels: Sequence[str] = LABELS) -> SummedMetric:
-    found = summed_metric(name, labels, ROLES)
-    assert found is not None
-    return found
+    result = summed_metric(name, labels, ROLES)
+    assert result is not None
+    return result
 
 
 def flipped(rows: Sequence[Record], share: float, seed: int = 0) -> list[Record]:
     """The same items, of which a share is answered rightly whatever was said."""
     drawn = np.random.default_rng(seed).random(len(rows)) < share
-    return [replace(row, prediction=row.label) if own else row for row, own in zip(rows, drawn, strict=True)]
+    return [
+        replace(row, prediction=row.label) if is_flipped else row for row, is_flipped in zip(rows, drawn, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -33,11 +35,11 @@ def flipped(rows: Sequence[Record], share: float, seed: int = 0) -> list[Record]
 def test_interval_surrounds_the_value_of_the_metric(task: str, name: str, labels: Sequence[str]) -> None:
     spoken = [replace(row, conversation=f"c{index % 7}") for index, row in enumerate(texts())]
     rows = records(sets=labels is SETS) if labels else spoken
-    found = interval([rows], sums(name, labels))
-    assert found.value == pytest.approx(summarise(rows, {task: labels}, ROLES)[name], rel=1e-12)
-    assert found.low < found.value < found.high
+    result = interval([rows], sums(name, labels))
+    assert result.value == pytest.approx(summarise(rows, {task: labels}, ROLES)[name], rel=1e-12)
+    assert result.low < result.value < result.high
     shuffled = [rows[index] for index in np.random.default_rng(1).permutation(len(rows))]
-    assert name != "macro_f1" or interval([shuffled], sums(name, labels)) == found
+    assert name != "macro_f1" or interval([shuffled], sums(name, labels)) == result
 
 
 @pytest.mark.parametrize("name", ["ece", "bleu"])
@@ -54,15 +56,15 @@ def halves(sessions: int, items: int) -> list[Record]:
     ]
 
 
-def width(found: Interval) -> float:
-    return found.high - found.low
+def width(result: Interval) -> float:
+    return result.high - result.low
 
 
 def test_width_follows_the_number_of_sessions() -> None:
-    known = {case: width(interval([halves(*case)], sums())) for case in ((40, 1), (40, 9), (10, 9))}
-    assert known[40, 1] == known[40, 9]
-    assert known[40, 9] == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
-    assert known[10, 9] == pytest.approx(2 * known[40, 9], rel=0.15)
+    widths = {case: width(interval([halves(*case)], sums())) for case in ((40, 1), (40, 9), (10, 9))}
+    assert widths[40, 1] == widths[40, 9]
+    assert widths[40, 9] == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
+    assert widths[10, 9] == pytest.approx(2 * widths[40, 9], rel=0.15)
 
 
 def test_one_session_has_no_interval() -> None:
@@ -74,8 +76,8 @@ def test_one_session_has_no_interval() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_interval_is_exact_where_all_are_right_or_none_is(right: bool) -> None:
     rows = [replace(row, prediction=row.label if right else "nonsense") for row in records(30)]
-    found, width = interval([rows], sums()), 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
-    assert (found.low, found.high) == pytest.approx((1 - width, 1.0) if right else (0.0, width))
+    result, width = interval([rows], sums()), 1 - 0.025 ** (1 / 30)  # Clopper and Pearson with no failure in 30
+    assert (result.low, result.high) == pytest.approx((1 - width, 1.0) if right else (0.0, width))
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
@@ -89,10 +91,10 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 def test_better_model_beats_and_equal_one_is_tied() -> None:
     rows = records(400)
     better, same = flipped(rows, 0.5), [replace(row) for row in rows]
-    found = compare([better], [rows], sums("macro_f1"), maximize=True)
-    assert found.better is True
-    assert found.mcnemar < 1e-6
-    assert found.describe("A", "B").startswith("A beats B by 0.1")
+    result = compare([better], [rows], sums("macro_f1"), maximize=True)
+    assert result.better is True
+    assert result.mcnemar < 1e-6
+    assert result.describe("A", "B").startswith("A beats B by 0.1")
     assert compare([rows], [better], sums("macro_f1"), maximize=True).describe("A", "B").startswith("B beats A by 0.1")
     assert compare([better], [rows], sums("loss"), maximize=False).better is None  # losses are the same
     tied = compare([same], [rows], sums("macro_f1"), maximize=True)
@@ -104,9 +106,9 @@ def test_comparison_draws_the_same_sessions_for_both() -> None:
     """Sessions differ much from each other, and the two models differ by the same in each."""
     rows = halves(40, 10)
     better = [replace(row, prediction="change") if row.id.endswith("/0") else row for row in rows]
-    found = compare([better], [rows], sums(), maximize=True)
-    assert found.better
-    assert width(found.difference) < width(interval([rows], sums())) / 3
+    result = compare([better], [rows], sums(), maximize=True)
+    assert result.better
+    assert width(result.difference) < width(interval([rows], sums())) / 3
 
 
 def test_noise_alone_seldom_beats() -> None:
@@ -115,8 +117,8 @@ def test_noise_alone_seldom_beats() -> None:
     wrong = 0
     for seed in range(60):
         rows = records(220, seed=seed)
-        one, other = (flipped(rows, 0.3, seed=1000 * side + seed) for side in (1, 2))
-        wrong += compare([one], [other], sums(), maximize=True).better is not None
+        first, second = (flipped(rows, 0.3, seed=1000 * side + seed) for side in (1, 2))
+        wrong += compare([first], [second], sums(), maximize=True).better is not None
     assert wrong <= 7
 
 

@@ -88,9 +88,9 @@ def test_third_stage_has_the_lineage_of_both_before_it(
     second(first).run(models, corpus, tmp_path / "second")
     third = SECOND(model={"trainable": NEW, "init_from": str(tmp_path / "second")})
     model, _ = third.start(models, corpus)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     expected = tensors_of(first) | tensors_of(tmp_path / "second")
-    assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in expected.items())
     assert trained_tensors(model).keys() == expected.keys()
     third.run(models, corpus, tmp_path / "third")
     parents = checkpoint.load(tmp_path / "third" / "checkpoint.pt")["parents"]
@@ -180,17 +180,19 @@ def test_encoder_of_an_earlier_stage_leaves_the_shared_one(
     trial = SECOND(kind, {"trainable": "lora", "init_from": str(tmp_path / "first")})
     model, data = trial.start(models, corpus)
     trained = {name: tensor for name, tensor in tensors_of(tmp_path / "first").items() if name.startswith("encoder.")}
-    own = dict(model.named_parameters())
-    assert all(torch.equal(own[name], tensor) and not own[name].requires_grad for name, tensor in trained.items())
+    parameters = dict(model.named_parameters())
+    assert all(
+        torch.equal(parameters[name], tensor) and not parameters[name].requires_grad for name, tensor in trained.items()
+    )
     assert any(not torch.equal(tensor, before[name.removeprefix("encoder.")]) for name, tensor in trained.items())
     (examples,) = data.read("val", [[0, 1]])
     plain, _ = SECOND(kind, {"trainable": NEW}).start(models, corpus)
     plain.adapter.load_state_dict(model.adapter.state_dict())
     with torch.no_grad():
         assert not close(torch.cat(model.eval().clips(examples)), torch.cat(plain.eval().clips(examples)), 1e-3)
-    frozen = {name: tensor.clone() for name, tensor in own.items() if name.startswith("encoder.")}
+    frozen = {name: tensor.clone() for name, tensor in parameters.items() if name.startswith("encoder.")}
     fit(model, data, SHORT, ONE, 8, tmp_path / "second", lambda epoch, metrics: None)
-    assert all(torch.equal(own[name], tensor) for name, tensor in frozen.items())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in frozen.items())
     assert [tensor._version for tensor in base.parameters()] == versions
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_parameters())
 
@@ -198,12 +200,13 @@ def test_encoder_of_an_earlier_stage_leaves_the_shared_one(
 def test_lora_adapts_an_llm_that_an_earlier_stage_trained(models: Path, corpus: Shards, tmp_path: Path) -> None:
     whole = Trial(model={"trainable": "llm+adapter+tokens", "lora": {"enabled": False}}, train=SHORT)
     whole.run(models, corpus, tmp_path)
-    own = dict(second(tmp_path).start(models, corpus)[0].named_parameters())
+    parameters = dict(second(tmp_path).start(models, corpus)[0].named_parameters())
     name = "layers.0.self_attn.q_proj"
     trained = tensors_of(tmp_path)[f"llm.model.{name}.weight"]
-    assert torch.equal(own[f"llm.base_model.model.model.{name}.base_layer.weight"], trained)
+    assert torch.equal(parameters[f"llm.base_model.model.model.{name}.base_layer.weight"], trained)
     assert torch.equal(
-        own["llm.base_model.model.model.embed_tokens.weight"], tensors_of(tmp_path)["llm.model.embed_tokens.weight"]
+        parameters["llm.base_model.model.model.embed_tokens.weight"],
+        tensors_of(tmp_path)["llm.model.embed_tokens.weight"],
     )
 
 
