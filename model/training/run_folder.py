@@ -137,9 +137,7 @@ class RunFolder:
         """Keep a token budget for later attempts, and warn about it; any worker may call this."""
         kept = self._read_token_budget()
         self.lock.replace(TOKEN_BUDGET, str(budget if kept is None else min(budget, kept)))
-        self.warn(
-            f"{cause}; train.token_budget is {budget} from here on, which changes no result without dropout", step
-        )
+        self.warn(f"{cause}; train.token_budget is {budget} from now on, which changes no result without dropout", step)
 
     def _read_token_budget(self) -> int | None:
         path = self.path / TOKEN_BUDGET

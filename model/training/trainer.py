@@ -379,7 +379,7 @@ class Trainer:
         progress.history.append((progress.epoch, metrics))
         progress.ends.append(progress.examples)
         progress.times.append(time.time())
-        # In this order: the predictions of a checkpoint are there, and `resume` logs an epoch whose line is missing.
+        # The order matters: a checkpoint never lacks its predictions, and `resume` logs an epoch whose line is missing.
         self.folder.write_predictions(records, self.labels)
         self.save()
         self._log_epoch(-1)
