@@ -169,16 +169,16 @@ class ModelConfig(Section):
 
     def problems(self) -> list[str]:
         """Return violated rules that span several settings, each as a line with the key, the value and the fix."""
-        found = []
+        problems = []
         if self.adapter.stride > self.adapter.window:
-            found.append(
+            problems.append(
                 f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.window "
                 f"({self.adapter.window}), so frames would be skipped; lower it"
             )
         if not self.patterns:
-            found.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")
+            problems.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")
         if "encoder" in self.patterns and self.encoder.dtype != "float32":
-            found.append(
+            problems.append(
                 f"model.encoder.dtype: {self.encoder.dtype} is for an encoder that stays frozen; set float32 and "
                 "model.precision=bfloat16, or take the encoder out of model.trainable"
             )
@@ -187,11 +187,11 @@ class ModelConfig(Section):
         for name in ("spec_augment", "dropout"):
             value = getattr(self.encoder, name)
             if value and not may_train_encoder:
-                found.append(
+                problems.append(
                     f"model.encoder.{name}: {value} has no effect on an encoder that stays frozen; set 0, or add "
                     "encoder to model.trainable"
                 )
-        return found
+        return problems
 
 
 class LossConfig(Section):
@@ -272,16 +272,16 @@ class TrainConfig(Section):
 
     def problems(self) -> list[str]:
         """Return violated rules that span several settings, as `ModelConfig.problems` does."""
-        losses, found = self.losses, []
+        losses, problems = self.losses, []
         if losses.next_token + losses.distillation + losses.hidden == 0:
-            found.append("train.losses: all weights are 0, so there is nothing to minimise; raise one")
+            problems.append("train.losses: all weights are 0, so there is nothing to minimise; raise one")
         if self.sampling != "none" and self.class_weights != "equal":
             sampling, weights = (
                 setting if isinstance(setting, str) else "numbers by label"
                 for setting in (self.sampling, self.class_weights)
             )
-            found.append(
+            problems.append(
                 f"train.sampling: {sampling} already weights labels, and train.class_weights ({weights}) would weight "
                 "them again; set one of them to none or equal"
             )
-        return found
+        return problems

@@ -27,7 +27,7 @@ def resolve_balanced(config: TrainConfig, answers: Mapping[str, AnswerSet]) -> T
     for name in SETTINGS:
         setting = getattr(config, name)
         if setting == "balanced":
-            resolved[name] = {task: _balanced(known) for task, known in answers.items() if known.labels}
+            resolved[name] = {task: _balanced(answer_set) for task, answer_set in answers.items() if answer_set.labels}
         elif isinstance(setting, dict):
             _check_names(f"train.{name}", setting, answers)
     return config.model_copy(update=resolved)

@@ -129,10 +129,10 @@ class PromptBuilder:
         ids, config = self.tokenizer.ids, self.config
         role, text = example.turns[index]
         name, separator = config.prompt.roles.get(role, role), config.prompt.separator
-        words = f" {text}" if text else ""
+        spaced = f" {text}" if text else ""
         if not with_audio:
-            return ids(f"{name}:{words}{separator}")
-        text_ids = ids(words) if "text" in config.modality else []
+            return ids(f"{name}:{spaced}{separator}")
+        text_ids = ids(spaced) if "text" in config.modality else []
         clip_ids = [CLIP] if config.end_of_audio == "none" else [CLIP, END]
         parts = [text_ids, clip_ids] if config.prompt.order == "text-sound" else [clip_ids, text_ids]
         return [*ids(f"{name}:"), *parts[0], *parts[1], *ids(separator)]

@@ -265,7 +265,7 @@ class SpeechLLM(nn.Module):
         assert self.encoder is not None
         if example.features is not None:
             return on_device(example.features, self.device).float()
-        assert example.pcm is not None, "items() selects utterances with sound"
+        assert example.pcm is not None, "items() selects utterances with audio"
         spec = FeatureSpec(self.frozen_layers, pooling(self.config, self.frozen_layers))
         return clip_features(self.encoder, example.pcm, [spec])[0].float()
 
