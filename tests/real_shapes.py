@@ -1,5 +1,4 @@
-"""The real shapes, Llama-3.2-3B and HuBERT-large, with random weights that are made on the device itself: files of them
-would take minutes to write and to read."""
+"""Llama-3.2-3B and HuBERT-large with random weights that are drawn on the device: files would take minutes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,11 +36,11 @@ HUBERT_LARGE = HubertConfig(
 
 @contextlib.contextmanager
 def random_weights(llm: Path, encoder: Path, device: str = "cuda") -> Iterator[None]:
-    """What is loaded from these two folders has the real shapes; their tokenizer and feature extractor are used."""
+    """Load the real shapes instead of the models in these two folders, with their tokenizer and feature extractor."""
 
     def random(kind: Any, config: Any) -> Any:
         def load(path: str, dtype: torch.dtype, **rest: Any) -> Any:
-            with torch.random.fork_rng(), torch.device(device):  # reading files would draw nothing
+            with torch.random.fork_rng(), torch.device(device):  # reading files would keep the random state
                 torch.manual_seed(1)
                 model = kind.from_config(config, dtype=dtype)
             return (model, {"missing_keys": [], "mismatched_keys": []}) if rest.get("output_loading_info") else model

@@ -1,7 +1,7 @@
-"""Untrained tiny models of every kind, saved as Hugging Face folders: real ones load by the very same calls.
+"""Untrained tiny models of every kind, saved as Hugging Face folders, which load like published ones.
 
-Laid out as the published checkpoints are: "layer" like the large ones (normalisation in every convolution), "group"
-like the base ones (over time, in the first).
+They have the layouts of published checkpoints: "layer" of the large ones (normalisation in every convolution), "group"
+of the base ones (over time, in the first convolution).
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 def random_wave(
     folder: Path, model: type[PreTrainedModel], config: type[Any], norm: Norm, seed: int, **changed: Any
 ) -> None:
-    """Untrained encoder of the wav2vec 2.0 family, of either normalisation."""
+    """Save an untrained encoder of the wav2vec 2.0 family, with either normalisation."""
     layer = norm == "layer"
     settings = {
         **SMALL,
@@ -60,13 +60,13 @@ random_wavlm = partial(random_wave, model=WavLMModel, config=WavLMConfig, seed=7
 
 
 def random_conformer(folder: Path, positions: str | None, norm: Norm = "layer") -> None:
-    """Untrained wav2vec2-conformer with relative, rotary or no position embeddings."""
+    """Save an untrained wav2vec2-conformer with relative, rotary or no position embeddings."""
     changed = {"position_embeddings_type": positions, "conv_depthwise_kernel_size": 15}
     random_wave(folder, Wav2Vec2ConformerModel, Wav2Vec2ConformerConfig, norm, seed=8, **changed)
 
 
 def random_w2v_bert(folder: Path, positions: str | None = "relative_key") -> None:
-    """Untrained w2v-BERT over 20 mel bands."""
+    """Save an untrained w2v-BERT over 20 mel bands."""
     config = Wav2Vec2BertConfig(
         **SMALL, feature_projection_input_dim=40, conv_depthwise_kernel_size=15, position_embeddings_type=positions
     )
@@ -75,13 +75,13 @@ def random_w2v_bert(folder: Path, positions: str | None = "relative_key") -> Non
 
 
 def random_whisper(folder: Path) -> None:
-    """Untrained Whisper with the window of `make_encoder`."""
+    """Save an untrained Whisper with the window of `make_encoder`."""
     _save(folder, lambda: WhisperModel(tiny_whisper_config(width=32, layers=2, mels=40)), seed=4)
     WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS).save_pretrained(folder)
 
 
 def random_llm(folder: Path) -> None:
-    """Untrained Llama with the tokenizer of `make_llm`."""
+    """Save an untrained Llama with the tokenizer of `make_llm`."""
     tokenizer = tiny_tokenizer()
     _save(folder, lambda: tiny_llama(tokenizer, width=32, layers=2), seed=5)
     tokenizer.save_pretrained(folder)
@@ -111,7 +111,7 @@ def _save(folder: Path, make: Callable[[], Any], seed: int) -> None:
 
 @torch.no_grad()
 def _perturb_norms(model: nn.Module) -> None:
-    """Fresh norms scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
+    """Perturb norms: fresh ones scale by 1 and shift by 0, which maps padding to padding and would hide a leak."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):
             module.weight.add_(0.3 * torch.randn_like(module.weight))

@@ -1,5 +1,5 @@
-"""The real shapes, Llama-3.2-3B and HuBERT-large, with random weights on a GPU: the same labels in bf16 at any batch
-size, and what a step takes. Run with `pytest -m gpu -s tests/gpu`; the same functions run on tiny models everywhere."""
+"""Llama-3.2-3B and HuBERT-large with random weights on a GPU: the same labels in bf16 at any batch size, and the memory
+of a step. Run with `pytest -m gpu -s tests/gpu`; the same functions run on tiny models everywhere."""
 
 import time
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 def clips(count: int, longest: float) -> list[Example]:
-    """Dialogues of one to four turns, the last one heard, from 0.2 s to `longest` seconds."""
+    """Return dialogues of one to four turns whose last turn has a clip, from 0.2 s to `longest` seconds."""
     rng = np.random.default_rng(7)
     words = "i really want to stop it now and then maybe so".split()
     return [
         Example(
-            id=f"c/{place}",
+            id=f"c/{index}",
             task="classify",
             conversation="c",
             speaker="client",
-            answer=LABELS[place % 3],
+            answer=LABELS[index % 3],
             subset=None,
-            turns=(*(("therapist", " ".join(rng.choice(words, 9))) for _ in range(place % 4)), ("client", "maybe")),
-            audio_turn=place % 4,
+            turns=(*(("therapist", " ".join(rng.choice(words, 9))) for _ in range(index % 4)), ("client", "maybe")),
+            audio_turn=index % 4,
             pcm=(rng.standard_normal(int(rng.uniform(0.2, longest) * SAMPLE_RATE)) * 3000).astype("<i2"),
         )
-        for place in range(count)
+        for index in range(count)
     ]
 
 
@@ -57,18 +57,18 @@ def build(models: Path, device: str, **changed: Any) -> SpeechLLM:
 
 @torch.no_grad()
 def label_agreement(model: SpeechLLM, examples: list[Example], size: int) -> tuple[float, float]:
-    """Share of examples with the same label alone and in batches; and the share of the commonest label.
+    """Return the share of examples with the same label alone and in batches, and the share of the commonest label.
 
-    Scores are compared with their means taken out: with random weights one label would win everywhere.
+    The mean of the scores is subtracted, because with random weights one label would win everywhere.
     """
     model.eval()
     alone = torch.cat([label_scores(model, [example]) for example in examples])
     batched = torch.cat(
         [label_scores(model, examples[start : start + size]) for start in range(0, len(examples), size)]
     )
-    one, other = (scores_BK - alone.mean(0) for scores_BK in (alone, batched))
-    commonest = one.argmax(-1).bincount().max().item() / len(examples)
-    return (one.argmax(-1) == other.argmax(-1)).float().mean().item(), commonest
+    expected, found = ((scores_BK - alone.mean(0)).argmax(-1) for scores_BK in (alone, batched))
+    commonest = expected.bincount().max().item() / len(examples)
+    return (expected == found).float().mean().item(), commonest
 
 
 def test_tiny_models_choose_the_same_labels_in_bf16(models: Path) -> None:
@@ -79,7 +79,7 @@ def test_tiny_models_choose_the_same_labels_in_bf16(models: Path) -> None:
 
 @pytest.fixture
 def real_shapes(models: Path) -> Iterator[Path]:
-    """Models of the real shapes, in place of the tiny ones in this folder."""
+    """Models of the real shapes instead of the tiny ones in this folder."""
     with random_weights(models / "llm", models / "hubert-layer"):
         yield models
 
@@ -94,7 +94,7 @@ def test_real_shapes_choose_the_same_labels_in_bf16(real_shapes: Path) -> None:
 
 
 def training_step(model: SpeechLLM, examples: list[Example]) -> tuple[float, float]:
-    """Seconds of forward and backward over a micro-batch, and the peak of memory in GiB."""
+    """Return the seconds of forward and backward over a micro-batch, and the peak memory in GiB."""
     model.train()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
@@ -109,7 +109,7 @@ def training_step(model: SpeechLLM, examples: list[Example]) -> tuple[float, flo
 @needs_gpu
 @pytest.mark.parametrize("trains_encoder", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_of_the_real_shapes_fits(checkpointing: bool, trains_encoder: bool, real_shapes: Path) -> None:
+def test_step_of_the_real_shapes_fits(checkpointing: bool, trains_encoder: bool, real_shapes: Path) -> None:
     encoder = {"path": str(real_shapes / "hubert-layer"), "dtype": "float32" if trains_encoder else "bfloat16"}
     llm = {"path": str(real_shapes / "llm"), "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
     trained = "encoder+adapter+lora+tokens" if trains_encoder else "adapter+lora+tokens"

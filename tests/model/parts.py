@@ -1,4 +1,4 @@
-"""What the tests of parts share."""
+"""Helpers of the tests of parts."""
 
 from pathlib import Path
 

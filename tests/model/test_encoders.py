@@ -266,29 +266,28 @@ def sound(n_samples: int, seed: int) -> np.ndarray:
     return (rng.uniform(0.01, 0.3) * (tones_N * swell_N + noise_N)).astype(np.float32)
 
 
-SOUNDS = [sound(int(n_samples), seed) for seed, n_samples in enumerate(np.linspace(MIN_SAMPLES, 4800, 100))]
-
-
 @torch.no_grad()
-def mean_frames(encoder: SpeechEncoder, size: int) -> Tensor:
-    """Return the mean frame of every sound, in batches of mixed lengths, [clips, D]."""
-    order = np.random.default_rng(0).permutation(len(SOUNDS)).tolist()
+def mean_frames(encoder: SpeechEncoder, clips: Sequence[np.ndarray], size: int) -> Tensor:
+    """Return the mean frame of every clip, in batches of mixed lengths, [clips, D]."""
+    order = np.random.default_rng(0).permutation(len(clips)).tolist()
     means: dict[int, Tensor] = {}
     for batch in (order[start : start + size] for start in range(0, len(order), size)):
-        frames = encode(encoder, [SOUNDS[index] for index in batch])
+        frames = encode(encoder, [clips[index] for index in batch])
         means |= {index: row.float().mean(0) for index, row in zip(batch, frames, strict=True)}
-    return torch.stack([means[index] for index in range(len(SOUNDS))])
+    return torch.stack([means[index] for index in range(len(clips))])
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(120, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, models: Path) -> None:
-    """A fixed random classifier, whose bias centres it on the clips so that it uses every label."""
+def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, count: int, models: Path) -> None:
+    """A fixed random classifier, whose bias centres it on the clips so that it uses every label; one may differ."""
+    clips = [sound(int(n_samples), seed) for seed, n_samples in enumerate(np.linspace(MIN_SAMPLES, 8000, count))]
     encoder = fresh(models / kind, "bfloat16")
     weight_DK = torch.randn(encoder.width, 3, generator=torch.Generator().manual_seed(0))
-    alone, batched = mean_frames(encoder, 1), mean_frames(encoder, 8)
+    alone, batched = mean_frames(encoder, clips, 1), mean_frames(encoder, clips, 8)
     labels, batched_labels = (((means - alone.mean(0)) @ weight_DK).argmax(1) for means in (alone, batched))
-    assert labels.bincount(minlength=3).min() >= 5
-    assert (labels == batched_labels).float().mean() >= 0.99
+    assert labels.bincount(minlength=3).min() >= 3
+    assert (labels != batched_labels).sum() <= 1
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

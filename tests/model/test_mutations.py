@@ -3,9 +3,10 @@
 The table in docs/model.md lists the same faults and tests.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,11 @@ from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from model.training import trainer
 from tests.model import test_invariance, test_metrics, test_parts, test_resume
 from tests.model.common import build
+from tests.model.trials import Trial
 
-Patch = pytest.MonkeyPatch
+Patch, Factory = pytest.MonkeyPatch, pytest.TempPathFactory
 Padded = tuple[Tensor, Tensor, Tensor]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "model.md"
-
-
-@dataclass
-class Fixtures:
-    """The fixtures of the guarding tests."""
-
-    models: Path
-    corpus: Shards
-    examples: list[Example]
-    tmp_path: Path
 
 
 # Faults of encoders -------------------------------------------------------------------------------------------------
@@ -217,94 +209,71 @@ def generators_not_restored(patch: Patch) -> None:
 
 # Faults and the tests that guard against them -------------------------------------------------------------------------
 
-Guard = tuple[Callable[..., None], Callable[[Fixtures], dict[str, Any]]]
+STAGES = test_invariance.test_stages_do_not_depend_on_the_batch
+TRAIN_MODE = test_invariance.test_frozen_encoder_is_the_same_in_training
+RESUME = test_resume.test_a_killed_run_resumes_bit_for_bit
+OUTSIDE = test_metrics.test_prediction_outside_the_labels_is_wrong_and_no_class
+RANDOM = test_parts.test_parts_that_would_stay_random_are_refused
+GENERATE = test_invariance.test_generated_texts_do_not_depend_on_the_batch
+METRICS = test_invariance.test_metrics_do_not_depend_on_the_batch_size
+MICRO_BATCHES = test_invariance.test_step_does_not_depend_on_the_micro_batches
+HUBERT = {"kind": "hubert-layer"}
+TOKENS = {"changed": {"trainable": "adapter+lora"}, "part": "tokens", "name": "end_of_audio"}
 
-
-def stage(name: str, kind: str = "hubert-layer") -> Guard:
-    test = test_invariance.test_stages_do_not_depend_on_the_batch
-    return test, lambda use: {"kind": kind, "stages": [name], "models": use.models, "examples": use.examples}
-
-
-def killed(use: Fixtures) -> dict[str, Any]:
-    """Return a run that is killed between two checkpoints of its first epoch, and one that is not."""
-    trial, folder = test_resume.RESUMED["lora-dropout"], use.tmp_path / "whole"
-    trial.run(use.models, use.corpus, folder)
-    own = {"models": use.models, "corpus": use.corpus, "tmp_path": use.tmp_path / "killed"}
-    return {"kills": (4,), "whole": (trial, folder), "monkeypatch": pytest.MonkeyPatch(), **own}
-
-
-RESUMED: Guard = (test_resume.test_a_killed_run_resumes_bit_for_bit, killed)
-TRAIN_MODE: Guard = (
-    test_invariance.test_frozen_encoder_is_the_same_in_training,
-    lambda use: {"models": use.models, "examples": use.examples},
-)
-FAULTS: dict[str, tuple[Callable[[Patch], None], Guard]] = {
-    "no encoder mask": (no_encoder_mask, stage("clips")),
-    "unmasked group norm": (unmasked_group_norm, stage("clips", "hubert-group")),
-    "unmasked convolution in a conformer": (unmasked_convolution, stage("clips", "conformer-relative")),
-    "normalising after padding": (normalising_after_padding, stage("clips")),
-    "ceil length": (ceil_length, stage("clips")),
-    "padded embeddings in the sequence": (padding_in_the_sequence, stage("prompts")),
-    "first instead of last slots of a left-padded row": (first_slots_of_a_left_padded_row, stage("scores")),
-    "middle padding with default positions": (middle_padding_with_default_positions, stage("scores")),
-    "no mask in the LLM": (no_mask_in_the_llm, stage("scores")),
-    "left padding without a mask": (left_padding_without_a_mask, stage("losses")),
-    "packing with a cache": (packing, stage("losses")),
-    "right padding in generate": (
-        right_padding_in_generate,
-        (
-            test_invariance.test_generated_texts_do_not_depend_on_the_batch,
-            lambda use: {"models": use.models, "examples": use.examples},
-        ),
+# Each with the guarding test and the arguments of it that are not fixtures.
+FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, Any]]] = {
+    "no encoder mask": (no_encoder_mask, STAGES, HUBERT | {"stages": ["clips"]}),
+    "unmasked group norm": (unmasked_group_norm, STAGES, {"kind": "hubert-group", "stages": ["clips"]}),
+    "unmasked convolution in a conformer": (
+        unmasked_convolution,
+        STAGES,
+        {"kind": "conformer-relative", "stages": ["clips"]},
     ),
-    "mean of batch means": (
-        mean_of_batch_means,
-        (
-            test_invariance.test_metrics_do_not_depend_on_the_batch_size,
-            lambda use: {"batch_size": 5, "models": use.models, "corpus": use.corpus},
-        ),
+    "normalising after padding": (normalising_after_padding, STAGES, HUBERT | {"stages": ["clips"]}),
+    "ceil length": (ceil_length, STAGES, HUBERT | {"stages": ["clips"]}),
+    "padded embeddings in the sequence": (padding_in_the_sequence, STAGES, HUBERT | {"stages": ["prompts"]}),
+    "first instead of last slots of a left-padded row": (
+        first_slots_of_a_left_padded_row,
+        STAGES,
+        HUBERT | {"stages": ["scores"]},
     ),
-    "mean per micro-batch": (
-        mean_per_micro_batch,
-        (
-            test_invariance.test_step_does_not_depend_on_the_micro_batches,
-            lambda use: {"kind": "hubert-layer", "models": use.models, "corpus": use.corpus},
-        ),
+    "middle padding with default positions": (
+        middle_padding_with_default_positions,
+        STAGES,
+        HUBERT | {"stages": ["scores"]},
     ),
-    "encoder left in train mode": (encoder_left_in_train_mode, TRAIN_MODE),
-    "batch norm in train mode": (batch_norm_in_train_mode, TRAIN_MODE),
-    "hallucinated label counted as a class": (
-        hallucinated_label_as_a_class,
-        (test_metrics.test_prediction_outside_the_labels_is_wrong_and_no_class, lambda use: {"sets": False}),
-    ),
-    "frozen random end-of-audio vector": (
-        frozen_random_vector,
-        (
-            test_parts.test_parts_that_would_stay_random_are_refused,
-            lambda use: {
-                "changed": {"trainable": "adapter+lora"},
-                "part": "tokens",
-                "name": "end_of_audio",
-                "models": use.models,
-            },
-        ),
-    ),
-    "schedule not restored": (schedule_not_restored, RESUMED),
-    "data order not restored": (data_order_not_restored, RESUMED),
-    "generators not restored": (generators_not_restored, RESUMED),
+    "no mask in the LLM": (no_mask_in_the_llm, STAGES, HUBERT | {"stages": ["scores"]}),
+    "left padding without a mask": (left_padding_without_a_mask, STAGES, HUBERT | {"stages": ["losses"]}),
+    "packing with a cache": (packing, STAGES, HUBERT | {"stages": ["losses"]}),
+    "right padding in generate": (right_padding_in_generate, GENERATE, {}),
+    "mean of batch means": (mean_of_batch_means, METRICS, {"batch_size": 5}),
+    "mean per micro-batch": (mean_per_micro_batch, MICRO_BATCHES, HUBERT),
+    "encoder left in train mode": (encoder_left_in_train_mode, TRAIN_MODE, {}),
+    "batch norm in train mode": (batch_norm_in_train_mode, TRAIN_MODE, {}),
+    "hallucinated label counted as a class": (hallucinated_label_as_a_class, OUTSIDE, {"sets": False}),
+    "frozen random end-of-audio vector": (frozen_random_vector, RANDOM, TOKENS),
+    "schedule not restored": (schedule_not_restored, RESUME, {"kills": (4,)}),
+    "data order not restored": (data_order_not_restored, RESUME, {"kills": (4,)}),
+    "generators not restored": (generators_not_restored, RESUME, {"kills": (4,)}),
 }
 
 
-@pytest.fixture
-def fixtures(models: Path, corpus: Shards, examples: list[Example], tmp_path: Path) -> Fixtures:
-    return Fixtures(models, corpus, examples, tmp_path)
+@pytest.fixture(scope="module")
+def whole(models: Path, corpus: Shards, tmp_path_factory: Factory) -> tuple[Trial, Path]:
+    """A run that is not killed, to compare one that is killed between two checkpoints with."""
+    trial, folder = test_resume.RESUMED["lora-dropout"], tmp_path_factory.mktemp("whole")
+    trial.run(models, corpus, folder)
+    return trial, folder
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_noticed(fault: str, fixtures: Fixtures, monkeypatch: Patch) -> None:
-    put_back, (guard, arguments) = FAULTS[fault]
-    given = arguments(fixtures)
+def test_fault_is_noticed(fault: str, monkeypatch: Patch, request: pytest.FixtureRequest) -> None:
+    put_back, guard, given = FAULTS[fault]
+    names = [name for name in inspect.signature(guard).parameters if name not in (*given, "stages", "monkeypatch")]
+    given = given | {name: request.getfixturevalue(name) for name in names}
     put_back(monkeypatch)
+    if "monkeypatch" in inspect.signature(guard).parameters:
+        given["monkeypatch"] = pytest.MonkeyPatch()  # the guard undoes its own patches, and keeps the fault
     with pytest.raises((AssertionError, pytest.fail.Exception)) as noticed:
         guard(**given)
     # The comparison of a test must fail, not an invariant of the code that the fault happens to violate.
@@ -319,7 +288,6 @@ def test_packing_without_a_cache_is_no_fault(models: Path, examples: list[Exampl
 
 def test_documents_list_the_same_faults() -> None:
     listed = dict(re.findall(r"^\| ([^|]+?) \| `([^`]+)` \|$", DOCS.read_text(), re.MULTILINE))
-    guards = {fault: guard for fault, (_, (guard, _)) in FAULTS.items()}
     assert listed == {
-        fault: f"{guard.__module__.rsplit('.', 1)[-1]}::{guard.__name__}" for fault, guard in guards.items()
+        fault: f"{guard.__module__.rsplit('.', 1)[-1]}::{guard.__name__}" for fault, (_, guard, _) in FAULTS.items()
     }

@@ -136,14 +136,13 @@ def test_oldest_turns_are_dropped_first(models: Path, example: Example) -> None:
         assert limits.prompt(example).dropped_turns == dropped
 
 
-@pytest.mark.parametrize(
-    ("extra", "kept"), [(-1, "client: so\n"), (0, "therapist: i want it\nclient: so\n"), (None, "")]
-)
-def test_history_tokens_limits_earlier_turns(extra: int | None, kept: str, models: Path, example: Example) -> None:
-    history = sum(len(builder(models).tokenizer.ids(turn)) for turn in ("therapist: i want it\n", "client: so\n"))
-    prompts = builder(models, **BARE, prompt={"history_tokens": 0 if extra is None else history + extra})
-    assert prompt_text(prompts, example) == f"{kept}client: really now\nlabel:"
-    assert prompts.prompt(example).dropped_turns == 2 - kept.count("\n")
+def test_history_tokens_limits_earlier_turns(models: Path, example: Example) -> None:
+    turns = ["therapist: i want it\n", "client: so\n"]
+    history = sum(len(builder(models).tokenizer.ids(turn)) for turn in turns)
+    for limit, kept in ((history, turns), (history - 1, turns[1:]), (0, [])):
+        prompts = builder(models, **BARE, prompt={"history_tokens": limit})
+        assert prompt_text(prompts, example) == f"{''.join(kept)}client: really now\nlabel:"
+        assert prompts.prompt(example).dropped_turns == 2 - len(kept)
 
 
 def test_audio_turn_is_never_dropped(models: Path, reply: Example) -> None:
@@ -181,22 +180,19 @@ def test_answers_end_with_eos_and_are_plain_words(models: Path) -> None:
     assert shared_prefixes({label: answers[label] for label in ("change", "sustain")}) == []
 
 
-@pytest.mark.parametrize("special", ["</s>", "<s>", "<pad>"])
-def test_special_token_in_a_transcript_is_plain_text(
-    special: str, models: Path, tmp_path: Path, example: Example
-) -> None:
-    spelt = replace(
-        example, turns=(("therapist", f"i {special} it"), ("client", f"{special} so {special}")), audio_turn=1
-    )
+def test_special_token_in_a_transcript_is_plain_text(models: Path, tmp_path: Path, example: Example) -> None:
     prompts = builder(models, **BARE)
-    tokenizer = prompts.tokenizer.hf
-    assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]
-    assert not set(prompts.prompt(spelt).ids[1:]) & set(tokenizer.all_special_ids)
-    assert prompt_text(prompts, spelt) == f"therapist: i {special} it\nclient: {special} so {special}\nlabel:"
-    assert not set(prompts.answer(special).inputs) & set(tokenizer.all_special_ids)
     chat = builder(models, with_template(models, tmp_path, CHAT), **BARE, prompt={"format": "chat"})
-    specials = [token for token in chat.prompt(spelt).ids if token in tokenizer.all_special_ids]
-    assert specials == tokenizer("<s></s><s>", add_special_tokens=False)["input_ids"]
+    tokenizer = prompts.tokenizer.hf
+    for special in ("</s>", "<s>", "<pad>"):
+        turns = (("therapist", f"i {special} it"), ("client", f"{special} so {special}"))
+        spelt = replace(example, turns=turns, audio_turn=1)
+        assert tokenizer(special, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(special)]
+        assert not set(prompts.prompt(spelt).ids[1:]) & set(tokenizer.all_special_ids)
+        assert prompt_text(prompts, spelt) == f"therapist: i {special} it\nclient: {special} so {special}\nlabel:"
+        assert not set(prompts.answer(special).inputs) & set(tokenizer.all_special_ids)
+        specials = [token for token in chat.prompt(spelt).ids if token in tokenizer.all_special_ids]
+        assert specials == tokenizer("<s></s><s>", add_special_tokens=False)["input_ids"]
 
 
 def test_chat_format_uses_the_chat_template(models: Path, tmp_path: Path, example: Example) -> None:
@@ -290,19 +286,15 @@ def words_only(tmp_path: Path) -> Path:
     return tmp_path / "words"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "key"),
-    [
+def test_words_outside_the_vocabulary_are_refused(models: Path, words_only: Path) -> None:
+    roles = {"separator": " [SEP] ", "roles": {"client": "Patient"}}
+    for prompt, key in (
         ({"separator": " [END] "}, r"model\.prompt\.separator: ' \[END\] '"),
-        ({"separator": " [SEP] ", "roles": {"client": "Patient"}}, r"model\.prompt\.roles\.client: 'Patient'"),
-    ],
-)
-def test_words_outside_the_vocabulary_are_refused(
-    prompt: dict[str, Any], key: str, models: Path, words_only: Path
-) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} is not in the vocabulary of .*; use other words") as error:
-        builder(models, words_only, prompt=prompt)
-    assert "\n" not in str(error.value)
+        (roles, r"model\.prompt\.roles\.client: 'Patient'"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{key} is not in the vocabulary of .*; use other words") as error:
+            builder(models, words_only, prompt=prompt)
+        assert "\n" not in str(error.value)
 
 
 def test_labels_that_cannot_be_told_apart_are_refused(models: Path, words_only: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sessions of synthetic speech whose true times are known, and a CTC model that was trained on such speech."""
+"""Sessions of synthetic speech with known times, and a CTC model that is trained on such speech."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -38,20 +38,20 @@ SMALL = {
 
 
 def pause(rng: np.random.Generator, seconds: float) -> np.ndarray:
-    """The hiss of a room in which nobody speaks, int16."""
+    """Return the hiss of a room without speech, int16."""
     return np.round(rng.standard_normal(round(seconds * SAMPLE_RATE)) * 60).astype(np.int16)
 
 
 def speech(
-    rng: np.random.Generator, voice: synthetic.Voice, said: synthetic.Utterance | None = None
+    rng: np.random.Generator, voice: synthetic.Voice, utterance: synthetic.Utterance | None = None
 ) -> tuple[str, synthetic.Clip]:
-    """Three to five words, or those given."""
-    said = said or synthetic.utterance(rng)
-    return " ".join(said.words), synthetic.speak(said, voice, rng)
+    """Speak three to five words, or an utterance."""
+    utterance = utterance or synthetic.utterance(rng)
+    return " ".join(utterance.words), synthetic.speak(utterance, voice, rng)
 
 
 def session(seed: int, n_turns: int) -> tuple[np.ndarray, list[Turn], np.ndarray]:
-    """Two speakers in turn, with a pause after each turn; every third turn is a mere "okay".
+    """Return a session of two speakers in turn, with a pause after each turn; every third turn is "okay".
 
     Returns:
         The recording (int16), the turns with a start in whole seconds and the next one's as their end, as AnnoMI has
@@ -72,10 +72,10 @@ def session(seed: int, n_turns: int) -> tuple[np.ndarray, list[Turn], np.ndarray
 
 
 def make_ctc(folder: Path) -> None:
-    """A small w2v-BERT with a token for each word.
+    """Save a small w2v-BERT with a token for each word.
 
-    CTC alone would do, but then it names a whole word in one frame, mostly its last one: cross-entropy of every frame
-    makes it name the word as long as it lasts, as models with characters do.
+    With CTC alone it names a word in one frame, mostly the last one. Cross-entropy of every frame makes it name the
+    word as long as it lasts, as models with characters do.
     """
     extractor, tokenizer = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40), word_tokenizer()
     features, frames, targets = clips(extractor, tokenizer, count=300)
@@ -97,25 +97,27 @@ def make_ctc(folder: Path) -> None:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the synthetic corpus."""
+    """Return a tokenizer with one token for each word of the synthetic corpus."""
     words = ("<pad>", "<unk>", *synthetic.WORDS)
-    core = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
 
 
 def clips(extractor, tokenizer, count: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Two utterances and pauses each: features, the token of every frame, and the tokens of the words."""
+    """Return clips of two utterances and pauses: features, the token of every frame, and the tokens of the words."""
     rng = np.random.default_rng(12)
     waves, frames, targets = [], [], []
     for _ in range(count):
-        texts, said = zip(*(speech(rng, synthetic._voice(rng)) for _ in range(2)), strict=True)
-        room = SECONDS - sum(len(clip.audio) for clip in said) / SAMPLE_RATE
+        texts, spoken = zip(*(speech(rng, synthetic._voice(rng)) for _ in range(2)), strict=True)
+        room = SECONDS - sum(len(clip.audio) for clip in spoken) / SAMPLE_RATE
         gaps = [pause(rng, gap) for gap in rng.dirichlet((1, 1, 1)) * room + (0, 0, 1)]
-        wave = np.concatenate([gaps[0], said[0].audio, gaps[1], said[1].audio, gaps[2]])
+        wave = np.concatenate([gaps[0], spoken[0].audio, gaps[1], spoken[1].audio, gaps[2]])
         silent = [np.full(len(gap), BLANK) for gap in gaps]
         first = len(tokenizer) - len(synthetic.WORDS)
-        token = np.concatenate([silent[0], said[0].words_at + first, silent[1], said[1].words_at + first, silent[2]])
+        token = np.concatenate(
+            [silent[0], spoken[0].words_at + first, silent[1], spoken[1].words_at + first, silent[2]]
+        )
         waves.append(waveform(wave[: SECONDS * SAMPLE_RATE]))
         frames.append(token[HOP // 2 : SECONDS * SAMPLE_RATE : HOP])
         targets.append(torch.tensor(tokenizer(" ".join(texts))["input_ids"]))
