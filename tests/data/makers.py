@@ -104,11 +104,7 @@ COLUMNS = "conversation speaker text label start end"
 
 
 def records(dialogues: Dialogues) -> list[dict[str, object]]:
-    rows = [
-        [name, turn.speaker, turn.text, turn.label, turn.start, turn.end]
-        for name in dialogues
-        for turn in dialogues[name]
-    ]
+    rows = [(name, *turn) for name, said in dialogues.items() for turn in said]
     return [dict(zip(COLUMNS.split(), row, strict=True)) for row in rows]
 
 

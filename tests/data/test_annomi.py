@@ -93,18 +93,17 @@ def test_sessions_have_group_and_quality(tmp_path: Path) -> None:
     assert corpus.labels == ("change", "neutral", "sustain", "other", "question", "reflection", "therapist_input")
 
 
-@pytest.mark.parametrize(("code", "said"), [("chnge", "did you mean 'change'"), ("", "label '' is unknown")])
-def test_unknown_or_missing_label_is_found_by_validation(tmp_path: Path, code: str, said: str) -> None:
+@pytest.mark.parametrize(("code", "message"), [("chnge", "did you mean 'change'"), ("", "label '' is unknown")])
+def test_unknown_or_missing_label_is_found_by_validation(tmp_path: Path, code: str, message: str) -> None:
     corpus = read(write(tmp_path, sessions=1, at1=row(0, 1, "00:00:02", code)))
-    assert corpus.conversations[0].turns[1].label == code
     check(corpus)
     (finding,) = (finding for finding in corpus.findings if finding.code == "E_LABEL")
     assert (finding.where, finding.utterance) == ("annomi.csv:3", "0/1")
-    assert said in finding.message
+    assert message in finding.message
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (row(0, 1, "00:00:02").replace(",high,", ",hihg,"), "mi_quality 'hihg' is unknown; use one of high, low"),
         (low(row(0, 1, "00:00:02")), "mi_quality is 'low', but 'high' at annomi.csv:2; a session has only one"),
@@ -114,10 +113,10 @@ def test_unknown_or_missing_label_is_found_by_validation(tmp_path: Path, code: s
         (row(0, 1, "00:00:02").replace('"', ""), "more cells"),
     ],
 )
-def test_invalid_row_is_refused_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+def test_invalid_row_is_refused_with_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(DataError, match=r"^annomi\.csv:3: ") as error:
         read(write(tmp_path, at1=line))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -128,26 +127,22 @@ def test_id_of_two_utterances_fails(tmp_path: Path) -> None:
 
 
 def test_full_version_uses_the_majority_vote(tmp_path: Path) -> None:
-    codes = ["neutral", "change", "change", "neutral", "change", "sustain"]
-    corpus = read(write_full(tmp_path, *codes))
+    corpus = read(write_full(tmp_path, "neutral", "change", "change", "neutral", "change", "sustain"))
     first, last = corpus.conversations[0].turns
     assert (first.label, first.votes) == ("change", {"change": 3, "neutral": 2, "sustain": 1})
     assert (first.text, first.where, first.span) == ("text by 0", "annomi.csv:2", (1.0, 3.0))
     assert (last.label, last.votes) == ("neutral", {})
     assert found(corpus) == [("W_TS_OPEN", "0/1")]
-
-
-def test_tied_vote_uses_the_first_label_and_is_flagged(tmp_path: Path) -> None:
-    corpus = read(write_full(tmp_path, "sustain", "neutral", "sustain", "neutral", "change"))
-    first = corpus.conversations[0].turns[0]
+    tied = read(write_full(tmp_path, "sustain", "neutral", "sustain", "neutral", "change"))
+    first = tied.conversations[0].turns[0]
     assert (first.label, first.flags) == ("neutral", ("W_LABEL_TIE",))
-    assert "5 annotators gave neutral, sustain 2 x each" in {finding.message for finding in corpus.findings}
+    assert "5 annotators gave neutral, sustain 2 x each" in {finding.message for finding in tied.findings}
 
 
 def test_clips_are_cut_between_starts(tmp_path: Path) -> None:
     audio = tmp_path / "audio"
     audio.mkdir()
-    for session, (rate, channels) in enumerate([(16_000, 1), (44_100, 2), (22_050, 1)]):
+    for session, (rate, channels) in enumerate([(16_000, 1), (22_050, 2), (8_000, 1)]):
         noise = np.random.default_rng(session).standard_normal((13 * rate, channels)) * 0.1
         soundfile.write(audio / f"{session}.wav", noise, rate)
     shards = prepare(read(write(tmp_path, sessions=3), audio), tmp_path / "shards")
