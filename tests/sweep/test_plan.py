@@ -236,7 +236,7 @@ def dying(run: DryRun) -> DryRunResult:
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_profile_that_kills_its_process_is_excluded(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
