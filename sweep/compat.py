@@ -39,8 +39,8 @@ def lean_trainer(workers: int) -> "type[DataParallelTrainer]":
 
     One worker joins no process group, so `DataParallelTrainer` can run it, and neither the Tune actor nor the train
     controller imports torch, as `TorchTrainer` makes them do. The manager of datasets is left out: a trial opens its
-    own. One worker group takes 23.5 CPU-seconds, and 28.5 with the public `TorchTrainer`: median of four starts in
-    turns, `python -m tests.bench groups`.
+    own. A worker group takes 23.5 CPU-seconds, and 28.1 with the public `TorchTrainer` (medians of three starts in
+    turns, `tests/bench/results/groups.json`), so the private classes stay.
     """
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
