@@ -4,7 +4,7 @@ The terminal, MLflow's note and the report draw the same `Leaderboard`; the repo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.formats import format_duration, format_narrow_interval, format_number, format_value
@@ -78,7 +78,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if has_intervals else "")
     return Leaderboard(
         table=TableView(
-            _in_order_of_dropping(columns, rows),
+            _with_priorities(columns, rows),
             rows,
             title=f"{config.name}: trials by {objective}",
             has_best=bool(rows) and rows[0][1] == "COMPLETE",
@@ -114,16 +114,14 @@ def _with_interval(folder: Path, trial: TrialRecord, name: str, value: float | N
     return format_narrow_interval(value, limits.low, limits.high, digits)
 
 
-def _in_order_of_dropping(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[Column]:
-    """Number the columns that a narrow terminal may leave out: first what is the same in all trials, then metrics, then
-    parameters, from the right."""
+def _with_priorities(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """Number the columns that a narrow terminal may leave out: parameters from the left, then metrics, and last what is
+    the same in all trials."""
 
     def importance(index: int) -> tuple[int, int]:
-        constant = len({row[index] for row in rows}) == 1 and len(rows) > 1
-        return 0 if constant else 1 if columns[index].group in ("metrics", "subsets") else 2, -index
+        is_constant = len({row[index] for row in rows}) == 1 and len(rows) > 1
+        return 2 if is_constant else 1 if columns[index].group in ("metrics", "subsets") else 0, index
 
     optional = [index for index, column in enumerate(columns) if column.group != "trial"]
-    numbers = {index: drop for drop, index in enumerate(sorted(optional, key=importance, reverse=True), start=1)}
-    return [
-        Column(column.name, column.is_text, column.group, numbers.get(index, 0)) for index, column in enumerate(columns)
-    ]
+    priorities = {index: number for number, index in enumerate(sorted(optional, key=importance), start=1)}
+    return [replace(column, priority=priorities.get(index, 0)) for index, column in enumerate(columns)]

@@ -20,7 +20,7 @@ class Column:
     name: str
     is_text: bool = False  # aligned to the left
     group: str = ""  # what a renderer may select by, see `TableView.select`
-    drop: int = 0  # in a narrow terminal the column with the highest number is left out first; 0: never
+    priority: int = 0  # order of importance in a narrow terminal, which leaves out what does not fit; 0: always shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TableView:
 def to_terminal(view: TableView, console: Console) -> tuple[Table, list[str]]:
     """Fit a table into a terminal.
 
-    What does not fit loses the limits of its intervals, then half of the space between columns, then columns.
+    A wide table loses the limits of its intervals, then half of the space between columns, then columns.
 
     Returns:
         The table, and the names of the columns that were left out.
@@ -59,12 +59,12 @@ def to_terminal(view: TableView, console: Console) -> tuple[Table, list[str]]:
         widths = _widths(view, console)
     if sum(widths) + gap * (len(widths) - 1) > room:
         gap = 1
-    kept = list(range(len(widths)))
-    while sum(widths[index] for index in kept) + gap * (len(kept) - 1) > room:
-        last = max(kept, key=lambda index: view.columns[index].drop)
-        if not view.columns[last].drop:
-            break
-        kept.remove(last)
+    # In the order of their importance, columns are shown that still fit.
+    used, kept = -gap, set[int]()
+    for index in sorted(range(len(widths)), key=lambda index: view.columns[index].priority):
+        if not view.columns[index].priority or used + gap + widths[index] <= room:
+            used += gap + widths[index]
+            kept.add(index)
     dropped = [column for index, column in enumerate(view.columns) if index not in kept]
     view = view.select(lambda column: column not in dropped)
     table = Table(
@@ -99,7 +99,7 @@ def _widths(view: TableView, console: Console) -> list[int]:
 def _fold_intervals(view: TableView) -> TableView:
     """Leave out the limits of intervals, except in columns that are always shown."""
     rows = [
-        [cell.partition(" [")[0] if column.drop else cell for column, cell in zip(view.columns, row, strict=True)]
+        [cell.partition(" [")[0] if column.priority else cell for column, cell in zip(view.columns, row, strict=True)]
         for row in view.rows
     ]
     return replace(view, rows=rows)
