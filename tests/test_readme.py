@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from sweep import run_sweep
 from tests.data.test_annomi import write
 from tests.security.planted import KEEPING_RAY, LOGS, files, found_in, kept_folders, plant
 from tests.sweep.common import sweep
@@ -100,6 +101,11 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     first = outputs["sweep run demo"]
     assert (again.code, "starting Ray" in first, "starting Ray" in again.out) == (0, True, False)
     assert "demo: trials by macro_f1" in again.out
+    # So does the same from Python.
+    outcome = run_sweep("demo", progress=False)
+    assert (outcome.state, len(outcome.trials)) == ("done", status["target_trials"])
+    assert outcome.best is not None
+    assert f"trial {outcome.best.number}" in outputs["sweep best runs/demo"]
     assert (tmp_path / "runs/demo/study.journal").read_bytes() == journal
 
 
