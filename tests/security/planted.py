@@ -13,7 +13,7 @@ from pathlib import Path
 from sweep.cli.app import main
 delete = shutil.rmtree
 def keep(path, *args, **options):
-    if "ray" in Path(path).name:
+    if Path(path).name == "ray" or Path(path).name.startswith("sweep-ray-"):
         print("kept", path, flush=True)
     else:
         delete(path, *args, **options)
