@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
-def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
+def test_commands_have_the_options_they_are_given(page: Path) -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for line, _ in commands(page):
         words = shlex.split(line.replace("[", "").replace("]", ""))
@@ -88,13 +88,13 @@ def test_commands_are_given_by_a_test_or_say_what_they_need(page: Path) -> None:
         assert all((ROOT / path).exists() for path in given)
 
 
-def test_the_example_of_a_configuration_is_one() -> None:
+def test_example_of_a_configuration_is_valid() -> None:
     (block,) = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs/sweep.md").read_text(), flags=re.DOTALL)
     config = parse(yaml.safe_load(block), "docs/sweep.md")
     assert len(config.search.space) == 6
 
 
-def test_the_runbook_names_what_the_program_says() -> None:
+def test_runbook_quotes_messages_of_the_program() -> None:
     text = (ROOT / "docs/cluster.md").read_text().partition("## Runbook")[2]
     rows = re.findall(r"^\| ([^|]+) \|", text, flags=re.MULTILINE)[2:]
     assert len(rows) > 12

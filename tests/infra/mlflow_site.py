@@ -12,7 +12,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -34,38 +33,32 @@ host all all 127.0.0.1/32 scram-sha-256
 
 
 def settings(**values: object) -> str:
-    """env.example with other values; also a commented setting can be given one."""
+    """Return env.example with other values; a commented setting can be given one, too."""
     text = (INFRA / "env.example").read_text()
     for name, value in values.items():
-        text, found = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
-        assert found == 1, name
+        text, count = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+        assert count == 1, name
     return text
 
 
-@dataclass
 class Site:
     """The server, and the commands of its administrator."""
 
-    folder: Path
-    postgres: Postgres
-    database: str = "mlflow"
-    port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
-        self.artifacts, self.backups = self.folder / "artifacts", self.folder / "backups"
-        self.secrets, self.log = self.folder / "secrets", self.folder / "server.log"
+    def __init__(self, folder: Path, postgres: Postgres, database: str = "mlflow") -> None:
+        self.folder, self.postgres, self.database = folder, postgres, database
+        self.artifacts, self.backups, self.secrets = (folder / name for name in ("artifacts", "backups", "secrets"))
+        self.port, self.process = free_port(), None
         self.uri = f"http://127.0.0.1:{self.port}"
         subprocess.run([INFRA / "secrets.sh", self.secrets], check=True)
         self.configure()
-        self.sql(f"CREATE ROLE {self.database} LOGIN PASSWORD '{self.secret('database-password')}'")
+        self.sql(f"CREATE ROLE {database} LOGIN PASSWORD '{self.secret('database-password')}'")
         self.make_database()
-        (self.postgres.data / "pg_hba.conf").write_text(ACCESS)
+        (postgres.data / "pg_hba.conf").write_text(ACCESS)
         self.sql("SELECT pg_reload_conf()")
 
-    def configure(self, *more: str, **values: object) -> None:
-        """Write /etc/mlflow/env, so to say."""
-        own = {
+    def configure(self, *more: str, **changed: object) -> None:
+        """Write the file that stands for /etc/mlflow/env."""
+        values = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "MLFLOW_SECRETS": self.secrets,
             "PGHOST": "127.0.0.1",
@@ -77,7 +70,7 @@ class Site:
             "MLFLOW_WORKERS": 1,
             "MLFLOW_PUBLIC_HOST": PUBLIC,
         }
-        lines = [settings(**own | values), f"PGPORT={self.postgres.port}", *more]
+        lines = [settings(**values | changed), f"PGPORT={self.postgres.port}", *more]
         (self.folder / "env").write_text("\n".join(lines) + "\n")
 
     @property
@@ -95,40 +88,35 @@ class Site:
         self.sql(f"CREATE DATABASE {self.database} OWNER {self.database} ENCODING 'UTF8' TEMPLATE template0")
 
     def lose_everything(self) -> None:
-        """Database and artifacts are gone."""
+        """Drop the database and the artifacts."""
         self.sql(f"DROP DATABASE {self.database}")
         shutil.rmtree(self.artifacts)
 
-    def call(self, script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    def call(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a script of the administrator's, in the environment of cron."""
-        command = [str(INFRA / script), *map(str, words)]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [INFRA / script, *words], env=self.environment, capture_output=True, text=True, check=False
+        )
 
-    def do(self, script: str, *words: object) -> str:
-        """The last line of a script that has to succeed."""
-        found = self.call(script, *words)
-        assert found.returncode == 0, f"{script}\n{found.stdout}\n{found.stderr}"
-        return found.stdout.strip().rpartition("\n")[2]
+    def succeed(self, script: str, *words: str) -> list[str]:
+        """Return the lines that a script prints, which has to succeed."""
+        done = self.call(script, *words)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout.splitlines()
 
     def account(self, name: str) -> dict[str, str]:
-        """What a user puts into the environment."""
-        found = self.call("account.sh", "add", name)
-        assert found.returncode == 0, found.stderr
-        given = dict(line.split("=", 1) for line in found.stdout.splitlines())
-        return {"MLFLOW_TRACKING_URI": self.uri, **given}
+        """Add an account; return what its user puts into the environment."""
+        lines = self.succeed("account.sh", "add", name)
+        return {"MLFLOW_TRACKING_URI": self.uri, **dict(line.split("=", 1) for line in lines)}
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
+        path = self.folder / "server.log"
+        with path.open("ab") as log:
             self.process = subprocess.Popen(
-                [INFRA / "serve.sh"],
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
+                [INFRA / "serve.sh"], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(lambda: self.process.poll() is not None or answers(self.uri), 300)
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        wait_for(lambda: self.process.poll() is not None or status(f"{self.uri}/health") == 200, 300)
+        assert self.process.poll() is None, path.read_text()[-3000:]
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
         """End the server and what it started."""
@@ -139,19 +127,13 @@ class Site:
             self.process = None
 
 
-def answers(uri: str) -> bool:
-    """Whether the server is healthy, as a probe asks: without an account."""
-    return status(f"{uri}/health") == 200
-
-
-def status(url: str, user: dict[str, str] | None = None, body: object = None, **more: str) -> int:
+def status(url: str, user: dict[str, str] | None = None, body: object = None, **headers: str) -> int:
     """Return the status of a request with or without an account; 0 if the server does not answer."""
-    headers = {"Content-Type": "application/json", **{name.title(): value for name, value in more.items()}}
+    headers = {"Content-Type": "application/json", **{name.title(): value for name, value in headers.items()}}
     if user is not None:
         pair = f"{user['MLFLOW_TRACKING_USERNAME']}:{user['MLFLOW_TRACKING_PASSWORD']}"
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
         return int(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).status)
     except urllib.error.HTTPError as error:
@@ -164,11 +146,8 @@ def status(url: str, user: dict[str, str] | None = None, body: object = None, **
 def acting(user: dict[str, str]) -> Iterator[MlflowClient]:
     """Yield a client that acts as this user only."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.delenv(name)
-        for name, value in user.items():
+        for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
+            patch.delenv(name)
+        for name, value in (user | {"no_proxy": "127.0.0.1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}).items():
             patch.setenv(name, value)
-        patch.setenv("no_proxy", "127.0.0.1")
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         yield MlflowClient(user["MLFLOW_TRACKING_URI"])

@@ -92,12 +92,12 @@ class Slurm:
 
 
 def processes_of(job: int) -> list[psutil.Process]:
-    """What still runs of a job, on all nodes."""
-    return _with("SLURM_JOB_ID", str(job))
+    """Return the processes of a job that still run, on all nodes."""
+    return with_variable("SLURM_JOB_ID", str(job))
 
 
-def _with(name: str, value: str) -> list[psutil.Process]:
-    """Processes in whose environment a variable has this value."""
+def with_variable(name: str, value: str) -> list[psutil.Process]:
+    """Return the processes in whose environment a variable has this value."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -151,6 +151,6 @@ def _stop(folder: Path) -> None:
             daemon = psutil.Process(int((folder / f"{name}.pid").read_text()))
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(20)  # which writes files until then
-    for process in _with("SLURM_CONF", str(folder / "slurm.conf")):  # a job that a failed test left
+    for process in with_variable("SLURM_CONF", str(folder / "slurm.conf")):  # a job that a failed test left
         with suppress(psutil.Error):
             process.kill()

@@ -10,95 +10,64 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
+from tests.infra.test_upload import ROOT, SOURCES
 
-from tests.infra.test_upload import SOURCES
-
-ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text()
 DEFINITION = (ROOT / "infra/sweep.def").read_text()
+COPIED = {name for names in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()}
 
 
-def installs(text: str) -> list[str]:
-    return re.findall(r"^(?:RUN| +)\s*(pip install .*)$", text, re.MULTILINE)
+def test_dockerfile_is_clean_and_the_linter_sees_faults(tmp_path: Path) -> None:
+    linter, faults = Path(sys.executable).parent / "hadolint", {"USER 1000:1000": "USER root", "bookworm": "bookworm:"}
+    for old, new in {"": "", **faults, "--no-install-recommends ": ""}.items():
+        (tmp_path / "Dockerfile").write_text(DOCKERFILE.replace(old, new))
+        done = subprocess.run([linter, tmp_path / "Dockerfile"], capture_output=True, text=True, check=False)
+        assert (done.returncode == 0 and done.stdout == "") == (old == ""), done.stdout
 
 
-def sections() -> dict[str, list[str]]:
-    """Lines of the Apptainer definition by section; its header is ''."""
-    found: dict[str, list[str]] = {"": []}
-    for line in DEFINITION.splitlines():
-        if line.startswith("%"):
-            found[line[1:]] = []
-        elif line.strip():
-            found[list(found)[-1]].append(line.strip())
-    return found
+def test_both_images_are_installed_alike_from_the_lock() -> None:
+    """With its hashes, from the same base, compiled; by no address of a registry or an index; and not run by root."""
 
+    def installs(text: str) -> list[str]:
+        return re.findall(r"^(?:RUN| +)\s*(pip install .*)$", text, re.MULTILINE)
 
-def copied() -> list[str]:
-    return [
-        source for source, _ in re.findall(r"^COPY (.+) (\S+)$", DOCKERFILE, re.MULTILINE) for source in source.split()
-    ]
-
-
-def test_the_dockerfile_is_clean() -> None:
-    linter = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([linter, ROOT / "infra/Dockerfile"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
-
-
-@pytest.mark.parametrize(
-    "damage", [("USER 1000:1000", "USER root"), ("--no-install-recommends ", ""), ("bookworm", "bookworm:")]
-)
-def test_the_linter_sees_faults(damage: tuple[str, str], tmp_path: Path) -> None:
-    (tmp_path / "Dockerfile").write_text(DOCKERFILE.replace(*damage))
-    linter = Path(sys.executable).parent / "hadolint"
-    assert subprocess.run([linter, tmp_path / "Dockerfile"], capture_output=True, check=False).returncode != 0
-
-
-def test_both_images_install_the_lock_with_hashes_and_compile_it() -> None:
-    lock, own = installs(DOCKERFILE)
-    assert installs(DEFINITION) == [lock, own]
+    lock, packages = installs(DOCKERFILE)
+    assert installs(DEFINITION) == [lock, packages]
     assert "--require-hashes" in lock and lock.endswith("--requirement requirements.lock")
-    assert "--no-deps --no-build-isolation" in own
-    assert all("--compile" in line for line in (lock, own))
-    assert re.search(r"^FROM (\S+)$", DOCKERFILE, re.MULTILINE)[1] == sections()[""][1].removeprefix("From: ")  # type: ignore[index]
-
-
-def test_the_image_runs_as_somebody_who_is_not_root() -> None:
-    users = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)
-    assert users == ["1000:1000"]
+    assert "--no-deps --no-build-isolation" in packages
+    assert all("--compile" in line for line in (lock, packages))
+    [base] = re.findall(r"^FROM (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert f"From: {base}\n" in DEFINITION
+    for text in (DOCKERFILE, DEFINITION):
+        assert not re.search(r"://|--(extra-)?index-url|(FROM|From:) \S*/", text)
+    assert re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE) == ["1000:1000"]
     assert DOCKERFILE.index("USER") > DOCKERFILE.rindex("RUN")
 
 
-def test_only_what_the_image_copies_is_sent_to_the_builder() -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    assert lines[0] == "*"
-    assert {line.removeprefix("!") for line in lines[1:] if line.startswith("!")} == set(copied())
-    assert [line for line in lines[1:] if not line.startswith("!")] == ["**/__pycache__"]
+def test_builder_gets_only_what_the_image_copies() -> None:
+    first, *lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert first == "*"
+    assert {line.removeprefix("!") for line in lines if line.startswith("!")} == COPIED
+    assert [line for line in lines if not line.startswith("!")] == ["**/__pycache__"]
 
 
 def test_apptainer_definition_copies_what_docker_copies() -> None:
-    found = sections()
-    assert list(found) == ["", "help", "files", "post", "environment", "runscript", "test"]
-    assert found[""][0] == "Bootstrap: docker"
-    assert found["runscript"] == ['exec sweep "$@"']
-    files = [line.split()[0] for line in found["files"]]
-    assert set(files) == set(copied()) - {"infra/k8s/job.sh"}  # that is for Kubernetes
+    header, *parts = re.split(r"^%", DEFINITION, flags=re.MULTILINE)
+    sections = {name: [line.strip() for line in rest if line.strip()] for name, *rest in map(str.splitlines, parts)}
+    assert list(sections) == ["help", "files", "post", "environment", "runscript", "test"]
+    assert header.startswith("Bootstrap: docker\n")
+    assert sections["runscript"] == ['exec sweep "$@"']
+    # job.sh is for Kubernetes.
+    assert {line.split()[0] for line in sections["files"]} == COPIED - {"infra/k8s/job.sh"}
 
 
-def test_what_is_copied_is_enough_to_install_the_packages_whole(tmp_path: Path) -> None:
-    for name in copied():
-        target = tmp_path / "context" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+def test_copied_files_install_the_packages_in_full(tmp_path: Path) -> None:
+    for name in COPIED:
+        (target := tmp_path / "context" / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, target)
     words = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, "."]
     subprocess.run([sys.executable, *words], cwd=tmp_path / "context", check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = set(wheel.namelist())
-    assert {name for name in names if ".dist-info/" not in name} == SOURCES
-
-
-def test_no_address_of_a_registry_or_an_index_is_written() -> None:
-    for text in (DOCKERFILE, DEFINITION):
-        assert not re.search(r"://|--(extra-)?index-url|(FROM|From:) \S*/", text)
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == SOURCES | {f"{package}/py.typed" for package in ("data", "model", "sweep")}

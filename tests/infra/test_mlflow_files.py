@@ -1,6 +1,5 @@
 """The files of `infra/mlflow`: each one is checked, and the check must notice a broken copy."""
 
-import copy
 import re
 import shutil
 import subprocess
@@ -85,10 +84,6 @@ def faults(content: dict[str, Any]) -> list[str]:
     return found + (["the database can be reached"] if "ports" in database or inside != [True] else [])
 
 
-def test_the_compose_file_is_safe_and_complete() -> None:
-    assert faults(compose()) == []
-
-
 BREAK: dict[str, Callable[[dict[str, Any]], object]] = {
     "a key is misspelt": lambda it: it["services"]["server"].update(enviroment={}),
     "a port is open to all": lambda it: it["services"]["server"].update(ports=["5000:5000"]),
@@ -102,27 +97,25 @@ BREAK: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", BREAK)
-def test_a_broken_compose_file_is_noticed(name: str) -> None:
-    BREAK[name](broken := copy.deepcopy(compose()))
-    assert faults(broken) != []
+def test_compose_file_is_safe_and_its_broken_copies_are_not() -> None:
+    assert faults(compose()) == []
+    for name, damage in BREAK.items():
+        damage(broken := compose())
+        assert faults(broken), name
 
 
-def test_compose_itself_accepts_it(tmp_path: Path) -> None:
+def test_compose_itself_accepts_its_file(tmp_path: Path) -> None:
+    def runs(command: list[str], **environment: str) -> bool:
+        env = {"PATH": "/usr/bin:/bin:/usr/local/bin", **environment}
+        return subprocess.run(command, capture_output=True, check=False, env=env).returncode == 0
+
     commands = [["docker", "compose"], ["docker-compose"]]
-    able = [words for words in commands if shutil.which(words[0]) and _runs([*words, "version"])]
-    if not able:
+    usable = [words for words in commands if shutil.which(words[0]) and runs([*words, "version"])]
+    if not usable:
         pytest.skip("no docker compose here: install docker-compose-plugin, or docker-compose")
-    command = [*able[0], "-f", str(INFRA / "compose.yaml"), "config", "--quiet"]
-    assert _runs(command, MLFLOW_SECRETS=str(tmp_path))
-    assert not _runs(command), "without MLFLOW_SECRETS it would start without secrets"
-
-
-def _runs(command: list[str], **environment: str) -> bool:
-    found = subprocess.run(
-        command, capture_output=True, check=False, env={"PATH": "/usr/bin:/bin:/usr/local/bin", **environment}
-    )
-    return found.returncode == 0
+    command = [*usable[0], "-f", str(INFRA / "compose.yaml"), "config", "--quiet"]
+    assert runs(command, MLFLOW_SECRETS=str(tmp_path))
+    assert not runs(command), "without MLFLOW_SECRETS it would start without secrets"
 
 
 def test_image_is_clean_and_gets_only_what_it_needs() -> None:
@@ -138,41 +131,27 @@ def test_image_is_clean_and_gets_only_what_it_needs() -> None:
     assert f"uv=={version} " in text
 
 
-def unit(folder: Path, *change: str) -> Path:
-    """The unit with the path of this checkout, and a change."""
+def complaints(folder: Path, *change: str) -> str:
+    """Return what systemd says about the unit with a change, its hardening included."""
     text = (INFRA / "mlflow.service").read_text().replace("/opt/mlflow/", f"{ROOT}/")
     if change:
         assert change[0] in text
         text = text.replace(*change)
     (path := folder / "mlflow.service").write_text(text)
-    return path
-
-
-def complaints(path: Path) -> str:
-    """What systemd says about a unit, its hardening included."""
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("no systemd-analyze here: install systemd")
-    verified = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
-    rated = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    analyze = ["systemd-analyze", "verify"], ["systemd-analyze", "security", "--offline=true", "--threshold=20"]
+    verified, rated = (subprocess.run([*words, path], capture_output=True, text=True, check=False) for words in analyze)
     return verified.stderr + (rated.stdout if rated.returncode else "")
 
 
-def test_systemd_accepts_the_unit_and_calls_it_hardened(tmp_path: Path) -> None:
-    assert complaints(unit(tmp_path)) == ""
-
-
-@pytest.mark.parametrize(
-    "change",
-    [("ProtectSystem=", "ProtectSytem="), ("serve.sh", "server.sh"), ("CapabilityBoundingSet=\n", "")],
-    ids=["misspelt", "no-such-script", "with-all-rights"],
-)
-def test_a_broken_unit_is_noticed(change: tuple[str, str], tmp_path: Path) -> None:
-    assert complaints(unit(tmp_path, *change)) != ""
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here: install systemd")
+def test_systemd_accepts_the_unit_and_no_broken_copy(tmp_path: Path) -> None:
+    assert complaints(tmp_path) == ""
+    for change in (
+        ("ProtectSystem=", "ProtectSytem="),
+        ("serve.sh", "server.sh"),
+        ("CapabilityBoundingSet=\n", ""),
+    ):
+        assert complaints(tmp_path, *change), change
 
 
 def test_every_setting_of_the_example_is_read() -> None:
@@ -183,71 +162,62 @@ def test_every_setting_of_the_example_is_read() -> None:
 
 
 def refusal(folder: Path, script: str, *words: str, **environment: str) -> str:
-    """The one line of a script that must not start anything."""
-    own = {"PATH": "/usr/bin:/bin", "MLFLOW_SETTINGS": str(folder / "env"), **environment}
-    found = subprocess.run([INFRA / script, *words], env=own, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (2, "")
-    [line] = found.stderr.splitlines()
-    assert line.startswith(f"{script}: ")
-    return line
+    """Return what a script prints that must not start anything."""
+    env = {"PATH": "/usr/bin:/bin", "MLFLOW_SETTINGS": str(folder / "env"), **environment}
+    done = subprocess.run([INFRA / script, *words], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> dict[str, str]:
+def complete(tmp_path: Path) -> dict[str, str]:
     """All settings and secrets that the server needs."""
     subprocess.run([INFRA / "secrets.sh", tmp_path / "secrets"], check=True)
-    where = {"MLFLOW_SECRETS": tmp_path / "secrets", "MLFLOW_ARTIFACTS_DESTINATION": tmp_path / "artifacts"}
-    return {**dict.fromkeys(NEEDED, "127.0.0.1"), **{name: str(path) for name, path in where.items()}}
+    paths = {"MLFLOW_SECRETS": tmp_path / "secrets", "MLFLOW_ARTIFACTS_DESTINATION": tmp_path / "artifacts"}
+    return {**dict.fromkeys(NEEDED, "127.0.0.1"), **{name: str(path) for name, path in paths.items()}}
 
 
-@pytest.mark.parametrize("name", NEEDED)
-def test_no_server_starts_without_a_setting(name: str, whole: dict[str, str], tmp_path: Path) -> None:
-    assert f"{name} is not set" in refusal(tmp_path, "serve.sh", **whole | {name: ""})
+def test_server_does_not_start_with_unsafe_settings(complete: dict[str, str], tmp_path: Path) -> None:
+    """One line names a setting or secret that is missing, or a value that is unsafe."""
+    cases = [(name, "", f"{name} is not set") for name in NEEDED]
+    unsafe = [("PUBLIC_HOST", "*"), ("PUBLIC_HOST", "a,*"), ("ARTIFACTS_DESTINATION", "here")]
+    cases += [(f"MLFLOW_{name}", value, f"MLFLOW_{name}={value}") for name, value in unsafe]
+    for name, value, message in cases:
+        [line] = refusal(tmp_path, "serve.sh", **complete | {name: value}).splitlines()
+        assert line.startswith("serve.sh: ") and message in line
+    for name in ("secret-key", "admin-password", "database-password"):  # the last one that is read comes first
+        (tmp_path / "secrets" / name).unlink()
+        assert f"secrets/{name}: no such secret" in refusal(tmp_path, "serve.sh", **complete)
 
 
-@pytest.mark.parametrize("name", ["database-password", "admin-password", "secret-key"])
-def test_no_server_starts_without_a_secret(name: str, whole: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "secrets" / name).unlink()
-    assert f"secrets/{name}: no such secret" in refusal(tmp_path, "serve.sh", **whole)
+def test_gc_keeps_for_a_month_what_was_deleted(complete: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mlflow").write_text("#!/bin/bash\necho $*\n")
+    (tmp_path / "mlflow").chmod(0o755)
+    env = complete | {"PATH": f"{tmp_path}:/usr/bin:/bin", "MLFLOW_SETTINGS": str(tmp_path / "env")}
+    done = subprocess.run([INFRA / "gc.sh"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "gc --backend-store-uri postgresql+psycopg:// --older-than 30d\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("MLFLOW_PUBLIC_HOST", "*"), ("MLFLOW_PUBLIC_HOST", "a,*"), ("MLFLOW_ARTIFACTS_DESTINATION", "here")],
-)
-def test_no_server_starts_open_or_in_the_wrong_place(
-    name: str, value: str, whole: dict[str, str], tmp_path: Path
-) -> None:
-    assert f"{name}={value}" in refusal(tmp_path, "serve.sh", **whole | {name: value})
+def test_secrets_are_made_once_and_for_their_owner(complete: dict[str, str], tmp_path: Path) -> None:
+    def read() -> dict[str, str]:
+        return {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
 
-
-def test_secrets_are_made_once_and_for_their_owner(tmp_path: Path) -> None:
-    def make() -> dict[str, str]:
-        subprocess.run([INFRA / "secrets.sh", tmp_path / "own"], check=True)
-        return {path.name: path.read_text() for path in (tmp_path / "own").iterdir()}
-
-    first = make()
-    assert make() == first
+    first = read()
+    subprocess.run([INFRA / "secrets.sh", tmp_path / "secrets"], check=True)
+    assert read() == first
     assert first.pop("aws") == ""
     assert len(set(first.values())) == 3
     assert all(len(value) == 40 for value in first.values())
-    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_damaged_backup_is_refused(whole: dict[str, str], tmp_path: Path) -> None:
+def test_damaged_backup_is_refused(complete: dict[str, str], tmp_path: Path) -> None:
     (backup := tmp_path / "backup").mkdir()
-    assert "not the folder of a backup" in refusal(tmp_path, "restore.sh", str(backup), **whole)
-    (backup / "database.dump").write_text("whole")
+    assert "not the folder of a backup" in refusal(tmp_path, "restore.sh", str(backup), **complete)
+    (backup / "database.dump").write_text("complete")
     subprocess.run("sha256sum database.dump > SHA256SUMS", shell=True, cwd=backup, check=True)
     (backup / "database.dump").write_text("half")
-    found = subprocess.run(
-        [INFRA / "restore.sh", backup],
-        env={"PATH": "/usr/bin:/bin", **whole},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (found.returncode, "damaged; take another one" in found.stderr) == (2, True)
+    assert "damaged; take another one" in refusal(tmp_path, "restore.sh", str(backup), **complete)
 
 
 def test_commands_of_the_page_are_tested_or_marked() -> None:

@@ -1,7 +1,7 @@
 """The server of `infra/mlflow` for real: PostgreSQL and MLflow on loopback, with the scripts that are shipped.
 
 A sweep logs to it as an ordinary user while it is killed and comes back; everything is lost, and a backup brings it
-back; who has no account, or another one, is kept out.
+back; a user without an account, or with another one, is kept out.
 """
 
 import json
@@ -18,10 +18,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
+from data.errors import UserError
 from data.shards.dataset import Shards
 from sweep.search.study import StudyStore
+from sweep.tracking.access import check_access
 from tests.infra.mlflow_site import INFRA, PUBLIC, ROOT, Site, acting, status
-from tests.sweep.common import ask, complaint, report, sweep
+from tests.sweep.common import ask, report, sweep
 from tests.sweep.mlflow_server import wait_for
 from tests.sweep.stores import Postgres
 from tests.sweep.tracked import CONFIG, append, track, written
@@ -59,11 +61,11 @@ def bob(site: Site) -> User:
 
 
 def logged(user: User, experiment: str) -> str:
-    """A run with a metric and an artifact in an experiment of the user's own."""
+    """Return a run with a metric and an artifact in an experiment of the user's own."""
     with acting(user) as client:
         run = client.create_run(client.create_experiment(experiment)).info.run_id
         client.log_metric(run, "f1", 0.5, step=1)
-        client.log_text(run, "words", "notes/said.txt")
+        client.log_text(run, "words", "notes/note.txt")
     return str(run)
 
 
@@ -76,41 +78,38 @@ def denied(work: Callable[[], object]) -> bool:
 
 
 def test_access_requires_an_account_and_the_right_host(site: Site, anna: User) -> None:
-    for path in (
-        "/",
-        "/version",
-        "/metrics",
-        SEARCH,
-        "/ajax-api/2.0/mlflow/experiments/search",
-        "/ajax-api/3.0/jobs/1",
-    ):
-        assert status(site.uri + path) == 401, path
-        assert status(site.uri + path, anna | {"MLFLOW_TRACKING_PASSWORD": "password1234"}) == 401, path
+    wrong, api = anna | {"MLFLOW_TRACKING_PASSWORD": "password1234"}, f"{site.uri}/api/2.0/mlflow"
+    other_apis = "/ajax-api/2.0/mlflow/experiments/search", "/ajax-api/3.0/jobs/1"
+    for path in ("/", "/version", "/metrics", SEARCH, *other_apis):
+        assert [status(site.uri + path, user) for user in (None, wrong)] == [401, 401], path
     assert status(f"{site.uri}/health") == 200
     assert status(site.uri + SEARCH, anna) == status(site.uri + SEARCH, anna, host=PUBLIC) == 200
     assert status(site.uri + SEARCH, anna, host="evil.example.org") == 403
-    create, body = f"{site.uri}/api/2.0/mlflow/experiments/create", {"name": "from a page"}
-    assert status(create, anna, body, host=PUBLIC, origin="https://evil.example.org") == 403
-    assert status(create, anna, body, host=PUBLIC, origin=f"https://{PUBLIC}") == 200
-
-
-def test_user_has_no_administrator_rights(site: Site, anna: User) -> None:
-    body = {"username": "eve", "password": "long enough to be one"}
-    assert status(f"{site.uri}/api/2.0/mlflow/users/create", anna, body) == 403
-    assert status(f"{site.uri}/api/2.0/mlflow/users/get?username=admin", anna) == 403
+    create, body = f"{api}/experiments/create", {"name": "from a page"}
+    for origin, code in (("evil.example.org", 403), (PUBLIC, 200)):
+        assert status(create, anna, body, host=PUBLIC, origin=f"https://{origin}") == code
+    # No administrator's rights, either.
+    assert status(f"{api}/users/create", anna, {"username": "eve", "password": "long enough to be one"}) == 403
+    assert status(f"{api}/users/get?username=admin", anna) == 403
 
 
 def test_other_users_read_and_cannot_write(site: Site, anna: User, bob: User) -> None:
+    """`sweep run` says so in one line before its first trial."""
     run = logged(anna, "anna's")
     with acting(bob) as client:
         assert client.get_run(run).data.metrics == {"f1": 0.5}
-        assert Path(client.download_artifacts(run, "notes/said.txt")).read_text() == "words"
+        assert Path(client.download_artifacts(run, "notes/note.txt")).read_text() == "words"
         assert denied(lambda: client.log_metric(run, "f1", 0.9, step=2))
         assert denied(lambda: client.delete_run(run))
-        assert denied(lambda: client.log_text(run, "others", "notes/said.txt"))
+        assert denied(lambda: client.log_text(run, "others", "notes/note.txt"))
         assert denied(lambda: client.create_run(client.get_experiment_by_name("anna's").experiment_id))
+        with pytest.raises(UserError, match=r"another user's; use another one, --set name="):
+            check_access(site.uri, "anna's")
     with acting(anna) as client:
-        assert Path(client.download_artifacts(run, "notes/said.txt")).read_text() == "words"
+        assert Path(client.download_artifacts(run, "notes/note.txt")).read_text() == "words"
+    with acting(anna | {"MLFLOW_TRACKING_PASSWORD": "wrong"}), pytest.raises(UserError) as refused:
+        check_access(site.uri, "anna's")
+    assert f"{site.uri} rejects this user and password; set MLFLOW_TRACKING_USERNAME" in str(refused.value)
 
 
 def test_accounts_are_added_reset_and_removed(site: Site) -> None:
@@ -118,183 +117,140 @@ def test_accounts_are_added_reset_and_removed(site: Site) -> None:
     twice = site.call("account.sh", "add", "carl")
     assert (twice.returncode, twice.stdout) == (1, "")
     assert twice.stderr == "account.sh: carl: User (username=carl) already exists\n"
-    second = first | dict([site.do("account.sh", "reset", "carl").split("=", 1)])
+    [line] = site.succeed("account.sh", "reset", "carl")
+    second = first | dict([line.split("=", 1)])
     assert [status(site.uri + SEARCH, user) for user in (first, second)] == [401, 200]
-    site.do("account.sh", "remove", "carl")
+    site.succeed("account.sh", "remove", "carl")
     assert status(site.uri + SEARCH, second) == 401
 
 
-def test_secrets_stay_secret_and_files_private(site: Site, anna: User) -> None:
+def test_backup_is_private_and_complete_or_absent(site: Site, anna: User) -> None:
+    """It holds no secret, and nor does any other file or command line; the newest fourteen are kept."""
     logged(anna, "private")
-    backup = site.do("backup.sh")
-    words = " ".join(word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or [])
-    assert "mlflow.server.auth" in words
-    stored = b"".join(
-        path.read_bytes() for path in site.folder.rglob("*") if path.is_file() and site.secrets not in path.parents
-    )
-    for name in ("database-password", "admin-password", "secret-key"):
-        assert site.secret(name) not in words
-        assert site.secret(name).encode() not in stored
-    assert anna["MLFLOW_TRACKING_PASSWORD"].encode() not in stored
-    made = [path for place in (site.artifacts, Path(backup)) for path in (place, *place.rglob("*"))]
-    assert len(made) > 5
-    assert {path.stat().st_mode & 0o077 for path in made} == {0}
-
-
-def test_backup_is_complete_or_absent_and_old_ones_rotate(site: Site) -> None:
     old = [f"mlflow-{year}0101T000000Z" for year in range(2001, 2016)]
     for name in (*old, ".unfinished-mlflow-20160101T000000Z"):
         (site.backups / name).mkdir(parents=True)
     site.configure("PGPORT=9")
     assert site.call("backup.sh").returncode != 0
     site.configure()
-    before = sorted(path.name for path in site.backups.glob("mlflow-*"))
-    newest = Path(site.do("backup.sh")).name
-    assert before[:15] == old
-    assert {path.name for path in site.backups.iterdir()} == {".lock", *[*before, newest][-14:]}
+    assert sorted(path.name for path in site.backups.glob("mlflow-*")) == old
+    backup = Path(site.succeed("backup.sh")[-1])
+    assert {path.name for path in site.backups.iterdir()} == {".lock", *old[-13:], backup.name}
 
-
-def test_gc_removes_what_was_deleted_long_ago(site: Site, anna: User) -> None:
-    run, kept = logged(anna, "to delete"), logged(anna, "to keep")
-    with acting(anna) as client:
-        client.delete_run(run)
-    site.do("gc.sh")
-    assert [len(list(site.artifacts.rglob(f"{each}/artifacts/notes/said.txt"))) for each in (run, kept)] == [1, 1]
-    site.do("gc.sh", "0d")
-    assert [len(list(site.artifacts.rglob(f"{each}/artifacts/notes/said.txt"))) for each in (run, kept)] == [0, 1]
-    with acting(anna) as client:
-        assert denied(lambda: client.get_run(run)), "also of what there is not"
-        assert client.get_run(kept).data.metrics == {"f1": 0.5}
-
-
-# A sweep of the user's.
-
-
-def config(folder: Path, models: Path, corpus: Shards, name: str) -> Path:
-    """Two trials on text, a few seconds each."""
-    content = {
-        "name": name,
-        "data": {"shards": str(corpus.folder), "history": 2, "reader": "local"},
-        "model": {"modality": "text", "llm": {"path": str(models / "llm")}},
-        "train": {"epochs": 2, "batch_size": 8},
-        "search": {"trials": 2, "pruning": None, "space": {"train.learning_rate": [0.01, 0.003]}},
-    }
-    (path := folder / f"{name}.yaml").write_text(json.dumps(content))
-    return path
-
-
-@pytest.fixture
-def begin() -> Iterator[Callable[[User, Path, Path], subprocess.Popen[str]]]:
-    """`sweep run …` as a user types it; none outlives its test."""
-    begun: list[subprocess.Popen[str]] = []
-
-    def run(user: User, config: Path, out: Path) -> subprocess.Popen[str]:
-        environment = {"HOME": str(out.parent), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "sweep", "run", str(config), "--out", str(out)]
-        with (out.parent / "said").open("w") as said:
-            begun.append(
-                subprocess.Popen(command, cwd=out.parent, env=environment | user, stdout=said, stderr=said, text=True)
-            )
-        return begun[-1]
-
-    yield run
-    for each in begun:
-        each.terminate()
-        each.wait()
+    words = " ".join(word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or [])
+    assert "mlflow.server.auth" in words
+    files = [path for path in site.folder.rglob("*") if path.is_file() and site.secrets not in path.parents]
+    stored = b"".join(path.read_bytes() for path in files)
+    names = ("database-password", "admin-password", "secret-key")
+    for secret in (*map(site.secret, names), anna["MLFLOW_TRACKING_PASSWORD"]):
+        assert secret not in words
+        assert secret.encode() not in stored
+    made = [path for folder in (site.artifacts, backup) for path in (folder, *folder.rglob("*"))]
+    assert len(made) > 5
+    assert {path.stat().st_mode & 0o077 for path in made} == {0}
 
 
 def shown(client: MlflowClient, name: str) -> dict[str, Any]:
-    """All that the server has of a sweep: states, parameters, every point, every artifact."""
-    found: dict[str, Any] = {}
+    """Return all that the server has of a sweep: states, parameters, every point, every artifact."""
+    runs: dict[str, Any] = {}
     for run in client.search_runs([client.get_experiment_by_name(name).experiment_id]):
         histories = {metric: client.get_metric_history(run.info.run_id, metric) for metric in run.data.metrics}
-        points = {metric: sorted((one.step, one.value) for one in history) for metric, history in histories.items()}
-        place = Path(client.download_artifacts(run.info.run_id, ""))
-        files = {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        points = {
+            metric: sorted((point.step, point.value) for point in history) for metric, history in histories.items()
+        }
+        folder = Path(client.download_artifacts(run.info.run_id, ""))
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         key = run.data.tags["sweep.key"].partition("/")[2] or "sweep"
         if key == "sweep":  # its sums have a point for each moment at which some were sent
             points = {metric: of[-1] for metric, of in points.items()}
-        found[key] = {"status": run.info.status, "params": run.data.params, "points": points, "files": files}
-    return found
-
-
-def test_sweep_without_write_access_is_refused_at_start(
-    site: Site, anna: User, bob: User, models: Path, corpus: Shards, tmp_path: Path
-) -> None:
-    own, out = config(tmp_path, models, corpus, "hers"), tmp_path / "out"
-    with acting(anna | {"MLFLOW_TRACKING_PASSWORD": "not the right one"}):
-        wrong = complaint(sweep("run", own, "--out", out))
-    assert wrong.startswith(f"MLflow at {site.uri} rejects this user and password; set MLFLOW_TRACKING_USERNAME")
-    with acting(anna) as client:
-        client.create_experiment("hers")
-    with acting(bob):
-        other = complaint(sweep("run", own, "--out", out))
-    assert "another user's; use another one, --set name=" in other
-    assert (len(wrong.splitlines()), len(other.splitlines()), out.exists()) == (1, 1, False)
-
-
-@pytest.mark.long
-def test_server_that_dies_during_a_sweep_loses_nothing(
-    site: Site, anna: User, begin: Any, models: Path, corpus: Shards, tmp_path: Path
-) -> None:
-    own, out = config(tmp_path, models, corpus, "mine"), tmp_path / "mine"
-    running = begin(anna, own, out)
-
-    def begun(client: MlflowClient) -> bool:
-        experiment = client.get_experiment_by_name("mine")
-        return experiment is not None and len(client.search_runs([experiment.experiment_id])) > 1
-
-    with acting(anna) as client:
-        wait_for(lambda: running.poll() is not None or begun(client), 900)
-        site.stop(signal.SIGKILL)
-        assert running.poll() is None, (tmp_path / "said").read_text()
-        site.start()
-        # 75: the server took longer to come back than the sweep waits for it.
-        assert running.wait() in (0, 75), (tmp_path / "said").read_text()
-        assert sweep("run", own, "--out", out).code == 0
-        found = shown(client, "mine")
-    assert {key: run["status"] for key, run in found.items()} == dict.fromkeys(("sweep", "0", "1"), "FINISHED")
-    for number in (0, 1):
-        for name in ("loss", "macro_f1"):
-            points = [(step, value) for step, _, value in written(out, number, name)]
-            assert found[str(number)]["points"][name] == points
-            assert points
+        runs[key] = {"status": run.info.status, "params": run.data.params, "points": points, "files": files}
+    return runs
 
 
 def test_restored_backup_is_completed_by_the_sweep(site: Site, anna: User, tmp_path: Path) -> None:
-    """The sweep is a study and the files of its trials: nothing trains here."""
+    """The sweep is a study and the files of its trials: nothing trains here. At the end, `gc.sh` removes for good what
+    was deleted, and nothing else; of a deleted sweep everything is sent again."""
     (folder := tmp_path / "sweep").mkdir()
     ask(study := StudyStore.open(folder, CONFIG), 2)
     append(folder, 0, (8, 1000.0, 0.4))
     append(folder, 0, (16, 1000.25, 0.5))
+    run, kept = logged(anna, "to delete"), logged(anna, "to keep")
     with acting(anna) as client:
         track(folder, seconds=300)
-        backup, before = site.do("backup.sh"), shown(client, CONFIG.name)
+        [*_, backup], before = site.succeed("backup.sh"), shown(client, CONFIG.name)
         assert before["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5)]
         append(folder, 0, (32, 1001.5, 0.75))
         append(folder, 1, (16, 1002.0, 0.1))
         report(study, 0, 0.9, 0.8)
         study.complete(0)
         track(folder, seconds=300)
-        whole = shown(client, CONFIG.name)
-        assert whole["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5), (32, 0.75)]
-        assert whole["0"]["files"].keys() > before["0"]["files"].keys()
+        complete = shown(client, CONFIG.name)
+        assert complete["0"]["points"]["loss"] == [(8, 0.4), (16, 0.5), (32, 0.75)]
+        assert complete["0"]["files"].keys() > before["0"]["files"].keys()
 
         assert "is not empty" in site.call("restore.sh", backup).stderr
         site.stop()
         site.lose_everything()
         site.make_database()
-        site.do("restore.sh", backup)
+        site.succeed("restore.sh", backup)
         site.start()
         assert shown(client, CONFIG.name) == before
         track(folder, seconds=300)
-        assert shown(client, CONFIG.name) == whole
+        assert shown(client, CONFIG.name) == complete
 
-        # The experiment is deleted permanently.
+        client.delete_run(run)
         client.delete_experiment(client.get_experiment_by_name(CONFIG.name).experiment_id)
-        site.do("gc.sh", "0d")
+        assert all(list(site.artifacts.rglob(f"{each}/artifacts/notes/note.txt")) for each in (run, kept))
+        site.succeed("gc.sh", "0d")
+        assert [len(list(site.artifacts.rglob(f"{each}/artifacts/notes/note.txt"))) for each in (run, kept)] == [0, 1]
+        assert denied(lambda: client.get_run(run)), "the same answer as for a run that never existed"
+        assert client.get_run(kept).data.metrics == {"f1": 0.5}
         track(folder, seconds=300)
-        assert shown(client, CONFIG.name) == whole
+        assert shown(client, CONFIG.name) == complete
+
+
+@pytest.mark.long
+def test_server_that_dies_during_a_sweep_loses_nothing(
+    site: Site, anna: User, models: Path, corpus: Shards, tmp_path: Path
+) -> None:
+    """`sweep run` as a user types it: two trials on text."""
+    content = {
+        "name": "mine",
+        "data": {"shards": str(corpus.folder), "history": 2, "reader": "local"},
+        "model": {"modality": "text", "llm": {"path": str(models / "llm")}},
+        "train": {"epochs": 2, "batch_size": 8},
+        "search": {"trials": 2, "pruning": None, "space": {"train.learning_rate": [0.01, 0.003]}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    command = [sys.executable, "-m", "sweep", "run", "mine.yaml", "--out", "mine"]
+    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **anna}
+    output, out = tmp_path / "output", tmp_path / "mine"
+
+    def has_trials(client: MlflowClient) -> bool:
+        experiment = client.get_experiment_by_name("mine")
+        return experiment is not None and len(client.search_runs([experiment.experiment_id])) > 1
+
+    with output.open("w") as file:
+        running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=file, stderr=file)
+    try:
+        with acting(anna) as client:
+            wait_for(lambda: running.poll() is not None or has_trials(client), 900)
+            site.stop(signal.SIGKILL)
+            assert running.poll() is None, output.read_text()
+            site.start()
+            # 75: the server took longer to come back than the sweep waits for it.
+            assert running.wait() in (0, 75), output.read_text()
+            assert sweep("run", tmp_path / "mine.yaml", "--out", out).code == 0
+            runs = shown(client, "mine")
+    finally:
+        running.terminate()
+        running.wait()
+    assert {key: run["status"] for key, run in runs.items()} == dict.fromkeys(("sweep", "0", "1"), "FINISHED")
+    for number in (0, 1):
+        for name in ("loss", "macro_f1"):
+            points = [(step, value) for step, _, value in written(out, number, name)]
+            assert runs[str(number)]["points"][name] == points
+            assert points
 
 
 @pytest.mark.long
@@ -319,9 +275,9 @@ def test_artifacts_in_a_bucket_and_private_experiments(postgres: Postgres, tmp_p
         other.start()
         anna, bob = other.account("anna"), other.account("bob")
         run = logged(anna, "hers")
-        assert [item.key.endswith(f"{run}/artifacts/notes/said.txt") for item in bucket.objects.all()] == [True]
+        assert [item.key.endswith(f"{run}/artifacts/notes/note.txt") for item in bucket.objects.all()] == [True]
         with acting(anna) as client:
-            assert Path(client.download_artifacts(run, "notes/said.txt")).read_text() == "words"
+            assert Path(client.download_artifacts(run, "notes/note.txt")).read_text() == "words"
         with acting(bob) as client:
             assert denied(lambda: client.get_run(run))
             assert denied(lambda: client.get_experiment_by_name("hers"))

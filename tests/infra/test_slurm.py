@@ -46,102 +46,82 @@ def cluster() -> Iterator[Slurm]:
         yield made
 
 
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    """A folder with stand-ins."""
+def play(cluster: Slurm, folder: Path, *codes: object, options: tuple[str, ...] = (), **variables: str) -> int:
+    """Submit a job whose sweeps end with these codes; its stand-ins and what they note are in the folder."""
+    folder.mkdir(exist_ok=True)
     for name, text in {"ray": RAY, "sweep": SWEEP}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    return tmp_path
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
+    return cluster.submit(*SMALL, *options, SCRIPT, "mine.yaml", "--out", "x", SWEEP_BIN=str(folder), **variables)
 
 
-def play(cluster: Slurm, programs: Path, *codes: object, options: tuple[str, ...] = (), **variables: str) -> int:
-    (programs / "codes").write_text("".join(f"{code}\n" for code in codes))
-    return cluster.submit(*SMALL, *options, SCRIPT, "mine.yaml", "--out", "x", SWEEP_BIN=str(programs), **variables)
-
-
-def test_a_sweep_that_is_done_ends_the_job(cluster: Slurm, programs: Path) -> None:
-    number = play(cluster, programs, 0, options=("--gpus-per-node=2",))
+def test_failed_attempts_are_retried_until_the_sweep_ends(cluster: Slurm, tmp_path: Path) -> None:
+    """Under the same number; then the job ends, and leaves neither a process nor a token."""
+    number = play(cluster, tmp_path, 1, 137, 0, options=("--gpus-per-node=2",))
     job = cluster.wait(number, "COMPLETED")
-    assert (job["ExitCode"], job["Restarts"]) == ("0:0", "0")
-    given, address, file, folder = (programs / "given").read_text().rsplit(maxsplit=3)
-    assert given == "run mine.yaml --out x"
+    assert (job["ExitCode"], job["Restarts"]) == ("0:0", "2")
+    assert "attempt failed with 137, 2 in a row" in cluster.log(number)
+    given, address, *modes = (tmp_path / "given").read_text().rsplit(maxsplit=3)
+    assert (given, modes) == ("run mine.yaml --out x", ["600", "700"])  # of the token and its folder
     assert address.startswith("127.0.0.1:")
-    assert (file, folder) == ("600", "700")  # of the token
-    words = (programs / "called-0").read_text().split()
+    words = (tmp_path / "called-0").read_text().split()
     assert {"--num-gpus=2", "--num-cpus=2", "--dashboard-host=127.0.0.1", "--head"} <= set(words)
-    logs = cluster.folder / f"slurm-logs/{number}"
-    assert [path.name for path in logs.iterdir()] == ["ray-0.log"]  # the token is gone
+    logs = {path.name for path in (cluster.folder / f"slurm-logs/{number}").iterdir()}
+    assert logs >= {"ray-0.log", "ray-2.log"} and "token" not in logs
     assert not processes_of(number)
     assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
-def test_all_nodes_of_a_job_join_one_cluster(cluster: Slurm, programs: Path) -> None:
-    number = play(cluster, programs, 0, options=("--nodes=2",))
+def test_all_nodes_of_a_job_join_one_cluster(cluster: Slurm, tmp_path: Path) -> None:
+    number = play(cluster, tmp_path, 0, options=("--nodes=2",))
     cluster.wait(number, "COMPLETED")
-    head, worker = ((programs / f"called-{place}").read_text() for place in (0, 1))
-    address = (programs / "given").read_text().split()[-3]
+    head, worker = ((tmp_path / f"called-{rank}").read_text() for rank in (0, 1))
+    address = (tmp_path / "given").read_text().split()[-3]
     assert f"--port={address.rpartition(':')[2]} " in head
     assert f"--address={address} " in worker
     assert "--head" not in worker
 
 
-def test_invalid_settings_are_not_retried(cluster: Slurm, programs: Path) -> None:
-    job = cluster.wait(play(cluster, programs, 2, 0), "FAILED")
-    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+def test_jobs_that_cannot_succeed_end_with_their_code(cluster: Slurm, tmp_path: Path) -> None:
+    """Invalid settings are not retried, and other failures a limited number of times."""
+    invalid = play(cluster, tmp_path / "invalid", 2, 0)
+    failing = play(cluster, tmp_path / "failing", 1, 75, 0, SWEEP_FAILURES="2")
+    absent = cluster.submit(*SMALL, SCRIPT, "demo", PATH="/usr/bin:/bin:/usr/sbin")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/broken").touch()
+    broken = play(cluster, tmp_path / "broken", 0, SWEEP_FAILURES="1")
+    ends = {number: cluster.wait(number, "FAILED") for number in (invalid, failing, absent, broken)}
+    codes = [(job["ExitCode"], job["Restarts"]) for job in ends.values()]
+    assert codes == [("2:0", "0"), ("75:0", "1"), ("2:0", "0"), ("1:0", "0")]
+    assert "there is no `sweep` here" in cluster.log(absent)
+    assert "error: Ray did not start on 1 node(s), no trial was touched: " in cluster.log(broken)
+    assert "no port is free" in cluster.log(broken)
+    assert not (tmp_path / "broken/given").exists()
 
 
-def test_failed_attempt_is_retried_under_the_same_number(cluster: Slurm, programs: Path) -> None:
-    number = play(cluster, programs, 1, 137, 0)
-    job = cluster.wait(number, "COMPLETED")
-    assert job["Restarts"] == "2"
-    assert "attempt failed with 137, 2 in a row" in cluster.log(number)
-
-
-def test_retries_are_limited(cluster: Slurm, programs: Path) -> None:
-    job = cluster.wait(play(cluster, programs, 1, 75, 0, SWEEP_FAILURES="2"), "FAILED")
-    assert (job["ExitCode"], job["Restarts"]) == ("75:0", "1")
-
-
-def test_ray_that_does_not_start_is_reported_as_such(cluster: Slurm, programs: Path) -> None:
-    (programs / "broken").touch()
-    number = play(cluster, programs, 0, SWEEP_FAILURES="1")
-    assert cluster.wait(number, "FAILED")["ExitCode"] == "1:0"
-    assert "error: Ray did not start on 1 node(s), no trial was touched: " in cluster.log(number)
-    assert "no port is free" in cluster.log(number)
-    assert not (programs / "given").exists()
-
-
-def test_time_limit_and_requeue_put_the_job_back(cluster: Slurm, programs: Path) -> None:
-    """Any number of times: that is no failure."""
+def test_job_is_requeued_until_it_is_cancelled(cluster: Slurm, tmp_path: Path) -> None:
+    """Any number of times, after a time limit and a requeue: those are no failures."""
     limit = ("--time=1", "--signal=B:USR1@50")  # Slurm looks every 30 s
-    number = play(cluster, programs, "stopped", "stopped", 0, options=limit, SWEEP_FAILURES="1")
+    number = play(cluster, tmp_path, *["stopped"] * 3, options=limit, SWEEP_FAILURES="1")
+
+    def log() -> str:
+        return cluster.log(number)
+
     for restarts in ("1", "2"):
-        until((programs / "runs").exists, 60, lambda: cluster.log(number))
-        (programs / "runs").unlink()
+        until((tmp_path / "runs").exists, 60, log)
+        (tmp_path / "runs").unlink()
         if restarts == "2":
             cluster("scontrol", "requeue", str(number))
-        until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 120, lambda: cluster.log(number))
-        until((programs / "asked").exists, 60, lambda: cluster.log(number))
-        (programs / "asked").unlink()
-    assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
-    for name in ("USR1", "TERM"):
-        assert f"{name}: asking the sweep" in cluster.log(number)
-    assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
-
-
-def test_a_job_that_is_cancelled_stays_cancelled(cluster: Slurm, programs: Path) -> None:
-    number = play(cluster, programs, "stopped", 0)
-    until((programs / "runs").exists, 60, lambda: cluster.log(number))
+        until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 120, log)
+        until((tmp_path / "asked").exists, 60, log)
+        (tmp_path / "asked").unlink()
+    until((tmp_path / "runs").exists, 60, log)
     cluster("scancel", str(number))
-    assert cluster.wait(number, "CANCELLED")["Restarts"] == "0"
+    assert cluster.wait(number, "CANCELLED")["Restarts"] == "2"
     until(lambda: not processes_of(number), 60, lambda: str(processes_of(number)))
-
-
-def test_no_program_is_one_line(cluster: Slurm, tmp_path: Path) -> None:
-    number = cluster.submit(*SMALL, SCRIPT, "demo", PATH="/usr/bin:/bin:/usr/sbin")
-    assert cluster.wait(number, "FAILED")["ExitCode"] == "2:0"
-    assert "there is no `sweep` here" in cluster.log(number)
+    assert all(f"{name}: asking the sweep" in log() for name in ("USR1", "TERM"))
+    assert "--signal=B:USR1@300" in Path(SCRIPT).read_text()
 
 
 @pytest.fixture
@@ -157,7 +137,7 @@ BIN = {"SWEEP_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+def test_sweep_survives_its_time_limit_and_a_requeue(cluster: Slurm, config: Path, tmp_path: Path) -> None:
     """`make test` runs the same with a stand-in (above), and kills a real sweep (tests/kill)."""
     out, limit = tmp_path / "out", ("--time=2", "--signal=B:USR1@60")  # which comes after 30 to 60 s
     number = cluster.submit(*SMALL, *limit, SCRIPT, str(config), "--out", str(out), **BIN)
@@ -168,7 +148,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
     cluster("scontrol", "requeue", str(number))
     assert cluster.wait(number, "COMPLETED", seconds=600)["Restarts"] == "2"
     assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials(out)] == [
-        (place, "COMPLETE", EPOCHS) for place in range(TRIALS)
+        (number, "COMPLETE", EPOCHS) for number in range(TRIALS)
     ]
     assert "USR1: asking the sweep" in cluster.log(number)
     assert not processes_of(number)
@@ -178,7 +158,7 @@ def test_a_sweep_outlives_its_time_limit_and_a_requeue(cluster: Slurm, config: P
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_sweep_on_two_nodes_is_cancelled_and_given_again(cluster: Slurm, config: Path, tmp_path: Path) -> None:
+def test_cancelled_sweep_on_two_nodes_is_resumed(cluster: Slurm, config: Path, tmp_path: Path) -> None:
     """Each node has one CPU for it, so a trial of two workers needs both."""
     out = tmp_path / "out"
     sweep = (str(config), "--out", str(out), "--set", "resources.workers=2", "--set", "train.epochs=4", "--trials=2")

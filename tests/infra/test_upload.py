@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from ray.dashboard.modules.job.cli import submit
+
+from sweep.cli.submit import job_variables
+from tests.sweep.common import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {
@@ -91,50 +96,33 @@ def server() -> Iterator[JobServer]:
         made.shutdown()
 
 
-def submit_by_hand(server: JobServer) -> None:
-    """`ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- …`, in the current folder."""
-    from click.testing import CliRunner
-    from ray.dashboard.modules.job.cli import submit
-
-    options = [
-        "--address",
-        server.address,
-        "--working-dir",
-        ".",
-        "--runtime-env",
-        "infra/runtime_env.yaml",
-        "--no-wait",
-    ]
-    command = ["python", "-m", "sweep", "run", "mine.yaml", "--out", "/shared/mine"]
-    done = CliRunner().invoke(submit, [*options, "--", *command], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-
-
 def test_manual_job_uploads_sources_and_configurations_only(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By `ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- …`, with the environment that
+    `sweep submit` gives. Without .rayignore, secrets would be uploaded."""
     monkeypatch.chdir(checkout)
-    submit_by_hand(server)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def submit_by_hand() -> None:
+        options = f"--address {server.address} --working-dir . --runtime-env infra/runtime_env.yaml --no-wait"
+        command = "python -m sweep run mine.yaml --out /shared/mine"
+        done = CliRunner().invoke(submit, [*options.split(), "--", *command.split()], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+    submit_by_hand()
     assert set(server.package) == SOURCES | {"pyproject.toml", "mine.yaml"}
     assert all(server.package[name] == (ROOT / name).read_bytes() for name in SOURCES)
     assert server.size < 2e6
-
-
-def test_without_the_ignore_file_secrets_would_travel(
-    checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The test above sees what it is to see."""
-    monkeypatch.chdir(checkout)
+    assert server.job["runtime_env"]["env_vars"] == job_variables()
     (checkout / ".rayignore").unlink()
-    submit_by_hand(server)
+    submit_by_hand()
     assert {".env", "auth_token", "shards/train-000.arrow", "id_rsa"} <= set(server.package)
 
 
 def test_submitted_sweep_uploads_its_configuration_only(
     checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.sweep.common import sweep
-
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
     done = sweep("submit", "demo", "--out", "/shared/demo", "--address", server.address, "--no-wait")
@@ -142,14 +130,3 @@ def test_submitted_sweep_uploads_its_configuration_only(
     assert set(server.package) == SOURCES | {"sweep.yaml"}
     assert "s3cret" not in repr(server.job)
     assert server.size < 2e6
-
-
-def test_both_jobs_have_the_same_environment(
-    checkout: Path, server: JobServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sweep.cli.submit import job_variables
-
-    monkeypatch.chdir(checkout)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    submit_by_hand(server)
-    assert server.job["runtime_env"]["env_vars"] == job_variables()

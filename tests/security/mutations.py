@@ -12,40 +12,40 @@ VALUES: list[Any] = [None, True, -1, 0, 2**63, 10**30, 1e308, float("nan"), "", 
 
 
 def mutated(content: bytes, seed: int) -> bytes:
-    """The same with a few changes: bits, cuts, repeats, noise, and what parsers stumble over."""
-    draw, found = random.Random(seed), bytearray(content)
+    """Return the content with a few changes: bits, cuts, repeats, noise, and what breaks parsers."""
+    draw, copy = random.Random(seed), bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 5))):
-        place = draw.randrange(len(found) + 1)
-        end = min(len(found), place + draw.choice((1, 4, 64, 1000)))
+        start = draw.randrange(len(copy) + 1)
+        end = min(len(copy), start + draw.choice((1, 4, 64, 1000)))
         kind = draw.randrange(6)
-        if kind == 0 and place < len(found):
-            found[place] ^= 1 << draw.randrange(8)
+        if kind == 0 and start < len(copy):
+            copy[start] ^= 1 << draw.randrange(8)
         elif kind == 1:
-            del found[place:]
+            del copy[start:]
         elif kind == 2:
-            del found[place:end]
+            del copy[start:end]
         elif kind == 3:
-            found[place:place] = found[place:end]
+            copy[start:start] = copy[start:end]
         elif kind == 4:
-            found[place:end] = bytes(draw.randrange(256) for _ in range(end - place))
+            copy[start:end] = bytes(draw.randrange(256) for _ in range(end - start))
         else:
-            found[place:place] = draw.choice(ODD)
-    return bytes(found)
+            copy[start:start] = draw.choice(ODD)
+    return bytes(copy)
 
 
 def changed(tree: Any, seed: int) -> Any:
-    """A tree of JSON in which a value is of another kind, or a key is missing or too much."""
+    """Return a JSON tree in which a value has another type, or a key is missing or unknown."""
     draw, copy = random.Random(seed), json.loads(json.dumps(tree))
-    places: list[tuple[Any, Any]] = []
+    slots: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
         for key in list(node) if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
+            slots.append((node, key))
             if isinstance(node[key], dict | list):
                 walk(node[key])
 
     walk(copy)
-    node, key = draw.choice(places)
+    node, key = draw.choice(slots)
     if (kind := draw.randrange(8)) == 0:
         del node[key]
     elif kind == 1 and isinstance(node, dict):
@@ -56,7 +56,7 @@ def changed(tree: Any, seed: int) -> Any:
 
 
 def outcome(work: Callable[[], Any]) -> str:
-    """What the UserError says that came of it; "" where there was none. Any other exception is a fault."""
+    """Return the message of the UserError that the work raises, or "" without one. Other exceptions are faults."""
     try:
         work()
     except UserError as error:
@@ -66,5 +66,5 @@ def outcome(work: Callable[[], Any]) -> str:
 
 
 def check_variety(outcomes: list[str]) -> None:
-    """Cases that all fail in the same line would test one line."""
+    """Check that the cases do not all fail in the same line."""
     assert len(set(outcomes)) > 3, set(outcomes)

@@ -34,22 +34,20 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    return kept | {"HOME": str(home)} | more
+    return kept | {"HOME": str(home)}
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Start a cluster for a user who has no token yet; yield its addresses, the user's home and the driver's pid."""
     home = tmp_path_factory.mktemp("home")
-    words = [sys.executable, "-c", CLUSTER]
-    with subprocess.Popen(
-        words, env=environment(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
+    with subprocess.Popen(command, env=environment(home), stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
-        said = next((line for line in process.stdout if line.startswith("{")), "{}")
-        yield {**json.loads(said), "home": home, "pid": process.pid}
+        line = next((line for line in process.stdout if line.startswith("{")), "{}")
+        yield {**json.loads(line), "home": home, "pid": process.pid}
         process.communicate("", timeout=120)
 
 
@@ -61,55 +59,40 @@ def status(url: str, token: str | None) -> int:
         return error.code
 
 
-def joined(address: str, **env: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", CLIENT, address],
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_the_http_api_wants_the_token(cluster: dict[str, Any]) -> None:
-    token = (cluster["home"] / ".ray/auth_token").read_text()
+def test_http_api_requires_the_token_and_listens_on_loopback(cluster: dict[str, Any]) -> None:
+    folder = cluster["home"] / ".ray"
+    assert (mode(folder), mode(folder / "auth_token")) == (0o700, 0o600)
+    tokens = None, "f" * 64, (folder / "auth_token").read_text()
     for path in PRIVATE:
-        url = f"http://{cluster['dashboard']}{path}"
-        assert [status(url, given) for given in (None, "f" * 64, token)] == [401, 403, 200], path
+        assert [status(f"http://{cluster['dashboard']}{path}", token) for token in tokens] == [401, 403, 200], path
+    port = int(cluster["dashboard"].rpartition(":")[2])
+    processes = psutil.Process(cluster["pid"]).children(recursive=True)
+    sockets = [socket for process in processes for socket in process.net_connections("tcp")]
+    listening = [each for each in sockets if each.status == psutil.CONN_LISTEN and each.laddr.port == port]
+    assert {each.laddr.ip for each in listening} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
 def test_joining_requires_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
-    own = joined(cluster["address"], home=cluster["home"], RAY_AUTH_MODE="token")
-    assert (own.returncode, own.stdout.strip()) == (0, "1"), own.stderr[-2000:]
-    for stranger in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
-        refused = joined(cluster["address"], home=tmp_path, **stranger)
-        assert (refused.returncode, refused.stdout) == (1, "")
-        assert "AuthenticationError" in refused.stderr, refused.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_the_dashboard_listens_on_loopback_alone(cluster: dict[str, Any]) -> None:
-    port = int(cluster["dashboard"].rpartition(":")[2])
-    own = psutil.Process(cluster["pid"]).children(recursive=True)
-    listening = [
-        found.laddr
-        for process in own
-        for found in process.net_connections("tcp")
-        if found.status == psutil.CONN_LISTEN and found.laddr.port == port
+    token, pipe = {"RAY_AUTH_MODE": "token"}, subprocess.PIPE
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, cluster["address"]], env=env, stdout=pipe, stderr=pipe, text=True
+        )
+        for env in (
+            environment(cluster["home"]) | token,
+            environment(tmp_path),
+            environment(tmp_path) | token | {"RAY_AUTH_TOKEN": "f" * 64},
+        )
     ]
-    assert {address.ip for address in listening} == {"127.0.0.1"}
+    owner, *strangers = [(*client.communicate(timeout=300), client.returncode) for client in clients]
+    assert (owner[0].strip(), owner[2]) == ("1", 0), owner[1][-2000:]
+    for out, err, code in strangers:
+        assert (out, code, "AuthenticationError" in err) == ("", 1, True), err[-2000:]
 
 
-@pytest.mark.slow
-def test_the_token_is_its_owners_alone(cluster: dict[str, Any]) -> None:
-    folder = cluster["home"] / ".ray"
-    assert (mode(folder), mode(folder / "auth_token")) == (0o700, 0o600)
-
-
-def test_a_token_that_ray_left_open_is_closed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readable_token_is_closed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray writes it as the umask has it, which is readable for everybody on most machines."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
@@ -126,7 +109,7 @@ def test_a_token_that_ray_left_open_is_closed_and_kept(tmp_path: Path, monkeypat
     assert [mode(path), sorted(path.parent.iterdir())] == [0o600, [path]]
 
 
-def test_a_token_that_was_given_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_token_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/elsewhere/token")
     keep_token()

@@ -27,52 +27,47 @@ def folder(tmp_path: Path) -> Path:
     ask(study, 2)
     report(study, 0, 0.5, 0.75)
     study.complete(0)
-    own = trial_folder(folder, 0)
-    own.mkdir(parents=True)
-    (own / "predictions.json").write_text(json.dumps(PREDICTIONS))
-    (own / "metrics.jsonl").write_text(
-        json.dumps({"time": 1.0, "step": 8, "attempt": 1, "values": {"loss": 1.0}}) + "\n"
-    )
-    (own / "mlflow.json").write_text(json.dumps({"run_id": "a", "ended": True}))
-    said = {"trials": 3, "before": 0.0, "work": 1.0, "seconds": 1.0, "took": None}
-    (folder / "plan.json").write_text(json.dumps({"steps": {}, "excluded": ["x"], "forecast": said}))
+    (trial := trial_folder(folder, 0)).mkdir(parents=True)
+    (trial / "predictions.json").write_text(json.dumps(PREDICTIONS))
+    metrics = {"time": 1.0, "step": 8, "attempt": 1, "values": {"loss": 1.0}}
+    (trial / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    (trial / "mlflow.json").write_text(json.dumps({"run_id": "a", "ended": True}))
+    forecast = {"trials": 3, "before": 0.0, "work": 1.0, "seconds": 1.0, "took": None}
+    (folder / "plan.json").write_text(json.dumps({"steps": {}, "excluded": ["x"], "forecast": forecast}))
     return folder
 
 
-def test_a_sweeps_folder(folder: Path, tmp_path: Path) -> None:
-    """`sweep status` reads all of it: it shows what is left, or says in one line what is damaged."""
+def test_status_reads_a_mutated_folder_or_says_why_not(folder: Path, tmp_path: Path) -> None:
+    """`sweep status` reads all files: it shows what is intact, or says in one line what is damaged."""
     assert sweep("status", folder).code == 0  # which caches intervals and recomputes them when predictions change
     whole, files = tree(folder), sorted(path for path in folder.rglob("*") if path.is_file())
     before = {name: text for name, text in whole.items() if not name.endswith(INTERVALS)}
     outcomes = []
-    for seed in range(120):
+    for seed in range(40):
         path = random.Random(seed).choice(files)
         path.write_bytes(mutated(path.read_bytes(), seed))
-        said = sweep("status", folder, *(["--json"] if seed % 2 else []))
-        assert said.code in (0, 2), (path.name, said.err)
-        assert said.err.count("error: ") == (said.code == 2)
-        assert "Traceback" not in said.err
-        outcomes.append(said.err)
+        done = sweep("status", folder, *(["--json"] if seed % 2 else []))
+        assert done.code in (0, 2), (path.name, done.err)
+        assert done.err.count("error: ") == (done.code == 2)
+        assert "Traceback" not in done.err
+        outcomes.append(done.err)
         path.write_bytes(whole[str(path.relative_to(folder))] or b"")
         assert {name: text for name, text in tree(folder).items() if not name.endswith(INTERVALS)} == before
     check_variety(outcomes)
 
 
-def test_the_record_of_processes_is_no_list_of_targets(tmp_path: Path) -> None:
+def test_record_of_processes_is_no_list_of_targets(tmp_path: Path) -> None:
     """Whatever the record says, no other process is ended and no other folder removed."""
     (tmp_path / "sweep-ray-mine").mkdir()
     plain = {"host": "h", "boot": 0.0, "scratch": str(tmp_path / "sweep-ray-mine"), "processes": {"1": 0.0}}
-    for seed in range(40):
-        (tmp_path / "processes.json").write_text(json.dumps(changed(plain, seed)))
-        assert end_orphans(tmp_path) == []
-    for value in VALUES:
+    for value in (*VALUES, *(changed(plain, seed) for seed in range(20))):
         (tmp_path / "processes.json").write_text(json.dumps(value))
         assert end_orphans(tmp_path) == []
     assert (tmp_path / "sweep-ray-mine").exists()
 
 
 @pytest.mark.parametrize("content", [*ODD, b"[]", b"{}", b'{"holder": 1, "generation": 0, "open": true}'])
-def test_a_copy_whose_owner_cannot_be_read_is_one_line(content: bytes, tmp_path: Path) -> None:
+def test_copy_with_a_damaged_owner_is_one_line(content: bytes, tmp_path: Path) -> None:
     (folder := tmp_path / "sweep").mkdir()
     (store := tmp_path / "store").mkdir()
     (store / OWNER).write_bytes(content)
@@ -84,20 +79,12 @@ def test_a_copy_whose_owner_cannot_be_read_is_one_line(content: bytes, tmp_path:
     assert outcome(work).startswith(f"{store}/{OWNER}: ")
 
 
-def test_exported_models(tmp_path: Path) -> None:
-    plain = {
-        "format": 1,
-        "sweep": "a",
-        "trial": 0,
-        "corpus": "c",
-        "fingerprint": "f",
-        "roles": {"client": ["change", "neutral"]},
-        "tasks": {"classify": {"labels": ["change", "neutral"], "counts": [3, 4]}},
-        "meaning": {},
-        "digest": "d",
-    }
+def test_mutated_exports_are_read_or_refused(tmp_path: Path) -> None:
+    plain = {"format": 1, "sweep": "a", "trial": 0, "corpus": "c", "fingerprint": "f", "meaning": {}, "digest": "d"}
+    tasks = {"classify": {"labels": ["change", "neutral"], "counts": [3, 4]}}
+    plain |= {"roles": {"client": ["change", "neutral"]}, "tasks": tasks}
     outcomes = []
-    for seed in range(80):
+    for seed in range(30):
         content = json.dumps(changed(plain, seed)).encode()
         (tmp_path / exported.LABELS).write_bytes(mutated(content, seed) if seed % 2 else content)
         outcomes.append(outcome(lambda: exported.read(tmp_path)))
@@ -115,6 +102,6 @@ def test_damaged_study_is_one_line(folder: Path) -> None:
     for damaged in (whole + b"[1]\n", whole + b"{}\n", b"\xff\n" + whole, b"[" * 5000 + b"\n" + whole, headless):
         path.write_bytes(damaged)
         for work in (StudyStore.read, StudyStore.open):
-            said = outcome(lambda work=work: work(folder, settings(trials=3)))
-            assert said.startswith(f"{path}: damaged study ("), damaged
+            error = outcome(lambda work=work: work(folder, settings(trials=3)))
+            assert error.startswith(f"{path}: damaged study ("), damaged
     shutil.rmtree(folder)

@@ -1,6 +1,5 @@
 """Names in files do not lead out of their folders, neither to read there nor to write."""
 
-import csv
 import json
 import shutil
 import socket
@@ -31,29 +30,20 @@ def audio(tmp_path: Path) -> Path:
     return folder
 
 
-def sheet(folder: Path, **row: str) -> Path:
-    with (path := folder / "sessions.csv").open("w", newline="") as file:
-        plain = {"conversation": "1", "speaker": "client", "text": "hi", "start": "0", "end": "1"}
-        writer = csv.DictWriter(file, plain | row)
-        writer.writeheader()
-        writer.writerow(plain | row)
-    return path
-
-
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("column", ["clip", "recording", "conversation"])
-def test_a_table_names_no_sound_outside_of_its_folder(column: str, name: str, audio: Path, tmp_path: Path) -> None:
+def test_table_names_no_audio_outside_its_folder(column: str, name: str, audio: Path, tmp_path: Path) -> None:
     """As `sweep prepare` and `sweep predict` read it."""
-    columns = ColumnConfig(
-        label=None, start="start", end="end", **({} if column == "conversation" else {column: column})
-    )
-    source = sheet(tmp_path, **{column: name})
+    row = {"conversation": "1", "speaker": "client", "text": "hi", "start": "0", "end": "1", column: name}
+    (source := tmp_path / "sessions.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    named = {} if column == "conversation" else {column: column}
+    columns = ColumnConfig(label=None, start="start", end="end", **named)
     with pytest.raises(DataError, match=r"sessions\.csv:2: .* is outside the folder of recordings"):
         read_sessions("table", source, audio, CorpusConfig(columns=columns), {"client": ["change"]})
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_session_of_annomi_names_none_either(name: str, audio: Path, tmp_path: Path) -> None:
+def test_annomi_names_no_audio_outside_its_folder(name: str, audio: Path, tmp_path: Path) -> None:
     header = "transcript_id,mi_quality,video_url,utterance_id,interlocutor,timestamp,utterance_text"
     (tmp_path / "a.csv").write_text(f"{header}\n{name},high,v,0,client,00:00:01,hi\n")
     with pytest.raises(DataError, match=r"a\.csv:2: .* is outside the folder of recordings"):
@@ -64,7 +54,7 @@ def test_a_session_of_annomi_names_none_either(name: str, audio: Path, tmp_path:
     "name", ["../x-0.arrow", "/etc/passwd", "shard-0.arrow/../x", "shard-0.arrow\n", "", "manifest.json"]
 )
 @pytest.mark.parametrize("key", ["index", "shards"])
-def test_a_manifest_names_files_of_its_folder_alone(key: str, name: str, corpus: Shards, tmp_path: Path) -> None:
+def test_manifest_names_files_of_its_folder_alone(key: str, name: str, corpus: Shards, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
     manifest = json.loads((folder / MANIFEST).read_text())
     if key == "index":
@@ -77,12 +67,12 @@ def test_a_manifest_names_files_of_its_folder_alone(key: str, name: str, corpus:
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/x", "a/b", ".a", "a\n", ""])
-def test_the_name_of_a_sweep_is_the_name_of_a_folder(name: str) -> None:
+def test_sweeps_name_is_the_name_of_a_folder(name: str) -> None:
     with pytest.raises(UserError, match="name: "):
         parse({"name": name}, "a.yaml")
 
 
-def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_writing_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("mine")
     (folder := tmp_path / "shards").mkdir()
     (folder / MANIFEST).symlink_to(tmp_path / "outside")
@@ -90,7 +80,7 @@ def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> Non
     assert ((tmp_path / "outside").read_text(), (folder / MANIFEST).read_bytes()) == ("mine", b"{}")
 
 
-def test_of_a_copy_in_a_store_only_a_sweeps_own_files_are_taken(tmp_path: Path) -> None:
+def test_only_a_sweeps_files_are_taken_from_a_copy(tmp_path: Path) -> None:
     store, folder = tmp_path / "store", tmp_path / "a/b/sweep"
     for name in ("config.yaml", ".bashrc", "trials/0000/config.yaml", "trials/0000/evil.sh", "trials/evil/config.yaml"):
         (store / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +100,8 @@ def test_orphans_are_removed_in_their_own_folder_only(tmp_path: Path) -> None:
         Path("/"),
         Path("sweep-ray-x"),
     ):
-        said = {"host": socket.gethostname(), "boot": psutil.boot_time(), "processes": {}, "scratch": str(scratch)}
-        (tmp_path / "processes.json").write_text(json.dumps(said))
+        record = {"host": socket.gethostname(), "boot": psutil.boot_time(), "processes": {}, "scratch": str(scratch)}
+        (tmp_path / "processes.json").write_text(json.dumps(record))
         assert end_orphans(tmp_path) == []
         assert not (tmp_path / "processes.json").exists(), "it was not read"
         assert (tmp_path / "sweep-ray-x").is_dir()

@@ -32,30 +32,27 @@ UNSAFE = {"np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "yaml.full_l
 
 
 def nodes() -> Iterator[tuple[str, ast.AST]]:
-    """Every node of the source, and its place."""
+    """Yield every node of the source with its file and line."""
     for package in ("data", "model", "sweep"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", node
 
 
-def test_no_module_that_unpickles_is_imported() -> None:
+def test_source_neither_unpickles_nor_runs_code() -> None:
+    """No import of a module that unpickles, and no call that may do so unless an argument forbids it."""
+    calls = set()
     for place, node in nodes():
-        names = [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not FORBIDDEN & {part for name in names for part in name.split(".")}, place
-
-
-def test_every_call_that_may_unpickle_or_run_code_is_told_not_to() -> None:
-    seen = set()
-    for place, node in nodes():
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not FORBIDDEN & {part for name in names for part in name.split(".")}, place
         if isinstance(node, ast.Call):
-            name, said = ast.unparse(node.func), {one.arg: ast.unparse(one.value) for one in node.keywords}
+            name, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
             assert name not in UNSAFE, place
-            assert said.get("weights_only") == "True" or name != "torch.load", place
-            assert said.get("trust_remote_code") == "False" or not name.endswith(".from_pretrained"), place
-            seen.add(name)
-    assert {"torch.load", "AutoModel.from_pretrained", "AutoModelForCausalLM.from_pretrained"} <= seen
+            assert given.get("weights_only") == "True" or name != "torch.load", place
+            assert given.get("trust_remote_code") == "False" or not name.endswith(".from_pretrained"), place
+            calls.add(name)
+    assert {"torch.load", "AutoModel.from_pretrained", "AutoModelForCausalLM.from_pretrained"} <= calls
 
 
 class Payload:
@@ -68,28 +65,31 @@ class Payload:
         return os.mkdir, (str(self.mark),)
 
 
-def poisons(mark: Path) -> dict[str, bytes]:
-    """A pickle by itself, one in torch's old format, and one in the archive that torch writes today."""
-    content = {"tensors": Payload(mark)}
-    torch.save(content, archive := io.BytesIO())
-    torch.save(content, old := io.BytesIO(), _use_new_zipfile_serialization=False)
-    return {"pickle": pickle.dumps(content), "old": old.getvalue(), "archive": archive.getvalue()}
+KINDS = ("pickle", "old", "archive")  # by itself, in torch's old format, and in the archive that torch writes today
 
 
-@pytest.fixture(params=["pickle", "old", "archive"])
+def poisoned(kind: str, mark: Path) -> bytes:
+    content, sink = {"tensors": Payload(mark)}, io.BytesIO()
+    if kind == "pickle":
+        return pickle.dumps(content)
+    torch.save(content, sink, _use_new_zipfile_serialization=kind == "archive")
+    return sink.getvalue()
+
+
+@pytest.fixture(params=KINDS)
 def poison(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[bytes]:
-    yield poisons(tmp_path / "pwned")[request.param]
+    yield poisoned(request.param, tmp_path / "pwned")
     assert not (tmp_path / "pwned").exists(), "the payload was run"
 
 
-def test_the_poison_is_one(tmp_path: Path) -> None:
-    pickle.loads(poisons(tmp_path / "one")["pickle"])
-    for name in ("old", "archive"):
-        torch.load(io.BytesIO(poisons(tmp_path / name)[name]), weights_only=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "old", "one"]
+def test_poison_runs_where_it_is_unpickled(tmp_path: Path) -> None:
+    for kind in KINDS:
+        content = poisoned(kind, tmp_path / kind)
+        pickle.loads(content) if kind == "pickle" else torch.load(io.BytesIO(content), weights_only=False)
+        assert (tmp_path / kind).exists()
 
 
-def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
+def test_poisoned_files_of_a_sweep_are_refused(poison: bytes, tmp_path: Path) -> None:
     (folder := tmp_path / "trial").mkdir()
     for name in (checkpoint.FILE, "study.journal", "predictions.json"):
         (folder / name).write_bytes(poison + b"\n")  # a journal's last line may be unfinished
@@ -100,7 +100,7 @@ def test_files_of_a_sweep(poison: bytes, tmp_path: Path) -> None:
     assert "not a file of tensors" in outcome(lambda: read_tensors(folder / checkpoint.FILE))
 
 
-def test_files_of_a_corpus(poison: bytes, corpus: Shards, tmp_path: Path) -> None:
+def test_poisoned_files_of_a_corpus_are_refused(poison: bytes, corpus: Shards, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(str(corpus.folder), tmp_path / "shards"))
     (folder / corpus.manifest.index).write_bytes(poison)
     assert "not a readable Arrow file" in outcome(lambda: Shards(folder).columns)
@@ -108,28 +108,24 @@ def test_files_of_a_corpus(poison: bytes, corpus: Shards, tmp_path: Path) -> Non
     assert "Invalid JSON" in outcome(lambda: Shards(folder))
 
 
-def test_files_of_an_exported_model(poison: bytes, tmp_path: Path) -> None:
+def test_poisoned_export_is_refused(poison: bytes, tmp_path: Path) -> None:
     (tmp_path / exported.LABELS).write_bytes(poison)
     assert f"{exported.LABELS}: " in outcome(lambda: exported.read(tmp_path))
-    said = {"sweep": "a", "trial": 0, "corpus": "c", "fingerprint": "f", "roles": {}, "tasks": {}, "meaning": {}}
-    (tmp_path / exported.LABELS).write_text(exported.Exported(**said, digest="d").model_dump_json())
+    fields = {"sweep": "a", "trial": 0, "corpus": "c", "fingerprint": "f", "roles": {}, "tasks": {}, "meaning": {}}
+    (tmp_path / exported.LABELS).write_text(exported.Exported(**fields, digest="d").model_dump_json())
     (tmp_path / exported.SPEECH).write_bytes(poison)
     assert "its weights cannot be read" in outcome(lambda: exported.load_state(tmp_path))
 
 
-def in_place_of_weights(original: Path, folder: Path, content: bytes) -> str:
-    """A copy of a model's folder whose weights lie in pytorch_model.bin, as before safetensors."""
-    shutil.copytree(original, folder)
-    for weights in folder.glob("*.safetensors*"):
-        weights.unlink()
-    (folder / "pytorch_model.bin").write_bytes(content)
-    return str(folder)
-
-
-def test_base_models(poison: bytes, models: Path, ctc: Path, tmp_path: Path) -> None:
-    encoder = in_place_of_weights(models / "hubert-group", tmp_path / "encoder", poison)
-    llm = in_place_of_weights(models / "llm", tmp_path / "llm", poison)
-    aligner = in_place_of_weights(ctc, tmp_path / "ctc", poison)
+def test_poisoned_base_models_are_refused(poison: bytes, models: Path, ctc: Path, tmp_path: Path) -> None:
+    """Their weights are in pytorch_model.bin, as before safetensors."""
+    folders = {}
+    for original in (models / "hubert-group", models / "llm", ctc):
+        folders[original] = folder = Path(shutil.copytree(original, tmp_path / original.name))
+        for weights in folder.glob("*.safetensors*"):
+            weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(poison)
+    encoder, llm, aligner = map(str, folders.values())
     assert "cannot load an encoder" in outcome(lambda: load_encoder(encoder, "cpu"))
     assert "cannot load a causal LM" in outcome(lambda: load_llm(llm, "float32", "cpu"))
     assert "cannot load a CTC model" in outcome(lambda: load_ctc(aligner))
@@ -138,7 +134,7 @@ def test_base_models(poison: bytes, models: Path, ctc: Path, tmp_path: Path) -> 
 CODE = "import os\nos.mkdir({!r})\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
 
 
-def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(
+def test_model_with_code_is_refused_without_a_question(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default, transformers asks whether to run it, and takes a yes."""
