@@ -30,6 +30,7 @@ exec sleep 600
 SWEEP = """#!/bin/bash
 # In place of a sweep: ends with the next code of a list; "stopped" ends when it is asked to.
 here=$(dirname "$0")
+rm -f "$here"/node-*  # the next attempt starts Ray again
 read -r code < "$here/codes"
 sed -i 1d "$here/codes"
 echo "$@ $RAY_ADDRESS $(stat -c %a "$RAY_AUTH_TOKEN_PATH" "$(dirname "$RAY_AUTH_TOKEN_PATH")" | xargs)" > "$here/given"
