@@ -8,25 +8,21 @@ grows as size^k is a line of slope k on logarithmic scales; start-up, which does
 
 import functools
 import math
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from data.corpus.schema import SAMPLE_RATE, Corpus
-from data.preparation.build import prepare
+from data.corpus.schema import SAMPLE_RATE
 from data.shards.dataset import Shards
 from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
-from tests.bench.frozen import made
+from tests.bench.materials import noise
 from tests.bench.measure import Row
-from tests.bench.reading import _conversations
+from tests.bench.records import machine
 from tests.bench.sweeps import makespan
 
 TRIALS, MIDDLE = (8, 16, 32), 16
@@ -74,29 +70,21 @@ def measured() -> list[Series]:
     """All series; sweeps that they have in common run once."""
     wall = functools.cache(lambda *case: makespan(settings(*case)).wall)
     both = max(WORKERS)
-    corpora = [Shards(made(f"growth-{hours}", functools.partial(make_corpus, hours=hours))) for hours in HOURS]
-    sound = [sum(shards.columns["n_samples"]) / SAMPLE_RATE / 3600 for shards in corpora]
+    hours_of_audio = [sum(Shards(sound(hours)).columns["n_samples"]) / SAMPLE_RATE / 3600 for hours in HOURS]
     return [
         Series("trials", TRIALS, [wall(number, HOURS[0], both, 1) for number in TRIALS], goal=1.0),
-        Series("hours of sound", sound, [wall(FEW, hours, both, 1) for hours in HOURS], goal=1.0),
+        Series("hours of audio", hours_of_audio, [wall(FEW, hours, both, 1) for hours in HOURS], goal=1.0),
         Series("workers, a trial each", WORKERS, [wall(MIDDLE, HOURS[0], slots, 1) for slots in WORKERS]),
         Series("workers, sharing a trial", WORKERS, [wall(MIDDLE, HOURS[0], 1, workers) for workers in WORKERS]),
     ]
 
 
 def settings(trials: int, hours: int, slots: int, workers: int) -> Config:
-    """A sweep over learning rate and rank.
-
-    Args:
-        trials: in all, none of which ends early.
-        hours: of sound in the corpus.
-        slots: trials at a time.
-        workers: of a trial.
-    """
+    """Return a sweep over learning rate and rank, none of whose trials ends early."""
     config = load("demo").with_values(
         {
             "name": "growth",
-            "data.shards": str(made(f"growth-{hours}", functools.partial(make_corpus, hours=hours))),
+            "data.shards": str(sound(hours)),
             "train.epochs": 1,
             "search.trials": trials,
             "search.pruning": None,
@@ -112,18 +100,9 @@ def settings(trials: int, hours: int, slots: int, workers: int) -> Config:
     return resolve(config)
 
 
-def make_corpus(folder: Path, hours: int) -> None:
-    """Noise with the envelope of speech."""
-    conversations = list(_conversations(SESSIONS, CLIPS * hours))
-    prepare(Corpus("growth", ("a", "b"), {"client": ("a", "b")}, conversations), folder)
-
-
-def machine() -> str:
-    """What was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} CPUs ({(names or [platform.machine()])[0]}), {memory:.0f} GiB"
+def sound(hours: int) -> Path:
+    """Return a corpus of about as many hours."""
+    return noise(f"growth-{hours}", SESSIONS, CLIPS * hours)
 
 
 def draw(found: Sequence[Series], path: Path) -> None:
@@ -147,7 +126,7 @@ def draw(found: Sequence[Series], path: Path) -> None:
         axis.set_xlabel(series.name)
         axis.legend()
     axes[0].set_ylabel("makespan (s)")
-    figure.suptitle(f"A sweep of tiny models, from the command to its end; {machine()}", fontsize=10)
+    figure.suptitle(f"A sweep of tiny models, from the command to its end; {machine()['name']}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

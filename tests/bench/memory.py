@@ -58,32 +58,29 @@ def write(folder: Path) -> None:
         name = f"shard-{number:08x}.arrow"
         (folder / name).hardlink_to(folder / info.name)
         infos.append(info.model_copy(update={"name": name}))
-        part = index.set_column(index.column_names.index("shard"), index.schema.field("shard"), constant(number, index))
+        columns = {"shard": pa.array([number] * len(index), pa.int32())}
         for column in ("id", "conversation"):
-            values = [f"{number}-{value}" for value in index[column].to_pylist()]
-            part = part.set_column(index.column_names.index(column), index.schema.field(column), pa.array(values))
+            columns[column] = pa.array([f"{number}-{value}" for value in index[column].to_pylist()])
+        part = index
+        for column, values in columns.items():
+            part = part.set_column(index.column_names.index(column), index.schema.field(column), values)
         parts.append(part)
     (folder / shards.manifest.index).write_bytes(to_bytes(pa.concat_tables(parts)))
     manifest = shards.manifest.model_copy(update={"shards": tuple(infos)})
     (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
-def constant(number: int, table: pa.Table) -> pa.Array:
-    """The number, for every row."""
-    return pa.array([number] * len(table), pa.int32())
-
-
 def stream(folder: str) -> dict[str, Any]:
     """Read the corpus once, in an order that jumps between all shards."""
     from data.config import DataConfig
-    from tests.bench.reading import padded, sounds
+    from tests.bench.reading import audio, padded
 
     resident, anonymous = used()
     shards = Shards(folder)
     rows = np.random.default_rng(0).permutation(len(shards.columns["id"])).tolist()
     steps = [[("classify", row) for row in rows[start : start + 16]] for start in range(0, len(rows), 16)]
     most, clips = (0.0, 0.0), 0
-    for number, batch in enumerate(sounds(Prefetcher(lambda: local_source(shards, DataConfig(), True)(steps)))):
+    for number, batch in enumerate(audio(Prefetcher(lambda: local_source(shards, DataConfig(), True)(steps)))):
         clips += len(padded(batch)[1])
         if number % 50 == 0:
             most = tuple(map(max, most, used()))

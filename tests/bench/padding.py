@@ -51,7 +51,9 @@ def measured(conversations: Sequence[Conversation], config: Config, *, fine: boo
             if turn.start is None or turn.end is None or turn.end <= turn.start:
                 continue
             seconds = max(0.3, turn.end - turn.start + (rng.uniform(-0.5, 0.5) if fine else 0))
-            frames = encoder_frames(round(seconds * SAMPLE_RATE)) if config.model.uses_audio else 0
+            frames = round(seconds * SAMPLE_RATE) if config.model.uses_audio else 0
+            for kernel, stride in KERNELS if frames else ():
+                frames = (frames - kernel) // stride + 1
             tokens = TOKENS_AROUND + (0 if config.model.modality == "speech" else words[place])
             for length in reversed(words[max(0, place - config.data.history) : place]):
                 if tokens + length > config.model.llm.max_text_tokens:
@@ -59,13 +61,6 @@ def measured(conversations: Sequence[Conversation], config: Config, *, fine: boo
                 tokens += length
             clip = max(0, frames - adapter.window) // adapter.stride + 1 if frames else 0
             yield Cost(tokens + clip, frames if trains else 0)
-
-
-def encoder_frames(samples: int) -> int:
-    """Frames of a clip."""
-    for kernel, stride in KERNELS:
-        samples = (samples - kernel) // stride + 1
-    return samples
 
 
 def wasted(costs: Sequence[Cost], config: Config, workers: int, where: str) -> list[Row]:
@@ -80,12 +75,8 @@ def wasted(costs: Sequence[Cost], config: Config, workers: int, where: str) -> l
                 read.append([cost.tokens for cost in chosen])
                 frames = [cost.frames for cost in chosen]
                 heard += [[frames[place] for place in group] for group in groups(frames)]
-        llm.runs.append(padding(read))
-        encoder.runs.append(padding(heard) if any(cost.frames for cost in costs) else 0.0)
-        llm.note, encoder.note = (f"{len(costs) / len(parts):.1f} items at once" for parts in (read, heard))
-    return [llm, encoder] if any(cost.frames for cost in costs) else [llm]
-
-
-def padding(parts: Sequence[Sequence[int]]) -> float:
-    """Share of what is computed, given the lengths that are computed together."""
-    return 1 - sum(map(sum, parts)) / sum(max(part) * len(part) for part in parts)
+        for row, parts in ((llm, read), (encoder, heard)):
+            if computed := sum(max(part) * len(part) for part in parts):
+                row.runs.append(1 - sum(map(sum, parts)) / computed)
+                row.note = f"{len(costs) / len(parts):.1f} items at once"
+    return [llm, encoder] if encoder.runs else [llm]

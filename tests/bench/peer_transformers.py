@@ -61,26 +61,26 @@ class Model(nn.Module):
         return {name: value for name, value in super().state_dict(*args, **options).items() if name in trained}
 
 
-class Steps:
-    """The steps of the batch plan, epoch after epoch, as a `batch_sampler`."""
-
-    def __init__(self, model: Model) -> None:
-        self.costs, self.size, self.seed = model.costs, model.settings.train.batch_size, model.settings.seed
-        self.epochs = itertools.count()
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.costs) / self.size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(plan(self.costs, batch_size=self.size, seed=self.seed, epoch=next(self.epochs)))
-
-
 class Planned(transformers.Trainer):
-    """Trains in the order of the plan, which follows from the model of the trial."""
+    """Trains in the order of the batch plan, which follows from the model of the trial."""
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        settings, costs = self.model.settings, self.model.costs
+
+        class Steps:
+            """The steps of the plan, epoch after epoch, as a `batch_sampler`."""
+
+            epochs = itertools.count()
+
+            def __len__(self) -> int:
+                return math.ceil(len(costs) / settings.train.batch_size)
+
+            def __iter__(self) -> Iterator[list[int]]:
+                size = settings.train.batch_size
+                return iter(plan(costs, batch_size=size, seed=settings.seed, epoch=next(self.epochs)))
+
         return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=Steps(self.model), collate_fn=transformers.default_data_collator
+            self.train_dataset, batch_sampler=Steps(), collate_fn=transformers.default_data_collator
         )
 
 
@@ -127,13 +127,7 @@ def rows(config: Config, split: str) -> list[dict[str, int]]:
 
 
 def arguments(config: Config, folder: Path, steps: int) -> transformers.TrainingArguments:
-    """The settings of `train`, in the Trainer's words.
-
-    Args:
-        config: of the sweep.
-        folder: for checkpoints.
-        steps: of an epoch.
-    """
+    """Return the settings of `train` as the Trainer names them; `steps` are those of an epoch."""
     train = config.train
     return transformers.TrainingArguments(
         output_dir=str(folder),

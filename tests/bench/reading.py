@@ -5,119 +5,90 @@ read in a given order (WebDataset and lhotse's Shar read from front to back).
 """
 
 import importlib.util
+import io
 import logging
 import multiprocessing
-import shutil
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import soundfile
 import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
+from data.corpus.schema import SAMPLE_RATE
 from data.loading.batching import Cost, plan
 from data.loading.examples import Example, clip_samples
 from data.loading.prefetch import Prefetcher
 from data.loading.ray_source import ray_source
 from data.loading.sources import local_source
-from data.preparation.build import prepare
 from data.shards.dataset import Shards
+from tests.bench.materials import made, noise
 from tests.bench.measure import Cost as Spent
 from tests.bench.measure import Row, in_turns, measured, ratios
 
 CLIPS, SESSIONS, BATCH = 2520, 24, 16
 ROUNDS, EPOCHS, RAY_ROUNDS = 8, 4, 6
-CACHE = Path(tempfile.gettempdir()) / "speech-llm-sweep-bench"
 CONFIG = DataConfig(history=0)
+Steps = list[list[tuple[str, int]]]
+Clips = Iterable[list[np.ndarray]]  # of a batch each, int16
 
 
 def run() -> list[Row]:
-    """The goals of reading."""
+    """Measure all readers."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-    shards = corpus()
-    steps = batches(shards)
-    held = Held(shards.folder)
-    plain: dict[str, Callable[[], object]] = {
+    shards, steps = corpus()
+    clips = [np.array(shards.pcm(row)) for row in range(len(shards.columns["id"]))]
+    in_memory = Shards(shards.folder)
+    in_memory.pcm = clips.__getitem__  # type: ignore[method-assign]
+    works: dict[str, Callable[[], object]] = {
         "memory-mapped": lambda: consume(mapped(shards, steps)),
-        "in-memory loader": lambda: consume(mapped(held, steps)),
-        "arrays in memory, no dialogue": lambda: consume([held.clips[row] for _, row in step] for step in steps),
+        "in-memory loader": lambda: consume(mapped(in_memory, steps)),
+        "arrays in memory, no dialogue": lambda: consume([clips[row] for _, row in step] for step in steps),
+        "DataLoader, 0 workers": lambda: loader(shards, steps, 0),
+        "DataLoader, 2 workers": lambda: loader(shards, steps, 2),
     }
-    for workers in (0, 2):
-        plain[f"DataLoader, {workers} workers"] = lambda workers=workers: loader(shards, steps, workers)
-    rows, missing = [], []
-    for name, (module, make) in EXTRAS.items():
+    missing = []
+    for name, (module, make) in PEERS.items():
         if importlib.util.find_spec(module) is None:
             missing.append(Row("memory-mapped", name, goal=1.0, note="not installed: uv pip install -e '.[bench]'"))
         else:
-            plain[name] = make(shards, steps)
-    taken = in_turns({name: repeated(work) for name, work in plain.items()}, ROUNDS)
+            read = make(shards, steps)
+            works[name] = lambda read=read: consume(read())
+    taken = in_turns({name: repeated(work) for name, work in works.items()}, ROUNDS)
     hours = EPOCHS * sum(shards.columns["n_samples"]) / SAMPLE_RATE / 3600
-    for name in list(plain)[1:]:
-        goal = {"in-memory loader": 0.9, "arrays in memory, no dialogue": None}.get(name, 1.0)
-        note = f"{hours / statistics.median(cost.cpu for cost in taken[name]):.1f} h of sound a CPU-second"
-        rows.append(Row("memory-mapped", name, ratios(taken[name], taken["memory-mapped"]), goal, note=note))
-    own = hours / statistics.median(cost.cpu for cost in taken["memory-mapped"])
-    rows[0].note += f"; memory-mapped {own:.1f}"
+    speeds = {name: hours / statistics.median(cost.cpu for cost in costs) for name, costs in taken.items()}
+    goals = {"in-memory loader": 0.9, "arrays in memory, no dialogue": None}
+    rows = []
+    for name in list(works)[1:]:
+        note = f"{speeds[name]:.1f} h of audio a CPU-second; memory-mapped {speeds['memory-mapped']:.1f}"
+        runs = ratios(taken[name], taken["memory-mapped"])
+        rows.append(Row("memory-mapped", name, runs, goals.get(name, 1.0), note=note))
     return [*rows, *missing, through_ray()]
 
 
-def repeated(work: Callable[[], object]) -> Callable[[], None]:
-    """EPOCHS of it: CPU time is counted in hundredths of a second."""
-
-    def run() -> None:
-        for _ in range(EPOCHS):
-            work()
-
-    return run
+def repeated(work: Callable[[], object]) -> Callable[[], object]:
+    """Return EPOCHS of some work: CPU time is counted in hundredths of a second."""
+    return lambda: [work() for _ in range(EPOCHS)]
 
 
-def corpus() -> Shards:
-    """Clips of a lognormal length: median 3 s, mean 4.3 s, 0.5 to 30 s."""
-    folder = CACHE / "reading-3"
-    if not (folder / "manifest.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        prepare(
-            Corpus("bench", ("a", "b"), {"client": ("a", "b")}, list(_conversations(SESSIONS, CLIPS // SESSIONS))),
-            folder,
-        )
-    return Shards(folder)
-
-
-def _conversations(sessions: int, clips: int, longest: float = 30.0) -> Iterator[Conversation]:
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal(31 * SAMPLE_RATE) * np.repeat(rng.uniform(0, 1, 31 * 8), SAMPLE_RATE // 8) ** 2
-    for session in range(sessions):
-        turns = []
-        for index in range(clips):
-            seconds = float(np.clip(rng.lognormal(np.log(3), 0.85), 0.5, longest))
-            start = rng.integers(0, SAMPLE_RATE)
-            clip = noise[start : start + round(seconds * SAMPLE_RATE)] * rng.uniform(1000, 4000)
-            text = " ".join(["word"] * max(1, round(2.5 * seconds)))
-            turn = Turn(f"{session}/{index}", index, "client", text, "ab"[index % 2])
-            turn.audio = clip.round().clip(-32768, 32767).astype(np.int16)
-            turns.append(turn)
-        yield Conversation(f"s{session}", f"g{session}", turns)
-
-
-def batches(shards: Shards) -> list[list[tuple[str, int]]]:
-    """One epoch over the whole corpus, whatever the split."""
+def corpus() -> tuple[Shards, Steps]:
+    """Return the corpus, and one epoch over all of it, whatever the split."""
+    shards = Shards(noise("reading-3", SESSIONS, CLIPS // SESSIONS))
     items = [("classify", row) for row in range(len(shards.columns["id"])) if shards.columns["n_samples"][row]]
     costs = [Cost(0, clip_samples(shards, item, CONFIG)) for item in items]
-    return [[items[position] for position in step] for step in plan(costs, batch_size=BATCH, seed=0, epoch=0)]
+    return shards, [[items[position] for position in step] for step in plan(costs, batch_size=BATCH, seed=0, epoch=0)]
 
 
 def padded(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """int16 clips → float32 [B, N] in [-1, 1), and their lengths."""
+    """Return int16 clips as float32 [B, N] in [-1, 1), and their lengths."""
     lengths = torch.tensor([len(clip) for clip in clips])
     waves = torch.empty(len(clips), int(lengths.max()))
     for wave, clip in zip(waves.numpy(), clips, strict=True):
@@ -126,139 +97,105 @@ def padded(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return waves, lengths
 
 
-def consume(source: Iterable[list[np.ndarray]]) -> int:
-    """Pad all batches; the number of clips."""
+def consume(source: Clips) -> int:
+    """Pad all batches; return the number of clips."""
     return sum(len(padded(clips)[1]) for clips in source)
 
 
-def mapped(shards: Shards, steps: list[list[tuple[str, int]]]) -> Iterator[list[np.ndarray]]:
-    """The project's own reader, examples and all, read ahead by its thread."""
-    return sounds(Prefetcher(lambda: local_source(shards, CONFIG, True)(steps)))
+def mapped(shards: Shards, steps: Steps) -> Clips:
+    """Read as a trial does, examples and all, ahead by a thread."""
+    return audio(Prefetcher(lambda: local_source(shards, CONFIG, True)(steps)))
 
 
-def sounds(batches: Iterable[list[Example]]) -> Iterator[list[np.ndarray]]:
-    """The clips of examples."""
+def audio(batches: Iterable[list[Example]]) -> Clips:
+    """Yield the clips of examples."""
     for batch in batches:
         yield [example.pcm for example in batch if example.pcm is not None]
 
 
-class Held(Shards):
-    """The same corpus with all its clips in memory."""
-
-    def __init__(self, folder: Path | str) -> None:
-        super().__init__(folder)
-        self.clips = [np.array(super(Held, self).pcm(row)) for row in range(len(self.columns["id"]))]
-
-    def pcm(self, row: int) -> np.ndarray | None:
-        return self.clips[row]
-
-
-class Clips(torch.utils.data.Dataset[np.ndarray]):
+class Rows(torch.utils.data.Dataset[np.ndarray]):
     """What a DataLoader reads."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
 
     def __getitem__(self, row: int) -> np.ndarray:
-        clip = self.shards.pcm(row)
-        assert clip is not None
-        return clip
+        return self.shards.pcm(row)
 
 
-def loader(shards: Shards, steps: list[list[tuple[str, int]]], workers: int) -> int:
-    """A PyTorch DataLoader over the same files."""
+def loader(shards: Shards, steps: Steps, workers: int) -> int:
+    """Read the same files with a PyTorch DataLoader."""
     rows = [[row for _, row in step] for step in steps]
-    made = torch.utils.data.DataLoader(Clips(shards), batch_sampler=rows, num_workers=workers, collate_fn=padded)
-    return sum(len(lengths) for _, lengths in made)
+    batches = torch.utils.data.DataLoader(Rows(shards), batch_sampler=rows, num_workers=workers, collate_fn=padded)
+    return sum(len(lengths) for _, lengths in batches)
 
 
-Make = Callable[[Shards, list[list[tuple[str, int]]]], Callable[[], int]]
-
-
-def hugging_face(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+def hugging_face(shards: Shards, steps: Steps) -> Callable[[], Clips]:
     """A memory-mapped `datasets.Dataset`, in its Arrow format: the fastest of those it has."""
     import datasets
 
     datasets.disable_progress_bars()
-    folder = CACHE / "datasets"
-    if not folder.exists():
-        datasets.Dataset(_table(shards)).save_to_disk(folder)
-    made = datasets.load_from_disk(folder).with_format("arrow")
+    folder = made("datasets", lambda folder: datasets.Dataset(table(shards)).save_to_disk(folder))
+    dataset = datasets.load_from_disk(folder).with_format("arrow")
 
     def read() -> Iterator[list[np.ndarray]]:
         for step in steps:
-            column = made[[row for _, row in step]]["audio"]
+            column = dataset[[row for _, row in step]]["audio"]
             yield [np.frombuffer(value.as_buffer(), "<i2") for value in column]
 
-    return lambda: consume(read())
+    return read
 
 
-def web_dataset(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+def web_dataset(shards: Shards, steps: Steps) -> Callable[[], Clips]:
     """Tar files."""
     import webdataset
 
-    tar = CACHE / "webdataset.tar"
-    if not tar.exists():
-        with webdataset.TarWriter(str(tar)) as writer:
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True)
+        with webdataset.TarWriter(str(path)) as writer:
             for row in range(len(shards.columns["id"])):
                 writer.write({"__key__": f"{row:06}", "pcm": shards.pcm(row).tobytes()})
 
+    tar = made("webdataset.tar", write)
+
     def read() -> Iterator[list[np.ndarray]]:
-        made = webdataset.WebDataset(str(tar), shardshuffle=False).batched(BATCH, collation_fn=list)
-        for batch in made:
+        for batch in webdataset.WebDataset(str(tar), shardshuffle=False).batched(BATCH, collation_fn=list):
             yield [np.frombuffer(sample["pcm"], "<i2") for sample in batch]
 
-    return lambda: consume(read())
+    return read
 
 
-def shar(shards: Shards, steps: list[list[tuple[str, int]]]) -> Callable[[], int]:
+def shar(shards: Shards, steps: Steps) -> Callable[[], Clips]:
     """lhotse's tar files with FLAC: it has no raw PCM."""
-    from lhotse import CutSet, MonoCut
+    from lhotse import CutSet, MonoCut, Recording
     from lhotse.shar import SharWriter
 
-    folder = CACHE / "shar"
-    if not folder.exists():
-        folder.mkdir()
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
         with SharWriter(folder, fields={"recording": "flac"}, shard_size=500) as writer:
             for row in range(len(shards.columns["id"])):
-                clip = shards.pcm(row).astype(np.float32)[None] / 32768
-                cut = MonoCut(f"{row:06}", 0, clip.shape[1] / SAMPLE_RATE, 0)
-                writer.write(_with_sound(cut, clip))
+                soundfile.write(sink := io.BytesIO(), shards.pcm(row), SAMPLE_RATE, format="WAV")
+                recording = Recording.from_bytes(sink.getvalue(), recording_id=f"{row:06}")
+                writer.write(MonoCut(recording.id, 0, recording.duration, 0, recording=recording))
+
+    folder = made("shar", write)
 
     def read() -> Iterator[list[np.ndarray]]:
-        held = []
-        for cut in CutSet.from_shar(in_dir=folder):
-            held.append((cut.load_audio()[0] * 32768).astype(np.int16))
-            if len(held) == BATCH:
-                yield held
-                held = []
-        if held:
-            yield held
+        cuts = list(CutSet.from_shar(in_dir=folder))
+        for start in range(0, len(cuts), BATCH):
+            yield [(cut.load_audio()[0] * 32768).astype(np.int16) for cut in cuts[start : start + BATCH]]
 
-    return lambda: consume(read())
+    return read
 
 
-def _with_sound(cut: Any, clip: np.ndarray) -> Any:
-    import io
-
-    import soundfile
-    from lhotse import Recording
-
-    sink = io.BytesIO()
-    soundfile.write(sink, clip[0], SAMPLE_RATE, format="WAV")
-    cut.recording = Recording.from_bytes(sink.getvalue(), recording_id=cut.id)
-    cut.duration = cut.recording.duration
-    return cut
-
-
-EXTRAS: dict[str, tuple[str, Make]] = {
+PEERS: dict[str, tuple[str, Callable[[Shards, Steps], Callable[[], Clips]]]] = {
     "Hugging Face datasets": ("datasets", hugging_face),
     "WebDataset": ("webdataset", web_dataset),
     "lhotse Shar": ("lhotse", shar),
 }
 
 
-def _table(shards: Shards) -> pa.Table:
+def table(shards: Shards) -> pa.Table:
     clips = [shards.pcm(row).tobytes() for row in range(len(shards.columns["id"]))]
     return pa.table({"audio": pa.array(clips, pa.large_binary())})
 
@@ -271,8 +208,8 @@ def through_ray() -> Row:
     context = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}
     for name in ("own", "parquet"):
-        ends[name], other = context.Pipe()
-        context.Process(target=_on_its_cluster, args=(name, other), daemon=True).start()
+        ends[name], remote = context.Pipe()
+        context.Process(target=serve, args=(name, remote), daemon=True).start()
     taken: dict[str, list[Spent]] = {name: [] for name in ends}
     for number in range(RAY_ROUNDS + 1):
         for name in list(ends)[:: 1 if number % 2 else -1]:
@@ -283,48 +220,40 @@ def through_ray() -> Row:
     for end in ends.values():
         end.send(False)
         end.recv()
-    note = ", ".join(
-        f"{name} {statistics.median(cost.cpu for cost in costs) / EPOCHS:.2f} CPU-s" for name, costs in taken.items()
-    )
+    medians = {name: statistics.median(cost.cpu for cost in costs) / EPOCHS for name, costs in taken.items()}
+    note = ", ".join(f"{name} {median:.2f} CPU-s" for name, median in medians.items())
     return Row("Ray reader", "ray.data.read_parquet", ratios(taken["parquet"], taken["own"]), 4.0, note=note)
 
 
-def _on_its_cluster(name: str, end: Connection) -> None:
-    """Read EPOCHS whenever asked to, and tell what they cost."""
+def serve(name: str, end: Connection) -> None:
+    """Read EPOCHS on a new cluster at each request, and send what they cost."""
     import ray.data
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    shards = corpus()
-    steps = batches(shards)
-    # Ray as it comes: the object store of a sweep's own cluster is small, and Parquet would spill there.
+    shards, steps = corpus()
+    # Ray with its defaults: the object store of a sweep's own cluster is small, and Parquet would spill there.
     ray.init(address="local", logging_level="ERROR", log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    files = _parquet(shards)
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        clips = table(shards)
+        for number in range(8):
+            part, path = clips.slice(number * CLIPS // 8, CLIPS // 8), folder / f"{number}.parquet"
+            pa.parquet.write_table(part, path, row_group_size=64, compression="none")
 
     def parquet() -> int:
-        dataset = ray.data.read_parquet(str(files), columns=["audio"])
+        dataset = ray.data.read_parquet(str(made("parquet", write)), columns=["audio"])
         tables = dataset.iter_batches(batch_size=BATCH, batch_format="pyarrow", prefetch_batches=2)
-        return consume([np.frombuffer(value.as_buffer(), "<i2") for value in table["audio"]] for table in tables)
+        return consume([np.frombuffer(value.as_buffer(), "<i2") for value in batch["audio"]] for batch in tables)
 
     def own() -> int:
-        return consume(sounds(Prefetcher(lambda: ray_source(shards, CONFIG, True)(steps))))
+        return consume(audio(Prefetcher(lambda: ray_source(shards, CONFIG, True)(steps))))
 
     work = repeated({"own": own, "parquet": parquet}[name])
     while end.recv():
         end.send(measured(work))
     ray.shutdown()
     end.send(None)
-
-
-def _parquet(shards: Shards) -> Path:
-    files = CACHE / "parquet"
-    if not files.exists():
-        unfinished = Path(tempfile.mkdtemp(dir=CACHE))
-        table = _table(shards)
-        for number in range(8):
-            part = table.slice(number * CLIPS // 8, CLIPS // 8)
-            pa.parquet.write_table(part, unfinished / f"{number}.parquet", row_group_size=64, compression="none")
-        unfinished.rename(files)
-    return files

@@ -53,8 +53,8 @@ def record(benchmark: str, rows: list[Row], folder: Path = RESULTS) -> Path:
     content: Record = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "rows": [Figures(**asdict(row)) for row in rows],
     }
@@ -105,23 +105,20 @@ def _goal(row: Row) -> str:
     return f"{'≤' if row.most else '≥'} {row.goal:g}" + (": **missed**" if row.met is False else "")
 
 
-def _commit() -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+def commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def _machine() -> dict[str, str | int | float]:
+def machine() -> dict[str, str | int | float]:
     import torch
 
     cpus, gpu = len(psutil.Process().cpu_affinity()), torch.cuda.is_available()
     return {
         "name": torch.cuda.get_device_name() if gpu else f"{cpus} CPUs",
-        "processor": next(
-            iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), platform.machine()
-        ),
+        "processor": re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0],
         "cpus": cpus,
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "load": round(psutil.getloadavg()[0], 1),  # when the benchmark ended

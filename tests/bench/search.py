@@ -31,9 +31,8 @@ from sweep.config.schema import Config
 from sweep.execution.trial import build
 from sweep.preflight.feature_cache import ENCODER_FEATURES
 from sweep.search.study import StudyStore
-from tests.bench.frozen import compute, made
+from tests.bench.materials import CACHE, compute, made
 from tests.bench.measure import Row
-from tests.bench.reading import CACHE
 
 RATE, MODALITY = "train.learning_rate", "model.modality"
 RATES = [float(f"{rate:.3g}") for rate in np.geomspace(5e-4, 2e-2, 6)]  # a draw between them has the nearest's curve
@@ -51,9 +50,11 @@ TABLE = "search-1.jsonl"  # another number for every change of what is trained
 
 
 def settings() -> Config:
-    """The demo's models on 440 clips, with the default number of epochs."""
+    """Return the demo's models on 440 clips, with the default number of epochs."""
+    parts = CorpusConfig(split=SplitConfig(fractions=(0.55, 0.36, 0.09)))  # twelve sessions train, eight validate
+    corpus = made("search-corpus", lambda folder: prepare(synthetic.corpus(sessions=22, turns=40), folder, parts))
     changed: dict[str, Any] = {
-        "data.shards": str(made("search-corpus", make_corpus)),
+        "data.shards": str(corpus),
         "data.history": 0,
         "model.lora.targets": ["q_proj", "v_proj"],
         "train.epochs": 5,
@@ -61,12 +62,6 @@ def settings() -> Config:
         "search.points": [],
     }
     return resolve(load("demo").with_values(changed))
-
-
-def make_corpus(folder: Path) -> None:
-    """Twelve sessions to learn from, eight to validate."""
-    parts = CorpusConfig(split=SplitConfig(fractions=(0.55, 0.36, 0.09)))
-    prepare(synthetic.corpus(sessions=22, turns=40), folder, parts)
 
 
 def points() -> Iterator[dict[str, Any]]:
@@ -85,44 +80,36 @@ Curve = list[dict[str, Any]]  # what was reported, by epoch
 
 
 def table(config: Config) -> dict[str, Curve]:
-    """The learning curves of all points, by `key`; those that were not trained yet are."""
+    """Return the metrics of all points, by `key`; train those that are missing, as `sweep train` does."""
     path = CACHE / TABLE
-    known = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
+    curves = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
     for point in points():
-        if key(point) not in known:
-            known[key(point)] = train(config.for_trial(point))
-            with path.open("a") as file:
-                file.write(json.dumps([key(point), known[key(point)]]) + "\n")
-    return known
+        if (name := key(point)) in curves:
+            continue
+        trial, curve = config.for_trial(point), list[dict[str, Any]]()
+        features = compute(ENCODER_FEATURES.request(trial, CACHE)).folder if trial.model.uses_audio else None
+        model, data = build(trial, "local", ("train", "val"), "cpu", CacheFolders(features))
+        with tempfile.TemporaryDirectory() as folder:
+            report = lambda _, metrics, curve=curve: curve.append(metrics)  # noqa: E731
+            fit(model, data, trial.train, trial.tasks, trial.seed, Path(folder), report)
+        curves[name] = curve
+        with path.open("a") as file:
+            file.write(json.dumps([name, curve]) + "\n")
+    return curves
 
 
 def key(values: Mapping[str, Any]) -> str:
-    """Names the point of the grid that is nearest to a draw."""
-    rate = min(RATES, key=lambda own: abs(math.log(own / values[RATE])))
-    return json.dumps({**values, RATE: rate}, sort_keys=True)
-
-
-def train(config: Config) -> Curve:
-    """One trial, as `sweep train` trains it."""
-    features = None
-    if config.model.uses_audio:
-        features = compute(ENCODER_FEATURES.request(config, CACHE)).folder
-    curve: Curve = []
-    model, data = build(config, "local", ("train", "val"), "cpu", CacheFolders(features))
-    with tempfile.TemporaryDirectory() as folder:
-        fit(
-            model, data, config.train, config.tasks, config.seed, Path(folder), lambda _, metrics: curve.append(metrics)
-        )
-    return curve
+    """Return the name of the grid's point that is nearest to a draw."""
+    nearest = min(RATES, key=lambda rate: abs(math.log(rate / values[RATE])))
+    return json.dumps({**values, RATE: nearest}, sort_keys=True)
 
 
 @dataclass
 class Spent:
     """What a search took until a trial that trained to its end was good enough."""
 
-    trials: int
-    epochs: int
-    steps: int
+    trials: int = 0
+    steps: int = 0
 
 
 Ask = Callable[[list[int]], tuple[int, dict[str, Any]]]
@@ -130,32 +117,21 @@ Judge = Callable[[int, int, dict[str, Any]], bool]
 
 
 def play(
-    known: Mapping[str, Curve],
-    metric: str,
-    target: float,
-    ask: Ask,
-    report: Judge,
-    complete: Callable[[int], None],
+    curves: Mapping[str, Curve], metric: str, target: float, ask: Ask, report: Judge, complete: Callable[[int], None]
 ) -> Spent:
-    """Run trials in SLOTS slots, which take the same time for an epoch, until one has ended at the target.
+    """Run trials in SLOTS worker groups, which take the same time for an epoch, until one has ended at the target.
 
-    Args:
-        known: the table.
-        metric: as of `search.metric`.
-        target: of the metric.
-        ask: for number and values of the next trial, given the numbers of those that run.
-        report: tells (number, epoch, metrics), and whether the trial ends there.
-        complete: tells that a trial has trained to its end.
+    `ask` returns number and values of the next trial, given the numbers of those that run; `report` gets number, epoch
+    and metrics, and returns whether the trial ends there.
     """
     running: dict[int, tuple[Curve, int]] = {}
-    spent = Spent(0, 0, 0)
+    spent = Spent()
     while spent.trials < LIMIT:
         while len(running) < SLOTS:
             number, values = ask(list(running))
-            running[number] = known[key(values)], 0
+            running[number] = curves[key(values)], 0
             spent.trials += 1
         for number, (curve, epoch) in list(running.items()):
-            spent.epochs += 1
             spent.steps += curve[epoch]["steps"] - (curve[epoch - 1]["steps"] if epoch else 0)
             running[number] = curve, epoch + 1
             if report(number, epoch + 1, curve[epoch]):
@@ -168,57 +144,47 @@ def play(
     return spent
 
 
-def ours(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
-    """The product's search."""
+def ours(config: Config, curves: Mapping[str, Curve], target: float) -> Spent:
+    """Search as the product does."""
     with tempfile.TemporaryDirectory() as folder:
         study = StudyStore(Path(folder), config, optuna.create_study(direction=config.search.direction))
 
-        def ask(busy: list[int]) -> tuple[int, dict[str, Any]]:
-            asked = study.ask(busy, LIMIT)
+        def ask(running: list[int]) -> tuple[int, dict[str, Any]]:
+            asked = study.ask(running, LIMIT)
             assert asked is not None
             return asked
 
-        return play(known, config.search.metric, target, ask, study.report, study.complete)
+        return play(curves, config.search.metric, target, ask, study.report, study.complete)
 
 
-def at_random(config: Config, known: Mapping[str, Curve], target: float) -> Spent:
-    """Optuna's random search; every trial trains to its end."""
+def at_random(config: Config, curves: Mapping[str, Curve], target: float) -> Spent:
+    """Search with Optuna's random sampler; every trial trains to its end."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(config.seed))
 
     def ask(_: list[int]) -> tuple[int, dict[str, Any]]:
         trial = study.ask()
         return trial.number, config.search.suggest(trial, flat(config))
 
-    return play(known, config.search.metric, target, ask, lambda *_: False, lambda _: None)
+    return play(curves, config.search.metric, target, ask, lambda *_: False, lambda _: None)
 
 
 def run() -> list[Row]:
-    """The goal of searching."""
+    """Measure the search; a round is a ratio of medians over SEEDS searches each."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config = settings()
-    known = table(config)
-    best = sorted((curve[-1][config.search.metric] for curve in known.values()), reverse=True)
-    return [row(config, known, best[math.ceil(top * len(best)) - 1], f"top {top:.1%}") for top in TOPS]
-
-
-def row(config: Config, known: Mapping[str, Curve], target: float, name: str) -> Row:
-    """A round is a ratio of medians over SEEDS searches each."""
-    taken: dict[str, list[list[Spent]]] = {"ours": [], "random": []}
-    for number in range(ROUNDS):
-        seeds = [config.model_copy(update={"seed": seed}) for seed in range(number * SEEDS, (number + 1) * SEEDS)]
-        taken["ours"].append([ours(seeded, known, target) for seeded in seeds])
-        taken["random"].append([at_random(seeded, known, target) for seeded in seeds])
-    ratios = [
-        median("steps", slow) / median("steps", fast) for slow, fast in zip(taken["random"], taken["ours"], strict=True)
-    ]
-    note = "; ".join(
-        f"{side} {median('trials', whole):.0f} trials, {median('steps', whole):.0f} steps"
-        for side, rounds in taken.items()
-        for whole in [list(itertools.chain(*rounds))]
-    )
-    return Row(f"steps to macro-F1 {target:.3f} ({name})", "random, full length", ratios, 3.0, note=note)
-
-
-def median(what: str, searches: list[Spent]) -> float:
-    """Of several searches."""
-    return statistics.median(getattr(one, what) for one in searches)
+    curves, rows = table(config := settings()), []
+    best = sorted((curve[-1][config.search.metric] for curve in curves.values()), reverse=True)
+    for top in TOPS:
+        target, ratios, searches = best[math.ceil(top * len(best)) - 1], [], []
+        for number in range(ROUNDS):
+            seeds = [config.model_copy(update={"seed": seed}) for seed in range(number * SEEDS, (number + 1) * SEEDS)]
+            searches.append([[search(seeded, curves, target) for seeded in seeds] for search in (ours, at_random)])
+            fast, slow = (statistics.median(spent.steps for spent in side) for side in searches[-1])
+            ratios.append(slow / fast)
+        note = []
+        for name, rounds in zip(("ours", "random"), zip(*searches, strict=True), strict=True):
+            side = [spent for searched in rounds for spent in searched]
+            trials, steps = (statistics.median(getattr(spent, what) for spent in side) for what in ("trials", "steps"))
+            note.append(f"{name} {trials:.0f} trials, {steps:.0f} steps")
+        name = f"steps to macro-F1 {target:.3f} (top {top:.1%})"
+        rows.append(Row(name, "random, full length", ratios, 3.0, note="; ".join(note)))
+    return rows

@@ -38,15 +38,15 @@ def run(warm: int = WARM, trials: int = TRIALS) -> list[Row]:
         config = write(Path(name))
         more, memory = in_a_slot(config, Path(name) / "sweep", warm, trials)
         alone = with_trainers(config, Path(name) / "alone")
-    cpu = f"{more.cpu:.2f} against {sum(one.cpu for one in alone) / ALONE:.1f} s"
-    wall = f"{more.wall:.2f} against {sum(one.wall for one in alone) / ALONE:.1f} s"
-    others = "a TorchTrainer for it"
-    rows = [
-        Row("one more trial, CPU", others, [more.cpu / one.cpu for one in alone], 0.03, most=True, note=cpu),
-        Row("one more trial, wall", others, [more.wall / one.wall for one in alone], 0.03, most=True, note=wall),
-        Row("one more trial, CPU", "seconds", [more.cpu], 0.5, most=True),
-        Row("one more trial, wall", "seconds", [more.wall], 0.5, most=True),
-    ]
+    rows = []
+    for name, seconds, others in (
+        ("one more trial, CPU", more.cpu, [cost.cpu for cost in alone]),
+        ("one more trial, wall", more.wall, [cost.wall for cost in alone]),
+    ):
+        note = f"{seconds:.2f} against {sum(others) / ALONE:.1f} s"
+        ratios = [seconds / other for other in others]
+        rows.append(Row(name, "a TorchTrainer for it", ratios, 0.03, most=True, note=note))
+        rows.append(Row(name, "seconds", [seconds], 0.5, most=True))
     for whose, (before, after) in memory.items():
         note = f"{before:.0f} MB, then {after:.0f} after {trials} trials"
         rows.append(Row(f"memory, {whose}", f"after {warm} trials", [after / before], 1.05, most=True, note=note))
@@ -89,16 +89,13 @@ def in_a_slot(config: Path, folder: Path, warm: int, trials: int) -> tuple[Cost,
 
 def memory(driver: int) -> dict[str, float]:
     """MB that are a process's own, of a sweep's driver and of what it has below that grows with the trials, if any."""
-    found = {"driver": psutil.Process(driver)}
-    for process in found["driver"].children(recursive=True):
+    processes = {"driver": psutil.Process(driver)}
+    for process in processes["driver"].children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            called = process.cmdline()[0]
-            found |= {
-                name: process
-                for name in ("RayTrainWorker", "WorkerGroup", "Mailbox")
-                if called.startswith(f"ray::{name}")
-            }
-    return {name: process.memory_full_info().uss / 1e6 for name, process in found.items()}
+            title = process.cmdline()[0]
+            names = [name for name in ("RayTrainWorker", "WorkerGroup", "Mailbox") if title.startswith(f"ray::{name}")]
+            processes |= dict.fromkeys(names, process)
+    return {name: process.memory_full_info().uss / 1e6 for name, process in processes.items()}
 
 
 def with_trainers(config: Path, folder: Path) -> list[Cost]:
@@ -109,23 +106,18 @@ def with_trainers(config: Path, folder: Path) -> list[Cost]:
     taken = []
     with local_or_remote_ray():
         for number in range(ALONE + 1):
-            job = {"job": job_of(config, trial_folder(folder, number))}
+            (trial := trial_folder(folder, number)).mkdir(parents=True)
+            settings = resolve(files.load(str(config), ["search.space={}"]))
+            files.write(settings, trial / "config.yaml")
+            job = TrialJob(str(trial), settings.model_dump_json(), "local", None, None)
             trainer = TorchTrainer(
                 train,
-                train_loop_config=job,
+                train_loop_config={"job": job},
                 scaling_config=ScalingConfig(num_workers=1),
                 run_config=RunConfig(name=f"trial-{number}", storage_path=str(folder)),
             )
             taken.append(watched(trainer.fit))
     return taken[1:]  # the first one also starts what all share
-
-
-def job_of(config: Path, folder: Path) -> TrialJob:
-    """What the worker of a trial is given."""
-    own = resolve(files.load(str(config), ["search.space={}"]))
-    folder.mkdir(parents=True)
-    files.write(own, folder / "config.yaml")
-    return TrialJob(str(folder), own.model_dump_json(), "local", None, None)
 
 
 def train(config: dict[str, Any]) -> None:

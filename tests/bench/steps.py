@@ -6,17 +6,11 @@ Variants are timed in turns, so that a change of the machine's load hits all of 
 """
 
 import statistics
-import tempfile
-import time
-from pathlib import Path
 
-from data.loading.batching import plan
-from model.training.random_state import seed_everything
-from model.training.trainer import Trainer
 from sweep.config.files import load
 from sweep.config.resolve import resolve
-from sweep.execution.trial import build
-from tests.bench.measure import Row
+from tests.bench.materials import epoch_starts, trainer
+from tests.bench.measure import Row, in_turns, ratios
 
 STEPS, ROUNDS = 3, 7
 VARIANTS: dict[str, list[str]] = {
@@ -24,10 +18,7 @@ VARIANTS: dict[str, list[str]] = {
     "text": ["model.modality=text", "model.trainable=lora"],
     "text+speech": ["model.modality=text+speech"],
     "encoder trains": ["model.trainable=encoder+adapter+lora+tokens"],
-    "encoder trains, SpecAugment": [
-        "model.trainable=encoder+adapter+lora+tokens",
-        "model.encoder.spec_augment=0.1",
-    ],
+    "encoder trains, SpecAugment": ["model.trainable=encoder+adapter+lora+tokens", "model.encoder.spec_augment=0.1"],
     "LoRA off": ["model.lora.enabled=false"],
     "LoRA rank 64": ["model.lora.rank=64"],
     "DoRA": ["model.lora.dora=true"],
@@ -43,42 +34,18 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def trainer(overrides: list[str]) -> Trainer:
-    """A trainer on the demo's corpus."""
-    base = ["model.trainable=adapter+lora+tokens", "search.space={}", "search.points=[]"]
-    config = resolve(load("demo", [*base, *overrides]))
-    seed_everything(0)
-    model, data = build(config, "local", ("train",), "cpu")
-    return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
-
-
-def seconds(made: Trainer, first: int) -> float:
-    """CPU seconds a step, over STEPS steps."""
-    made.model.train()
-    steps = plan(made.train.costs, batch_size=made.config.batch_size, seed=0, epoch=first)[:STEPS]
-    batches = list(made.data.read("train", steps))
-    started = time.process_time()
-    for step, examples in zip(steps, batches, strict=True):
-        made.optimizer_step(step, step, examples)
-    return (time.process_time() - started) / STEPS
-
-
 def run() -> list[Row]:
-    """How many times the reference's CPU time each variant takes."""
-    made = {name: trainer(overrides) for name, overrides in VARIANTS.items()}
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(ROUNDS + 1):
-        for name, own in made.items():
-            taken = seconds(own, number)
-            if number:  # the first round warms up
-                times[name].append(taken)
-    reference = next(iter(times))
+    """Return how many times the reference's CPU time each variant takes."""
+    base = ["model.trainable=adapter+lora+tokens", "search.space={}", "search.points=[]"]
+    variants = {name: trainer(resolve(load("demo", [*base, *changed]))) for name, changed in VARIANTS.items()}
+    taken = in_turns({name: epoch_starts(trained, STEPS) for name, trained in variants.items()}, ROUNDS)
+    reference = taken[next(iter(VARIANTS))]
     return [
         Row(
             f"CPU time of a step: {name}",
             "reference",
-            [one / other for one, other in zip(taken, times[reference], strict=True)],
-            note=f"{1000 * statistics.median(taken):.0f} ms",
+            ratios(costs, reference),
+            note=f"{1000 * statistics.median(cost.cpu for cost in costs) / STEPS:.0f} ms",
         )
-        for name, taken in times.items()
+        for name, costs in taken.items()
     ]

@@ -22,15 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus.config import CorpusConfig, SplitConfig
-from data.corpus.schema import Corpus
-from data.preparation.build import prepare
+from data.corpus.config import SplitConfig
 from sweep.config.files import load, write
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
-from tests.bench.frozen import made, make_hubert, make_llm
+from tests.bench.materials import hubert, llama, made, noise
 from tests.bench.measure import Row
-from tests.bench.reading import _conversations
 from tests.tiny_models import random_hubert
 
 ROUNDS = 1
@@ -46,20 +43,20 @@ EQUAL = {STOCK: 0.0, TRAINER: 1e-3}  # relative difference of values; two thread
 class Size:
     """What is trained."""
 
-    encoder: Callable[[Path], None]
+    encoder: Callable[[], Path]
     epochs: int
     rates: tuple[float, ...]
     ranks: tuple[int, ...]
     top: str  # what trains in the other half of a mixed sweep
 
 
-def make_small(folder: Path) -> None:
-    """An encoder laid out as HuBERT-base, with two narrow layers."""
-    random_hubert(folder, norm="group")
+def small_hubert() -> Path:
+    """Return an encoder laid out as HuBERT-base, with two narrow layers."""
+    return made("small-hubert", lambda folder: random_hubert(folder, norm="group"))
 
 
-FULL = Size(make_hubert, epochs=3, rates=(3e-4, 1e-3), ranks=(4, 8, 16), top=TOP_TWO)
-SMALL = Size(make_small, epochs=2, rates=(1e-3,), ranks=(4,), top="new+encoder.*.layers.1.*")
+FULL = Size(hubert, epochs=3, rates=(3e-4, 1e-3), ranks=(4, 8, 16), top=TOP_TWO)
+SMALL = Size(small_hubert, epochs=2, rates=(1e-3,), ranks=(4,), top="new+encoder.*.layers.1.*")
 
 
 @dataclass(frozen=True)
@@ -84,31 +81,22 @@ def run(size: Size = FULL) -> list[Row]:
     return rows
 
 
-def compare(row: Row, own: Outcome, other: Outcome, allowed: float) -> None:
-    """Add a round to a row, unless results differ.
-
-    Args:
-        row: of the table.
-        own: of `sweep run`.
-        other: of the peer.
-        allowed: relative difference of a trial's value.
-    """
-    row.note = f"{costs_text(other)} against {costs_text(own)}; "
-    if own.values.keys() != other.values.keys():
+def compare(row: Row, sweep: Outcome, peer: Outcome, allowed: float) -> None:
+    """Add a round to a row, unless a trial's values differ by more than is allowed, relatively."""
+    costs = []
+    for outcome in (peer, sweep):
+        least, median, most = min(outcome.seconds), statistics.median(outcome.seconds), max(outcome.seconds)
+        costs.append(f"{outcome.wall:.0f} s (a trial trains {median:.0f}, {least:.0f} … {most:.0f} s)")
+    row.note = " against ".join(costs) + "; "
+    if sweep.values.keys() != peer.values.keys():
         row.note += "OTHER TRIALS, so no ratio"
         return
-    apart = [abs(value - other.values[key]) / abs(value) for key, value in own.values.items()]
+    apart = [abs(value - peer.values[key]) / abs(value) for key, value in sweep.values.items()]
     row.note += f"values of {len(apart)} trials " + (f"within {max(apart):.0e}" if any(apart) else "equal to the bit")
-    if all(one <= allowed for one in apart):
-        row.runs.append(other.wall / own.wall)
+    if all(difference <= allowed for difference in apart):
+        row.runs.append(peer.wall / sweep.wall)
     else:
         row.note += f", MORE THAN {allowed:.0e}, so no ratio"
-
-
-def costs_text(outcome: Outcome) -> str:
-    """A makespan in words."""
-    least, middle, most = min(outcome.seconds), statistics.median(outcome.seconds), max(outcome.seconds)
-    return f"{outcome.wall:.0f} s (a trial trains {middle:.0f}, {least:.0f} … {most:.0f} s)"
 
 
 def points(rates: Sequence[float], ranks: Sequence[int], trainable: Sequence[str]) -> list[dict[str, Any]]:
@@ -126,12 +114,7 @@ def sweep(size: Size, chosen: list[dict[str, Any]], peer: str | None = None) -> 
 
 
 def makespan(config: Config, peer: str | None = None) -> Outcome:
-    """Run a sweep in a new process and a new folder, without anything that an earlier one computed.
-
-    Args:
-        config: of the sweep.
-        peer: the module that runs it in place of `sweep run`.
-    """
+    """Run a sweep, or the module of a peer, in a new process and folder, without anything computed earlier."""
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     with tempfile.TemporaryDirectory() as name:
         path, folder = Path(name) / "config.yaml", Path(name) / "sweep"
@@ -158,14 +141,15 @@ def own_results(folder: Path) -> list[dict[str, Any]]:
 def settings(size: Size, chosen: list[dict[str, Any]]) -> Config:
     """The sweep over some points."""
     axes = {key: list(dict.fromkeys(point[key] for point in chosen)) for key in chosen[0]}
+    corpus = noise("sweeps-corpus", SESSIONS, TURNS, LONGEST, SplitConfig(fractions=(0.6, 0.2, 0.2)))
     config = load("annomi").with_values(
         {
             "name": "makespan",
-            "data.shards": str(made("sweeps-corpus", make_corpus)),
+            "data.shards": str(corpus),
             "data.history": 2,
             "model.modality": "speech",
-            "model.encoder.path": str(made(f"sweeps-{size.encoder.__name__}", size.encoder)),
-            "model.llm.path": str(made("llama-20m", make_llm)),
+            "model.encoder.path": str(size.encoder()),
+            "model.llm.path": str(llama()),
             "train.batch_size": 8,
             "train.epochs": size.epochs,
             "search.metric": "loss",
@@ -176,13 +160,6 @@ def settings(size: Size, chosen: list[dict[str, Any]]) -> Config:
         }
     )
     return resolve(config)
-
-
-def make_corpus(folder: Path) -> None:
-    """Noise with the envelope of speech."""
-    conversations = list(_conversations(SESSIONS, TURNS, LONGEST))
-    split = SplitConfig(fractions=(0.6, 0.2, 0.2))
-    prepare(Corpus("sweeps", ("a", "b"), {"client": ("a", "b")}, conversations), folder, CorpusConfig(split=split))
 
 
 if __name__ == "__main__":

@@ -117,8 +117,7 @@ def test_accounts_are_added_reset_and_removed(site: Site) -> None:
     twice = site.call("account.sh", "add", "carl")
     assert (twice.returncode, twice.stdout) == (1, "")
     assert twice.stderr == "account.sh: carl: User (username=carl) already exists\n"
-    [line] = site.succeed("account.sh", "reset", "carl")
-    second = first | dict([line.split("=", 1)])
+    second = first | dict(line.split("=", 1) for line in site.succeed("account.sh", "reset", "carl"))
     assert [status(site.uri + SEARCH, user) for user in (first, second)] == [401, 200]
     site.succeed("account.sh", "remove", "carl")
     assert status(site.uri + SEARCH, second) == 401
@@ -160,9 +159,12 @@ def shown(client: MlflowClient, name: str) -> dict[str, Any]:
         }
         folder = Path(client.download_artifacts(run.info.run_id, ""))
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        key = run.data.tags["sweep.key"].partition("/")[2] or "sweep"
-        if key == "sweep":  # its sums have a point for each moment at which some were sent
-            points = {metric: of[-1] for metric, of in points.items()}
+        key, points = run.data.tags["sweep.key"].partition("/")[2] or "sweep", run.data.metrics
+        if key != "sweep":  # whose sums have a point for each moment at which some were sent
+            points = {
+                name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
+                for name in points
+            }
         runs[key] = {"status": run.info.status, "params": run.data.params, "points": points, "files": files}
     return runs
 
