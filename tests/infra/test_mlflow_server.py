@@ -52,12 +52,12 @@ def site(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def anna(site: Site) -> User:
-    return site.account("anna")
+    return site.quick_account("anna")
 
 
 @pytest.fixture(scope="module")
 def bob(site: Site) -> User:
-    return site.account("bob")
+    return site.quick_account("bob")
 
 
 def logged(user: User, experiment: str) -> str:
