@@ -44,14 +44,11 @@ def main() -> int:
             print(record(name, measured), file=sys.stderr)
         rows += measured
     if asked.json:
-        print(json.dumps([_entry(row) for row in rows], indent=1))
+        keys = ("name", "against", "ratio", "goal", "runs")
+        print(json.dumps([{key: getattr(row, key) for key in keys} for row in rows], indent=1))
     else:
         Console(width=None if sys.stdout.isatty() else 150).print(_table(rows))
     return int(any(row.met is False for row in rows))
-
-
-def _entry(row: Row) -> dict[str, object]:
-    return {"name": row.name, "against": row.against, "ratio": row.ratio, "goal": row.goal, "runs": row.runs}
 
 
 def _table(rows: list[Row]) -> Table:

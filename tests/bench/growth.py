@@ -105,7 +105,7 @@ def sound(hours: int) -> Path:
     return noise(f"growth-{hours}", SESSIONS, CLIPS * hours)
 
 
-def draw(found: Sequence[Series], path: Path) -> None:
+def draw(all_series: Sequence[Series], path: Path) -> None:
     """All series as points, with their lines."""
     import matplotlib as mpl
 
@@ -113,8 +113,10 @@ def draw(found: Sequence[Series], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), sharey=True, layout="constrained")
-    for axis, series in zip(axes, found, strict=True):
+    figure, axes = pyplot.subplots(
+        1, len(all_series), figsize=(3.2 * len(all_series), 3.4), sharey=True, layout="constrained"
+    )
+    for axis, series in zip(axes, all_series, strict=True):
         slope, offset = np.polyfit(np.log(series.sizes), np.log(series.walls), 1)
         axis.loglog(series.sizes, series.walls, "o", color="tab:blue")
         line = [math.exp(offset) * size**slope for size in series.sizes]
@@ -131,7 +133,6 @@ def draw(found: Sequence[Series], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    target, series = Path(sys.argv[1]), measured()
-    draw(series, target)
-    for own in series:
-        print(f"{own.name}: exponent {own.exponent:.2f}", dict(zip(own.sizes, own.walls, strict=True)))
+    draw(series := measured(), Path(sys.argv[1]))
+    for each in series:
+        print(f"{each.name}: exponent {each.exponent:.2f}", dict(zip(each.sizes, each.walls, strict=True)))

@@ -181,12 +181,6 @@ def test_pods_have_time_for_checkpoints_before_they_end() -> None:
     assert worker["terminationGracePeriodSeconds"] > int(hook.rpartition(" ")[2])
 
 
-def test_sweep_requests_as_many_trials_as_workers() -> None:
-    job = rayjob()
-    (group,) = cluster(job)["workerGroupSpecs"]
-    assert f"--set resources.slots={group['maxReplicas']}" in job["spec"]["entrypoint"]
-
-
 def test_network_policy_covers_all_pods_of_the_sweep() -> None:
     policy, job = read("network-policy.yaml")["spec"], rayjob()
     chosen = policy["podSelector"]["matchLabels"]
@@ -195,16 +189,6 @@ def test_network_policy_covers_all_pods_of_the_sweep() -> None:
     assert all(template["metadata"]["labels"] == chosen for template in templates)
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert all("ports" in rule or rule["to"] == [{"podSelector": {"matchLabels": chosen}}] for rule in policy["egress"])
-
-
-def test_every_volume_is_defined_or_documented() -> None:
-    claims = {
-        volume["persistentVolumeClaim"]["claimName"]
-        for pod in pods(rayjob()).values()
-        for volume in pod.get("volumes", [])
-        if "persistentVolumeClaim" in volume
-    }
-    assert claims == {read("storage.yaml")["metadata"]["name"]}
 
 
 def test_commands_of_the_page_run_or_say_their_needs() -> None:
@@ -217,9 +201,14 @@ def test_commands_of_the_page_run_or_say_their_needs() -> None:
         assert (ROOT / name).exists(), name
 
 
-def test_page_makes_what_the_manifest_refers_to() -> None:
+def test_page_and_storage_make_what_the_manifest_refers_to() -> None:
     job = rayjob()
     head = pods(job)["head"]
+    (group,) = cluster(job)["workerGroupSpecs"]
+    assert f"--set resources.slots={group['maxReplicas']}" in job["spec"]["entrypoint"]
+    volumes = [volume for pod in pods(job).values() for volume in pod.get("volumes", [])]
+    claims = {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in volumes} - {None}
+    assert claims == {read("storage.yaml")["metadata"]["name"]}
     (config,) = [volume["configMap"]["name"] for volume in head["volumes"] if "configMap" in volume]
     assert f"create configmap {config} --from-file=sweep.yaml" in PAGE
     (needed,) = [

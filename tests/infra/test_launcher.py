@@ -12,13 +12,13 @@ import yaml
 from sweep.cli.submit import STOP_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOUDS = ("aws", "gcp")
 Config = dict[str, Any]
 
 
-def read(cloud: str) -> Config:
-    found: Config = yaml.safe_load((ROOT / f"infra/ray-cluster.{cloud}.yaml").read_text())
-    return found
+@pytest.fixture(params=("aws", "gcp"))
+def config(request: pytest.FixtureRequest) -> Config:
+    loaded: Config = yaml.safe_load((ROOT / f"infra/ray-cluster.{request.param}.yaml").read_text())
+    return loaded
 
 
 def check(config: Config) -> Config:
@@ -30,9 +30,7 @@ def check(config: Config) -> Config:
     return prepared
 
 
-@pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_accepts_it_and_adds_no_commands(cloud: str) -> None:
-    config = read(cloud)
+def test_ray_accepts_it_and_adds_no_commands(config: Config) -> None:
     prepared, everywhere = check(config), config["setup_commands"]
     assert prepared["head_setup_commands"] == everywhere + config["head_setup_commands"]
     assert prepared["worker_setup_commands"] == everywhere
@@ -49,28 +47,24 @@ DAMAGES: list[Callable[[Config], object]] = [
 ]
 
 
-@pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_refuses_broken_copies(cloud: str) -> None:
+def test_ray_refuses_broken_copies(config: Config) -> None:
     from jsonschema import ValidationError
 
     for damage in DAMAGES:
-        damage(config := read(cloud))
+        damage(broken := copy.deepcopy(config))
         with pytest.raises((ValidationError, ValueError)):
-            check(config)
+            check(broken)
 
 
-@pytest.mark.parametrize("cloud", CLOUDS)
-def test_workers_alone_are_of_the_spot_market(cloud: str) -> None:
-    types = read(cloud)["available_node_types"]
+def test_workers_alone_are_of_the_spot_market(config: Config) -> None:
+    types = config["available_node_types"]
     assert re.search(r"spot", str(types["gpu-spot"]["node_config"]), re.IGNORECASE)
     assert not re.search(r"spot", str(types["head"]["node_config"]), re.IGNORECASE)
     assert types["head"]["resources"] == {"CPU": 0}
     assert types["gpu-spot"]["min_workers"] == 0
 
 
-@pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_requires_the_token_and_waits_for_checkpoints(cloud: str) -> None:
-    config = read(cloud)
+def test_ray_requires_the_token_and_waits_for_checkpoints(config: Config) -> None:
     starts = [config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
     assert all(re.search(r"RAY_AUTH_MODE=token [^;]*ray start", start) for start in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]

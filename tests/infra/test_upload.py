@@ -48,38 +48,37 @@ def checkout(tmp_path: Path) -> Path:
 class JobServer(ThreadingHTTPServer):
     """As much of Ray's job server as a submission needs; keeps what it is sent."""
 
+    package: dict[str, bytes]
+    size: int
+    job: dict[str, Any]
+
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.package: dict[str, bytes] = {}
-        self.size = 0
-        self.job: dict[str, Any] = {}
 
 
-class _Answers(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: JobServer
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/packages"):
-            self._answer(404, {})
-        else:
-            self._answer(200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""})
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+        self.answer(*((404, {}) if self.path.startswith("/api/packages") else (200, version)))
 
     def do_PUT(self) -> None:
-        sent = self._read()
-        with zipfile.ZipFile(io.BytesIO(sent)) as package:
+        content = self.read()
+        with zipfile.ZipFile(io.BytesIO(content)) as package:
             self.server.package = {name: package.read(name) for name in package.namelist() if not name.endswith("/")}
-        self.server.size = len(sent)
-        self._answer(200, {})
+        self.server.size = len(content)
+        self.answer(200, {})
 
     def do_POST(self) -> None:
-        self.server.job = json.loads(self._read())
-        self._answer(200, {"job_id": "job-1", "submission_id": "job-1"})
+        self.server.job = json.loads(self.read())
+        self.answer(200, {"job_id": "job-1", "submission_id": "job-1"})
 
-    def _read(self) -> bytes:
+    def read(self) -> bytes:
         return self.rfile.read(int(self.headers["Content-Length"]))
 
-    def _answer(self, code: int, content: dict[str, str]) -> None:
+    def answer(self, code: int, content: dict[str, str]) -> None:
         self.send_response(code)
         self.end_headers()
         self.wfile.write(json.dumps(content).encode())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 
 from data.shards.dataset import Shards
 from model.alignment.ctc import load_ctc
@@ -23,6 +24,7 @@ from model.speech_llm.language_model import load_llm
 from model.speech_llm.tokenizer import load_tokenizer
 from sweep.analysis.predictions import read_predictions
 from sweep.search.study import StudyStore
+from tests.model import voices
 from tests.security.mutations import outcome
 from tests.sweep.common import settings
 
@@ -115,6 +117,18 @@ def test_poisoned_export_is_refused(poison: bytes, tmp_path: Path) -> None:
     (tmp_path / exported.LABELS).write_text(exported.Exported(**fields, digest="d").model_dump_json())
     (tmp_path / exported.SPEECH).write_bytes(poison)
     assert "its weights cannot be read" in outcome(lambda: exported.load_state(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained CTC model that loads."""
+    folder, tokenizer = tmp_path_factory.mktemp("ctc"), voices.word_tokenizer()
+    extractor = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40)
+    model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(vocab_size=len(tokenizer), **voices.SMALL))
+    for part in (model, extractor, tokenizer):
+        part.save_pretrained(folder)
+    load_ctc(str(folder))
+    return folder
 
 
 def test_poisoned_base_models_are_refused(poison: bytes, models: Path, ctc: Path, tmp_path: Path) -> None:
