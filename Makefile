@@ -15,9 +15,9 @@ install: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
-# Two processes share the tests by file. Some wait for Ray while the others compute.
+# Three processes share the tests by file: one or two of them wait for Ray or a server while the others compute.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

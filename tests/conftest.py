@@ -16,6 +16,7 @@ from tests import tiny_models
 from tests.model import voices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets the width of a terminal that nothing is printed to
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
 LABELS = ("change", "sustain", "neutral")
 ENCODERS = tuple(tiny_models.ENCODERS)
