@@ -77,6 +77,5 @@ def examples() -> list[Example]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that wait for Ray and servers, the README's commands first, while the others compute."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))
+    """Begin with the README's commands, which take longest and mostly wait: no process is left alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
