@@ -112,7 +112,8 @@ def test_job_is_requeued_until_it_is_cancelled(cluster: Slurm, tmp_path: Path) -
     for restarts in ("1", "2"):
         until((tmp_path / "runs").exists, 60, log)
         (tmp_path / "runs").unlink()
-        if restarts == "2":
+        if restarts == "2":  # the next attempt must not reach the limit before it is cancelled
+            cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")
             cluster("scontrol", "requeue", str(number))
         until(lambda restarts=restarts: cluster.job(number)["Restarts"] == restarts, 120, log)
         until((tmp_path / "asked").exists, 60, log)
