@@ -94,7 +94,7 @@ def test_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> No
         assert "\n" not in str(error.value)
 
 
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_set_aside_for_the_previous_one(tmp_path: Path) -> None:
     """Only the last damaged one is kept."""
     saved(tmp_path, 1, 2)
     (tmp_path / FILE).write_bytes(b"half a file")
