@@ -70,7 +70,8 @@ def test_failed_attempts_are_retried_until_the_sweep_ends(cluster: Slurm, tmp_pa
     assert {"--num-gpus=2", "--num-cpus=2", "--dashboard-host=127.0.0.1", "--head"} <= set(words)
     logs = {path.name for path in (cluster.folder / f"slurm-logs/{number}").iterdir()}
     assert logs >= {"ray-0.log", "ray-2.log"} and "token" not in logs
-    assert not processes_of(number)
+    # Slurm may still be ending what an earlier attempt waited with.
+    until(lambda: not processes_of(number), 60, lambda: str(processes_of(number)))
     assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
@@ -153,7 +154,7 @@ def test_sweep_survives_its_time_limit_and_a_requeue(cluster: Slurm, config: Pat
         (number, "COMPLETE", EPOCHS) for number in range(TRIALS)
     ]
     assert "USR1: asking the sweep" in cluster.log(number)
-    assert not processes_of(number)
+    until(lambda: not processes_of(number), 60, lambda: str(processes_of(number)))
     assert not list(Path("/tmp").glob(f"sw-{number}-*"))
 
 
