@@ -52,9 +52,9 @@ def study_rows(trials: Mapping[int, TrialRecord], kills: Sequence[Kill], play: P
     """Check every trial: it exists once, with its parameters, in a final state, with each epoch once."""
     states = [trial.state for trial in trials.values()]
     numbers = list(range(play.variant.trials))
-    told = f"{states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned"
+    counts = f"{states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned"
     return [
-        Row("the same trials", [] if list(trials) == numbers else [f"{list(trials)} in place of {numbers}"], told),
+        Row("the same trials", [] if list(trials) == numbers else [f"{list(trials)} in place of {numbers}"], counts),
         Row(
             "each in a final state",
             [f"trial {n}: {trial.state} ({trial.why})" for n, trial in trials.items() if trial.state not in ENDED],
@@ -185,12 +185,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def left_rows(play: Play) -> list[Row]:
     """Check that nothing runs any more and no file is left over."""
     running = targets.belonging(play.folder, play.scratch)
-    told = [f"{process.pid} {targets.title(process)[:60]}" for process in running]
+    left = [f"{process.pid} {targets.title(process)[:60]}" for process in running]
     temporary = sorted(path.name for path in play.scratch.iterdir())
     ray = [name for name in temporary if name.startswith("sweep-ray-")]
     others = [name for name in temporary if name not in ray]
     return [
-        Row("nothing runs any more", told),
+        Row("nothing runs any more", left),
         Row("no folder of Ray's is left", ray, f"besides: {', '.join(others)}" if others else ""),
         Row("no file without an owner", strangers(play.folder)),
     ]

@@ -280,14 +280,14 @@ def mean_frames(encoder: SpeechEncoder, clips: Sequence[np.ndarray], size: int) 
 @pytest.mark.parametrize("count", [40, pytest.param(120, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, count: int, models: Path) -> None:
-    """A fixed random classifier, whose bias centres it on the clips so that it uses every label; one may differ."""
+    """A fixed random classifier, whose bias centres it on the clips so that it uses every label; 99 % must agree."""
     clips = [sound(int(n_samples), seed) for seed, n_samples in enumerate(np.linspace(MIN_SAMPLES, 8000, count))]
     encoder = fresh(models / kind, "bfloat16")
     weight_DK = torch.randn(encoder.width, 3, generator=torch.Generator().manual_seed(0))
     alone, batched = mean_frames(encoder, clips, 1), mean_frames(encoder, clips, 8)
     labels, batched_labels = (((means - alone.mean(0)) @ weight_DK).argmax(1) for means in (alone, batched))
     assert labels.bincount(minlength=3).min() >= 3
-    assert (labels != batched_labels).sum() <= 1
+    assert (labels != batched_labels).sum() <= count // 100
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

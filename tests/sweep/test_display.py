@@ -97,16 +97,16 @@ def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder.parent)
     study = StudyStore.open(folder, CONFIG)
     trials = study.trials()
-    nobody = "not running; `sweep run sweep/config.yaml --out sweep` resumes it"
+    idle = "not running; `sweep run sweep/config.yaml --out sweep` resumes it"
     head = f"{CONFIG.name}: 3/4 trials done; 1 complete, 1 running, 1 pruned, 1 failed; best 0.800 (#0)"
-    assert status_lines(CONFIG, folder, trials) == [head, nobody]
+    assert status_lines(CONFIG, folder, trials) == [head, idle]
     lease(folder, age=5)
     assert status_lines(CONFIG, folder, trials) == [head, "running on node7 (pid 41)"]
     content = progress_json(CONFIG, folder, trials)
     assert content.items() >= {"target": 4, "done": 3, "best": 0, "running_on": "node7", "pid": 41}.items()
     assert (content["cpu_hours"], content["gpu_hours"], content["seconds_left"]) == (0, None, None)
     lease(folder, age=60)
-    assert status_lines(CONFIG, folder, trials)[1] == nobody, "killed"
+    assert status_lines(CONFIG, folder, trials)[1] == idle, "killed"
     assert progress_json(CONFIG, folder, trials)["running_on"] is None
     report(study, 3, 0.95)
     study.complete(3)
@@ -114,6 +114,6 @@ def test_status_says_who_works_on_a_sweep(folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": "a", "pid": null}'])
-def test_lease_that_is_being_written_is_nobodys(content: str, tmp_path: Path) -> None:
+def test_lease_that_is_being_written_has_no_holder(content: str, tmp_path: Path) -> None:
     lease(tmp_path, 1, content)
     assert runner_of(tmp_path) is None

@@ -29,9 +29,9 @@ def points(**curves: list[float]) -> list[Point]:
 
 
 def test_each_metric_has_its_best_by_direction() -> None:
-    told = points(accuracy=[0.4, 0.9, 0.7], loss=[2.0, 0.5, 0.6], ece=[0.3, 0.2], accuracy_client=[0.1, 0.2])
-    told += [Point("forecast/loss", 1, 0, 3.0), Point("forecast/loss", 2, 0, 4.0)]
-    assert trial_metrics(CONFIG, trial(0, 0.8, 0.95, 0.9), told) == {
+    logged = points(accuracy=[0.4, 0.9, 0.7], loss=[2.0, 0.5, 0.6], ece=[0.3, 0.2], accuracy_client=[0.1, 0.2])
+    logged += [Point("forecast/loss", 1, 0, 3.0), Point("forecast/loss", 2, 0, 4.0)]
+    assert trial_metrics(CONFIG, trial(0, 0.8, 0.95, 0.9), logged) == {
         "best_macro_f1": 0.95,
         "best_accuracy": 0.9,
         "best_accuracy_client": 0.2,
@@ -44,8 +44,8 @@ def test_each_metric_has_its_best_by_direction() -> None:
 
 def test_metric_without_direction_has_no_best() -> None:
     names = ("train_loss_step", "train_loss/next", "train_loss", "learning_rate", "seconds", "data_wait", "empty")
-    told = [Point(name, 1, 0, 1.0) for name in (*names, "system/cpu_utilization_percentage", "lossy")]
-    assert trial_metrics(CONFIG, trial(), told) == {}
+    logged = [Point(name, 1, 0, 1.0) for name in (*names, "system/cpu_utilization_percentage", "lossy")]
+    assert trial_metrics(CONFIG, trial(), logged) == {}
 
 
 def test_non_finite_value_is_never_the_best() -> None:
