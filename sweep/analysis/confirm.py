@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from data.atomic import write_file
 from data.errors import MisfitError, UserError
@@ -351,7 +351,12 @@ def read(folder: Path) -> Confirmation | None:
 
 
 def _read(path: Path) -> Confirmation:
-    return TypeAdapter(Confirmation).validate_json(path.read_bytes())
+    try:
+        return TypeAdapter(Confirmation).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: damaged ({error.errors()[0]['msg']}); remove it, and `sweep confirm` writes it again"
+        ) from None
 
 
 def training_lines(config: Config, folder: Path, search: Path, trials: Sequence[TrialRecord]) -> list[str]:

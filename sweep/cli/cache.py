@@ -64,7 +64,7 @@ class CacheEntry:
 def show(folder: Folder = Path("runs/cache")) -> None:
     """List the cached files by key, the last used first."""
     entries = read_cache(folder)
-    table = Table(title=f"{folder}: {_total(entries)}", title_justify="left")
+    table = Table()
     for name in ("key", "kind", "model", "settings", "files", "size", "last used"):
         table.add_column(name, justify="right" if name in ("files", "size") else "left")
     for entry in entries:
@@ -78,6 +78,7 @@ def show(folder: Folder = Path("runs/cache")) -> None:
             format_bytes(entry.bytes),
             f"{age / 3600:.0f} h ago" if age < 2 * DAY else f"{age / DAY:.0f} days ago",
         )
+    console.print(f"{folder}: {_total(entries)}", highlight=False)
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sweep.cli.console import console, print_line
 from sweep.config.schema import Config
@@ -95,18 +96,17 @@ def preview_table(preview: "Preview") -> RenderableType:
         box=None,
         show_header=False,
         pad_edge=False,
-        title=f"{preview.config.name}: what would happen in {preview.folder}",
-        title_justify="left",
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for head, lines in _preview_rows(preview):
         for index, line in enumerate(lines):
             table.add_row("" if index else head, escape(line))
+    title = Text(f"{preview.config.name}: what would happen in {preview.folder}", style="italic")
     if not preview.refused:
-        return table
+        return Group(title, table)
     refusal = preview.changes.refusal(preview.folder) if preview.changes.refused else "another corpus"
-    return Group(table, "", f"[red]refused[/red]: {escape(refusal)}")
+    return Group(title, table, "", f"[red]refused[/red]: {escape(refusal)}")
 
 
 def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:

@@ -85,6 +85,14 @@ def test_confirm_trains_the_best_under_fresh_seeds(search: Path) -> None:
     assert sorted(predicted) == [f"{number:04d} test" for number in range(6)]
 
 
+def test_confirm_damaged_results_are_named(search: Path) -> None:
+    confirmed(search, "--top", 1, "--seeds", 1)
+    (confirm.confirm_folder(search) / confirm.FILE).write_text('{"metric": "macro_f1"}')
+    outcome = sweep("status", confirm.confirm_folder(search))
+    assert outcome.code == 2
+    assert "confirmed.json: damaged (Field required); remove it" in outcome.err
+
+
 def test_confirm_compares_the_best_in_pairs(search: Path) -> None:
     confirmation = confirmed(search, "--top", 6, "--seeds", 3)
     best, trials = confirmation.chosen, {trial.number: trial for trial in StudyStore.of(search).trials()}
