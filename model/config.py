@@ -97,6 +97,12 @@ class PromptConfig(Section):
         description="Text before the dialogue. task: the instruction of the task. null: none. Anything else is written "
         "as it is.",
     )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Start of a plain prompt. auto: what the tokenizer puts in front of every text, which is BOS for "
+        "most models and nothing for others. always: its BOS, if it has one. never: nothing. A chat template writes "
+        "its start itself.",
+    )
     roles: dict[str, str] = Field({}, description="Names for the roles of the corpus, e.g. {client: Patient}.")
     separator: str = Field("\n", description="Text after every turn, e.g. a line break or ' [SEP] '.")
     order: Literal["text-sound", "sound-text"] = Field(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -25,7 +25,7 @@ from transformers import (
 from data.corpus import synthetic
 from data.corpus.schema import SAMPLE_RATE
 
-VERSION = "1"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
+VERSION = "2"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
 
 WINDOW_SECONDS = 1  # window of the encoder, padded with silence; no synthetic clip is longer
 FRAMES = WINDOW_SECONDS * 50
@@ -146,6 +146,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator([*STRUCTURE, *(f" {word}" for word in words)], trainer)
+    # Every document of the pre-training starts with BOS, so the tokenizer says that a text does.
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
@@ -154,7 +158,8 @@ def _pretrain_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
     rng = np.random.default_rng(2)
 
     def loss() -> Tensor:
-        rows = [[token for piece in _document(rng) for token in tokenizer.encode(piece)] for _ in range(16)]
+        documents = [tokenizer(_document(rng), add_special_tokens=False)["input_ids"] for _ in range(16)]
+        rows = [[token for piece in document for token in piece] for document in documents]
         ids_BT = nn.utils.rnn.pad_sequence(
             [torch.tensor([tokenizer.bos_token_id, *row, tokenizer.eos_token_id]) for row in rows],
             batch_first=True,

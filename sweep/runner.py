@@ -21,7 +21,7 @@ from optuna.exceptions import StorageInternalError
 
 from data.errors import UserError, reason
 from sweep.analysis.results import progress
-from sweep.config.diff import claim_folder
+from sweep.config.diff import claim_folder, continued
 from sweep.config.files import write
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, missing, resolve
@@ -182,6 +182,9 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
             if mirror is not None:
                 mirror.check()
 
+        if (kept := continued(config, folder)) != config:  # the mirror may have brought the folder
+            listener.say(f"model.prompt.bos: {kept.model.prompt.bos}, as the existing trials were trained")
+            config, resolved = kept, None
         claim_folder(config, folder)
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")

@@ -104,6 +104,20 @@ def max_positions(llm: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+@torch.no_grad()
+def embedding_scale(layer: nn.Embedding) -> float:
+    """Return the standard deviation of what an embedding layer puts out.
+
+    Some layers multiply their weights, as Gemma 3's does by the square root of the width. The factor is measured on a
+    few tokens: the embeddings of a whole vocabulary would take gigabytes.
+    """
+    weight_VE = layer.weight
+    ids = torch.linspace(0, len(weight_VE) - 1, min(len(weight_VE), 256), device=weight_VE.device).long()
+    factor = layer(ids).float().norm() / weight_VE[ids].float().norm()
+    scale: float = (weight_VE.float().std() * factor).item()
+    return scale
+
+
 def shared_view(base: Module) -> Module:
     """Return a frozen copy of a module tree over the same tensors.
 

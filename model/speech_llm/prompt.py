@@ -70,6 +70,14 @@ class PromptBuilder:
             )
 
     @functools.cached_property
+    def start(self) -> list[int]:
+        """The token ids at the beginning of a plain prompt."""
+        if self.config.prompt.bos == "auto":
+            return self.tokenizer.start
+        bos = self.tokenizer.hf.bos_token_id
+        return [] if bos is None or self.config.prompt.bos == "never" else [bos]
+
+    @functools.cached_property
     def text_only(self) -> "PromptBuilder":
         """A builder that writes the same dialogue for a teacher: text without audio, and without limits of length."""
         unlimited = self.config.llm.model_copy(update={"max_text_tokens": sys.maxsize})
@@ -120,9 +128,7 @@ class PromptBuilder:
         if config.format == "chat":
             before, after = self.tokenizer.chat_template_ids(instruction)
             return before, [*cue, *after, *cls]
-        bos = self.tokenizer.hf.bos_token_id
-        start = ([] if bos is None else [bos]) + (ids(instruction + config.separator) if instruction else [])
-        return start, [*cue, *cls]
+        return [*self.start, *(ids(instruction + config.separator) if instruction else [])], [*cue, *cls]
 
     def _turn(self, example: Example, index: int, with_audio: bool) -> list[int]:
         """Return the token ids and placeholders of one turn."""

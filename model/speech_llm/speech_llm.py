@@ -33,7 +33,13 @@ from model.parts import check_loaded, part_of, select_trainable
 from model.runtime.device import on_device, pad_tolerance
 from model.speech_llm.adapter import Adapter, load_adapter
 from model.speech_llm.label_trie import LabelTrie, label_trie, shared_prefixes
-from model.speech_llm.language_model import copy_parameters, load_llm_with_lora, max_positions, shared_view
+from model.speech_llm.language_model import (
+    copy_parameters,
+    embedding_scale,
+    load_llm_with_lora,
+    max_positions,
+    shared_view,
+)
 from model.speech_llm.prompt import CLIP, CLS, END, Answer, PromptBuilder, answer_text
 from model.speech_llm.tokenizer import load_tokenizer
 
@@ -93,8 +99,9 @@ class SpeechLLM(nn.Module):
             fixed = {f"encoder.{name}" for name, tensor in encoder.named_parameters() if not tensor.requires_grad}
             self.encoder = shared_view(encoder)
             self.adapter = Adapter(encoder.width, embedding.shape[1], config.adapter).to(device)
-        self.end_of_audio = _learned_vector(embedding, config.uses_audio and config.end_of_audio == "learned")
-        self.cls = _learned_vector(embedding, config.cls != "none")
+        wants_end = config.uses_audio and config.end_of_audio == "learned"
+        self.end_of_audio = self._learned_vector() if wants_end else None
+        self.cls = self._learned_vector() if config.cls != "none" else None
         self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
         self.parents: list[checkpoint.ParentLink] = []
         self.files: dict[str, str] = {}  # digests of other files that were loaded, by configuration key
@@ -105,6 +112,13 @@ class SpeechLLM(nn.Module):
             self.encoder.set_dropout(config.encoder.dropout)
         self._load_and_freeze(trained)
         self.augment = (0, 0)  # seed and epoch, from which the SpecAugment masks of all clips follow
+
+    def _learned_vector(self) -> nn.Parameter:
+        """Return a vector [E] that starts at the scale of what the LLM's embedding layer puts out."""
+        layer = self.llm.get_input_embeddings()
+        start_E = torch.randn(layer.weight.shape[1])
+        scale = 1.0 if layer.weight.is_meta else embedding_scale(layer)
+        return nn.Parameter((start_E * scale).to(layer.weight.device))
 
     def _load_and_freeze(self, trained: set[str]) -> None:
         """Load what starts from files, and let the parameters named in `trained` require gradients."""
@@ -333,15 +347,6 @@ def pad_left(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     width = embeddings_BTE.shape[1]
     mask_BT = (torch.arange(width, device=lengths_B.device) >= width - lengths_B[:, None]).long()
     return embeddings_BTE, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
-
-
-def _learned_vector(embedding: Tensor, wanted: bool) -> nn.Parameter | None:
-    """Return a vector [E] that starts at the scale of the LLM's embeddings, or None."""
-    if not wanted:
-        return None
-    start_E = torch.randn(embedding.shape[1])
-    scale = 1.0 if embedding.is_meta else embedding.float().std().item()
-    return nn.Parameter((start_E * scale).to(embedding.device))
 
 
 def _n_samples(example: Example) -> int:

@@ -1,6 +1,7 @@
 """The tokenizer of an LLM, with a cache of segments and its chat template."""
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
@@ -44,6 +45,16 @@ class CachedTokenizer:
             encoded = self.hf(text, add_special_tokens=False, split_special_tokens=True)
             self._ids[text] = encoded["input_ids"]
         return self._ids[text]
+
+    @functools.cached_property
+    def start(self) -> list[int]:
+        """Return the special tokens that the tokenizer puts in front of every text, mostly BOS or nothing.
+
+        They are read from a tokenised text: `add_bos_token`, post-processors and the classes of some families decide
+        about them, and a BOS token may have another purpose. SmolLM2's begins a message of its chat template.
+        """
+        special = {self.hf.bos_token_id, *self.hf.all_special_ids}
+        return list(itertools.takewhile(special.__contains__, self.hf("label")["input_ids"]))
 
     def chat_template_ids(self, instruction: str | None) -> tuple[list[int], list[int]]:
         """Return the token ids before and after the dialogue in the tokenizer's chat template.

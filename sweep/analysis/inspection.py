@@ -36,12 +36,27 @@ def parts_table(model: SpeechLLM, config: Config, title: str) -> TableView:
 
 
 def notes(model: SpeechLLM) -> list[str]:
-    """Return a line for each pair of labels of which one begins like the other."""
-    return [
+    """Return how prompts start, and a line for each pair of labels of which one begins like the other."""
+    alike = [
         f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
         for task, answers in model.answers.items()
         for short, long in shared_prefixes(answers)
     ]
+    return [_start(model), *alike]
+
+
+def _start(model: SpeechLLM) -> str:
+    """Return the line about the start of the prompts."""
+    builder, setting = model.prompt_builder, f"model.prompt.bos {model.config.prompt.bos}"
+    if model.config.prompt.format == "chat":
+        return "prompts start as the chat template does, whatever model.prompt.bos is"
+    start, bos = builder.tokenizer.hf.decode(builder.start), builder.tokenizer.hf.bos_token
+    if builder.start:
+        return f"prompts start with {start} ({setting})"
+    if bos is None:
+        return f"prompts start without BOS: the tokenizer has none ({setting})"
+    why = "" if model.config.prompt.bos == "never" else ": the tokenizer puts none in front of a text"
+    return f"prompts start without BOS{why} ({setting}; always adds {bos})"
 
 
 def settings_for(shards: Shards) -> list[str]:

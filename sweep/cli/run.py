@@ -98,12 +98,14 @@ def _leave_ray_package(config: Config) -> None:
 
 def _preview(config: Config, folder: Path) -> None:
     """Show what `sweep run` would do: the changes, the trials, what is computed before them, and the plan."""
+    from sweep.config.diff import continued
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
     from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
 
+    config = continued(config, folder)
     resolved = None if missing(config) else resolve(config)
     preview = preview_sweep(config, folder, open_shards(resolved).fingerprint if resolved else None)
     console.print(preview_table(preview))

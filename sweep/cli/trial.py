@@ -19,7 +19,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the trial; runs/<name>-train by default.")] = None,
 ) -> None:
     """Train one trial in this process, without Ray; the result is the same, bit for bit."""
-    from sweep.config.diff import claim_folder
+    from sweep.config.diff import claim_folder, continued
     from sweep.config.files import load
     from sweep.config.resolve import missing
     from sweep.execution.trial import available_device, open_shards, run_trial, with_class_weights
@@ -27,6 +27,7 @@ def train(
 
     loaded = load(config, set_).for_trial({})
     folder = out or Path("runs") / f"{loaded.name}-train"
+    loaded = continued(loaded, folder)
     if new := missing(loaded):
         print_line(f"creating {', '.join(new)}: once, then cached")
     with console.status("checking corpus and models"):

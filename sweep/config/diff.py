@@ -163,6 +163,18 @@ def _format(value: object) -> str:
     return repr(settings["choices"] if settings.keys() == {"choices"} else settings)
 
 
+def continued(config: Config, folder: Path) -> Config:
+    """Return the configuration with which the sweep in a folder continues.
+
+    `model.prompt.bos: auto` leaves the choice to the sweep, and one that has started keeps what its trials read: before
+    the setting existed, that was always BOS.
+    """
+    path = folder / "config.yaml"
+    if config.model.prompt.bos != "auto" or not path.exists():
+        return config
+    return config.with_values({"model.prompt.bos": load(str(path)).model.prompt.bos})
+
+
 def claim_folder(config: Config, folder: Path) -> None:
     """Write the configuration into a new folder, or over that of a sweep that accepts the changes.
 

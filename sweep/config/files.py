@@ -10,11 +10,13 @@ import yaml
 
 from data.atomic import write_file
 from data.errors import ConfigError
+from model.config import PromptConfig
 from sweep.config.loader import Tree, apply_overrides, read_tree, value_at, with_value
 from sweep.config.schema import Config, parse
 from sweep.config.search_checks import check_search
 
 SPACE, POINTS = ("search", "space"), ("search", "points")
+BOS = ("model", "prompt", "bos")
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -24,11 +26,23 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, or lists every problem of its content.
     """
     path = _find(name)
-    tree = apply_overrides(read_tree(path), overrides)
+    tree = apply_overrides(_with_former_values(read_tree(path)), overrides)
     tree = _without_axes(tree, [override.partition("=")[0] for override in overrides])
     config = parse(tree, str(path))
     check_search(config, str(path))
     return config
+
+
+def _with_former_values(tree: Tree) -> Tree:
+    """Return the tree of a former version with the values that settings stood for before they existed.
+
+    `write` writes every setting. A file that has all settings of a prompt but one was written before that one existed,
+    and its checkpoints were trained accordingly.
+    """
+    prompt = value_at(tree, BOS[:-1])
+    if isinstance(prompt, dict) and prompt.keys() == PromptConfig.model_fields.keys() - {BOS[-1]}:
+        return with_value(tree, BOS, "always")
+    return tree
 
 
 def _without_axes(tree: Tree, keys: Sequence[str]) -> Tree:

@@ -10,12 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from data.errors import ConfigError
 from model.checkpoints.checkpoint import trained_tensors
 from model.parts import part_of, summarise_parts
-from model.speech_llm.language_model import load_llm
+from model.speech_llm.language_model import embedding_scale, load_llm
 from model.speech_llm.speech_llm import SpeechLLM
 from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
@@ -258,6 +266,21 @@ def test_positions_and_sliding_windows_of_an_llm(models: Path, tmp_path: Path) -
     folder = tmp_path / "mistral"
     mistral = llm_folder(models, folder, MistralForCausalLM, MistralConfig, **shape, sliding_window=12)
     assert make(models, llm=mistral).max_positions == 12
+
+
+def test_learned_vectors_start_as_large_as_the_embeddings(models: Path, tmp_path: Path) -> None:
+    """Gemma 3 multiplies the weights of its embedding layer by the square root of the width, 4 here."""
+    shape = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    gemma = llm_folder(models, tmp_path / "gemma", Gemma3ForCausalLM, Gemma3TextConfig, **shape)
+    plain = {"path": str(models / "llm")}
+    for llm, factor in ((plain, 1), (plain | {"dtype": "bfloat16"}, 1), (gemma, 4)):
+        model = make(models, device="cpu", llm=llm)
+        layer = model.llm.get_input_embeddings()
+        assert embedding_scale(layer) == pytest.approx(factor * layer.weight.float().std().item(), rel=1e-6 * factor)
+        torch.manual_seed(0)
+        vector = model._learned_vector()
+        torch.manual_seed(0)
+        assert torch.equal(vector, torch.randn(len(vector)) * embedding_scale(layer))
 
 
 def test_wildcard_that_matches_the_encoder_trains_it(models: Path) -> None:

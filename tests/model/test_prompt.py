@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -270,6 +270,47 @@ def test_examples_beyond_the_llm_are_refused(
     with pytest.raises(DataError, match=expected) as e:
         predicted(needed - 1)
     assert "\n" not in str(e.value)
+
+
+# The start of a prompt ------------------------------------------------------------------------------------------------
+
+
+def with_start(models: Path, folder: Path, single: str) -> Path:
+    """Save a tokenizer that puts other tokens around a text, and has a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(with_template(models, folder, CHAT))
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>", "<pad>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("single", "starts"),
+    [
+        ("$A", {"auto": "", "always": "<s>", "never": ""}),  # as SmolLM2, whose BOS begins the messages of a chat
+        ("<s> $A", {"auto": "<s>", "always": "<s>", "never": ""}),  # as Llama
+        ("<pad> <s> $A </s>", {"auto": "<pad><s>", "always": "<s>", "never": ""}),  # as GLM; what follows is left out
+    ],
+)
+def test_plain_prompt_starts_as_the_tokenizer_does(
+    single: str, starts: dict[str, str], models: Path, tmp_path: Path, example: Example
+) -> None:
+    llm = with_start(models, tmp_path, single)
+    for bos, start in starts.items():
+        prompts = builder(models, llm, **BARE, prompt={"bos": bos})
+        assert text_of(prompts, prompts.prompt(example).ids).startswith(f"{start}therapist: i want it\n")
+        chat = builder(models, llm, **BARE, prompt={"bos": bos, "format": "chat"})
+        assert text_of(chat, chat.prompt(example).ids).startswith("<s>user: therapist: i want it\n")  # one BOS
+
+
+def test_tokenizer_without_bos_never_adds_one(models: Path, words_only: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(words_only)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(words_only)
+    for bos in ("auto", "always", "never"):
+        prompts = builder(models, words_only, **BARE, prompt={"bos": bos, "separator": " [SEP] "})
+        assert prompts.tokenizer.hf.bos_token_id is None
+        assert prompts.start == []
 
 
 # Tokenizers that lack what a prompt or an answer needs ----------------------------------------------------------------

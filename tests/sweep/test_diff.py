@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from data.errors import ConfigError
 from model.checkpoints import checkpoint
 from sweep.cli.show import preview_table
 from sweep.config import version
-from sweep.config.diff import claim_folder, compare
+from sweep.config.diff import claim_folder, compare, continued
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
@@ -250,3 +251,28 @@ def test_dry_run_reports_other_data_and_code(config: Config, tmp_path: Path, mon
     assert "[SEP]" in text_of(preview(config, tmp_path, "bb"))
     for part in ("data: aa → bb (refused: another corpus)", f"code: {code_version()} → 2+new", "refused: another"):
         assert part in text_of(found)
+
+
+def test_sweep_without_a_setting_for_bos_keeps_bos(tmp_path: Path) -> None:
+    """Before the setting existed, BOS was always there; `auto` of a later file does not change what a sweep reads."""
+    claim_folder(config := settings(), tmp_path)
+    path = tmp_path / "config.yaml"
+    written = yaml.safe_load(path.read_text())
+    assert written["model"]["prompt"].pop("bos") == "auto"
+    path.write_text(yaml.safe_dump(written))
+    assert load(str(path)).model.prompt.bos == "always"
+    assert load(str(path), ["model.prompt.bos=never"]).model.prompt.bos == "never"
+    kept = continued(config, tmp_path)
+    assert compare(config, kept.with_values({"model.prompt.bos": "auto"})).all == ()
+    assert not compare(load(str(path)), kept).all
+    for _ in range(2):  # the file has the setting afterwards
+        claim_folder(continued(config, tmp_path), tmp_path)
+        assert load(str(path)).model.prompt.bos == "always"
+    with pytest.raises(ConfigError, match=r"model\.prompt\.bos: 'always' → 'never'"):
+        claim_folder(continued(config.with_values({"model.prompt.bos": "never"}), tmp_path), tmp_path)
+
+
+def test_own_file_with_part_of_a_prompt_follows_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("name: own\nmodel: {prompt: {format: plain, instruction: task}}\n")
+    assert load(str(tmp_path / "own.yaml")).model.prompt.bos == "auto"
+    assert continued(settings(), tmp_path / "new") == settings()

@@ -47,6 +47,16 @@ def test_inspect_shows_the_sequence_that_is_read(here: Path, corpus: Shards) -> 
     assert re.search(r"loss over .*'</s>' \d+\n", out)
 
 
+def test_inspect_says_how_prompts_start(here: Path) -> None:
+    for bos, line in (
+        ("auto", "prompts start with <s> (model.prompt.bos auto)"),
+        ("never", "prompts start without BOS (model.prompt.bos never; always adds <s>)"),
+    ):
+        out = inspect(here, f"model.prompt.bos={bos}")
+        assert line in out
+        assert ("reads     <s>therapist:" in out) == (bos == "auto")
+
+
 def test_inspect_shows_an_example_of_every_task(here: Path) -> None:
     out = inspect(here, "tasks.response=1", "tasks.quality=1", "model.prompt.instruction=task")
     tasks = [line.split(":")[0] for line in out.splitlines() if re.match(r"\w+: c\d+", line)]
