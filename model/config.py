@@ -11,6 +11,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 ByLabel = dict[str, dict[str, Positive]]  # task → label → number
 NEW_PARTS = ("adapter", "lora", "tokens")  # parts that no pretrained model holds: they start at random
+# Version of the models that `model.tiny` makes, here because naming them needs no torch. It is part of every cache key:
+# raise it when a saved model changes.
+TINY_VERSION = "2"
 Dtype = Literal["float32", "bfloat16"]
 
 

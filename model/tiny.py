@@ -25,8 +25,6 @@ from transformers import (
 from data.corpus import synthetic
 from data.corpus.schema import SAMPLE_RATE
 
-VERSION = "2"  # part of every cache key, with synthetic.VERSION: raise it when a saved model changes
-
 WINDOW_SECONDS = 1  # window of the encoder, padded with silence; no synthetic clip is longer
 FRAMES = WINDOW_SECONDS * 50
 HOP = SAMPLE_RATE // 50  # samples per encoder frame

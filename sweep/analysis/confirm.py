@@ -22,16 +22,13 @@ from data.errors import MisfitError, UserError
 from data.formats import format_count, format_number
 from model.evaluation.bootstrap import Comparison, Interval, SummedMetric, compare, interval, summed_metric
 from model.evaluation.metrics import Record
-from sweep.analysis.evaluate import predict
 from sweep.analysis.predictions import read_predictions
 from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
-from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.config.space import FOLD, Scalar
-from sweep.execution.trial import open_shards
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 FILE = "confirmed.json"  # in the folder of the sweep that confirms
@@ -193,6 +190,9 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
 
 
 def _check_folds(config: Config, best: Sequence[Mapping[str, Scalar]], folds: int) -> None:
+    from sweep.config.resolve import resolve
+    from sweep.execution.trial import open_shards  # imports torch, which readers of results need not
+
     shards = open_shards(resolve(config))
     available = shards.manifest.config.split.folds
     if available is None:
@@ -333,6 +333,8 @@ def _test_records(folder: Path, task: str, say: Callable[[str], object]) -> list
     """Return a training's predictions of the test split, made once and kept in its folder; empty if it has no split."""
     path = folder / TEST
     if not path.exists():
+        from sweep.analysis.evaluate import predict  # imports torch
+
         say(f"reading the test split: training {folder.name}")
         content: dict[str, object] = {"labels": {}, "records": []}
         try:

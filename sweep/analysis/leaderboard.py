@@ -90,6 +90,14 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     )
 
 
+def store_intervals(config: Config, folder: Path, trial: TrialRecord) -> None:
+    """Store the intervals of an ended trial that a leaderboard shows beside its predictions.
+
+    The driver calls it, which has imported SciPy anyway: `sweep status` then reads them and answers at once.
+    """
+    leaderboard(config, folder, [trial])
+
+
 def format_state(config: Config, trial: TrialRecord) -> str:
     """Return a trial's state, with the epochs that it reached where it is not complete: "PRUNED 3/4"."""
     return trial.state if trial.state == "COMPLETE" else f"{trial.state} {len(trial.curve)}/{config.train.epochs}"

@@ -14,8 +14,7 @@ from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.schema import SCHEMA_VERSION
 from data.errors import ConfigError
-from data.preparation.build import prepare
-from model import tiny
+from model.config import TINY_VERSION
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 
@@ -23,13 +22,27 @@ PREFIX = "builtin:"
 
 
 def _make_corpus(folder: Path) -> None:
+    from data.preparation.build import prepare
+
     prepare(synthetic.corpus(), folder, CorpusConfig(split=SplitConfig(fractions=(0.64, 0.18, 0.18))))
+
+
+def _make_encoder(folder: Path) -> None:
+    from model import tiny  # imports torch, which naming the inputs need not
+
+    tiny.make_encoder(folder)
+
+
+def _make_llm(folder: Path) -> None:
+    from model import tiny
+
+    tiny.make_llm(folder)
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "synthetic": _make_corpus,
-    "tiny-whisper": tiny.make_encoder,
-    "tiny-llama": tiny.make_llm,
+    "tiny-whisper": _make_encoder,
+    "tiny-llama": _make_llm,
 }
 KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
 FILES = (*KEYS, "model.init_from", "model.adapter.init_from")
@@ -85,7 +98,7 @@ def _named(config: Config) -> dict[str, str]:
 def _folder(name: str) -> Path:
     """Return the folder of a built-in input: in $SWEEP_CACHE, or in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
-    return Path(os.environ.get("SWEEP_CACHE", default)) / f"{name}-{synthetic.VERSION}.{tiny.VERSION}.{SCHEMA_VERSION}"
+    return Path(os.environ.get("SWEEP_CACHE", default)) / f"{name}-{synthetic.VERSION}.{TINY_VERSION}.{SCHEMA_VERSION}"
 
 
 def _make_all(names: list[str]) -> None:

@@ -84,11 +84,11 @@ class StorageConfig(Section):
         return []
 
     def _ledger_problems(self) -> list[str]:
+        if self.ledger is None:
+            return []
         from sqlalchemy import make_url
         from sqlalchemy.exc import ArgumentError
 
-        if self.ledger is None:
-            return []
         wanted = "write sqlite:///file or postgresql://user@host/database, or null for a file in the sweep's folder"
         try:
             url = make_url(self.ledger)

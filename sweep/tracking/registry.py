@@ -5,10 +5,10 @@ what an extended sweep finds later. A registered model belongs to the sweep that
 name registers `<sweep>-<first 8 characters of its id>`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.checkpoints import checkpoint
 from sweep.config.paths import trial_folder
 from sweep.search.study import TrialRecord
 from sweep.tracking.runs import MISSING, Runs
@@ -16,7 +16,6 @@ from sweep.tracking.runs import MISSING, Runs
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FILES = (checkpoint.FILE, "config.yaml")  # what `sweep evaluate` needs of a trial's folder
 ARTIFACTS, ALIAS, OWNER = "model", "best", "sweep.key"
 MAX_BYTES = 10**9  # of a checkpoint that is sent: the server stores it, and the sweep's end waits for it
 EXISTS = "RESOURCE_ALREADY_EXISTS"
@@ -35,10 +34,13 @@ def publish(runs: Runs, name: str, folder: Path, trial: TrialRecord, run_id: str
     Returns:
         The version; None if there is no checkpoint, or a too large one.
     """
+    from model.checkpoints import checkpoint  # imports torch, which readers of `mlflow.json` need not
+
     path = trial_folder(folder, trial.number) / checkpoint.FILE
     if not path.exists() or path.stat().st_size > MAX_BYTES:
         return None
-    _send_files(runs.client, path.parent, run_id)
+    # What `sweep evaluate` needs of a trial's folder.
+    _send_files(runs.client, [path, path.with_name("config.yaml")], run_id)
     name = _registered_name(runs.client, name, runs.key)
     version = _version(runs.client, name, trial, run_id)
     if _best_version(runs.client, name) != version:
@@ -46,10 +48,10 @@ def publish(runs: Runs, name: str, folder: Path, trial: TrialRecord, run_id: str
     return version
 
 
-def _send_files(client: "MlflowClient", folder: Path, run_id: str) -> None:
+def _send_files(client: "MlflowClient", paths: Sequence[Path], run_id: str) -> None:
     """Send the files that the run lacks or has only in part."""
     sizes = {file.path: file.file_size for file in client.list_artifacts(run_id, ARTIFACTS)}
-    for path in (folder / name for name in FILES):
+    for path in paths:
         if path.exists() and sizes.get(f"{ARTIFACTS}/{path.name}") != path.stat().st_size:
             client.log_artifact(run_id, str(path), ARTIFACTS)
 

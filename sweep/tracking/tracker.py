@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypedDict
 from data.atomic import write_file
 from data.errors import UserError
 from model.training.metrics_log import MetricsLog, MetricsReader, Point
+from sweep.analysis.leaderboard import store_intervals
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
@@ -299,6 +300,7 @@ class Tracker(threading.Thread):
         path = folder / "config.yaml"
         config = path.read_text(encoding="utf-8") if path.exists() else dump(self.config.for_trial(trial.params))
         tags = runs.log_artifacts(run_id, config, folder)
+        store_intervals(self.config, self.folder, trial)
         finished = state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
         step = max((point.step for point in points), default=0)
         metrics = summary.trial_metrics(self.config, trial, points)

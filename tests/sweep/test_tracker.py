@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from sweep.analysis.predictions import INTERVALS
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import parse
@@ -74,6 +75,14 @@ def test_points_keep_their_steps_and_times(sent: Path) -> None:
     assert curve(sent, 1) == [(16, 1002.0, 0.1)]
     (step, seconds, value), last = curve(sent, 3)
     assert (step, seconds, isnan(value), last) == (16, 1003.0, True, (32, 1004.0, 0.4))
+
+
+def test_intervals_are_stored_when_a_trial_ends(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.tracking.tracker.note", lambda *_: "")  # which would store them at the sweep's end
+    track(folder := make_sweep(tmp_path / "sweep", database))
+    assert "macro_f1" in json.loads((trial_folder(folder, 0) / INTERVALS).read_text())["intervals"]
 
 
 def test_artifacts_of_trials_are_logged(sent: Path) -> None:
