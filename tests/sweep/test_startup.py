@@ -29,7 +29,7 @@ for command in [*commands, "--help", *(f"{{name}} --help" for name in names), "c
             code = ended.code
     print(json.dumps([command, code, len(shown.getvalue()), sorted(set({HEAVY}) & sys.modules.keys())]))
 import sweep.analysis.report.page, sweep.config.resolve  # of `sweep report`, and of making the built-in corpus
-print(json.dumps(["imports of report", 0, 1, sorted({"torch"} & sys.modules.keys())]))
+print(json.dumps(["imports of report", 0, 1, sorted({{"torch"}} & sys.modules.keys())]))
 """
 
 
