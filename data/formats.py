@@ -1,5 +1,7 @@
 """The formats of everything that people read: numbers, intervals, durations, sizes and hours, each in one place."""
 
+from collections.abc import Sequence
+
 
 def format_number(value: object, digits: int = 3) -> str:
     """Return a float with a fixed number of digits; an empty string for anything else, such as a missing metric."""
@@ -29,6 +31,11 @@ def format_value(value: object) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return "1 trial" or "4 trials"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def format_list(items: Sequence[str]) -> str:
+    """Return items as a phrase: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
 def format_rank(rank: int) -> str:

@@ -3,21 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.formats import format_count
+from data.formats import format_count, format_list
+from data.loading.tasks import TASKS
 from model.evaluation.metrics import Record
-from model.parts import summarise_parts
+from model.parts import part_of, summarise_parts
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.analysis.predictions import Predictions, interval_of
 from sweep.analysis.view import Column, TableView, to_markdown
 from sweep.config.schema import Config
 
-LIMITS = """\
-It is meant for research on counselling dialogues that resemble the corpus it was trained on, as a first coding that a
-trained coder checks on a sample before anything is concluded from it. Its figures come from the validation split, which
-also chose among the trials and therefore flatters it; other languages, recordings, populations and code books were not
-tested, and it must not be used to judge individual clients or counsellors."""
 NO_QUALITY = ("train_loss", "seconds", "data_wait")  # what a trial reports beside figures of quality
 TURN = {"text": "as text", "speech": "as audio", "text+speech": "as text and as audio"}
+PREDICTS = {
+    "classify": "the code of a turn",
+    "client_talk": "the code of a client's turn",
+    "therapist_behaviour": "the code of a therapist's turn",
+    "forecast": "the code of the next turn",
+    "response": "the therapist's next turn",
+    "quality": "the quality of a session",
+}
+CONTROLS = {
+    "zeroed": "all clips were silenced",
+    "shuffled": "every clip was replaced by that of another utterance",
+    "noisy": "white noise was added to all clips at {snr_db:g} dB",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,11 @@ def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
         facts: about the trial.
     """
     title = facts.sweep + ("" if facts.trial is None else f", trial {facts.trial}")
-    turn = TURN[config.model.modality]
     return "\n".join(
         [
             f"# {title}",
             "",
-            f"A speech LLM for counselling dialogues. It reads the turns before a turn as text, and the turn {turn}.",
+            _reads(config),
             "",
             *to_markdown(_facts(model, config, facts)),
             "",
@@ -58,10 +66,63 @@ def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
             "",
             "## Use and limits",
             "",
-            LIMITS,
+            _limits(config, facts),
             "",
-            *_commands(model),
+            *_commands(model, config),
         ]
+    )
+
+
+def _reads(config: Config) -> str:
+    """Return what the model predicts and what it reads for that."""
+    model, tasks = config.model, config.tasks.active()
+    kind = "speech LLM" if model.uses_audio else "text LLM, which reads no audio,"
+    sentences = [f"A {kind} for counselling dialogues.", f"It predicts {format_list([PREDICTS[t] for t in tasks])}."]
+    limit = model.prompt.history_tokens
+    history = 0 if limit == 0 else config.data.history
+    fitting = "" if limit is None or history == 0 else f", as far as they fit into {limit} tokens"
+    before, last = format_count(history, "turn"), format_count(history + 1, "turn")
+    how = "as text"
+    if model.uses_audio:
+        how = f"or back to the last one that has audio: that one {TURN[model.modality]}, the others as text"
+    if any(TASKS[task].answer == "label" and TASKS[task].reads == "turn" for task in tasks):
+        rest = f"up to {before} before it as text{fitting}" if history else "no turn before it"
+        sentences.append(f"It reads the turn {TURN[model.modality]}, and {rest}.")
+    if any(TASKS[task].reads == "before" for task in tasks):
+        sentences.append(f"Of what comes next it reads nothing, only up to {last} before it, {how}{fitting}.")
+    if "quality" in tasks:
+        sentences.append(f"Of a session it reads up to {last} at the end, {how}{fitting}.")
+    controls = [CONTROLS[config.data.sound].format(snr_db=config.data.snr_db)] if _changes_sound(config) else []
+    if config.data.last_text == "omitted" and "text" in model.modality:
+        controls.append("the text of " + ("the audio turn" if model.uses_audio else "the last turn") + " was left out")
+    if controls:
+        sentences.append(f"It is a control experiment: {format_list(controls)}.")
+    return " ".join(sentences)
+
+
+def _changes_sound(config: Config) -> bool:
+    return config.model.uses_audio and config.data.sound in CONTROLS
+
+
+def _limits(config: Config, facts: CardFacts) -> str:
+    """Return what the model is for, and what is not known about it."""
+    answers = {TASKS[task].answer for task in config.tasks.active()}
+    uses = {
+        "label": "as a first coding that a trained coder checks on a sample before anything is concluded from it",
+        "quality": "as a first rating of sessions that a trained rater checks on a sample",
+        "text": "as a source of draft replies, none of which reaches a client unread",
+    }
+    purpose = format_list([use for answer, use in uses.items() if answer in answers])
+    origin = "Its figures come from the validation split"
+    if facts.trial is not None:
+        origin += ", which also chose among the trials and therefore flatters it"
+    else:
+        origin += ", which flatters it if its settings were chosen there"
+    known = f"{origin}; other" if facts.predictions else "It was not evaluated; other"
+    return (
+        f"It is meant for research on counselling dialogues that resemble the corpus it was trained on, {purpose}. "
+        f"{known} languages, recordings, populations and code books were not tested, and it must not be used to judge "
+        "individual clients or counsellors."
     )
 
 
@@ -76,13 +137,29 @@ def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
         "seed": str(config.seed),
         "corpus": f"{facts.corpus}, fingerprint `{facts.fingerprint}`",
         "code version": f"`{facts.code}`",
-        "LLM": f"`{config.model.llm.path}`",
-        "speech encoder": f"`{config.model.encoder.path}`" if config.model.uses_audio else "",
+        "LLM": f"`{config.model.llm.path}`, {_llm_state(model)}",
+        "speech encoder": f"`{config.model.encoder.path}`, {_state(model, 'encoder')}" if model.encoder else "",
         "trained parts": ", ".join(trained),
-        "started from": config.model.init_from or "",
+        "started from": ", ".join(f"`{path}`" for path in _starts(config).values() if path),
         "tasks and labels": "; ".join(tasks),
     }
     return TableView([Column(""), Column("")], [[name, value] for name, value in rows.items() if value])
+
+
+def _state(model: SpeechLLM, part: str) -> str:
+    """Return whether the weights of a part are those that were published."""
+    if part in model.trained_parts:
+        return "trained"
+    loaded = any(part_of(name) == part for name in model.loaded)
+    return "with weights of an earlier trial" if loaded else "frozen"
+
+
+def _llm_state(model: SpeechLLM) -> str:
+    lora = model.config.lora
+    if not lora.enabled:
+        return _state(model, "llm")
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    return f"{_state(model, 'llm')}, with LoRA of rank {lora.rank} on {targets}"
 
 
 def _figures(config: Config, facts: CardFacts) -> list[str]:
@@ -93,14 +170,12 @@ def _figures(config: Config, facts: CardFacts) -> list[str]:
             interval = interval_of(facts.predictions, name, facts.roles)
             limits = "" if interval is None or interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
             rows.append([name, f"{value:.4g}", limits])
-    lines = [
-        "## Figures",
-        "",
-        f"On the validation split, after epoch {facts.epoch} of {config.train.epochs}. "
-        f"{counts or 'It was not evaluated'}.",
-        "",
-        *to_markdown(TableView(list(map(Column, ("metric", "value", "95 % interval by session"))), rows)),
-    ]
+    lines = ["## Figures", ""]
+    if facts.predictions:
+        lines += [f"On the validation split, after epoch {facts.epoch} of {config.train.epochs}. {counts}.", ""]
+        lines += to_markdown(TableView(list(map(Column, ("metric", "value", "95 % interval by session"))), rows))
+    else:
+        lines.append("It was not evaluated.")
     if facts.confirmed:
         lines += ["", "Under fresh seeds:", "", *(f"- {line}" for line in facts.confirmed)]
     return lines
@@ -111,14 +186,19 @@ def _size(records: Sequence[Record]) -> str:
     return f"{len(records)} items of {format_count(sessions, 'session')}"
 
 
-def _commands(model: SpeechLLM) -> list[str]:
+def _commands(model: SpeechLLM, config: Config) -> list[str]:
     audio = " --audio recordings" if model.config.uses_audio else ""
-    lines = ["## Commands", "", "Run these in this folder. To code new sessions:", ""]
+    verb = "write replies for" if config.tasks.active() == ["response"] else "code"
+    lines = ["## Commands", "", f"Run these in this folder. To {verb} new sessions:", ""]
     lines += ["```bash", f"sweep predict . --csv sessions.csv{audio} --out coded", "```", ""]
-    lines += ["To train it again from the corpus and the base models that `config.yaml` names:", ""]
+    earlier = [f"`{key}`" for key, value in _starts(config).items() if value]
+    named = format_list(["the corpus", "the base models", *(f"the weights of {key}" for key in earlier)])
+    lines += [f"To train it again from {named} that `config.yaml` names:", ""]
     lines += ["```bash", "sweep train config.yaml --out again", "```", ""]
     if "lora" in model.trained_parts or any("lora_" in name for name in model.loaded):
-        lines += ["To load the LoRA weights alone in Python:", "", "```python"]
+        rest = ", without the weights of the LLM itself that differ from it (`speech.safetensors`)"
+        lines += [f"To load the LoRA weights alone in Python{rest if _state(model, 'llm') != 'frozen' else ''}:", ""]
+        lines += ["```python"]
         lines += [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
@@ -129,3 +209,11 @@ def _commands(model: SpeechLLM) -> list[str]:
             "",
         ]
     return lines
+
+
+def _starts(config: Config) -> dict[str, str | None]:
+    """Return the settings that name files of earlier weights."""
+    return {
+        "model.init_from": config.model.init_from,
+        "model.adapter.init_from": config.model.adapter.init_from if config.model.uses_audio else None,
+    }
