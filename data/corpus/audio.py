@@ -1,25 +1,30 @@
 """Decode, mix down, resample and encode audio. Times are converted to sample indices in one place (`samples`)."""
 
+import contextlib
 import io
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
+from data.corpus.decoding import Decoder, open_recording
+from data.corpus.ffmpeg import FFmpegDecoder
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import DataError
 
-if TYPE_CHECKING:
-    from soundfile import SoundFile
+Select = Callable[[np.ndarray], np.ndarray]  # a block [n, n_channels] → the channels that are kept [n, n_kept]
 
 MIN_SAMPLES = SAMPLE_RATE // 10  # a clip of less than 0.1 s contains no speech
 _BLOCK = 60  # s that are decoded at a time; one hour of stereo would take a gigabyte
 _CONTEXT = 1  # s on both sides of a block for the resampling kernel, which needs a few ms
 _MAX_KERNEL = 5e7  # size of a resampling kernel: 44100 Hz needs 1e5 numbers, a rate coprime to ours gigabytes
+_IN_MEMORY = 1 << 27  # bytes of a decoded recording, over an hour; a longer one is kept in a temporary file
+_FULL_SCALE = 0.95  # peak of a file that is scaled down; the rest is for the resampling, which overshoots
 _CANCELLED = 0.06  # ratio of the power of the mix to that of the loudest channel, -12 dB
 
 
@@ -31,7 +36,11 @@ class Recording:
     source_rate: int  # Hz
     source_channels: int
     broken: np.ndarray  # times (s) of NaN or infinite samples, in order; these samples are 0 in `pcm`
-    missing: float = 0.0  # s that the header announces but the file does not contain
+    announced: float | None = None  # length (s) by the header of the file; None if it says nothing
+    tolerance: float = 0.0  # s by which a correct header may differ from the decoded length
+    peak: float = 0.0  # of the decoded samples; 1 is full scale
+    gain: float = 1.0  # factor of the samples; less than 1 if the peak exceeds full scale
+    filled: float = 0.0  # s of silence where the recorder paused
 
     @property
     def duration(self) -> float:
@@ -53,7 +62,9 @@ def exists(path: Path) -> bool:
 
 
 def read_recording(path: Path, *, separate: bool = False) -> Recording:
-    """Decode a file in any format that soundfile reads, block by block, and resample it.
+    """Decode a file in any format that libsndfile or FFmpeg reads, block by block to its end, and resample it.
+
+    A file whose samples exceed full scale, as float files may, is scaled down as a whole.
 
     Args:
         path: the audio file.
@@ -66,25 +77,52 @@ def read_recording(path: Path, *, separate: bool = False) -> Recording:
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
-            _check_rate(file.samplerate)
-            if separate or file.channels == 1:
-                return _decode(file, lambda block: block)
-            power = np.zeros(1 + file.channels)
-
-            def mix(block: np.ndarray) -> np.ndarray:
-                mono: np.ndarray = block.mean(axis=1, keepdims=True)
-                power[:] += np.square(np.concatenate([mono, block], axis=1), dtype=np.float64).sum(axis=0)
-                return mono
-
-            mixed = _decode(file, mix)
-            if power[0] >= _CANCELLED * power[1:].max():
-                return mixed
-            loudest = int(power[1:].argmax())
-            file.seek(0)
-            return _decode(file, lambda block: block[:, [loudest]])
-    except (soundfile.LibsndfileError, OSError, ValueError) as error:
+        try:
+            with open_recording(path) as file:
+                return _read(file, separate)
+        except soundfile.LibsndfileError:  # FFmpeg reads what comes before the damage
+            with contextlib.closing(FFmpegDecoder(path)) as file:
+                return _read(file, separate)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as audio ({error}); convert it to WAV or FLAC") from None
+
+
+def _read(file: Decoder, separate: bool) -> Recording:
+    """Read an open file; see `read_recording`."""
+    _check_rate(file.rate)
+    select: Select = _all_channels
+    if not separate and file.channels > 1:
+        power = np.zeros(1 + file.channels)
+
+        def mix(block: np.ndarray) -> np.ndarray:
+            mono = _mean(block)
+            power[:] += np.square(np.concatenate([mono, block], axis=1), dtype=np.float64).sum(axis=0)
+            return mono
+
+        select, recording = _mean, _decode(file, mix)
+        if power[0] < _CANCELLED * power[1:].max():
+            loudest = int(power[1:].argmax())
+
+            def select_loudest(block: np.ndarray) -> np.ndarray:
+                return block[:, [loudest]]
+
+            file.restart()
+            select, recording = select_loudest, _decode(file, select_loudest)
+    else:
+        recording = _decode(file, select)
+    if recording.peak > file.limit:
+        file.restart()
+        recording = _decode(file, select, _FULL_SCALE / recording.peak)
+    return recording
+
+
+def _all_channels(block: np.ndarray) -> np.ndarray:
+    return block
+
+
+def _mean(block: np.ndarray) -> np.ndarray:
+    mono: np.ndarray = block.mean(axis=1, keepdims=True)
+    return mono
 
 
 def _check_rate(rate: int) -> None:
@@ -93,44 +131,79 @@ def _check_rate(rate: int) -> None:
         raise ValueError(f"{rate} Hz")
 
 
-def _decode(file: "SoundFile", select: Callable[[np.ndarray], np.ndarray]) -> Recording:
+def _decode(file: Decoder, select: Select, gain: float = 1.0) -> Recording:
     """Read an open file in overlapping blocks; each sample comes from the block that has more context around it.
 
     Args:
         file: an open file at its start.
         select: maps a block [n, n_channels] to the channels that are kept [n, n_kept].
+        gain: factor of the samples.
     """
-    rate, parts, broken = file.samplerate, [], []
-    read = 0  # samples
+    rate, broken, peak = file.rate, [], 0.0
+    pcm = SampleStore()
     for number, (block, last) in enumerate(_blocks(file)):
-        read = number * _BLOCK * rate + len(block)
         bad = ~np.isfinite(block).all(axis=1)
         if bad.any():
             broken.append(number * _BLOCK + np.flatnonzero(bad) / rate)
             block[bad] = 0
-        resampled = _resample(select(block).T, rate)
+        selected = select(block)
+        if selected.size:
+            peak = max(peak, float(selected.max()), -float(selected.min()))
+        resampled = _resample(selected.T if gain == 1.0 else selected.T * np.float32(gain), rate)
         end = resampled.shape[1] if last else (_BLOCK + _CONTEXT) * SAMPLE_RATE
-        parts.append(_pcm16(resampled[:, _CONTEXT * SAMPLE_RATE if number else 0 : end]))
-    pcm = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.int16)
+        pcm.append(_pcm16(resampled[:, _CONTEXT * SAMPLE_RATE if number else 0 : end]))
     times = np.concatenate(broken) if broken else np.empty(0)
-    return Recording(pcm, rate, file.channels, times, max(0.0, (file.frames - read) / rate))
+    properties = (file.announced, file.tolerance, peak, gain, file.filled)
+    return Recording(pcm.joined(), rate, file.channels, times, *properties)
 
 
-def _blocks(file: "SoundFile") -> Iterator[tuple[np.ndarray, bool]]:
-    """Yield blocks [n, n_channels] that overlap by twice the context, and whether each is the last one.
-
-    `SoundFile.blocks` is not used: it trusts the length in the header and fills missing samples with old memory.
-    """
-    overlap = 2 * _CONTEXT * file.samplerate
+def _blocks(file: Decoder) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield blocks [n, n_channels] that overlap by twice the context, and whether each is the last one."""
+    overlap = 2 * _CONTEXT * file.rate
     tail = np.empty((0, file.channels), np.float32)
     while True:
-        wanted = _BLOCK * file.samplerate + overlap - len(tail)
-        read = file.read(wanted, dtype="float32", always_2d=True)
+        wanted = _BLOCK * file.rate + overlap - len(tail)
+        read = file.read(wanted)
         block = np.concatenate([tail, read])
         yield block, len(read) < wanted
         if len(read) < wanted:
             return
         tail = block[-overlap:].copy()
+
+
+class SampleStore:
+    """Collects the samples of a recording: in memory, or in a temporary file if the recording is long."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.bytes = 0
+        self.file: IO[bytes] | None = None
+        self.channels = 1
+
+    def append(self, part: np.ndarray) -> None:
+        """Add int16 samples [n_channels, n]."""
+        self.channels = len(part)
+        self.parts.append(part)
+        self.bytes += part.nbytes
+        if self.bytes > _IN_MEMORY:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self.file is None:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `joined`)
+        for part in self.parts:
+            self.file.write(np.ascontiguousarray(part.T).data)
+        self.parts = []
+
+    def joined(self) -> np.ndarray:
+        """Return all samples [n_channels, n]; pages of the temporary file are read when they are used."""
+        if self.file is None:
+            return np.concatenate(self.parts, axis=1) if self.parts else np.zeros((1, 0), np.int16)
+        self._spill()
+        self.file.flush()
+        frames = np.memmap(self.file, "<i2", mode="r", shape=(self.bytes // 2 // self.channels, self.channels))
+        self.file.close()  # the map keeps the file, which has no name
+        return np.asarray(frames).T
 
 
 def _resample(signal: np.ndarray, rate: int) -> np.ndarray:

@@ -7,7 +7,12 @@ from data.corpus.audio import exists
 from data.corpus.schema import Conversation
 from data.errors import DataError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus")  # of several files with one name the first suffix wins
+# What libsndfile and FFmpeg read; of several files with one name the first suffix wins.
+SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".aif", ".aiff", ".aifc", ".caf", ".sph", ".nist", ".w64"),
+    *(".rf64", ".bwf", ".au", ".snd", ".voc", ".wma", ".aac", ".amr", ".3gp", ".mp4", ".m4v", ".mov", ".webm", ".mka"),
+    *(".mkv", ".oga", ".mp2", ".mpga", ".ac3", ".ape", ".wv", ".tta", ".asf", ".wmv", ".avi", ".mpg", ".mpeg"),
+)
 
 
 def recordings_by_name(folder: Path) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from data.corpus import audio
@@ -19,6 +20,7 @@ from data.shards.format import ShardFile, encode_shard
 from data.shards.store import Store
 
 SHARD_BYTES = 64 << 20
+_HASHED = 1 << 22  # samples that are hashed at a time
 ALIGNED_BYTES = SHARD_BYTES // 8  # alignment is slow; smaller jobs keep all CPUs busy and lose less to a kill
 
 
@@ -162,5 +164,14 @@ def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | No
         "flags": " ".join(dict.fromkeys(turn.flags)),
         "source_rate": recording.source_rate if recording and pcm is not None else None,
         "source_channels": recording.source_channels if recording and pcm is not None else None,
-        "recording_hash": "" if recording is None else hashlib.sha256(recording.pcm.tobytes()).hexdigest()[:32],
+        "recording_hash": "" if recording is None else _hash(recording.pcm),
     }
+
+
+def _hash(pcm: np.ndarray) -> str:
+    """Return the hash of all samples, a channel after the other; a long recording is read in parts."""
+    digest = hashlib.sha256()
+    for channel in pcm:
+        for start in range(0, len(channel), _HASHED):
+            digest.update(np.ascontiguousarray(channel[start : start + _HASHED]).data)
+    return digest.hexdigest()[:32]

@@ -234,11 +234,19 @@ def _read(
     if recording.pcm.shape[1] == 0:
         _reject_all(turns, findings, "E_AUDIO_EMPTY", path, f"{path.name} contains no samples")
         return None
-    if recording.missing > TOLERANCE:
-        message = (
-            f"contains {recording.duration:.2f} s, the header announces {recording.missing:.2f} s more; copy it again"
-        )
-        findings.append(Finding("W_TRUNCATED", path.name, name, message, None, span))
+    if recording.announced is not None:
+        longer = recording.duration - recording.announced
+        both = f"contains {recording.duration:.2f} s, but its header announces {recording.announced:.2f} s"
+        if longer < -recording.tolerance:
+            findings.append(Finding("W_TRUNCATED", path.name, name, f"{both}; copy it again", None, span))
+        elif longer > recording.tolerance:
+            findings.append(Finding("W_LENGTH", path.name, name, f"{both}; all of it is read", None, span))
+    if recording.gain < 1:
+        message = f"the peak is {recording.peak:.2f} x full scale; all samples are multiplied by {recording.gain:.3g}"
+        findings.append(Finding("W_SCALED", path.name, name, message, None, span))
+    if recording.filled:
+        message = f"the recorder paused; {recording.filled:.2f} s of silence keep the times right"
+        findings.append(Finding("W_AUDIO_GAP", path.name, name, message, None, span))
     if recording.source_channels > 1 and not separate:
         message = f"{recording.source_channels} channels"
         findings.append(Finding("W_STEREO", path.name, name, message, None, span))
