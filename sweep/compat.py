@@ -4,6 +4,7 @@ Each function names the version it was checked against. `tests/sweep/test_compat
 look for a public replacement first. Imports are inside the functions, so that a command loads only what it uses.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,15 @@ def hide_environment(names: Iterable[str]) -> None:
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
     ENV_VARS_TO_PROPAGATE.difference_update(names)
+
+
+def set_default_artifact_root(folder: Path) -> None:
+    """Name the folder for artifacts of MLflow's default experiment, which the sweep does not use (mlflow 3.17.2).
+
+    MLflow writes it into a new database by an SQL text without parameters. By default it lies in the working directory,
+    and a name with both kinds of quotes, or a colon, breaks that text; a URI has no such characters.
+    """
+    os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", folder.as_uri())
 
 
 def newest_steps(run: "Run") -> dict[str, int]:

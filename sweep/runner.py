@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from optuna.exceptions import StorageInternalError
 
 from data.errors import UserError, reason
+from data.loading.tasks import answer_problems
 from sweep.analysis.results import progress
 from sweep.config.diff import claim_folder, continued
 from sweep.config.files import write
@@ -43,6 +44,7 @@ from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_use
 from sweep.preflight.plan import format_estimate, make_plan
 from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.candidates import first_trial
+from sweep.search.corpus_notes import save_corpus_notes
 from sweep.search.study import StudyStore, TrialRecord, best_first
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
@@ -272,6 +274,7 @@ class SweepRunner:
         say, shards = self.listener.say, open_shards(resolved)
         if note := self.study.bind(shards.fingerprint, code_version()):
             say(note)
+        save_corpus_notes(self.folder, answer_problems(shards, list(self.config.tasks.active())))
         tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)
         tracker.start()
         try:

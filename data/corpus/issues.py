@@ -50,6 +50,8 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_DUPLICATE": ("the same utterance occurs twice with equal content", DROPPED),
         "W_LABEL_TIE": ("the annotators disagree without a majority", "the first of the tied labels is used"),
         "W_LABEL_RARE": ("the label is rare and resembles a frequent one", KEPT),
+        "W_LABEL_SINGLE": ("the corpus or a split has only one label", "kept; metrics of labels tell little"),
+        "W_LABEL_UNSEEN": ("the train split lacks a label of the val or test split", "kept; it counts as wrong"),
         "W_AUDIO_SHARED": ("sessions share a recording or a clip", "kept in one split"),
         "W_ALIGN_LOW": ("the confidence of the alignment is low", "the given times are kept"),
         "F_DUPLICATE": ("one id is used for two different utterances", FAILED),

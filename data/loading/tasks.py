@@ -1,11 +1,13 @@
 """The tasks: what is predicted from which part of a dialogue, and which turns of a corpus are items of a task."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data.corpus.schema import split_label
+from data.corpus.label_counts import label_problems
+from data.corpus.schema import SPLITS, split_label
 from data.errors import MisfitError
 from data.shards.dataset import Shards
 
@@ -111,6 +113,20 @@ def answer(shards: Shards, item: Item) -> str:
     name, row = item
     value: str = shards.columns[TASKS[name].answer][row]
     return value
+
+
+def answer_problems(shards: Shards, names: Sequence[str]) -> list[str]:
+    """Return why metrics of some tasks say little about models: answers that are all equal, or that training lacks."""
+    problems = []
+    for name in names:
+        if TASKS[name].answer == "text":
+            continue
+        counts = dict[str, Counter[str]]()
+        for split in SPLITS:
+            with contextlib.suppress(MisfitError):  # there are no items
+                counts[split] = Counter(answer(shards, item) for item in items(shards, name, split))
+        problems += [f"{name}: {problem.message}" for problem in label_problems(counts, "items")]
+    return problems
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Conversation
 from data.errors import DataError, UserError, listed
 from data.preparation.shard_jobs import ShardJob, conversation_key, serially, shard_jobs
 from data.preparation.split import Assignment, Pairs, Part, split_conversations
-from data.preparation.validate import TIMELESS, Aligner, check, check_channels
+from data.preparation.validate import TIMELESS, Aligner, check, check_channels, check_split_labels
 from data.shards.dataset import AGAIN, FINDINGS, MANIFEST, Shards
 from data.shards.format import INDEX_SCHEMA, Manifest, ShardFile, ShardInfo, describe_shard, to_bytes
 from data.shards.store import Store
@@ -210,6 +210,8 @@ def _index(
     _refuse_rejects(corpus, config)
     shared = _shared_audio(corpus, rows)
     assignments = split(corpus.conversations, config.split, before=assigned, shared=shared)
+    parts = {name: part.split if part.fold is None else part.fold for name, part in assignments.items()}
+    check_split_labels(corpus, parts, config.split.folds)
     conversations = rows["conversation"].to_pylist()
     shard_of = {name: number for number, file in enumerate(files) for name in file.info.conversations}
     for column, values in {

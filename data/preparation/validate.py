@@ -9,8 +9,10 @@ import numpy as np
 
 from data.corpus import audio
 from data.corpus.issues import Finding, build_error
+from data.corpus.label_counts import label_problems
 from data.corpus.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
 from data.errors import ConfigError, DataError
+from data.shards.format import fold_split
 
 # Takes a channel, int16 [n_samples], the turns whose times it sets, and the list that findings are added to.
 Aligner = Callable[[np.ndarray, list[Turn], list[Finding]], None]
@@ -177,6 +179,33 @@ def _flag_rare_labels(corpus: Corpus) -> None:
             if near:
                 message = f"label {label!r} occurs {counts[label]} x and resembles {near[0]!r} ({counts[near[0]]} x)"
                 flag(turn, corpus.findings, "W_LABEL_RARE", message)
+
+
+def check_split_labels(corpus: Corpus, parts: Mapping[str, int | str | None], folds: int | None) -> None:
+    """Add findings about labels that the splits cannot tell anything about.
+
+    Args:
+        corpus: with the final labels of its turns.
+        parts: the split of each conversation, or its fold.
+        folds: number of folds; None: there are splits.
+    """
+    counts: dict[int | str | None, Counter[str]] = {}
+    for conversation in corpus.conversations:
+        for turn in conversation.turns:
+            labels = split_label(turn.label) if turn.label is not None else ()
+            counts.setdefault(parts[conversation.id], Counter()).update(labels)
+    found: dict[tuple[str, str, str], tuple[str, list[int]]] = {}
+    for test in range(folds or 1):
+        by_split: dict[str, Counter[str]] = {}
+        for part, count in counts.items():
+            name = fold_split(part, test, folds) if folds and isinstance(part, int) else str(part)
+            by_split[name] = by_split.get(name, Counter()) + count
+        for problem in label_problems(by_split):
+            key = problem.code, problem.where, problem.label
+            found.setdefault(key, (problem.message, []))[1].append(test)
+    for (code, where, label), (message, tests) in found.items():
+        in_folds = f" (with data.fold {', '.join(map(str, tests))})" if folds and len(tests) < folds else ""
+        corpus.findings.append(Finding(code, where, label, message + in_folds))
 
 
 def cut(

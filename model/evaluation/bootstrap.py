@@ -46,6 +46,8 @@ class Comparison:
         low, high = self.difference.low, self.difference.high
         if low is None or high is None:
             return f"{first} and {second} cannot be compared: there are fewer than two sessions"
+        if low == high == 0:
+            return f"{first} and {second} have the same result in every session"
         if self.better is None:
             return f"{first} and {second}: tied within noise ({self.difference.value:+.3f} [{low:+.3f}, {high:+.3f}])"
         winner, loser = (first, second) if self.better else (second, first)

@@ -26,7 +26,7 @@ from sweep.analysis.predictions import read_predictions
 from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
 from sweep.config.loader import flat
-from sweep.config.paths import trial_folder
+from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD, Scalar
 from sweep.search.study import StudyStore, TrialRecord, best_first
@@ -164,7 +164,8 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
         if without_seed(trial.params) not in best and len(best) < top:
             best.append(without_seed(trial.params))
     if not best:
-        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows how far they are")
+        command = shell_command("sweep", "status", folder)
+        raise UserError(f"{folder}: no trial is complete yet; `{command}` shows how far they are")
     if folds:
         _check_folds(config, best, folds)
     fresh = fresh_seeds(config, seeds)
@@ -247,7 +248,8 @@ def confirm(
     groups = _groups(best_first(config, study.trials()), StudyStore.of(retrained).trials(), folds or 1)
     if not groups:
         on_folds = " on every fold" if folds else ""
-        raise UserError(f"{retrained}: no training is complete{on_folds} yet; `sweep status {retrained}` shows them")
+        command = shell_command("sweep", "status", retrained)
+        raise UserError(f"{retrained}: no training is complete{on_folds} yet; `{command}` shows them")
     sums, task = objective(config, trial_folder(retrained, next(iter(groups[0][1].values()))[0].number))
 
     def predicted(read: Callable[[Path], list[Record]]) -> list[list[list[Record]]]:

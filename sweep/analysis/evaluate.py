@@ -15,7 +15,7 @@ from model.speech_llm.speech_llm import SpeechLLM
 from model.training import metrics_log
 from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
-from sweep.config.paths import trial_folder
+from sweep.config.paths import shell_command, trial_folder
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import available_device, build
 from sweep.search.study import StudyStore
@@ -183,5 +183,5 @@ def _why_missing(folder: Path) -> str:
         return "the trial has no checkpoint yet; train it first"
     return (
         "the trial has no checkpoint any more: a sweep keeps those of its best trials (storage.keep); name one of "
-        f"them, or train this trial again with `sweep train {folder / 'config.yaml'}`"
+        f"them, or train this trial again with `{shell_command('sweep', 'train', folder / 'config.yaml')}`"
     )

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.formats import format_duration, format_narrow_interval, format_number, format_value
-from sweep.analysis.predictions import trial_interval
+from sweep.analysis.predictions import interval_around
 from sweep.analysis.results import progress, ranked, short_names
 from sweep.analysis.view import Column, TableView
 from sweep.config.schema import Config
 from sweep.search import pruning_audit
+from sweep.search.corpus_notes import read_corpus_notes
 from sweep.search.cost import format_device_hours
-from sweep.search.study import TrialRecord
+from sweep.search.study import TrialRecord, best_first
 
 METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 GENERATION = ("eos_rate", "run_on", "empty")  # how generated texts end
+EQUAL = 1e-9  # difference of the objective that is only a matter of rounding
 DETAILED = ("weighted_f1", "loss", "ece", *GENERATION)  # metrics that only the report shows
 
 
@@ -25,6 +27,7 @@ DETAILED = ("weighted_f1", "loss", "ece", *GENERATION)  # metrics that only the 
 class Leaderboard:
     """The trials of a sweep, best first, with the lines that explain them."""
 
+    doubts: list[str]  # why the order of the trials means little, for a place above the table
     table: TableView  # groups of columns: trial, metrics, subsets, parameters, details, reason
     note: str  # what the figures are
     audit: list[str]  # what pruning may have cost
@@ -77,11 +80,12 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     has_intervals = any("[" in cell for row in rows for cell in row[:-1])
     note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if has_intervals else "")
     return Leaderboard(
+        doubts=find_doubts(config, folder, trials),
         table=TableView(
             _with_priorities(columns, rows),
             rows,
             title=f"{config.name}: trials by {objective}",
-            has_best=bool(rows) and rows[0][1] == "COMPLETE",
+            has_best=bool(rows) and rows[0][1] == "COMPLETE" and equal_value(config, trials) is None,
         ),
         note=f"{note}; {progress(config, trials).format_hours()} used",
         audit=pruning_audit.format_lines(config, trials),
@@ -96,6 +100,25 @@ def store_intervals(config: Config, folder: Path, trial: TrialRecord) -> None:
     The driver calls it, which has imported SciPy anyway: `sweep status` then reads them and answers at once.
     """
     leaderboard(config, folder, [trial])
+
+
+def find_doubts(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[str]:
+    """Return why the order of a sweep's trials means little; nothing where it means something."""
+    doubts, value = read_corpus_notes(folder), equal_value(config, trials)
+    if value is not None:
+        count = sum(trial.state == "COMPLETE" for trial in trials)
+        metric = config.search.metric
+        doubts.append(f"all {count} complete trials have the same {metric} ({value:.3f}), so their order means nothing")
+    return doubts
+
+
+def equal_value(config: Config, trials: Sequence[TrialRecord]) -> float | None:
+    """Return the value that all complete trials have; None where they differ, or have the same parameters."""
+    done = best_first(config, trials)
+    values = [trial.value for trial in done if trial.value is not None]
+    if any(trial.params != done[0].params for trial in done) and max(values) - min(values) <= EQUAL:
+        return values[0]
+    return None
 
 
 def format_state(config: Config, trial: TrialRecord) -> str:
@@ -115,9 +138,8 @@ def _is_remarkable(trial: TrialRecord) -> bool:
 def _with_interval(folder: Path, trial: TrialRecord, name: str, value: float | None, digits: int) -> str:
     if value is None:
         return ""
-    limits = trial_interval(folder, trial, name)
-    # Where the report of an epoch was lost, the predictions may come from an epoch that the study does not know.
-    if limits is None or abs(limits.value - value) > 1e-6:
+    limits = interval_around(folder, trial, name, value)
+    if limits is None:
         return format_number(value, digits)
     return format_narrow_interval(value, limits.low, limits.high, digits)
 

@@ -17,6 +17,7 @@ from sweep.config.version import code_version
 from sweep.search.study import TrialRecord
 
 INTERVALS = "intervals.json"  # beside the predictions
+TOLERANCE = 1e-6  # between a metric and the value of its interval, which are summed in another order
 Predictions = Mapping[str, tuple[list[str], list[Record]]]  # by task: its labels and what was predicted
 
 
@@ -69,6 +70,15 @@ def trial_interval(folder: Path, trial: TrialRecord, name: str) -> Interval | No
         with contextlib.suppress(OSError):
             write_file(cache_path, cache.model_dump_json())
     return cache.intervals[name]
+
+
+def interval_around(folder: Path, trial: TrialRecord, name: str, value: float) -> Interval | None:
+    """Return the interval of a trial's metric if it belongs to a value that the study knows.
+
+    Where the report of an epoch was lost, the predictions may come from an epoch that the study does not know.
+    """
+    limits = trial_interval(folder, trial, name)
+    return None if limits is None or abs(limits.value - value) > TOLERANCE else limits
 
 
 @functools.lru_cache(maxsize=4096)

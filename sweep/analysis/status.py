@@ -1,6 +1,5 @@
 """The state of a sweep as a whole, as `sweep status` shows it on any machine that sees its folder."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +8,8 @@ from typing import TypedDict
 
 from sweep.analysis.confirm import search_of
 from sweep.analysis.results import Progress, progress
-from sweep.config.paths import near
+from sweep.config.loader import override
+from sweep.config.paths import near, shell_command
 from sweep.config.schema import Config
 from sweep.durability.heartbeat import Holder
 from sweep.durability.lease import PATIENCE, LeaseFile
@@ -36,10 +36,16 @@ class ProgressJson(TypedDict):
     pid: int | None
 
 
-def train_command(folder: Path, params: Mapping[str, object]) -> str:
-    """Return the command that trains a trial of a sweep again by itself."""
-    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in params.items())
-    return f"train {near(folder) / 'config.yaml'} {sets}"
+def train_command(folder: Path, params: Mapping[str, object], program: str | Path = "sweep") -> str:
+    """Return the command that trains a trial of a sweep again by itself.
+
+    Args:
+        folder: of the sweep.
+        params: of the trial.
+        program: the command line of this installation.
+    """
+    sets = [word for key, value in params.items() for word in ("--set", override(key, value))]
+    return shell_command(program, "train", folder / "config.yaml", *sets)
 
 
 def runner_of(folder: Path) -> Holder | None:
@@ -60,13 +66,15 @@ def status_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
     elif now.done >= now.target:
         activity = "finished"
     elif search is not None:
-        activity = f"not running; rerun `sweep confirm {near(search)}` with the same options to resume"
+        command = shell_command("sweep", "confirm", search)
+        activity = f"not running; rerun `{command}` with the same options to resume"
     else:
-        path = near(folder)
-        activity = f"not running; `sweep run {path / 'config.yaml'} --out {path}` resumes it"
+        command = shell_command("sweep", "run", folder / "config.yaml", "--out", folder)
+        activity = f"not running; `{command}` resumes it"
     confirms = []
     if search is not None:
-        confirms = [f"confirms the trials of {near(search)}; `sweep confirm {near(search)}` compares them"]
+        command = shell_command("sweep", "confirm", search)
+        confirms = [f"confirms the trials of {near(search)}; `{command}` compares them"]
     return [f"{config.name}: {now.line()}", activity, *confirms, *plan_lines(config, folder, trials)]
 
 

@@ -74,11 +74,13 @@ def best(
     If `sweep confirm` has trained it again, its findings are shown, too.
     """
     from sweep.analysis.confirm import read as read_confirmation
+    from sweep.config.paths import shell_command
 
     study = open_study_store(folder)
     trial = study.best()
     if trial is None:
-        raise UserError(f"{folder}: no trial is complete yet; `sweep status {folder}` shows the progress")
+        command = shell_command("sweep", "status", folder)
+        raise UserError(f"{folder}: no trial is complete yet; `{command}` shows the progress")
     if as_config:
         from sweep.config.files import dump
 

@@ -70,7 +70,8 @@ def _show_trials(outcome: "Outcome") -> None:
     """Show the leaderboard, the best trial of a search, and how to look at the results."""
     from sweep.analysis.confirm import search_of
     from sweep.preflight.plan_file import plan_lines
-    from sweep.tracking.access import ui_command
+    from sweep.tracking.access import tracking_uri, ui_address, ui_command
+    from sweep.tracking.tracker import view_links
 
     config, folder, trials = outcome.config, outcome.folder, outcome.trials
     show_trials(config, folder, trials)
@@ -81,6 +82,10 @@ def _show_trials(outcome: "Outcome") -> None:
     if search_of(config, folder) is None:
         print_best(config, folder, outcome.best)
     print_line(f"MLflow UI:  {ui_command(folder, program('mlflow'))}")
+    address, links = ui_address(tracking_uri(folder)), view_links(folder)
+    if address is not None and links is not None:
+        print_line(f"trials:     {address}/{links[0]}")
+        print_line(f"charts:     {address}/{links[1]}")
 
 
 def _in_ray_package() -> bool:

@@ -40,16 +40,19 @@ def show_model(resolved: "ResolvedConfig") -> "tuple[SpeechLLM, ResolvedConfig]"
 def show_trials(config: Config, folder: Path, trials: "Sequence[TrialRecord]") -> None:
     """Show the leaderboard of a search, or the trainings of a sweep that confirms one."""
     from sweep.analysis import confirm
-    from sweep.analysis.leaderboard import leaderboard
-    from sweep.config.paths import near
+    from sweep.analysis.leaderboard import find_doubts, leaderboard
+    from sweep.config.paths import shell_command
 
+    for doubt in find_doubts(config, folder, trials):
+        print_line(f"warning: {doubt}")
     search = confirm.search_of(config, folder)
     if search is not None:
         lines = confirm.training_lines(config, folder, search, trials)
     else:
         board = leaderboard(config, folder, trials)
         if dropped := show_table(board.compact()):
-            print_line(f"not shown: {', '.join(dropped)}; widen the terminal or see `sweep report {near(folder)}`")
+            command = shell_command("sweep", "report", folder)
+            print_line(f"not shown: {', '.join(dropped)}; widen the terminal or see `{command}`")
         lines = [board.note, *board.audit]
         if board.warning:
             lines.append(f"warning: {board.warning}")
@@ -70,24 +73,22 @@ def show_table(view: "TableView") -> list[str]:
 def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:
     """Show the best trial and the commands that reproduce, evaluate, confirm and report it."""
     from sweep.analysis.status import train_command
-    from sweep.config.paths import near
+    from sweep.config.paths import shell_command
 
     console.print(f"\nbest: trial {best.number}, {config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
-        console.print(f"  {key}: {value}", highlight=False)
-    name, path = program("sweep"), near(folder)
-    print_line(f"reproduce:  {name} {train_command(folder, best.params)}")
-    print_line(f"evaluate:   {name} evaluate {path} --split test")
-    print_line(f"confirm:    {name} confirm {path}")
-    print_line(f"report:     {name} report {path}")
+        print_line(f"  {key}: {value}")
+    name = program("sweep")
+    print_line(f"reproduce:  {train_command(folder, best.params, name)}")
+    print_line(f"evaluate:   {shell_command(name, 'evaluate', folder, '--split', 'test')}")
+    print_line(f"confirm:    {shell_command(name, 'confirm', folder)}")
+    print_line(f"report:     {shell_command(name, 'report', folder)}")
 
 
-def program(name: str) -> str:
-    """Return how to call a program of this environment from the current folder."""
-    from sweep.config.paths import near
-
+def program(name: str) -> str | Path:
+    """Return a program of this environment: its name where the shell finds it, or else its path."""
     path = Path(sys.executable).parent / name
-    return name if shutil.which(name) == str(path) else str(near(path))
+    return name if shutil.which(name) == str(path) else path
 
 
 def preview_table(preview: "Preview") -> RenderableType:

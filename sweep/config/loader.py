@@ -3,6 +3,8 @@
 read_tree ─► apply_overrides ─► validate
 """
 
+import contextlib
+import json
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -71,6 +73,22 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
         path = key.split(".")
         tree = with_value(tree, path, _merged(value_at(tree, path), value))
     return tree
+
+
+def override(key: str, value: object) -> str:
+    """Return the override that sets a key to a plain value, for `apply_overrides`; a shell needs it quoted."""
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            if value.isprintable() and _parse_yaml(value, key) == value:
+                return f"{key}={value}"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}={''.join(character if character.isprintable() else _escaped(character) for character in text)}"
+
+
+def _escaped(character: str) -> str:
+    """Return the escape of a character within double quotes in YAML, which reads only printable ones as they are."""
+    code = ord(character)
+    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
 def value_at(tree: object, path: Sequence[str]) -> object:

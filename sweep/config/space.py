@@ -68,6 +68,11 @@ class Axis(Section):
     def _whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    @property
+    def is_numeric(self) -> bool:
+        """Return whether all values are numbers."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.extremes())
+
     def extremes(self) -> list[Scalar]:
         """Return all choices, or both ends of the range; with `inside` they decide whether the axis is valid."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]

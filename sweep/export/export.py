@@ -10,7 +10,7 @@ from sweep.analysis import confirm
 from sweep.analysis.evaluate import find_checkpoint, load_trained
 from sweep.analysis.predictions import read_predictions
 from sweep.config.files import load, write
-from sweep.config.paths import trial_folder
+from sweep.config.paths import shell_command, trial_folder
 from sweep.config.resolve import absolute, resolve
 from sweep.config.version import code_version
 from sweep.export.model_card import CardFacts, model_card
@@ -81,7 +81,8 @@ def _origin(source: Path, trial: str) -> Origin:
     number = int(trial) if trial != BEST else _best(study, source)
     states = {record.number: record.state for record in study.trials()}
     if number not in states:
-        raise UserError(f"--trial {number}: the sweep has no such trial; `sweep status {source}` lists them")
+        command = shell_command("sweep", "status", source)
+        raise UserError(f"--trial {number}: the sweep has no such trial; `{command}` lists them")
     if states[number] == "RUNNING":
         raise UserError(f"--trial {number}: it has not ended yet; export it afterwards, or choose another trial")
     codes = " → ".join(study.codes()) or code_version()

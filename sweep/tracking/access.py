@@ -5,9 +5,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from data.errors import UserError
-from sweep.config.paths import near
-from sweep.tracking.runs import DENIED, KIND, Runs
+from sweep.config.paths import near, shell_command, sqlite_uri
+from sweep.tracking.runs import DENIED, KIND, Runs, is_database
 
+PORT = 5000  # of the server that the user starts to look at a database
 CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
@@ -17,7 +18,11 @@ def tracking_uri(folder: Path) -> str:
     Raises:
         UserError: it contains a user's name or password, which MLflow's errors would show.
     """
-    return given_uri() or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
+    return given_uri() or sqlite_uri(_database(folder.absolute()))
+
+
+def _database(folder: Path) -> Path:
+    return folder.parent / "mlflow.db"
 
 
 def given_uri() -> str:
@@ -36,13 +41,20 @@ def given_uri() -> str:
     return uri
 
 
-def ui_command(folder: Path, program: str = "mlflow") -> str:
-    """Return the command that opens the UI with the runs."""
-    uri = tracking_uri(folder)
-    if not uri.startswith("sqlite:///"):
-        return f"open {uri}"
-    database = Path(uri.removeprefix("sqlite:///"))
-    return f"{program} server --backend-store-uri sqlite:///{near(database)} --host 127.0.0.1 --port 5000"
+def ui_command(folder: Path, program: str | Path = "mlflow") -> str:
+    """Return the command that serves the UI with the runs; for a server, its address."""
+    uri = given_uri()
+    if uri and not is_database(uri):
+        return uri
+    uri = uri or sqlite_uri(near(_database(folder.absolute())))
+    return shell_command(program, "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(PORT))
+
+
+def ui_address(uri: str) -> str | None:
+    """Return the address of the UI, which `ui_command` starts for a database; None for a service with another UI."""
+    if is_database(uri):
+        return f"http://127.0.0.1:{PORT}"
+    return uri.rstrip("/") if uri.startswith("http") else None
 
 
 def check_access(uri: str, name: str) -> None:

@@ -11,7 +11,13 @@ from sweep.search.study import TrialRecord
 MAX_LENGTH = 8000  # characters of a tag; the server cuts longer ones in the middle of a row
 
 
-def note(config: Config, folder: Path, trials: Sequence[TrialRecord], links: Mapping[int, str] | None = None) -> str:
+def note(
+    config: Config,
+    folder: Path,
+    trials: Sequence[TrialRecord],
+    links: Mapping[int, str] | None = None,
+    views: tuple[str, str] | None = None,
+) -> str:
     """Return the note in Markdown.
 
     Where it would be too long, the last rows and then the last reasons are left out; the pruning audit never is.
@@ -21,10 +27,15 @@ def note(config: Config, folder: Path, trials: Sequence[TrialRecord], links: Map
         folder: of the sweep.
         trials: of its study.
         links: the address of each trial's run, by number.
+        views: the addresses of the table of trials and of the charts that compare them.
     """
     board = leaderboard(config, folder, trials)
     table = to_markdown(board.compact(), {str(number): link for number, link in (links or {}).items()})
     head, rows = table[:2], table[2:]
+    for doubt in board.doubts:
+        head = [f"**{markdown_text(doubt)}**", "", *head]
+    if views is not None:
+        head = [f"[All trials by {config.search.metric}]({views[0]}), [charts]({views[1]})", "", *head]
     reasons = [f"- {markdown_text(line)}" for line in board.reasons]
     audit = [f"- {line}" for line in board.audit] + ([f"- **{board.warning}**"] if board.warning else [])
     room = MAX_LENGTH - _length([*head, *audit]) - 100  # for the line about what is left out

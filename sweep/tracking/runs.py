@@ -21,6 +21,7 @@ import numpy as np
 
 from model.training.metrics_log import Point
 from sweep.analysis.predictions import read_predictions
+from sweep.analysis.report.fonts import font_families
 from sweep.compat import newest_steps
 from sweep.config.space import FOLD, Scalar
 from sweep.tracking.dataset import Corpus
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MAX_METRICS = 1000  # of a request
 MAX_PARAMS = 100  # of a request
 MISSING, DENIED, REFUSED = "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # schemes of the URIs that MLflow opens without a server
 KIND = ("mlflow.experimentKind", "custom_model_development")  # of an experiment that opens on its runs, not on traces
 # The tracker retries. A request that the client repeats by itself would hide that the server was unavailable and may
 # have come back with another database.
@@ -98,7 +100,7 @@ class Runs:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             return self._restored(experiment)
-        location = store.as_uri() if self.uri.startswith("sqlite:") else None
+        location = store.as_uri() if is_database(self.uri) else None
         return str(self.client.create_experiment(name, artifact_location=location, tags=dict([KIND])))
 
     def _restored(self, experiment: "Experiment") -> str:
@@ -186,11 +188,20 @@ class Runs:
         for index, (task, (labels, records)) in enumerate(read_predictions(folder).items()):
             prefix = "" if index == 0 else f"{task}_"  # as for metrics: those of the first task have no prefix
             if labels:
-                self.client.log_image(run_id, confusion_picture(records, labels), f"{prefix}confusion_matrix.png")
+                names_file = f"{prefix}confusion_matrix_labels.txt"
+                picture, names = confusion_picture(records, labels, names_file)
+                self.client.log_image(run_id, picture, f"{prefix}confusion_matrix.png")
+                if names:
+                    self.client.log_text(run_id, names, names_file)
             self.client.log_text(run_id, json.dumps(_table(records, labels)), f"{prefix}predictions.json")
             tables.append({"path": f"{prefix}predictions.json", "type": "table"})
         # As `log_table` does, which would append to what is there.
         return {"mlflow.loggedArtifacts": json.dumps(tables)} if tables else {}
+
+
+def is_database(uri: str) -> bool:
+    """Return whether a tracking URI is that of a database, not of a server."""
+    return uri.startswith(DATABASES)
 
 
 def lacks(run: "Run", highest: Mapping[str, int]) -> bool:
@@ -223,19 +234,35 @@ def _table(records: "Sequence[Record]", labels: Sequence[str]) -> PredictionTabl
     }
 
 
-def confusion_picture(records: "Sequence[Record]", labels: Sequence[str]) -> "Image":
-    """Draw the confusion matrix."""
+def confusion_picture(records: "Sequence[Record]", labels: Sequence[str], names_file: str) -> "tuple[Image, str]":
+    """Draw the confusion matrix.
+
+    Args:
+        records: the predictions.
+        labels: in the order of rows and columns.
+        names_file: where the names of the labels are found that the picture shows as numbers.
+
+    Returns:
+        The picture, and the names of the labels that it shows as numbers, where no font of this machine has their
+        characters; else "".
+    """
     from PIL import Image
 
     from model.evaluation.metrics import confusion
 
-    figure = _draw_confusion(confusion(records, labels), labels)
-    figure.axes[0].set_position(_position(tuple(labels)))
+    families, title, names = font_families(labels), "validation split", ""
+    counts, shown = confusion(records, labels), list(labels)
+    if families is None:
+        families, shown = font_families(()) or [], [str(number + 1) for number in range(len(labels))]
+        title = f"validation split\n(labels: {names_file})"
+        names = "".join(f"{number}  {label}\n" for number, label in zip(shown, labels, strict=True))
+    figure = _draw_confusion(counts, shown, title, families)
+    figure.axes[0].set_position(_position(tuple(shown), title, tuple(families)))
     figure.savefig(buffer := io.BytesIO(), format="png")
-    return Image.open(buffer)
+    return Image.open(buffer), names
 
 
-def _draw_confusion(counts: np.ndarray, labels: Sequence[str]) -> "Figure":
+def _draw_confusion(counts: np.ndarray, labels: Sequence[str], title: str, families: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -243,14 +270,18 @@ def _draw_confusion(counts: np.ndarray, labels: Sequence[str]) -> "Figure":
     axes = (figure := Figure(figsize=(size, size), dpi=120)).add_subplot()
     display = ConfusionMatrixDisplay(counts, display_labels=list(labels))
     display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
-    axes.set_title("validation split")
+    axes.set_title(title)
+    for axis in (axes.xaxis, axes.yaxis):  # a label with dollar signs is no formula
+        for text in axis.get_ticklabels():
+            text.set_parse_math(False)
+            text.set_fontfamily(list(families))
     return figure
 
 
 @functools.lru_cache(maxsize=8)
-def _position(labels: tuple[str, ...]) -> "Bbox":
+def _position(labels: tuple[str, ...], title: str, families: tuple[str, ...]) -> "Bbox":
     """Return the position that leaves room for the labels; finding it takes longer than drawing the rest."""
-    figure = _draw_confusion(np.zeros((len(labels), len(labels)), int), labels)
+    figure = _draw_confusion(np.zeros((len(labels), len(labels)), int), labels, title, families)
     figure.set_layout_engine("constrained")
     figure.draw_without_rendering()
     return figure.axes[0].get_position()

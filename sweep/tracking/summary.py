@@ -6,6 +6,7 @@ The table shows the last value of a metric only, so the best value of each metri
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from model.training.metrics_log import Point
 from sweep.config.loader import flat
@@ -14,7 +15,11 @@ from sweep.config.space import Scalar
 from sweep.search.pruning import better
 from sweep.search.study import TrialRecord, best_first
 
+if TYPE_CHECKING:
+    from model.evaluation.bootstrap import Interval
+
 BEST, OBJECTIVE = "best_", "objective"
+LOWER, UPPER = f"{OBJECTIVE}_lower", f"{OBJECTIVE}_upper"  # 95 % limits of the objective
 # Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
 LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")
@@ -22,7 +27,7 @@ LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")
 
 def is_summary(name: str) -> bool:
     """Return whether a metric summarises a run, and so is not in the trial's metrics log."""
-    return name == OBJECTIVE or name.startswith(BEST)
+    return name in (OBJECTIVE, LOWER, UPPER) or name.startswith(BEST)
 
 
 def params(config: Config, trial: TrialRecord) -> dict[str, Scalar]:
@@ -66,8 +71,10 @@ def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
     return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None}
 
 
-def trial_metrics(config: Config, trial: TrialRecord, points: Iterable[Point]) -> dict[str, float]:
-    """Return `best_<metric>` over the epochs of an ended trial, each in its direction, and its `objective`.
+def trial_metrics(
+    config: Config, trial: TrialRecord, points: Iterable[Point], interval: "Interval | None" = None
+) -> dict[str, float]:
+    """Return `best_<metric>` over the epochs of an ended trial, each in its direction, and its `objective` with limits.
 
     A failed trial has no objective, so that it is never first in a ranking.
 
@@ -75,6 +82,7 @@ def trial_metrics(config: Config, trial: TrialRecord, points: Iterable[Point]) -
         config: of the sweep.
         trial: the trial.
         points: of its metrics log.
+        interval: of its objective, if it has one.
     """
     metric, objective = config.search.metric, config.search.direction
     best: dict[str, float] = {}
@@ -88,6 +96,8 @@ def trial_metrics(config: Config, trial: TrialRecord, points: Iterable[Point]) -
             best[key] = value
     if trial.state in ("COMPLETE", "PRUNED") and trial.value is not None and math.isfinite(trial.value):
         best[OBJECTIVE] = trial.value
+        if interval is not None and interval.low is not None and interval.high is not None:
+            best |= {LOWER: interval.low, UPPER: interval.high}
     return best
 
 

@@ -23,6 +23,8 @@ from data.atomic import write_file
 from data.errors import UserError
 from model.training.metrics_log import MetricsLog, MetricsReader, Point
 from sweep.analysis.leaderboard import store_intervals
+from sweep.analysis.predictions import interval_around
+from sweep.compat import set_default_artifact_root
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
@@ -36,6 +38,7 @@ from sweep.tracking.dataset import Corpus
 from sweep.tracking.note import link, note
 from sweep.tracking.registry import publish
 from sweep.tracking.runs import REFUSED, Runs, lacks, now
+from sweep.tracking.views import charts_link, save_view, trials_link
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -49,6 +52,7 @@ class RunState(TypedDict, total=False):
     """Content of `mlflow.json`: what is believed about a run. `started`, `finished` and `codes` hold in any case."""
 
     run_id: str
+    experiment: str  # of the sweep's own run
     ended: bool  # the server has everything
     started: int  # milliseconds
     finished: int  # milliseconds
@@ -65,6 +69,15 @@ def mlflow_run_id(folder: Path, number: int) -> str | None:
 def parent_run_id(folder: Path) -> str | None:
     """Return the MLflow run of a sweep, if it has one yet."""
     return _read_state(folder).get("run_id")
+
+
+def view_links(folder: Path) -> tuple[str, str] | None:
+    """Return the addresses within MLflow's UI of a sweep's trials and of its charts; None before it has a view."""
+    experiment = _read_state(folder).get("experiment")
+    if experiment is None:
+        return None
+    key = sweep_id(folder)
+    return trials_link(experiment, key), charts_link(experiment, key)
 
 
 def is_sent(folder: Path) -> bool:
@@ -145,6 +158,7 @@ class Tracker(threading.Thread):
         """Find or create the runs of the sweep, and compare them with what is believed about them."""
         self._forget()
         artifacts = self.folder.parent / "mlartifacts" / self.config.name
+        set_default_artifact_root(artifacts)
         runs = Runs(self.uri, self.key, self.corpus)
         runs.enter(parent_run_id(self.folder), self.config.name, artifacts)
         by_key = runs.find()
@@ -156,7 +170,8 @@ class Tracker(threading.Thread):
             self.parent = runs.create(self.key, self.folder.name, {}, {}, now())
         runs.client.update_run(self.parent, status="RUNNING")
         runs.client.log_text(self.parent, dump(self.config), "config.yaml")
-        _write_state(self.folder, {"run_id": self.parent, "ended": False})
+        save_view(runs, self.config, self.parent)
+        _write_state(self.folder, {"run_id": self.parent, "experiment": runs.experiment, "ended": False})
         for trial in self._trials():
             self._compare(runs, trial, by_key.get(f"{self.key}/{trial.number}"))
         self.runs = runs
@@ -229,7 +244,8 @@ class Tracker(threading.Thread):
         client, ended = self.runs.client, sum(trial.state != "RUNNING" for trial in trials)
         run_ids = {trial.number: self._state(trial.number).get("run_id", "") for trial in trials}
         links = {number: link(self.runs.experiment, run_id) for number, run_id in run_ids.items() if run_id}
-        tags = {"mlflow.note.content": note(self.config, self.folder, trials, links)}
+        views = trials_link(self.runs.experiment, self.key), charts_link(self.runs.experiment, self.key)
+        tags = {"mlflow.note.content": note(self.config, self.folder, trials, links, views)}
         tags["sweep.code"] = ", ".join((self.study.codes() if self.study else []) or [code_version()])
         best = next(iter(best_first(self.config, trials)), None)
         if best is not None:
@@ -245,7 +261,7 @@ class Tracker(threading.Thread):
             client.set_terminated(self.parent, "FINISHED")
         else:  # until the command is rerun
             client.update_run(self.parent, status="SCHEDULED")
-        _write_state(self.folder, {"run_id": self.parent, "ended": finished})
+        _write_state(self.folder, {"run_id": self.parent, "experiment": self.runs.experiment, "ended": finished})
 
     def _sync_trial(self, trial: TrialRecord, last: bool) -> None:
         """Send what is new about a trial, and end its run if the trial has ended."""
@@ -303,7 +319,9 @@ class Tracker(threading.Thread):
         store_intervals(self.config, self.folder, trial)
         finished = state.setdefault("finished", max((point.milliseconds for point in points), default=now()))
         step = max((point.step for point in points), default=0)
-        metrics = summary.trial_metrics(self.config, trial, points)
+        objective = self.config.search.metric
+        limits = None if trial.value is None else interval_around(self.folder, trial, objective, trial.value)
+        metrics = summary.trial_metrics(self.config, trial, points, limits)
         new = [Point(name, step, finished, value) for name, value in metrics.items() if step not in steps.get(name, ())]
         runs.send(run_id, new, tags | summary.end_tags(trial, MetricsLog(folder).last_attempt()))
         runs.client.set_terminated(run_id, STATUS[trial.state], end_time=finished)

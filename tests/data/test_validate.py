@@ -340,6 +340,7 @@ def test_wrong_encoding_fails_with_byte_and_line(tmp_path: Path, world: World) -
 def test_every_code_is_tested_somewhere() -> None:
     elsewhere = {"W_TS_FORMAT": "test_annomi.py", "W_ALIGN_LOW": "../model/test_align.py"}
     elsewhere |= dict.fromkeys(("W_LENGTH", "W_SCALED", "W_AUDIO_GAP"), "test_recordings.py")
+    elsewhere |= dict.fromkeys(("W_LABEL_SINGLE", "W_LABEL_UNSEEN"), "test_label_counts.py")
     for code in CODES:
         path = Path(__file__).parent / elsewhere.get(code, Path(__file__).name)
         assert code.removeprefix("F_LEAK_") in path.read_text(encoding="utf-8"), code

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.search.study import StudyStore
+from sweep.search.study_storage import sweep_id
 from sweep.tracking.tracker import mlflow_run_id
+from sweep.tracking.views import trials_link
 from tests.sweep import searched
 from tests.sweep.common import PREDICTIONS, report, sweep
 from tests.sweep.mlflow_server import Server
@@ -85,20 +88,26 @@ def test_report_fits_1280_pixels(page: Any, tmp_path: Path) -> None:
     assert page.evaluate(wide) == 0
 
 
-def test_mlflow_shows_the_best_trial(page: Any, runs_page: str, folder: Path) -> None:
-    page.goto(runs_page)
-    page.get_by_test_id("sort-select-dropdown").click()
-    page.get_by_text("objective", exact=True).first.click()
-    page.wait_for_url(re.compile("orderByKey=metrics.*objective.*orderByAsc=false"))
+def test_printed_link_leads_to_the_best_trial(page: Any, runs_page: str, folder: Path) -> None:
+    """One click from the link to the configuration of the best trial."""
+    (folder / "config.yaml").write_text(dump(CONFIG), encoding="utf-8")
+    done = sweep("run", folder / "config.yaml", "--out", folder)
+    links = dict(re.findall(r"^(trials|charts): +(http\S+)$", done.out, flags=re.MULTILINE))
+    page.goto(links["trials"])
     for index, texts in enumerate([("trial-0003", "0.93"), ("trial-0000", "0.8"), ("trial-0001", "0.1")]):
         for text in texts:  # the left part of a row, with the name, is an element of its own
             playwright.expect(page.locator(f"[row-index='{index}']", has_text=text)).to_be_visible()
+    columns = page.locator(".ag-header-cell")
+    for name in ("objective", "objective_lower", "objective_upper", *CONFIG.search.space):
+        playwright.expect(columns.filter(has_text=re.compile(rf"^{re.escape(name)}$"))).to_be_attached()
+    assert page.locator("[row-index='4']").count() == 0, "the sweep's own run is no trial"
     page.get_by_role("link", name="trial-0003").click()
     page.wait_for_url(f"{runs_page}/{mlflow_run_id(folder, 3)}**")
     playwright.expect(page.get_by_role("heading", name="trial-0003")).to_be_visible()
     for text in ("best_macro_f1", "synthetic (f00d)", "model.lora.rank", "Registered models"):
         playwright.expect(page.get_by_text(text, exact=True).first).to_be_visible()
     look_at_curves_and_files(page)
+    look_at_charts(page, links["charts"])
     follow_the_links_of_the_note(page, runs_page, folder)
 
 
@@ -120,8 +129,17 @@ def look_at_curves_and_files(page: Any) -> None:
     playwright.expect(files.filter(has_text="checkpoint.pt")).to_be_visible()
 
 
+def look_at_charts(page: Any, address: str) -> None:
+    page.goto(address)
+    area = page.get_by_test_id("experiment-view-compare-runs-chart-area")
+    for kind in ("bar", "line", "parallel", "scatter"):
+        playwright.expect(area.get_by_test_id(f"experiment-view-compare-runs-card-{kind}").first).to_be_attached()
+
+
 def follow_the_links_of_the_note(page: Any, runs_page: str, folder: Path) -> None:
     page.goto(f"{runs_page}/{runs(folder)[0].info.run_id}")
+    link = page.get_by_role("link", name="All trials by macro_f1")
+    assert link.get_attribute("href").endswith(trials_link(runs_page.split("/")[-2], sweep_id(folder)))
     link = page.get_by_role("table").get_by_role("link", name="3", exact=True)
     address = link.get_attribute("href")
     page.goto(f"{runs_page.partition('#')[0]}{address}" if address.startswith("#") else address)

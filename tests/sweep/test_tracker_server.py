@@ -189,5 +189,5 @@ def test_tracking_uri_and_ui_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert (tracking_uri(Path("runs/a")), ui_command(Path("runs/a"))) == (
         "http://server:5000",
-        "open http://server:5000",
+        "http://server:5000",
     )

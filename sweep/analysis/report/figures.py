@@ -12,14 +12,16 @@ import plotly.graph_objects as go
 
 from data.atomic import write_file
 from model.evaluation.bootstrap import Interval
+from sweep.analysis.leaderboard import EQUAL
 from sweep.analysis.predictions import trial_interval
 from sweep.analysis.report.ablation import Choice, choice_name
+from sweep.analysis.report.fonts import font_families
 from sweep.analysis.results import short_names
 from sweep.config.schema import Config
 from sweep.search.sampler import history
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
-ENOUGH = 4  # different complete trials, below which importances mean nothing
+ENOUGH = 4  # different complete configurations, below which importances mean nothing
 RATE, RANK, TRAINABLE = "train.learning_rate", "model.lora.rank", "model.trainable"
 INTERACTIONS = ((TRAINABLE, RATE), (RANK, RATE))
 CONTROLS = ("data.sound", "data.last_text", "model.modality")
@@ -86,6 +88,25 @@ def common_params(study: optuna.Study) -> list[str]:
     return sorted(set.intersection(*(set(trial.params) for trial in done)) if done else set())
 
 
+def importance_params(study: optuna.Study) -> list[str]:
+    """Return the parameters whose importance can be estimated: those that every complete trial has and that vary.
+
+    Raises:
+        ValueError: there are none, too few different configurations, or all values are equal; fANOVA would then split
+            the importance evenly among the parameters.
+    """
+    done = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    if len({repr(sorted(trial.params.items())) for trial in done}) < ENOUGH:
+        raise ValueError("too few different configurations")
+    values = [trial.value for trial in done if trial.value is not None]
+    if max(values) - min(values) <= EQUAL:
+        raise ValueError("all values are equal")
+    varying = [name for name in common_params(study) if len({repr(trial.params[name]) for trial in done}) > 1]
+    if not varying:
+        raise ValueError("no parameter varies")
+    return varying
+
+
 def _optuna_figures(
     config: Config, study: optuna.Study, done: int
 ) -> Iterator[tuple[str, str, str, Callable[[], go.Figure]]]:
@@ -105,8 +126,12 @@ def _optuna_figures(
         "fANOVA (Hutter et al., 2014): the share of the variance in these trials that each parameter explains; of "
         "parameters that every trial has"
     )
-    params = common_params(study)
-    yield "importance", "What mattered", note, lambda: plots.plot_param_importances(study, params=params)
+    yield (
+        "importance",
+        "What mattered",
+        note,
+        lambda: plots.plot_param_importances(study, params=importance_params(study)),
+    )
     yield "slices", "One choice at a time", "", lambda: plots.plot_slice(study, target_name=metric)
     for pair in INTERACTIONS:
         if all(key in names for key in pair):
@@ -185,13 +210,15 @@ def write_pngs(store: StudyStore, folder: Path) -> list[Path]:
     drawings: dict[str, Callable[[], object]] = {
         "history": lambda: plots.plot_optimization_history(study, target_name=metric),
         "rungs": lambda: plots.plot_intermediate_values(study),
-        "importance": lambda: plots.plot_param_importances(study, params=common_params(study)),
+        "importance": lambda: plots.plot_param_importances(study, params=importance_params(study)),
         "slices": lambda: plots.plot_slice(study, target_name=metric),
         "parallel": lambda: plots.plot_parallel_coordinate(study, target_name=metric),
     }
     written = []
+    texts = [str(text) for trial in study.get_trials(deepcopy=False) for text in trial.params.values()]
+    families = font_families(texts) or mpl.rcParams["font.family"]
     for name, draw in drawings.items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mpl.rc_context({"font.family": families}):
             warnings.simplefilter("ignore")
             try:
                 draw()

@@ -9,14 +9,14 @@ from pathlib import Path
 from data.atomic import write_file
 from model.evaluation.bootstrap import compare
 from sweep.analysis import confirm
-from sweep.analysis.leaderboard import GENERATION, Leaderboard, leaderboard
+from sweep.analysis.leaderboard import GENERATION, Leaderboard, equal_value, find_doubts, leaderboard
 from sweep.analysis.predictions import read_predictions, trial_interval
 from sweep.analysis.report import ablation
 from sweep.analysis.report.figures import Figure
 from sweep.analysis.results import progress
 from sweep.analysis.status import train_command
 from sweep.analysis.view import Column, TableView
-from sweep.config.paths import near, trial_folder
+from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight.plan_file import plan_lines
 from sweep.search.study import StudyStore, TrialRecord, best_first
@@ -67,6 +67,7 @@ def render(
         ranking=ranking,
         details=details,
         notes=[*board.audit, *plan_lines(config, folder, trials)],
+        doubts=board.doubts,
         warning=board.warning,
         figures=[(figure, _embedded(figure, first=index == 0)) for index, figure in enumerate(figures)],
         ablations=ablations,
@@ -107,6 +108,8 @@ def find_verdict(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
     confirmation = confirm.read(folder)
     if confirmation is not None:
         return confirmation.lines()
+    if equal_value(config, trials) is not None:
+        return find_doubts(config, folder, trials)
     metric, first = config.search.metric, done[0]
     value = trial_interval(folder, first, metric) or f"{first.value:.3f}"
     lines = [f"best in the search: trial {first.number}, {metric} {value} on validation"]
@@ -119,7 +122,8 @@ def find_verdict(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
             comparison = compare(best, [rival[task][1]], sums, maximize)
             lines.append(comparison.describe(f"#{first.number}", f"#{trial.number}"))
     lines.append(
-        f"this is the luckiest of {len(done)} trials; `sweep confirm {near(folder)}` shows how much of it is luck"
+        f"this is the luckiest of {len(done)} trials; `{shell_command('sweep', 'confirm', folder)}` shows how much of "
+        "it is luck"
     )
     return lines
 
@@ -146,11 +150,12 @@ def _generation(config: Config, trials: Sequence[TrialRecord]) -> TableView:
 
 def _commands(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[tuple[str, str]]:
     """Return the commands that make each part of the page again."""
-    path, best = near(folder), next(iter(best_first(config, trials)), None)
-    commands = [("this page", f"sweep report {path}"), ("leaderboard", f"sweep status {path}")]
+    best = next(iter(best_first(config, trials)), None)
+    commands = [("this page", "report"), ("leaderboard", "status")]
+    commands = [(what, shell_command("sweep", verb, folder)) for what, verb in commands]
     if best is not None:
-        commands.append(("train the best trial again", f"sweep {train_command(folder, best.params)}"))
-        commands.append(("fresh seeds and the test split", f"sweep confirm {path}"))
+        commands.append(("train the best trial again", train_command(folder, best.params)))
+        commands.append(("fresh seeds and the test split", shell_command("sweep", "confirm", folder)))
     return commands
 
 
