@@ -62,7 +62,7 @@ class Corpus:
         dataset = Dataset(
             name=self.name,
             digest=self.fingerprint[:DIGEST],
-            source_type=urlsplit(self.address).scheme or "local",
+            source_type=urlsplit(self.address).scheme if "://" in self.address else "local",
             source=json.dumps({"uri": self.address}),
             schema=json.dumps({"mlflow_colspec": columns}),
             profile=json.dumps(profile),

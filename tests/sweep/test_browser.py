@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from model.evaluation.metrics import summarise
 from sweep.config.files import dump
 from sweep.config.paths import trial_folder
 from sweep.search.study import StudyStore
 from sweep.search.study_storage import sweep_id
 from sweep.tracking.tracker import mlflow_run_id
 from sweep.tracking.views import trials_link
+from tests.conftest import LABELS
 from tests.sweep import searched
-from tests.sweep.common import PREDICTIONS, report, sweep
+from tests.sweep.common import report, sweep
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import CONFIG, append, runs, track
 
@@ -25,6 +27,8 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+BEST = searched.said(searched.REFERENCE, 0)
+BEST_F1 = float(summarise(BEST, {"classify": LABELS}, {})["macro_f1"])
 PAGE = 60_000  # milliseconds that a page of a busy machine may take
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -58,9 +62,9 @@ def runs_page(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with (trial / "metrics.jsonl").open("a") as file:
         values = {"system/cpu_utilization_percentage": 50.0}
         file.write(json.dumps({"time": 1005.0, "step": 48, "values": values}) + "\n")
-    (trial / "predictions.json").write_text(json.dumps(PREDICTIONS))
+    searched.write(trial, BEST)
     (trial / "checkpoint.pt").write_bytes(b"weights")
-    report(study := StudyStore.open(folder, CONFIG), 3, 0.95, 0.97, 0.93)
+    report(study := StudyStore.open(folder, CONFIG), 3, 0.95, 0.97, BEST_F1)
     study.complete(3)
     track(folder, seconds=240)
     experiment = MlflowClient(server.uri).get_experiment_by_name(CONFIG.name).experiment_id
@@ -94,7 +98,7 @@ def test_printed_link_leads_to_the_best_trial(page: Any, runs_page: str, folder:
     done = sweep("run", folder / "config.yaml", "--out", folder)
     links = dict(re.findall(r"^(trials|charts): +(http\S+)$", done.out, flags=re.MULTILINE))
     page.goto(links["trials"])
-    for index, texts in enumerate([("trial-0003", "0.93"), ("trial-0000", "0.8"), ("trial-0001", "0.1")]):
+    for index, texts in enumerate([("trial-0003", f"{BEST_F1}"[:8]), ("trial-0000", "0.8"), ("trial-0001", "0.1")]):
         for text in texts:  # the left part of a row, with the name, is an element of its own
             playwright.expect(page.locator(f"[row-index='{index}']", has_text=text)).to_be_visible()
     columns = page.locator(".ag-header-cell")
@@ -132,8 +136,9 @@ def look_at_curves_and_files(page: Any) -> None:
 def look_at_charts(page: Any, address: str) -> None:
     page.goto(address)
     area = page.get_by_test_id("experiment-view-compare-runs-chart-area")
-    for kind in ("bar", "line", "parallel", "scatter"):
-        playwright.expect(area.get_by_test_id(f"experiment-view-compare-runs-card-{kind}").first).to_be_attached()
+    for title in ("Parallel Coordinates", "objective", "model.lora.rank vs. objective"):
+        playwright.expect(area.get_by_text(title, exact=True).first).to_be_visible()
+    playwright.expect(area.locator(".barlayer .trace").first).to_be_attached()
 
 
 def follow_the_links_of_the_note(page: Any, runs_page: str, folder: Path) -> None:

@@ -14,6 +14,7 @@ from sweep.cli.show import program
 from sweep.config.files import dump, load
 from sweep.config.loader import apply_overrides, override
 from sweep.config.paths import shell_command, sqlite_uri
+from sweep.search import study_storage
 from sweep.search.study import StudyStore
 from sweep.tracking.access import tracking_uri, ui_address, ui_command
 from tests.sweep.common import ask, report, settings, sweep, tree
@@ -135,6 +136,13 @@ def test_mlflow_files_stay_in_the_named_folder(database: Path, tmp_path: Path, m
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["config.yaml"]
     assert "confusion_matrix.png" in [file.path for file in client.list_artifacts(children[0].info.run_id)]
     assert any(name.endswith("/config.yaml") for name in tree(place / "mlartifacts"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_study_database_stays_in_the_named_folder(name: str) -> None:
+    """Optuna gets the address as a text."""
+    text = study_storage._url("sqlite:///study.db", Path("/runs") / name).render_as_string()
+    assert make_url(text).database == f"/runs/{name}/study.db"
 
 
 def test_server_command_opens_the_database_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,10 @@ def test_corpus_is_a_dataset(corpus: Shards) -> None:
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
 
 
+def test_folder_with_a_colon_is_local() -> None:
+    assert Corpus("a", "f00d", (), "a:b/shards").input().dataset.source_type == "local"
+
+
 def test_address_has_no_secrets() -> None:
     assert without_secrets("s3://key:secret@bucket/shards?access_key=a&secret_key=b") == "s3://bucket/shards"
     assert without_secrets("datasets/a?b") == "datasets/a?b", "a folder"
