@@ -13,12 +13,14 @@ class UserError(Exception):
     in_every_worker = False  # True if all workers of a trial raise it at the same step
     common = False  # True if other trials of the same sweep would fail in the same way
     reason = "error"  # why a trial failed, in one or two words
+    outside = False  # whether the cause is outside the configuration: once it is repaired, the trial may run again
 
 
 class DataError(UserError):
     """A corpus, shard or example cannot be used."""
 
     common = True
+    outside = True
     reason = "bad data"
 
 
@@ -26,16 +28,24 @@ class MisfitError(DataError):
     """The corpus does not fit the settings of this trial; it may fit those of other trials."""
 
     common = False
+    outside = False  # a sweep is bound to its corpus
 
 
 class StorageError(UserError):
     """A file cannot be written or read: the disk is full, rights are missing, or the file system is unavailable."""
 
     common = True
+    outside = True
 
 
 class ConfigError(UserError):
     """One or more settings are wrong; the message lists all of them."""
+
+
+class UnavailableError(ConfigError):
+    """What a setting names is missing, damaged or out of reach: a model, a file, a device."""
+
+    outside = True
 
 
 @contextlib.contextmanager

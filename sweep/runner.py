@@ -191,7 +191,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop), True
-        if trials_left(config, runner.study.trials()) or not is_sent(folder) or not server_has_all(config, folder):
+        if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
             resolved = resolved or check_inputs(config, listener)
             with listener.running(config, folder):
                 sent = runner.run(resolved)
@@ -275,10 +275,12 @@ class SweepRunner:
         if note := self.study.bind(shards.fingerprint, code_version()):
             say(note)
         save_corpus_notes(self.folder, answer_problems(shards, list(self.config.tasks.active())))
+        for trial in self.study.failed_outside():
+            say(f"trial {trial.number} failed for a cause outside its configuration ({trial.why}); it runs again")
         tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)
         tracker.start()
         try:
-            if trials_left(self.config, self.study.trials()):
+            if self.trials_to_run():
                 say("starting Ray")
                 self.execute(resolved)
         finally:
@@ -305,13 +307,15 @@ class SweepRunner:
         with local_or_remote_ray(self.folder) as is_up:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            slots = count_slots(resolved, nodes, trials_left(self.config, self.study.trials()))
+            slots = count_slots(resolved, nodes, self.trials_to_run())
             # A signal ends either of these two at once; what they have computed is kept.
             BackgroundWork(lambda: precompute(resolved, self.cache, say), "feature cache", is_up).result()
             plan = BackgroundWork(
                 lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", is_up
             ).result()
             self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
+            # Only now: what would keep them from training, such as a model that is still missing, has raised an error.
+            self.study.retry()
             say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
@@ -333,6 +337,10 @@ class SweepRunner:
             if not trials_left(self.config, self.study.trials()):
                 save_actual_time(self.folder, estimate, time.monotonic() - started)
         shutil.rmtree(storage, ignore_errors=True)
+
+    def trials_to_run(self) -> int:
+        """Return the number of trials that have not ended, or have failed for a cause outside their configuration."""
+        return trials_left(self.config, self.study.trials()) + len(self.study.failed_outside())
 
     def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Scalar]) -> TrialJob:
         """Write the configuration of a trial into its folder, and return what its workers receive.

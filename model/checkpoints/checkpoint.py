@@ -17,7 +17,15 @@ REMOVE = "remove it to start this trial again"
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read, or cannot be used with this configuration."""
+    """A checkpoint cannot be read, or has changed since it was started from; another copy of it may be put there."""
+
+    outside = True
+
+
+class CheckpointMisfitError(CheckpointError):
+    """A checkpoint cannot be used with this configuration."""
+
+    outside = False
 
 
 class ParentLink(TypedDict):
@@ -67,7 +75,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         name for name, tensor in targets.items() if tensor.shape != tensors[name].shape
     )
     if different:
-        raise CheckpointError(f"the checkpoint belongs to another configuration: {different[0]} differs")
+        raise CheckpointMisfitError(f"the checkpoint belongs to another configuration: {different[0]} differs")
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(tensors[name])
@@ -84,7 +92,7 @@ def restore(model: Any, state: CheckpointState) -> None:
         CheckpointError: see `load_tensors`; or a parent has changed since.
     """
     if len(model.parents) != len(state["parents"]):
-        raise CheckpointError(
+        raise CheckpointMisfitError(
             f"the checkpoint belongs to another configuration: it started from {len(state['parents'])} earlier trials, "
             f"and model.init_from gives {len(model.parents)}"
         )

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from data.errors import listed
 from model.checkpoints import peft_export
-from model.checkpoints.checkpoint import FILE, REMOVE, CheckpointError, CheckpointState, ParentLink, load
+from model.checkpoints.checkpoint import (
+    FILE,
+    REMOVE,
+    CheckpointError,
+    CheckpointMisfitError,
+    CheckpointState,
+    ParentLink,
+    load,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def check_meaning(parent: ParentCheckpoint, meaning: dict[str, str], parts: set[
     """
     for part in sorted(parts & meaning.keys()):
         if parent.meaning[part] != meaning[part]:
-            raise CheckpointError(
+            raise CheckpointMisfitError(
                 f"model.init_from: {parent.lineage[-1]['path']} has {part} with {parent.meaning[part]}, and this model "
                 f"with {meaning[part]}; use the settings of that trial"
             )
@@ -102,13 +110,13 @@ def load_parent_tensors(
     unexpected = tensors.keys() - matched
     report = f"{source}: {len(matched)} of {len(tensors)} tensors matched; left out: {listed(unexpected)}"
     if not matched or (unexpected and not partial):
-        raise CheckpointError(
+        raise CheckpointMisfitError(
             f"model.init_from: {report}; use the settings of that trial"
             + (", or allow it with model.init_partial=true" if matched else "")
         )
     for name in sorted(matched):
         if parameters[name].shape != tensors[name].shape:
-            raise CheckpointError(
+            raise CheckpointMisfitError(
                 f"model.init_from: {name} is {list(tensors[name].shape)} in {source} and "
                 f"{list(parameters[name].shape)} here; use the settings of that trial"
             )

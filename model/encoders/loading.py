@@ -16,7 +16,7 @@ from transformers import (
     SequenceFeatureExtractor,
 )
 
-from data.errors import ConfigError, reason
+from data.errors import ConfigError, UnavailableError, reason
 from model.encoders.base import SpeechEncoder
 from model.encoders.conformer import Wav2Vec2BertEncoder, Wav2Vec2ConformerEncoder
 from model.encoders.wav2vec2 import WaveformEncoder, WavLMEncoder
@@ -92,7 +92,7 @@ def _as_config_error(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConfigError(f"model.encoder.path: cannot load an encoder from {path}: {reason(error)}") from None
+        raise UnavailableError(f"model.encoder.path: cannot load an encoder from {path}: {reason(error)}") from None
 
 
 def _load_weights(path: str) -> PreTrainedModel:
@@ -107,7 +107,7 @@ def _load_weights(path: str) -> PreTrainedModel:
         model.masked_spec_embed.data.zero_()
         missing.remove("masked_spec_embed")
     if missing:
-        raise ConfigError(
+        raise UnavailableError(
             f"model.encoder.path: {path} lacks {len(missing)} of the encoder's tensors, or has them in another "
             f"shape ({min(missing)}, ...); use a complete checkpoint"
         )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import ConfigError, listed
+from data.errors import ConfigError, UnavailableError, listed
 from model.config import AdapterConfig
 
 
@@ -124,9 +124,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ConfigError(f"model.adapter.init_from: {path}: no such file") from None
+        raise UnavailableError(f"model.adapter.init_from: {path}: no such file") from None
     except Exception as error:
-        raise ConfigError(
+        raise UnavailableError(
             f"model.adapter.init_from: {path}: not a file of tensors ({type(error).__name__}); use safetensors, or a "
             "state_dict saved by torch.save"
         ) from None

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data.errors import ConfigError, reason
+from data.errors import ConfigError, UnavailableError, reason
 from model.config import LLMConfig, LoraSettings
 from model.runtime.memory import cached
 
@@ -41,9 +41,9 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
             )
             missing = set(report["missing_keys"])
     except Exception as error:  # transformers, safetensors and the hub raise many types for a broken folder
-        raise ConfigError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
+        raise UnavailableError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
     if missing:
-        raise ConfigError(
+        raise UnavailableError(
             f"model.llm.path: {path} lacks {len(missing)} of the LLM's tensors ({min(missing)}, ...); use a complete "
             "checkpoint"
         )

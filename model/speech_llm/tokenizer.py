@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data.errors import ConfigError, reason
+from data.errors import ConfigError, UnavailableError, reason
 
 DIALOGUE = "\x00"  # marks the position of the dialogue in a chat template
 # A chat template that writes today's date would make another prompt every day, so the date is fixed. Some templates
@@ -94,7 +94,7 @@ def load_tokenizer(path: str) -> CachedTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub raise many types for a broken folder
-        raise ConfigError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
+        raise UnavailableError(f"model.llm.path: cannot load a tokenizer from {path}: {reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.llm.path: the tokenizer of {path} has no EOS token, which ends every answer; set one")
     cached = CachedTokenizer(tokenizer)

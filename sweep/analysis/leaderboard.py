@@ -20,6 +20,7 @@ from sweep.search.study import TrialRecord, best_first
 METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 GENERATION = ("eos_rate", "run_on", "empty")  # how generated texts end
 EQUAL = 1e-9  # difference of the objective that is only a matter of rounding
+RETRIED = "outside its configuration: the same `sweep run` runs it again"
 DETAILED = ("weighted_f1", "loss", "ece", *GENERATION)  # metrics that only the report shows
 
 
@@ -90,7 +91,11 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
         note=f"{note}; {progress(config, trials).format_hours()} used",
         audit=pruning_audit.format_lines(config, trials),
         warning=pruning_audit.format_warning(config, trials),
-        reasons=[f"#{trial.number} {trial.why}" for trial in trials if _is_remarkable(trial)],
+        reasons=[
+            f"#{trial.number} {trial.why}" + (f" ({RETRIED})" if trial.outside else "")
+            for trial in trials
+            if _is_remarkable(trial)
+        ],
     )
 
 

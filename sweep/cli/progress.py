@@ -118,7 +118,7 @@ class TrialDisplay:
     def _show_trial(self, trial: TrialRecord) -> None:
         before, epoch, say = self.states.get(trial.number), len(trial.curve), self.listener._print
         self.states[trial.number] = trial.state
-        if trial.state == "RUNNING" and before is None:
+        if trial.state == "RUNNING" and before in (None, "FAIL"):
             params = ", ".join(
                 f"{name} {_short(trial.params[key])}" for key, name in self.names.items() if key in trial.params
             )

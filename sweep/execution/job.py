@@ -25,4 +25,5 @@ class FitReport(TypedDict, total=False):
     failed: str  # message for people
     reason: str  # kind of failure
     common: bool  # whether every trial would fail alike
+    outside: bool  # whether the cause is outside the trial's configuration
     done: bool  # Tune's own key: the trial ends here

@@ -113,7 +113,15 @@ class Mailbox:
             if version == self.version:
                 self._push(END, {"finished": True, "done": True})
 
-    async def fail(self, version: int, why: str, final: bool, reason: str = "error", common: bool = False) -> None:
+    async def fail(
+        self,
+        version: int,
+        why: str,
+        final: bool,
+        reason: str = "error",
+        common: bool = False,
+        outside: bool | None = None,
+    ) -> None:
         """Report an exception in `fit`. With several workers it may only mean that a peer died: Train restarts them.
 
         Args:
@@ -122,12 +130,13 @@ class Mailbox:
             final: whether another start would fail alike.
             reason: kind of failure.
             common: whether every trial would fail alike.
+            outside: whether the cause is outside the trial's configuration; None: the reason decides.
         """
         async with self.changed:
             if version == self.version > self.over:
                 self.note = why
                 if final:
-                    self._give_up(why, reason, common)
+                    self._give_up(why, reason, common, outside)
 
     async def stop(self) -> None:
         """Ask the running trial to write a checkpoint and end."""
@@ -174,9 +183,10 @@ class Mailbox:
             self.over = version
             self._push(END, {"interrupted": True, "done": True})
 
-    def _give_up(self, why: str, reason: str, common: bool = False) -> None:
+    def _give_up(self, why: str, reason: str, common: bool = False, outside: bool | None = None) -> None:
         self.over = self.version
-        self._push(END, {"failed": why, "reason": reason, "common": common, "done": True})
+        ended: FitReport = {"failed": why, "reason": reason, "common": common, "done": True}
+        self._push(END, ended if outside is None else {**ended, "outside": outside})
 
     def _push(self, step: float, content: FitReport) -> None:
         self.queued = step

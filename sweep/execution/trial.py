@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from data.errors import StorageError, UserError
+from data.errors import StorageError, UnavailableError
 from data.loading.cached_arrays import CacheFolders
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
@@ -119,7 +119,9 @@ def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> b
         )
     device = config.resources.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0")
+        raise UnavailableError(
+            "resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0"
+        )
     cached = CacheFolders(*(Path(name) if name else None for name in (job.features, job.teacher_logits)))
     try:
         run_trial(config, folder, report, job.reader, device, interrupted, cached)

@@ -41,7 +41,7 @@ from sweep.execution.mailbox import StopEvent
 from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
 from sweep.execution.worker_group import Scaling, worker_group_class
-from sweep.search.study import Reason, StudyStore, common_fault
+from sweep.search.study import BY_PARAMETERS, Reason, StudyStore, common_fault
 
 MakeJob = Callable[[int, dict[str, Scalar]], TrialJob]
 T = TypeVar("T")
@@ -112,8 +112,11 @@ class StudySearcher(Searcher):
             number, values = asked
             try:
                 job = self.make_job(number, values)
-            except UserError as error:  # each value is allowed, but not this combination
-                self._fail(number, str(error), "error")
+            except UserError as error:  # each value is allowed, but not this combination; or a file is missing
+                if error.common:
+                    self._abort(str(error), error.reason)
+                    break
+                self._fail(number, str(error), cast("Reason", error.reason), error.outside)
                 continue
             self.numbers[trial_id] = number
             return {"job": job}
@@ -138,7 +141,7 @@ class StudySearcher(Searcher):
         elif result.get("common"):
             self._abort(result["failed"], result["reason"])
         elif "failed" in result:
-            self._fail(number, result["failed"], cast("Reason", result["reason"]))
+            self._fail(number, result["failed"], cast("Reason", result["reason"]), result.get("outside"))
         elif error and not self.stopping:
             self._fail(number, "its workers were lost too often", "workers lost")
         try:
@@ -146,9 +149,12 @@ class StudySearcher(Searcher):
         except UserError as fault:  # a checkpoint that cannot be deleted
             self._abort(str(fault), fault.reason)
 
-    def _fail(self, number: int, why: str, reason: Reason) -> None:
-        self.study.fail(number, why, reason=reason)
-        if (fault := common_fault(self.study.trials())) is not None:
+    def _fail(self, number: int, why: str, reason: Reason, outside: bool | None = None) -> None:
+        self.study.fail(number, why, reason=reason, outside=outside)
+        trials = self.study.trials()
+        if (fault := common_fault(trials)) is not None:
+            if reason not in BY_PARAMETERS:
+                self.study.excuse([trial.number for trial in trials if trial.state == "FAIL"])
             self._abort(fault, reason)
 
     def _abort(self, why: str, reason: str) -> None:

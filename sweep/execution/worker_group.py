@@ -89,13 +89,18 @@ def report_failure(mailbox: "ActorHandle", version: int, error: Exception, alone
     """Report why a trial failed; return whether this worker can continue with the next one."""
     cause = getattr(error, "cause", None) or error  # Ray wraps what a read task raised
     if isinstance(cause, UserError):
-        call = mailbox.fail.remote(version, str(cause), final=True, reason=cause.reason, common=cause.common)
-        ray.get(call)
+        ray.get(
+            mailbox.fail.remote(
+                version, str(cause), final=True, reason=cause.reason, common=cause.common, outside=cause.outside
+            )
+        )
         # If only this worker raised, the others still wait for it: only a new group gets them out.
         return alone or cause.in_every_worker
     infrastructure = isinstance(error, ray.exceptions.RayError)  # which another start may find repaired
     why = f"{type(cause).__name__}: {reason(cause)}"
-    ray.get(mailbox.fail.remote(version, why, final=alone and not infrastructure))
+    # Files, connections and drivers may be repaired; any other exception belongs to the configuration, or to the code.
+    outside = isinstance(cause, OSError) or "CUDA error" in str(cause)
+    ray.get(mailbox.fail.remote(version, why, final=alone and not infrastructure, outside=outside))
     return False
 
 

@@ -73,10 +73,14 @@ def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
         changes=changes,
         notes=notes,
         refused=other_data or bool(changes.refused),
-        resumed=[(number, _resume_point(folder, number)) for number in study.running()],
+        resumed=[(number, _resume_point(folder, number)) for number in study.running()]
+        + [
+            (trial.number, f"{_resume_point(folder, trial.number)}; it failed outside its configuration ({trial.why})")
+            for trial in study.failed_outside()
+        ],
         points=points,
         drawn=new - len(points),
-        ended=dict(Counter(trial.state for trial in trials if trial.state != "RUNNING")),
+        ended=dict(Counter(trial.state for trial in trials if trial.state != "RUNNING" and not trial.outside)),
     )
 
 

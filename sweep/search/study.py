@@ -20,7 +20,7 @@ from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import EPOCHS, Scalar
-from sweep.search import sampler
+from sweep.search import retries, sampler
 from sweep.search.pruning import better, is_audited, prune
 from sweep.search.study_storage import open_study, read_study
 
@@ -45,6 +45,7 @@ class TrialRecord:
     curve: dict[int, float]  # objective by epoch
     why: str  # how the trial ended, for people
     reason: Reason | None = None  # kind of failure
+    outside: bool = False  # whether it failed for a cause outside its configuration, and runs again
     audited: bool = False  # exempt from pruning
     exempted_at: int | None = None  # epoch at which an audited trial would have been pruned
 
@@ -68,7 +69,7 @@ class StudyStore:
         self.config = config
         self.study = study
         self.fits: sampler.Fits = lambda values: True
-        self._ended: dict[int, TrialRecord] = {}  # records that do not change any more
+        self._ended: dict[int, TrialRecord] = {}  # records that do not change any more, by Optuna's number
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "StudyStore":
@@ -108,10 +109,10 @@ class StudyStore:
         Raises:
             UserError: none of many draws fits into memory.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.number not in busy:
-                return NextTrial(trial.number, sampler.params(self.config, trial))
+        trials = self.runs()
+        for number, trial in enumerate(trials):
+            if trial.state == TrialState.RUNNING and number not in busy:
+                return NextTrial(number, sampler.params(self.config, trial))
         if sum(trial.state != TrialState.WAITING for trial in trials) >= target:
             return None
         self.study.add_trial(sampler.draw(self.config, trials, self.fits))
@@ -119,12 +120,42 @@ class StudyStore:
 
     def running(self) -> list[int]:
         """Return the numbers of the trials that were started and have not ended."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+        return [number for number, trial in enumerate(self.runs()) if trial.state == TrialState.RUNNING]
+
+    def runs(self) -> list[FrozenTrial]:
+        """Return the latest run of each trial as Optuna has it; the index is the trial's number."""
+        return retries.latest(self.study.get_trials(deepcopy=False))
+
+    def failed_outside(self) -> list[TrialRecord]:
+        """Return the trials that failed for a cause outside their configuration, which `retry` runs again."""
+        return [trial for trial in self.trials() if trial.outside]
+
+    def retry(self) -> list[TrialRecord]:
+        """Let trials that failed for a cause outside their configuration run again, under their numbers.
+
+        Each is changed in one operation: after a kill it has failed, or it runs again.
+
+        Returns:
+            The trials as they were.
+        """
+        failed, runs = self.failed_outside(), self.runs()
+        for trial in failed:
+            self.study.add_trial(retries.next_run(runs[trial.number], trial.number))
+        return failed
+
+    def excuse(self, numbers: Sequence[int]) -> None:
+        """Store that trials failed as all others did, so that the cause is outside their configurations."""
+        runs = self.runs()
+        excused = {*self._common_faults(), *(runs[number].number for number in numbers)}
+        self.study.set_user_attr(retries.COMMON_FAULTS, sorted(excused))
+        self._ended.clear()
+
+    def _common_faults(self) -> list[int]:
+        return list(self.study.user_attrs.get(retries.COMMON_FAULTS, []))
 
     def points_left(self) -> list[dict[str, Scalar]]:
         """Return the points of the search that no trial has taken yet."""
-        return sampler.points_left(self.config, self.study.get_trials(deepcopy=False))
+        return sampler.points_left(self.config, self.runs())
 
     def report(self, number: int, epoch: int, metrics: Metrics) -> bool:
         """Store an epoch of a running trial and apply the pruning rule.
@@ -153,7 +184,7 @@ class StudyStore:
             return False
         peers = [
             peer.intermediate_values[epoch]
-            for peer in self.study.get_trials(deepcopy=False)
+            for peer in self.runs()
             # Without the audit an exempted trial would not have come this far, so it is no peer any more.
             if epoch in peer.intermediate_values and epoch <= peer.user_attrs.get("spared", epoch)
         ]
@@ -165,7 +196,7 @@ class StudyStore:
             return False
         rank = format_rank(1 + sum(better(peer, value, search.direction) for peer in peers))
         trial.set_user_attr("why", f"pruned at epoch {epoch}: ranked {rank} of {len(peers)} by {search.metric}")
-        self.study.tell(number, state=TrialState.PRUNED)
+        self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
 
     def bind(self, fingerprint: str, code: str | None = None) -> str | None:
@@ -206,35 +237,38 @@ class StudyStore:
 
     def complete(self, number: int) -> None:
         """Store that a trial has trained to its end; its value is that of its last epoch."""
-        values = self._frozen(number).intermediate_values
-        value = values[max(values)]
+        frozen = self._frozen(number)
+        value = frozen.intermediate_values[max(frozen.intermediate_values)]
         if math.isfinite(value):
-            self.study.tell(number, value)
+            self.study.tell(frozen.number, value)
         else:
             self.fail(number, f"the {self.config.search.metric} of the last epoch is not finite", reason="non-finite")
 
-    def fail(self, number: int, why: str, reason: Reason = "error") -> None:
+    def fail(self, number: int, why: str, reason: Reason = "error", outside: bool | None = None) -> None:
         """Store that a trial cannot be finished; a trial that has ended stays as it is.
 
         Args:
             number: of the trial.
             why: message for people.
             reason: kind of failure; the search avoids parameters that ran out of memory.
+            outside: whether the cause is outside the trial's configuration, so that the next `sweep run` runs it
+                again; None: the reason decides.
         """
         frozen = self._frozen(number)
         if frozen.state == TrialState.RUNNING:
             trial = writable_trial(self.study, frozen)
             trial.set_user_attr("why", why)
             trial.set_user_attr("reason", reason)
-            self.study.tell(number, state=TrialState.FAIL)
+            trial.set_user_attr("outside", reason in retries.OUTSIDE if outside is None else outside)
+            self.study.tell(frozen.number, state=TrialState.FAIL)
 
     def trials(self) -> list[TrialRecord]:
         """Return every trial that was started, by number."""
-        records = []
-        for trial in self.study.get_trials(deepcopy=False):
+        records, common_faults = [], self._common_faults()
+        for number, trial in enumerate(self.runs()):
             if trial.state == TrialState.WAITING:
                 continue
-            record = self._ended.get(trial.number) or self._record(trial)
+            record = self._ended.get(trial.number) or self._record(number, trial, common_faults)
             if trial.state.is_finished():
                 self._ended[trial.number] = record
             records.append(record)
@@ -249,12 +283,12 @@ class StudyStore:
         return self.config.for_trial(trial.params)
 
     def _frozen(self, number: int) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[number]
+        return self.runs()[number]
 
     def _params(self, trial: FrozenTrial) -> dict[str, Scalar]:
         return sampler.params(self.config, trial)
 
-    def _record(self, trial: FrozenTrial) -> TrialRecord:
+    def _record(self, number: int, trial: FrozenTrial, common_faults: Sequence[int]) -> TrialRecord:
         """Return a trial as a record; its user attributes are the format on disk."""
         metrics = trial.user_attrs.get("metrics", {})
         curve = dict(sorted(trial.intermediate_values.items()))
@@ -263,7 +297,7 @@ class StudyStore:
         exempt = f" (exempt from pruning; would have been pruned at epoch {exempted_at})" if exempted_at else ""
         default = {"COMPLETE": f"trained to the end{exempt}", "RUNNING": "running"}.get(trial.state.name, "")
         return TrialRecord(
-            number=trial.number,
+            number=number,
             state=trial.state.name,
             params=self._params(trial),
             value=value,
@@ -272,7 +306,8 @@ class StudyStore:
             curve=curve,
             why=trial.user_attrs.get("why", default),
             reason=trial.user_attrs.get("reason", "error") if trial.state == TrialState.FAIL else None,
-            audited=rule is not None and is_audited(trial.number, self.config.seed, rule.audit),
+            outside=retries.failed_outside(trial, common_faults),
+            audited=rule is not None and is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
         )
 
@@ -293,18 +328,25 @@ def common_fault(trials: Sequence[TrialRecord]) -> str | None:
     """Return what makes every trial fail (a wrong path, a full disk), in a line; call it when a trial has failed.
 
     The sweep is at fault if no trial has ever ended otherwise and the last ones failed alike. Failures that other
-    parameters may avoid need more of them.
+    parameters may avoid need more of them. Where trials have ended otherwise, the last ones must have failed alike for
+    a cause outside their configurations: something broke during the sweep, and further trials would only fail, too.
     """
     ended = [trial for trial in trials if trial.state != "RUNNING"]
-    if not ended or any(trial.state != "FAIL" for trial in ended):
+    if not ended or ended[-1].state != "FAIL":
         return None
     last = ended[-1]
+    if any(trial.state != "FAIL" for trial in ended):
+        if any(not trial.outside or trial.reason == "workers lost" for trial in ended[-COMMON_FAULT:]):
+            return None
+        ended_as = "failed alike"
+    else:
+        ended_as = "failed alike and none was finished"
     enough = COMMON_FAULT_BY_PARAMETERS if last.reason in BY_PARAMETERS else COMMON_FAULT
     # Digits tell one trial from another: they are in the names of folders and in steps.
     alike = {(trial.reason, re.sub(r"\d+", "#", trial.why)) for trial in ended[-enough:]}
     if len(ended) < enough or len(alike) > 1:
         return None
-    return f"the last {enough} trials failed alike and none was finished ({last.reason}: {last.why}); fix this first"
+    return f"the last {enough} trials {ended_as} ({last.reason}: {last.why}); fix this first"
 
 
 def has_started(folder: Path, trial: TrialRecord) -> bool:

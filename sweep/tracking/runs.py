@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -169,6 +169,13 @@ class Runs:
         for start in range(0, max(len(metrics), len(run_tags)), MAX_METRICS):
             chunk = metrics[start : start + MAX_METRICS]
             self.client.log_batch(run_id, metrics=chunk, tags=run_tags if start == 0 else [])
+
+    def delete_tags(self, run_id: str, names: Iterable[str]) -> None:
+        """Delete those of some tags that a run has."""
+        tags = self.client.get_run(run_id).data.tags
+        for name in names:
+            if name in tags:
+                self.client.delete_tag(run_id, name)
 
     def steps(self, run_id: str) -> dict[str, set[int]]:
         """Return the steps that the server has, by metric; it takes a request for each metric."""

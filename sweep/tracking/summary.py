@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BEST, OBJECTIVE = "best_", "objective"
 LOWER, UPPER = f"{OBJECTIVE}_lower", f"{OBJECTIVE}_upper"  # 95 % limits of the objective
+ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "attempts"))  # tags of `end_tags`
 # Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
 LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")

@@ -210,6 +210,8 @@ class Tracker(threading.Thread):
             self.states[trial.number] = {**lasting, "run_id": run_id}
         elif run.info.status != STATUS.get(trial.state):
             state["ended"] = False
+        if trial.state == "RUNNING" and summary.ENDING[0] in run.data.tags:
+            self._reopen(runs, trial.number)
         runs.complete(run, summary.params(self.config, trial))
         # A trial may be resumed by another version of the code.
         state = self._state(trial.number)
@@ -267,6 +269,8 @@ class Tracker(threading.Thread):
         """Send what is new about a trial, and end its run if the trial has ended."""
         assert self.runs is not None
         number, state = trial.number, self._state(trial.number)
+        if trial.state == "RUNNING" and "finished" in state:
+            self._reopen(self.runs, number)
         if state.get("ended"):
             return
         if "run_id" not in state:
@@ -281,6 +285,15 @@ class Tracker(threading.Thread):
         if self.status.get(run_id) != status:
             self.runs.client.update_run(run_id, status=status)
             self.status[run_id] = status
+
+    def _reopen(self, runs: Runs, number: int) -> None:
+        """Continue the run of a trial that had failed and runs again: remove what said how it ended."""
+        state = self._state(number)
+        runs.delete_tags(state["run_id"], reversed(summary.ENDING))  # the first one last: until then, it is repeated
+        self.status.pop(state["run_id"], None)
+        state["ended"] = False
+        state.pop("finished", None)
+        self._save_state(number)
 
     def _create_run(self, runs: Runs, trial: TrialRecord) -> None:
         state, attempted = self._state(trial.number), MetricsLog(trial_folder(self.folder, trial.number)).time_range()

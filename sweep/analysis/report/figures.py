@@ -49,7 +49,7 @@ def in_memory_study(store: StudyStore) -> optuna.Study:
     config = store.config
     names = short_names(list(config.search.space))
     study = optuna.create_study(direction=config.search.direction, study_name=config.name)
-    for trial in history(config, store.study.get_trials(deepcopy=False)):
+    for trial in history(config, store.runs()):
         trial.params = {names[key]: value for key, value in trial.params.items()}
         trial.distributions = {names[key]: distribution for key, distribution in trial.distributions.items()}
         if trial.state.is_finished():
