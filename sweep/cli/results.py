@@ -11,7 +11,7 @@ from data.errors import UserError
 from sweep.cli.console import console, print_line
 from sweep.cli.options import JsonOption, SweepArgument
 from sweep.cli.run import run_and_show
-from sweep.cli.show import print_best, show_table, show_trials
+from sweep.cli.show import print_best, print_mlflow, show_table, show_trials
 from sweep.execution.signals import ExitCode
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _trial_json(folder: Path, trial: "TrialRecord") -> "TrialJson":
 def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
     """Show every trial and its state, also while the sweep runs."""
     from sweep.analysis.status import progress_json, status_lines
+    from sweep.tracking.tracker import parent_run_id
 
     study = open_study_store(folder)
     config, trials = study.config, study.trials()
@@ -52,6 +53,8 @@ def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
         for line in status_lines(config, folder, trials):
             print_line(line)
         show_trials(config, folder, trials)
+        if parent_run_id(folder) is not None:
+            print_mlflow(folder)
         return
     content = {
         "sweep": config.name,

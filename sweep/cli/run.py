@@ -10,7 +10,7 @@ import typer
 from data.errors import UserError
 from sweep.cli.console import complain, console, print_line
 from sweep.cli.options import ConfigArgument, OutOption, SetOption, TrialsOption
-from sweep.cli.show import preview_table, print_best, program, show_trials
+from sweep.cli.show import preview_table, print_best, print_mlflow, show_trials
 from sweep.config.schema import Config
 from sweep.execution.signals import ExitCode, StopRequest
 
@@ -70,8 +70,6 @@ def _show_trials(outcome: "Outcome") -> None:
     """Show the leaderboard, the best trial of a search, and how to look at the results."""
     from sweep.analysis.confirm import search_of
     from sweep.preflight.plan_file import plan_lines
-    from sweep.tracking.access import tracking_uri, ui_address, ui_command
-    from sweep.tracking.tracker import view_links
 
     config, folder, trials = outcome.config, outcome.folder, outcome.trials
     show_trials(config, folder, trials)
@@ -81,11 +79,7 @@ def _show_trials(outcome: "Outcome") -> None:
         return
     if search_of(config, folder) is None:
         print_best(config, folder, outcome.best)
-    print_line(f"MLflow UI:  {ui_command(folder, program('mlflow'))}")
-    address, links = ui_address(tracking_uri(folder)), view_links(folder)
-    if address is not None and links is not None:
-        print_line(f"trials:     {address}/{links[0]}")
-        print_line(f"charts:     {address}/{links[1]}")
+    print_mlflow(folder)
 
 
 def _in_ray_package() -> bool:

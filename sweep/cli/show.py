@@ -85,6 +85,18 @@ def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:
     print_line(f"report:     {shell_command(name, 'report', folder)}")
 
 
+def print_mlflow(folder: Path) -> None:
+    """Show how to open MLflow's UI, and the links to the sweep's trials and charts once it has a run."""
+    from sweep.tracking.access import tracking_uri, ui_address, ui_command
+    from sweep.tracking.tracker import view_links
+
+    print_line(f"MLflow UI:  {ui_command(folder, program('mlflow'))}")
+    address, links = ui_address(tracking_uri(folder)), view_links(folder)
+    if address is not None and links is not None:
+        print_line(f"trials:     {address}/{links[0]}")
+        print_line(f"charts:     {address}/{links[1]}")
+
+
 def program(name: str) -> str | Path:
     """Return a program of this environment: its name where the shell finds it, or else its path."""
     path = Path(sys.executable).parent / name

@@ -70,7 +70,10 @@ def test_example_of_the_docs_runs_in_a_notebook(notebook: Path, capsys: pytest.C
     assert "trial 1 COMPLETE: macro_f1 0.600" in printed
 
 
-def test_sweep_resumes_in_a_thread_and_prints_nothing(notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_resumes_in_a_thread_and_prints_nothing(
+    notebook: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "answer_problems", lambda shards, names: [f"{name}: one label" for name in names])
     outcomes: list[Outcome] = []
 
     def call() -> None:
@@ -88,6 +91,7 @@ def test_sweep_resumes_in_a_thread_and_prints_nothing(notebook: Path, capsys: py
     assert (ended.code, ended.out.splitlines()[-1]) == (0, second.message)
     assert re.search(r"^2 +COMPLETE +0.70", ended.out, flags=re.MULTILINE)
     assert re.search(r"^reproduce:  .*sweep train runs/t/config.yaml", ended.out, flags=re.MULTILINE)
+    assert ended.out.index("warning: classify: one label") < ended.out.index("COMPLETE")
 
 
 @pytest.mark.parametrize(

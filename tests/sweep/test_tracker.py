@@ -1,6 +1,7 @@
 """MLflow shows the study as it is: one run per trial, each point once, however often the driver is killed."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from math import isnan
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 from PIL import Image
 
 from sweep.analysis.predictions import INTERVALS
@@ -17,11 +20,14 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import parse
 from sweep.config.version import code_version
 from sweep.search.study import StudyStore
+from sweep.search.study_storage import sweep_id
 from sweep.tracking.access import tracking_uri
+from sweep.tracking.runs import Runs
 from sweep.tracking.summary import is_summary
-from sweep.tracking.tracker import is_sent, mlflow_run_id
+from sweep.tracking.tracker import is_sent, mlflow_run_id, view_links
+from sweep.tracking.views import TAG, save_view
 from tests.conftest import LABELS
-from tests.sweep.common import ask, report
+from tests.sweep.common import ask, report, sweep
 from tests.sweep.tracked import CONFIG, DATA, append, curve, make_sweep, runs, shown_params, track
 
 
@@ -75,6 +81,45 @@ def test_points_keep_their_steps_and_times(sent: Path) -> None:
     assert curve(sent, 1) == [(16, 1002.0, 0.1)]
     (step, seconds, value), last = curve(sent, 3)
     assert (step, seconds, isnan(value), last) == (16, 1003.0, True, (32, 1004.0, 0.4))
+
+
+def test_view_shows_the_trials_of_the_sweep(sent: Path) -> None:
+    """As the UI reads it: a saved view by its name, and the plain fields for older servers."""
+    parent, _ = runs(sent)
+    experiment, key = parent.info.experiment_id, sweep_id(sent)
+    saved = json.loads(MlflowClient(tracking_uri(sent)).get_experiment(experiment).tags[f"{TAG}{key}"])
+    fields = json.loads(saved["state"])
+    assert saved["name"] == "test: trials by macro_f1"
+    assert saved.items() >= fields.items()
+    assert fields["searchFilter"] == f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    assert (fields["orderByKey"], fields["orderByAsc"]) == ("metrics.`objective`", False)
+    columns = ["metrics.`objective`", "metrics.`objective_lower`", "metrics.`objective_upper`"]
+    assert fields["selectedColumns"] == columns + [f"params.`{key}`" for key in CONFIG.search.space]
+    drawn = [(chart["type"], chart.get("xaxis", {}).get("key")) for chart in fields["compareRunCharts"]]
+    scatters = [("SCATTER", "model.lora.rank"), ("SCATTER", "train.learning_rate")]
+    assert drawn == [("PARALLEL", None), ("BAR", None), ("LINE", None), *scatters]
+
+
+def test_links_to_the_view_are_shown(sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    parent, _ = runs(sent)
+    trials = f"#/experiments/{parent.info.experiment_id}/runs?viewStateShareKey={sweep_id(sent)}"
+    assert view_links(sent) == (trials, f"{trials}&compareRunsMode=CHART")
+    assert trials in parent.data.tags["mlflow.note.content"]
+    shutil.copytree(sent, folder := tmp_path / "sweep")
+    (folder / "config.yaml").write_text(dump(CONFIG), encoding="utf-8")
+    assert f"trials:     http://127.0.0.1:5000/{trials}\n" in sweep("status", folder).out
+    (folder / "mlflow.json").write_text(json.dumps({"run_id": parent.info.run_id, "ended": True}))
+    assert view_links(folder) is None, "as an older version left it"
+
+
+@pytest.mark.parametrize("code", ["INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"])
+def test_view_that_a_server_refuses_is_left_out(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MlflowException("no", databricks_pb2.ErrorCode.Value(code))
+
+    monkeypatch.setattr(MlflowClient, "set_experiment_tag", refuse)
+    save_view(Runs("http://127.0.0.1:1", "key"), CONFIG, "parent")
 
 
 def test_intervals_are_stored_when_a_trial_ends(
