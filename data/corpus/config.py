@@ -103,8 +103,17 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     coded: bool = Field(True, description="false: the columns with codes may be missing.")
     label_separator: str | None = Field(None, description="Separator of several labels of one turn, e.g. ';'.")
     columns: ColumnConfig = ColumnConfig()
-    time_unit: Literal["s", "ms"] = Field("s", description="Unit of times that are plain numbers.")
-    encoding: str = Field("utf-8", description="Encoding of text files, e.g. cp1252; it is never guessed.")
+    time_unit: Literal["s", "ms", "d"] = Field(
+        "s", description="Unit of times that are plain numbers; d: fractions of a day, as Excel stores times."
+    )
+    annotations: Literal["drop", "keep"] = Field(
+        "drop",
+        description="Annotations in brackets ([laughter], <sync>) in transcripts of WhisperX and DAIC: leave them out "
+        "of the text, or keep them. The other formats keep theirs.",
+    )
+    encoding: str = Field(
+        "utf-8", description="Encoding of text files, e.g. cp1252; only a byte order mark overrides it."
+    )
     channels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {}, description="Role → channel of the recording with only this speaker; empty: channels are mixed down."
     )

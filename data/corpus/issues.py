@@ -11,6 +11,7 @@ Span = tuple[float, float]  # start and end, s
 
 REJECTED = "rejected: its text stays as context, without label and audio"
 SILENCED = "kept as text, without audio"
+UNLABELLED = "kept as context, without label"
 KEPT = "kept and flagged"
 DROPPED = "dropped: the first row is kept"
 FAILED = "the preparation fails"
@@ -23,20 +24,27 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "E_AUDIO_NAN": ("the clip contains NaN or infinite samples", REJECTED),
         "E_TOO_SHORT": ("the clip is shorter than 0.1 s", REJECTED),
         "E_TS_FORMAT": ("the time cannot be parsed", REJECTED),
-        "E_TS_RANGE": ("the time is outside the recording by more than 50 ms", REJECTED),
+        "E_TS_RANGE": ("the turn starts before the recording, or ends more than 0.5 s after it", REJECTED),
         "E_TS_END": ("the end is before the start", REJECTED),
         "E_LABEL": ("the label is unknown", REJECTED),
         "E_LABEL_ROLE": ("the label belongs to another role", REJECTED),
+        "E_LABEL_CELL": ("the cell is no code that can be read with certainty", REJECTED),
         "E_SPEAKER": ("the speaker has no role", REJECTED),
         "W_TS_ZERO": ("the utterance has zero length", SILENCED),
         "W_TS_OPEN": ("the utterance has no start or no end", SILENCED),
         "W_TS_FORMAT": ("the time has an unusual format, but was parsed", KEPT),
         "W_TS_CLAMPED": (
-            "the end is less than 50 ms after the end of the recording",
+            "the end is less than 0.5 s after the end of the recording",
             "cut at the end of the recording",
         ),
         "W_TS_OVERLAP": ("the utterance overlaps another one by more than 50 ms", KEPT),
         "W_TS_ORDER": ("the utterance starts before the previous one", KEPT),
+        "W_TS_SORTED": (
+            "the rows of the session are not in the order of its turns",
+            "sorted by turn number, or by start",
+        ),
+        "W_SPEAKERS_SPLIT": ("the words of a segment have several speakers", "split where the speaker changes"),
+        "W_NO_WORDS": ("the turn contains only annotations, such as <sync>", SILENCED),
         "W_CLIPPED": ("more than 0.1 % of the samples are at full scale", KEPT),
         "W_SILENT": ("the clip is silent", KEPT),
         "W_DC": ("the samples have an offset of more than 0.02", KEPT),
@@ -52,6 +60,16 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_LABEL_RARE": ("the label is rare and resembles a frequent one", KEPT),
         "W_LABEL_SINGLE": ("the corpus or a split has only one label", "kept; metrics of labels tell little"),
         "W_LABEL_UNSEEN": ("the train split lacks a label of the val or test split", "kept; it counts as wrong"),
+        "W_LABEL_MISSING": ("the code is a word for a missing value", UNLABELLED),
+        "W_LABEL_UNICODE": (
+            "the code has invisible, full-width or other compatibility characters",
+            "normalised (NFKC)",
+        ),
+        "W_LABEL_SEVERAL": ("the cell joins codes that also occur alone", "read as several codes"),
+        "W_LABEL_NUMBER": ("the codes are numbers without names", KEPT),
+        "W_TEXT_MISSING": ("the text is a word for a missing value", "read as a turn without text"),
+        "W_TEXT_EMPTY": ("the turn has neither text nor audio", UNLABELLED),
+        "W_SESSION_EMPTY": ("the session has no turns", "left out"),
         "W_AUDIO_SHARED": ("sessions share a recording or a clip", "kept in one split"),
         "W_ALIGN_LOW": ("the confidence of the alignment is low", "the given times are kept"),
         "F_DUPLICATE": ("one id is used for two different utterances", FAILED),

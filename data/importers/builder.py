@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.schema import JOIN, Conversation, Corpus, Turn, flag, reject, split_label
 from data.errors import ConfigError, DataError
+from data.importers.cells import MISSING_TEXT, CodeReader, clean_code, speaker_key
 from data.importers.tabular import Row
 
 UNKNOWN = "unknown"  # role of a speaker that is not mapped to a role
@@ -32,14 +34,17 @@ class TurnBuilder:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # role → labels; empty: all that occur
     qualities: tuple[str, ...] = ()  # empty: all that occur
     findings: list[Finding] = field(default_factory=list)
+    codes: CodeReader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.speakers = {**self.speakers, **{name.lower(): role for name, role in self.config.roles.items()}}
+        self.speakers = {**self.speakers, **{speaker_key(name): role for name, role in self.config.roles.items()}}
         self.labels = {
-            role: tuple(dict.fromkeys(label.strip().lower() for label in labels))
+            role: tuple(dict.fromkeys(clean_code(label) for label in labels))
             for role, labels in (self.config.labels or self.labels).items()
         }
         self.qualities = tuple(quality.strip().lower() for quality in self.config.qualities) or self.qualities
+        declared = frozenset(label for labels in self.labels.values() for label in labels)
+        self.codes = CodeReader(self.config.label_separator, declared)
         roles = {"client", "therapist", *self.labels}
         for name, role in self.config.roles.items():
             near = get_close_matches(role, roles, n=1, cutoff=0.8)
@@ -48,7 +53,7 @@ class TurnBuilder:
 
     def role(self, speaker: str, conversation: str) -> str:
         """Return the role of a speaker; in the settings "conversation/speaker" overrides "speaker"."""
-        names = (f"{conversation}/{speaker}".lower(), speaker.lower())
+        names = (speaker_key(f"{conversation}/{speaker}"), speaker_key(speaker))
         return next((self.speakers[name] for name in names if name in self.speakers), UNKNOWN)
 
     def turn(
@@ -71,17 +76,34 @@ class TurnBuilder:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise DataError(f"{where}: the text contains half a character (a lone surrogate); fix it")
         turn = Turn(f"{conversation}/{utterance}", 0, role, " ".join(text.split()), where=where)
-        self._vote(turn, [self._split(code) for code in codes])
+        if turn.text in MISSING_TEXT:
+            flag(turn, self.findings, "W_TEXT_MISSING", f"the text is {turn.text!r}")
+            turn.text = ""
+        if self.config.coded:
+            self._vote(turn, self._ballots(turn, codes))
         if role == UNKNOWN:
             message = f"speaker {speaker!r} has no role; add it in --config, e.g. roles: {{{speaker!r}: client}}"
             reject(turn, self.findings, "E_SPEAKER", message if speaker else "the turn has no speaker")
         return turn
 
-    def _split(self, cell: str) -> list[str]:
-        cell = cell.lower()
-        if self.config.label_separator:
-            cell = cell.replace(self.config.label_separator.lower(), JOIN)
-        return list(dict.fromkeys(filter(None, (label.strip() for label in split_label(cell)))))
+    def _ballots(self, turn: Turn, cells: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the codes of every annotator, and add findings about cells that need a decision."""
+        read = [(cell, self.codes.read(cell, turn.text)) for cell in cells]
+        for cell, codes in read:
+            if codes.refused:
+                reject(turn, self.findings, "E_LABEL_CELL", f"{_shortened(cell)} {codes.refused}")
+                return []
+        if not any(codes.labels for _, codes in read):
+            words = [codes.missing for _, codes in read if codes.missing]
+            if words:
+                flag(turn, self.findings, "W_LABEL_MISSING", f"{words[0]!r} is read as a missing code")
+        for cell, codes in read:
+            if codes.changed:
+                message = f"{cell!a} is read as {', '.join(map(repr, codes.labels))}"
+                flag(turn, self.findings, "W_LABEL_UNICODE", message)
+            if codes.guessed:
+                flag(turn, self.findings, "W_LABEL_SEVERAL", f"{cell!r} is read as {' and '.join(codes.labels)}")
+        return [codes.labels for _, codes in read]
 
     def _vote(self, turn: Turn, ballots: Sequence[Sequence[str]]) -> None:
         """Set the labels that more than half of the annotators gave, or else the most frequent one."""
@@ -154,7 +176,25 @@ class TurnBuilder:
                 spoken = [turn.label for turn in turns if turn.speaker == role and turn.label]
                 roles[role] = tuple(sorted({label for joined in spoken for label in split_label(joined)}))
         labels = tuple(dict.fromkeys(label for allowed in roles.values() for label in allowed))
+        if labels and not self.labels and all(label.isdecimal() for label in labels):
+            first = next(turn for turn in turns if turn.label)
+            message = f"the codes are {', '.join(labels[:5])}; name them in the source, or declare them in labels"
+            self.findings.append(Finding("W_LABEL_NUMBER", first.where, first.id, message))
         rated = {conversation.quality for conversation in conversations if conversation.quality}
         qualities = self.qualities or tuple(sorted(rated))
         declared = bool(self.labels)
         return Corpus(self.name, labels, roles, conversations, self.findings, qualities, declared)
+
+    def skip_session(self, name: str, where: str) -> None:
+        """Add a finding about a session without turns, which is left out."""
+        self.findings.append(Finding("W_SESSION_EMPTY", where, name, "the session has no turns"))
+
+
+def _shortened(cell: str) -> str:
+    return repr(cell if len(cell) <= 60 else f"{cell[:57]}…")
+
+
+def refuse_no_turns(conversations: Sequence[Conversation], source: Path) -> None:
+    """Raise a DataError if no session of the source has turns."""
+    if not conversations:
+        raise DataError(f"{source}: no rows; check the path of the source")

@@ -7,10 +7,12 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import TurnBuilder
+from data.importers.annotations import silence_annotations, spoken_text
+from data.importers.builder import TurnBuilder, refuse_no_turns
+from data.importers.cells import clean_name
 from data.importers.recordings import SUFFIXES, recordings_by_name, refuse_missing_folder, refuse_no_recordings
 from data.importers.tabular import Row, read_rows
-from data.importers.timestamps import read_time, set_ends
+from data.importers.timestamps import note_order, read_time, set_ends, start_order
 
 COLUMNS = ("start_time", "stop_time", "speaker", "value")
 SPEAKERS = {"ellie": "therapist", "participant": "client"}
@@ -31,6 +33,8 @@ def read_daic(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
     Raises:
         DataError: there are no transcripts or, in `audio`, no recordings, or a transcript cannot be read.
     """
+    if source.is_file():
+        raise DataError(f"{source}: is a file, but the format reads a folder; give the folder with the sessions")
     paths = sorted(source.rglob(f"*{TRANSCRIPT}"))
     if not paths:
         raise DataError(f"{source}: no <id>{TRANSCRIPT} in this folder; give the folder with the sessions")
@@ -38,30 +42,41 @@ def read_daic(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
         refuse_missing_folder(audio)
     builder = TurnBuilder("daic", config, SPEAKERS)
     listing = cache(recordings_by_name)  # many sessions may share a folder
-    conversations = [_conversation(path, audio, listing, builder) for path in paths]
+    read = (_conversation(path, audio, listing, builder, may_be_empty=len(paths) > 1) for path in paths)
+    conversations = [conversation for conversation in read if conversation is not None]
+    refuse_no_turns(conversations, source)
     if audio is not None:
         refuse_no_recordings((conversation.recording for conversation in conversations), audio)
     return builder.corpus(conversations)
 
 
-def _conversation(path: Path, audio: Path | None, listing: Listing, builder: TurnBuilder) -> Conversation:
+def _conversation(
+    path: Path, audio: Path | None, listing: Listing, builder: TurnBuilder, *, may_be_empty: bool
+) -> Conversation | None:
     name = path.name.removesuffix(TRANSCRIPT)
-    rows = read_rows(path, COLUMNS, builder.config)
-    turns = [_turn(name, index, row, builder) for index, row in enumerate(rows)]
+    rows = read_rows(path, COLUMNS, builder.config, may_be_empty=may_be_empty)
+    if not rows:
+        builder.skip_session(name, path.name)
+        return None
+    order = start_order([row["start_time"] for row in rows], builder.config.time_unit)
+    note_order(order, name, [row.where for row in rows], builder.findings)
+    turns = [_turn(name, index, rows[row], builder) for index, row in enumerate(order)]
     set_ends(turns, builder.findings)
+    silence_annotations(turns, builder.findings)
     return Conversation(name, name, turns, _recording(name, path.parent, audio, listing))
 
 
 def _recording(name: str, beside: Path, audio: Path | None, listing: Listing) -> Path | None:
     for folder in (beside,) if audio is None else (audio, audio / f"{name}_P", beside):
-        path = listing(folder).get(f"{name}_AUDIO")
+        path = listing(folder).get(clean_name(f"{name}_AUDIO"))
         if path is not None:
             return path
     return None if audio is None else audio / f"{name}_AUDIO{SUFFIXES[0]}"
 
 
 def _turn(conversation: str, index: int, row: Row, builder: TurnBuilder) -> Turn:
-    turn = builder.turn(conversation, str(index), row["speaker"], row["value"], (), row.where)
+    text = spoken_text(row["value"], builder.config)
+    turn = builder.turn(conversation, str(index), row["speaker"], text, (), row.where)
     turn.index = index
     times = (row["start_time"], row["stop_time"])
     turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)

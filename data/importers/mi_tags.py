@@ -1,24 +1,33 @@
-"""Importer for coded turns without times: CSV with turn, speaker, text, code and optionally several annotators."""
+"""Importer for coded turns without times: CSV with turn, speaker, text, code and optionally several annotators.
+
+The columns of MI-TAGS as published are recognised: id, Video Title, Turn, Speaker, Text, Code, Annotator and Normalized
+Turn. A session is a video.
+"""
 
 from pathlib import Path
 
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import TurnBuilder
+from data.importers.builder import TurnBuilder, refuse_no_turns
 from data.importers.tabular import Row, by_conversation, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
 CODE = "code"
 ANNOTATOR = "annotator"
-SESSION = ("conversation", "session")  # names of the column that a file with several sessions has
+SESSION = (
+    "conversation",
+    "session",
+    "video title",
+    "video",
+)  # names of the column that a file with several sessions has
 
 
 def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
     """Read coded turns.
 
     Args:
-        source: a CSV or a folder of them; without a column `conversation` or `session` the file name is the session id.
+        source: a CSV or a folder of them; without a column of SESSION the file name is the session id.
         audio: must be None.
         config: settings.
 
@@ -33,13 +42,21 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
     if not paths:
         raise DataError(f"{source}: no CSV files in this folder; give the folder with one file per session")
     builder = TurnBuilder("mi-tags", config)
+    needed = (*COLUMNS, CODE) if config.coded else COLUMNS
+    files = {
+        path: read_rows(path, needed, config, (*SESSION, ANNOTATOR, CODE), codes=(CODE,), may_be_empty=len(paths) > 1)
+        for path in paths
+    }
+    builder.codes.learn(row[CODE] for rows in files.values() for row in rows)
     conversations = []
-    for path in paths:
-        needed = (*COLUMNS, CODE) if config.coded else COLUMNS
-        rows = read_rows(path, needed, config, optional=(*SESSION, ANNOTATOR, CODE))
+    for path, rows in files.items():
+        if not rows:
+            builder.skip_session(path.stem, path.name)
+            continue
         column = next((name for name in SESSION if name in rows[0].cells), None)
         sessions = {path.stem: rows} if column is None else by_conversation(rows, column)
         conversations += [_conversation(name, rows, builder) for name, rows in sessions.items()]
+    refuse_no_turns(conversations, source)
     return builder.corpus(conversations)
 
 

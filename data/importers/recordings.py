@@ -6,6 +6,7 @@ from pathlib import Path
 from data.corpus.audio import exists
 from data.corpus.schema import Conversation
 from data.errors import DataError
+from data.importers.cells import clean_name
 
 # What libsndfile and FFmpeg read; of several files with one name the first suffix wins.
 SUFFIXES = (
@@ -16,12 +17,12 @@ SUFFIXES = (
 
 
 def recordings_by_name(folder: Path) -> dict[str, Path]:
-    """Return the audio files of a folder by their name without suffix; {} if there is no folder."""
+    """Return the audio files of a folder by their name without suffix, in NFC; {} if there is no folder."""
     files = folder.iterdir() if folder.is_dir() else ()
     ranked = ((SUFFIXES.index(path.suffix.lower()), path) for path in files if path.suffix.lower() in SUFFIXES)
     files_by_name: dict[str, Path] = {}
     for _, path in sorted(ranked):
-        files_by_name.setdefault(path.stem, path)
+        files_by_name.setdefault(clean_name(path.stem), path)
     return files_by_name
 
 
@@ -41,11 +42,11 @@ def set_recordings(conversations: Sequence[Conversation], audio: Path | None, na
     refuse_missing_folder(audio)
     files = recordings_by_name(audio)
     for conversation in conversations:
-        where = conversation.turns[0].where
+        where = conversation.turns[0].where if conversation.turns else conversation.id
         if conversation.id in named:
-            conversation.recording = inside(audio, named[conversation.id], where)
+            conversation.recording = same_stem(inside(audio, named[conversation.id], where))
         else:
-            path = files.get(conversation.id)
+            path = files.get(clean_name(conversation.id))
             conversation.recording = path or inside(audio, f"{conversation.id}{SUFFIXES[0]}", where)
     refuse_no_recordings((conversation.recording for conversation in conversations), audio)
 
@@ -61,8 +62,23 @@ def inside(audio: Path, name: str, where: str) -> Path:
     return audio / name
 
 
+def same_stem(path: Path) -> Path:
+    """Return the path, or, if there is no such file, the recording beside it with the same name and another suffix.
+
+    A table may name files as they were before they were converted, or in another form of Unicode.
+    """
+    if exists(path):
+        return path
+    try:
+        return recordings_by_name(path.parent).get(clean_name(path.stem), path)
+    except OSError:
+        return path
+
+
 def refuse_missing_folder(audio: Path) -> None:
     """Raise a DataError if the folder of recordings does not exist."""
+    if exists(audio):
+        raise DataError(f"{audio}: is a file; --audio takes the folder of the recordings, here {audio.parent}")
     if not audio.is_dir():
         raise DataError(f"{audio}: no such folder; give the folder of the recordings with --audio")
 

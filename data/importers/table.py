@@ -1,19 +1,23 @@
 """Importer for any table of turns; the settings `columns.*` name its columns."""
 
 import math
+import re
 from pathlib import Path
 
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
 from data.importers.builder import TurnBuilder
-from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, set_recordings
+from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, same_stem, set_recordings
 from data.importers.tabular import Row, agreed, by_conversation, read_rows
-from data.importers.timestamps import read_time, set_ends
+from data.importers.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
 
 # Usual names of time columns, which are tried if there are recordings and no setting names the times of the turns.
 STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")
 ENDS = ("end", "t_end", "end_time", "offset", "stop", "to")
+# Usual names of a column with the number of the turn. It decides the order, as columns.index does.
+TURN_NUMBERS = ("turn", "turn_id", "turn_index", "turn_number", "turn_no", "utterance_id", "utterance_index")
+DAYS = 0.1  # s; several turns within it cannot be, but as a fraction of a day it is 2.4 hours
 ADVICE = "; name the columns with --set columns.text=NAME, or null if there is none"
 
 
@@ -38,12 +42,15 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
     named = [name for name in columns.model_dump().values() if name is not None]
     timeless = audio is not None and columns.start is None and columns.clip is None
     usual = _spellings(*STARTS, *ENDS) if timeless else []
-    rows = read_rows(source, list(dict.fromkeys(named)), config, usual, advice=ADVICE)
+    optional = [*usual, *(TURN_NUMBERS if columns.index is None else ())]
+    rows = read_rows(source, list(dict.fromkeys(named)), config, optional, advice=ADVICE, codes=[columns.label])
     if audio is not None:
         refuse_missing_folder(audio)
     if timeless:
         columns = _with_times(columns, rows[0])
+    _convert_times(rows, columns, config)
     builder = TurnBuilder("table", config.model_copy(update={"columns": columns}))
+    builder.codes.learn(row[columns.label] for row in rows)
     sessions = by_conversation(rows, columns.conversation)
     conversations = [_conversation(name, rows, audio, builder) for name, rows in sessions.items()]
     if audio is not None and columns.clip is not None:
@@ -68,6 +75,26 @@ def _with_times(columns: ColumnConfig, row: Row) -> ColumnConfig:
     return columns.model_copy(update={"start": start, "end": columns.end or end})
 
 
+def _convert_times(rows: list[Row], columns: ColumnConfig, config: CorpusConfig) -> None:
+    """Write decimal commas as points.
+
+    Raises:
+        DataError: the times are fractions of a day, which must be said.
+    """
+    named = [column for column in (columns.start, columns.end) if column is not None]
+    stamps = [row[column] for row in rows for column in named if row[column]]
+    if has_decimal_commas(stamps):
+        for row in rows:
+            row.cells.update({column: row[column].replace(",", ".") for column in named})
+        return
+    days = all(re.fullmatch(NUMBER, stamp) and 0 <= float(stamp) < DAYS for stamp in stamps)
+    if days and config.time_unit == "s" and columns.clip is None and len(stamps) > 3:
+        raise DataError(
+            f"{rows[0].where}: all times are below {DAYS} s, so they seem to be fractions of a day, as Excel stores "
+            "them; set --set time_unit=d"
+        )
+
+
 def _conversation(name: str, rows: list[Row], audio: Path | None, builder: TurnBuilder) -> Conversation:
     columns = builder.config.columns
     key = columns.id or columns.index
@@ -77,6 +104,10 @@ def _conversation(name: str, rows: list[Row], audio: Path | None, builder: TurnB
     )
     if columns.index is not None:
         utterances.sort(key=lambda votes: _position(votes[0], columns.index))
+    else:
+        utterances = _in_order(name, utterances, key, builder)
+        if key is None:  # a turn without id is called by its position
+            keys = {votes[0].where: str(index) for index, votes in enumerate(utterances)}
     turns = []
     for index, votes in enumerate(utterances):
         turns.append(_turn(name, keys[votes[0].where], votes, audio, builder))
@@ -92,6 +123,25 @@ def _conversation(name: str, rows: list[Row], audio: Path | None, builder: TurnB
         people=tuple(dict.fromkeys(row[columns.person] for row in rows if row[columns.person])),
         split=split and split.lower(),
     )
+
+
+def _in_order(conversation: str, utterances: list[list[Row]], key: str | None, builder: TurnBuilder) -> list[list[Row]]:
+    """Return the utterances in the order of their turn numbers, else of their starts, else as they are."""
+    columns, first = builder.config.columns, [votes[0] for votes in utterances]
+    number = next((name for name in TURN_NUMBERS if name in first[0].cells), None)
+    if number is not None and all(re.fullmatch(NUMBER, row[number]) for row in first):
+        order = sorted(range(len(first)), key=lambda row: float(first[row][number]))
+    elif columns.start is not None:
+        order = start_order([row[columns.start] for row in first], builder.config.time_unit)
+    else:
+        return utterances
+    firsts: dict[str, int] = {}  # a duplicate row is dropped, wherever it is
+    for row in order:
+        firsts.setdefault(first[row][key] if key is not None else str(row), row)
+    kept = list(firsts.values())
+    ranks = {row: rank for rank, row in enumerate(sorted(kept))}
+    note_order([ranks[row] for row in kept], conversation, [first[row].where for row in sorted(kept)], builder.findings)
+    return [utterances[row] for row in order]
 
 
 def _position(row: Row, column: str | None) -> float:
@@ -113,5 +163,5 @@ def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None
     times = (first[columns.start], first[columns.end])
     turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
     if audio is not None and first[columns.clip] and not is_rejected(turn.flags):
-        turn.clip = inside(audio, first[columns.clip], first.where)
+        turn.clip = same_stem(inside(audio, first[columns.clip], first.where))
     return turn

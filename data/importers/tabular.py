@@ -5,19 +5,33 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError, Finding
 from data.corpus.schema import JOIN
-from data.errors import DataError, reason
+from data.errors import DataError, listed, reason
+from data.importers.cells import MISSING_TEXT, clean_name, column_key
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SEPARATED = (".csv", ".tsv", ".tab", ".txt")
 LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
+SEP_LINE = re.compile(r"\ufeff?\"?sep=(.)\"?[ \t,;]*\r?(?:\n|\r)", re.IGNORECASE)
+MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 Records = Iterable[tuple[int, dict[str, object]]]  # line and cells of every row
 csv.field_size_limit(1 << 24)  # characters; a whole transcript in one cell is longer than the default
 
@@ -44,9 +58,16 @@ class Row:
 
 
 def read_rows(
-    path: Path, needed: Sequence[str], config: CorpusConfig, optional: Sequence[str] = (), advice: str = ""
+    path: Path,
+    needed: Sequence[str],
+    config: CorpusConfig,
+    optional: Sequence[str] = (),
+    advice: str = "",
+    *,
+    codes: Sequence[str | None] = (),
+    may_be_empty: bool = False,
 ) -> list[Row]:
-    """Return all rows of a table that are not empty.
+    """Return all rows of a table that are not empty. Names of columns match without case, spaces and underscores.
 
     Args:
         path: the file; its suffix determines the format.
@@ -54,38 +75,59 @@ def read_rows(
         config: settings; gives the encoding.
         optional: columns that are read if the file has them; only then they are in the `cells` of a row.
         advice: appended to the message about a missing column.
+        codes: columns whose cells may be lists and objects.
+        may_be_empty: return [] for a file with a header and no rows.
 
     Raises:
         DataError: the file cannot be read, has no rows or lacks a column, or a row is incomplete.
     """
     suffix = path.suffix.lower()
     rows: Records
+    if path.is_dir():
+        names = listed(file.name for file in path.iterdir() if file.suffix.lower() in (*SEPARATED, *LINES, *PARQUET))
+        raise DataError(f"{path}: is a folder, but the format reads one file; give one of its files ({names})")
     if suffix in PARQUET:
         header, rows = _parquet(path)
     elif suffix in LINES:
         header, rows = _json_lines(path, config.encoding)
     elif suffix in SEPARATED:
-        header, rows = _separated(path, config.encoding)
+        header, rows = _separated(path, config.encoding, [*needed, *optional])
     else:
         supported = ", ".join((*SEPARATED, *LINES, *PARQUET))
         raise DataError(f"{path}: the suffix {suffix!r} is not supported ({supported}); save it as CSV in UTF-8")
     if not header:
         raise DataError(f"{path}: the file is empty; check the path of the source")
-    _refuse_missing(path, header, needed, advice)
-    columns = [*needed, *(name for name in optional if name in header)]
+    spelled = _spelled(header, [*needed, *optional])
+    _refuse_missing(path, header, needed, spelled, advice)
+    columns = [name for name in dict.fromkeys((*needed, *optional)) if name in spelled]
     read = []
     for line, cells in rows:
         where = f"{path.name}:{line}"
-        row = Row(where, {name: _cell(cells.get(name), where, name) for name in columns})
+        row = Row(where, {name: _cell(cells.get(spelled[name]), where, name, name in codes) for name in columns})
         if any(row.cells.values()):
             read.append(row)
-    if not read:
+    if not read and not may_be_empty:
         raise DataError(f"{path}: no rows; check the path of the source")
     return read
 
 
+def _spelled(header: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return the column of the file by the name that is looked for: the same name, or the only similar one."""
+    keys: dict[str, list[str]] = {}
+    for column in header:
+        keys.setdefault(column_key(column), []).append(column)
+    spelled = {}
+    for name in names:
+        similar = keys.get(column_key(name), [])
+        if name in header:
+            spelled[name] = name
+        elif len(set(similar)) == 1 and similar[0] not in names:
+            spelled[name] = similar[0]
+    return spelled
+
+
 def read_text(path: Path, encoding: str) -> str:
-    """Return the text of a file without byte order mark.
+    """Return the text of a file without byte order mark; a mark decides the encoding.
 
     Raises:
         DataError: the file cannot be read, or the encoding is unknown.
@@ -95,6 +137,14 @@ def read_text(path: Path, encoding: str) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path of the source") from None
+    if raw.startswith(b"PK\x03\x04"):
+        raise DataError(f"{path}: is a ZIP file, such as Excel and Word write, not text; save it as CSV in UTF-8")
+    for mark, name in MARKS:
+        if raw.startswith(mark):
+            encoding = name
+            break
+    else:
+        _refuse_wide(path, raw, encoding)
     try:
         return raw.decode(encoding).removeprefix(codecs.BOM_UTF8.decode())
     except LookupError:
@@ -110,7 +160,25 @@ def read_text(path: Path, encoding: str) -> str:
         raise BuildError(f"F_ENCODING {where}: {message}", [Finding("F_ENCODING", where, "", message)]) from None
 
 
-def _cell(value: object, where: str, column: str) -> str:
+def _refuse_wide(path: Path, raw: bytes, encoding: str) -> None:
+    """Raise a BuildError for UTF-16 without a byte order mark, which most encodings decode into every second letter."""
+    head = raw[:2000]
+    if len(head) < 4 or head.count(0) < len(head) // 4 or "16" in encoding or "32" in encoding:
+        return
+    wide = "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
+    where, message = f"{path.name}:1", f"every second byte is 0, as in UTF-16; set encoding, --set encoding={wide}"
+    raise BuildError(f"F_ENCODING {where}: {message}", [Finding("F_ENCODING", where, "", message)])
+
+
+def _cell(value: object, where: str, column: str, is_code: bool = False) -> str:
+    nested = isinstance(value, dict) or (
+        isinstance(value, list | tuple) and any(part is not None and not isinstance(part, str) for part in value)
+    )
+    if is_code and nested:
+        try:
+            return json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: {column} is not text; write it as a string") from None
     if isinstance(value, bytes | dict):
         raise DataError(f"{where}: {column} is not text ({type(value).__name__}); write it as a string")
     return as_text(value)
@@ -130,12 +198,18 @@ def as_text(value: object) -> str:
 def by_conversation(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
     """Group rows by their session; sessions and rows keep the order of the file.
 
+    Names that differ in invisible characters or in the form of Unicode are one session, under the first spelling.
+
     Raises:
         DataError: a row has no session.
     """
+    names: dict[str, str] = {}
     sessions: dict[str, list[Row]] = {}
     for row in rows:
-        sessions.setdefault(row.need(column), []).append(row)
+        name = row.need(column)
+        if name in MISSING_TEXT:
+            raise DataError(f"{row.where}: {column} is {name!r}, a missing value; fill it in, or remove the row")
+        sessions.setdefault(names.setdefault(clean_name(name), name), []).append(row)
     return sessions
 
 
@@ -150,7 +224,7 @@ def agreed(rows: Iterable[Row], column: str | None, code: str = "") -> str | Non
         if not row[column]:
             continue
         first = first or row
-        if row[column].lower() != first[column].lower():
+        if clean_name(row[column]).lower() != clean_name(first[column]).lower():
             message = f"{column} is {row[column]!r}, but {first[column]!r} at {first.where}; a session has only one"
             if code:
                 raise BuildError(f"{code} {row.where}: {message}", [Finding(code, row.where, "", message)])
@@ -158,26 +232,30 @@ def agreed(rows: Iterable[Row], column: str | None, code: str = "") -> str | Non
     return first[column] if first else None
 
 
-def _refuse_missing(path: Path, header: Sequence[str], needed: Sequence[str], advice: str) -> None:
+def _refuse_missing(
+    path: Path, header: Sequence[str], needed: Sequence[str], spelled: Mapping[str, str], advice: str
+) -> None:
     missing = []
     lower = {name.lower(): name for name in header}
-    for name in (name for name in needed if name not in header):
+    for name in (name for name in needed if name not in spelled):
         near = get_close_matches(name.lower(), lower, n=1)
         missing.append(name + (f" (did you mean {lower[near[0]]}?)" if near else ""))
     if missing:
         has = ", ".join(header)
         raise DataError(f"{path.name}:1: missing column(s) {', '.join(missing)}; the file has {has}{advice}")
-    twice = [name for name in needed if header.count(name) > 1]
+    twice = [spelled[name] for name in needed if header.count(spelled[name]) > 1]
     if twice:
         raise DataError(f"{path.name}:1: column {twice[0]} occurs twice; rename one of them")
 
 
-def _separated(path: Path, encoding: str) -> tuple[list[str], Records]:
+def _separated(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[str], Records]:
     text = read_text(path, encoding)
-    head = text.partition("\n")[0]
-    # The header shows the separator, because column names do not contain one.
-    separator = next((mark for mark in ("\t", ",", ";") if mark in head), ",")
-    records = _records(path.name, text, separator)
+    mark = SEP_LINE.match(text)  # Excel's first line, which says the separator
+    first = 1 if mark is None else 2
+    if mark is not None:
+        text = text[mark.end() :]
+    separator = mark[1] if mark is not None else _separator(text, names)
+    records = _records(path.name, text, separator, first)
     header = [name.strip() for name in next(records, (1, []))[1]]
 
     def rows() -> Iterator[tuple[int, dict[str, object]]]:
@@ -193,11 +271,26 @@ def _separated(path: Path, encoding: str) -> tuple[list[str], Records]:
     return header, rows()
 
 
-def _records(name: str, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line and the cells of every record that is not blank."""
+def _separator(text: str, names: Sequence[str]) -> str:
+    """Return the separator with which the header has most of the columns that are looked for."""
+    head = next(iter(text.splitlines()), "")
+    wanted = {column_key(name) for name in names}
+
+    def score(mark: str) -> tuple[int, bool]:
+        try:
+            cells = next(csv.reader([head], delimiter=mark), [])
+        except csv.Error:
+            cells = []
+        return len(wanted & {column_key(cell) for cell in cells}), len(cells) > 1
+
+    return max(("\t", ",", ";", "|"), key=score)
+
+
+def _records(name: str, text: str, separator: str, first: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line, counted from `first`, and the cells of every record that is not blank."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + first
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -233,4 +326,41 @@ def _parquet(path: Path) -> tuple[list[str], Records]:
         table = ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet ({reason(error)}); check the path of the source") from None
-    return table.column_names, list(enumerate(table.to_pylist(), start=1))
+    names = _class_names(table.schema)
+    rows = []
+    for number, cells in enumerate(table.to_pylist(), start=1):
+        for column in names.keys() & cells.keys():
+            cells[column] = _named(cells[column], names[column], f"{path.name}:{number}: {column}")
+        rows.append((number, cells))
+    return table.column_names, rows
+
+
+def _class_names(schema: "pa.Schema") -> dict[str, list[str]]:
+    """Return the names of the classes of every ClassLabel column that Hugging Face datasets wrote."""
+    try:
+        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = content["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    names = {}
+    for column, content in features.items() if isinstance(features, dict) else ():
+        feature = content
+        while isinstance(feature, list) and feature:  # a list of classes
+            feature = feature[0]
+        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        found = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+        if isinstance(found, list):
+            names[column] = [str(name) for name in found]
+    return names
+
+
+def _named(value: object, names: Sequence[str], place: str) -> object:
+    """Return the name of a class id, or the names of a list of them; -1 and null are no class."""
+    if isinstance(value, list):
+        return [_named(part, names, place) for part in value]
+    if not isinstance(value, int) or value == -1:
+        return None if value == -1 else value
+    if not 0 <= value < len(names):
+        raise DataError(f"{place} is {value}, but the file names only the classes 0 to {len(names) - 1}; fix the file")
+    return names[value]

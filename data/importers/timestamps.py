@@ -1,12 +1,15 @@
 """Parse times, and derive missing ends from the start of the next turn."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from data.corpus.issues import Finding
 from data.corpus.schema import Turn, flag, is_rejected, reject
 
+UNITS = {"s": (1, 1), "ms": (1, 1000), "d": (86_400, 1)}  # factor and divisor to seconds; Excel stores times in days
+_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,(?:\d{1,2}|\d{4,})|0\d*,\d+)")
 LONGEST = 1e6  # s; a larger number cannot be a time in a session
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 USUAL = re.compile(rf"{NUMBER}|(?:\d{{1,2}}:)?\d{{1,2}}:\d\d(?:\.\d+)?")
@@ -22,7 +25,7 @@ def read_time(
         stamp: the time as written.
         turn: the turn; it is rejected (E_TS_FORMAT) if the time cannot be parsed.
         findings: the list that findings are added to.
-        unit: unit of plain numbers, s or ms.
+        unit: unit of plain numbers: s, ms or d (days).
         usual: the usual format; a time of another format is flagged (W_TS_FORMAT).
     """
     stamp = stamp.strip()
@@ -36,9 +39,45 @@ def read_time(
     return seconds
 
 
+def has_decimal_commas(stamps: Iterable[str]) -> bool:
+    """Return whether times such as 1,5 have a decimal comma; 1,234 alone may be a thousand or a second."""
+    return any(_DECIMAL_COMMA.fullmatch(stamp.strip()) for stamp in stamps)
+
+
+def start_order(stamps: Sequence[str], unit: str = "s") -> list[int]:
+    """Return the positions of turns in the order of their starts; one without a start stays behind the one before it.
+
+    Args:
+        stamps: starts as written.
+        unit: unit of plain numbers, as for `read_time`.
+    """
+    keys, latest = [], -math.inf
+    for stamp in stamps:
+        start = _seconds(stamp.strip(), unit)
+        latest = latest if start is None else start
+        keys.append(latest)
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def note_order(order: Sequence[int], conversation: str, wheres: Sequence[str], findings: list[Finding]) -> None:
+    """Add a finding about a session whose rows were not in the order of their times or numbers.
+
+    Args:
+        order: positions of the rows in the order of the conversation.
+        conversation: id of the session.
+        wheres: "file:line" of every row.
+        findings: the list that findings are added to.
+    """
+    moved = [position for position, row in enumerate(order) if position != row]
+    if moved:
+        message = f"{len(moved)} of {len(order)} turns are in another order, the first is at {wheres[order[moved[0]]]}"
+        findings.append(Finding("W_TS_SORTED", wheres[moved[0]], conversation, message))
+
+
 def _seconds(stamp: str, unit: str) -> float | None:
     if re.fullmatch(NUMBER, stamp):
-        number = float(stamp) / (1000 if unit == "ms" else 1)
+        factor, divisor = UNITS[unit]
+        number = float(stamp) * factor / divisor
         return number if abs(number) <= LONGEST else None
     parts = _CLOCK.fullmatch(stamp)
     if parts is None:

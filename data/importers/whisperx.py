@@ -1,15 +1,21 @@
-"""Importer for WhisperX output with speakers: one JSON file per session, whose segments are the turns."""
+"""Importer for WhisperX output with speakers: one JSON file per session, whose segments are the turns.
+
+WhisperX gives a segment the speaker of most of its words; a segment with words of two speakers is split here.
+"""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from data.corpus.config import CorpusConfig
+from data.corpus.issues import Finding
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError, reason
-from data.importers.builder import TurnBuilder
+from data.importers.annotations import silence_annotations, spoken_text
+from data.importers.builder import TurnBuilder, refuse_no_turns
 from data.importers.recordings import set_recordings
 from data.importers.tabular import as_text, read_text
-from data.importers.timestamps import read_time, set_ends
+from data.importers.timestamps import note_order, read_time, set_ends, start_order
 
 
 def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
@@ -27,17 +33,34 @@ def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Cor
     if not paths:
         raise DataError(f"{source}: no JSON files in this folder; give the folder with one file per session")
     builder = TurnBuilder("whisperx", config)
-    conversations = [_conversation(path, builder) for path in paths]
+    files = {path: _segments(path, config.encoding) for path in paths}
+    builder.codes.learn(
+        _code(segment) for segments in files.values() for segment in segments if isinstance(segment, dict)
+    )
+    conversations = []
+    for path, segments in files.items():
+        if segments:
+            conversations.append(_conversation(path, segments, builder))
+        elif len(files) == 1:
+            raise DataError(f"{path.name}:1: no segments; give JSON files of WhisperX and remove those without speech")
+        else:
+            builder.skip_session(path.stem, path.name)
+    refuse_no_turns(conversations, source)
     set_recordings(conversations, audio)
     return builder.corpus(conversations)
 
 
-def _conversation(path: Path, builder: TurnBuilder) -> Conversation:
-    turns = [
-        _turn(path.stem, index, segment, f"{path.name}:segments[{index}]", builder)
-        for index, segment in enumerate(_segments(path, builder.config.encoding))
+def _conversation(path: Path, segments: list[object], builder: TurnBuilder) -> Conversation:
+    parts = [
+        part
+        for index, segment in enumerate(segments)
+        for part in _parts(segment, f"{path.name}:segments[{index}]", path.stem, builder)
     ]
+    order = start_order([as_text(part.content.get("start")) for part in parts], builder.config.time_unit)
+    note_order(order, path.stem, [part.where for part in parts], builder.findings)
+    turns = [_turn(path.stem, index, parts[number], builder) for index, number in enumerate(order)]
     set_ends(turns, builder.findings)
+    silence_annotations(turns, builder.findings)
     return Conversation(path.stem, path.stem, turns)
 
 
@@ -51,17 +74,91 @@ def _segments(path: Path, encoding: str) -> list[object]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}:1: not readable as JSON ({reason(error)}); export it again") from None
     segments = content.get("segments") if isinstance(content, dict) else None
-    if not isinstance(segments, list) or not segments:
+    if not isinstance(segments, list):
         raise DataError(f"{path.name}:1: no segments; give JSON files of WhisperX and remove those without speech")
     return segments
 
 
-def _turn(conversation: str, index: int, segment: object, where: str, builder: TurnBuilder) -> Turn:
+class _Part(NamedTuple):
+    """A segment, or the part of it that one speaker says."""
+
+    content: dict[str, object]
+    where: str
+
+
+def _parts(segment: object, where: str, conversation: str, builder: TurnBuilder) -> list[_Part]:
+    """Return a segment, split where the speaker of its words changes.
+
+    A code of the segment belongs to the longest part of the segment's own speaker.
+    """
     if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
         raise DataError(f"{where}: the segment has no text; export the file again, or remove the segment")
-    speaker, code = as_text(segment.get("speaker")), as_text(segment.get("label"))
-    turn = builder.turn(conversation, str(index), speaker, segment["text"], [code], where)
+    words = segment.get("words")
+    runs = _runs([word for word in words if isinstance(word, dict)] if isinstance(words, list) else [])
+    if len(runs) == 1 and not as_text(segment.get("speaker")):
+        return [_Part({**segment, "speaker": runs[0][0]}, where)]
+    if len(runs) < 2:
+        return [_Part(segment, where)]
+    own = [run for run in runs if run[0] == as_text(segment.get("speaker"))] or runs
+    coded = max(own, key=lambda run: len(run[1]))
+    contents: list[dict[str, object]] = []
+    rest = segment["text"]
+    for number, run in enumerate(runs):
+        speaker, said = run
+        last = number == len(runs) - 1
+        text, rest = (rest, "") if last else _cut_text(rest, [as_text(word.get("word")) for word in said])
+        starts = [word["start"] for word in said if word.get("start") is not None]
+        ends = [word["end"] for word in said if word.get("end") is not None]
+        start = segment.get("start") if number == 0 else next(iter(starts), contents[-1]["end"])
+        end = segment.get("end") if last else (ends or [start])[-1]
+        code = segment.get("label") if run is coded else None
+        contents.append({"start": start, "end": end, "text": text, "speaker": speaker, "label": code})
+    speakers = ", ".join(dict.fromkeys(speaker for speaker, _ in runs))
+    message = f"its words are of {speakers}; it becomes {len(runs)} turns"
+    builder.findings.append(Finding("W_SPEAKERS_SPLIT", where, conversation, message))
+    return [_Part(content, where) for content in contents]
+
+
+def _runs(words: list[dict[str, object]]) -> list[tuple[str, list[dict[str, object]]]]:
+    """Return the words in runs of one speaker; a word without speaker belongs to the one before it."""
+    runs: list[tuple[str, list[dict[str, object]]]] = []
+    waiting: list[dict[str, object]] = []  # before the first word with a speaker
+    for word in words:
+        speaker = as_text(word.get("speaker"))
+        if not speaker and not runs:
+            waiting.append(word)
+        elif not speaker or (runs and runs[-1][0] == speaker):
+            runs[-1][1].append(word)
+        else:
+            runs.append((speaker, [*waiting, word]))
+            waiting = []
+    return runs
+
+
+def _cut_text(text: str, words: list[str]) -> tuple[str, str]:
+    """Return the text up to the last of the words, and the rest; only the words if the text does not contain them."""
+    place = 0
+    for word in words:
+        found = text.find(word.strip(), place)
+        if found < 0:
+            return " ".join(words), text
+        place = found + len(word.strip())
+    return text[:place], text[place:]
+
+
+def _code(segment: dict[str, object]) -> str:
+    """Return the label of a segment as a cell; a list of words is several codes."""
+    label = segment.get("label")
+    if isinstance(label, dict) or (isinstance(label, list) and not all(isinstance(part, str) for part in label)):
+        return json.dumps(label)
+    return as_text(label)
+
+
+def _turn(conversation: str, index: int, part: _Part, builder: TurnBuilder) -> Turn:
+    content, where = part
+    text = spoken_text(str(content["text"]), builder.config)
+    turn = builder.turn(conversation, str(index), as_text(content.get("speaker")), text, [_code(content)], where)
     turn.index = index
-    times = (as_text(segment.get(name)) for name in ("start", "end"))
+    times = (as_text(content.get(name)) for name in ("start", "end"))
     turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
     return turn

@@ -100,11 +100,13 @@ def reasons_not_coded(
     tasks = [TASKS[name] for name in names if TASKS[name].answer != "quality"]
     items = {row for task in tasks for _, row in codable_items(shards, task.name, uses_audio)}
     errors = {finding.utterance: finding.message for finding in findings if finding.code.startswith("E_")}
-    timeless = {finding.utterance: finding.message for finding in findings if finding.code in TIMELESS}
+    timeless = {finding.utterance: finding.message for finding in findings if finding.code in (*TIMELESS, "W_NO_WORDS")}
     for row, utterance in enumerate(columns["id"]):
         candidates = [task for task in tasks if is_item(shards, task, row)]
         if is_rejected(columns["flags"][row].split()):
             reasons[row] = errors.get(utterance, columns["flags"][row])
+        elif row not in items and "W_TEXT_EMPTY" in columns["flags"][row].split():
+            reasons[row] = "the turn has neither text nor audio"
         elif row not in items and any(task.reads == "turn" for task in candidates):
             reasons[row] = "no audio: " + timeless.get(utterance, "the turn has no recording")
         elif row not in items and candidates:

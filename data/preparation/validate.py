@@ -18,6 +18,7 @@ from data.shards.format import fold_split
 Aligner = Callable[[np.ndarray, list[Turn], list[Finding]], None]
 
 TOLERANCE = 0.05  # s; smaller overlaps, and smaller excesses over the recording, are rounding errors
+LATE = 0.5  # s; recognisers end the last turn this much after the recording
 LONG = 30.0  # s
 TIMELESS = ("W_TS_ZERO", "W_TS_OPEN")  # no longer valid if the alignment has set the times
 RARE = 3  # turns; a label with fewer turns that resembles a frequent one may be a typing error
@@ -55,6 +56,7 @@ def check(corpus: Corpus, *, order: bool = True) -> None:
         if JOIN in label:
             raise DataError(f"label {label!r} contains {JOIN!r}, which joins the labels of one turn; rename it")
     _drop_duplicates(corpus)
+    _drop_empty(corpus)
     for conversation in corpus.conversations:
         for turn in conversation.turns:
             _check_label(turn, corpus)
@@ -66,6 +68,7 @@ def check(corpus: Corpus, *, order: bool = True) -> None:
         for turn in conversation.turns:
             if turn.clip is not None and not audio.exists(turn.clip):
                 _reject_all([turn], corpus.findings, "E_AUDIO_MISSING", turn.clip)
+            _check_text(turn, conversation, corpus.findings)
     if not corpus.declared:
         _flag_rare_labels(corpus)
 
@@ -83,7 +86,8 @@ def _drop_duplicates(corpus: Corpus) -> None:
             if first is turn and first_session is conversation:
                 kept.append(turn)
             elif first is turn:
-                message = f"the session is already at {first_session.turns[0].where}, without this turn; merge the two"
+                place = next((turn.where for turn in first_session.turns), first_session.id)
+                message = f"the session is already at {place}, without this turn; merge the two"
                 conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span))
             elif session_id == conversation.id and _equal(first, turn):
                 message = f"is already at {first.where}, with equal content"
@@ -97,6 +101,24 @@ def _drop_duplicates(corpus: Corpus) -> None:
         ids = len({finding.utterance for finding in conflicts})
         advice = f"{ids} id(s) are used for different utterances; make the ids unique, or remove the wrong rows"
         raise build_error(conflicts, advice)
+
+
+def _drop_empty(corpus: Corpus) -> None:
+    """Drop sessions without turns."""
+    for conversation in corpus.conversations:
+        if not conversation.turns:
+            message = "the session has no turns"
+            corpus.findings.append(Finding("W_SESSION_EMPTY", conversation.id, conversation.id, message))
+    corpus.conversations = [conversation for conversation in corpus.conversations if conversation.turns]
+
+
+def _check_text(turn: Turn, conversation: Conversation, findings: list[Finding]) -> None:
+    """Take the label from a turn that has nothing to read and nothing to hear, so it is no example."""
+    audible = turn.audio is not None or turn.clip is not None
+    audible = audible or (conversation.recording is not None and turn.span is not None)
+    if turn.label is not None and not turn.text and not audible:
+        flag(turn, findings, "W_TEXT_EMPTY", "the turn has neither text nor audio")
+        turn.label = None
 
 
 def _equal(first: Turn, second: Turn) -> bool:
@@ -289,11 +311,13 @@ def _cut(turn: Turn, recording: audio.Recording, channel: int, findings: list[Fi
     assert turn.end is not None
     whole, times = (0.0, recording.duration), f"{_format_span(turn)}, recording {recording.duration:.2f} s"
     late = turn.end - recording.duration
-    if late > TOLERANCE:
+    if late > LATE:
         reject(turn, findings, "E_TS_RANGE", f"ends {late:.2f} s after the recording ({times})", whole)
         return
     if late > 0:
         flag(turn, findings, "W_TS_CLAMPED", f"ends {1000 * late:.0f} ms after the recording ({times})", whole)
+    if late > TOLERANCE:  # a smaller excess is a rounding error, and the time is stored as it is
+        turn.end = recording.duration
     if channel >= len(recording.pcm):
         message = f"the {turn.speaker} is expected on channel {channel}, but the file has {len(recording.pcm)}"
         reject(turn, findings, "E_AUDIO_MISSING", message, whole)

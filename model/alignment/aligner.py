@@ -30,7 +30,7 @@ WILDCARD_COST = 0.1  # nats per frame below the model's best token: spelled word
 MARGIN = 0.02  # seconds added on both sides: models emit a token after the onset of its sound and end it early
 TIE = 1e-6  # nats
 
-_NOT_SPOKEN = re.compile(r"\[[^\]]*\]")  # "[laughs]", "[inaudible 00:02:46]"
+_NOT_SPOKEN = re.compile(r"\[[^\]]*\]|<[^<>]*>")  # "[laughs]", "[inaudible 00:02:46]", "<sync>"
 _BETWEEN_WORDS = re.compile(r"[\s/\u2013\u2014-]+")  # dashes are pauses
 _WILDCARD: tuple[int, ...] = ()  # in place of a word
 
@@ -146,7 +146,7 @@ def spoken_words(text: str, ctc: CTCModel) -> list[Word]:
     """Return the tokens of each word, in the case of the model's tokens.
 
     Characters that the model lacks are left out. Words that it cannot spell at all, and figures (it is not known how
-    they were spoken) become wildcards; remarks in square brackets and loose punctuation are no words.
+    they were spoken) become wildcards; remarks in brackets and loose punctuation are no words.
     """
     text = _NOT_SPOKEN.sub(" ", text.replace("\u2019", "'"))
     words = [word for word in _BETWEEN_WORDS.split(text) if any(map(str.isalnum, word))]

@@ -30,6 +30,7 @@ from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import available_device, configure_process
 
 TABLE, PAGE = "predictions.csv", "transcript.html"
+_MOST_REASONS = 5  # in one message; the table lists the reason of every turn
 
 
 def predict_sessions(
@@ -76,18 +77,18 @@ def predict_sessions(
     with tempfile.TemporaryDirectory() as temporary:
         shards = prepare_sessions(corpus, Path(temporary) / "shards", settings, align, run)
         say("coding")
-        codings = _code(folder, exported, shards)
+        codings = _code(folder, exported, shards, audio)
         with new_folder(out) as unfinished:
             (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
             (unfinished / PAGE).write_text(transcript_html(codings, title, shards), encoding="utf-8")
     return codings
 
 
-def _code(folder: Path, exported: peft_export.Exported, shards: Shards) -> list[Coding]:
+def _code(folder: Path, exported: peft_export.Exported, shards: Shards, audio: Path | None) -> list[Coding]:
     """Code what the model can code, and give the reason for every other turn."""
     config = _config(folder, shards)
     uses_audio, tasks = config.model.uses_audio, list(exported.tasks)
-    if uses_audio and not has_audio(shards):
+    if uses_audio and audio is None and not has_audio(shards):
         raise UserError(
             f"{folder}: the model needs audio (model.modality {config.model.modality}), and these sessions have none; "
             "give the folder of recordings with --audio, and times within them"
@@ -111,12 +112,20 @@ def _code(folder: Path, exported: peft_export.Exported, shards: Shards) -> list[
 
 
 def _nothing_to_code(shards: Shards, reasons: Mapping[str, str]) -> UserError:
+    """Return an error with every reason, how many turns have it, and where the first of them is."""
     columns = shards.columns
-    row = next((row for row, name in enumerate(columns["id"]) if name in reasons), 0)
-    why = reasons.get(columns["id"][row], "no turn has a recording")
-    return UserError(
-        f"{columns['where'][row]}: none of the {len(columns['id'])} turns can be coded; this one because: {why}"
-    )
+    places: dict[str, list[str]] = {}
+    for row, name in enumerate(columns["id"]):
+        places.setdefault(reasons.get(name, "no turn has a recording"), []).append(columns["where"][row])
+    first = next(iter(places.values()))[0]
+    if len(places) == 1:
+        why = f"this one because: {next(iter(places))}"
+    else:
+        ranked = sorted(places.items(), key=lambda item: -len(item[1]))
+        counted = [f"{len(wheres)} x {reason} ({wheres[0]})" for reason, wheres in ranked[:_MOST_REASONS]]
+        more = f" and {len(ranked) - _MOST_REASONS} more reasons" if len(ranked) > _MOST_REASONS else ""
+        why = "; ".join(counted) + more
+    return UserError(f"{first}: none of the {len(columns['id'])} turns can be coded; {why}")
 
 
 def _config(folder: Path, shards: Shards) -> ResolvedConfig:

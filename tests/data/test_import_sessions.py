@@ -128,3 +128,83 @@ def test_mi_tags_turn_without_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(CODED + "one,t,a,q,ann\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"^s\.csv:2: turn 'one' is not a whole number"):
         read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())
+
+
+PUBLISHED = "id,Video Title,Turn,Speaker,Text,Code,Annotator,Normalized Turn\n"
+
+
+@pytest.mark.parametrize("header", [PUBLISHED, PUBLISHED.lower(), PUBLISHED.upper()])
+def test_mi_tags_as_published_has_a_session_per_video(header: str, tmp_path: Path) -> None:
+    """Turns of different videos have equal numbers, and some have several annotators."""
+    rows = "1,A,0,T,hi,Q,A1,0\n2,A,0,T,hi,R,A2,0\n3,A,1,C,ho,CT,Expert,1\n4,B,0,T,hey,Q,A1,0\n"
+    (tmp_path / "s.csv").write_text(header + rows, encoding="utf-8")
+    corpus = read_mi_tags(tmp_path / "s.csv", None, CorpusConfig())
+    assert [(one.id, [turn.text for turn in one.turns]) for one in corpus.conversations] == [
+        ("A", ["hi", "ho"]),
+        ("B", ["hey"]),
+    ]
+    assert corpus.conversations[0].turns[0].votes == {"q": 1, "r": 1}
+
+
+def test_session_without_turns_is_left_out_with_a_finding(tmp_path: Path) -> None:
+    for folder, read, suffix, full, empty in (
+        ("w", read_whisperx, ".json", '{"segments": [{"text": "a", "speaker": "SPEAKER_00"}]}', '{"segments": []}'),
+        ("d", read_daic, "_TRANSCRIPT.csv", DAIC, DAIC.partition("\n")[0]),
+        ("m", read_mi_tags, ".csv", CODED + "0,t,a,q,ann\n", CODED),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"a{suffix}").write_text(full, encoding="utf-8")
+        (tmp_path / folder / f"b{suffix}").write_text(empty, encoding="utf-8")
+        corpus = read(tmp_path / folder, None, ROLES)
+        assert [one.id for one in corpus.conversations] == ["a"]
+        found = [(one.code, one.utterance) for one in corpus.findings if one.code != "W_TS_OPEN"]
+        assert found == [("W_SESSION_EMPTY", "b")]
+
+
+def word(text: str, speaker: str = "", start: float | None = None) -> dict[str, object]:
+    times = {} if start is None else {"start": start, "end": start + 0.4}
+    return {"word": text, **times, **({"speaker": speaker} if speaker else {})}
+
+
+def test_segment_of_two_speakers_is_split_at_the_word(tmp_path: Path) -> None:
+    """A word without speaker or times, such as a number, belongs to the one before it."""
+    words = [word("So,", "SPEAKER_00", 0.0), word("2014,"), word("then?", "SPEAKER_00", 1.0)]
+    words += [word("Yes", "SPEAKER_01", 1.5), word("I", "SPEAKER_01", 2.0), word("do.", "SPEAKER_01")]
+    mixed = {"start": 0.0, "end": 3.0, "text": " So, 2014, then? Yes I do.", "speaker": "SPEAKER_01", "words": words}
+    alone = {"start": 4.0, "end": 5.0, "text": " Good.", "words": [word("Good.", "SPEAKER_00", 4.0)]}
+    whisper(tmp_path / "a.json", {**mixed, "label": "change"}, alone)
+    corpus = read_whisperx(tmp_path / "a.json", None, ROLES)
+    (conversation,) = corpus.conversations
+    assert [(turn.id, turn.speaker, turn.text, turn.span, turn.label) for turn in conversation.turns] == [
+        ("a/0", "therapist", "So, 2014, then?", (0.0, 1.4), None),
+        ("a/1", "client", "Yes I do.", (1.5, 3.0), "change"),
+        ("a/2", "therapist", "Good.", (4.0, 5.0), None),
+    ]
+    assert [(one.code, one.where) for one in corpus.findings] == [("W_SPEAKERS_SPLIT", "a.json:segments[0]")]
+
+
+def test_segments_are_sorted_by_start(tmp_path: Path) -> None:
+    late, early = ({"start": start, "end": start + 1, "text": f"{start}", "speaker": "SPEAKER_00"} for start in (5, 1))
+    whisper(tmp_path / "a.json", late, early)
+    corpus = read_whisperx(tmp_path / "a.json", None, ROLES)
+    assert [(turn.id, turn.start) for turn in corpus.conversations[0].turns] == [("a/0", 1), ("a/1", 5)]
+    assert [one.code for one in corpus.findings] == ["W_TS_SORTED"]
+
+
+def test_annotations_are_no_words(tmp_path: Path) -> None:
+    """A turn with nothing else has no audio; the settings may keep them in the text."""
+    rows = "start_time\tstop_time\tspeaker\tvalue\n0\t1\tEllie\t<sync>\n1\t2\tParticipant\t<laughter> i see [noise]\n"
+    (tmp_path / "300_TRANSCRIPT.csv").write_text(rows + "2\t3\tEllie\ti_intro (hi there)\n", encoding="utf-8")
+    corpus = read_daic(tmp_path, None, CorpusConfig())
+    (conversation,) = corpus.conversations
+    assert [(turn.text, turn.end) for turn in conversation.turns] == [
+        ("", None),
+        ("i see", 2),
+        ("i_intro (hi there)", 3),
+    ]
+    assert [(one.code, one.utterance) for one in corpus.findings] == [("W_NO_WORDS", "300/0")]
+    kept = read_daic(tmp_path, None, CorpusConfig(annotations="keep"))
+    assert [turn.text for turn in kept.conversations[0].turns][:2] == ["<sync>", "<laughter> i see [noise]"]
+    assert [one.code for one in kept.findings] == ["W_NO_WORDS"]
+    with pytest.raises(DataError, match="is a file, but the format reads a folder"):
+        read_daic(tmp_path / "300_TRANSCRIPT.csv", None, CorpusConfig())

@@ -178,7 +178,7 @@ def test_header_without_rows_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, maker in MAKERS.items() if maker.column])
 def test_missing_column_is_named_with_the_nearest(name: str, tmp_path: Path) -> None:
-    maker, near = MAKERS[name], MAKERS[name].column.title()
+    maker, near = MAKERS[name], MAKERS[name].column[:-1]
     files = {file: content.replace(maker.column, near) for file, content in maker.files(DIALOGUES).items()}
     message = rf":1: missing column\(s\) {maker.column} \(did you mean {near}\?\); the file has "
     with pytest.raises(DataError, match=message) as error:

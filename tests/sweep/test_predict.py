@@ -194,7 +194,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
         ("missing.csv: cannot be read", (text, "--csv", "missing.csv")),
         ("empty.csv: no rows", (text, "--csv", "empty.csv")),
         (
-            "strangers.csv:2: none of the 2 turns can be coded; this one because: speaker 'A' has no role",
+            "strangers.csv:2: none of the 2 turns can be coded; 1 x speaker 'A' has no role",
             (text, "--csv", "strangers.csv"),
         ),
         (
@@ -207,6 +207,17 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
             (text, "--csv", "new.csv", "--set", "columns.texxt=a"),
         ),
     ]
+    segments = [{"start": 0, "end": 1, "text": "hi"}, {"start": 1, "end": 2, "text": "ho", "speaker": "X"}]
+    (work / "s.json").write_text(json.dumps({"segments": segments}))
+    (work / "sounds").mkdir()
+    soundfile.write(work / "sounds" / "s.wav", [0.1] * SAMPLE_RATE * 2, SAMPLE_RATE)
+    cases.append(
+        (  # a model of speech, and the recording is given: it is not the audio that is missing
+            "s.json:segments[0]: none of the 2 turns can be coded; 1 x the turn has no speaker (s.json:segments[0]); "
+            "1 x speaker 'X' has no role",
+            (speech, "--csv", "s.json", "--format", "whisperx", "--audio", "sounds"),
+        )
+    )
     for message, words in cases:
         out = () if "--out" in words else ("--out", "o")
         assert refused(work, "predict", *words, *out).startswith(message), message
