@@ -17,6 +17,7 @@ from data.corpus.schema import JOIN
 MISSING = frozenset("nan none null n/a na <na> #n/a #na nat nil -nan - -- ? . undefined".split()) | {"", "#n/a n/a"}
 # The same in texts and names, where "none" or "na" may be a word.
 MISSING_TEXT = frozenset("nan NaN <NA> #N/A NULL null NaT -nan undefined".split())
+MISSING_NAME = MISSING_TEXT | {"None", "none", "N/A", "n/a"}
 SEPARATORS = ";,/+&\n\t"
 _MARKS = ";\n\t"  # they are in no name of a code
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")

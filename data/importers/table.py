@@ -8,6 +8,7 @@ from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
 from data.importers.builder import TurnBuilder
+from data.importers.cells import MISSING, MISSING_NAME, clean_code
 from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, same_stem, set_recordings
 from data.importers.tabular import Row, agreed, by_conversation, read_rows
 from data.importers.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
@@ -119,8 +120,10 @@ def _conversation(name: str, rows: list[Row], audio: Path | None, builder: TurnB
         name,
         agreed(rows, columns.video) or name,
         turns,
-        quality=quality and quality.lower(),
-        people=tuple(dict.fromkeys(row[columns.person] for row in rows if row[columns.person])),
+        quality=None if quality is None or clean_code(quality) in MISSING else quality.lower(),
+        people=tuple(
+            dict.fromkeys(person for row in rows if (person := row[columns.person]) and person not in MISSING_NAME)
+        ),
         split=split and split.lower(),
     )
 
@@ -129,8 +132,9 @@ def _in_order(conversation: str, utterances: list[list[Row]], key: str | None, b
     """Return the utterances in the order of their turn numbers, else of their starts, else as they are."""
     columns, first = builder.config.columns, [votes[0] for votes in utterances]
     number = next((name for name in TURN_NUMBERS if name in first[0].cells), None)
-    if number is not None and all(re.fullmatch(NUMBER, row[number]) for row in first):
-        order = sorted(range(len(first)), key=lambda row: float(first[row][number]))
+    numbers = [float(row[number]) for row in first if re.fullmatch(NUMBER, row[number])]
+    if len(set(numbers)) == len(first):  # else they count something else, such as the turns of a speaker
+        order = sorted(range(len(first)), key=numbers.__getitem__)
     elif columns.start is not None:
         order = start_order([row[columns.start] for row in first], builder.config.time_unit)
     else:
@@ -162,6 +166,7 @@ def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None
     turn = builder.turn(conversation, utterance, first[columns.speaker], first[columns.text], codes, first.where)
     times = (first[columns.start], first[columns.end])
     turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
-    if audio is not None and first[columns.clip] and not is_rejected(turn.flags):
+    has_clip = first[columns.clip] and first[columns.clip] not in MISSING_NAME
+    if audio is not None and has_clip and not is_rejected(turn.flags):
         turn.clip = same_stem(inside(audio, first[columns.clip], first.where))
     return turn

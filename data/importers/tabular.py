@@ -16,7 +16,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError, Finding
 from data.corpus.schema import JOIN
 from data.errors import DataError, listed, reason
-from data.importers.cells import MISSING_TEXT, clean_name, column_key
+from data.importers.cells import MISSING_NAME, clean_name, column_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -207,21 +207,21 @@ def by_conversation(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
     sessions: dict[str, list[Row]] = {}
     for row in rows:
         name = row.need(column)
-        if name in MISSING_TEXT:
+        if name in MISSING_NAME:
             raise DataError(f"{row.where}: {column} is {name!r}, a missing value; fill it in, or remove the row")
         sessions.setdefault(names.setdefault(clean_name(name), name), []).append(row)
     return sessions
 
 
 def agreed(rows: Iterable[Row], column: str | None, code: str = "") -> str | None:
-    """Return the value of a column that is the same in all rows of a session, ignoring case; None if all are empty.
+    """Return the value of a column that is the same in all rows of a session, ignoring case; None if all are missing.
 
     Raises:
         DataError: two rows have different values; a BuildError if a `code` of findings is given.
     """
     first: Row | None = None
     for row in rows:
-        if not row[column]:
+        if not row[column] or row[column] in MISSING_NAME:
             continue
         first = first or row
         if clean_name(row[column]).lower() != clean_name(first[column]).lower():

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from data.corpus.issues import Finding
 from data.corpus.schema import Turn, flag, is_rejected, reject
+from data.importers.cells import MISSING, clean_code
 
 UNITS = {"s": (1, 1), "ms": (1, 1000), "d": (86_400, 1)}  # factor and divisor to seconds; Excel stores times in days
 _DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,(?:\d{1,2}|\d{4,})|0\d*,\d+)")
@@ -19,7 +20,7 @@ _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?")
 def read_time(
     stamp: str, turn: Turn, findings: list[Finding], unit: str = "s", usual: re.Pattern[str] = USUAL
 ) -> float | None:
-    """Return the seconds of a time, a plain number or [HH:]MM:SS[.fff]; None if it is empty or cannot be parsed.
+    """Return the seconds of a time, a plain number or [HH:]MM:SS[.fff]; None if it is missing or cannot be parsed.
 
     Args:
         stamp: the time as written.
@@ -29,7 +30,7 @@ def read_time(
         usual: the usual format; a time of another format is flagged (W_TS_FORMAT).
     """
     stamp = stamp.strip()
-    if not stamp:
+    if clean_code(stamp) in MISSING:
         return None
     seconds = _seconds(stamp, unit)
     if seconds is None:

@@ -92,6 +92,9 @@ def _drop_duplicates(corpus: Corpus) -> None:
             elif session_id == conversation.id and _equal(first, turn):
                 message = f"is already at {first.where}, with equal content"
                 corpus.findings.append(Finding("W_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
+            elif first_session is not conversation:
+                message = f"the session is already at {first.where}, with other content; rename one of the two sessions"
+                conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))
             else:
                 message = f"is already at {first.where}, with different content"
                 conflicts.append(Finding("F_DUPLICATE", turn.where, turn.id, message, turn.span, first.span))

@@ -301,3 +301,25 @@ def test_renamed_recording_is_found_beside(tmp_path: Path) -> None:
     text = f"{HEADER},file\na,c,x,q,0,1,x.aiff\n"
     corpus = read(tmp_path, text, audio=tmp_path, columns={"recording": "file"})
     assert corpus.conversations[0].recording == tmp_path / "x.aif"
+
+
+def test_turn_numbers_of_a_speaker_are_no_order(tmp_path: Path) -> None:
+    text = f"{HEADER},turn\na,t,one,q,0,1,1\na,t,three,q,4,5,2\na,c,two,r,2,3,1\na,c,four,r,6,7,2\n"
+    corpus = read(tmp_path, text, columns={"start": "start"})
+    assert [turn.text for turn in turns(corpus)] == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "N/A"])
+def test_missing_properties_of_sessions_are_no_names(word: str, tmp_path: Path) -> None:
+    """Sessions of the video "nan" would all be in one split, and "nan" would be a quality."""
+    head = "conversation,speaker,text,label,video,person,quality,split,start,end,file,clip"
+    text = f"{head}\na,c,x,q,{word},{word},{word},{word},0,{word},{word},{word}\nb,c,y,q,{word},p,high,train,0,1,,\n"
+    names = "video person quality split start end clip".split()
+    (tmp_path / "b.wav").touch()
+    columns = {"recording": "file", **{name: name for name in names}}
+    first, second = read(tmp_path, text, columns=columns).conversations
+    assert (first.group, first.people, first.quality, first.split) == ("a", (), None, None)
+    assert (second.group, second.people, second.quality, second.split) == ("b", ("p",), "high", "train")
+    assert [(turn.start, turn.end, turn.flags) for turn in first.turns] == [(0, None, ("W_TS_OPEN",))]
+    columns.pop("clip")
+    assert read(tmp_path, text, audio=tmp_path, columns=columns).conversations[0].recording == tmp_path / "a.wav"

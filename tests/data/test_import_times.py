@@ -22,7 +22,7 @@ def turn(number: int, start: float | None = None, end: float | None = None) -> T
             (),
         ),
         ("00:00:010|00:00:13,5|000:01:00", [10, 13.5, 60], ("W_TS_FORMAT",)),
-        ("soon|00:60:00|00:00:61|1,234|nan|inf|1e999|1_0|1:2:3:4|1e7|99999:00:00", [None] * 11, ("E_TS_FORMAT",)),
+        ("soon|00:60:00|00:00:61|1,234|inf|1e999|1_0|1:2:3:4|1e7|99999:00:00", [None] * 10, ("E_TS_FORMAT",)),
     ],
     ids=["usual", "odd", "unreadable"],
 )
@@ -38,7 +38,7 @@ def test_times_are_parsed_and_flagged(stamps: str, times: list[float | None], fl
 
 def test_empty_time_is_none_and_units_may_be_milliseconds() -> None:
     findings: list[Finding] = []
-    assert read_time("  ", turn(0), findings) is None
+    assert [read_time(word, turn(0), findings) for word in ("  ", "nan", "NaT", "None", "n/a")] == [None] * 5
     assert read_time("1500", turn(0), findings, "ms") == 1.5
     assert read_time("00:02", turn(0), findings, "ms") == 2.0
     assert read_time("13", turn(0), findings, usual=re.compile("..:..:..")) == 13.0

@@ -324,6 +324,16 @@ def test_session_in_two_files_fails(tmp_path: Path) -> None:
         prepare(corpus, tmp_path / "shards")
 
 
+def test_two_files_of_one_session_name_both(tmp_path: Path) -> None:
+    for part in range(2):
+        (tmp_path / f"{part}.csv").write_text(f"conversation,turn,speaker,text,code\nc0,1,T,words {part},x\n")
+    corpus = IMPORTERS["mi-tags"].read(tmp_path, None, CorpusConfig())
+    with pytest.raises(
+        DataError, match=r"1\.csv:2, c0/1: the session is already at 0\.csv:2, .* rename one of the two"
+    ):
+        prepare(corpus, tmp_path / "shards")
+
+
 def test_wrong_encoding_fails_with_byte_and_line(tmp_path: Path, world: World) -> None:
     def spoil(folder: Path) -> None:
         path = folder / "corpus.csv"
