@@ -64,6 +64,11 @@ class LoraSettings(Section):
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that are adapted, or all-linear."
     )
+    init_from: str | None = Field(
+        None,
+        description="Folder of a PEFT adapter (adapter_config.json and weights) that LoRA starts from; rank, scale and "
+        "targets must be those of the adapter.",
+    )
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -72,6 +77,12 @@ class LoraSettings(Section):
 
     rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(rank) instead (arXiv 2312.03732).")
     dora: bool = Field(False, description="Learn the magnitude and the direction separately (arXiv 2402.09353).")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        ratio = self.alpha_ratio or self.alpha / self.rank
+        return ratio * self.rank**0.5 if self.rslora else ratio
 
 
 class LLMConfig(Section):
@@ -183,6 +194,10 @@ class ModelConfig(Section):
             problems.append(
                 f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.window "
                 f"({self.adapter.window}), so frames would be skipped; lower it"
+            )
+        if self.lora.init_from is not None and not self.lora.enabled:
+            problems.append(
+                f"model.lora.init_from: {self.lora.init_from} has no effect with model.lora.enabled=false; remove one"
             )
         if not self.patterns:
             problems.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")

@@ -59,7 +59,8 @@ def check_loaded(model: nn.Module, loaded: set[str]) -> None:
     for name, parameter in model.named_parameters():
         if part_of(name) in NEW_PARTS and not parameter.requires_grad and name not in loaded:
             part = part_of(name)
-            source = "model.adapter.init_from or model.init_from" if part == "adapter" else "model.init_from"
+            own = {"adapter": "model.adapter.init_from or ", "lora": "model.lora.init_from or "}
+            source = f"{own.get(part, '')}model.init_from"
             without = {"lora": "model.lora.enabled=false", "tokens": "model.cls=none and model.end_of_audio=none"}
             alternative = f", or leave it out with {without[part]}" if part in without else ""
             raise ConfigError(

@@ -15,6 +15,7 @@ def run_sweep(
     trials: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
+    allow_other_base: bool = False,
 ) -> "Outcome":
     """Start, resume or extend a sweep, as `sweep run` does, from a script or a notebook.
 
@@ -27,6 +28,7 @@ def run_sweep(
         trials: total number of trials; a larger number extends a finished sweep.
         out: folder of the sweep; runs/<name> by default.
         progress: whether to print the progress.
+        allow_other_base: resume a sweep although a base model has changed since it was started.
 
     Raises:
         UserError: the settings, the corpus or a model cannot be used. How else a sweep ends, the outcome says.
@@ -44,4 +46,5 @@ def run_sweep(
     )
     from sweep.runner import run  # imports torch, Ray and MLflow
 
-    return run(loaded, Path(out or f"runs/{loaded.name}"), ConsoleListener() if progress else None)
+    folder, listener = Path(out or f"runs/{loaded.name}"), ConsoleListener() if progress else None
+    return run(loaded, folder, listener, allow_other_base=allow_other_base)

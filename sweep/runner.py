@@ -21,9 +21,12 @@ from optuna.exceptions import StorageInternalError
 
 from data.errors import UserError, reason
 from data.loading.tasks import answer_problems
+from model.checkpoints.base_files import base_models
+from model.checkpoints.fingerprint import Bases, write_bases
 from sweep.analysis.results import progress
 from sweep.config.diff import claim_folder, continued
 from sweep.config.files import write
+from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, missing, resolve
 from sweep.config.schema import Config
@@ -39,13 +42,13 @@ from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
-from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.preflight.checks import check_bases, resolve_inputs, skeleton, study_bases
 from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
 from sweep.preflight.plan import format_estimate, make_plan
 from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
-from sweep.search.study import StudyStore, TrialRecord, best_first
+from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.tracker import Tracker, is_sent, server_has_all
@@ -138,7 +141,14 @@ class Outcome:
         return f"<p>{html.escape(self.message)}</p><table>{table}</table>"
 
 
-def run(config: Config, folder: Path, listener: Listener | None = None, stop: StopRequest | None = None) -> Outcome:
+def run(
+    config: Config,
+    folder: Path,
+    listener: Listener | None = None,
+    stop: StopRequest | None = None,
+    *,
+    allow_other_base: bool = False,
+) -> Outcome:
     """Start, resume or extend a sweep.
 
     Args:
@@ -146,13 +156,15 @@ def run(config: Config, folder: Path, listener: Listener | None = None, stop: St
         folder: of the sweep; created if it does not exist.
         listener: receives the progress; None: nothing is shown.
         stop: whether the sweep was asked to stop; None: signals ask it while this function runs.
+        allow_other_base: resume or extend a sweep whose base models have changed since it was started.
 
     Raises:
         UserError: the settings, the corpus or a model cannot be used; a new sweep leaves nothing behind.
     """
     with contextlib.ExitStack() as stack:
         try:
-            return _run(config, folder, listener or Silent(), stop or stack.enter_context(StopRequest()))
+            stop = stop or stack.enter_context(StopRequest())
+            return _run(config, folder, listener or Silent(), stop, allow_other_base)
         except SweepAbortedError as error:
             code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE
             message = f"{error}; the sweep was stopped, rerun the same command to resume ({folder})"
@@ -169,13 +181,13 @@ def run(config: Config, folder: Path, listener: Listener | None = None, stop: St
     return Outcome("unfinished" if code == ExitCode.UNFINISHED else "failed", code, message, config, folder)
 
 
-def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) -> Outcome:
+def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, allow_other_base: bool) -> Outcome:
     """Do the work of `run`, which handles what is raised."""
     server, resolved = tracking_uri(folder), None
     # A new sweep leaves nothing behind if its inputs are bad. The inputs of an existing one are only checked if
     # something is left to do.
     if not (folder / "config.yaml").exists():
-        resolved = check_inputs(config, listener)
+        resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name)
     with hold(folder, say=listener.say) as lease, _mirror(config, folder, listener, stop) as mirror:
 
@@ -190,9 +202,9 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest) ->
         claim_folder(config, folder)
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
-        runner, sent = SweepRunner(config, folder, listener, check, stop), True
+        runner, sent = SweepRunner(config, folder, listener, check, stop, allow_other_base), True
         if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
-            resolved = resolved or check_inputs(config, listener)
+            resolved = resolved or check_inputs(config, listener, allow_other_base)
             with listener.running(config, folder):
                 sent = runner.run(resolved)
         trials, best = runner.study.trials(), runner.study.best()
@@ -232,16 +244,17 @@ def _mirror(config: Config, folder: Path, listener: Listener, stop: StopRequest)
                 listener.warn(f"the mirror lacks some files ({mirror.error}); rerun the same command")
 
 
-def check_inputs(config: Config, listener: Listener) -> ResolvedConfig:
+def check_inputs(config: Config, listener: Listener, allow_other_base: bool = False) -> ResolvedConfig:
     """Create built-in inputs that are missing, check corpus and models, and return the resolved configuration.
 
     Raises:
         UserError: see `resolve_inputs`.
     """
+    check_bases(config)  # first of all, since it is cheap
     if new := missing(config):
         listener.say(f"creating {', '.join(new)}: once, then cached")
     with listener.status("checking corpus and models"):
-        resolved = resolve_inputs(config)
+        resolved = resolve_inputs(config, allow_other_base)
         listener.checked(resolved)
     return resolved
 
@@ -255,24 +268,34 @@ class SweepRunner:
         listener: receives the progress.
         check: raises LeaseLostError when another process has taken the sweep over.
         stop: whether the sweep was asked to stop.
+        allow_other_base: see `run`.
     """
 
     def __init__(
-        self, config: Config, folder: Path, listener: Listener, check: Callable[[], object], stop: StopRequest
+        self,
+        config: Config,
+        folder: Path,
+        listener: Listener,
+        check: Callable[[], object],
+        stop: StopRequest,
+        allow_other_base: bool = False,
     ) -> None:
         self.config, self.folder = config, folder.absolute()
         self.listener, self.check, self.stop = listener, check, stop
         self.study = StudyStore.open(self.folder, config)
         self.cache = cache_folder(config, self.folder)
+        self.allow_other_base = allow_other_base
+        self.bases: StudyBases = {}  # of this run
 
     def run(self, resolved: ResolvedConfig) -> bool:
         """Run the trials that are left while MLflow follows them, and return whether MLflow has all results.
 
         Raises:
-            UserError: the sweep was started on another corpus.
+            UserError: the sweep was started on another corpus or another base model.
         """
         say, shards = self.listener.say, open_shards(resolved)
-        if note := self.study.bind(shards.fingerprint, code_version()):
+        self.bases = study_bases(self.config)
+        if note := self.study.bind(shards.fingerprint, code_version(), self.bases, self.allow_other_base):
             say(note)
         save_corpus_notes(self.folder, answer_problems(shards, list(self.config.tasks.active())))
         for trial in self.study.failed_outside():
@@ -356,6 +379,9 @@ class SweepRunner:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.for_trial(values)
+        bases = self._bases(config)
+        if bases:
+            self.study.start(number, bases)
         trial = resolve(config)
         shards = open_shards(trial)  # the trial may be on another fold than the sweep
         write(with_class_weights(config, shards), folder / "config.yaml")
@@ -363,7 +389,24 @@ class SweepRunner:
         cached = cached_folders(trial, self.cache)
         mark_used(cached)
         features, teacher_logits = (None if path is None else str(path) for path in cached)
-        return TrialJob(str(folder), trial.model_dump_json(), choose_reader(resolved), features, teacher_logits)
+        return TrialJob(
+            str(folder),
+            trial.model_dump_json(),
+            choose_reader(resolved),
+            features,
+            teacher_logits,
+            write_bases(bases),
+            self.allow_other_base,
+        )
+
+    def _bases(self, config: Config) -> Bases:
+        """Return the base models of a trial, as they were when this run began."""
+        settings = flat(config)
+        return {
+            setting: self.bases[setting][settings[setting]]
+            for setting, *_ in base_models(config.model)
+            if settings[setting] in self.bases.get(setting, {})
+        }
 
 
 def trials_left(config: Config, trials: Sequence[TrialRecord]) -> int:

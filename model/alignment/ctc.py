@@ -29,6 +29,8 @@ from transformers import (
 from data.corpus.audio import MIN_SAMPLES, waveform
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import ConfigError, reason
+from model.checkpoints.base_files import check_model
+from model.checkpoints.fingerprint import file_digest
 
 BLOCK_SECONDS, OVERLAP_SECONDS = 20, 2  # a recording is computed in blocks, with an overlap on both sides
 _PROBES = 20_480, 184_320  # samples; their difference is a multiple of every usual frame
@@ -123,17 +125,17 @@ def identity(path: str) -> str:
     """Return what identifies a model and its weights: the digest of a folder's files, or the commit of an id.
 
     Raises:
-        ConfigError: there is no configuration, or it is not that of a CTC model.
+        ConfigError: a file is missing or damaged, or the configuration is not that of a CTC model.
     """
     _config(path)
+    check_model("align.model", path, "ctc")  # before hours of audio are read
     if not Path(path).is_dir():
         with _loading(path):
             return f"{path}@{Path(str(try_to_load_from_cache(path, 'config.json'))).parent.name}"
     content = hashlib.sha256()
     for file in sorted(Path(path).iterdir()):
         if file.suffix in _FILES:
-            with file.open("rb") as opened:
-                content.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+            content.update(f"{file.name} {file_digest(file)} ".encode())
     return content.hexdigest()
 
 

@@ -1,8 +1,7 @@
 """Checkpoints: the tensors that train and the state of the loop, nothing that the base models' files contain."""
 
-import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from data.atomic import commit, removed_afterwards
 from data.errors import StorageError, UserError, storing
 from model.checkpoints import checksum
 from model.checkpoints.fencing import TrialLock
+from model.checkpoints.fingerprint import BaseIdentity, refuse_other_bases
 
 FILE, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged-{}.pt"
 REMOVE = "remove it to start this trial again"
@@ -48,6 +48,7 @@ class CheckpointState(TypedDict):
     digest: str  # of the tensors
     parents: list[ParentLink]  # the lineage of the trial, oldest first
     files: dict[str, str]  # digests of other files that the model was loaded from, by setting
+    bases: NotRequired[dict[str, dict[str, str | None]]]  # the base models, see `bases_of`; earlier versions had none
     meaning: dict[str, str]  # see `SpeechLLM.meaning`
     attempt: int
 
@@ -81,16 +82,26 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def restore(model: Any, state: CheckpointState) -> None:
-    """Copy a trial's tensors into its model, which must have started from the same parents.
+def bases_of(state: CheckpointState) -> dict[str, BaseIdentity]:
+    """Return the base models that a trial was trained on, by setting; those that the checkpoint does not name lack."""
+    return {setting: BaseIdentity.model_validate(base) for setting, base in state.get("bases", {}).items()}
+
+
+def restore(model: Any, state: CheckpointState, name: str = "the checkpoint") -> None:
+    """Copy a trial's tensors into its model, which must have the same base models and have started from the same
+    parents.
 
     Args:
         model: a SpeechLLM.
         state: the checkpoint of the trial.
+        name: of the checkpoint, for messages.
 
     Raises:
         CheckpointError: see `load_tensors`; or a parent has changed since.
+        OtherBaseError: a base model has changed since, and the model does not allow that.
     """
+    if not model.allow_other_base:
+        refuse_other_bases(name, bases_of(state), model.bases)
     if len(model.parents) != len(state["parents"]):
         raise CheckpointMisfitError(
             f"the checkpoint belongs to another configuration: it started from {len(state['parents'])} earlier trials, "
@@ -107,15 +118,6 @@ def restore(model: Any, state: CheckpointState) -> None:
                 f"{setting}: its file has changed since this trial was started; put the former one back"
             )
     load_tensors(model, state["tensors"])
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Return 16 hex digits of the sha256 of tensors and their names; equal digests mean equal bits."""
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        content.update(name.encode())
-        content.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
 
 
 def save(path: Path, state: CheckpointState, lock: TrialLock | None = None) -> None:

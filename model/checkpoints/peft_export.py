@@ -8,7 +8,7 @@ labels.json           tasks with their labels, roles, corpus
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from data.errors import reason
 from data.loading.tasks import TASKS, AnswerSet
-from model.checkpoints.checkpoint import CheckpointError, ParentLink, digest
+from model.checkpoints.checkpoint import CheckpointError, ParentLink
+from model.checkpoints.fingerprint import BaseIdentity, digest
 from model.compat import lora_parameter_names
 from model.parts import part_of
 
@@ -45,6 +46,7 @@ class ExportSource:
     corpus: str
     fingerprint: str  # of the corpus
     roles: Mapping[str, Sequence[str]]  # the labels of each role
+    bases: Mapping[str, BaseIdentity] = field(default_factory=dict)  # the models that it was trained on, by setting
 
 
 class Exported(BaseModel):
@@ -52,11 +54,12 @@ class Exported(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
-    sweep: str  # these five as in `ExportSource`
+    sweep: str  # these six as in `ExportSource`
     trial: int | None
     corpus: str
     fingerprint: str
     roles: dict[str, tuple[str, ...]]
+    bases: dict[str, BaseIdentity] = {}  # earlier versions wrote none
     tasks: dict[str, Answers]
     meaning: dict[str, str]  # see `SpeechLLM.meaning`
     digest: str  # of all tensors
@@ -83,6 +86,7 @@ class ExportedState(TypedDict):
     digest: str
     meaning: dict[str, str]
     fingerprint: str
+    bases: dict[str, dict[str, str | None]]
 
 
 def is_exported(path: Path | str) -> bool:
@@ -113,7 +117,7 @@ def write(model: Any, folder: Path, source: ExportSource) -> None:
         _write_lora(model, lora, folder / LORA)
     save_file({name: tensor for name, tensor in tensors.items() if name not in lora}, folder / SPEECH)
     answers = {task: Answers(labels=known.labels, counts=known.counts) for task, known in model.tasks.items()}
-    labels = Exported(tasks=answers, meaning=model.meaning(), digest=digest(tensors), **asdict(source))
+    labels = Exported(tasks=answers, meaning=model.meaning(), digest=digest(tensors), **vars(source))
     (folder / LABELS).write_text(labels.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -168,5 +172,10 @@ def load_state(folder: Path) -> ExportedState:
     if digest(tensors) != labels.digest:
         raise CheckpointError(f"{folder}: its weights are not those that {LABELS} describes; {EXPORT_AGAIN}")
     return ExportedState(
-        tensors=tensors, parents=[], digest=labels.digest, meaning=labels.meaning, fingerprint=labels.fingerprint
+        tensors=tensors,
+        parents=[],
+        digest=labels.digest,
+        meaning=labels.meaning,
+        fingerprint=labels.fingerprint,
+        bases={setting: base.model_dump() for setting, base in labels.bases.items()},
     )

@@ -1,13 +1,16 @@
-"""Start the weights of a trial from the checkpoint of an earlier trial, or from an exported model."""
+"""Start the weights of a trial from the checkpoint of an earlier trial, from an exported model or a PEFT adapter."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.errors import listed
+from data.errors import ConfigError, listed
 from model.checkpoints import peft_export
+from model.checkpoints.base_files import check_adapter
 from model.checkpoints.checkpoint import (
     FILE,
     REMOVE,
@@ -17,6 +20,19 @@ from model.checkpoints.checkpoint import (
     ParentLink,
     load,
 )
+from model.checkpoints.fingerprint import BaseIdentity, Bases, refuse_other_bases
+from model.compat import lora_parameter_names
+from model.config import LoraSettings
+from model.parts import part_of
+
+# The base models without which tensors of a part have no meaning.
+BASES_OF_PARTS = {
+    "lora": ("model.llm.path",),
+    "llm": ("model.llm.path",),
+    "tokens": ("model.llm.path",),
+    "adapter": ("model.encoder.path", "model.llm.path"),
+    "encoder": ("model.encoder.path",),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class ParentCheckpoint:
     lineage: list[ParentLink]  # these trials, oldest first, the earlier trial last
     meaning: dict[str, str]  # see `SpeechLLM.meaning`
     fingerprint: str  # of the earlier trial's corpus
+    bases: dict[str, BaseIdentity]  # the base models of the earlier trial, by setting
 
 
 def load_parent(source: str) -> ParentCheckpoint:
@@ -57,7 +74,11 @@ def load_parent(source: str) -> ParentCheckpoint:
         raise CheckpointError(f"model.init_from: {message}") from None
     link = ParentLink(path=str(path.absolute()), digest=state["digest"])
     return ParentCheckpoint(
-        tensors | state["tensors"], [*state["parents"], link], state["meaning"], state["fingerprint"]
+        tensors | state["tensors"],
+        [*state["parents"], link],
+        state["meaning"],
+        state["fingerprint"],
+        {setting: BaseIdentity.model_validate(base) for setting, base in state.get("bases", {}).items()},
     )
 
 
@@ -82,6 +103,28 @@ def check_meaning(parent: ParentCheckpoint, meaning: dict[str, str], parts: set[
                 f"model.init_from: {parent.lineage[-1]['path']} has {part} with {parent.meaning[part]}, and this model "
                 f"with {meaning[part]}; use the settings of that trial"
             )
+
+
+def check_parent_bases(parent: ParentCheckpoint, bases: Bases, parts: set[str]) -> None:
+    """Refuse tensors that were trained on other weights under the path of a base model of this trial.
+
+    Another path is accepted: then it is the configuration that says so.
+
+    Args:
+        parent: that the tensors were loaded from.
+        bases: of this trial, by setting.
+        parts: that were loaded.
+
+    Raises:
+        OtherBaseError: names the base model.
+    """
+    needed = {setting for part in parts for setting in BASES_OF_PARTS[part]}
+    then = {
+        setting: base
+        for setting, base in parent.bases.items()
+        if setting in needed & bases.keys() and base.path == bases[setting].path
+    }
+    refuse_other_bases(f"model.init_from: {parent.lineage[-1]['path']}", then, bases)
 
 
 def match_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,3 +167,49 @@ def load_parent_tensors(
         for name in matched:
             parameters[name].copy_(tensors[name])
     return set(matched), report
+
+
+def load_lora(model: nn.Module, lora: LoraSettings, folder: str) -> Mapping[str, Tensor]:
+    """Copy the tensors of a PEFT adapter into the LoRA layers of a model.
+
+    Args:
+        model: a SpeechLLM with LoRA.
+        lora: its settings.
+        folder: of the adapter, as `PeftModel.save_pretrained` and `sweep export` write it.
+
+    Returns:
+        All parameters of LoRA, by name.
+
+    Raises:
+        ConfigError: see `check_adapter`; or the adapter adapts other layers than the model has.
+    """
+    path = check_adapter(lora, folder)
+    if path.suffix == ".safetensors":
+        stored = load_file(path)
+    else:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {f"llm.{name}": tensor for name, tensor in lora_parameter_names(stored).items()}
+    parameters = {name: tensor for name, tensor in model.named_parameters() if part_of(name) == "lora"}
+    there, here = _layer_names(tensors), _layer_names(parameters)
+    if there != here:
+        raise ConfigError(
+            f"model.lora.init_from: {folder}: adapts {', '.join(there)}, and model.lora.targets adapts "
+            f"{', '.join(here)}; use --set 'model.lora.targets=[{', '.join(there)}]'"
+        )
+    different = sorted(tensors.keys() ^ parameters.keys()) or sorted(
+        name for name, tensor in parameters.items() if tensor.shape != tensors[name].shape
+    )
+    if different:
+        raise ConfigError(
+            f"model.lora.init_from: {folder}: was trained on another LLM: {different[0].removeprefix('llm.')} differs; "
+            "set model.llm.path to that one"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return parameters
+
+
+def _layer_names(names: Iterable[str]) -> list[str]:
+    """Return the names of the layers that LoRA adapts, such as q_proj, from those of its tensors."""
+    return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})

@@ -7,7 +7,6 @@ of an encoder whose upper layers train.
 Legend: F frames, D width of the encoder, T windows of the adapter (or frames, if the adapter does not average).
 """
 
-import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from data.config import DataConfig
@@ -24,7 +24,7 @@ from data.loading import feature_files
 from data.loading.cached_arrays import Arrays, CacheJob, CacheKey, Layout
 from data.loading.examples import load_clip
 from data.shards.dataset import Shards
-from model.checkpoints.fingerprint import model_digest
+from model.checkpoints.fingerprint import derived_digest, identify, model_digest
 from model.config import ModelConfig
 from model.encoders.base import SpeechEncoder
 from model.encoders.loading import load_encoder
@@ -95,15 +95,19 @@ def pooling(model: ModelConfig, layers: int = 0) -> tuple[int, int] | None:
     return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" and not layers else None
 
 
-@functools.lru_cache(maxsize=8)
 def encoder_digest(path: str) -> str:
-    """Return a hash that is equal for encoders that compute the same frames. Reads all weights.
+    """Return a hash that is equal for encoders that compute the same frames. Reads all weights, once.
 
     Raises:
         ConfigError: see `load_encoder`.
     """
-    encoder = inspect.unwrap(load_encoder)(path, "cpu")  # bypass the cache: the encoder may be large
-    return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
+
+    def compute() -> str:
+        encoder = inspect.unwrap(load_encoder)(path, "cpu")  # bypass the cache: the encoder may be large
+        return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
+
+    name = f"encoder, transformers {transformers.__version__}"  # which adds settings to those of the files
+    return derived_digest(name, identify("model.encoder.path", path, "encoder"), compute)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from itself would not be 0.
 Legend: P predicted tokens of an example, V vocabulary, K = min(TOP, V), E width.
 """
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,7 +29,7 @@ from data.loading.examples import Example, read_example
 from data.loading.tasks import Item, items
 from data.loading.teacher_files import TeacherInput, TeacherLogits
 from data.shards.dataset import Shards
-from model.checkpoints.fingerprint import model_digest
+from model.checkpoints.fingerprint import derived_digest, identify, model_digest
 from model.config import ModelConfig
 from model.runtime.numerics import trial_numerics
 from model.speech_llm.language_model import load_llm
@@ -60,15 +60,19 @@ def teacher_key(model: ModelConfig, temperature: float, device: str) -> TeacherK
     return TeacherKey(llm.path, llm_digest(llm.path, llm.dtype), llm.dtype, model.precision, device, temperature)
 
 
-@functools.lru_cache(maxsize=8)
 def llm_digest(path: str, dtype: str) -> str:
-    """Return a hash that is equal for LLMs that compute the same logits. Reads all weights.
+    """Return a hash that is equal for LLMs that compute the same logits. Reads all weights, once.
 
     Raises:
         ConfigError: see `load_llm`.
     """
-    llm = inspect.unwrap(load_llm)(path, dtype, "cpu")  # bypass the cache: the LLM may be large
-    return model_digest(llm.state_dict(), llm.config.to_dict())
+
+    def compute() -> str:
+        llm = inspect.unwrap(load_llm)(path, dtype, "cpu")  # bypass the cache: the LLM may be large
+        return model_digest(llm.state_dict(), llm.config.to_dict())
+
+    name = f"LLM in {dtype}, transformers {transformers.__version__}"  # which adds settings to those of the files
+    return derived_digest(name, identify("model.llm.path", path, "llm"), compute)
 
 
 def teacher_input(builder: PromptBuilder, example: Example) -> TeacherInput:

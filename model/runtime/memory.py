@@ -117,7 +117,8 @@ def cached(load: Load) -> Load:
     """Cache the models that a function of a path, a device and more loads: a search over base models reuses each.
 
     The newest model always stays. Older ones stay while all together take no more than `CACHE_SHARE` of the device's
-    memory; the least recently used one is dropped first, before another model is loaded.
+    memory; the least recently used one is dropped first, before another model is loaded. A folder whose files have
+    changed is loaded again: a process may live longer than the weights it has read.
     """
     models: OrderedDict[tuple[object, ...], nn.Module] = OrderedDict()
     signature = inspect.signature(load)
@@ -125,16 +126,24 @@ def cached(load: Load) -> Load:
     @functools.wraps(load)
     def cached_load(*args: object, **kwargs: object) -> nn.Module:
         (call := signature.bind(*args, **kwargs)).apply_defaults()
-        key = tuple(call.arguments.values())
+        arguments = tuple(call.arguments.values())
+        key = (*arguments, _stamp(call.arguments["path"]))
         if key not in models:
             limit = CACHE_SHARE * capacity(call.arguments["device"])
             while models and (len(models) == CACHE_SIZE or _size_with_another(models.values()) > limit):
                 models.popitem(last=False)
-            models[key] = load(*key)
+            models[key] = load(*arguments)
         models.move_to_end(key)
         return models[key]
 
     return cast(Load, cached_load)
+
+
+def _stamp(path: str) -> tuple[tuple[str, int, int], ...]:
+    """Return names, sizes and times of the files in a folder; nothing for the id of a model."""
+    entries = Path(path).iterdir() if Path(path).is_dir() else ()
+    files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 
 def _size_with_another(models: Iterable[nn.Module]) -> int:

@@ -8,6 +8,7 @@ What follows the prompt embeddings is in `model/objectives/losses.py` (training)
 Legend: B examples, F frames, D width of the encoder, T positions of the sequence, E width of the LLM.
 """
 
+import contextlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,16 @@ from data.loading.batching import Cost, groups
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
 from model.checkpoints import checkpoint
-from model.checkpoints.warm_start import check_meaning, load_parent, load_parent_tensors, match_names
+from model.checkpoints.base_files import base_models
+from model.checkpoints.fingerprint import BaseIdentity, Bases, digest, identify
+from model.checkpoints.warm_start import (
+    check_meaning,
+    check_parent_bases,
+    load_lora,
+    load_parent,
+    load_parent_tensors,
+    match_names,
+)
 from model.config import ModelConfig
 from model.encoders.base import SpeechEncoder
 from model.encoders.frozen_features import FeatureSpec, clip_features, pooling
@@ -56,13 +66,24 @@ class SpeechLLM(nn.Module):
         device: "cpu", "cuda", or "meta" for everything but the weights, to check a configuration and count parameters.
         encodes: whether examples carry clips. If not, they carry cached features, and the weights of a frozen encoder
             are not loaded.
+        bases: what identifies the base models, by setting, as far as it is known; a model with weights identifies them
+            by itself.
+        allow_other_base: accept tensors that were trained on other base models.
 
     Raises:
         ConfigError: a part cannot be loaded, does not fit the other parts, or is frozen without having been loaded.
+        OtherBaseError: `model.init_from` was trained on another base model.
     """
 
     def __init__(
-        self, config: ModelConfig, answers: Mapping[str, AnswerSet], device: str = "cpu", *, encodes: bool = True
+        self,
+        config: ModelConfig,
+        answers: Mapping[str, AnswerSet],
+        device: str = "cpu",
+        *,
+        encodes: bool = True,
+        bases: Bases | None = None,
+        allow_other_base: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -110,6 +131,8 @@ class SpeechLLM(nn.Module):
             if not encodes and "encoder" in map(part_of, trained):  # its upper layers compute
                 self.encoder = shared_view(load_encoder(config.encoder.path, device, config.encoder.dtype))
             self.encoder.set_dropout(config.encoder.dropout)
+        self.bases: dict[str, BaseIdentity] = {**(bases or {}), **({} if device == "meta" else self._identify(encodes))}
+        self.allow_other_base = allow_other_base
         self._load_and_freeze(trained)
         self.augment = (0, 0)  # seed and epoch, from which the SpecAugment masks of all clips follow
 
@@ -120,6 +143,16 @@ class SpeechLLM(nn.Module):
         scale = 1.0 if layer.weight.is_meta else embedding_scale(layer)
         return nn.Parameter((start_E * scale).to(layer.weight.device))
 
+    def _identify(self, encodes: bool) -> dict[str, BaseIdentity]:
+        """Return what identifies the base models, after they were loaded: loading an id may update its files."""
+        found: dict[str, BaseIdentity] = {}
+        for setting, path, part in base_models(self.config):
+            # Where cached features replace the encoder, its weights need not be on this machine.
+            with contextlib.suppress(*(() if encodes or part != "encoder" else (ConfigError,))):
+                if (identity := identify(setting, path, part)) is not None:
+                    found[setting] = identity
+        return found
+
     def _load_and_freeze(self, trained: set[str]) -> None:
         """Load what starts from files, and let the parameters named in `trained` require gradients."""
         config = self.config
@@ -129,16 +162,29 @@ class SpeechLLM(nn.Module):
             names, self.sources["adapter"] = load_adapter(self.adapter, path, config.adapter.init_partial)
             loaded |= {f"adapter.{name}" for name in names}
             if not any(name.startswith("adapter.") for name in trained) and not self.adapter.linear.weight.is_meta:
-                self.files["model.adapter.init_from"] = checkpoint.digest(self.adapter.state_dict())
+                self.files["model.adapter.init_from"] = digest(self.adapter.state_dict())
+        if config.lora.enabled and config.lora.init_from is not None:
+            lora = load_lora(self, config.lora, config.lora.init_from)
+            self.sources["lora"] = config.lora.init_from
+            loaded |= lora.keys()
+            if not lora.keys() & trained and not any(tensor.is_meta for tensor in lora.values()):
+                self.files["model.lora.init_from"] = digest(lora)
         tensors: dict[str, Tensor] = {}
         if config.init_from is not None:
             former = load_parent(config.init_from)
             tensors, self.parents = match_names(self, former.tensors), former.lineage
+            if config.lora.init_from is not None and any(part_of(name) == "lora" for name in tensors):
+                raise ConfigError(
+                    f"model.lora.init_from: {config.lora.init_from}, and model.init_from ({config.init_from}) would "
+                    "start LoRA, too; remove one of them"
+                )
         copy_parameters(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
         if config.init_from is not None:
             names, report = load_parent_tensors(self, tensors, config.init_from, config.init_partial)
             loaded |= names
             check_meaning(former, self.meaning(), {part_of(name) for name in names})
+            if not self.allow_other_base:
+                check_parent_bases(former, self.bases, {part_of(name) for name in names})
             report += f"; trained on corpus {former.fingerprint}"
             self.sources |= {part_of(name): report for name in names}
         self.trained_parts = {part_of(name) for name in trained}
@@ -166,11 +212,9 @@ class SpeechLLM(nn.Module):
     def meaning(self) -> dict[str, str]:
         """Return by part the settings under which its tensors were trained and without which they are useless."""
         adapter, lora = self.config.adapter, self.config.lora
-        ratio = lora.alpha_ratio or lora.alpha / lora.rank
-        scale = ratio * lora.rank**0.5 if lora.rslora else ratio
         return {
             "adapter": f"kind {adapter.kind}, window {adapter.window}, stride {adapter.stride}",
-            "lora": f"scale {scale:.6g}, DoRA {lora.dora}",
+            "lora": f"scale {lora.scale:.6g}, DoRA {lora.dora}",
         }
 
     @property

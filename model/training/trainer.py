@@ -21,7 +21,8 @@ from data.loading.augment import AugmentSeed
 from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
-from model.checkpoints.checkpoint import CheckpointError, CheckpointState, digest, restore, trained_tensors
+from model.checkpoints.checkpoint import CheckpointError, CheckpointState, restore, trained_tensors
+from model.checkpoints.fingerprint import digest
 from model.compat import skip_steps_if
 from model.config import TrainConfig
 from model.evaluation.evaluator import PendingBatches, evaluate, request_batches
@@ -174,6 +175,7 @@ class Trainer:
 
         Raises:
             CheckpointError: it belongs to another model or another batch plan.
+            OtherBaseError: it was trained on another base model.
             StorageError: the folder cannot be used.
         """
         newest, token_budget = self.folder.open()
@@ -186,7 +188,7 @@ class Trainer:
             raise CheckpointError(
                 f"{self.folder.path / name}: made on other data or with another batch size or seed; use another folder"
             )
-        restore(self.model, state)
+        restore(self.model, state, str(self.folder.path / name))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         set_random_state(state["generators"][min(self.rank, len(state["generators"]) - 1)])
@@ -452,6 +454,7 @@ class Trainer:
                 "digest": digest(tensors),
                 "parents": self.model.parents,
                 "files": self.model.files,
+                "bases": {setting: base.model_dump() for setting, base in self.model.bases.items()},
                 "meaning": self.model.meaning(),
                 "attempt": self.folder.lock.number,
             }

@@ -36,7 +36,7 @@ TEST = "test.json"  # in a trial's folder: its predictions of the test split
 BY_SEEDS, BY_FOLDS = "-confirm", "-folds"  # what the name of such a folder ends with
 SEED = "seed"
 FIRST_SEED = 1000  # fresh seeds start here
-WARM_START_KEYS = ("model.init_from", "model.adapter.init_from")
+WARM_START_KEYS = ("model.init_from", "model.adapter.init_from", "model.lora.init_from")
 Params = dict[str, Scalar]
 
 
@@ -229,7 +229,11 @@ def fresh_seeds(config: Config, count: int) -> list[int]:
 
 
 def confirm(
-    study: StudyStore, folder: Path, folds: int | None = None, say: Callable[[str], object] = lambda line: None
+    study: StudyStore,
+    folder: Path,
+    folds: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+    allow_other_base: bool = False,
 ) -> Confirmation:
     """Compare the configurations that were trained again, and write confirmed.json.
 
@@ -240,9 +244,10 @@ def confirm(
         folder: of the search.
         folds: see `plan`.
         say: prints a line of progress.
+        allow_other_base: see `predict`.
 
     Raises:
-        UserError: no training is complete.
+        UserError: no training is complete, or a base model has changed since.
     """
     config, retrained = study.config, confirm_folder(folder, folds)
     groups = _groups(best_first(config, study.trials()), StudyStore.of(retrained).trials(), folds or 1)
@@ -263,7 +268,7 @@ def confirm(
         ]
 
     val = predicted(lambda path: read_predictions(path)[task][1])
-    test = predicted(lambda path: _test_records(path, task, say))
+    test = predicted(lambda path: _test_records(path, task, say, allow_other_base))
     confirmed = [
         ConfirmedTrial(
             number=trial.number,
@@ -331,7 +336,7 @@ def objective(config: Config, trial: Path) -> tuple[SummedMetric, str]:
     return sums, task
 
 
-def _test_records(folder: Path, task: str, say: Callable[[str], object]) -> list[Record]:
+def _test_records(folder: Path, task: str, say: Callable[[str], object], allow_other_base: bool) -> list[Record]:
     """Return a training's predictions of the test split, made once and kept in its folder; empty if it has no split."""
     path = folder / TEST
     if not path.exists():
@@ -340,7 +345,7 @@ def _test_records(folder: Path, task: str, say: Callable[[str], object]) -> list
         say(f"reading the test split: training {folder.name}")
         content: dict[str, object] = {"labels": {}, "records": []}
         try:
-            predictions = predict(folder, "test")
+            predictions = predict(folder, "test", allow_other_base=allow_other_base)
             content = {"labels": predictions.labels, "records": [record.as_dict() for record in predictions.records]}
         except MisfitError:  # the corpus has no test split for the task
             pass

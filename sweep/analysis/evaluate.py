@@ -8,6 +8,7 @@ from data.corpus.schema import SPLITS
 from data.errors import UserError
 from data.formats import format_number
 from model.checkpoints import checkpoint
+from model.checkpoints.fingerprint import Bases, identify_bases, refuse_other_bases
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record, per_label, summarise
 from model.evaluation.split_data import TrialData
@@ -84,9 +85,17 @@ class TrainedModel:
     fingerprint: str  # of the corpus
     epoch: int  # the last one that it was evaluated after; 0: none
     metrics: Mapping[str, object]  # of that evaluation, on the validation split
+    bases: Bases  # the models that it was trained on, by setting
+    bases_are_recorded: bool  # by its training; otherwise `bases` are those that are there now
 
 
-def predict(source: Path, split: str, batch_size: int | None = None, overrides: Sequence[str] = ()) -> SplitPredictions:
+def predict(
+    source: Path,
+    split: str,
+    batch_size: int | None = None,
+    overrides: Sequence[str] = (),
+    allow_other_base: bool = False,
+) -> SplitPredictions:
     """Predict a split.
 
     Args:
@@ -94,10 +103,11 @@ def predict(source: Path, split: str, batch_size: int | None = None, overrides: 
         split: train, val or test.
         batch_size: items computed at once; None: as many as `train.token_budget` allows.
         overrides: settings of the data as key=value, for controls: the same model with other audio or less history.
+        allow_other_base: accept a checkpoint that was trained on other base models.
 
     Raises:
-        UserError: the checkpoint or the split does not exist, the corpus has changed, or a setting outside `data` is
-            overridden.
+        UserError: the checkpoint or the split does not exist, the corpus or a base model has changed, or a setting
+            outside `data` is overridden.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
@@ -106,15 +116,21 @@ def predict(source: Path, split: str, batch_size: int | None = None, overrides: 
         if not override.startswith(("data.", "train.token_budget=")):
             raise UserError(f"--set {override}: only data.* can be changed for a trained model")
     config = resolve(load(str(path.with_name("config.yaml")), overrides))
-    trained = load_trained(path, config, (split,))
+    trained = load_trained(path, config, (split,), allow_other_base)
     records = evaluate(trained.model, trained.data, split, config.train.token_budget, batch_size)
     labels = {task: tuple(answers.labels) for task, answers in trained.model.tasks.items()}
     return SplitPredictions(records, labels, trained.data.shards.manifest.roles)
 
 
-def evaluate_checkpoint(source: Path, split: str, batch_size: int | None, overrides: Sequence[str] = ()) -> Evaluation:
+def evaluate_checkpoint(
+    source: Path,
+    split: str,
+    batch_size: int | None,
+    overrides: Sequence[str] = (),
+    allow_other_base: bool = False,
+) -> Evaluation:
     """Predict a split and compute its metrics; see `predict` for arguments and errors."""
-    predictions = predict(source, split, batch_size, overrides)
+    predictions = predict(source, split, batch_size, overrides, allow_other_base)
     tables = {
         task: per_label([record for record in predictions.records if record.task == task], labels)
         for task, labels in predictions.labels.items()
@@ -124,28 +140,35 @@ def evaluate_checkpoint(source: Path, split: str, batch_size: int | None, overri
     return Evaluation(split, predictions, metrics, tables)
 
 
-def load_trained(path: Path, config: ResolvedConfig, splits: Sequence[str]) -> TrainedModel:
+def load_trained(
+    path: Path, config: ResolvedConfig, splits: Sequence[str], allow_other_base: bool = False
+) -> TrainedModel:
     """Load the model of a checkpoint with its data.
 
     Args:
         path: of the checkpoint.
         config: of its trial.
         splits: those that will be read.
+        allow_other_base: accept a checkpoint that was trained on other base models.
 
     Raises:
-        UserError: the checkpoint cannot be used, belongs to another configuration, or the corpus has changed.
+        UserError: the checkpoint cannot be used, belongs to another configuration, or the corpus or a base model has
+            changed.
     """
     state = checkpoint.load(path)
-    model, data = build(config, "local", splits, available_device())
+    if not allow_other_base:  # before weights are loaded
+        refuse_other_bases(str(path), checkpoint.bases_of(state), identify_bases(config.model))
+    model, data = build(config, "local", splits, available_device(), allow_other_base=allow_other_base)
     if state["fingerprint"] != data.shards.fingerprint:
         raise UserError(
             f"{path}: trained on the corpus {state['fingerprint']}, and {data.shards.folder} is now "
             f"{data.shards.fingerprint}, so their splits may differ; restore the former shards"
         )
-    checkpoint.restore(model, state)
+    checkpoint.restore(model, state, str(path))
     history = state["progress"]["history"]
     epoch, metrics = history[-1] if history else (0, {})
-    return TrainedModel(model, data, state["fingerprint"], epoch, metrics)
+    bases = checkpoint.bases_of(state)
+    return TrainedModel(model, data, state["fingerprint"], epoch, metrics, bases or model.bases, bool(bases))
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -7,6 +7,7 @@ import typer
 
 from data.errors import UserError
 from sweep.cli.console import console, print_line
+from sweep.cli.options import OtherBaseOption
 from sweep.cli.prepare import make_aligner, make_shards
 
 
@@ -14,6 +15,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of a trial that `sweep train` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     trial: Annotated[str, typer.Option(help="best, or a trial number.")] = "best",
+    allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Write a trained model: LoRA for PEFT, other weights as safetensors, labels and a model card.
 
@@ -22,7 +24,7 @@ def export(
     from sweep.export.export import export as write
 
     with console.status("loading the model"):
-        write(folder, trial, out)
+        write(folder, trial, out, allow_other_base)
     print_line(f"exported: {out}")
 
 
@@ -34,6 +36,7 @@ def predict(
     kind: Annotated[str, typer.Option("--format", help="table, annomi, whisperx, daic or mi-tags.")] = "table",
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, as for `sweep prepare`.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting: key=value; repeatable.")] = [],  # noqa: B006
+    allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Code new sessions with an exported model; codes that they have already are ignored."""
     from data.corpus.config import CorpusConfig
@@ -46,7 +49,16 @@ def predict(
     try:
         with console.status("reading") as status:
             codings = predict_sessions(
-                model, sessions, audio, kind, settings, out, align=align, run=make_shards, say=status.update
+                model,
+                sessions,
+                audio,
+                kind,
+                settings,
+                out,
+                align=align,
+                run=make_shards,
+                say=status.update,
+                allow_other_base=allow_other_base,
             )
     except BuildError as error:
         raise UserError("; ".join(line.strip() for line in str(error).splitlines()[:2])) from None

@@ -11,5 +11,9 @@ SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting:
 TrialsOption = Annotated[
     int | None, typer.Option(min=1, help="Total number of trials; raise it to extend a finished sweep.")
 ]
+OtherBaseOption = Annotated[
+    bool,
+    typer.Option("--allow-other-base", help="Accept base models that have changed since; results will differ."),
+]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/<name> by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]

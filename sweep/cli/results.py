@@ -9,7 +9,7 @@ import typer
 
 from data.errors import UserError
 from sweep.cli.console import console, print_line
-from sweep.cli.options import JsonOption, SweepArgument
+from sweep.cli.options import JsonOption, OtherBaseOption, SweepArgument
 from sweep.cli.run import run_and_show
 from sweep.cli.show import print_best, print_mlflow, show_table, show_trials
 from sweep.execution.signals import ExitCode
@@ -107,12 +107,13 @@ def evaluate(
     set_: Annotated[
         list[str], typer.Option("--set", help="data.key=value: the same model under a control, e.g. data.sound=zeroed.")
     ] = [],  # noqa: B006
+    allow_other_base: OtherBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a trained model on a split."""
     from sweep.analysis.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(source, split, batch_size, set_)
+    result = evaluate_checkpoint(source, split, batch_size, set_, allow_other_base)
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return
@@ -131,6 +132,7 @@ def confirm(
     folds: Annotated[
         int | None, typer.Option(min=3, help="Train on each fold of a corpus with this many folds, and pool them.")
     ] = None,
+    allow_other_base: OtherBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the best configurations again with fresh seeds, and compare them.
@@ -138,16 +140,19 @@ def confirm(
     They are compared in pairs, and evaluated on the test split. Rerun the same command to resume.
     """
     from sweep.analysis import confirm as analysis
+    from sweep.preflight.checks import study_bases
 
     study = open_study_store(folder)
     seeds = seeds or (1 if folds else 5)
     planned, target = analysis.plan(study, folder, top, seeds, folds), analysis.confirm_folder(folder, folds)
+    if not allow_other_base and (changes := study.other_bases(study_bases(planned))):
+        raise UserError(study.other_bases_message(changes))
     conditions = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
     console.print(f"{len(planned.search.points)} trainings of the best {top} with {conditions}, in {target.name}")
-    code = run_and_show(planned, target)
+    code = run_and_show(planned, target, allow_other_base)
     if code != ExitCode.DONE:
         sys.exit(code)
-    confirmation = analysis.confirm(study, folder, folds, console.print)
+    confirmation = analysis.confirm(study, folder, folds, console.print, allow_other_base)
     if as_json:
         print(json.dumps(confirmation.to_json(), indent=1))
         return

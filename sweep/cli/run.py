@@ -9,7 +9,7 @@ import typer
 
 from data.errors import UserError
 from sweep.cli.console import complain, console, print_line
-from sweep.cli.options import ConfigArgument, OutOption, SetOption, TrialsOption
+from sweep.cli.options import ConfigArgument, OtherBaseOption, OutOption, SetOption, TrialsOption
 from sweep.cli.show import preview_table, print_best, print_mlflow, show_trials
 from sweep.config.schema import Config
 from sweep.execution.signals import ExitCode, StopRequest
@@ -26,6 +26,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would happen; start nothing and write nothing.")
     ] = False,
+    allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Start, resume or extend a sweep; the command is the same."""
     loaded = load_config(config, set_, trials)
@@ -33,10 +34,10 @@ def run(
     if _in_ray_package() and not folder.is_absolute():
         raise UserError(f"--out {folder}: within a job it must be an absolute path, on storage that all nodes share")
     if dry_run:
-        _preview(loaded, folder)
+        _preview(loaded, folder, allow_other_base)
         return
     _leave_ray_package(loaded)
-    sys.exit(run_and_show(loaded, folder))
+    sys.exit(run_and_show(loaded, folder, allow_other_base))
 
 
 def load_config(config: str, set_: list[str], trials: int | None) -> Config:
@@ -46,13 +47,13 @@ def load_config(config: str, set_: list[str], trials: int | None) -> Config:
     return load(config, [*set_, *([f"search.trials={trials}"] if trials is not None else [])])
 
 
-def run_and_show(config: Config, folder: Path) -> int:
+def run_and_show(config: Config, folder: Path, allow_other_base: bool = False) -> int:
     """Run a sweep, show how it ended, and return the exit code."""
     from sweep.cli.progress import ConsoleListener
     from sweep.runner import run as run_sweep
 
     (stop := StopRequest(exits=True)).install()  # to the end of the process
-    outcome = run_sweep(config, folder, ConsoleListener(), stop)
+    outcome = run_sweep(config, folder, ConsoleListener(), stop, allow_other_base=allow_other_base)
     try:
         if outcome.trials:
             _show_trials(outcome)
@@ -95,18 +96,22 @@ def _leave_ray_package(config: Config) -> None:
         os.chdir("/")
 
 
-def _preview(config: Config, folder: Path) -> None:
+def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     """Show what `sweep run` would do: the changes, the trials, what is computed before them, and the plan."""
     from sweep.config.diff import continued
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
+    from sweep.preflight.checks import check_bases, study_bases
     from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
 
     config = continued(config, folder)
+    check_bases(config)
     resolved = None if missing(config) else resolve(config)
-    preview = preview_sweep(config, folder, open_shards(resolved).fingerprint if resolved else None)
+    bases = study_bases(config) if resolved and (folder / "config.yaml").exists() else None
+    fingerprint = open_shards(resolved).fingerprint if resolved else None
+    preview = preview_sweep(config, folder, fingerprint, bases, allow_other_base)
     console.print(preview_table(preview))
     if preview.refused:
         sys.exit(ExitCode.BAD_INPUT)

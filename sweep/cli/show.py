@@ -118,7 +118,7 @@ def preview_table(preview: "Preview") -> RenderableType:
     title = Text(f"{preview.config.name}: what would happen in {preview.folder}", style="italic")
     if not preview.refused:
         return Group(title, table)
-    refusal = preview.changes.refusal(preview.folder) if preview.changes.refused else "another corpus"
+    refusal = preview.changes.refusal(preview.folder) if preview.changes.refused else preview.refusal
     return Group(title, table, "", f"[red]refused[/red]: {escape(refusal)}")
 
 

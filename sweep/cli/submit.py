@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import typer
 
 from data.errors import UserError, reason
+from model.checkpoints.fingerprint import ALLOW
 from sweep.cli.console import complain, console, print_line
-from sweep.cli.options import ConfigArgument, SetOption, TrialsOption
+from sweep.cli.options import ConfigArgument, OtherBaseOption, SetOption, TrialsOption
 from sweep.cli.run import load_config
 from sweep.config.schema import Config
 from sweep.execution.signals import ExitCode
@@ -61,6 +62,7 @@ def submit(
     address: Annotated[
         str | None, typer.Option(help="Address of the job server; by default that of RAY_API_SERVER_ADDRESS.")
     ] = None,
+    allow_other_base: OtherBaseOption = False,
     wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit with its exit code.")] = True,
 ) -> None:
     """Run a sweep as a job of a Ray cluster.
@@ -79,7 +81,7 @@ def submit(
         sys.exit(ExitCode.INFRASTRUCTURE)
     with tempfile.TemporaryDirectory() as staged:
         stage(loaded, Path(staged))
-        job = start(client, loaded, Path(staged), out)
+        job = start(client, loaded, Path(staged), out, allow_other_base)
     print_line(f"job {job}; `ray job stop {job}` stops it after every trial has written a checkpoint")
     if not wait:
         return
@@ -128,10 +130,11 @@ def connect(address: str | None) -> JobClient:
         ) from None
 
 
-def start(client: JobClient, config: Config, staged: Path, out: Path) -> str:
+def start(client: JobClient, config: Config, staged: Path, out: Path, allow_other_base: bool = False) -> str:
     """Submit the sweep, and return the id of the job."""
+    options = f" {ALLOW}" if allow_other_base else ""
     return client.submit_job(
-        entrypoint=f"python -m sweep run sweep.yaml --out {shlex.quote(str(out))}",
+        entrypoint=f"python -m sweep run sweep.yaml --out {shlex.quote(str(out))}{options}",
         submission_id=f"{config.name}-{int(time.time())}",
         runtime_env={"working_dir": str(staged), "env_vars": job_variables()},
     )

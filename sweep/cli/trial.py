@@ -8,7 +8,7 @@ import typer
 
 from data.errors import UserError
 from sweep.cli.console import console, print_line
-from sweep.cli.options import ConfigArgument, SetOption
+from sweep.cli.options import ConfigArgument, OtherBaseOption, SetOption
 from sweep.cli.prepare import show_shards
 from sweep.cli.show import show_model
 
@@ -17,21 +17,23 @@ def train(
     config: ConfigArgument,
     set_: SetOption = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Folder of the trial; runs/<name>-train by default.")] = None,
+    allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Train one trial in this process, without Ray; the result is the same, bit for bit."""
     from sweep.config.diff import claim_folder, continued
     from sweep.config.files import load
     from sweep.config.resolve import missing
     from sweep.execution.trial import available_device, open_shards, run_trial, with_class_weights
-    from sweep.preflight.checks import resolve_inputs
+    from sweep.preflight.checks import check_bases, resolve_inputs
 
     loaded = load(config, set_).for_trial({})
     folder = out or Path("runs") / f"{loaded.name}-train"
     loaded = continued(loaded, folder)
+    check_bases(loaded)
     if new := missing(loaded):
         print_line(f"creating {', '.join(new)}: once, then cached")
     with console.status("checking corpus and models"):
-        resolved = resolve_inputs(loaded)
+        resolved = resolve_inputs(loaded, allow_other_base)
         show_model(resolved)
     shards = open_shards(resolved)
     claim_folder(with_class_weights(loaded, shards), folder)
@@ -40,7 +42,8 @@ def train(
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
         print_line(f"epoch {epoch}/{loaded.train.epochs}  {numbers}")
 
-    run_trial(with_class_weights(resolved, shards), folder, report, "local", available_device())
+    trial = with_class_weights(resolved, shards)
+    run_trial(trial, folder, report, "local", available_device(), allow_other_base=allow_other_base)
     print_line(f"checkpoint: {folder / 'checkpoint.pt'}")
 
 
@@ -67,7 +70,7 @@ def inspect(
     from sweep.config.resolve import resolve
     from sweep.config.schema import parse
     from sweep.execution.trial import open_shards
-    from sweep.preflight.checks import check_audio
+    from sweep.preflight.checks import check_audio, check_bases
 
     if split not in (*SPLITS, None):
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
@@ -77,6 +80,7 @@ def inspect(
         loaded = parse(apply_overrides({}, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
+    check_bases(loaded)
     resolved = resolve(loaded)
     check_audio(resolved, has_audio(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):

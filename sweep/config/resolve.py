@@ -14,6 +14,7 @@ from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.schema import SCHEMA_VERSION
 from data.errors import ConfigError
+from data.user_cache import user_cache
 from model.config import TINY_VERSION
 from sweep.config.loader import flat
 from sweep.config.schema import Config
@@ -45,7 +46,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "tiny-llama": _make_llm,
 }
 KEYS = ("data.shards", "model.encoder.path", "model.llm.path")
-FILES = (*KEYS, "model.init_from", "model.adapter.init_from")
+FILES = (*KEYS, "model.init_from", "model.adapter.init_from", "model.lora.init_from")
 
 
 class ResolvedConfig(Config):
@@ -97,8 +98,7 @@ def _named(config: Config) -> dict[str, str]:
 
 def _folder(name: str) -> Path:
     """Return the folder of a built-in input: in $SWEEP_CACHE, or in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "speech-llm-sweep"
-    return Path(os.environ.get("SWEEP_CACHE", default)) / f"{name}-{synthetic.VERSION}.{TINY_VERSION}.{SCHEMA_VERSION}"
+    return user_cache() / f"{name}-{synthetic.VERSION}.{TINY_VERSION}.{SCHEMA_VERSION}"
 
 
 def _make_all(names: list[str]) -> None:

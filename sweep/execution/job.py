@@ -13,6 +13,8 @@ class TrialJob:
     reader: Literal["local", "ray"]
     features: str | None  # folder of cached encoder features; None: the trial computes them itself
     teacher_logits: str | None  # folder of cached teacher logits; None: the trial computes them itself
+    bases: str = "{}"  # JSON of the base models that the driver found, by setting; see `BaseIdentity`
+    allow_other_base: bool = False  # whether a checkpoint of another base model may be continued
 
 
 class FitReport(TypedDict, total=False):

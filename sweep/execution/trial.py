@@ -12,6 +12,7 @@ from data.errors import StorageError, UnavailableError
 from data.loading.cached_arrays import CacheFolders
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
+from model.checkpoints.fingerprint import Bases, OtherBaseError, other_bases, read_bases
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
@@ -56,7 +57,13 @@ def configure_process(config: Config) -> None:
 
 
 def build(
-    config: ResolvedConfig, reader: str, splits: Sequence[str], device: str, cached: CacheFolders = LIVE
+    config: ResolvedConfig,
+    reader: str,
+    splits: Sequence[str],
+    device: str,
+    cached: CacheFolders = LIVE,
+    expected: Bases | None = None,
+    allow_other_base: bool = False,
 ) -> tuple[SpeechLLM, TrialData]:
     """Return the model of a trial before training, and its data.
 
@@ -66,11 +73,27 @@ def build(
         splits: to open.
         device: "cpu" or "cuda".
         cached: folders of precomputed numbers.
+        expected: the base models that the driver of a sweep found, by setting; None: outside a sweep.
+        allow_other_base: accept a checkpoint that was trained on other base models.
+
+    Raises:
+        OtherBaseError: this machine has other base models than the driver's.
     """
     configure_process(config)
     shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
-    model = SpeechLLM(config.model, answers, device, encodes=cached.features is None)
+    model = SpeechLLM(
+        config.model,
+        answers,
+        device,
+        encodes=cached.features is None,
+        bases=expected,
+        allow_other_base=allow_other_base,
+    )
+    if changes := other_bases(expected or {}, model.bases):
+        raise OtherBaseError(
+            f"{socket.gethostname()}: {changes}, while the sweep runs; restore the files, on all nodes"
+        )
     return model, TrialData.open(
         shards,
         model,
@@ -96,13 +119,15 @@ def run_trial(
     device: str,
     interrupted: Callable[[], bool] = never,
     cached: CacheFolders = LIVE,
+    expected: Bases | None = None,
+    allow_other_base: bool = False,
 ) -> None:
     """Train a trial to its end, resuming from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
         TrialInterrupted: `interrupted` returned True; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device, cached)
+    model, data = build(config, reader, ("train", "val"), device, cached, expected, allow_other_base)
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
 
 
@@ -124,7 +149,9 @@ def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> b
         )
     cached = CacheFolders(*(Path(name) if name else None for name in (job.features, job.teacher_logits)))
     try:
-        run_trial(config, folder, report, job.reader, device, interrupted, cached)
+        run_trial(
+            config, folder, report, job.reader, device, interrupted, cached, read_bases(job.bases), job.allow_other_base
+        )
     except TrialInterrupted:
         return False
     return True

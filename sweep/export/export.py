@@ -29,23 +29,24 @@ class Origin:
     code: str  # version that trained it
 
 
-def export(source: Path, trial: str, out: Path) -> None:
+def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) -> None:
     """Write a trial as PEFT adapter, safetensors, YAML, JSON and a model card.
 
     Args:
         source: folder of a sweep, or of a trial that was trained alone.
         trial: number of a sweep's trial, or "best".
         out: the new folder; it is complete, or does not exist.
+        allow_other_base: accept that a base model has changed since the training.
 
     Raises:
         UserError: `out` exists, the trial does not exist, its checkpoint was deleted or cannot be used, or its corpus
-            has changed.
+            or a base model has changed.
     """
     refuse_existing(out)
     origin = _origin(source, trial)
     folder = origin.checkpoint.parent
     config = load(str(folder / "config.yaml"))
-    trained = load_trained(origin.checkpoint, resolve(config), ())
+    trained = load_trained(origin.checkpoint, resolve(config), (), allow_other_base)
     manifest, confirmation = trained.data.shards.manifest, confirm.read(source)
     facts = CardFacts(
         sweep=config.name,
@@ -58,9 +59,13 @@ def export(source: Path, trial: str, out: Path) -> None:
         metrics=trained.metrics,
         predictions=read_predictions(folder),
         confirmed=[] if confirmation is None else confirmation.lines(),
+        bases=trained.bases,
+        bases_are_recorded=trained.bases_are_recorded,
     )
     card = model_card(trained.model, config, facts)
-    exported = peft_export.ExportSource(facts.sweep, facts.trial, facts.corpus, facts.fingerprint, facts.roles)
+    exported = peft_export.ExportSource(
+        facts.sweep, facts.trial, facts.corpus, facts.fingerprint, facts.roles, trained.bases
+    )
     with new_folder(out) as unfinished:
         peft_export.write(trained.model, unfinished, exported)
         write(absolute(config), unfinished / "config.yaml")  # with absolute paths, so it works in any folder

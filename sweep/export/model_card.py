@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from data.formats import format_count, format_list
 from data.loading.tasks import TASKS
+from model.checkpoints.fingerprint import Bases
 from model.evaluation.metrics import Record
 from model.parts import part_of, summarise_parts
 from model.speech_llm.speech_llm import SpeechLLM
@@ -43,6 +44,8 @@ class CardFacts:
     metrics: Mapping[str, object]  # of that evaluation
     predictions: Predictions  # of that evaluation
     confirmed: Sequence[str]  # the results of `sweep confirm`; empty: it was not confirmed
+    bases: Bases  # the models that it was trained on, by setting
+    bases_are_recorded: bool  # by its training; otherwise those that were there at the export
 
 
 def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
@@ -131,14 +134,15 @@ def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
         f"{part.name} ({part.trained:,} parameters)" for part in summarise_parts(model, model.sources) if part.trained
     ]
     tasks = [f"{task}: {', '.join(answers.labels) or 'a text'}" for task, answers in model.tasks.items()]
+    encoder = f"`{config.model.encoder.path}`, {_state(model, 'encoder')}{_digest(facts, 'model.encoder.path')}"
     rows = {
         "sweep": facts.sweep,
         "trial": "trained alone" if facts.trial is None else str(facts.trial),
         "seed": str(config.seed),
         "corpus": f"{facts.corpus}, fingerprint `{facts.fingerprint}`",
         "code version": f"`{facts.code}`",
-        "LLM": f"`{config.model.llm.path}`, {_llm_state(model)}",
-        "speech encoder": f"`{config.model.encoder.path}`, {_state(model, 'encoder')}" if model.encoder else "",
+        "LLM": f"`{config.model.llm.path}`, {_llm_state(model)}{_digest(facts, 'model.llm.path')}",
+        "speech encoder": encoder if model.encoder else "",
         "trained parts": ", ".join(trained),
         "started from": ", ".join(f"`{path}`" for path in _starts(config).values() if path),
         "tasks and labels": "; ".join(tasks),
@@ -160,6 +164,14 @@ def _llm_state(model: SpeechLLM) -> str:
         return _state(model, "llm")
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     return f"{_state(model, 'llm')}, with LoRA of rank {lora.rank} on {targets}"
+
+
+def _digest(facts: CardFacts, setting: str) -> str:
+    """Return the digest of a base model, where it is known."""
+    if (base := facts.bases.get(setting)) is None:
+        return ""
+    revision = "" if base.revision is None else f", revision `{base.revision}`"
+    return f", digest `{base.digest}`{revision}" + ("" if facts.bases_are_recorded else " (at the export)")
 
 
 def _figures(config: Config, facts: CardFacts) -> list[str]:
@@ -216,4 +228,5 @@ def _starts(config: Config) -> dict[str, str | None]:
     return {
         "model.init_from": config.model.init_from,
         "model.adapter.init_from": config.model.adapter.init_from if config.model.uses_audio else None,
+        "model.lora.init_from": config.model.lora.init_from,
     }

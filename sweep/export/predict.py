@@ -21,6 +21,7 @@ from data.report.transcript import Coding, codings_csv, transcript_html
 from data.shards.dataset import Shards
 from model.checkpoints import peft_export
 from model.checkpoints.checkpoint import CheckpointError
+from model.checkpoints.fingerprint import identify_bases, refuse_other_bases
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record
 from model.evaluation.split_data import Select, TrialData
@@ -44,6 +45,7 @@ def predict_sessions(
     align: Aligner | None,
     run: Run,
     say: Callable[[str], object],
+    allow_other_base: bool = False,
 ) -> list[Coding]:
     """Code new sessions by all tasks of a model and write the codings as a table and a page.
 
@@ -57,17 +59,22 @@ def predict_sessions(
         align: refines the times of turns.
         run: runs the jobs that write shards.
         say: prints a line of progress.
+        allow_other_base: accept a base model that is not the one that the model was trained on.
 
     Returns:
         Every turn of the sessions, coded or with the reason why not; and every session, where sessions are rated.
 
     Raises:
-        UserError: `out` exists, the folder holds no model, or no turn or session can be coded.
+        UserError: `out` exists, the folder holds no model, a base model has changed, or no turn or session can be
+            coded.
     """
     refuse_existing(out)
     if kind not in IMPORTERS:
         raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
     exported = peft_export.read(folder)
+    if not allow_other_base:  # before anything is computed
+        bases = identify_bases(resolve(load(str(folder / "config.yaml"))).model)
+        refuse_other_bases(str(folder), exported.bases, bases)
     say(f"reading {source}")
     coded_roles = {TASKS[name].role for name in exported.tasks if TASKS[name].answer == "label"}
     roles = {role: labels if coded_roles & {None, role} else () for role, labels in exported.roles.items()}
@@ -77,14 +84,16 @@ def predict_sessions(
     with tempfile.TemporaryDirectory() as temporary:
         shards = prepare_sessions(corpus, Path(temporary) / "shards", settings, align, run)
         say("coding")
-        codings = _code(folder, exported, shards, audio)
+        codings = _code(folder, exported, shards, audio, allow_other_base)
         with new_folder(out) as unfinished:
             (unfinished / TABLE).write_text(codings_csv(codings), encoding="utf-8", newline="")
             (unfinished / PAGE).write_text(transcript_html(codings, title, shards), encoding="utf-8")
     return codings
 
 
-def _code(folder: Path, exported: peft_export.Exported, shards: Shards, audio: Path | None) -> list[Coding]:
+def _code(
+    folder: Path, exported: peft_export.Exported, shards: Shards, audio: Path | None, allow_other_base: bool
+) -> list[Coding]:
     """Code what the model can code, and give the reason for every other turn."""
     config = _config(folder, shards)
     uses_audio, tasks = config.model.uses_audio, list(exported.tasks)
@@ -101,7 +110,7 @@ def _code(folder: Path, exported: peft_export.Exported, shards: Shards, audio: P
         raise _nothing_to_code(shards, reasons)
     configure_process(config)
     try:
-        model = SpeechLLM(config.model, exported.answer_sets(), available_device())
+        model = SpeechLLM(config.model, exported.answer_sets(), available_device(), allow_other_base=allow_other_base)
     except CheckpointError as error:
         raise UserError(str(error).removeprefix("model.init_from: ")) from None
     data = TrialData.open(shards, model, config.data, (SPLIT,), select=_fitting(model, config.data, reasons))
@@ -141,6 +150,7 @@ def _config(folder: Path, shards: Shards) -> ResolvedConfig:
                 "model.init_from": str(folder),
                 "model.init_partial": False,
                 "model.adapter.init_from": None,
+                "model.lora.init_from": None,
                 "model.prompt.roles": roles,
             }
         )

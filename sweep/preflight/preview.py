@@ -6,13 +6,14 @@ from pathlib import Path
 
 from data.errors import UserError
 from model.checkpoints import checkpoint
+from model.checkpoints.fingerprint import ALLOW
 from sweep.config.diff import Changes, compare
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Values
 from sweep.config.version import code_version
-from sweep.search.study import StudyStore
+from sweep.search.study import StudyBases, StudyStore
 from sweep.search.study_storage import has_study
 
 
@@ -26,19 +27,28 @@ class Preview:
     changes: Changes
     notes: list[str] = field(default_factory=list)  # about other data or code
     refused: bool = False
+    refusal: str = ""  # why, where it is not for `changes`
     resumed: list[tuple[int, str]] = field(default_factory=list)  # number of a trial, and from where
     points: list[Values] = field(default_factory=list)  # points of the search that would start next
     drawn: int = 0  # trials that would be drawn after them
     ended: dict[str, int] = field(default_factory=dict)  # trials by their final state
 
 
-def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
+def preview(
+    config: Config,
+    folder: Path,
+    fingerprint: str | None,
+    bases: StudyBases | None = None,
+    allow_other_base: bool = False,
+) -> Preview:
     """Return what `sweep run` would do in a folder. Takes no lease, writes nothing and starts nothing.
 
     Args:
         config: the new configuration.
         folder: of the sweep; it need not exist.
         fingerprint: of the corpus; None if the corpus has not been made.
+        bases: the models that trials start from, as far as they are known.
+        allow_other_base: accept other ones than before.
 
     Raises:
         UserError: the database of the study cannot be used.
@@ -61,6 +71,10 @@ def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
     other_data = former is not None and fingerprint is not None and former != fingerprint
     if other_data:
         notes.append(f"data: {former} → {fingerprint} (refused: another corpus)")
+    other_base = study.other_bases(bases or {})
+    if other_base:
+        verdict = "results differ from those so far" if allow_other_base else f"refused without {ALLOW}"
+        notes.append(f"base models: {other_base} ({verdict})")
     if codes and codes[-1] != code:
         notes.append(f"code: {codes[-1]} → {code} (results may differ from those so far)")
     trials = study.trials()
@@ -72,7 +86,8 @@ def preview(config: Config, folder: Path, fingerprint: str | None) -> Preview:
         started=True,
         changes=changes,
         notes=notes,
-        refused=other_data or bool(changes.refused),
+        refused=other_data or bool(changes.refused) or bool(other_base and not allow_other_base),
+        refusal="another corpus" if other_data else study.other_bases_message(other_base),
         resumed=[(number, _resume_point(folder, number)) for number in study.running()]
         + [
             (trial.number, f"{_resume_point(folder, trial.number)}; it failed outside its configuration ({trial.why})")

@@ -22,6 +22,7 @@ IRRELEVANT = (
     "model.encoder.spec_augment",
     "model.end_of_audio",
     "model.lora.alpha",
+    "model.lora.init_",
     "model.lora.rslora",
     "model.priors",
     "train.checkpoint_",

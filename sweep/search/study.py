@@ -6,7 +6,7 @@ Ray Tune executes trials and MLflow shows them; parameters, reports and decision
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from data.errors import UserError
 from data.formats import format_rank
+from model.checkpoints.fingerprint import ALLOW, BaseIdentity
 from sweep.compat import writable_trial
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
@@ -27,6 +28,8 @@ from sweep.search.study_storage import open_study, read_study
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
 Metrics = dict[str, float]  # of one epoch, by name
+# What identifies the models that trials start from, by setting and by its value in the configuration.
+StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
 COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
 BY_PARAMETERS = ("non-finite", "out of memory")
@@ -48,6 +51,7 @@ class TrialRecord:
     outside: bool = False  # whether it failed for a cause outside its configuration, and runs again
     audited: bool = False  # exempt from pruning
     exempted_at: int | None = None  # epoch at which an audited trial would have been pruned
+    bases: Mapping[str, BaseIdentity] = field(default_factory=dict)  # its base models; none in earlier versions
 
 
 class NextTrial(NamedTuple):
@@ -199,19 +203,28 @@ class StudyStore:
         self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
 
-    def bind(self, fingerprint: str, code: str | None = None) -> str | None:
-        """Bind the sweep to one corpus, and store the version of the code.
+    def bind(
+        self,
+        fingerprint: str,
+        code: str | None = None,
+        bases: StudyBases | None = None,
+        allow_other_base: bool = False,
+    ) -> str | None:
+        """Bind the sweep to one corpus and to its base models, and store the version of the code.
 
         Args:
             fingerprint: of the corpus.
             code: see `sweep.config.version.code_version`.
+            bases: the models that trials start from. A sweep of an earlier version that has none gains them.
+            allow_other_base: accept other ones than before.
 
         Returns:
-            A note for the user where the code has changed since the last run.
+            A note for the user where the code or a model has changed since the last run.
 
         Raises:
-            UserError: the sweep was started on another corpus.
+            UserError: the sweep was started on another corpus or another base model.
         """
+        notes = list[str]()
         started_on = self.fingerprint()
         if started_on is None:
             self.study.set_user_attr("fingerprint", fingerprint)
@@ -220,11 +233,61 @@ class StudyStore:
                 f"{self.folder}: started on another corpus (fingerprint: {started_on} → {fingerprint}); "
                 "restore the previous data.shards, or use --out for a new folder"
             )
+        if bases and (changes := self.other_bases(bases)):
+            if not allow_other_base:
+                raise UserError(self.other_bases_message(changes))
+            notes.append(f"base models: {changes}; results differ from those of earlier trials")
+        if bases:
+            self._store_bases(bases)
         codes = self.codes()
-        if code is None or codes[-1:] == [code]:
-            return None
-        self.study.set_user_attr("codes", [*codes, code])
-        return f"code: {codes[-1]} → {code}; results may differ from those of earlier trials" if codes else None
+        if code is not None and codes[-1:] != [code]:
+            self.study.set_user_attr("codes", [*codes, code])
+            if codes:
+                notes.append(f"code: {codes[-1]} → {code}; results may differ from those of earlier trials")
+        return "\n".join(notes) or None
+
+    def bases(self) -> dict[str, dict[str, BaseIdentity]]:
+        """Return the models that trials start from, by setting and value; none in sweeps of earlier versions."""
+        stored = self.study.user_attrs.get("bases", {})
+        return {setting: _identities(by_value) for setting, by_value in stored.items()}
+
+    def other_bases(self, bases: StudyBases) -> str:
+        """Return which models are not those that the sweep was started with, in words; empty if all are."""
+        former = self.bases()
+        changed = [
+            f"{setting} {value} was {former[setting][value]} and is now {base}"
+            for setting, by_value in bases.items()
+            for value, base in by_value.items()
+            if value in former.get(setting, {}) and former[setting][value].digest != base.digest
+        ]
+        return "; ".join(changed)
+
+    def other_bases_message(self, changes: str) -> str:
+        """Return the error for `changes`, as `other_bases` returns them."""
+        return (
+            f"{self.folder}: started with another base model ({changes}); restore its files, use --out for a new "
+            f"folder, or accept other results with {ALLOW}"
+        )
+
+    def _store_bases(self, bases: StudyBases) -> None:
+        """Store the models, beside those of other values of an axis; earlier identities of a model are kept, too."""
+        stored = dict(self.study.user_attrs.get("bases", {}))
+        dumped = {
+            setting: {value: base.model_dump() for value, base in by_value.items()}
+            for setting, by_value in bases.items()
+        }
+        merged = stored | {setting: stored.get(setting, {}) | by_value for setting, by_value in dumped.items()}
+        if merged == stored:
+            return
+        if stored and self.other_bases(bases):
+            self.study.set_user_attr("former_bases", [*self.study.user_attrs.get("former_bases", []), stored])
+        self.study.set_user_attr("bases", merged)
+
+    def start(self, number: int, bases: Mapping[str, BaseIdentity]) -> None:
+        """Store the base models with which a trial starts or resumes, by setting."""
+        stored, frozen = {setting: base.model_dump() for setting, base in bases.items()}, self._frozen(number)
+        if frozen.user_attrs.get("bases", {}) != stored:
+            writable_trial(self.study, frozen).set_user_attr("bases", stored)
 
     def fingerprint(self) -> str | None:
         """Return the fingerprint of the corpus that the sweep is bound to."""
@@ -309,7 +372,12 @@ class StudyStore:
             outside=retries.failed_outside(trial, common_faults),
             audited=rule is not None and is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
+            bases=_identities(trial.user_attrs.get("bases", {})),
         )
+
+
+def _identities(stored: Mapping[str, object]) -> dict[str, BaseIdentity]:
+    return {name: BaseIdentity.model_validate(base) for name, base in stored.items()}
 
 
 def best_first(config: Config, trials: Sequence[TrialRecord]) -> list[TrialRecord]:

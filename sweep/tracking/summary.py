@@ -57,6 +57,7 @@ def start_tags(config: Config, trial: TrialRecord, codes: Sequence[str]) -> dict
     seed = trial.params.get("seed", config.seed)
     tags = {"sweep.trial": str(trial.number), "sweep.seed": str(seed), "sweep.code": ", ".join(codes)}
     fixed = unvaried(config, trial)
+    tags |= base_tags(trial)
     return tags | ({"sweep.unvaried": ", ".join(fixed)} if fixed else {})
 
 
@@ -69,7 +70,12 @@ def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
         "rung": max(trial.curve, default=0),
         "attempts": attempts,
     }
-    return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None}
+    return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None} | base_tags(trial)
+
+
+def base_tags(trial: TrialRecord) -> dict[str, str]:
+    """Return the digests of a trial's base models, as `sweep.base.llm`."""
+    return {f"sweep.base.{setting.split('.')[1]}": str(base) for setting, base in trial.bases.items()}
 
 
 def trial_metrics(

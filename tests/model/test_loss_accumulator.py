@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import masking_utils
 
 from data.shards.dataset import Shards
-from model.checkpoints.checkpoint import digest, trained_tensors
+from model.checkpoints.checkpoint import trained_tensors
+from model.checkpoints.fingerprint import digest
 from model.config import LossConfig
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.loss_accumulator import LossAccumulator, NonFiniteError

@@ -15,7 +15,8 @@ from data.config import AugmentConfig, DataConfig
 from data.loading.tasks import items
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
-from model.checkpoints.checkpoint import CheckpointError, digest, trained_tensors
+from model.checkpoints.checkpoint import CheckpointError, trained_tensors
+from model.checkpoints.fingerprint import digest
 from model.config import LearningRates, LossConfig, TrainConfig
 from model.evaluation.evaluator import evaluate
 from model.parts import part_of
