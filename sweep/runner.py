@@ -30,7 +30,7 @@ from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, missing, resolve
 from sweep.config.schema import Config
-from sweep.config.space import Scalar
+from sweep.config.space import Value
 from sweep.config.version import code_version
 from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
 from sweep.durability.mirror import Mirror, mirrored
@@ -48,7 +48,8 @@ from sweep.preflight.plan import format_estimate, make_plan
 from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
-from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first
+from sweep.search.space_checks import check_requests, notes
+from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first, total_trials
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.tracker import Tracker, is_sent, server_has_all
@@ -186,6 +187,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
     server, resolved = tracking_uri(folder), None
     # A new sweep leaves nothing behind if its inputs are bad. The inputs of an existing one are only checked if
     # something is left to do.
+    check_requests(config, folder)
     if not (folder / "config.yaml").exists():
         resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name)
@@ -205,6 +207,8 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
         runner, sent = SweepRunner(config, folder, listener, check, stop, allow_other_base), True
         if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
             resolved = resolved or check_inputs(config, listener, allow_other_base)
+            for note in notes(config):
+                listener.say(f"note: {note}")
             with listener.running(config, folder):
                 sent = runner.run(resolved)
         trials, best = runner.study.trials(), runner.study.best()
@@ -227,6 +231,8 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
     ended = progress(config, trials)
     counts = {"complete": ended.complete, "pruned": ended.pruned, "failed": ended.failed}
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if len(trials) < config.search.trials:
+        listed += f", which is all of search.space (search.trials is {config.search.trials})"
     return outcome("done", ExitCode.DONE, f"done: {listed}; the best is trial {best.number} ({folder})")
 
 
@@ -365,7 +371,7 @@ class SweepRunner:
         """Return the number of trials that have not ended, or have failed for a cause outside their configuration."""
         return trials_left(self.config, self.study.trials()) + len(self.study.failed_outside())
 
-    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Scalar]) -> TrialJob:
+    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Value]) -> TrialJob:
         """Write the configuration of a trial into its folder, and return what its workers receive.
 
         Args:
@@ -412,7 +418,7 @@ class SweepRunner:
 def trials_left(config: Config, trials: Sequence[TrialRecord]) -> int:
     """Return the number of trials that have not ended, or not started."""
     ended = sum(trial.state != "RUNNING" for trial in trials)
-    return max(0, config.search.trials - ended)
+    return max(0, total_trials(config, trials) - ended)
 
 
 def count_trained(config: ResolvedConfig) -> int:

@@ -28,7 +28,7 @@ from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import FOLD, Scalar
+from sweep.config.space import FOLD, Value, whole
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 FILE = "confirmed.json"  # in the folder of the sweep that confirms
@@ -37,7 +37,7 @@ BY_SEEDS, BY_FOLDS = "-confirm", "-folds"  # what the name of such a folder ends
 SEED = "seed"
 FIRST_SEED = 1000  # fresh seeds start here
 WARM_START_KEYS = ("model.init_from", "model.adapter.init_from", "model.lora.init_from")
-Params = dict[str, Scalar]
+Params = dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def search_of(config: Config, folder: Path) -> Path | None:
     return None
 
 
-def without_seed(params: Mapping[str, Scalar]) -> Params:
+def without_seed(params: Mapping[str, Value]) -> Params:
     """Return what makes a configuration: its parameters without seed and fold."""
     return {key: value for key, value in params.items() if key not in (SEED, FOLD)}
 
@@ -190,7 +190,7 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
     )
 
 
-def _check_folds(config: Config, best: Sequence[Mapping[str, Scalar]], folds: int) -> None:
+def _check_folds(config: Config, best: Sequence[Mapping[str, Value]], folds: int) -> None:
     from sweep.config.resolve import resolve
     from sweep.execution.trial import open_shards  # imports torch, which readers of results need not
 
@@ -307,7 +307,7 @@ def _groups(
         by_seed: dict[int, list[TrialRecord]] = {}
         for training in retrained:
             if training.state == "COMPLETE" and without_seed(training.params) == params:
-                by_seed.setdefault(int(training.params[SEED] or 0), []).append(training)
+                by_seed.setdefault(whole(training.params[SEED]), []).append(training)
         by_seed = {seed: trainings for seed, trainings in by_seed.items() if len(trainings) == parts}
         if by_seed and params not in [without_seed(first.params) for first, _ in groups]:
             groups.append((trial, by_seed))

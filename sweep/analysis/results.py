@@ -10,7 +10,7 @@ from data.formats import format_hours
 from sweep.config.schema import Config
 from sweep.preflight.eta import format_time_left, observed_eta
 from sweep.search.cost import device_hours, device_name, device_seconds
-from sweep.search.study import TrialRecord, best_first
+from sweep.search.study import TrialRecord, best_first, total_trials
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
 ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
@@ -89,7 +89,7 @@ def progress(config: Config, trials: Sequence[TrialRecord], slots: int | None = 
     """
     states, resources = Counter(trial.state for trial in trials), config.resources
     return Progress(
-        target=max(config.search.trials, len(trials)),
+        target=max(total_trials(config, trials), len(trials)),
         complete=states["COMPLETE"],
         pruned=states["PRUNED"],
         failed=states["FAIL"],

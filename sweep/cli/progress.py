@@ -19,7 +19,7 @@ from sweep.cli.console import console as terminal
 from sweep.cli.show import show_model
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.search.study import StudyStore, TrialRecord, has_started
+from sweep.search.study import StudyStore, TrialRecord, has_started, total_trials
 from sweep.search.study_storage import has_study
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
@@ -91,7 +91,7 @@ class TrialDisplay:
             console=listener.console,
             disable=not listener.console.is_terminal,
         )
-        self.task = self.bar.add_task("starting", total=config.search.trials)
+        self.task = self.bar.add_task("starting", total=total_trials(config, []))
         self.names = short_names(list(config.search.space))
         self.states: dict[int, str] = {}  # last shown, by trial
         self.line, self.line_at = "", time.monotonic()  # the last line about the progress

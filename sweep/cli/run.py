@@ -101,7 +101,7 @@ def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     from sweep.config.diff import continued
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
-    from sweep.preflight.checks import check_bases, study_bases
+    from sweep.preflight.checks import check_bases, resolve_inputs, study_bases
     from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
@@ -116,6 +116,7 @@ def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     if preview.refused:
         sys.exit(ExitCode.BAD_INPUT)
     if resolved and (preview.resumed or preview.points or preview.drawn):
+        resolve_inputs(config, allow_other_base)
         cache = cache_folder(config, folder)
         for request, _ in cache_requests(resolved, cache):
             print_line(describe(request))

@@ -134,6 +134,7 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
     points = [f"trial {number}: {_format_point(point)}" for number, point in enumerate(preview.points, start=first)]
     drawn = [f"{preview.drawn} drawn by the search"] if preview.drawn else []
     yield "starts", [*points, *drawn] or ["no trial"]
+    yield "note", preview.search
 
 
 def _format_point(point: Mapping[str, object]) -> str:

@@ -151,7 +151,7 @@ def _narrowing(before: Axis, after: Axis) -> str:
     kinds = [(axis.log, axis.step, isinstance(axis.distribution().low, int)) for axis in (before, after)]
     if kinds[0] != kinds[1]:
         return "log, step, and whole or fractional numbers must stay the same"
-    if not (after.contains(before.low) and after.contains(before.high)):
+    if not (after.contains(before.low) and after.contains(before.last)):
         return "narrower: the range must contain the previous one and its steps"
     return ""
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,23 +55,14 @@ def read_tree(path: Path) -> Tree:
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
-    """Return the tree with `key=value` overrides put in: dotted keys, values in YAML; a mapping is merged.
+    """Return the tree with `key=value` overrides put in: dotted keys, values in YAML; see `merged`.
 
     Raises:
         ConfigError: an override has no `=`, or its value is not YAML.
     """
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: write it as key=value, e.g. --set train.epochs=3")
-        try:
-            value = _parse_yaml(text, f"--set {key}")
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"--set {override}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
-            ) from None
-        path = key.split(".")
-        tree = with_value(tree, path, _merged(value_at(tree, path), value))
+    for text in overrides:
+        path, value = parse_override(text)
+        tree = with_value(tree, path, merged(value_at(tree, path), value))
     return tree
 
 
@@ -91,6 +82,30 @@ def _escaped(character: str) -> str:
     return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
+def parse_override(
+    text: str, split: Callable[[str], list[str]] = lambda key: key.split(".")
+) -> tuple[list[str], object]:
+    """Return the path of keys and the value of a `key=value` override.
+
+    Args:
+        text: a dotted key, and a value in YAML.
+        split: returns the path of a dotted key, for trees whose keys may have dots themselves.
+
+    Raises:
+        ConfigError: it has no `=`, or its value is not YAML.
+    """
+    key, equals, content = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: write it as key=value, e.g. --set train.epochs=3")
+    try:
+        value = _parse_yaml(content, f"--set {key}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--set {text}: not a value in YAML ({reason(error)}); quote it, as in --set 'key=\"value\"'"
+        ) from None
+    return split(key), value
+
+
 def value_at(tree: object, path: Sequence[str]) -> object:
     """Return the value at a path of keys; None where the tree has none."""
     for name in path:
@@ -106,11 +121,11 @@ def with_value(tree: object, path: Sequence[str], value: object) -> Tree:
     return section
 
 
-def _merged(before: object, after: object) -> object:
-    """Return a new value; a mapping over a mapping keeps the keys that it does not name."""
-    if not isinstance(before, dict) or not isinstance(after, dict):
+def merged(before: object, after: object) -> object:
+    """Return a new value; a mapping over a mapping keeps the keys that it does not name, and an empty one clears it."""
+    if not isinstance(before, dict) or not isinstance(after, dict) or not after:
         return after
-    return before | {name: _merged(before.get(name), value) for name, value in after.items()}
+    return before | {name: merged(before.get(name), value) for name, value in after.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -139,6 +154,8 @@ def _parse_yaml(text: str, source: str) -> object:
         if _count(node, {}) > MOST:
             raise ConfigError(f"{source}: more than {MOST} values, with its aliases written out; make it shorter")
         value: object = loader.construct_document(node)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # PyYAML's own, for `!!bool x` and the like
+        raise yaml.YAMLError(f"a tag that does not fit its value, {reason(error)}") from None
     finally:
         loader.dispose()
     if INTERPOLATION in str(value):  # filled in from the environment, secrets would reach files and MLflow

@@ -9,8 +9,8 @@ from data.config import DataConfig, Section, TaskWeights
 from data.loading.tasks import TASKS
 from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
-from sweep.config.loader import problems_error, validate, with_value
-from sweep.config.space import SearchConfig
+from sweep.config.loader import flat, problems_error, validate, with_value
+from sweep.config.space import Axis, SearchConfig
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
@@ -143,7 +143,7 @@ class Config(Section):
         """
         tree = self.model_dump()
         for key, value in values.items():
-            tree = with_value(tree, key.split("."), value)
+            tree = with_value(tree, split_key(key), value)
         return parse(tree, "trial")
 
     def for_trial(self, values: Mapping[str, object]) -> "Config":
@@ -153,6 +153,27 @@ class Config(Section):
             ConfigError: values are allowed singly and not together.
         """
         return self.with_values({**values, "search.space": {}, "search.points": []})
+
+
+DEFAULTS = flat(Config(name="defaults"))  # every setting by its dotted key, except for those of sections that are null
+AXES = "search.space."
+
+
+def split_key(key: str) -> list[str]:
+    """Return the path of a dotted key in the tree: the name of an axis has dots, and so have those of its conditions.
+
+    >>> split_key("search.space.train.learning_rate.low")
+    ['search', 'space', 'train.learning_rate', 'low']
+    """
+    if not key.startswith(AXES):
+        return key.split(".")
+    parts = key.removeprefix(AXES).split(".")
+    ends = [end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in DEFAULTS]
+    # Of an unknown setting, all is the name but for a last part that an axis has, so that the error shows the name.
+    end = ends[0] if ends else len(parts) - (parts[-1] in Axis.model_fields and len(parts) > 1)
+    name, field = ".".join(parts[:end]), parts[end:]
+    condition = [field[0], ".".join(field[1:])] if field[:1] == ["when"] and len(field) > 1 else field
+    return ["search", "space", name, *condition]
 
 
 def metric_names(tasks: Sequence[str]) -> list[str]:

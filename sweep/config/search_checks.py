@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from data.config import TaskWeights
 from sweep.config.loader import flat, problems_error, rule, with_value
 from sweep.config.schema import Config
-from sweep.config.space import FOLD, Scalar
+from sweep.config.space import FOLD, Value
 
 SEARCHABLE = (
     "seed",
@@ -81,7 +81,7 @@ def _first_task_problems(config: Config) -> Iterator[str]:
             )
 
 
-def _refusals(config: Config, key: str, value: Scalar) -> Iterator[str]:
+def _refusals(config: Config, key: str, value: Value) -> Iterator[str]:
     """Yield why the configuration would refuse a value of an axis."""
     tree = config.model_dump(exclude={"search": {"space", "points"}})
     try:

@@ -1,12 +1,13 @@
 """The search: its axes, its fixed points, and the rule that prunes trials."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from data.config import Section
 from model.config import Count
@@ -14,8 +15,9 @@ from model.config import Count
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Scalar = bool | int | float | str | None
-Values = dict[str, Scalar]  # of axes, by dotted key
+Value = JsonValue  # of a setting; lists and mappings are values, too
+Stored = bool | int | float | str | None  # a value as Optuna stores it
+Values = dict[str, Value]  # of axes, by dotted key
 EPOCHS, FOLD = "train.epochs", "data.fold"
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
@@ -24,20 +26,33 @@ LATE = Fraction(3, 5)
 class Sampler(Protocol):
     """The methods of an Optuna trial that draw values."""
 
-    def suggest_categorical(self, name: str, choices: list[Scalar]) -> Scalar: ...
+    def suggest_categorical(self, name: str, choices: list[Stored]) -> Stored: ...
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+
+
+def encode(value: object) -> Stored:
+    """Return a value as Optuna stores it: lists and mappings as JSON, because choices must be hashable."""
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    assert value is None or isinstance(value, bool | int | float | str)
+    return value
+
+
+def plain(value: object) -> object:
+    """Return the value of a setting as YAML has it, with lists for tuples."""
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Axis(Section):
     """The values of one setting: a list of choices, or a range (of whole numbers if both ends are whole)."""
 
-    choices: list[Scalar] | None = Field(None, description="List of values; a plain list is short for this.")
+    choices: list[Value] | None = Field(None, description="List of values; a plain list is short for this.")
     low: int | float | None = Field(None, description="Lower end of a range, included.")
     high: int | float | None = Field(None, description="Upper end of a range, included.")
     step: int | float | None = Field(None, description="Distance between values of a range.")
     log: bool = Field(False, description="Sample the range on a logarithmic scale.")
-    when: dict[str, list[Scalar]] = Field(
+    when: dict[str, list[Value]] = Field(
         {}, description="Vary this setting only in trials where other settings have one of these values."
     )
 
@@ -49,13 +64,15 @@ class Axis(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.choices is not None:
-            if not self.choices or len(set(map(repr, self.choices))) < len(self.choices):
+            if not self.choices or len({repr(encode(choice)) for choice in self.choices}) < len(self.choices):
                 raise ValueError("choices must be a list of different values, at least one")
             if (self.low, self.high, self.step, self.log) != (None, None, None, False):
                 raise ValueError("give either choices, or low and high")
             return self
         if self.low is None or self.high is None:
             raise ValueError("give a list of choices, or low and high")
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise ValueError("low and high must be finite numbers")
         if not self.low < self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         if self.log and (self.low <= 0 or self.step is not None):
@@ -73,15 +90,50 @@ class Axis(Section):
         """Return whether all values are numbers."""
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.extremes())
 
-    def extremes(self) -> list[Scalar]:
-        """Return all choices, or both ends of the range; with `inside` they decide whether the axis is valid."""
-        return list(self.choices) if self.choices is not None else [self.low, self.high]
+    @property
+    def last(self) -> int | float:
+        """The largest value of a range: `high`, or the last step before it."""
+        assert self.low is not None
+        assert self.high is not None
+        if self.step is None:
+            return self.high
+        return self.low + self._steps * self.step if self._whole else float(self.low) + self._steps * float(self.step)
 
-    def by_sign(self) -> list[Scalar]:
+    @property
+    def _steps(self) -> int:
+        """Number of steps in a range."""
+        assert self.low is not None
+        assert self.high is not None
+        assert self.step is not None
+        if self._whole:
+            return int(self.high - self.low) // int(self.step)
+        return math.floor((self.high - self.low) / self.step + 1e-8)
+
+    def extremes(self) -> list[Value]:
+        """Return all choices, or both ends of the range; with `inside` they decide whether the axis is valid."""
+        if self.choices is not None:
+            return list(self.choices)
+        return [self.low] if self.low == self.last else [self.low, self.last]
+
+    def values(self) -> Sequence[Value] | None:
+        """Return all values of the axis; None if there are infinitely many."""
+        if self.choices is not None:
+            return list(self.choices)
+        if self._whole:
+            low, high, step = self.low, self.high, self.step or 1
+            assert isinstance(low, int)
+            assert isinstance(high, int)
+            return range(low, high + 1, int(step))
+        if self.step is None:
+            return None
+        assert self.low is not None
+        return [float(self.low) + index * float(self.step) for index in range(self._steps + 1)]
+
+    def by_sign(self) -> list[Value]:
         """Return one extreme above 0 and one that is not, as far as there are such."""
         return list({isinstance(value, int | float) and value > 0: value for value in self.extremes()}.values())
 
-    def inside(self) -> Scalar:
+    def inside(self) -> Value:
         """Return a value between the extremes; a fractional one if the range has any, for settings that refuse it."""
         if self.choices is not None or self._whole:
             return self.extremes()[0]
@@ -92,23 +144,37 @@ class Axis(Section):
     def contains(self, value: object) -> bool:
         """Return whether a value lies on the axis."""
         if self.choices is not None:
-            return value in self.choices
+            return plain(value) in self.choices
         assert self.low is not None
         assert self.high is not None
         if not isinstance(value, int | float) or isinstance(value, bool):
             return False
         if (self._whole and not isinstance(value, int)) or not self.low <= value <= self.high:
             return False
-        steps = (value - self.low) / (self.step or 1)
-        return self.step is None or math.isclose(steps, round(steps), abs_tol=1e-8)
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return math.isclose(steps, round(steps), abs_tol=1e-8)
+
+    def same(self, value: Value) -> Stored:
+        """Return what is equal for equal values of the axis: numbers on steps differ by rounding."""
+        if self.choices is not None or self.step is None or not isinstance(value, int | float) or self._whole:
+            return encode(value)
+        assert self.low is not None
+        return round((value - self.low) / self.step)
+
+    def decode(self, stored: Stored) -> Value:
+        """Return a value from what Optuna stored."""
+        lists = (choice for choice in self.choices or [] if isinstance(choice, list | dict))
+        return next((choice for choice in lists if encode(choice) == stored), stored)
 
     def distribution(self) -> "BaseDistribution":
         """Return the Optuna distribution that `suggest` draws from."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices is not None:
-            return CategoricalDistribution(self.choices)
-        low, high, step = self.low, self.high, self.step
+            return CategoricalDistribution([encode(choice) for choice in self.choices])
+        low, high, step = self.low, self.last, self.step
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, step=int(step or 1), log=self.log)
         assert low is not None
@@ -121,11 +187,11 @@ class Axis(Section):
             return f"choose from {self.choices}"
         return f"choose from {self.low} to {self.high}" + (f" in steps of {self.step}" if self.step else "")
 
-    def suggest(self, key: str, sampler: Sampler) -> Scalar:
+    def suggest(self, key: str, sampler: Sampler) -> Value:
         """Draw a value for this axis."""
         if self.choices is not None:
-            return sampler.suggest_categorical(key, self.choices)
-        low, high = self.low, self.high
+            return self.decode(sampler.suggest_categorical(key, [encode(choice) for choice in self.choices]))
+        low, high = self.low, self.last
         if isinstance(low, int) and isinstance(high, int):
             return sampler.suggest_int(key, low, high, step=int(self.step or 1), log=self.log)
         assert low is not None
@@ -162,7 +228,7 @@ class SearchConfig(Section):
     pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
     startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")
     space: dict[str, Axis] = Field({}, description="Axes, by the dotted key of the setting that they vary.")
-    points: list[dict[str, Scalar]] = Field([], description="Trials that run first: values for some or all axes.")
+    points: list[dict[str, Value]] = Field([], description="Trials that run first: values for some or all axes.")
 
     @model_validator(mode="after")
     def _no_cycle(self) -> Self:
@@ -235,6 +301,16 @@ class SearchConfig(Section):
         needs = {key: [name for name in axis.when if name in self.space] for key, axis in self.space.items()}
         return list(TopologicalSorter(needs).static_order())
 
+    def ancestors(self, keys: Iterable[str]) -> set[str]:
+        """Return axes with all axes that decide whether they are varied."""
+        found, left = set[str](), [key for key in keys if key in self.space]
+        while left:
+            key = left.pop()
+            if key not in found:
+                found.add(key)
+                left += [name for name in self.space[key].when if name in self.space]
+        return found
+
     def suggest(self, sampler: Sampler, base: Mapping[str, object]) -> Values:
         """Draw a value for every axis whose condition holds.
 
@@ -244,28 +320,45 @@ class SearchConfig(Section):
         """
         values: Values = {}
         for key in self.order():
-            axis = self.space[key]
-            if all(values.get(name, base.get(name)) in allowed for name, allowed in axis.when.items()):
-                values[key] = axis.suggest(key, sampler)
+            if self.is_varied(key, values, base):
+                values[key] = self.space[key].suggest(key, sampler)
         return values
 
-    def complete(self, values: Mapping[str, Scalar], base: Mapping[str, Any]) -> Values:
+    def is_varied(self, key: str, values: Mapping[str, Value], base: Mapping[str, object]) -> bool:
+        """Return whether the condition of an axis holds.
+
+        Args:
+            key: of the axis.
+            values: of the axes before it, see `order`.
+            base: settings by dotted key, for axes without a value and for conditions on other settings.
+        """
+        when = self.space[key].when
+        return all(values.get(name, plain(base.get(name))) in allowed for name, allowed in when.items())
+
+    def same(self, values: Mapping[str, Value]) -> str:
+        """Return what is equal for trials that would train the same."""
+        same = {key: self.space[key].same(value) if key in self.space else value for key, value in values.items()}
+        return repr(sorted(same.items()))
+
+    def complete(self, values: Mapping[str, Value], base: Mapping[str, Any]) -> Values:
         """Return the values of a trial, with the sweep's setting on axes that were added after it was drawn.
 
         Args:
             values: as they were drawn.
             base: settings by dotted key.
         """
-        completed = dict(values)
+        completed: dict[str, Any] = dict(values)
         for key in self.order():
-            when = self.space[key].when
-            if key not in completed and all(
-                completed.get(name, base.get(name)) in allowed for name, allowed in when.items()
-            ):
-                completed[key] = base[key]
+            if key not in completed and self.is_varied(key, completed, base):
+                completed[key] = plain(base[key])
         return completed
 
 
+def whole(value: Value) -> int:
+    """Return the value of a setting that is a whole number; 0 for anything else, which has been refused before."""
+    return int(value) if isinstance(value, int | float | str) else 0
+
+
 def _whole_numbers(axis: Axis) -> list[int]:
-    """Return the extremes of an axis of whole numbers; anything else has been refused before it matters."""
-    return [int(value) for value in axis.extremes() if value is not None]
+    """Return the extremes of an axis of whole numbers."""
+    return [whole(value) for value in axis.extremes() if value is not None]

@@ -34,7 +34,7 @@ from ray.tune.search import Searcher
 from data.errors import UserError
 from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
-from sweep.config.space import Scalar
+from sweep.config.space import Value
 from sweep.execution.cluster import ClusterError
 from sweep.execution.job import FitReport, TrialJob
 from sweep.execution.mailbox import StopEvent
@@ -43,7 +43,7 @@ from sweep.execution.signals import StopRequest
 from sweep.execution.worker_group import Scaling, worker_group_class
 from sweep.search.study import BY_PARAMETERS, Reason, StudyStore, common_fault
 
-MakeJob = Callable[[int, dict[str, Scalar]], TrialJob]
+MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
 
 TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its group was lost

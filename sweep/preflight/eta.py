@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data.formats import format_duration
 from sweep.config.schema import Config
-from sweep.config.space import Scalar
-from sweep.search.study import TrialRecord, horizon
+from sweep.config.space import Value
+from sweep.search.study import TrialRecord, horizon, total_trials
 
-Values = Mapping[str, Scalar]
+Values = Mapping[str, Value]
 
 
 def remaining_work(
@@ -33,7 +33,7 @@ def remaining_work(
         for trial in trials
         if trial.state == "RUNNING"
     ]
-    new = max(0, config.search.trials - len(trials))
+    new = max(0, total_trials(config, trials) - len(trials))
     values = [*points[:new], *[None] * (new - len(points[:new]))]
     return running + [epoch_seconds(value) * new_epochs for value in values]
 

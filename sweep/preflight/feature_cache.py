@@ -26,7 +26,7 @@ from data.loading.ray_source import ray_jobs
 from data.shards.store import LOCK, Store
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.config.space import Axis, Scalar
+from sweep.config.space import Axis, Value
 from sweep.execution.cluster import ClusterError
 from sweep.preflight.cache_kind import AnyRequest
 from sweep.preflight.encoder_features import EncoderFeatures
@@ -79,7 +79,7 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
     return list(shares.values())
 
 
-def _options(key: str, axis: Axis) -> Sequence[Scalar]:
+def _options(key: str, axis: Axis) -> Sequence[Value]:
     """Return the values of an axis that are worth telling apart; none of a continuous axis."""
     if key.startswith(SIGN_ONLY):
         return axis.by_sign()

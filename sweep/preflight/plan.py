@@ -29,7 +29,7 @@ from sweep.preflight.feature_cache import cache_requests, cached_folders
 from sweep.preflight.plan_file import Estimate, PlanFile
 from sweep.preflight.trial_profiles import TrialProfile, matching_profiles, trial_profiles
 from sweep.search.cost import device_seconds, format_device_hours
-from sweep.search.study import StudyStore, TrialRecord
+from sweep.search.study import StudyStore, TrialRecord, total_trials
 from sweep.search.study_storage import has_study
 
 SMALL_MODEL = 20 * 10**6  # parameters: a separate process would take longer to start than its dry run takes
@@ -184,7 +184,7 @@ def preview_plan(config: ResolvedConfig, cache: Path, folder: Path) -> list[str]
     if has_study(folder, config):
         study = StudyStore.read(folder, config)
         trials, points = study.trials(), study.points_left()
-    left = config.search.trials - sum(trial.state != "RUNNING" for trial in trials)
+    left = total_trials(config, trials) - sum(trial.state != "RUNNING" for trial in trials)
     nodes, lines = [{"CPU": float(os.cpu_count() or 1)}], list[str]()
     slots = count_slots(config, nodes, left)
     plan = make_plan(config, cache, None, nodes, slots, lines.append)

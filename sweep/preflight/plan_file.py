@@ -10,7 +10,7 @@ from data.atomic import write_file
 from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.search.cost import device_seconds, format_device_hours
-from sweep.search.study import TrialRecord
+from sweep.search.study import TrialRecord, total_trials
 
 FILE = "plan.json"
 
@@ -69,7 +69,7 @@ def plan_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> l
     plan = PlanFile.read(folder)
     excluded, estimate = [f"plan: {line}" for line in plan.excluded], plan.estimate
     ended = sum(trial.state != "RUNNING" for trial in trials)
-    if estimate is None or estimate.trials != config.search.trials or ended < estimate.trials:
+    if estimate is None or estimate.trials != config.search.trials or ended < total_trials(config, trials):
         return excluded
     used = device_seconds(trials) - estimate.used
     estimated, actual = (format_device_hours(config, seconds) for seconds in (estimate.work, used))

@@ -13,7 +13,9 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Values
 from sweep.config.version import code_version
-from sweep.search.study import StudyBases, StudyStore
+from sweep.search.space_checks import check_requests
+from sweep.search.space_checks import notes as search_notes
+from sweep.search.study import StudyBases, StudyStore, total_trials
 from sweep.search.study_storage import has_study
 
 
@@ -26,6 +28,7 @@ class Preview:
     started: bool  # whether the folder holds a sweep
     changes: Changes
     notes: list[str] = field(default_factory=list)  # about other data or code
+    search: list[str] = field(default_factory=list)  # what the search asks for and is done only in part
     refused: bool = False
     refusal: str = ""  # why, where it is not for `changes`
     resumed: list[tuple[int, str]] = field(default_factory=list)  # number of a trial, and from where
@@ -51,8 +54,9 @@ def preview(
         allow_other_base: accept other ones than before.
 
     Raises:
-        UserError: the database of the study cannot be used.
+        UserError: the database of the study cannot be used, or the search asks for what no trial would do.
     """
+    check_requests(config, folder)
     path = folder / "config.yaml"
     if not path.exists():
         return _without_trials(config, folder, started=False, changes=Changes(()))
@@ -78,7 +82,7 @@ def preview(
     if codes and codes[-1] != code:
         notes.append(f"code: {codes[-1]} → {code} (results may differ from those so far)")
     trials = study.trials()
-    new = max(0, config.search.trials - len(trials))
+    new = max(0, total_trials(config, trials) - len(trials))
     points = study.points_left()[:new]
     return Preview(
         folder,
@@ -86,6 +90,7 @@ def preview(
         started=True,
         changes=changes,
         notes=notes,
+        search=list(search_notes(config)),
         refused=other_data or bool(changes.refused) or bool(other_base and not allow_other_base),
         refusal="another corpus" if other_data else study.other_bases_message(other_base),
         resumed=[(number, _resume_point(folder, number)) for number in study.running()]
@@ -100,9 +105,19 @@ def preview(
 
 
 def _without_trials(config: Config, folder: Path, started: bool, changes: Changes) -> Preview:
-    points = config.search.points[: config.search.trials]
-    drawn = config.search.trials - len(points)
-    return Preview(folder, config, started, changes, refused=bool(changes.refused), points=list(points), drawn=drawn)
+    total = total_trials(config, [])
+    points = config.search.points[:total]
+    drawn = total - len(points)
+    return Preview(
+        folder,
+        config,
+        started,
+        changes,
+        search=list(search_notes(config)),
+        refused=bool(changes.refused),
+        points=list(points),
+        drawn=drawn,
+    )
 
 
 def _resume_point(folder: Path, number: int) -> str:

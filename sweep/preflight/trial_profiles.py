@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.config.space import Axis, Scalar, Values
+from sweep.config.space import Axis, Value, Values
 from sweep.search.candidates import Candidate, draw, representatives, resolve_candidate
 
 MAX_PROFILES = 16
@@ -106,7 +106,7 @@ def is_relevant(key: str) -> bool:
     return not key.startswith(IRRELEVANT)
 
 
-def matching_profiles(values: Mapping[str, Scalar], profiles: Sequence[Mapping[str, Scalar]]) -> list[int]:
+def matching_profiles(values: Mapping[str, Value], profiles: Sequence[Mapping[str, Value]]) -> list[int]:
     """Return the indices of the profiles that represent a trial.
 
     A profile matches if its values are equal to the trial's. A number that no profile has matches both its neighbours.
@@ -123,11 +123,11 @@ def matching_profiles(values: Mapping[str, Scalar], profiles: Sequence[Mapping[s
     return matching
 
 
-def _neighbours(key: str, value: Scalar, measured: Sequence[Scalar]) -> list[float]:
+def _neighbours(key: str, value: Value, measured: Sequence[Value]) -> list[float]:
     """Return the measured values next to a number that was not measured."""
     if value in measured or not _is_number(value):
         return []
-    numbers = list(filter(_is_number, measured))
+    numbers = [number for number in measured if _is_number(number)]
     if key.startswith(SIGN_ONLY):
         return [number for number in numbers if (number > 0) == (value > 0)]
     below = [number for number in numbers if number < value]
@@ -139,10 +139,10 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _options(key: str, axis: Axis, all_values: bool) -> list[Scalar]:
+def _options(key: str, axis: Axis, all_values: bool) -> list[Value]:
     """Return the values of an axis that are worth telling apart."""
     values = axis.extremes()
-    numbers = list(filter(_is_number, values))
+    numbers = [value for value in values if _is_number(value)]
     if len(numbers) < len(values):
         return values
     if key.startswith(SIGN_ONLY):

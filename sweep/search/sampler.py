@@ -1,12 +1,15 @@
 """The sampler: draws the parameters of a new trial as a pure function of configuration, seed and the trials so far.
 
 The study stores what happened. TPE reads a copy of the history in memory, which shows what it should learn from: trials
-that ran out of memory as infeasible ones, and earlier trials in the search space as it is now. Values that cannot fit
-into memory by the plan are drawn in that copy only and drawn again, so they use up no trial.
+that ran out of memory as infeasible ones, and earlier trials in the search space as it is now. Values that another
+trial has, and those that cannot fit into memory by the plan, are drawn in that copy only and drawn again, so they use
+up no trial. What is left of a finite space is enumerated where drawing does not find it.
 """
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -17,43 +20,63 @@ from data.errors import UserError
 from sweep.compat import FIXED_PARAMS
 from sweep.config.loader import flat
 from sweep.config.schema import Config
-from sweep.config.space import Scalar
+from sweep.config.space import Stored, Value, Values, encode
+from sweep.search.candidates import MOST, untrained
 
 INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, which TPE should avoid
 ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
-TRIES = 100  # draws for a trial, of which one must fit; TPE makes half of them, since it may repeat itself
-Fits = Callable[[dict[str, Scalar]], bool]
+TRIES = 100  # draws for a trial, of which one must be new and fit; TPE makes half of them, since it may repeat itself
+TOO_LARGE = "not started: does not fit into memory by the plan"
+Fits = Callable[[dict[str, Value]], bool]
 
 
-def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda values: True) -> FrozenTrial:
+class Draw(NamedTuple):
+    """The values of a new trial."""
+
+    point: dict[str, Stored] | None  # which the trial takes
+    values: Values
+    fits: bool = True
+
+
+def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda values: True) -> FrozenTrial | None:
     """Return a new running trial with all its values; those of a point if one is left.
+
+    No trial has the values of another one. Of a finite space, values that cannot fit come last, as a failed trial.
 
     Args:
         config: of the sweep, with the space to draw from.
         trials: all trials of the study, in order.
         fits: returns whether a trial with some values may start.
 
+    Returns:
+        The trial; None if every combination of a finite space has a trial.
+
     Raises:
         UserError: none of many draws fits.
     """
-    point, values = _draw_fitting(config, trials, fits)
+    drawn = _draw(config, trials, fits)
+    if drawn is None:
+        return None
     space = config.search.space
-    names = {key: _stored_name(key, space[key].distribution(), trials) for key in values}
+    names = {key: _stored_name(key, space[key].distribution(), trials) for key in drawn.values}
     return create_trial(
-        state=TrialState.RUNNING,
-        params={name: values[key] for key, name in names.items()},
+        state=TrialState.RUNNING if drawn.fits else TrialState.FAIL,
+        params={name: encode(drawn.values[key]) for key, name in names.items()},
         distributions={name: space[key].distribution() for key, name in names.items()},
-        system_attrs={FIXED_PARAMS: point} if point is not None else {},
+        system_attrs={FIXED_PARAMS: drawn.point} if drawn.point is not None else {},
+        user_attrs={} if drawn.fits else {"why": TOO_LARGE, "reason": "out of memory"},
     )
 
 
-def _draw_fitting(
-    config: Config, trials: Sequence[FrozenTrial], fits: Fits
-) -> tuple[dict[str, Scalar] | None, dict[str, Scalar]]:
-    """Return the point that the next trial takes, if one is left, and the values of the trial."""
+def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | None:
+    """Return the values of the next trial, and the point that it takes, if one is left."""
+    trained = _trained(config, trials)
+    if untrained(config, trained, 1) == []:
+        return None
     # Each trial has a sampler with its own seed, so that a resumed search draws what an uninterrupted one would.
+    seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
     sampler = optuna.samplers.TPESampler(
-        seed=int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0]),
+        seed=seed,
         n_startup_trials=config.search.startup_trials,
         constant_liar=True,
         multivariate=True,
@@ -62,35 +85,72 @@ def _draw_fitting(
     copy = optuna.create_study(direction=config.search.direction, sampler=sampler)
     copy.add_trials(history(config, trials))
     avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
-    for tried, point in enumerate([*points_left(config, trials), *[None] * TRIES]):
+
+    def ask(point: Mapping[str, Value] | None = None) -> Values | None:
+        """Return the values of one draw, unless a trial has them, they lack one of the point, or they do not fit."""
         if point is not None:
-            copy.enqueue_trial(point)
-        if tried > TRIES // 2:
-            copy.sampler = optuna.samplers.RandomSampler(seed=len(trials))
+            copy.enqueue_trial(_encode(point))
         trial = copy.ask()
         values = config.search.suggest(trial, flat(config))
-        if fits(values):
-            return point, values
+        is_new = config.search.same(values) not in trained and (point or {}).items() <= values.items()
+        if is_new and fits(values):
+            return values
         copy.tell(trial, state=TrialState.FAIL)
-        if avoid_infeasible:
+        if is_new and avoid_infeasible:
             copy.add_trial(_infeasible(config, values))
+        return None
+
+    for point in points_left(config, trials):
+        left = untrained(config, trained, MOST, point)
+        for _ in range(1 if left is not None and len(left) == 1 else TRIES):
+            if (values := ask(point)) is not None:
+                return Draw(_encode(point), values)
+        if fitting := [values for values in left or [] if fits(values)]:
+            return Draw(_encode(point), random.Random(seed).choice(fitting))
+    for tried in range(TRIES):
+        if tried == TRIES // 2:
+            copy.sampler = optuna.samplers.RandomSampler(seed=len(trials))
+        if (values := ask()) is not None:
+            return Draw(None, values)
+    left = untrained(config, trained, MOST)
+    if fitting := [values for values in left or [] if fits(values)]:
+        return Draw(None, random.Random(seed).choice(fitting))
+    if left is not None and len(left) < MOST:
+        return Draw(None, left[0], fits=False)
     raise UserError(
         f"search.space: none of {TRIES} draws fits into memory by the plan; leave out the values that it excludes"
     )
 
 
-def points_left(config: Config, trials: Iterable[FrozenTrial]) -> list[dict[str, Scalar]]:
-    """Return the points that no trial has taken yet. A point that cannot fit is skipped, so it stays in the list."""
+def _trained(config: Config, trials: Iterable[FrozenTrial]) -> set[str]:
+    """Return what the trials so far are, see `SearchConfig.same`."""
+    return {config.search.same(params(config, trial)) for trial in trials if trial.state != TrialState.WAITING}
+
+
+def _encode(values: Mapping[str, Value]) -> dict[str, Stored]:
+    return {key: encode(value) for key, value in values.items()}
+
+
+def points_left(config: Config, trials: Sequence[FrozenTrial]) -> list[dict[str, Value]]:
+    """Return the points that no trial has taken yet, without those whose values are only those of other trials.
+
+    A point that cannot fit is skipped, so it stays in the list.
+    """
     left = list(config.search.points)
     for trial in trials:
-        if trial.state != TrialState.WAITING and trial.system_attrs.get(FIXED_PARAMS) in left:
-            left.remove(trial.system_attrs[FIXED_PARAMS])
-    return left
+        point = next((point for point in left if _encode(point) == trial.system_attrs.get(FIXED_PARAMS)), None)
+        if trial.state != TrialState.WAITING and point is not None:
+            left.remove(point)
+    trained = _trained(config, trials) if left else set[str]()
+    return [point for point in left if untrained(config, trained, 1, point) != []]
 
 
-def params(config: Config, trial: FrozenTrial) -> dict[str, Scalar]:
+def params(config: Config, trial: FrozenTrial) -> dict[str, Value]:
     """Return the values of a trial by dotted key, those of axes that were added later included."""
-    drawn = {name.partition("#")[0]: value for name, value in trial.params.items()}
+    space, drawn = config.search.space, dict[str, Value]()
+    for name, value in trial.params.items():
+        key = name.partition("#")[0]
+        drawn[key] = space[key].decode(value) if key in space else value
     return config.search.complete(drawn, flat(config))
 
 
@@ -110,7 +170,7 @@ def history(config: Config, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
                 create_trial(
                     state=trial.state,
                     value=trial.value if trial.state == TrialState.COMPLETE else None,
-                    params=values,
+                    params=_encode(values),
                     distributions={key: space[key].distribution() for key in values},
                     intermediate_values=trial.intermediate_values,
                 )
@@ -119,12 +179,12 @@ def history(config: Config, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _infeasible(
-    config: Config, values: Mapping[str, Scalar], reported: Mapping[int, float] | None = None
+    config: Config, values: Mapping[str, Value], reported: Mapping[int, float] | None = None
 ) -> FrozenTrial:
     """Return a trial with values that TPE should avoid."""
     return create_trial(
         state=TrialState.PRUNED,
-        params=dict(values),
+        params=_encode(values),
         distributions={key: config.search.space[key].distribution() for key in values},
         intermediate_values=dict(reported or {}),
         constraints={"memory": 1.0},

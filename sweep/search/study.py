@@ -20,8 +20,9 @@ from sweep.compat import writable_trial
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import EPOCHS, Scalar
+from sweep.config.space import EPOCHS, Value, whole
 from sweep.search import retries, sampler
+from sweep.search.candidates import untrained
 from sweep.search.pruning import better, is_audited, prune
 from sweep.search.study_storage import open_study, read_study
 
@@ -30,6 +31,7 @@ Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "err
 Metrics = dict[str, float]  # of one epoch, by name
 # What identifies the models that trials start from, by setting and by its value in the configuration.
 StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
+MOST_COUNTED = 10_000  # trials of a finite space that are counted
 COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
 COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
 BY_PARAMETERS = ("non-finite", "out of memory")
@@ -41,7 +43,7 @@ class TrialRecord:
 
     number: int
     state: State
-    params: dict[str, Scalar]
+    params: dict[str, Value]
     value: float | None  # objective at the last reported epoch
     metrics: Metrics  # of the last reported epoch
     steps: int  # optimizer steps done
@@ -58,7 +60,7 @@ class NextTrial(NamedTuple):
     """A trial to start: its number, and the values of its axes by dotted key."""
 
     number: int
-    params: dict[str, Scalar]
+    params: dict[str, Value]
 
 
 class StudyStore:
@@ -102,6 +104,7 @@ class StudyStore:
         """Return the next trial to run: the first unfinished one that nothing runs, else a new one.
 
         A new trial is written with all its values in one operation: after a kill it exists completely or not at all.
+        What is left of a finite space and does not fit into memory is written as failed trials, which nothing runs.
 
         Args:
             busy: numbers of the trials that run now.
@@ -117,10 +120,15 @@ class StudyStore:
         for number, trial in enumerate(trials):
             if trial.state == TrialState.RUNNING and number not in busy:
                 return NextTrial(number, sampler.params(self.config, trial))
-        if sum(trial.state != TrialState.WAITING for trial in trials) >= target:
-            return None
-        self.study.add_trial(sampler.draw(self.config, trials, self.fits))
-        return NextTrial(len(trials), sampler.params(self.config, self._frozen(len(trials))))
+        while sum(trial.state != TrialState.WAITING for trial in trials) < target:
+            drawn = sampler.draw(self.config, trials, self.fits)
+            if drawn is None:
+                return None
+            self.study.add_trial(drawn)
+            if drawn.state == TrialState.RUNNING:
+                return NextTrial(len(trials), sampler.params(self.config, self._frozen(len(trials))))
+            trials = self.runs()
+        return None
 
     def running(self) -> list[int]:
         """Return the numbers of the trials that were started and have not ended."""
@@ -157,7 +165,7 @@ class StudyStore:
     def _common_faults(self) -> list[int]:
         return list(self.study.user_attrs.get(retries.COMMON_FAULTS, []))
 
-    def points_left(self) -> list[dict[str, Scalar]]:
+    def points_left(self) -> list[dict[str, Value]]:
         """Return the points of the search that no trial has taken yet."""
         return sampler.points_left(self.config, self.runs())
 
@@ -348,7 +356,7 @@ class StudyStore:
     def _frozen(self, number: int) -> FrozenTrial:
         return self.runs()[number]
 
-    def _params(self, trial: FrozenTrial) -> dict[str, Scalar]:
+    def _params(self, trial: FrozenTrial) -> dict[str, Value]:
         return sampler.params(self.config, trial)
 
     def _record(self, number: int, trial: FrozenTrial, common_faults: Sequence[int]) -> TrialRecord:
@@ -387,9 +395,24 @@ def best_first(config: Config, trials: Sequence[TrialRecord]) -> list[TrialRecor
     return sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
 
-def horizon(config: Config, params: Mapping[str, Scalar]) -> int:
+def total_trials(config: Config, trials: Sequence[TrialRecord]) -> int:
+    """Return the number of trials of a sweep: `search.trials`, or fewer if a finite space has no more different ones.
+
+    Args:
+        config: of the sweep.
+        trials: of its study.
+    """
+    missing = config.search.trials - len(trials)
+    if missing <= 0:
+        return config.search.trials
+    most = min(missing, MOST_COUNTED)
+    left = untrained(config, {config.search.same(trial.params) for trial in trials}, most)
+    return config.search.trials if left is None or len(left) == most else len(trials) + len(left)
+
+
+def horizon(config: Config, params: Mapping[str, Value]) -> int:
     """Return the epochs that a trial with these values trains for, unless something ends it."""
-    return int(params.get(EPOCHS) or config.train.epochs)
+    return whole(params.get(EPOCHS)) or config.train.epochs
 
 
 def common_fault(trials: Sequence[TrialRecord]) -> str | None:

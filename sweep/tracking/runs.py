@@ -23,7 +23,7 @@ from model.training.metrics_log import Point
 from sweep.analysis.predictions import read_predictions
 from sweep.analysis.report.fonts import font_families
 from sweep.compat import newest_steps
-from sweep.config.space import FOLD, Scalar
+from sweep.config.space import FOLD, Value, encode, whole
 from sweep.tracking.dataset import Corpus
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Runs:
                 self.client.delete_run(run.info.run_id)
         return first
 
-    def create(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Scalar], started: int) -> str:
+    def create(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Value], started: int) -> str:
         """Create a run for a key that `find` did not return, and return its id."""
         corpus = self._corpus_of(params)
         all_tags = {"sweep.key": key, **tags, **(corpus.tags() if corpus else {})}
@@ -144,21 +144,21 @@ class Runs:
         self.complete(run, params)
         return str(run.info.run_id)
 
-    def complete(self, run: "Run", params: Mapping[str, Scalar]) -> None:
+    def complete(self, run: "Run", params: Mapping[str, Value]) -> None:
         """Add the parameters and the corpus if the run lacks them, as after a kill."""
         from mlflow.entities import Param
 
-        if not run.data.params.keys() >= params.keys():
-            stored = [Param(key, str(value)) for key, value in params.items()]
+        if lacking := params.keys() - run.data.params.keys():
+            stored = [Param(key, str(encode(value))) for key, value in params.items() if key in lacking]
             for start in range(0, len(stored), MAX_PARAMS):
                 self.client.log_batch(run.info.run_id, params=stored[start : start + MAX_PARAMS])
         corpus = self._corpus_of(params)
         if corpus and not (run.inputs and run.inputs.dataset_inputs):
             self.client.log_inputs(run.info.run_id, datasets=[corpus.input()])
 
-    def _corpus_of(self, params: Mapping[str, Scalar]) -> Corpus | None:
+    def _corpus_of(self, params: Mapping[str, Value]) -> Corpus | None:
         """Return the corpus of a run: a trial may be on another fold than the sweep."""
-        return self.corpus.with_fold(int(params[FOLD] or 0)) if self.corpus and FOLD in params else self.corpus
+        return self.corpus.with_fold(whole(params[FOLD])) if self.corpus and FOLD in params else self.corpus
 
     def send(self, run_id: str, points: Sequence[Point], tags: Mapping[str, str] | None = None) -> None:
         """Add points and tags to a run; sending them again changes nothing."""

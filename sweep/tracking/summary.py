@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from model.training.metrics_log import Point
 from sweep.config.loader import flat
 from sweep.config.schema import Config
-from sweep.config.space import Scalar
+from sweep.config.space import Value
 from sweep.search.pruning import better
 from sweep.search.study import TrialRecord, best_first
 
@@ -31,7 +31,7 @@ def is_summary(name: str) -> bool:
     return name in (OBJECTIVE, LOWER, UPPER) or name.startswith(BEST)
 
 
-def params(config: Config, trial: TrialRecord) -> dict[str, Scalar]:
+def params(config: Config, trial: TrialRecord) -> dict[str, Value]:
     """Return the value of every axis, so that runs can be compared on all of them.
 
     A trial outside the condition of an axis ran with the sweep's setting, which is then the value; `unvaried` returns

@@ -30,7 +30,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
-from sweep.search.study import StudyStore, TrialRecord, best_first, has_started
+from sweep.search.study import StudyStore, TrialRecord, best_first, has_started, total_trials
 from sweep.search.study_storage import sweep_id
 from sweep.tracking import summary
 from sweep.tracking.access import denial, tracking_uri
@@ -255,7 +255,7 @@ class Tracker(threading.Thread):
         metrics = summary.sweep_metrics(self.config, trials)
         changed = {name: value for name, value in metrics.items() if self.sweep_metrics.get(name) != value}
         self.runs.send(self.parent, [Point(name, ended, now(), value) for name, value in changed.items()], tags)
-        finished = all_sent and ended >= self.config.search.trials
+        finished = all_sent and ended >= total_trials(self.config, trials)
         # The best of several folds is only the easiest fold, so it is no model to publish.
         if finished and best is not None and FOLD not in self.config.search.space:
             publish(self.runs, self.config.name, self.folder, best, run_ids[best.number])

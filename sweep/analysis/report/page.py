@@ -91,7 +91,7 @@ def _facts(study: StudyStore, trials: Sequence[TrialRecord]) -> dict[str, str]:
     best = next(iter(best_first(config, trials)), None)
     return {
         "best": "none yet" if best is None or best.value is None else f"{best.value:.3f} (#{best.number})",
-        "trials": f"{len(trials)} of {max(config.search.trials, len(trials))}",
+        "trials": f"{len(trials)} of {progress(config, trials).target}",
         "cost": progress(config, trials).format_hours(),
         "corpus": study.fingerprint() or "unknown",
         "code": codes[-1] if codes else "unknown",
