@@ -9,7 +9,7 @@ up no trial. What is left of a finite space is enumerated where drawing does not
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -26,6 +26,7 @@ from sweep.search.candidates import MOST, untrained
 INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, which TPE should avoid
 ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 TRIES = 100  # draws for a trial, of which one must be new and fit; TPE makes half of them, since it may repeat itself
+FEW_TRIES = 10  # the same where few combinations are left, of which one is chosen at random otherwise
 TOO_LARGE = "not started: does not fit into memory by the plan"
 Fits = Callable[[dict[str, Value]], bool]
 
@@ -71,7 +72,8 @@ def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda valu
 def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | None:
     """Return the values of the next trial, and the point that it takes, if one is left."""
     trained = _trained(config, trials)
-    if untrained(config, trained, 1) == []:
+    left = untrained(config, trained, MOST)
+    if left == []:
         return None
     # Each trial has a sampler with its own seed, so that a resumed search draws what an uninterrupted one would.
     seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
@@ -86,33 +88,35 @@ def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | N
     copy.add_trials(history(config, trials))
     avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
 
-    def ask(point: Mapping[str, Value] | None = None) -> Values | None:
-        """Return the values of one draw, unless a trial has them, they lack one of the point, or they do not fit."""
+    def ask(point: Mapping[str, Value] | None = None) -> tuple[Values, Literal["good", "repeated", "too large"]]:
+        """Draw values, and return them with what they are; those that lack a value of the point count as repeated."""
         if point is not None:
             copy.enqueue_trial(_encode(point))
         trial = copy.ask()
         values = config.search.suggest(trial, flat(config))
         is_new = config.search.same(values) not in trained and (point or {}).items() <= values.items()
         if is_new and fits(values):
-            return values
+            return values, "good"
         copy.tell(trial, state=TrialState.FAIL)
         if is_new and avoid_infeasible:
             copy.add_trial(_infeasible(config, values))
-        return None
+        return values, "too large" if is_new else "repeated"
 
     for point in points_left(config, trials):
-        left = untrained(config, trained, MOST, point)
-        for _ in range(1 if left is not None and len(left) == 1 else TRIES):
-            if (values := ask(point)) is not None:
+        for _ in range(_tries(completions := untrained(config, trained, MOST, point))):
+            values, verdict = ask(point)
+            if verdict == "good":
                 return Draw(_encode(point), values)
-        if fitting := [values for values in left or [] if fits(values)]:
+            if verdict == "too large":  # so are its other values, as a rule
+                break
+        if fitting := [values for values in completions or [] if fits(values)]:
             return Draw(_encode(point), random.Random(seed).choice(fitting))
-    for tried in range(TRIES):
-        if tried == TRIES // 2:
+    for tried in range(tries := _tries(left)):
+        if tried == tries // 2:
             copy.sampler = optuna.samplers.RandomSampler(seed=len(trials))
-        if (values := ask()) is not None:
+        values, verdict = ask()
+        if verdict == "good":
             return Draw(None, values)
-    left = untrained(config, trained, MOST)
     if fitting := [values for values in left or [] if fits(values)]:
         return Draw(None, random.Random(seed).choice(fitting))
     if left is not None and len(left) < MOST:
@@ -120,6 +124,11 @@ def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | N
     raise UserError(
         f"search.space: none of {TRIES} draws fits into memory by the plan; leave out the values that it excludes"
     )
+
+
+def _tries(left: Sequence[Values] | None) -> int:
+    """Return how often values are drawn before one of the combinations that are left is chosen, if all are known."""
+    return TRIES if left is None or len(left) == MOST else FEW_TRIES
 
 
 def _trained(config: Config, trials: Iterable[FrozenTrial]) -> set[str]:

@@ -191,6 +191,71 @@ def test_overridden_axis_leaves_the_search() -> None:
     assert load("demo", ["model.cls=after"]).search.points == []
 
 
+def axes(*overrides: str, name: str = "demo") -> dict[str, Any]:
+    """Return the axes of a sweep as YAML would have them."""
+    space = load(name, overrides).search.space
+    return {key: axis.model_dump(exclude_defaults=True) for key, axis in space.items()}
+
+
+RATE, CLS = "search.space.train.learning_rate", "search.space.model.cls"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "axis"),
+    [
+        ([f"{RATE}=[1e-4, 1e-3]"], "train.learning_rate", {"choices": [1e-4, 1e-3]}),
+        (["search.space={train.learning_rate: [1e-4, 1e-3]}"], "train.learning_rate", {"choices": [1e-4, 1e-3]}),
+        ([f"{RATE}.low=1e-6"], "train.learning_rate", {"low": 1e-6, "high": 1e-2, "log": True}),
+        ([f"{RATE}={{low: 1e-5}}"], "train.learning_rate", {"low": 1e-5, "high": 1e-2, "log": True}),
+        (["train.learning_rate=1e-3", f"{RATE}=[1e-3]"], "train.learning_rate", {"choices": [1e-3]}),
+        ([f"{CLS}.when.model.modality=[text]"], "model.cls", {"when": {"model.modality": ["text"]}}),
+        ([f"{CLS}.choices=[none]", f"{CLS}={{when: {{seed: [0]}}}}"], "model.cls", {"choices": ["none"]}),
+        (["search.space.model.lora.targets=[all-linear, [q_proj]]"], "model.lora.targets", {}),
+        (["search.space.data.history={low: 1, high: 4}"], "data.history", {"low": 1, "high": 4}),
+    ],
+)
+def test_override_reaches_an_axis(overrides: list[str], key: str, axis: dict[str, Any]) -> None:
+    changed = axes(*overrides)
+    assert changed[key].items() >= axis.items()
+    before = axes()
+    assert {name: before[name] for name in before if name != key} == {n: a for n, a in changed.items() if n != key}
+
+
+def test_override_clears_the_space_or_an_axis(yaml: Yaml) -> None:
+    cleared = load("demo", ["search.space={}"]).search
+    assert (cleared.space, cleared.points) == ({}, [])
+    alone = axes("search.space={}", "search.space.model.lora.rank=[4, 8]")
+    assert alone == {"model.lora.rank": {"choices": [4, 8]}}
+    assert axes() == axes("model={}"), "a section that is cleared has its defaults, and its axes stay"
+    assert "model.cls" not in axes(f"{CLS}=null")
+    roles = yaml("name: a\nmodel: {prompt: {roles: {client: Patient}}}")
+    assert load(roles, ["model.prompt.roles={}"]).model.prompt.roles == {}
+
+
+def test_override_wins_over_axes_and_points() -> None:
+    """Also as a part of a section, and of a setting that is a mapping."""
+    assert "model.lora.rank" not in axes("model.lora={rank: 8, alpha: 4}")
+    assert "model.lora.rank" in axes("model.lora={alpha: 4}")
+    weighted = "search.space.train.class_weights=[equal, {classify: {change: 2}}]"
+    assert "train.class_weights" in axes(weighted)
+    assert "train.class_weights" not in axes(weighted, "train.class_weights.classify.change=3")
+    rates = load("demo", [f"{RATE}=[1e-4, 3e-3]"]).search
+    assert len(rates.points) == 2
+    assert load("demo", [f"{RATE}=[1e-4]"]).search.points == [], "the points have other rates"
+    merged = ["search.points=[{model.cls: none}, {model.cls: none, model.lora.rank: 8}]", "model.lora.rank=8"]
+    assert load("demo", merged).search.points == [{"model.cls": "none"}], "both are the same now"
+
+
+def test_override_of_an_unknown_axis_is_explained() -> None:
+    assert problems("demo", "search.space.model.lora.rnak=[4]")[1:] == [
+        "search.space.model.lora.rnak: no setting that a search may vary has this name; did you mean 'model.lora.rank'?"
+    ]
+    assert problems("demo", f"{CLS}.chioces=[none]")[1:2] == [
+        "search.space.model.cls.chioces: unknown key; did you mean 'choices'?"
+    ]
+    assert problems("demo", f"{RATE}={{low: 1, high: .inf}}")[1].endswith("low and high must be finite numbers")
+
+
 STRIDE = "model.adapter.stride: 5 is larger than model.adapter.window (4), so frames would be skipped; lower it"
 RULES = {
     "model: {adapter: {window: 4, stride: 5}}": STRIDE,

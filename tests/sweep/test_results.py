@@ -127,8 +127,8 @@ def trial(
 
 
 def of_four(trials: int = 4, **resources: float) -> Config:
-    tree = {"name": "a", "train": {"epochs": 4}, "search": {"trials": trials}, "resources": resources}
-    return parse(tree, "a")
+    search = {"trials": trials, "space": {"seed": {"low": 0, "high": 99}}}
+    return parse({"name": "a", "train": {"epochs": 4}, "search": search, "resources": resources}, "a")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`run_sweep` from Python, in a notebook and in a thread, and what each end of a sweep is to its caller."""
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
@@ -41,6 +42,8 @@ def notebook(here: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
                 return self.stop.requested.set()  # as a signal does
         return None
 
+    settings = json.loads((here / "good.yaml").read_text()) | {"search": {"space": {"seed": {"low": 0, "high": 99}}}}
+    (here / "good.yaml").write_text(json.dumps(settings))
     monkeypatch.setattr(SweepRunner, "execute", execute)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (here / "runs").mkdir()
@@ -92,6 +95,22 @@ def test_sweep_resumes_in_a_thread_and_prints_nothing(
     assert re.search(r"^2 +COMPLETE +0.70", ended.out, flags=re.MULTILINE)
     assert re.search(r"^reproduce:  .*sweep train runs/t/config.yaml", ended.out, flags=re.MULTILINE)
     assert ended.out.index("warning: classify: one label") < ended.out.index("COMPLETE")
+
+
+def test_exhausted_space_ends_the_sweep_with_a_line(notebook: Path) -> None:
+    """Two configurations and four trials; the command is done, also when it is given again."""
+    command = ("run", "good.yaml", "--trials", 4, "--set", "search.space={seed: null, train.warmup: [0, 0.1]}")
+    before = sweep(*command, "--dry-run")
+    assert before.code == 0
+    assert "search.trials: 4, and search.space has 2 different trials, after which the sweep ends" in before.out
+    assert "2 drawn by the search" in before.out
+    last = "done: 2 complete, which is all of search.space (search.trials is 4); the best is trial 1 (runs/t)"
+    for _ in range(2):
+        ended = sweep(*command)
+        assert (ended.code, ended.out.splitlines()[-1]) == (0, last)
+        assert len(re.findall(r"^\d +COMPLETE", ended.out, flags=re.MULTILINE)) == 2
+    assert "t: 2/2 trials done" in (shown := sweep("status", "runs/t").out)
+    assert "finished" in shown
 
 
 @pytest.mark.parametrize(

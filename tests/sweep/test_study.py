@@ -230,8 +230,8 @@ def test_small_losses_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("searched", [False, True])
 def test_last_epoch_prunes_no_trial(searched: bool, tmp_path: Path) -> None:
-    points = [{"train.epochs": 4}] * 3 + [{"train.epochs": 2}]
-    config = pruned(space={"train.epochs": [2, 4]}, points=points) if searched else pruned()
+    points = [{"train.epochs": epochs, "seed": seed} for seed, epochs in enumerate((4, 4, 4, 2))]
+    config = pruned(space={"train.epochs": [2, 4], "seed": [0, 1, 2, 3]}, points=points) if searched else pruned()
     study = StudyStore.open(tmp_path, config if searched else config.with_values({"train.epochs": 2}))
     ask(study, 4)
     assert not any(report(study, number, value, value)[-1] for number, value in enumerate((0.9, 0.8, 0.7, 0.1)))
@@ -427,9 +427,10 @@ def test_space_that_grew_keeps_earlier_trials(tmp_path: Path) -> None:
 
 def test_lists_of_choices_may_grow_again(tmp_path: Path) -> None:
     for count, choices in enumerate([[2, 4], [2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8, 16]], start=1):
-        study = StudyStore.open(tmp_path, settings(points=[], space={RANK: choices}))
+        space = {RANK: choices, "seed": {"low": 0, "high": 99}}
+        study = StudyStore.open(tmp_path, settings(points=[], space=space))
         run(study, 4 * count, limit=99)
-    assert all(trial.params.keys() == {RANK} for trial in study.trials())
+    assert all(trial.params.keys() == {RANK, "seed"} for trial in study.trials())
     assert [trial.state for trial in study.trials()] == ["COMPLETE"] * 16
 
 
