@@ -65,7 +65,7 @@ def inspect(
     from data.loading.tasks import has_audio
     from data.shards.dataset import Shards, is_corpus
     from sweep.analysis.inspection import lines, settings_for
-    from sweep.config.files import load, override
+    from sweep.config.files import load, override_sweep
     from sweep.config.resolve import resolve
     from sweep.config.schema import parse
     from sweep.execution.trial import open_shards
@@ -76,7 +76,7 @@ def inspect(
     if is_corpus(source):
         shards = Shards(source)
         show_shards(shards)
-        loaded = parse(override({}, [*settings_for(shards), *set_]), "--set")
+        loaded = parse(override_sweep({}, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
     check_bases(loaded)

@@ -29,7 +29,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, or lists every problem of its content.
     """
     path = _find(name)
-    config = parse(override(_with_former_values(read_tree(path)), overrides), str(path))
+    config = parse(override_sweep(_with_former_values(read_tree(path)), overrides), str(path))
     check_search(config, str(path))
     return config
 
@@ -46,7 +46,7 @@ def _with_former_values(tree: Tree) -> Tree:
     return tree
 
 
-def override(tree: Tree, overrides: Sequence[str]) -> Tree:
+def override_sweep(tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return the tree of a sweep with `key=value` overrides put in, one after another.
 
     A setting that is overridden is no axis any more, and an axis that is null is removed. Points that have another

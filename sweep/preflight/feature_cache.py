@@ -32,6 +32,7 @@ from sweep.preflight.cache_kind import AnyRequest
 from sweep.preflight.encoder_features import EncoderFeatures
 from sweep.preflight.teacher_logits import TeacherLogitsKind
 from sweep.search.candidates import candidates, resolve_candidate
+from sweep.search.study import total_trials
 
 ENCODER_FEATURES, TEACHER_LOGITS = EncoderFeatures(), TeacherLogitsKind()
 MAX_COMBINATIONS = 64  # of the values of a kind's axes
@@ -124,7 +125,7 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log) -> None:
     import ray
 
     search, epochs = config.search, config.train.epochs
-    total_epochs = search.trials * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
+    total_epochs = total_trials(config, []) * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
     groups: dict[str, list[WeightedRequest]] = {}
     for weighted in cache_requests(config, cache):
         groups.setdefault(weighted.request.kind.pass_key(weighted.request), []).append(weighted)
