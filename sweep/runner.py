@@ -336,9 +336,10 @@ class SweepRunner:
         with local_or_remote_ray(self.folder) as is_up:
             self.stop.install()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            slots = count_slots(resolved, nodes, self.trials_to_run())
+            left = self.trials_to_run()
+            slots = count_slots(resolved, nodes, left)
             # A signal ends either of these two at once; what they have computed is kept.
-            BackgroundWork(lambda: precompute(resolved, self.cache, say), "feature cache", is_up).result()
+            BackgroundWork(lambda: precompute(resolved, self.cache, say, left), "feature cache", is_up).result()
             plan = BackgroundWork(
                 lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", is_up
             ).result()

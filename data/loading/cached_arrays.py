@@ -7,6 +7,7 @@ A cache file is an Arrow IPC file of one record batch with a binary column for e
 atomically, so it either exists completely or not at all.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -50,6 +51,7 @@ class CacheFile(Generic[Row]):
     name: str
     rows: tuple[Row, ...]
     sizes: tuple[int, ...]  # the input size of each row: samples or tokens
+    inputs: tuple[str, ...] = ()  # a hash of what the model reads for each row, where rows are found by it
 
     @property
     def size(self) -> int:
@@ -64,9 +66,12 @@ class CacheFolders(NamedTuple):
     teacher_logits: Path | None = None  # of the teacher of its distillation
 
 
-def cache_file(kind: str, content: str, rows: Sequence[Row], sizes: Iterable[int]) -> CacheFile[Row]:
+def cache_file(
+    kind: str, content: str, rows: Sequence[Row], sizes: Iterable[int], inputs: Iterable[str] = ()
+) -> CacheFile[Row]:
     """Return the file for some rows, named by a hash of `content`: what the model reads for these rows."""
-    return CacheFile(f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow", tuple(rows), tuple(sizes))
+    name = f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
+    return CacheFile(name, tuple(rows), tuple(sizes), tuple(inputs))
 
 
 def split_into_files(sized: Iterable[tuple[Row, Hashable, int]], max_size: int) -> list[list[Row]]:
@@ -133,7 +138,8 @@ def write_file(folder: Path, file: CacheFile[Row], layout: Layout, rows: Iterabl
     ]
     assert all(len(column) == len(file.rows) for column in columns)
     widths = ",".join(str(column[0].shape[1]) for column in columns)
-    schema = pa.schema([pa.field(name, pa.large_binary()) for name in layout], {"width": widths})
+    about = {"width": widths} | ({"inputs": json.dumps(file.inputs)} if file.inputs else {})
+    schema = pa.schema([pa.field(name, pa.large_binary()) for name in layout], about)
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, schema) as writer:
         writer.write_table(pa.table([_to_binary(column) for column in columns], schema=schema))
@@ -150,6 +156,16 @@ def _to_binary(column: Arrays) -> pa.Array:
     content = np.concatenate([values.ravel() for values in column])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(column), buffers)
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_inputs(path: str) -> tuple[str, ...]:
+    """Return the hashes of the inputs in a file, by row; empty for files that have none, or are damaged."""
+    try:
+        with pa.memory_map(path) as file:
+            return tuple(json.loads(ipc.open_file(file).schema.metadata[b"inputs"]))
+    except (OSError, ValueError, KeyError, TypeError):  # Arrow's own errors are subclasses of these
+        return ()
 
 
 class _Column(NamedTuple):

@@ -9,7 +9,7 @@ from data.errors import ConfigError, UserError
 from data.loading.augment import AugmentSeed, longest_samples
 from data.loading.batching import Cost
 from data.loading.examples import clip_samples, read_example
-from data.loading.feature_files import FeatureReader
+from data.loading.feature_files import FeatureReader, heard_rows
 from data.loading.prefetch import Prefetcher
 from data.loading.ray_source import ray_source
 from data.loading.sources import Source, feature_source, local_source, teacher_source
@@ -90,7 +90,8 @@ class TrialData:
         if features is None:
             source = (local_source if reader == "local" else ray_source)(shards, config, model.config.uses_audio)
         else:
-            source = feature_source(shards, config, FeatureReader(features, shards, config))
+            heard = heard_rows(shards, tuple(model.tasks), config.sound)
+            source = feature_source(shards, config, FeatureReader(features, shards, config, heard))
         data = cls(shards, source, {}, 0, 0)
         for split in splits:
             selected = data.splits[split] = SplitData()

@@ -102,7 +102,8 @@ def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
     from sweep.preflight.checks import check_bases, resolve_inputs, study_bases
-    from sweep.preflight.feature_cache import cache_folder, cache_requests, describe
+    from sweep.preflight.feature_cache import cache_folder
+    from sweep.preflight.feature_cache import preview as preview_cache
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
 
@@ -118,7 +119,7 @@ def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     if resolved and (preview.resumed or preview.points or preview.drawn):
         resolve_inputs(config, allow_other_base)
         cache = cache_folder(config, folder)
-        for request, _ in cache_requests(resolved, cache):
-            print_line(describe(request))
+        for line in preview_cache(resolved, cache, len(preview.resumed) + len(preview.points) + preview.drawn):
+            print_line(line)
         for line in preview_plan(resolved, cache, folder):
             print_line(line)

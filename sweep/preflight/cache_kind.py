@@ -1,13 +1,15 @@
 """The contract of a kind of cached numbers (encoder features, teacher logits), and what trials request of a kind."""
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
 from data.loading.cached_arrays import CacheFile, CacheJob, Key, Row, missing_files
 from sweep.config.resolve import ResolvedConfig
+from sweep.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,12 @@ class CacheRequest(Generic[Row, Key]):
         return missing_files(self.folder, self.files)
 
     def lacks(self, file: CacheFile[Row]) -> bool:
-        """Return whether a file has not been computed yet."""
-        return not (self.folder / file.name).exists()
+        """Return whether a file is one of the request's, and has not been computed yet."""
+        return file.name in self._names and not (self.folder / file.name).exists()
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {file.name for file in self.files}
 
 
 AnyRequest = CacheRequest[Any, Any]
@@ -39,18 +45,41 @@ class CacheKind(ABC, Generic[Row, Key]):
     name: ClassVar[str]  # its folder in a cache
     axes: ClassVar[tuple[str, ...]]  # prefixes of the settings that decide which numbers a trial reads
 
-    def request(self, config: ResolvedConfig, cache: Path) -> CacheRequest[Row, Key] | None:
-        """Return what a trial with this configuration may read; None if it must compute the numbers itself."""
+    def request(
+        self, config: ResolvedConfig, cache: Path, sweep: Config | None = None
+    ) -> CacheRequest[Row, Key] | None:
+        """Return what a trial may read; None if it must compute the numbers itself.
+
+        Args:
+            config: of the trial.
+            cache: folder of the cache.
+            sweep: whose other trials may read the same key; None: what the trial reads by itself.
+        """
         key = self.key(config)
-        return None if key is None else CacheRequest(self, key, cache / self.name / key.key, self.files(config), config)
+        if key is None:
+            return None
+        folder = cache / self.name / key.key
+        return CacheRequest(self, key, folder, self.files(config, folder, sweep), config)
+
+    def identity(self, request: CacheRequest[Row, Key]) -> Hashable:
+        """Return a value that is equal for requests that `merged` makes one of."""
+        return (request.folder, *(file.name for file in request.files))
+
+    def merged(self, first: CacheRequest[Row, Key], second: CacheRequest[Row, Key]) -> CacheRequest[Row, Key]:
+        """Return one request for two of the same identity."""
+        return first
+
+    def aligned(self, requests: Sequence[CacheRequest[Row, Key]]) -> list[CacheRequest[Row, Key]]:
+        """Return requests of one forward pass as the cache is now; what they lack in common is in the same files."""
+        return list(requests)
 
     @abstractmethod
     def key(self, config: ResolvedConfig) -> Key | None:
         """Return the cache key of a trial; None if it cannot use cached numbers."""
 
     @abstractmethod
-    def files(self, config: ResolvedConfig) -> list[CacheFile[Row]]:
-        """Return all files of a trial that has a key."""
+    def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[Row]]:
+        """Return all files of a trial that has a key; see `request`."""
 
     @abstractmethod
     def pass_key(self, request: CacheRequest[Row, Key]) -> str:

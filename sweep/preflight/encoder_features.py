@@ -1,16 +1,20 @@
 """The first kind of the feature cache: features of frozen encoders, or of their frozen lower layers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from data.corpus.schema import SAMPLE_RATE
 from data.loading.cached_arrays import CacheFile
 from data.loading.examples import clip_samples
-from data.loading.feature_files import BYTES_PER_VALUE, feature_files
+from data.loading.feature_files import BYTES_PER_VALUE, files_with, heard_rows, missing_runs
 from data.loading.tasks import items
 from model.encoders.base import SpeechEncoder
 from model.encoders.frozen_features import FeatureJob, FeatureKey, feature_key
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig
+from sweep.config.schema import Config
+from sweep.config.space import FOLD
 from sweep.execution.trial import open_shards
 from sweep.preflight.cache_kind import CacheKind, CacheRequest, model_name
 from sweep.preflight.checks import skeleton
@@ -56,13 +60,40 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
             return None
         return feature_key(config.model, config.data, config.resources.device, model.frozen_layers)
 
-    def files(self, config: ResolvedConfig) -> list[CacheFile[int]]:
-        """Return the files of the corpus, whatever the encoder."""
-        return feature_files(open_shards(config), config.data)
+    def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[int]]:
+        """Return the files with the clips that the trial hears, or that other trials of its sweep may hear."""
+        rows = set[int]()
+        for fold in [config.data.fold] if sweep is None else _folds(sweep):
+            shards = open_shards(config.model_copy(update={"data": config.data.model_copy(update={"fold": fold})}))
+            rows |= heard_rows(shards, tuple(_tasks(sweep or config)), config.data.sound)
+        return files_with(folder, open_shards(config), config.data, rows)
+
+    def identity(self, request: FeatureRequest) -> Path:
+        """Return the folder: shuffled clips have the features of the recorded ones, but may be others."""
+        return request.folder
+
+    def merged(self, first: FeatureRequest, second: FeatureRequest) -> FeatureRequest:
+        """Return a request for the rows of both."""
+        return _with_rows(first, {*_rows(first), *_rows(second)})
+
+    def aligned(self, requests: Sequence[FeatureRequest]) -> list[FeatureRequest]:
+        """Return the requests as the cache is now; rows that the same requests lack share files."""
+        requests = [_with_rows(request, _rows(request)) for request in requests]
+        config, lacking = requests[0].config, dict[int, list[int]]()
+        for number, request in enumerate(requests):
+            for row in (row for file in request.missing for row in file.rows):
+                lacking.setdefault(row, []).append(number)
+        files = [[file for file in request.files if not request.lacks(file)] for request in requests]
+        for numbers in sorted(set(map(tuple, lacking.values()))):
+            rows = {row for row, by in lacking.items() if tuple(by) == numbers}
+            new = missing_runs(open_shards(config), config.data, rows)
+            for number in numbers:
+                files[number] += new
+        return [replace(request, files=own) for request, own in zip(requests, files, strict=True)]
 
     def pass_key(self, request: FeatureRequest) -> str:
         """Return a string without layers and pooling: one forward pass of the encoder computes all of them."""
-        return " ".join([request.key.pass_key, *(file.name for file in request.files)])
+        return request.key.pass_key
 
     def jobs(self, requests: Sequence[FeatureRequest], files: Sequence[CacheFile[int]]) -> list[FeatureJob]:
         """Return a job for each file, or one for each file and key if the features of all keys are too large."""
@@ -109,6 +140,31 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
     def format_size(self, size: int) -> str:
         """Return samples as hours."""
         return f"{size / SAMPLE_RATE / 3600:.3g} h of audio"
+
+
+def _rows(request: FeatureRequest) -> set[int]:
+    return {row for file in request.files for row in file.rows}
+
+
+def _with_rows(request: FeatureRequest, rows: set[int]) -> FeatureRequest:
+    """Return the request for some rows, with the files that the cache has now."""
+    return replace(request, files=files_with(request.folder, open_shards(request.config), request.config.data, rows))
+
+
+def _tasks(sweep: Config) -> list[str]:
+    """Return the tasks that some trial of a sweep trains."""
+    axes = {key.removeprefix("tasks."): axis for key, axis in sweep.search.space.items() if key.startswith("tasks.")}
+    drawn = {name for name, axis in axes.items() if any(value and float(value) > 0 for value in axis.extremes())}
+    return [name for name in type(sweep.tasks).model_fields if name in drawn or getattr(sweep.tasks, name) > 0]
+
+
+def _folds(sweep: Config) -> list[int]:
+    """Return the folds that some trial of a sweep uses."""
+    axis = sweep.search.space.get(FOLD)
+    if axis is None:
+        return [sweep.data.fold]
+    ends = [int(value or 0) for value in axis.extremes()]
+    return sorted(set(ends)) if axis.choices is not None else list(range(ends[0], ends[1] + 1))
 
 
 def _encoder(config: ResolvedConfig) -> SpeechEncoder:

@@ -39,6 +39,7 @@ MAX_COMBINATIONS = 64  # of the values of a kind's axes
 MAX_INTEGERS = 8  # of a range
 SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
 SAMPLE_ROWS, SAMPLE_SECONDS = 8, 2.0  # limits of what is computed to estimate the time of all
+PROCESS_STARTUP = 8.0  # seconds of CPU until a process of Ray Data can compute
 PROGRESS_SECONDS = 10.0  # between two progress lines
 # Settings of which only the sign matters: whether they are 0.
 SIGN_ONLY = (
@@ -72,11 +73,11 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
         combinations = candidates(config, options, MAX_COMBINATIONS)
         for combination in combinations:
             trial = resolve_candidate(config, combination.values)
-            request: AnyRequest | None = None if trial is None else kind.request(trial, cache)
+            request: AnyRequest | None = None if trial is None else kind.request(trial, cache, config)
             if request is not None:
-                name = (request.folder, *(file.name for file in request.files))
+                name = kind.identity(request)
                 first, share = shares.get(name, WeightedRequest(request, 0.0))
-                shares[name] = WeightedRequest(first, share + 1 / len(combinations))
+                shares[name] = WeightedRequest(kind.merged(first, request), share + 1 / len(combinations))
     return list(shares.values())
 
 
@@ -115,8 +116,25 @@ def describe(request: AnyRequest) -> str:
     return f"feature cache: {kind.describe(request.key, request.config)}: {size}, shared by all trials; {state}"
 
 
-def precompute(config: ResolvedConfig, cache: Path, log: Log) -> None:
-    """Compute the missing files of a sweep on all nodes. A kill loses the files that were in progress.
+def preview(config: ResolvedConfig, cache: Path, trials: int) -> Iterator[str]:
+    """Yield lines about what `precompute` would do, without computing anything; see there for the arguments."""
+    for group in _forward_passes(config, cache):
+        yield from (describe(request) for request, _ in group)
+        lacking = [weighted for weighted in group if weighted.request.missing]
+        if lacking and (reason_not := _why_skipped(lacking, _epochs(config, trials))):
+            yield reason_not
+
+
+def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None = None) -> None:
+    """Compute the missing files of a sweep on all nodes, unless that takes longer than the trials save by it.
+
+    A kill loses the files that were in progress.
+
+    Args:
+        config: of the sweep.
+        cache: folder of the cache.
+        log: shows a line to the user.
+        trials: the number of trials that are left; None: all.
 
     Raises:
         StorageError: the disk has no room for them.
@@ -124,12 +142,12 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log) -> None:
     """
     import ray
 
-    search, epochs = config.search, config.train.epochs
-    total_epochs = total_trials(config, []) * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
-    groups: dict[str, list[WeightedRequest]] = {}
-    for weighted in cache_requests(config, cache):
-        groups.setdefault(weighted.request.kind.pass_key(weighted.request), []).append(weighted)
-    for group in groups.values():
+    total_epochs = _epochs(config, trials)
+    for group in _forward_passes(config, cache):
+        missing = [weighted for weighted in group if weighted.request.missing]
+        if missing and (reason_not := _why_skipped(missing, total_epochs)):
+            log(reason_not)
+            continue
         with contextlib.ExitStack() as locks:
             lacking = []
             # The order of the locks is the same in all sweeps: another one may compute the same requests.
@@ -150,8 +168,57 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log) -> None:
                 ) from None
 
 
+def _forward_passes(config: ResolvedConfig, cache: Path) -> list[list[WeightedRequest]]:
+    """Return the requests of a sweep, those of one forward pass together."""
+    groups: dict[str, list[WeightedRequest]] = {}
+    for weighted in cache_requests(config, cache):
+        groups.setdefault(weighted.request.kind.pass_key(weighted.request), []).append(weighted)
+    return list(groups.values())
+
+
+def _epochs(config: Config, trials: int | None) -> float:
+    """Return the epochs that the trials of a sweep train for together; see `precompute`."""
+    search, epochs = config.search, config.train.epochs
+    left = total_trials(config, []) if trials is None else trials
+    return left * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
+
+
+def _repeats(group: Sequence[WeightedRequest], total_epochs: float) -> float:
+    """Return how often the trials would compute what a forward pass computes once.
+
+    Without the cache, each trial computes its request in each epoch. A pass costs as much as the deepest request that
+    lacks a file; it is 0 for a pass without any.
+    """
+    files = {file.name: file for request, _ in group for file in request.missing}
+    cost = sum(max(r.kind.work(r, file.size) for r, _ in group if r.lacks(file)) for file in files.values())
+    epoch = sum(share * request.kind.work(request, request.kind.epoch_size(request)) for request, share in group)
+    return total_epochs * epoch / cost if cost else 0.0
+
+
+def _why_skipped(group: Sequence[WeightedRequest], total_epochs: float) -> str | None:
+    """Return a line that says why the trials compute the numbers of a forward pass themselves; None if they need not.
+
+    Args:
+        group: requests that lack files.
+        total_epochs: of all trials.
+    """
+    repeats = _repeats(group, total_epochs)
+    if repeats >= 1:
+        return None
+    request = group[0].request
+    return (
+        f"feature cache: not computed: {request.kind.describe(request.key, request.config)} would cost more than it "
+        f"saves, since the trials that are left need {100 * repeats:.0f} % of it; they compute it themselves"
+    )
+
+
 def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) -> None:
     """Compute requests of one forward pass, and log what it costs and saves."""
+    aligned = group[0].request.kind.aligned([weighted.request for weighted in group])
+    group = [WeightedRequest(request, weighted.share) for request, weighted in zip(aligned, group, strict=True)]
+    group = [weighted for weighted in group if weighted.request.missing]
+    if not group:
+        return  # another sweep has computed the rest while this one waited for the locks
     requests = [weighted.request for weighted in group]
     for request in requests:
         log(describe(request))
@@ -163,9 +230,7 @@ def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) ->
     # A pass over a file costs as much as the deepest request that lacks it.
     costs = [max(kind.work(request, file.size) for request in requests if request.lacks(file)) for file in files]
     cost, size, done = sum(costs), sum(job.file.size for job in jobs), 0
-    # Without the cache, each trial computes its request in each epoch.
-    epoch_costs = [share * kind.work(request, kind.epoch_size(request)) for request, share in group]
-    repeats = total_epochs * sum(epoch_costs) / cost
+    repeats = _repeats(group, total_epochs)
     small = cost <= SMALL_WORK and not resources.gpus_per_worker
 
     def saves(seconds: float) -> str:
@@ -174,6 +239,9 @@ def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) ->
     if cost > SMALL_WORK and not resources.gpus_per_worker:  # this process may have no GPU to measure
         seconds = _seconds_per_size(jobs[0]) * files[0].size * cost / costs[0]
         log(f"feature cache: about {format_duration(seconds)} to compute, {saves(seconds)}")
+        if seconds * (repeats - 1) < PROCESS_STARTUP:
+            log("feature cache: not computed, since that would take longer; the trials compute it themselves")
+            return
     started = logged = time.monotonic()
     tables: Iterator[pa.Table]
     if small:  # Ray Data's processes would take longer to start

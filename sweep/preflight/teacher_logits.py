@@ -1,6 +1,7 @@
 """The second kind of the feature cache: logits of the teachers of distillations."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import ConfigError, MisfitError
@@ -12,6 +13,7 @@ from model.speech_llm.language_model import load_llm, max_positions
 from model.speech_llm.prompt import PromptBuilder
 from model.speech_llm.tokenizer import load_tokenizer
 from sweep.config.resolve import ResolvedConfig
+from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
 from sweep.preflight.cache_kind import CacheKind, CacheRequest, model_name
 
@@ -65,7 +67,7 @@ class TeacherLogitsKind(CacheKind[Item, TeacherKey]):
             return None  # such a trial fails with this error if it is drawn
         return teacher_key(config.model, losses.temperature, config.resources.device)
 
-    def files(self, config: ResolvedConfig) -> list[CacheFile[Item]]:
+    def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[Item]]:
         """Return the files of the training split."""
         return _teacher_inputs(config).files
 

@@ -5,20 +5,25 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from filelock import FileLock, Timeout
 
+from data.corpus.config import CorpusConfig
 from data.errors import StorageError
 from data.loading import cached_arrays, feature_files, teacher_files
+from data.loading.feature_files import heard_rows
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from data.shards.store import LOCK
 from model.encoders.base import SpeechEncoder
+from model.encoders.frozen_features import FeatureJob
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import build
 from sweep.preflight import encoder_features, feature_cache, teacher_logits
@@ -78,6 +83,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(feature_cache, "ray_jobs", run_here)
     monkeypatch.setattr(feature_cache, "SMALL_WORK", 0)
+    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 0)
     return files
 
 
@@ -211,7 +217,8 @@ def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_p
     assert (len(computed), len(lines)) == (len(request.files), 3)
     assert describe(request).endswith("; already computed")
     written = sum((request.folder / file.name).stat().st_size for file in request.files)
-    assert abs(request.kind.bytes(request, request.files) / written - 1) < 0.5  # the files are small
+    about = 60 * sum(len(file.inputs or file.rows) for file in request.files)  # hashes and offsets
+    assert abs((request.kind.bytes(request, request.files) + about) / written - 1) < 0.5  # the files are small
 
 
 def test_one_forward_pass_computes_all_its_keys(
@@ -225,7 +232,7 @@ def test_one_forward_pass_computes_all_its_keys(
     space = {"model.trainable": [FROZEN, UPPER], "model.adapter.window": [4, 8], "model.lora.rank": [2, 4]}
     lines: list[str] = []
     precompute(sweeps.features(space), tmp_path / "together", lines.append)
-    clips = sum(n_samples > 0 for n_samples in sweeps.shards.columns["n_samples"])
+    clips = len(heard_rows(sweeps.shards, ("classify",), "recorded"))
     assert (len(encoded), len(computed)) == (2 + clips, 3)  # two clips for the estimate
     assert [len(job.keys) for job in jobs] == [3]
     assert sum("shared by all trials" in line for line in lines) == 3
@@ -373,3 +380,82 @@ def test_cache_is_listed_and_pruned(sweeps: Sweeps, tmp_path: Path) -> None:
     assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
     assert pooled[8].exists()
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
+
+
+def test_only_heard_clips_are_encoded_and_extended(
+    sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second sweep that hears more clips encodes only those that are missing, and reads the files of both."""
+    encoded: list[int] = []
+    features = FeatureJob.compute
+    monkeypatch.setattr(FeatureJob, "compute", lambda job, rows: encoded.extend(rows) or features(job, rows))
+    monkeypatch.setattr(feature_cache, "_seconds_per_size", lambda job: 1.0)
+    client = sweeps.features(tasks={"classify": 0, "client_talk": 1})
+    both = sweeps.features({"tasks.classify": [0.0, 1.0]}, tasks={"client_talk": 1})
+    precompute(client, tmp_path, ignore)
+    columns = sweeps.shards.columns
+    assert {(columns["speaker"][row], columns["split"][row] == "test") for row in encoded} == {("client", False)}
+    assert len(encoded) == len(heard_rows(sweeps.shards, ("client_talk",), "recorded"))
+    assert cached_folders(client, tmp_path).features is not None
+    assert cached_folders(resolve(both.for_trial({"tasks.classify": 1.0})), tmp_path).features is None
+    first = list(encoded)
+    precompute(both, tmp_path, ignore)
+    assert sorted(encoded) == sorted(heard_rows(sweeps.shards, ("classify", "client_talk"), "recorded"))
+    assert len(encoded) > len(first)
+    trial = resolve(both.for_trial({"tasks.classify": 1.0}))
+    cached = cached_folders(trial, tmp_path)
+    _, with_features = build(trial, "local", ("train",), "cpu", cached)
+    precompute(trial, tmp_path / "whole", ignore)
+    _, whole = build(trial, "local", ("train",), "cpu", cached_folders(trial, tmp_path / "whole"))
+    batch = [list(range(len(whole.splits["train"].items)))]
+    pairs = zip(*(next(iter(data.read("train", batch))) for data in (with_features, whole)), strict=True)
+    assert all(np.array_equal(one.features, other.features) for one, other in pairs)
+    with_features.close()
+    whole.close()
+
+
+def test_files_of_earlier_versions_are_read(sweeps: Sweeps, tmp_path: Path, computed: list[str]) -> None:
+    """They hold every clip of the corpus, and no hashes of clips."""
+    trial = sweeps.features()
+    [request] = requests(trial, tmp_path)
+    for file in feature_files.feature_files(sweeps.shards, trial.data):
+        FeatureJob(replace(file, inputs=()), {request.folder: request.key}, 1, sweeps.shards, trial.data)()
+    assert cached_folders(trial, tmp_path).features == request.folder
+    precompute(trial, tmp_path, ignore)
+    assert computed == []
+    _, data = build(trial, "local", ("train", "val"), "cpu", cached_folders(trial, tmp_path))
+    [examples] = data.read("val", [[0, 1, 2]])
+    assert all(example.features is not None for example in examples)
+    data.close()
+
+
+def test_folds_and_shuffled_clips_share_one_request(models: Path, tmp_path: Path) -> None:
+    settings = CorpusConfig.model_validate({"split": {"folds": 3}})
+    shards = prepare(corpus(["T:question! C:change! T:other C:neutral!"] * 6), tmp_path / "shards", settings)
+    space = {"data.fold": [0, 1, 2], "data.sound": ["recorded", "shuffled"]}
+    [request] = requests(config(models, shards, space), tmp_path)
+    assert {row for file in request.files for row in file.rows} == {
+        row for row, samples in enumerate(shards.columns["n_samples"]) if samples > 0
+    }
+    [alone] = requests(config(models, shards), tmp_path)
+    assert 0 < sum(len(file.rows) for file in alone.files) < sum(len(file.rows) for file in request.files)
+
+
+def test_cache_that_costs_more_than_it_saves_is_skipped(
+    sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"model.modality": ["speech", "text", "text+speech"], "model.adapter.window": [2, 4, 6, 8]}
+    few = sweeps.features(space, train={"epochs": 1})
+    lines: list[str] = []
+    precompute(few, tmp_path, lines.append, trials=1)
+    assert (computed, len(lines)) == ([], 1)
+    assert re.fullmatch(r"feature cache: not computed: .* need \d+ % of it; they compute it themselves", lines[0])
+    assert list(feature_cache.preview(few, tmp_path, 1))[-1] == lines[0]
+    assert "not computed" not in " ".join(feature_cache.preview(few, tmp_path, 20))
+    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 1e9)
+    precompute(few, tmp_path, lines.append, trials=20)
+    assert computed == []
+    assert lines[-1] == "feature cache: not computed, since that would take longer; the trials compute it themselves"
+    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 0)
+    precompute(few, tmp_path, lines.append, trials=20)
+    assert computed != []
