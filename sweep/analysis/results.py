@@ -30,7 +30,6 @@ class TrialJson(TypedDict):
     spared: int | None
     attempts: int | None
     reason: str | None
-    outside: bool
     why: str
     mlflow_run_id: str | None
 
@@ -123,7 +122,6 @@ def trial_json(trial: TrialRecord, run_id: str | None, attempts: int | None = No
         "spared": trial.exempted_at,
         "attempts": attempts,
         "reason": trial.reason,
-        "outside": trial.outside,
         "why": trial.why,
         "mlflow_run_id": run_id,
     }
