@@ -153,9 +153,12 @@ def _with_rows(request: FeatureRequest, rows: set[int]) -> FeatureRequest:
 
 def _tasks(sweep: Config) -> list[str]:
     """Return the tasks that some trial of a sweep trains."""
-    axes = {key.removeprefix("tasks."): axis for key, axis in sweep.search.space.items() if key.startswith("tasks.")}
-    drawn = {name for name, axis in axes.items() if any(value and float(value) > 0 for value in axis.extremes())}
-    return [name for name in type(sweep.tasks).model_fields if name in drawn or getattr(sweep.tasks, name) > 0]
+    def is_drawn(name: str) -> bool:
+        axis = sweep.search.space.get(f"tasks.{name}")
+        values = [] if axis is None else axis.extremes()
+        return any(isinstance(value, int | float) and value > 0 for value in values)
+
+    return [name for name in type(sweep.tasks).model_fields if getattr(sweep.tasks, name) > 0 or is_drawn(name)]
 
 
 def _folds(sweep: Config) -> list[int]:
@@ -163,7 +166,7 @@ def _folds(sweep: Config) -> list[int]:
     axis = sweep.search.space.get(FOLD)
     if axis is None:
         return [sweep.data.fold]
-    ends = [int(value or 0) for value in axis.extremes()]
+    ends = [value for value in axis.extremes() if isinstance(value, int)]
     return sorted(set(ends)) if axis.choices is not None else list(range(ends[0], ends[1] + 1))
 
 
