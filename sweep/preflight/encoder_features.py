@@ -153,6 +153,7 @@ def _with_rows(request: FeatureRequest, rows: set[int]) -> FeatureRequest:
 
 def _tasks(sweep: Config) -> list[str]:
     """Return the tasks that some trial of a sweep trains."""
+
     def is_drawn(name: str) -> bool:
         axis = sweep.search.space.get(f"tasks.{name}")
         values = [] if axis is None else axis.extremes()
