@@ -5,7 +5,8 @@ An importer reads a source (file or folder), optionally a folder with recordings
 case. `data.preparation.validate` checks labels, times, ids and recordings for all formats. An importer only reports
 what it alone can know: times that cannot be parsed, speakers without a role, annotators without a majority.
 
-A new format needs a module with such a function, an entry here, and a maker in tests/data/makers.py.
+A new format needs a module with such a function and one that recognises a source, an entry here, and a maker in
+tests/data/makers.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +16,12 @@ from types import MappingProxyType
 
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
-from data.importers.annomi import read_annomi
-from data.importers.daic import read_daic
-from data.importers.mi_tags import read_mi_tags
-from data.importers.table import read_table
-from data.importers.whisperx import read_whisperx
+from data.errors import DataError, listed
+from data.importers.annomi import is_annomi, read_annomi
+from data.importers.daic import is_daic, read_daic
+from data.importers.mi_tags import is_mi_tags, read_mi_tags
+from data.importers.table import is_table, read_table
+from data.importers.whisperx import is_whisperx, read_whisperx
 
 Importer = Callable[[Path, Path | None, CorpusConfig], Corpus]  # source, folder of recordings or None, settings
 
@@ -29,17 +31,62 @@ class Format:
     """A corpus format."""
 
     read: Importer  # raises DataError for a source that cannot be used
+    recognises: Callable[[Path], bool]  # whether a source looks like this format; reads no more than its beginning
     description: str  # one sentence for the command line
+    example: str  # SOURCE and options of `sweep prepare`
 
 
 IMPORTERS: Mapping[str, Format] = MappingProxyType(
-    {
-        "annomi": Format(read_annomi, "AnnoMI-simple or AnnoMI-full: one CSV; recordings are <transcript_id>.wav."),
-        "whisperx": Format(read_whisperx, "WhisperX output with speakers: one JSON file per session."),
-        "daic": Format(read_daic, "A folder like DAIC-WOZ: <id>_TRANSCRIPT.csv and <id>_AUDIO.wav."),
-        "mi-tags": Format(
-            read_mi_tags, "CSV with turn, speaker, text, code and annotator: one file or one per session."
+    {  # in the order in which `guess_format` asks: the general ones come last
+        "annomi": Format(
+            read_annomi,
+            is_annomi,
+            "AnnoMI-simple or AnnoMI-full: one CSV; recordings are <transcript_id>.wav.",
+            "AnnoMI-full.csv --audio recordings",
         ),
-        "table": Format(read_table, "Any CSV, TSV, JSONL or Parquet file; the settings columns.* name its columns."),
+        "whisperx": Format(
+            read_whisperx,
+            is_whisperx,
+            "WhisperX output with speakers: one JSON file per session.",
+            "transcripts --audio recordings --set roles.SPEAKER_00=therapist --set roles.SPEAKER_01=client",
+        ),
+        "daic": Format(
+            read_daic,
+            is_daic,
+            "A folder like DAIC-WOZ: <id>_TRANSCRIPT.csv and <id>_AUDIO.wav.",
+            "daic-woz",
+        ),
+        "mi-tags": Format(
+            read_mi_tags,
+            is_mi_tags,
+            "CSV with turn, speaker, text, code and annotator: one file, or a folder of them.",
+            "utterances.csv",
+        ),
+        "table": Format(
+            read_table,
+            is_table,
+            "Any CSV, TSV, JSONL or Parquet file; the settings columns.* name its columns.",
+            "turns.csv --audio recordings --set columns.label=code",
+        ),
     }
 )
+
+
+def guess_format(source: Path) -> str:
+    """Return the name of the format that a source looks like.
+
+    Raises:
+        DataError: there is no such source, or no format recognises it.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder; check the path of the source")
+    for name, known in IMPORTERS.items():
+        try:
+            if known.recognises(source):
+                return name
+        except DataError:
+            continue  # not readable in this format; another one may read it
+    inside = f" ({listed(path.name for path in source.iterdir())})" if source.is_dir() else ""
+    raise DataError(
+        f"{source}: no format recognises it{inside}; `sweep formats` lists the formats, and what each expects"
+    )

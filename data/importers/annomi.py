@@ -11,8 +11,9 @@ from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
 from data.importers.builder import UNKNOWN, TurnBuilder
+from data.importers.cells import column_key
 from data.importers.recordings import set_recordings
-from data.importers.tabular import Row, agreed, by_conversation, read_rows
+from data.importers.tabular import Row, agreed, by_conversation, columns_of, read_rows
 from data.importers.timestamps import read_time, set_ends
 
 LABELS = {
@@ -47,6 +48,11 @@ def read_annomi(source: Path, audio: Path | None, config: CorpusConfig) -> Corpu
     conversations = [_conversation(name, rows, builder) for name, rows in sessions.items()]
     set_recordings(conversations, audio)
     return builder.corpus(conversations)
+
+
+def is_annomi(source: Path) -> bool:
+    """Return whether a source has the columns of AnnoMI."""
+    return source.is_file() and set(map(column_key, COLUMNS)) <= columns_of(source)
 
 
 def _conversation(name: str, rows: list[Row], builder: TurnBuilder) -> Conversation:

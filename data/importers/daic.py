@@ -50,6 +50,11 @@ def read_daic(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
     return builder.corpus(conversations)
 
 
+def is_daic(source: Path) -> bool:
+    """Return whether a source is a folder with transcripts."""
+    return source.is_dir() and next(source.rglob(f"*{TRANSCRIPT}"), None) is not None
+
+
 def _conversation(
     path: Path, audio: Path | None, listing: Listing, builder: TurnBuilder, *, may_be_empty: bool
 ) -> Conversation | None:

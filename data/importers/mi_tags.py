@@ -10,7 +10,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
 from data.importers.builder import TurnBuilder, refuse_no_turns
-from data.importers.tabular import Row, by_conversation, read_rows
+from data.importers.tabular import Row, by_conversation, columns_of, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
 CODE = "code"
@@ -58,6 +58,13 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
         conversations += [_conversation(name, rows, builder) for name, rows in sessions.items()]
     refuse_no_turns(conversations, source)
     return builder.corpus(conversations)
+
+
+def is_mi_tags(source: Path) -> bool:
+    """Return whether a source has coded turns with numbers, and no times."""
+    path = next(iter(sorted(source.glob("*.[ct]sv"))), None) if source.is_dir() else source
+    columns = columns_of(path) if path is not None else frozenset()
+    return {*COLUMNS, CODE} <= columns and not columns & {"start", "starttime", "timestamp"}
 
 
 def _conversation(name: str, rows: list[Row], builder: TurnBuilder) -> Conversation:

@@ -10,7 +10,7 @@ from data.errors import ConfigError, DataError
 from data.importers.builder import TurnBuilder
 from data.importers.cells import MISSING, MISSING_NAME, clean_code
 from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, same_stem, set_recordings
-from data.importers.tabular import Row, agreed, by_conversation, read_rows
+from data.importers.tabular import Row, agreed, by_conversation, columns_of, read_rows
 from data.importers.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
 
 # Usual names of time columns, which are tried if there are recordings and no setting names the times of the turns.
@@ -60,6 +60,11 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         files = {name: agreed(rows, columns.recording) for name, rows in sessions.items()}
         set_recordings(conversations, audio, {name: file for name, file in files.items() if file})
     return builder.corpus(conversations)
+
+
+def is_table(source: Path) -> bool:
+    """Return whether a source is a table."""
+    return source.is_file() and len(columns_of(source)) > 1
 
 
 def _spellings(*names: str) -> list[str]:

@@ -111,6 +111,24 @@ def read_rows(
     return read
 
 
+def columns_of(path: Path) -> frozenset[str]:
+    """Return the columns of a table as `column_key` writes them; empty if the suffix is not that of a table.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PARQUET:
+        header: Sequence[str] = _parquet(path)[0]
+    elif suffix in LINES:
+        header = _json_lines(path, "utf-8")[0]
+    elif suffix in SEPARATED:
+        header = _separated(path, "utf-8", ())[0]
+    else:
+        return frozenset()
+    return frozenset(map(column_key, header))
+
+
 def _spelled(header: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """Return the column of the file by the name that is looked for: the same name, or the only similar one."""
     keys: dict[str, list[str]] = {}
@@ -276,12 +294,12 @@ def _separator(text: str, names: Sequence[str]) -> str:
     head = next(iter(text.splitlines()), "")
     wanted = {column_key(name) for name in names}
 
-    def score(mark: str) -> tuple[int, bool]:
+    def score(mark: str) -> tuple[int, int]:
         try:
             cells = next(csv.reader([head], delimiter=mark), [])
         except csv.Error:
             cells = []
-        return len(wanted & {column_key(cell) for cell in cells}), len(cells) > 1
+        return len(wanted & {column_key(cell) for cell in cells}), len(cells)
 
     return max(("\t", ",", ";", "|"), key=score)
 

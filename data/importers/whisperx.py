@@ -50,6 +50,12 @@ def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Cor
     return builder.corpus(conversations)
 
 
+def is_whisperx(source: Path) -> bool:
+    """Return whether a source is a JSON file with segments, or a folder of such files."""
+    path = next(iter(sorted(source.glob("*.json"))), None) if source.is_dir() else source
+    return path is not None and path.suffix.lower() == ".json" and bool(_segments(path, "utf-8"))
+
+
 def _conversation(path: Path, segments: list[object], builder: TurnBuilder) -> Conversation:
     parts = [
         part

@@ -10,7 +10,7 @@ from data.errors import UserError
 from sweep.cli import cache
 from sweep.cli.console import complain, quiet_libraries, replace_unprintable
 from sweep.cli.export import export, predict
-from sweep.cli.prepare import prepare
+from sweep.cli.prepare import formats, prepare
 from sweep.cli.results import best, confirm, evaluate, report, status
 from sweep.cli.run import run
 from sweep.cli.submit import submit
@@ -23,7 +23,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, run, submit, status, best, report, confirm, evaluate, train, inspect, export, predict):
+for command in (
+    prepare,
+    formats,
+    run,
+    submit,
+    status,
+    best,
+    report,
+    confirm,
+    evaluate,
+    train,
+    inspect,
+    export,
+    predict,
+):
     app.command()(command)
 app.add_typer(cache.app, name="cache")
 

@@ -31,7 +31,11 @@ REPORT = "report.html"
 
 def prepare(
     kind: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="annomi, whisperx, daic, mi-tags, table; or synthetic, made here.")
+        str,
+        typer.Argument(
+            metavar="[FORMAT]",
+            help="annomi, whisperx, daic, mi-tags, table; or synthetic, made here. Left out: guessed from SOURCE.",
+        ),
     ],
     source: Annotated[Path | None, typer.Argument(help="A file or a folder, depending on the format.")] = None,
     *,
@@ -76,18 +80,33 @@ def prepare(
 
 def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
     from data.corpus import synthetic
-    from data.importers import IMPORTERS
+    from data.importers import IMPORTERS, guess_format
 
     if kind == "synthetic":
         if source is not None or audio is not None:
             raise UserError("prepare synthetic: this corpus is made here; leave SOURCE and --audio out")
         return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
+    if kind not in IMPORTERS and source is None and Path(kind).exists():
+        source = Path(kind)
+        kind = guess_format(source)
+        print_line(f"format:   {kind} ({IMPORTERS[kind].description}) guessed; name it to choose another one")
     if kind not in IMPORTERS:
         raise UserError(f"prepare {kind}: no such format; use one of {', '.join([*IMPORTERS, 'synthetic'])}")
     if source is None:
         raise UserError(f"prepare {kind}: name the corpus, as in `sweep prepare {kind} SOURCE --out DIR`")
     with console.status(f"reading {source}"):
         return IMPORTERS[kind].read(source, audio, settings)
+
+
+def formats() -> None:
+    """List the formats that `sweep prepare` reads, each with an example."""
+    from data.importers import IMPORTERS
+
+    for name, known in IMPORTERS.items():
+        print_line(f"{name:<10}{known.description}")
+        print_line(f"{'':<10}sweep prepare {name} {known.example} --out corpus")
+    print_line(f"{'synthetic':<10}Dialogues made here, for a first try.")
+    print_line(f"{'':<10}sweep prepare synthetic --out corpus")
 
 
 def _write_shards(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":

@@ -13,7 +13,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError
 from data.corpus.schema import Corpus, Turn
 from data.errors import DataError
-from data.importers import IMPORTERS
+from data.importers import IMPORTERS, guess_format
 from data.preparation.validate import check
 from tests.data.makers import AS_TABLE, DIALOGUES, MAKERS, SPEAKERS, Dialogues, Files, Maker, Said, records, write
 
@@ -53,6 +53,17 @@ def text_at(where: str, folder: Path) -> str:
 def test_every_format_has_a_maker_and_a_description() -> None:
     assert {maker.format for maker in MAKERS.values()} == set(IMPORTERS)
     assert all(known.description.endswith(".") for known in IMPORTERS.values())
+
+
+def test_format_is_guessed_from_the_content(maker: Maker, tmp_path: Path) -> None:
+    assert guess_format(write(maker, tmp_path / "source", maker.files(DIALOGUES))) == maker.format
+
+
+def test_unknown_source_is_refused_by_guessing(tmp_path: Path) -> None:
+    (tmp_path / "notes.docx").write_bytes(b"PK")
+    for source, message in ((tmp_path, r"no format recognises it \(notes\.docx\)"), (tmp_path / "x", "no such file")):
+        with pytest.raises(DataError, match=message):
+            guess_format(source)
 
 
 def test_same_dialogues_are_read_from_every_format(maker: Maker, tmp_path: Path) -> None:

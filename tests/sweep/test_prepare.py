@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.corpus import synthetic
 from data.corpus.schema import SAMPLE_RATE
+from data.importers import IMPORTERS
 from data.preparation.build import prepare
 from data.preparation.shard_jobs import serially
 from data.shards.dataset import Shards
@@ -173,3 +174,18 @@ def test_ray_resumes_a_killed_preparation(tmp_path: Path) -> None:
     assert "prepared 16 of 16 sessions" in second.stdout
     assert "prepared 0 of 16 sessions" not in second.stdout
     assert shards.fingerprint == prepare(synthetic.corpus(sessions=16), tmp_path / "here").fingerprint
+
+
+def test_format_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write(MAKERS["mi-tags"], tmp_path / "source", MAKERS["mi-tags"].files(DIALOGUES))
+    outcome = sweep("prepare", source, "--out", "new")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "format:   mi-tags (" in outcome.out
+    assert Shards("new").manifest.corpus == "mi-tags"
+
+
+def test_formats_lists_every_format_with_an_example() -> None:
+    lines = sweep("formats").out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == [*IMPORTERS, "synthetic"]
+    assert all(line.split()[:2] == ["sweep", "prepare"] and "--out" in line for line in lines[1::2])
