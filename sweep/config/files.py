@@ -60,7 +60,8 @@ def override_sweep(tree: Tree, overrides: Sequence[str]) -> Tree:
         before = _section(value_at(tree, SPACE))
         if path[3:4] == ["when"] and isinstance(choices := before.get(path[2]), list):
             tree = with_value(tree, path[:3], {"choices": choices})
-        tree = with_value(tree, path, merged(value_at(tree, path), value))
+        searched = ".".join(path) in before  # its values are whole choices, so a mapping is not merged
+        tree = with_value(tree, path, value if searched else merged(value_at(tree, path), value))
         space = _section(value_at(tree, SPACE))
         kept = {
             key: axis

@@ -226,6 +226,8 @@ def _problem(detail: ErrorDetails, kind: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing; add it"
     given = detail["input"]
+    if detail["type"] == "list_type" and isinstance(given, dict) and all(str(name).isdigit() for name in given):
+        return f"{key}: {given!r}: {rule(detail)}; write the whole list, as in {key}=[…]"
     section = isinstance(given, dict) and any(isinstance(value, dict) for value in given.values())
     return f"{key}: {rule(detail)}" if section else f"{key}: {given!r}: {rule(detail)}"
 

@@ -59,6 +59,8 @@ class Axis(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_list(cls, value: Any) -> Any:
+        if not isinstance(value, dict | list | Axis):
+            raise ValueError("give a list of choices, or a mapping with low and high")
         return {"choices": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
@@ -157,11 +159,15 @@ class Axis(Section):
         return math.isclose(steps, round(steps), abs_tol=1e-8)
 
     def same(self, value: Value) -> Stored:
-        """Return what is equal for equal values of the axis: numbers on steps differ by rounding."""
-        if self.choices is not None or self.step is None or not isinstance(value, int | float) or self._whole:
+        """Return what is equal for equal values of the axis: numbers may differ in type, and on steps by rounding."""
+        if self.choices is not None:
+            return encode(next((choice for choice in self.choices if choice == value), value))
+        if not isinstance(value, int | float):
             return encode(value)
         assert self.low is not None
-        return round((value - self.low) / self.step)
+        if self._whole:
+            return int(value)
+        return float(value) if self.step is None else round((value - self.low) / self.step)
 
     def decode(self, stored: Stored) -> Value:
         """Return a value from what Optuna stored."""

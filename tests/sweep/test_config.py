@@ -173,7 +173,9 @@ def test_override_sets_a_dotted_key(yaml: Yaml) -> None:
         ("name=${HOME}", "--set name: ${…} is not filled in"),
         ("model.prompt.separator=[SEP]", "brackets make a list in YAML; quote them"),
         ("model.lora.targets=[]", "model.lora.targets: []"),
-        ("model.lora.targets.0=q_proj", "model.lora.targets: {'0': 'q_proj'}: input should be a valid list"),
+        ("model.lora.targets.0=q_proj", "{'0': 'q_proj'}: input should be a valid list; write the whole list, as in"),
+        ("search.points.0.model.cls=none", "search.points: {'0': {'model': {'cls': 'none'}}}: input should be a valid"),
+        ("search.space.model.cls=none", "search.space.model.cls: 'none': give a list of choices, or a mapping with"),
     ],
 )
 def test_override_that_yaml_reads_otherwise_is_explained(override: str, message: str) -> None:
@@ -239,6 +241,9 @@ def test_override_wins_over_axes_and_points() -> None:
     weighted = "search.space.train.class_weights=[equal, {classify: {change: 2}}]"
     assert "train.class_weights" in axes(weighted)
     assert "train.class_weights" not in axes(weighted, "train.class_weights.classify.change=3")
+    weights = "train.class_weights={classify: {neutral: 3}}"
+    again = load("demo", [weights, weighted, "train.class_weights={classify: {change: 2}}"]).train.class_weights
+    assert again == {"classify": {"change": 2.0}}, "a choice is not merged with the setting"
     rates = load("demo", [f"{RATE}=[1e-4, 3e-3]"]).search
     assert len(rates.points) == 2
     assert load("demo", [f"{RATE}=[1e-4]"]).search.points == [], "the points have other rates"

@@ -1,8 +1,10 @@
 """Nothing is trained twice: repeated draws, exhausted spaces, points that were done. Axes whose values are lists."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -11,10 +13,12 @@ from sweep.analysis import confirm
 from sweep.analysis.leaderboard import leaderboard
 from sweep.analysis.report.figures import draw_figures, in_memory_study
 from sweep.config.diff import claim_folder, compare
+from sweep.config.files import load
 from sweep.config.schema import Config
 from sweep.search import sampler
 from sweep.search.candidates import combinations
 from sweep.search.study import StudyStore, total_trials
+from sweep.tracking.runs import Runs
 from sweep.tracking.summary import params
 from tests.sweep import searched
 from tests.sweep.common import Asked, play, settings, sweep
@@ -126,6 +130,9 @@ def test_what_does_not_fit_comes_last_as_failed_trials(tmp_path: Path) -> None:
     assert states == [("COMPLETE", None), ("FAIL", "out of memory"), ("FAIL", "out of memory")]
     assert study.trials()[1].why == "not started: does not fit into memory by the plan"
     assert total_trials(config, study.trials()) == SIZE
+    claim_folder(config, tmp_path)
+    for shown in (sweep("status", tmp_path), sweep("status", tmp_path, "--json")):
+        assert (shown.code, shown.err) == (0, "")
     few = finite(trials=2)
     (tmp_path / "few").mkdir()
     study = StudyStore.open(tmp_path / "few", few)
@@ -134,15 +141,11 @@ def test_what_does_not_fit_comes_last_as_failed_trials(tmp_path: Path) -> None:
     assert [trial.state for trial in study.trials()] == ["COMPLETE", "FAIL"]
 
 
-def test_rare_combination_is_found(tmp_path: Path) -> None:
-    """The last of many: drawing alone would need about two thousand tries."""
-    space = {"data.history": {"low": 0, "high": 44}, "train.batch_size": {"low": 1, "high": 44}}
-    config = finite(space=space)
+def test_rare_combination_is_found() -> None:
+    """The only one of 900 that fits: drawing alone would need about as many tries."""
     left = {"data.history": 17, "train.batch_size": 23}
-    wanted = sampler.draw(config, [], lambda values: values == left)
-    assert wanted is None or wanted.params == left or wanted.state == TrialState.FAIL
-    small = finite(space={"data.history": {"low": 0, "high": 29}, "train.batch_size": {"low": 1, "high": 30}})
-    found = sampler.draw(small, [], lambda values: values == left)
+    config = finite(space={"data.history": {"low": 0, "high": 29}, "train.batch_size": {"low": 1, "high": 30}})
+    found = sampler.draw(config, [], lambda values: values == left)
     assert found is not None
     assert (found.state, found.params) == (TrialState.RUNNING, left)
 
@@ -196,9 +199,20 @@ def test_results_show_lists(lists: tuple[Path, Config]) -> None:
     column = [column.name for column in board.table.columns].index("targets")
     assert {row[column] for row in board.table.rows} >= {"['q_proj', 'v_proj']", "['q_proj']"}
     assert params(config, trials[0])[TARGETS] == LISTS[2]
+    client = Mock()
+    run = Mock(data=Mock(params={"model.lora.rank": "4"}))
+    Runs.complete(Mock(client=client, _corpus_of=lambda values: None), run, params(config, trials[0]))
+    logged = {param.key: param.value for param in client.log_batch.call_args.kwargs["params"]}
+    assert logged[TARGETS] == json.dumps(LISTS[2])
+    assert "model.lora.rank" not in logged, "MLflow has it already"
     memory = in_memory_study(study)
     assert json.dumps(LISTS[2]) in {trial.params["targets"] for trial in memory.trials}
     assert {"importance", "slices"} <= {figure.name for figure in draw_figures(study, folder, trials, [])}
+    best = study.best()
+    assert best is not None
+    words = shlex.split(next(line for line in sweep("best", folder).out.splitlines() if line.startswith("reproduce:")))
+    sets = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    assert load(str(folder / "config.yaml"), sets).for_trial({}) == study.trial_config(best)
     for command in (("status",), ("status", "--json"), ("best",), ("best", "--json"), ("best", "--config")):
         shown = sweep(command[0], folder, *command[1:])
         assert (shown.code, shown.err) == (0, "")

@@ -25,7 +25,13 @@ from sweep.execution.trial import run_trial
 from tests.sweep.common import FROZEN, TUNED, sweep
 
 TRIALS = 7
-SAME = {"model.modality": "speech", "model.lora.rank": 4, "train.learning_rate": 3e-3, "model.cls": "none"}
+SAME = {
+    "model.modality": "speech",
+    "model.lora.rank": 4,
+    "train.learning_rate": 3e-3,
+    "model.cls": "none",
+    "train.checkpoint_seconds": 300,
+}
 SCRIPT = """
 import asyncio, sys
 from sweep import run_sweep
@@ -63,14 +69,16 @@ def settings(models: Path, shards: Path) -> dict[str, Any]:
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
                 "model.trainable": {"choices": [FROZEN, TUNED], "when": {"model.modality": ["speech"]}},
                 "model.cls": ["none", "before", "after"],
+                "train.checkpoint_seconds": [300, 301],
             },
-            # The same configuration as first and later trial: nothing may remain of those in between.
+            # The same training as first and later trial: nothing may remain of those in between. No sweep trains a
+            # configuration twice, so they differ in what no result depends on.
             "points": [
                 {**SAME, "model.trainable": FROZEN},
                 {**SAME, "model.modality": "text"},
                 {**SAME, "model.trainable": TUNED},
                 {**SAME, "train.learning_rate": 9e-3, "model.trainable": TUNED, "model.cls": "after"},
-                {**SAME, "model.trainable": FROZEN},
+                {**SAME, "model.trainable": FROZEN, "train.checkpoint_seconds": 301},
             ],
         },
     }
