@@ -42,10 +42,11 @@ from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
-from sweep.preflight.checks import check_bases, resolve_inputs, skeleton, study_bases
+from sweep.preflight.checks import resolve_inputs, skeleton
 from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
 from sweep.preflight.plan import format_estimate, make_plan
 from sweep.preflight.plan_file import save_actual_time, save_estimate
+from sweep.search.base_models import check_bases, study_bases
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
 from sweep.search.space_checks import check_requests, notes

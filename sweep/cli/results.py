@@ -140,7 +140,7 @@ def confirm(
     They are compared in pairs, and evaluated on the test split. Rerun the same command to resume.
     """
     from sweep.analysis import confirm as analysis
-    from sweep.preflight.checks import study_bases
+    from sweep.search.base_models import study_bases
 
     study = open_study_store(folder)
     seeds = seeds or (1 if folds else 5)

@@ -36,6 +36,10 @@ def run(
     if dry_run:
         _preview(loaded, folder, allow_other_base)
         return
+    if not (folder / "config.yaml").exists():  # an existing sweep may have nothing left to do
+        from sweep.search.base_models import check_bases
+
+        check_bases(loaded)  # before torch, Ray and MLflow are imported
     _leave_ray_package(loaded)
     sys.exit(run_and_show(loaded, folder, allow_other_base))
 
@@ -98,26 +102,29 @@ def _leave_ray_package(config: Config) -> None:
 
 def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     """Show what `sweep run` would do: the changes, the trials, what is computed before them, and the plan."""
+    from sweep.search.base_models import check_bases, study_bases
+
+    check_bases(config)  # before torch is imported
+
     from sweep.config.diff import continued
     from sweep.config.resolve import missing, resolve
     from sweep.execution.trial import open_shards
-    from sweep.preflight.checks import check_bases, resolve_inputs, study_bases
+    from sweep.preflight.checks import resolve_inputs
     from sweep.preflight.feature_cache import cache_folder
     from sweep.preflight.feature_cache import preview as preview_cache
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
 
     config = continued(config, folder)
-    check_bases(config)
     resolved = None if missing(config) else resolve(config)
-    bases = study_bases(config) if resolved and (folder / "config.yaml").exists() else None
+    bases = study_bases(config, fetch=False) if resolved and (folder / "config.yaml").exists() else None
     fingerprint = open_shards(resolved).fingerprint if resolved else None
     preview = preview_sweep(config, folder, fingerprint, bases, allow_other_base)
     console.print(preview_table(preview))
     if preview.refused:
         sys.exit(ExitCode.BAD_INPUT)
     if resolved and (preview.resumed or preview.points or preview.drawn):
-        resolve_inputs(config, allow_other_base)
+        resolve_inputs(config, allow_other_base, fetch=False)
         cache = cache_folder(config, folder)
         for line in preview_cache(resolved, cache, len(preview.resumed) + len(preview.points) + preview.drawn):
             print_line(line)

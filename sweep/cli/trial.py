@@ -23,13 +23,16 @@ def train(
     from sweep.config.diff import claim_folder, continued
     from sweep.config.files import load
     from sweep.config.resolve import missing
-    from sweep.execution.trial import available_device, open_shards, run_trial, with_class_weights
-    from sweep.preflight.checks import check_bases, resolve_inputs
+    from sweep.search.base_models import check_bases
 
     loaded = load(config, set_).for_trial({})
     folder = out or Path("runs") / f"{loaded.name}-train"
     loaded = continued(loaded, folder)
     check_bases(loaded)
+
+    from sweep.execution.trial import available_device, open_shards, run_trial, with_class_weights  # import torch
+    from sweep.preflight.checks import resolve_inputs
+
     if new := missing(loaded):
         print_line(f"creating {', '.join(new)}: once, then cached")
     with console.status("checking corpus and models"):
@@ -64,22 +67,27 @@ def inspect(
     from data.corpus.schema import SPLITS
     from data.loading.tasks import has_audio
     from data.shards.dataset import Shards, is_corpus
-    from sweep.analysis.inspection import lines, settings_for
     from sweep.config.files import load, override_sweep
     from sweep.config.resolve import resolve
     from sweep.config.schema import parse
-    from sweep.execution.trial import open_shards
-    from sweep.preflight.checks import check_audio, check_bases
+    from sweep.search.base_models import check_bases
 
     if split not in (*SPLITS, None):
         raise UserError(f"--split {split}: unknown; use one of {', '.join(SPLITS)}")
     if is_corpus(source):
         shards = Shards(source)
         show_shards(shards)
+        from sweep.analysis.inspection import settings_for
+
         loaded = parse(override_sweep({}, [*settings_for(shards), *set_]), "--set")
     else:
         loaded = load(source, set_)
     check_bases(loaded)
+
+    from sweep.analysis.inspection import lines  # these import torch
+    from sweep.execution.trial import open_shards
+    from sweep.preflight.checks import check_audio
+
     resolved = resolve(loaded)
     check_audio(resolved, has_audio(open_shards(resolved)))
     for line in lines(*show_model(resolved), split, example):

@@ -3,31 +3,26 @@
 The structures are built without weights. A mistake is then one line at the start, and not a failed trial hours later.
 """
 
-from collections.abc import Iterator
-
-from data.errors import ConfigError, UserError
+from data.errors import UserError
 from data.loading.tasks import answer_sets, has_audio
-from model.checkpoints.base_files import base_models, check_adapter, check_model
-from model.checkpoints.fingerprint import BaseIdentity, Bases, identify, identify_bases, start_identity
+from model.checkpoints.fingerprint import Bases, identify_bases
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
-from sweep.config.loader import flat
-from sweep.config.resolve import PREFIX, ResolvedConfig, resolve
+from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
+from sweep.search.base_models import check_bases
 from sweep.search.candidates import resolve_candidate, structures
-from sweep.search.study import StudyBases
-
-STARTS = ("model.init_from", "model.adapter.init_from", "model.lora.init_from")  # settings that name trained weights
 
 
-def resolve_inputs(config: Config, allow_other_base: bool = False) -> ResolvedConfig:
+def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool = True) -> ResolvedConfig:
     """Resolve a configuration, and check its corpus, its models and the structures of its search.
 
     Args:
         config: of the sweep.
         allow_other_base: accept that `model.init_from` was trained on another base model.
+        fetch: download the files of Hugging Face ids that are missing.
 
     Raises:
         UserError: a shard is missing or corrupt, a split has no items of a task, an unknown label has a weight, an
@@ -44,7 +39,7 @@ def resolve_inputs(config: Config, allow_other_base: bool = False) -> ResolvedCo
         trial = resolve_candidate(resolved, values)
         if trial is None:
             continue
-        bases = identify_bases(trial.model, fetch=True)
+        bases = identify_bases(trial.model, fetch=fetch)
         model = skeleton(trial, bases, allow_other_base)
         resolve_balanced(trial.train, model.tasks)
         if (lengths := _lengths(trial)) not in measured:
@@ -57,49 +52,6 @@ def _lengths(config: Config) -> str:
     """Return the settings on which the lengths of examples depend; they are measured once for each."""
     irrelevant = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
     return repr((config.model.model_dump(exclude=irrelevant), config.tasks.active(), config.data.fold))
-
-
-def check_bases(config: Config) -> None:
-    """Check the files of all models that a search starts from. Reads headers, makes nothing and loads nothing.
-
-    Raises:
-        ConfigError: a file is missing or damaged, in one line that names it.
-    """
-    for trial in _structured_trials(config):
-        for setting, path, part in base_models(trial.model):
-            if not path.startswith(PREFIX):
-                check_model(setting, path, part)
-        if trial.model.lora.enabled and trial.model.lora.init_from is not None:
-            check_adapter(trial.model.lora, trial.model.lora.init_from)
-
-
-def study_bases(config: Config) -> StudyBases:
-    """Return what identifies the models that a search starts from, for its study: by setting and value.
-
-    Raises:
-        UserError: a file is missing or damaged, or cannot be downloaded.
-    """
-    found: dict[str, dict[str, BaseIdentity]] = {}
-    for trial in _structured_trials(config):
-        settings, resolved = flat(trial), resolve(trial)
-        for setting, path, part in base_models(resolved.model):
-            if settings[setting] not in found.setdefault(setting, {}):
-                identity = identify(setting, path, part, fetch=True)
-                assert identity is not None, "it was fetched"
-                found[setting][settings[setting]] = identity
-        for setting in STARTS:
-            if settings[setting] is not None and settings[setting] not in found.setdefault(setting, {}):
-                found[setting][settings[setting]] = start_identity(settings[setting])
-    return found
-
-
-def _structured_trials(config: Config) -> Iterator[Config]:
-    """Yield a trial of each structure that the search may draw, see `structures`."""
-    for values in structures(config):
-        try:
-            yield config.for_trial(values)
-        except ConfigError:
-            continue  # a trial that draws them reports it
 
 
 def skeleton(config: ResolvedConfig, bases: Bases | None = None, allow_other_base: bool = False) -> SpeechLLM:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.execution.trial import fit_job, open_shards
-from sweep.preflight.checks import resolve_inputs, study_bases
+from sweep.preflight.checks import resolve_inputs
 from sweep.runner import SweepRunner
+from sweep.search.base_models import study_bases
 from sweep.search.study import StudyStore
 from tests.model.test_base_files import cut, only_gguf, remove
 from tests.model.test_fingerprint import flip
@@ -77,6 +80,22 @@ def test_damaged_model_is_one_line_before_anything(name: str, command: str, work
     error = refused(work, *command.split())
     assert error.startswith(message)
     assert len(error.splitlines()) == 1
+
+
+def test_damaged_model_is_found_without_torch(work: Path) -> None:
+    (work / "llm/model.safetensors").unlink()
+    code = """
+import sys
+from sweep.cli.app import main
+for command in sys.argv[1:]:
+    sys.argv = ["sweep", *command.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print(ended.code, *({"torch", "transformers", "ray", "mlflow"} & sys.modules.keys()))
+"""
+    ran = subprocess.run([sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["2"] * len(COMMANDS)
 
 
 def test_damaged_model_on_an_axis_is_found(work: Path) -> None:
