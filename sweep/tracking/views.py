@@ -83,7 +83,7 @@ def _charts(config: Config, axes: list[str]) -> list[Fields]:
     charts: list[Fields] = []
     if axes:
         charts.append({"type": "PARALLEL", "selectedParams": axes, "selectedMetrics": [OBJECTIVE], "showAllRuns": True})
-    charts.append({"type": "BAR", "metricKey": OBJECTIVE, "displayName": f"{OBJECTIVE}: {config.search.metric}"})
+    charts.append({"type": "BAR", "metricKey": OBJECTIVE})
     charts.append(
         {
             "type": "LINE",

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from markupsafe import escape
 from matplotlib.font_manager import fontManager
 
 from model.evaluation.metrics import Record
 from sweep.analysis.leaderboard import leaderboard
 from sweep.analysis.report import figures, fonts, page
 from sweep.analysis.report.fonts import font_families
+from sweep.analysis.view import TableView
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
 from sweep.search.corpus_notes import FILE, read_corpus_notes, save_corpus_notes
@@ -85,6 +87,7 @@ def test_doubts_about_the_corpus_stand_above_the_leaderboard(tmp_path: Path) -> 
     out = sweep("status", study.folder).out
     assert out.index(f"warning: {NOTE}") < out.index("trials by macro_f1")
     assert f"**{NOTE}**" in note(study.config, study.folder, study.trials())
+    assert escape(NOTE) in page.render(study, study.folder, [], [], TableView([], []), "", None)
     (study.folder / FILE).write_text(json.dumps([NOTE]))
     assert read_corpus_notes(study.folder) == []
 
