@@ -2,9 +2,11 @@
 
 A `Trainer` in a temporary folder trains on the longest example alone, which no token budget can make cheaper, and then
 makes two steps of its first epoch, the largest one and the median one. It also predicts a median validation batch of
-each task. The time of an epoch is projected from the number of positions in these batches.
+each task. The time of an epoch is projected from the number of positions in these batches. Where time is short, the
+steps are cut to as many of their micro-batches as it allows, and then left out; the longest example is always computed.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,40 @@ from model.speech_llm.speech_llm import SpeechLLM
 from model.training.trainer import Trainer
 
 
+class TimeLimit:
+    """The time that the steps of a dry run may take, and how fast they are.
+
+    Args:
+        seconds: that are left; infinity: no limit.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.rate = 0.0  # seconds for a position, by the last step
+
+    def left(self) -> float:
+        """Return the seconds that are left, which may be negative."""
+        return self.end - time.monotonic()
+
+    def shortened(self, parts: Sequence[list[int]], positions: Callable[[list[int]], int]) -> list[int]:
+        """Return the items of as many parts as the time allows by the last rate, and of the first one in any case.
+
+        Args:
+            parts: micro-batches of a step.
+            positions: the padded positions of a part.
+        """
+        items, seconds = list(parts[0]), self.rate * positions(parts[0])
+        for part in parts[1:]:
+            seconds += self.rate * positions(part)
+            if seconds > self.left():
+                break
+            items += part
+        return items
+
+
+NO_LIMIT = TimeLimit(math.inf)
+
+
 class TrialCost(BaseModel):
     """Time and memory of a trial on one of its workers. Files contain the aliases."""
 
@@ -35,7 +71,14 @@ class TrialCost(BaseModel):
 
 
 def measure(
-    model: SpeechLLM, data: TrialData, config: TrainConfig, tasks: TaskWeights, seed: int, workers: int, peak: Peak
+    model: SpeechLLM,
+    data: TrialData,
+    config: TrainConfig,
+    tasks: TaskWeights,
+    seed: int,
+    workers: int,
+    peak: Peak,
+    seconds: float = math.inf,
 ) -> TrialCost:
     """Measure a trial in a dry run. The model must not be used afterwards.
 
@@ -47,20 +90,22 @@ def measure(
         seed: of the batch plan.
         workers: that share a step; this process computes the first one's share.
         peak: of this process, created before the model was built.
+        seconds: that the steps may take.
 
     Raises:
         OutOfMemoryError: one example alone does not fit.
     """
+    limit = TimeLimit(seconds)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, data, config, tasks, seed, Path(folder))
         try:
             costs = trainer.train.costs
             longest = max(range(len(costs)), key=lambda position: sum(costs[position]))
             model.train()
-            _step(trainer, [longest], 1)
+            limit.rate = _step(trainer, [longest], 1) / _positions(costs, [longest])
             min_bytes = peak.read()
-            train_seconds = _measure_epoch(trainer, workers)
-            val_seconds = _measure_evaluation(trainer) / workers
+            train_seconds = _measure_epoch(trainer, workers, limit)
+            val_seconds = _measure_evaluation(trainer, limit) / workers
             return TrialCost(
                 train_seconds=train_seconds,
                 val_seconds=val_seconds,
@@ -72,21 +117,33 @@ def measure(
             data.close()
 
 
-def _measure_epoch(trainer: Trainer, workers: int) -> float:
+def _measure_epoch(trainer: Trainer, workers: int, limit: TimeLimit) -> float:
     """Return the projected seconds of the optimizer steps of an epoch."""
     size, train = trainer.config.batch_size, trainer.train
     steps = plan(train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=trainer.sampling_weights)
 
+    def parts(items: Sequence[int]) -> list[list[int]]:
+        costs = [train.costs[item] for item in items]
+        found = micro_batches(costs, trainer.token_budget, trainer.model.pad_tolerance)
+        return [[items[index] for index in part] for part in found]
+
     def positions(step: Sequence[int]) -> int:
-        costs = [train.costs[position] for position in share(step, 0, workers)]
-        return sum(
-            _positions(costs, part) for part in micro_batches(costs, trainer.token_budget, trainer.model.pad_tolerance)
-        )
+        return sum(_positions(train.costs, part) for part in parts(share(step, 0, workers)))
 
-    return _project(steps, positions, lambda step: _step(trainer, step, workers), (1.0, 0.5))
+    def measured(step: Sequence[int]) -> tuple[float, int]:
+        """Make the step, or as much of it as time allows; return its seconds and its positions."""
+        own = share(step, 0, workers)
+        items = limit.shortened(parts(own), lambda part: _positions(train.costs, part))
+        whole = len(items) == len(own)
+        taken = _step(trainer, step, workers) if whole else _step(trainer, items, 1)
+        return taken, positions(step) if whole else sum(_positions(train.costs, part) for part in parts(items))
+
+    if limit.left() <= 0:  # the longest example took all the time
+        return limit.rate * sum(map(positions, steps))
+    return _project(steps, positions, measured, (1.0, 0.5), limit)
 
 
-def _measure_evaluation(trainer: Trainer) -> float:
+def _measure_evaluation(trainer: Trainer, limit: TimeLimit) -> float:
     """Return the projected seconds of an evaluation by one worker, projected for each task separately."""
     model, data, val = trainer.model, trainer.data, trainer.data.splits["val"]
     pending = request_batches(model, data, "val", trainer.token_budget)
@@ -95,27 +152,44 @@ def _measure_evaluation(trainer: Trainer) -> float:
     for batch in pending.batches:
         by_task.setdefault(val.items[batch[0]][0], []).append(batch)
 
-    def predict(batch: Sequence[int]) -> float:
+    def predict(batch: Sequence[int]) -> tuple[float, int]:
+        batch = limit.shortened([[item] for item in batch], lambda part: _positions(val.costs, part))
         trainer.validation = PendingBatches([list(batch)], data.read("val", [batch]))
         started = time.monotonic()
         trainer.validate()
-        return time.monotonic() - started
+        return time.monotonic() - started, _positions(val.costs, batch)
 
     return sum(
-        _project(batches, lambda batch: _positions(val.costs, batch), predict, (0.5,)) for batches in by_task.values()
+        _project(batches, lambda batch: _positions(val.costs, batch), predict, (0.5,), limit)
+        for batches in by_task.values()
     )
 
 
 def _project(
     batches: Sequence[Sequence[int]],
     positions: Callable[[Sequence[int]], int],
-    seconds: Callable[[Sequence[int]], float],
+    measured: Callable[[Sequence[int]], tuple[float, int]],
     quantiles: Sequence[float],
+    limit: TimeLimit = NO_LIMIT,
 ) -> float:
-    """Return the seconds of all batches, projected from the batches at some quantiles of the number of positions."""
+    """Return the seconds of all batches, projected from the batches at some quantiles of the number of positions.
+
+    Args:
+        batches: of an epoch.
+        positions: the padded positions of a batch.
+        measured: computes a batch or a part of it, and returns its seconds and positions.
+        quantiles: in the order in which they are measured; the first one is measured in any case.
+        limit: of the time.
+    """
     ordered = sorted(batches, key=positions)
-    chosen = [ordered[index] for index in dict.fromkeys(round(at * (len(ordered) - 1)) for at in quantiles)]
-    return sum(map(seconds, chosen)) * sum(map(positions, batches)) / sum(map(positions, chosen))
+    seconds, count = 0.0, 0
+    for index in dict.fromkeys(round(at * (len(ordered) - 1)) for at in quantiles):
+        if count and limit.left() <= 0:
+            break
+        taken, computed = measured(ordered[index])
+        limit.rate = taken / computed
+        seconds, count = seconds + taken, count + computed
+    return seconds * sum(map(positions, batches)) / count
 
 
 def _positions(costs: Sequence[Cost], batch: Sequence[int]) -> int:

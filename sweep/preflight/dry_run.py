@@ -5,7 +5,7 @@ Small models run in this process. Others run on the cluster, in processes that m
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,8 @@ from sweep.config.resolve import ResolvedConfig
 from sweep.execution.cluster import ClusterError
 from sweep.execution.resources import worker_resources
 from sweep.execution.trial import build
+
+Seconds = Callable[[], float]
 
 
 class DryRunResult(BaseModel):
@@ -36,6 +38,7 @@ class DryRun(NamedTuple):
 
     config: ResolvedConfig  # of the trial
     cached: CacheFolders  # that the trial reads
+    seconds: float = math.inf  # that its steps may take
 
 
 def dry_run(run: DryRun) -> DryRunResult:
@@ -45,7 +48,9 @@ def dry_run(run: DryRun) -> DryRunResult:
     try:
         model, data = build(config, "local", ("train", "val"), device, run.cached)
         startup = time.monotonic() - started
-        cost = measure(model, data, config.train, config.tasks, config.seed, config.resources.workers, peak)
+        cost = measure(
+            model, data, config.train, config.tasks, config.seed, config.resources.workers, peak, run.seconds
+        )
     except memory.OutOfMemoryError as error:
         return DryRunResult(too_large=reason(error))
     except UserError as error:  # a trial that is drawn fails with the same error
@@ -57,14 +62,25 @@ def dry_run(run: DryRun) -> DryRunResult:
     return DryRunResult(cost=cost, startup=startup, capacity=capacity)
 
 
-def dry_runs_here(runs: Mapping[str, DryRun]) -> Iterator[tuple[str, DryRunResult]]:
-    """Do the dry runs in this process; yield each result by its key."""
-    for key, run in runs.items():
-        yield key, dry_run(run)
+def dry_runs_here(runs: Mapping[str, DryRun], seconds: Seconds, slots: int = 1) -> Iterator[tuple[str, DryRunResult]]:
+    """Do the dry runs in this process, one after another; yield each result by its key.
+
+    Args:
+        runs: by key.
+        seconds: that the steps of all runs that are left may take.
+        slots: is not used.
+    """
+    for index, (key, run) in enumerate(runs.items()):
+        yield key, dry_run(run._replace(seconds=seconds() / (len(runs) - index)))
 
 
-def dry_runs_on_ray(runs: Mapping[str, DryRun]) -> Iterator[tuple[str, DryRunResult]]:
+def dry_runs_on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterator[tuple[str, DryRunResult]]:
     """Do the dry runs on nodes with the resources of a worker; yield each result by its key.
+
+    Args:
+        runs: by key.
+        seconds: that the steps of all runs that are left may take.
+        slots: runs at a time.
 
     Raises:
         ClusterError: the cluster is lost.
@@ -73,29 +89,37 @@ def dry_runs_on_ray(runs: Mapping[str, DryRun]) -> Iterator[tuple[str, DryRunRes
 
     died = []
     try:
-        for key, result in _on_ray(runs):
+        for key, result in _on_ray(runs, seconds, slots):
             if result is None:
                 died.append(key)
             else:
                 yield key, result
         for key in died:  # repeat it alone: another dry run may have taken its memory
-            for _, result in _on_ray({key: runs[key]}):
+            for _, result in _on_ray({key: runs[key]}, seconds, 1):
                 yield key, result or DryRunResult(too_large="its dry run killed the process, also when run alone")
     except ray.exceptions.RayError as error:
         raise ClusterError(f"the dry runs failed ({reason(error)}); rerun the same command to resume") from None
 
 
-def _on_ray(runs: Mapping[str, DryRun]) -> Iterator[tuple[str, DryRunResult | None]]:
+def _on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterator[tuple[str, DryRunResult | None]]:
     """Yield the results in the order in which they are ready; None for a process that died."""
     import ray
 
-    waiting = {}
-    for key, run in runs.items():
+    waiting, left = {}, dict(runs)
+
+    def start() -> None:
+        """Start the next run; its share of the time is known only now."""
+        rounds = math.ceil(len(left) / slots)
+        key = next(iter(left))
+        run = left.pop(key)._replace(seconds=seconds() / rounds)
         resources = worker_resources(run.config)
         # A GPU that trials share runs one dry run at a time: another one must not be the reason that memory is short.
         options = {"num_cpus": resources["CPU"], "num_gpus": math.ceil(resources.get("GPU", 0))}
         waiting[ray.remote(dry_run).options(max_retries=0, **options).remote(run)] = key
-    while waiting:
+
+    while waiting or left:
+        while left and len(waiting) < slots:
+            start()
         [ready], _ = ray.wait(list(waiting))
         key = waiting.pop(ready)
         try:

@@ -33,6 +33,7 @@ from sweep.search.study import StudyStore, TrialRecord, total_trials
 from sweep.search.study_storage import has_study
 
 SMALL_MODEL = 20 * 10**6  # parameters: a separate process would take longer to start than its dry run takes
+SHARE, LEAST_SECONDS = 0.05, 10.0  # of the sweep's estimated time that dry runs may take, and at least so many seconds
 WORKER_STARTUP = 20.0  # seconds until the workers of a worker group are up
 Log = Callable[[str], None]
 
@@ -152,10 +153,10 @@ def make_plan(config: ResolvedConfig, cache: Path, folder: Path | None, nodes: N
     """
     started = time.monotonic()
     profiles, untested = trial_profiles(config)
-    results = _profile_results(profiles, cache, folder, nodes, slots)
+    results = _profile_results(config, profiles, cache, folder, nodes, slots)
     if not all(result.fits for result in results):  # values between the smallest and the largest one may fit
         profiles, untested = trial_profiles(config, all_values=True)
-        results = _profile_results(profiles, cache, folder, nodes, slots)
+        results = _profile_results(config, profiles, cache, folder, nodes, slots)
     plan = Plan(config, results, untested)
     excluded = plan.excluded()
     if folder is not None:
@@ -204,7 +205,12 @@ def is_small(profiles: Iterable[TrialProfile]) -> bool:
 
 
 def _profile_results(
-    profiles: Sequence[TrialProfile], cache: Path, folder: Path | None, nodes: Nodes, slots: int
+    config: ResolvedConfig,
+    profiles: Sequence[TrialProfile],
+    cache: Path,
+    folder: Path | None,
+    nodes: Nodes,
+    slots: int,
 ) -> list[ProfileResult]:
     """Return the results of all profiles; each new one is saved as soon as it is known."""
     runs = [DryRun(profile.config, cached_folders(profile.config, cache)) for profile in profiles]
@@ -218,7 +224,16 @@ def _profile_results(
             continue  # damaged: measure again
     new = {key: run for key, run in zip(keys, runs, strict=True) if key not in results}
     dry_runs = dry_runs_here if folder is None or is_small(profiles) else dry_runs_on_ray
-    for key, result in dry_runs(new):
+    started = time.monotonic()
+
+    def seconds() -> float:
+        """Return the seconds that dry runs may still take: a share of the sweep, as far as its time is known."""
+        known = [(profile, results[key]) for profile, key in zip(profiles, keys, strict=True) if key in results]
+        plan = Plan(config, [_profile_result(profile, result, nodes, slots) for profile, result in known], 0)
+        allowed = max(LEAST_SECONDS, SHARE * plan.estimate([], config.search.points, slots).seconds)
+        return max(0.0, started + allowed - time.monotonic())
+
+    for key, result in dry_runs(new, seconds, slots):
         results[key] = result
         if folder is not None:
             file.steps = file.steps | {key: result.model_dump(mode="json", by_alias=True, exclude_defaults=True)}

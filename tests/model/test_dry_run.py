@@ -1,5 +1,6 @@
 """Dry runs: what they measure, on a device with enough memory and on one without."""
 
+import math
 import resource
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from data.shards.dataset import Shards
+from model.config import TrainConfig
 from model.runtime import memory
 from model.runtime.memory import OutOfMemoryError, Peak
 from model.training import dry_run, trainer
@@ -19,10 +21,10 @@ from tests.model.trials import TWO, Trial
 MB = 10**6
 
 
-def measured(trial: Trial, models: Path, corpus: Shards, workers: int = 1) -> TrialCost:
+def measured(trial: Trial, models: Path, corpus: Shards, workers: int = 1, seconds: float = math.inf) -> TrialCost:
     peak = Peak("cpu")
     model, data = trial.start(models, corpus)
-    return measure(model, data, trial.train, trial.tasks, trial.seed, workers, peak)
+    return measure(model, data, trial.train, trial.tasks, trial.seed, workers, peak, seconds)
 
 
 def test_peak_covers_memory_that_was_freed() -> None:
@@ -37,7 +39,7 @@ def test_peak_covers_memory_that_was_freed() -> None:
 @pytest.mark.parametrize("quantiles", [(0.5,), (1.0, 0.5)])
 def test_epoch_is_projected_from_positions(quantiles: tuple[float, ...]) -> None:
     batches = [[index] * (1 + index % 7) for index in range(40)]
-    seconds = dry_run._project(batches, len, lambda batch: 3.0 * len(batch), quantiles)
+    seconds = dry_run._project(batches, len, lambda batch: (3.0 * len(batch), len(batch)), quantiles)
     assert seconds == pytest.approx(3.0 * sum(map(len, batches)))
 
 
@@ -60,6 +62,33 @@ def test_dry_run_makes_steps_of_the_trial(
     assert cost.train_seconds > 0 < cost.val_seconds
     assert 0.9 * memory.WORKER <= cost.min_bytes <= cost.full_bytes < memory.WORKER + 2000 * MB
     assert cost.token_budget == WHOLE.token_budget
+
+
+def test_steps_are_fewer_and_shorter_when_time_is_short(
+    models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest example is always computed: it shows whether a trial fits. A clock replaces the time of steps."""
+    steps: list[int] = []
+    now = [0.0]
+
+    def step(self: Trainer, whole: list[int], share: list[int], examples: list[object]) -> None:
+        steps.append(len(share))
+        now[0] += sum(sum(self.train.costs[item]) for item in share) / 100
+
+    monkeypatch.setattr(Trainer, "optimizer_step", step)
+    monkeypatch.setattr(dry_run.time, "monotonic", lambda: now[0])
+    short = TrainConfig(batch_size=9, token_budget=64)  # several micro-batches in a step
+    costs = {}
+    for seconds in (math.inf, 2.0, 0.0):
+        steps.clear()
+        costs[seconds] = (list(steps), measured(Trial(train=short), models, corpus, seconds=seconds), list(steps))
+    assert costs[math.inf][2] == [1, 9, 9]
+    assert costs[2.0][2][0] == 1
+    assert 0 < costs[2.0][2][1] < 9
+    assert len(costs[2.0][2]) < 3 or sum(costs[2.0][2]) < 19
+    assert costs[0.0][2] == [1]
+    for seconds in (2.0, 0.0):
+        assert costs[seconds][1].train_seconds == pytest.approx(costs[math.inf][1].train_seconds, rel=0.5)
 
 
 def test_smaller_budget_is_found_or_refused(models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,26 @@ def test_dry_runs_are_done_once_for_a_sweep(
     assert len(measured) == 12
 
 
+def test_dry_runs_share_a_part_of_the_sweep(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They begin with ten seconds; once an epoch is known to take 100 s, five percent of the sweep are more."""
+    given: list[float] = []
+
+    def slow(run: DryRun) -> DryRunResult:
+        given.append(run.seconds)
+        return DryRunResult(cost=TrialCost(train=90.0, val=10.0, least=10, full=20, budget=16_384), capacity=10**9)
+
+    monkeypatch.setattr(dry_run_module, "dry_run", slow)
+    plan = plan_of(searched(models, corpus), tmp_path)
+    first, *others = given
+    assert first == pytest.approx(plan_module.LEAST_SECONDS / len(given), abs=0.5)
+    sweep = plan.estimate([], [], 2).seconds
+    assert others
+    assert others[-1] == pytest.approx(0.05 * sweep, abs=2)
+    assert others[-1] > 2 * plan_module.LEAST_SECONDS
+
+
 def resolved(config: ResolvedConfig, changed: dict[str, Any]) -> ResolvedConfig:
     return ResolvedConfig.model_validate(dict(config.with_values(changed)))
 
