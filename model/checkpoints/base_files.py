@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from data.errors import ConfigError, listed, reason
+from data.errors import ConfigError, UnavailableError, listed, reason
 from model.config import LoraSettings, ModelConfig
 
 Part = Literal["encoder", "llm", "ctc"]
@@ -94,7 +94,7 @@ def check_model(setting: str, path: str, part: Part) -> ModelFiles | None:
         The files; None for an id of which some are not downloaded.
 
     Raises:
-        ConfigError: a file is missing or damaged, in one line that names it.
+        UnavailableError: a file is missing or damaged, in one line that names it.
     """
     try:
         folder = local_folder(path)
@@ -102,9 +102,9 @@ def check_model(setting: str, path: str, part: Part) -> ModelFiles | None:
     except FilesError as error:
         if error.is_missing and is_hub_id(path):
             return None
-        raise ConfigError(f"{setting}: {path}: {error}") from None
+        raise UnavailableError(f"{setting}: {path}: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{setting}: {path}: cannot be read ({error.strerror}); check rights and disk") from None
+        raise UnavailableError(f"{setting}: {path}: cannot be read ({error.strerror}); check rights and disk") from None
 
 
 def is_hub_id(path: str) -> bool:
@@ -146,14 +146,24 @@ def download(setting: str, path: str, part: Part) -> ModelFiles:
     """Return the files of a model, those of an id downloaded where they are missing.
 
     Raises:
-        ConfigError: see `check_model`; or a file cannot be downloaded.
+        UnavailableError: see `check_model`; or a file cannot be downloaded.
     """
     files = check_model(setting, path, part)
     if files is not None:
         return files
     from huggingface_hub import snapshot_download
 
-    names = [CONFIG, *EXTRACTOR, TOKENIZER, *VOCABULARIES, "merges.txt", *TOKENIZER_SETTINGS, SAFE, SAFE_INDEX]
+    names = [
+        CONFIG,
+        ADAPTER_CONFIG,
+        *EXTRACTOR,
+        TOKENIZER,
+        *VOCABULARIES,
+        "merges.txt",
+        *TOKENIZER_SETTINGS,
+        SAFE,
+        SAFE_INDEX,
+    ]
     try:
         folder = Path(snapshot_download(path, allow_patterns=names))
         if not (folder / SAFE).exists() and not (folder / SAFE_INDEX).exists():
@@ -163,9 +173,9 @@ def download(setting: str, path: str, part: Part) -> ModelFiles:
                 snapshot_download(path, allow_patterns=_shards(folder / index))
         return model_files(folder, part)
     except FilesError as error:
-        raise ConfigError(f"{setting}: {path}: {error}") from None
+        raise UnavailableError(f"{setting}: {path}: {error}") from None
     except Exception as error:  # the hub raises many types
-        raise ConfigError(
+        raise UnavailableError(
             f"{setting}: {path}: neither a folder, nor downloaded, and the hub does not send it ({reason(error)})"
         ) from None
 
@@ -356,19 +366,20 @@ def check_adapter(lora: LoraSettings, folder: str) -> Path:
     """Check that LoRA can start from a PEFT adapter, as far as its settings tell, and return its file of tensors.
 
     Raises:
-        ConfigError: a file is missing or damaged, the adapter has another rank, scale or other targets than `lora`, or
-            it is of a kind that is no plain LoRA.
+        UnavailableError: a file is missing or damaged.
+        ConfigError: the adapter has another rank, scale or other targets than `lora`, or is no plain LoRA.
     """
     try:
         weights = adapter_weights(Path(folder))
         adapter = read_json(Path(folder) / ADAPTER_CONFIG)
-        if problem := _unsupported(adapter) or _difference(lora, adapter):
-            raise FilesError(problem)
+        misfit = _unsupported(adapter) or _difference(lora, adapter)
     except FilesError as error:
-        raise ConfigError(f"model.lora.init_from: {folder}: {error}") from None
+        raise UnavailableError(f"model.lora.init_from: {folder}: {error}") from None
     except OSError as error:
         message = f"cannot be read ({error.strerror}); check rights and disk"
-        raise ConfigError(f"model.lora.init_from: {folder}: {message}") from None
+        raise UnavailableError(f"model.lora.init_from: {folder}: {message}") from None
+    if misfit:
+        raise ConfigError(f"model.lora.init_from: {folder}: {misfit}")
     return weights
 
 

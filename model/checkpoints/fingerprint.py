@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from data.atomic import write_file
-from data.errors import ConfigError, UserError
+from data.errors import UnavailableError, UserError
 from data.user_cache import user_cache
 from model.checkpoints.base_files import (
     ADAPTER_CONFIG,
@@ -58,6 +58,7 @@ class OtherBaseError(UserError):
     """A pretrained model is not the one that earlier results were computed with."""
 
     common = True
+    outside = True
     reason = "bad data"
 
 
@@ -90,7 +91,7 @@ def identify(setting: str, path: str, part: Part, *, fetch: bool = False) -> Bas
         The identity; None for an id that is not completely downloaded, without `fetch`.
 
     Raises:
-        ConfigError: a file is missing or damaged, or cannot be downloaded.
+        UnavailableError: a file is missing or damaged, or cannot be downloaded.
     """
     files = download(setting, path, part) if fetch else check_model(setting, path, part)
     if files is None:
@@ -99,7 +100,7 @@ def identify(setting: str, path: str, part: Part, *, fetch: bool = False) -> Bas
     try:
         return BaseIdentity(path=path, digest=_files_digest(files), revision=revision)
     except OSError as error:
-        raise ConfigError(f"{setting}: {path}: cannot be read ({error.strerror}); check rights and disk") from None
+        raise UnavailableError(f"{setting}: {path}: cannot be read ({error.strerror}); check rights and disk") from None
 
 
 def start_identity(path: str) -> BaseIdentity:

@@ -23,6 +23,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 # workers share the pages of libraries.
 WORKER = 600 * 10**6
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+Stamp = tuple[tuple[str, int, int], ...]  # see `folder_stamp`
 ADVICE = "lower data.history or model.llm.max_text_tokens, set model.llm.gradient_checkpointing, or use a larger device"
 
 
@@ -127,7 +128,7 @@ def cached(load: Load) -> Load:
     def cached_load(*args: object, **kwargs: object) -> nn.Module:
         (call := signature.bind(*args, **kwargs)).apply_defaults()
         arguments = tuple(call.arguments.values())
-        key = (*arguments, _stamp(call.arguments["path"]))
+        key = (*arguments, folder_stamp(call.arguments["path"]))
         if key not in models:
             limit = CACHE_SHARE * capacity(call.arguments["device"])
             while models and (len(models) == CACHE_SIZE or _size_with_another(models.values()) > limit):
@@ -139,7 +140,7 @@ def cached(load: Load) -> Load:
     return cast(Load, cached_load)
 
 
-def _stamp(path: str) -> tuple[tuple[str, int, int], ...]:
+def folder_stamp(path: str) -> Stamp:
     """Return names, sizes and times of the files in a folder; nothing for the id of a model."""
     entries = Path(path).iterdir() if Path(path).is_dir() else ()
     files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.corpus.audio import waveform
-from data.errors import ConfigError, MisfitError
+from data.errors import ConfigError, MisfitError, UnavailableError
 from data.loading.batching import Cost, groups
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
@@ -148,7 +148,7 @@ class SpeechLLM(nn.Module):
         found: dict[str, BaseIdentity] = {}
         for setting, path, part in base_models(self.config):
             # Where cached features replace the encoder, its weights need not be on this machine.
-            with contextlib.suppress(*(() if encodes or part != "encoder" else (ConfigError,))):
+            with contextlib.suppress(*(() if encodes or part != "encoder" else (UnavailableError,))):
                 if (identity := identify(setting, path, part)) is not None:
                     found[setting] = identity
         return found

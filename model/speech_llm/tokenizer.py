@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.errors import ConfigError, UnavailableError, reason
+from model.runtime.memory import Stamp, folder_stamp
 
 DIALOGUE = "\x00"  # marks the position of the dialogue in a chat template
 # A chat template that writes today's date would make another prompt every day, so the date is fixed. Some templates
@@ -84,13 +85,17 @@ class CachedTokenizer:
         return start, end
 
 
-@functools.lru_cache(maxsize=8)
 def load_tokenizer(path: str) -> CachedTokenizer:
-    """Load the tokenizer of an LLM once per process.
+    """Load the tokenizer of an LLM once per process, and again if its folder has changed.
 
     Raises:
         ConfigError: it cannot be loaded, has no EOS token, or yields no tokens.
     """
+    return _load_tokenizer(path, folder_stamp(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(path: str, stamp: Stamp) -> CachedTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub raise many types for a broken folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.formats import format_duration, format_narrow_interval, format_number, format_value
+from data.formats import format_duration, format_list, format_narrow_interval, format_number, format_value
 from sweep.analysis.predictions import interval_around
 from sweep.analysis.results import progress, ranked, short_names
 from sweep.analysis.view import Column, TableView
@@ -114,7 +114,21 @@ def find_doubts(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
         count = sum(trial.state == "COMPLETE" for trial in trials)
         metric = config.search.metric
         doubts.append(f"all {count} complete trials have the same {metric} ({value:.3f}), so their order means nothing")
-    return doubts
+    return [*doubts, *_other_bases(trials)]
+
+
+def _other_bases(trials: Sequence[TrialRecord]) -> list[str]:
+    """Return a line for each base model that differs between trials although its path is the same."""
+    by_model: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for trial in trials:
+        for setting, base in trial.bases.items():
+            by_model.setdefault((setting, base.path), {}).setdefault(base.digest, []).append(trial.number)
+    lines = []
+    for (setting, path), by_digest in by_model.items():
+        digests = (f"{digest} in trials {format_list([*map(str, numbers)])}" for digest, numbers in by_digest.items())
+        if len(by_digest) > 1:
+            lines.append(f"{setting}: {path} changed, so trials are not comparable: {'; '.join(digests)}")
+    return lines
 
 
 def equal_value(config: Config, trials: Sequence[TrialRecord]) -> float | None:

@@ -9,6 +9,7 @@ from data.loading.cached_arrays import CacheFile
 from data.loading.tasks import Item
 from data.loading.teacher_files import TeacherInput, teacher_files
 from model.objectives.teacher import TOP, TeacherJob, TeacherKey, teacher_inputs, teacher_key
+from model.runtime.memory import folder_stamp
 from model.speech_llm.language_model import load_llm, max_positions
 from model.speech_llm.prompt import PromptBuilder
 from model.speech_llm.tokenizer import load_tokenizer
@@ -116,6 +117,7 @@ def _teacher_inputs(config: ResolvedConfig) -> TeacherInputs:
     tasks = config.tasks.active()
     fields = {"llm", "prompt", "modality", "cls", "end_of_audio"}  # that a prompt depends on
     name = (config.model.model_dump_json(include=fields), config.data.model_dump_json(), *tasks)
+    name = (*name, str(folder_stamp(config.model.llm.path)))
     if name not in _inputs:
         if len(_inputs) >= MAX_INPUTS:
             del _inputs[next(iter(_inputs))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sweep.config.paths import trial_folder
 from sweep.search.study import TrialRecord
 from sweep.tracking.runs import MISSING, Runs
+from sweep.tracking.summary import base_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,7 +63,7 @@ def _version(client: "MlflowClient", name: str, trial: TrialRecord, run_id: str)
         return str(version.version)
     source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACTS}"
     about = f"trial {trial.number}: `sweep evaluate` reads checkpoint.pt, which holds only what was trained"
-    tags = {"sweep.trial": str(trial.number)}
+    tags = {"sweep.trial": str(trial.number)} | base_tags(trial)
     created = client.create_model_version(name, source, run_id, tags=tags, description=about, await_creation_for=0)
     return str(created.version)
 

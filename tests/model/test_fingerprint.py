@@ -20,6 +20,7 @@ from model.checkpoints.fingerprint import (
 from model.encoders.frozen_features import encoder_digest
 from model.encoders.loading import load_encoder
 from model.objectives.teacher import llm_digest
+from model.speech_llm.tokenizer import load_tokenizer
 from tests.model.test_base_files import shard
 
 
@@ -163,6 +164,13 @@ def test_changed_folder_is_loaded_again(models: Path, tmp_path: Path) -> None:
     assert load_encoder(str(folder), "cpu") is first
     flip(folder / "model.safetensors")
     assert load_encoder(str(folder), "cpu") is not first
+
+
+def test_changed_tokenizer_is_loaded_again(llm: Path) -> None:
+    first = load_tokenizer(str(llm))
+    assert load_tokenizer(str(llm)) is first
+    (llm / "tokenizer.json").write_text((llm / "tokenizer.json").read_text() + " ")
+    assert load_tokenizer(str(llm)) is not first
 
 
 def test_other_base_is_one_line_with_both_digests() -> None:

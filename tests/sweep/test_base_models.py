@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data.errors import UserError
 from model.checkpoints import checkpoint, checksum, peft_export
 from model.checkpoints.fingerprint import BaseIdentity, OtherBaseError, identify_bases
 from model.training.trainer import never
+from sweep.analysis.leaderboard import find_doubts
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
 from sweep.config.resolve import resolve
@@ -24,6 +26,7 @@ from sweep.preflight.checks import resolve_inputs
 from sweep.runner import SweepRunner
 from sweep.search.base_models import study_bases
 from sweep.search.study import StudyStore
+from sweep.tracking.summary import start_tags
 from tests.model.test_base_files import cut, only_gguf, remove
 from tests.model.test_fingerprint import flip
 from tests.sweep.common import ask, complaint, refused, report, sweep, sweep_runner
@@ -268,8 +271,20 @@ def test_worker_with_another_base_stops_the_sweep(study: StudyStore, work: Path)
     flip(work / "llm/model.safetensors")
     with pytest.raises(OtherBaseError, match="while the sweep runs; restore the files, on all nodes") as error:
         fit_job(job, lambda epoch, metrics: None, never)
-    assert (error.value.common, error.value.reason) == (True, "bad data")
+    assert (error.value.common, error.value.outside, error.value.reason) == (True, True, "bad data")
 
 
 def _named() -> dict[str, str]:
     return {"model.llm.path": "llm", "model.encoder.path": "encoder"}
+
+
+def test_trials_of_different_bases_are_named_above_the_table(study: StudyStore, work: Path) -> None:
+    first, second = (BaseIdentity(path="llm", digest=digit * 16) for digit in "ab")
+    study.start(1, {"model.llm.path": second})
+    running = study.trials()[1]
+    same, other = (replace(running, number=0, bases={"model.llm.path": base}) for base in (second, first))
+    assert find_doubts(study.config, work / "s", [same, running]) == []
+    assert find_doubts(study.config, work / "s", [other, running]) == [
+        f"model.llm.path: llm changed, so trials are not comparable: {first} in trials 0; {second} in trials 1"
+    ]
+    assert start_tags(study.config, running, ["1"])["sweep.base.llm"] == str(second)
