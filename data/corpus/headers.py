@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 UNKNOWN_32 = 0x7FFFF000  # bytes; programs that write to a pipe announce this length or more
 _PADDING = 1 << 14  # bytes after the samples that may be padding or a tag, and are not read as samples
-_LONGEST_HEADER = 1 << 16  # chunks before the samples
+_LONGEST_HEADER = 1 << 24  # bytes of chunks before the samples, such as a picture
 
 
 @dataclass(frozen=True, slots=True)

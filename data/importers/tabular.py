@@ -171,10 +171,10 @@ def read_text(path: Path, encoding: str) -> str:
         start = error.start if isinstance(error, UnicodeDecodeError) else 0
         line = raw.count(b"\n", 0, start) + 1
         where = f"{path.name}:{line}"
-        message = (
-            f"byte {start} (0x{raw[start]:02x}) is not valid {encoding.upper()}; save it as UTF-8 or set encoding, "
-            "e.g. --set encoding=cp1252"
-        )
+        wide = encoding.startswith(("utf-16", "utf-32"))
+        advice = "save it as UTF-8 or set encoding, e.g. --set encoding=cp1252"
+        advice = "the file is damaged, export it again" if wide else advice
+        message = f"byte {start} (0x{raw[start]:02x}) is not valid {encoding.upper()}; {advice}"
         raise BuildError(f"F_ENCODING {where}: {message}", [Finding("F_ENCODING", where, "", message)]) from None
 
 

@@ -16,6 +16,7 @@ from data.corpus.config import SplitConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.schema import SPLITS, Conversation, split_label
 from data.errors import DataError, listed, reason
+from data.importers.cells import clean_name
 
 Part = str | int  # name of a split or number of a fold
 Pairs = Iterable[tuple[str, str]]  # ids of conversations with the same audio
@@ -284,10 +285,11 @@ def _from_file(
     conversations: Sequence[Conversation], file: str, parts: Sequence[Part]
 ) -> Iterator[tuple[Conversation, Part]]:
     """Yield the conversations of the file with their parts; a conversation that is listed twice is yielded twice."""
-    by_id = {conversation.id: conversation for conversation in conversations}
+    by_id = {clean_name(conversation.id): conversation for conversation in conversations}
     names = {str(part): part for part in parts}
     missing = set(by_id)
-    for line, name, part in _rows(file):
+    for line, written, part in _rows(file):
+        name = clean_name(written)
         if name not in by_id:
             raise DataError(f"{file}:{line}: the corpus has no conversation {name!r}; fix or remove the line")
         if part not in names:

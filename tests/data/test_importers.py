@@ -155,6 +155,33 @@ def test_byte_order_mark_and_line_ends_change_nothing(
     assert IMPORTERS[maker.format].read(source, None, maker.config) == read(maker, tmp_path / "plain")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_byte_order_mark_decides_the_encoding(maker: Maker, tmp_path: Path, encoding: str) -> None:
+    source = write(maker, tmp_path / "source", maker.files(DIALOGUES), encoding=encoding)
+    assert IMPORTERS[maker.format].read(source, None, maker.config) == read(maker, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", [name for name, maker in MAKERS.items() if maker.column and name != "table-jsonl"])
+def test_case_and_spaces_of_headers_change_nothing(name: str, tmp_path: Path) -> None:
+    maker, files = MAKERS[name], {}
+    for file, content in MAKERS[name].files(DIALOGUES).items():
+        head, _, rest = content.partition("\n")
+        files[file] = f"{head.upper().replace('_', ' ')}\n{rest}"
+    assert read_files(maker, tmp_path / "source", files) == read(maker, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", [name for name, maker in MAKERS.items() if maker.times and maker.format != "annomi"])
+def test_turns_by_tier_are_sorted_by_their_start(name: str, tmp_path: Path) -> None:
+    """Annotation tools write one speaker after the other. AnnoMI numbers its turns."""
+    maker = MAKERS[name]
+    tiers = {session: sorted(said, key=lambda turn: turn.speaker) for session, said in DIALOGUES.items()}
+    corpus, expected = read(maker, tmp_path / "tiers", dialogues=tiers), read(maker, tmp_path / "plain")
+    for conversation, plain in zip(corpus.conversations, expected.conversations, strict=True):
+        found = [(turn.id, turn.index, turn.text, turn.label, turn.span) for turn in conversation.turns]
+        assert found == [(turn.id, turn.index, turn.text, turn.label, turn.span) for turn in plain.turns]
+    assert [(finding.code, finding.utterance) for finding in corpus.findings] == [("W_TS_SORTED", "12")]
+
+
 def test_other_encoding_is_refused_with_line_and_byte(maker: Maker, tmp_path: Path) -> None:
     files = maker.files(DIALOGUES)
     source = write(maker, tmp_path / "source", files, encoding="cp1252")

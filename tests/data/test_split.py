@@ -359,7 +359,7 @@ def split_file(folder: Path, text: str, **more: Any) -> SplitConfig:
 
 def test_split_file_overrides_everything_else(tmp_path: Path) -> None:
     corpus = [session(name, split="train") for name in ("ä", "b", "c,d")]
-    config = split_file(tmp_path, '\ufeffsplit,note,conversation\nval,x,ä\ntest,, b \ntrain,"y\n","c,d"\n')
+    config = split_file(tmp_path, '\ufeffsplit,note,conversation\nval,x,a\u0308\ntest,, b \ntrain,"y\n","c,d"\n')
     assert split_conversations(corpus, config, before={"b": "train"}) == {
         "ä": Assignment("video ä", "val"),
         "b": Assignment("video b", "test"),
