@@ -62,7 +62,9 @@ class LoraSettings(Section):
     )
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        ["q_proj", "v_proj"], description="Names of the linear layers that are adapted, or all-linear."
+        ["q_proj", "v_proj"],
+        description="Names of the linear layers that are adapted, or all-linear. Fused experts of a mixture of experts "
+        "are no linear layers: name them by their last two names, e.g. experts.down_proj, without dropout and DoRA.",
     )
     init_from: str | None = Field(
         None,

@@ -131,7 +131,9 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     """Return tensors under the names that they have in this model: LoRA moves the weights of an LLM into wrappers."""
 
     def plain(name: str) -> str:
-        return name.replace("base_model.model.", "").replace(".base_layer", "")
+        name = name.replace("base_model.model.", "")
+        # LoRA layers of fused experts are nested: there, the wrapper tells one from the other.
+        return name if ".lora_" in name else name.replace(".base_layer", "")
 
     names = {plain(name): name for name, _ in model.named_parameters()}
     return {names.get(plain(name), name): tensor for name, tensor in tensors.items()}

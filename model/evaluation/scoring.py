@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from data.loading.examples import Example
+from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 
 
@@ -29,35 +30,51 @@ def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
     """
     trie = model.tries[examples[0].task]
     with model.autocast():
-        embeddings_BTE, mask_BT, positions_BT = pad_left(model.prompts(examples))
-        cache = DynamicCache(config=model.llm.config)
-        first_B1V = model.llm(
-            inputs_embeds=embeddings_BTE,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        batch, nodes = len(examples), len(trie.nodes)
-        ancestors_NN = torch.tensor(trie.ancestors, device=model.device)
-        visible_BNX = torch.cat(
-            [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
-        )  # X = T + N
-        lowest = torch.finfo(embeddings_BTE.dtype).min
-        bias_BNX = torch.zeros(visible_BNX.shape, dtype=embeddings_BTE.dtype, device=model.device)
-        bias_BNX.masked_fill_(~visible_BNX, lowest)
-        depth_N = ancestors_NN.sum(-1) - 1
-        rest_BNV = model.llm(
-            inputs_embeds=model.embed(trie.nodes).expand(batch, -1, -1),
-            attention_mask=bias_BNX[:, None],
-            position_ids=mask_BT.sum(-1, keepdim=True) + depth_N,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-    logp_BNV = torch.cat([first_B1V, rest_BNV], dim=1).float().log_softmax(-1)
+        logits_BNV = trie_logits(model.llm, model.prompts(examples), model.embed(trie.nodes), trie)
+    logp_BNV = logits_BNV.float().log_softmax(-1)
     columns = [torch.stack([logp_BNV[:, node + 1, target] for node, target in path]).sum(0) for path in trie.paths]
     return torch.stack(columns, dim=1)
+
+
+def trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_NE: Tensor, trie: LabelTrie) -> Tensor:
+    """Return the logits after each prompt and after each node of a trie that follows it.
+
+    Args:
+        llm: the causal language model.
+        prompts: their embeddings, [T_i, E].
+        nodes_NE: embeddings of the trie's nodes.
+        trie: whose nodes see the prompt and their ancestors.
+
+    Returns:
+        logits [B, 1 + N, V].
+    """
+    embeddings_BTE, mask_BT, positions_BT = pad_left(prompts)
+    cache = DynamicCache(config=llm.config)
+    first_B1V = llm(
+        inputs_embeds=embeddings_BTE,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    batch, nodes = len(prompts), len(trie.nodes)
+    ancestors_NN = torch.tensor(trie.ancestors, device=mask_BT.device)
+    visible_BNX = torch.cat(
+        [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
+    )  # X = T + N
+    lowest = torch.finfo(embeddings_BTE.dtype).min
+    bias_BNX = torch.zeros(visible_BNX.shape, dtype=embeddings_BTE.dtype, device=mask_BT.device)
+    bias_BNX.masked_fill_(~visible_BNX, lowest)
+    depth_N = ancestors_NN.sum(-1) - 1
+    rest_BNV = llm(
+        inputs_embeds=nodes_NE.expand(batch, -1, -1),
+        attention_mask=bias_BNX[:, None],
+        position_ids=mask_BT.sum(-1, keepdim=True) + depth_N,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return torch.cat([first_B1V, rest_BNV], dim=1)
 
 
 def decide(model: SpeechLLM, task: str, scores_BK: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -68,18 +69,29 @@ def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> Pr
         llm.activation_checkpointing_enable({"use_reentrant": False})
     if not lora.enabled:
         return llm
-    linear = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    unknown = [] if lora.targets == "all-linear" else [name for name in lora.targets if name not in linear]
-    if unknown:
+    linear, experts = _linear_layers(llm), expert_weights(llm)
+    routers = {name for name, module in llm.named_modules() if _is_router(module)}
+    targets = [] if lora.targets == "all-linear" else lora.targets
+    fused = [name for name in targets if name not in linear and name in experts]
+    if unknown := [name for name in targets if name not in linear and name not in experts]:
+        fused_names = f", and fused experts: {', '.join(sorted(experts))}" if experts else ""
         raise ConfigError(
             f"model.lora.targets: {', '.join(unknown)} match no linear layer; the LLM has {', '.join(sorted(linear))}"
+            f"{fused_names}"
+        )
+    if fused and (lora.dropout or lora.dora):
+        raise ConfigError(
+            f"model.lora.targets: {', '.join(fused)} are fused experts, for which LoRA has neither dropout nor DoRA; "
+            "set model.lora.dropout=0 and model.lora.dora=false, or take them out"
         )
     peft_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha if lora.alpha_ratio is None else lora.alpha_ratio * lora.rank,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=[name for name in targets if name not in fused] if targets else "all-linear",
+        target_parameters=fused or None,
+        exclude_modules=sorted(routers) or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
     )
@@ -90,6 +102,75 @@ def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> Pr
             f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); choose among "
             f"{', '.join(sorted(linear))}"
         ) from None
+
+
+def _linear_layers(llm: nn.Module) -> set[str]:
+    """Return the last names of the linear layers."""
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in llm.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not _is_router(module)
+    }
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Return whether a linear layer is the router of a mixture of experts, which returns more than its product."""
+    return isinstance(module, nn.Linear) and "router" in type(module).__name__.lower()
+
+
+def expert_weights(llm: nn.Module) -> set[str]:
+    """Return the names of weights of a mixture of experts that hold all experts in one tensor, without their layers.
+
+    They belong to no linear layer, so "all-linear" does not reach them. "experts.down_proj" names one in all layers.
+    """
+    names = (name for name, tensor in llm.named_parameters() if _is_fused(name, tensor))
+    return {".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in names}
+
+
+def _is_fused(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim == 3 and "lora_" not in name and "conv" not in name
+
+
+@dataclass(frozen=True)
+class LoraReach:
+    """Which weights of an LLM its LoRA layers change. Embeddings and the LM head do not count."""
+
+    share: float  # of the weights, by number of parameters
+    reached: tuple[str, ...]  # names of layers, the largest first
+    missed: tuple[tuple[str, float], ...]  # names of the others with their shares, the largest first
+    misses_experts: bool  # whether fused experts are among these
+
+
+def lora_reach(llm: PreTrainedModel) -> LoraReach | None:
+    """Return which weights LoRA reaches; None without LoRA."""
+    if not hasattr(llm, "peft_config"):
+        return None
+    adapted = {name.partition(".lora_")[0] for name, _ in llm.named_parameters() if ".lora_" in name}
+    outside = {name for name, module in llm.named_modules() if isinstance(module, nn.Embedding)}
+    outside |= {name for name, module in llm.named_modules() if module is llm.get_output_embeddings()}
+    sizes: dict[tuple[str, bool], int] = {}
+    fused_missed = False
+    targets = set(llm.peft_config["default"].target_parameters or ())
+    for name, tensor in llm.named_parameters():
+        owner = name.rpartition(".")[0]
+        if tensor.ndim < 2 or "lora_" in name or owner in outside:
+            continue
+        plain = name.replace(".base_layer", "")
+        pair = ".".join(plain.split(".")[-2:])
+        if _is_fused(name, tensor):
+            short, reached = pair, pair in targets or pair.rpartition(".")[2] in targets
+            fused_missed |= not reached
+        else:
+            short, reached = pair.removesuffix(".weight"), owner.removesuffix(".base_layer") in adapted
+        sizes[short, reached] = sizes.get((short, reached), 0) + tensor.numel()
+    total = sum(sizes.values()) or 1
+    ordered = sorted(sizes, key=lambda key: -sizes[key])
+    return LoraReach(
+        share=sum(size for (_, reached), size in sizes.items() if reached) / total,
+        reached=tuple(name for name, reached in ordered if reached),
+        missed=tuple((name, sizes[name, reached] / total) for name, reached in ordered if not reached),
+        misses_experts=fused_missed,
+    )
 
 
 def max_positions(llm: PreTrainedModel) -> int | None:

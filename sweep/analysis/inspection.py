@@ -9,14 +9,19 @@ from data.errors import UserError
 from data.loading.examples import Example, clip_samples, read_example
 from data.loading.tasks import TASKS, Item, audio_row, has_audio, items
 from data.shards.dataset import Shards
+from model.evaluation.llm_check import check_llm
 from model.parts import summarise_parts
 from model.speech_llm.label_trie import shared_prefixes
+from model.speech_llm.language_model import expert_weights, lora_reach
 from model.speech_llm.prompt import CLIP, CLS, END, IGNORE
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.analysis.view import Column, TableView
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
+
+MOST_NAMES = 4  # layers in a line
+UNCHECKED = "its family could not be checked; compare `sweep evaluate DIR --batch-size 1` with the sweep's metrics"
 
 
 def parts_table(model: SpeechLLM, config: Config, title: str) -> TableView:
@@ -36,13 +41,14 @@ def parts_table(model: SpeechLLM, config: Config, title: str) -> TableView:
 
 
 def notes(model: SpeechLLM) -> list[str]:
-    """Return how prompts start, and a line for each pair of labels of which one begins like the other."""
+    """Return how prompts start, what LoRA reaches, and a line for each pair of labels that begin alike."""
     alike = [
         f"{task}: labels {short!r} and {long!r} begin with the same tokens; the end-of-sequence token tells them apart"
         for task, answers in model.answers.items()
         for short, long in shared_prefixes(answers)
     ]
-    return [_start(model), *alike]
+    unchecked = [] if check_llm(model.config.llm) else [f"{model.config.llm.path}: {UNCHECKED}"]
+    return [_start(model), *_reach(model), *unchecked, *alike]
 
 
 def _start(model: SpeechLLM) -> str:
@@ -57,6 +63,26 @@ def _start(model: SpeechLLM) -> str:
         return f"prompts start without BOS: the tokenizer has none ({setting})"
     why = "" if model.config.prompt.bos == "never" else ": the tokenizer puts none in front of a text"
     return f"prompts start without BOS{why} ({setting}; always adds {bos})"
+
+
+def _reach(model: SpeechLLM) -> list[str]:
+    """Return the line about the weights that LoRA reaches, and a warning if a pattern skips experts."""
+    reach = lora_reach(model.llm)
+    if reach is None:
+        return []
+    missed = ", ".join(f"{name} {share:.0%}" for name, share in reach.missed[:MOST_NAMES])
+    missed += ", …" if len(reach.missed) > MOST_NAMES else ""
+    lines = [
+        f"LoRA reaches {reach.share:.0%} of the LLM's weights (embeddings aside): {', '.join(reach.reached)}"
+        + (f"; not {missed}" if missed else "")
+    ]
+    if reach.share < 0.5 and reach.misses_experts:
+        experts = [name for name, _ in reach.missed if name in expert_weights(model.llm)]
+        lines.append(
+            f"warning: model.lora.targets ({model.config.lora.targets}) skip {1 - reach.share:.0%} of the LLM's "
+            f"weights; fused experts are no linear layers, so name them too ({', '.join(experts)})"
+        )
+    return lines
 
 
 def settings_for(shards: Shards) -> list[str]:

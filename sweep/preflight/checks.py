@@ -6,6 +6,7 @@ The structures are built without weights. A mistake is then one line at the star
 from data.errors import UserError
 from data.loading.tasks import answer_sets, has_audio
 from model.checkpoints.fingerprint import Bases, identify_bases
+from model.evaluation.llm_check import check_llm
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
@@ -58,10 +59,12 @@ def skeleton(config: ResolvedConfig, bases: Bases | None = None, allow_other_bas
     """Return the model of a configuration without its weights.
 
     Raises:
-        UserError: see `SpeechLLM`.
+        UserError: see `SpeechLLM` and `check_llm`.
     """
     answers = answer_sets(open_shards(config), config.tasks.active())
-    return SpeechLLM(config.model, answers, "meta", bases=bases, allow_other_base=allow_other_base)
+    model = SpeechLLM(config.model, answers, "meta", bases=bases, allow_other_base=allow_other_base)
+    check_llm(config.model.llm)
+    return model
 
 
 def check_audio(config: Config, has_audio: bool) -> None:

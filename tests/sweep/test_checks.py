@@ -17,6 +17,7 @@ from sweep.config.resolve import MAKERS, ResolvedConfig, _make
 from sweep.config.schema import parse
 from sweep.preflight.checks import resolve_inputs, skeleton
 from tests.data.common import corpus as by_hand
+from tests.model.families import make
 from tests.sweep.common import FROZEN, refused
 
 WRONG = [
@@ -59,6 +60,14 @@ def test_what_cannot_be_built_is_refused(key: str, value: Any, message: str, che
         with pytest.raises(UserError) as error:
             check({}, space={"train.warmup": {"low": 0.0, "high": 0.5}, key: [right, value]})
         assert str(error.value).startswith(message)
+
+
+def test_family_that_cannot_work_is_refused(check: Check, tmp_path: Path) -> None:
+    """ALiBi takes no mask for a trie of labels: without the check, a trial would train for an epoch first."""
+    check({"model.llm.path": str(make("falcon", tmp_path / "rotary")), "model.lora.targets": "all-linear"})
+    alibi = make("falcon-alibi", tmp_path / "alibi")
+    with pytest.raises(ConfigError, match=r"model\.llm\.path: .* is a falcon model, which cannot score labels that"):
+        check({"model.llm.path": str(alibi), "model.lora.targets": "all-linear"})
 
 
 @pytest.mark.parametrize("verb", ["train", "run"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.shards.dataset import Shards
+from tests.model.families import make
 from tests.sweep.common import complaint, sweep, tree
 
 
@@ -55,6 +56,27 @@ def test_inspect_says_how_prompts_start(here: Path) -> None:
         out = inspect(here, f"model.prompt.bos={bos}")
         assert line in out
         assert ("reads     <s>therapist:" in out) == (bos == "auto")
+
+
+def test_inspect_says_what_lora_reaches(here: Path) -> None:
+    out = inspect(here)
+    line = next(line for line in out.splitlines() if line.startswith("LoRA reaches"))
+    start = r"LoRA reaches \d+% of the LLM's weights \(embeddings aside\): q_proj, v_proj; not gate_proj \d+%"
+    assert re.match(start, line)
+    assert "warning" not in out
+    assert "LoRA reaches" not in inspect(here, "model.lora.enabled=false")
+
+
+def test_inspect_warns_when_lora_skips_the_experts(here: Path) -> None:
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    llm = (f"model.llm.path={make('gpt_oss', here / 'moe')}", "model.lora.dropout=0")
+    out = " ".join(inspect(here, *llm, "model.lora.targets=all-linear").split())
+    assert re.search(
+        r"warning: model\.lora\.targets \(all-linear\) skip [5-9]\d% of the LLM's weights; fused experts are", out
+    )
+    assert f"so name them too ({', '.join(experts)})" in out
+    named = inspect(here, *llm, f"model.lora.targets=[q_proj, {', '.join(experts)}]")
+    assert "warning" not in named
 
 
 def test_inspect_shows_an_example_of_every_task(here: Path) -> None:

@@ -101,6 +101,8 @@ def card(models: Path, changed: dict[str, Any], **facts: Any) -> str:
         "metrics": {"accuracy": 1.0},
         "predictions": {"classify": (LABELS, [RECORD])},
         "confirmed": [],
+        "bases": {},
+        "bases_are_recorded": True,
     }
     return model_card(SpeechLLM(config.model, answers, "meta"), config, CardFacts(**known | facts))
 
