@@ -1,35 +1,39 @@
-"""Fixtures shared by all tests: tiny models in Hugging Face folders and small prepared corpora, made once a session."""
+"""Fixtures shared by all tests: tiny models in Hugging Face folders and small prepared corpora, made once a session.
+
+They import what they need themselves: pytest-xdist reads this file also in the process that only hands out tests.
+"""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 
-from data.corpus import synthetic
-from data.corpus.schema import SAMPLE_RATE
-from data.loading.examples import Example
-from data.preparation.build import prepare
-from data.shards.dataset import Shards
-from tests import tiny_models
-from tests.model import voices
+if TYPE_CHECKING:
+    from data.loading.examples import Example
+    from data.shards.dataset import Shards
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start: the models are tiny
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets the width of a terminal that nothing is printed to
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
 LABELS = ("change", "sustain", "neutral")
-ENCODERS = tuple(tiny_models.ENCODERS)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with untrained encoders and an untrained LLM; loaded by `from_pretrained` like any other."""
+    from tests import tiny_models
+
     folder = tmp_path_factory.mktemp("models")
     for name, make in tiny_models.MODELS.items():
         make(folder / name)
@@ -39,6 +43,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a CTC model that was trained on synthetic speech."""
+    from tests.model import voices
+
     folder = tmp_path_factory.mktemp("ctc")
     voices.make_ctc(folder)
     return folder
@@ -47,6 +53,9 @@ def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """Nine synthetic dialogues of eight turns."""
+    from data.corpus import synthetic
+    from data.preparation.build import prepare
+
     folder = tmp_path_factory.mktemp("corpus") / "shards"
     return prepare(synthetic.corpus(sessions=9, turns=8, seed=3), folder)
 
@@ -54,6 +63,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
     """Eight ragged examples, from the shortest clip that is allowed (0.1 s) to one over several encoder windows."""
+    import numpy as np
+
+    from data.corpus.schema import SAMPLE_RATE
+    from data.loading.examples import Example
+
     rng = np.random.default_rng(5)
     seconds = (0.1, 0.35, 0.7, 1.0, 1.6, 2.4, 3.1, 5.3)
     words = "i really want to stop it now and then maybe so".split()

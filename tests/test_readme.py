@@ -5,9 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ import typer
 from sweep import run_sweep
 from sweep.cli.app import app
 from tests.data.test_annomi import write
-from tests.security.planted import KEEPING_RAY, LOGS, files, found_in, kept_folders, plant
+from tests.security.planted import LOGS, files, found_in, plant, sweep_with_secrets
 from tests.sweep.common import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,22 +39,20 @@ def record(folder: Path, sessions: int) -> None:
         soundfile.write(folder / f"{session}.wav", rng.standard_normal((13 * rate, channels)) * 0.1, rate)
 
 
-def run(words: list[str], planted: dict[str, str]) -> str:
-    """Run a command and return its output. Commands that start Ray get a process and planted secrets; the others run
-    here, where torch is imported already."""
+def run(words: list[str], planted: dict[str, str], ray: set[Path]) -> str:
+    """Run a command and return its output. Commands that start Ray get a process and planted secrets, and their Ray
+    folders are kept; the others run here."""
     if words[1] in ("run", "confirm"):
-        command = [sys.executable, "-c", KEEPING_RAY, *words[1:]]
-        done = subprocess.run(command, env=os.environ | planted, capture_output=True, text=True, check=False)
-        code, out, err = done.returncode, done.stdout, done.stderr
+        outcome, kept = sweep_with_secrets(planted, *words[1:])
+        ray |= kept
     else:
-        code, out, err = astuple(sweep(*words[1:]))
-    assert code == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-2000:]}"
-    return f"{out}{err}"
+        outcome = sweep(*words[1:])
+    assert outcome.code == 0, f"{shlex.join(words)}\n{outcome.out[-2000:]}\n{outcome.err[-2000:]}"
+    return f"{outcome.out}{outcome.err}"
 
 
-def check_secrets(root: Path, outputs: dict[str, str], planted: dict[str, str]) -> None:
+def check_secrets(root: Path, outputs: dict[str, str], planted: dict[str, str], ray: set[Path]) -> None:
     """No planted secret is in a file of the sweeps or of Ray, or was printed."""
-    ray = [path for output in outputs.values() for path in kept_folders(output)]
     try:
         written = [*files(root), *(path for folder in ray for path in files(folder))]
         expected = {"mlflow.db", "study.journal", "config.yaml", "checkpoint.pt", "predictions.json", "metrics.jsonl"}
@@ -80,12 +75,12 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "inputs"))
-    planted = plant()
-    outputs = {shlex.join(words): run(words, planted) for words in commands()}
+    planted, ray = plant(), set()
+    outputs = {shlex.join(words): run(words, planted, ray) for words in commands()}
     assert {words[1] for words in commands()} == {
         *("prepare", "run", "status", "best", "confirm", "report", "export", "train", "evaluate", "inspect"),
     }
-    check_secrets(tmp_path, outputs, planted)
+    check_secrets(tmp_path, outputs, planted, ray)
     status = json.loads(outputs["sweep status runs/demo --json"])
     assert len(status["trials"]) == status["target_trials"] >= 8
 

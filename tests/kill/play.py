@@ -64,7 +64,7 @@ def make_stuff(folder: Path) -> Stuff:
     """Make a corpus in synthetic speech and untrained tiny models."""
     for name in ("whisper", "llm"):
         tiny_models.MODELS[name](folder / "models" / name)
-    prepare(synthetic.corpus(sessions=12, turns=12, seed=5), folder / "shards")
+    prepare(synthetic.corpus(sessions=9, turns=8, seed=5), folder / "shards")
     return Stuff(folder / "models", folder / "shards")
 
 

@@ -61,9 +61,8 @@ def replies(examples: list[Example]) -> list[Example]:
 
 
 def as_two_workers(work: Callable[..., None], *args: object) -> None:
-    """Run a function as rank 0 and as rank 1, in processes forked from one that imports torch once for all tests."""
-    multiprocessing.set_forkserver_preload(["tests.model.trials"])
-    multiprocessing.start_processes(work, args, nprocs=2, start_method="forkserver")
+    """Run a function as rank 0 and as rank 1, in processes forked from this one, which has imported the models."""
+    multiprocessing.start_processes(work, args, nprocs=2, start_method="fork")
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:

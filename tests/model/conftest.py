@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENCODERS
 from tests.model.encoders import VARIANTS
+from tests.tiny_models import ENCODERS
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,13 @@
 """Save checkpoints in processes that are killed at their N-th operation on files, and report what each leaves.
 
-    python -m tests.model.faults FOLDER
-
 The product has no hook for it: the operations are those of `os` and of the files that it opens.
 """
 
 import io
-import json
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +90,15 @@ def refuse(*_: Any, **__: Any) -> None:
     raise OSError(95, "Operation not supported")
 
 
-def main(folder: Path) -> list[dict[str, Any]]:
-    """Return what a kill at each operation leaves of the first, second or third save, and what one more save does."""
+def kill_at_every_operation(folder: Path, cases: Iterable[tuple[bool, int]]) -> list[dict[str, Any]]:
+    """Return what a kill at each operation leaves of a save, and what one more save does.
+
+    Args:
+        folder: to work in.
+        cases: whether there are hard links, and the number of saves before.
+    """
     rows = []
-    for hard_links, former in ((True, 0), (True, 1), (True, 2), (False, 0), (False, 2)):
+    for hard_links, former in cases:
         at, more = 1, True
         while more:
             trial = folder / f"{hard_links}-{former}-{at}"
@@ -118,7 +119,3 @@ def main(folder: Path) -> list[dict[str, Any]]:
             shutil.rmtree(trial)
             at += 1
     return rows
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))

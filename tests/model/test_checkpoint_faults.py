@@ -1,29 +1,19 @@
 """A kill between any two operations on files leaves the newest checkpoint or the one before, complete."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.checkpoints.checkpoint import FILE, PREVIOUS
+from tests.model.faults import kill_at_every_operation
 
-ROOT = Path(__file__).resolve().parents[2]
+CASES = ((True, 0), (True, 2), (False, 2))  # hard links, saves before the killed one
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What was left after each kill. In a process of its own: it forks, and its calls on files are watched."""
-    command = [sys.executable, "-m", "tests.model.faults", str(tmp_path_factory.mktemp("faults"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
-
-
-CASES = ((True, 0), (True, 1), (True, 2), (False, 0), (False, 2))  # hard links, saves before the killed one
+    """What was left after each kill."""
+    return kill_at_every_operation(tmp_path_factory.mktemp("faults"), CASES)
 
 
 def test_every_operation_was_killed_once(rows: list[dict[str, Any]]) -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import ConfigError
 from model.encoders.loading import encoder_kind, load_encoder
-from tests.conftest import ENCODERS
 from tests.model.encoders import CLIPS, edited, encode, fresh, same
+from tests.tiny_models import ENCODERS
 
 REFUSED = {
     **{

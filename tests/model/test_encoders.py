@@ -17,7 +17,6 @@ from data.corpus.schema import SAMPLE_RATE
 from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
 from model.speech_llm.language_model import shared_view
-from tests.conftest import ENCODERS
 from tests.model.common import close
 from tests.model.encoders import (
     BELOW,
@@ -33,6 +32,7 @@ from tests.model.encoders import (
     split,
     without_dropout,
 )
+from tests.tiny_models import ENCODERS
 
 ALL = [*ENCODERS, *VARIANTS]
 CONFORMERS = ["conformer-relative", "conformer-rotary", "conformer-group", "conformer-no-positions"]

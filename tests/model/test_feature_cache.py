@@ -45,10 +45,10 @@ from model.speech_llm.language_model import load_llm
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import fit
-from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
 from tests.model.losses import mixed
 from tests.model.trials import NEW, TWO, Trial, same_end
+from tests.tiny_models import ENCODERS
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "pool": {"kind": "pool", "window": 8, "stride": 4},

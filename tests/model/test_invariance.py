@@ -28,8 +28,8 @@ from model.objectives.losses import answer_losses
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
-from tests.conftest import ENCODERS
 from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings
+from tests.tiny_models import ENCODERS
 
 Batching = list[list[int]]
 Compute = Callable[[list[Example]], Sequence[Any]]

@@ -25,9 +25,9 @@ from model.checkpoints.checkpoint import trained_tensors
 from model.parts import part_of, summarise_parts
 from model.speech_llm.language_model import embedding_scale, load_llm
 from model.speech_llm.speech_llm import SpeechLLM
-from tests.conftest import ENCODERS
 from tests.model.common import ANSWERS, build, settings
 from tests.model.parts import LORA, NEW, selected
+from tests.tiny_models import ENCODERS
 
 LLM_WIDTH, ENCODER_WIDTH = 32, 32
 

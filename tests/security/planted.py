@@ -1,25 +1,17 @@
 """Secrets planted in the environment of a command, and a search for them in everything that it wrote."""
 
+import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from tests.forked import Forked
+from tests.sweep.common import Outcome, sweep
 
 NAMES = """MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN HF_TOKEN AWS_ACCESS_KEY_ID
     AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN PGPASSWORD RAY_AUTH_TOKEN""".split()
-# The `sweep` command, except that it keeps the folders of Ray and Tune, which it would delete, and names them.
-KEEPING_RAY = """
-import shutil
-from pathlib import Path
-from sweep.cli.app import main
-delete = shutil.rmtree
-def keep(path, *args, **options):
-    if Path(path).name == "ray" or Path(path).name.startswith("sweep-ray-"):
-        print("kept", path, flush=True)
-    else:
-        delete(path, *args, **options)
-shutil.rmtree = keep
-main()
-"""
 LOGS = {"gcs_server.out", "raylet.out", "dashboard.log"}  # of Ray, which must be among the files that are searched
 
 
@@ -28,10 +20,27 @@ def plant() -> dict[str, str]:
     return {name: secrets.token_hex(16) for name in NAMES}
 
 
-def kept_folders(output: str) -> list[Path]:
-    """Return the folders outside the working folder that a command kept, from what it printed."""
-    kept = {Path(line.removeprefix("kept ")) for line in output.splitlines() if line.startswith("kept ")}
-    return [path for path in kept if path.name.startswith("sweep-ray-")]
+def sweep_with_secrets(planted: Mapping[str, str], *args: str) -> tuple[Outcome, set[Path]]:
+    """Run a command in a process that has the secrets; keep the folders of Ray and Tune, which it would delete.
+
+    Returns:
+        How it ended, and the folders outside the working folder that were kept.
+    """
+    return Forked(lambda: _keep_ray(planted, args)).result()
+
+
+def _keep_ray(planted: Mapping[str, str], args: Iterable[str]) -> tuple[Outcome, set[Path]]:
+    os.environ.update(planted)
+    kept, delete = set(), shutil.rmtree
+
+    def keep(path: Path, *more: Any, **options: Any) -> None:
+        if Path(path).name == "ray" or Path(path).name.startswith("sweep-ray-"):
+            kept.add(Path(path))
+        else:
+            delete(path, *more, **options)
+
+    shutil.rmtree = keep
+    return sweep(*args), {path for path in kept if path.name.startswith("sweep-ray-")}
 
 
 def files(folder: Path) -> list[Path]:

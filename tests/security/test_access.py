@@ -1,4 +1,4 @@
-"""The cluster that `sweep run` starts by itself: strangers on the same machine or network do not get in."""
+"""The cluster that `sweep run` starts by itself: it uses the CPUs that it may, and strangers do not get in."""
 
 import json
 import os
@@ -17,12 +17,14 @@ import pytest
 from sweep.execution.cluster import keep_token
 
 CLUSTER = """
-import json, sys
+import json, os, sys
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from sweep.execution.cluster import local_or_remote_ray
 with local_or_remote_ray():
     import ray
     from ray._private.worker import get_dashboard_url
     found = {"address": ray.get_runtime_context().gcs_address, "dashboard": get_dashboard_url()}
+    found["cpus"] = ray.cluster_resources()["CPU"]
     print(json.dumps(found), flush=True)
     sys.stdin.read()
 """
@@ -71,6 +73,12 @@ def test_http_api_requires_the_token_and_listens_on_loopback(cluster: dict[str, 
     sockets = [socket for process in processes for socket in process.net_connections("tcp")]
     listening = [each for each in sockets if each.status == psutil.CONN_LISTEN and each.laddr.port == port]
     assert {each.laddr.ip for each in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_local_cluster_uses_only_allowed_cpus(cluster: dict[str, Any]) -> None:
+    """Those that a batch system gave to this process, not all of the machine."""
+    assert cluster["cpus"] == 1
 
 
 @pytest.mark.slow

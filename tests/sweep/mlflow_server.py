@@ -45,6 +45,7 @@ class Server:
         files, address = self.folder / "files", ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         words = ["--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(files), *address]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))}
+        environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # as infra/mlflow: it takes processes of its own
         with (self.folder / "server.log").open("ab") as log:
             command = [sys.executable, "-m", "mlflow", "server", *words]
             self.process = subprocess.Popen(

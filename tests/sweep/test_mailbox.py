@@ -137,6 +137,7 @@ def test_closing_ends_workers_and_waiting_calls() -> None:
     play(scene)
 
 
+@pytest.mark.long  # `python -m tests.kill` ends mailboxes under a sweep, too
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_mailbox_process_ends_on_term() -> None:

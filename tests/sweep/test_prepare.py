@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +14,15 @@ from transformers.utils.logging import disable_progress_bar
 from data.corpus import synthetic
 from data.corpus.schema import SAMPLE_RATE
 from data.importers import IMPORTERS
+from data.preparation import shard_jobs
 from data.preparation.build import prepare
 from data.preparation.shard_jobs import serially
 from data.shards.dataset import Shards
+from sweep.cli import prepare as prepare_command
 from tests.data.makers import MAKERS, Said, write
+from tests.forked import Forked
 from tests.model import voices
-from tests.sweep.common import sweep, tree
+from tests.sweep.common import Outcome, sweep, tree
 
 SESSIONS = 8
 LABELS = {"therapist": ("question", "reflection", "other"), "client": ("change", "neutral", "sustain")}
@@ -139,40 +139,35 @@ def test_inspect_shows_an_example_of_a_corpus(here: Path, corpus: Shards) -> Non
     assert line("loss mask").count("■") == line("loss over").count("|") + 1
 
 
-# Shards of a few kB, so that a small corpus has many: the limits are those of the process that plans them.
-SMALL = """
-import sys
-from data.preparation import shard_jobs
-from sweep.cli import prepare
-from sweep.cli.app import main
-shard_jobs.SHARD_BYTES, prepare.WORTH_RAY = 1 << 17, int(sys.argv.pop())
-main()
-"""
+def prepare_small(folder: Path, worth_ray: int) -> Outcome:
+    """Prepare shards of a few kB, so that a small corpus has many: the limit is that of the process that plans them."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.chdir(folder)
+    shard_jobs.SHARD_BYTES, prepare_command.WORTH_RAY = 1 << 17, worth_ray
+    return sweep("prepare", "synthetic", "--out", "new", "--set", "sessions=16")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ray_resumes_a_killed_preparation(tmp_path: Path) -> None:
     """A process is killed with shards half made; the same command under Ray writes the others, and none twice."""
-    command = [sys.executable, "-c", SMALL, "prepare", "synthetic", "--out", "new", "--set", "sessions=16"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "999"], cwd=tmp_path, env=environment, **pipes) as first:
-        while not list((tmp_path / "new").glob("shard-*")):
-            assert first.poll() is None, first.communicate()
-            time.sleep(0.01)
-        first.send_signal(signal.SIGKILL)
+    first = Forked(lambda: prepare_small(tmp_path, worth_ray=999))
+    while not list((tmp_path / "new").glob("shard-*")):
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    first.process.kill()
+    first.process.join()
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new").glob("shard-*")}
     assert not (tmp_path / "new" / "manifest.json").exists()
-    second = subprocess.run([*command, "2"], cwd=tmp_path, env=environment, check=False, **pipes)
-    assert (second.returncode, second.stderr) == (0, "")
+    second = Forked(lambda: prepare_small(tmp_path, worth_ray=2)).result()
+    assert (second.code, second.err) == (0, "")
     shards = Shards(tmp_path / "new")
     shards.verify()
     assert len(written) < len(shards.manifest.shards)
     assert written.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}.items()
-    assert "prepared 16 of 16 sessions" in second.stdout
-    assert "prepared 0 of 16 sessions" not in second.stdout
+    assert "prepared 16 of 16 sessions" in second.out
+    assert "prepared 0 of 16 sessions" not in second.out
     assert shards.fingerprint == prepare(synthetic.corpus(sessions=16), tmp_path / "here").fingerprint
 
 
