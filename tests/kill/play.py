@@ -23,11 +23,12 @@ class Variant:
     """The variant of a play.
 
     Args:
-        workers: of a trial; with two of them one trial runs at a time, else two.
+        workers: of a trial; with two of them one trial runs at a time.
         reader: of the data.
         server: whether MLflow is a server; else it is a file.
         study: see `storage.ledger`.
         trials: total number.
+        processes: workers of all trials that run at a time.
     """
 
     workers: int
@@ -35,6 +36,7 @@ class Variant:
     server: bool = False
     study: str | None = None
     trials: int = 10
+    processes: int = 2
 
     @property
     def name(self) -> str:
@@ -85,7 +87,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
             "lora": {"dropout": 0.1 if variant.workers == 1 else 0.0},
         },
         "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS},
-        "resources": {"workers": variant.workers, "slots": 2 // variant.workers},
+        "resources": {"workers": variant.workers, "slots": variant.processes // variant.workers},
         "storage": {"keep": None, "ledger": variant.study},
         "search": {
             "trials": variant.trials,

@@ -38,7 +38,7 @@ def check(results: list[Result], kills: int) -> None:
 @pytest.mark.timeout(900)
 def test_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
     stuff = make_stuff(tmp_path / "stuff")
-    result = play(Variant(1, "ray", trials=6), stuff, tmp_path / "play", SHORT, random.Random(0), say)
+    result = play(Variant(1, "ray", trials=6, processes=1), stuff, tmp_path / "play", SHORT, random.Random(0), say)
     check([result], len(SHORT))
     assert "PRUNED" in result.states.values()
 
