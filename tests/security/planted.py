@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ def plant() -> dict[str, str]:
 def sweep_with_secrets(planted: Mapping[str, str], *args: str) -> tuple[Outcome, set[Path]]:
     """Run a command in a process that has the secrets; keep the folders of Ray and Tune, which it would delete.
 
+    All but the demo get one CPU, and so train one trial at a time: each more is a set of Ray's processes.
+
     Returns:
         How it ended, and the folders outside the working folder that were kept.
     """
     return Forked(lambda: _keep_ray(planted, args)).result()
 
 
-def _keep_ray(planted: Mapping[str, str], args: Iterable[str]) -> tuple[Outcome, set[Path]]:
+def _keep_ray(planted: Mapping[str, str], args: Sequence[str]) -> tuple[Outcome, set[Path]]:
     os.environ.update(planted)
+    if "demo" not in args:
+        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     kept, delete = set(), shutil.rmtree
 
     def keep(path: Path, *more: Any, **options: Any) -> None:
