@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets the width of a terminal that nothing is printed to
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
 LABELS = ("change", "sustain", "neutral")
+LONGEST = ("test_readme.py", "test_slurm.py", "test_kill.py", "test_mlflow_server.py", "test_browser.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,5 +92,6 @@ def examples() -> list[Example]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the README's commands, which take longest and mostly wait: no process is left alone with them."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Begin with the files that take longest, and often wait: no process is left alone with one at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
