@@ -68,7 +68,7 @@ def write(folder: Path, records: Sequence[Record]) -> None:
     (folder / "predictions.json").write_text(json.dumps(content))
 
 
-def played(config: Config, folder: Path) -> int:
+def played(config: Config, folder: Path, allow_other_base: bool = False) -> int:
     """Do what `sweep run` does without training anything, and return the exit code 0."""
     claim_folder(config, folder)
     study = StudyStore.open(folder, config)

@@ -15,7 +15,7 @@ from data.errors import MisfitError, UserError
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.evaluation.metrics import summarise
-from sweep.analysis import confirm
+from sweep.analysis import confirm, evaluate
 from sweep.analysis.evaluate import SplitPredictions
 from sweep.analysis.predictions import read_predictions
 from sweep.cli import results as cli_results
@@ -34,13 +34,13 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     played(settings(), folder := tmp_path / "played")
     monkeypatch.setattr(cli_results, "run_and_show", played)
 
-    def predict(trial: Path, split: str) -> SplitPredictions:
+    def predict(trial: Path, split: str, **_: bool) -> SplitPredictions:
         params = StudyStore.of(trial.parents[1]).trials()[int(trial.name)].params
         with (tmp_path / "predicted.txt").open("a") as file:
             file.write(f"{trial.name} {split}\n")
         return SplitPredictions(held(said(params, params["seed"], split), params, split), {"classify": LABELS}, {})
 
-    monkeypatch.setattr(confirm, "predict", predict)
+    monkeypatch.setattr(evaluate, "predict", predict)
     return folder
 
 
@@ -116,10 +116,10 @@ def test_confirm_compares_the_best_in_pairs(search: Path) -> None:
 
 
 def test_confirm_without_a_test_split(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*_: Any) -> SplitPredictions:
+    def nothing(*_: Any, **__: Any) -> SplitPredictions:
         raise MisfitError("the test split has nothing for the task")
 
-    monkeypatch.setattr(confirm, "predict", nothing)
+    monkeypatch.setattr(evaluate, "predict", nothing)
     confirmation = confirmed(search, "--top", 2, "--seeds", 2)
     assert [trial.test for trial in confirmation.ranked] == [None, None]
     assert "test:" not in "\n".join(confirmation.lines())

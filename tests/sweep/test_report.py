@@ -11,7 +11,7 @@ import pytest
 from markupsafe import escape
 from mlflow import MlflowClient
 
-from sweep.analysis import confirm
+from sweep.analysis import evaluate
 from sweep.analysis.evaluate import SplitPredictions
 from sweep.analysis.report import ablation, figures
 from sweep.cli import results as cli_results
@@ -148,7 +148,7 @@ def test_report_shows_the_confirmation_first(tmp_path: Path, monkeypatch: pytest
     played(settings(trials=3), folder := tmp_path / "sure")
     monkeypatch.setattr(cli_results, "run_and_show", played)
     test = said(REFERENCE, 7, "test")
-    monkeypatch.setattr(confirm, "predict", lambda *_: SplitPredictions(test, {"classify": LABELS}, {}))
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: SplitPredictions(test, {"classify": LABELS}, {}))
     assert sweep("confirm", folder, "--top", 2, "--seeds", 2).code == 0
     text = page(folder)
     for words in ("chosen: trial", "optimism of the search", "<h2>Confirmed</h2>", "<th>in the search</th>"):
