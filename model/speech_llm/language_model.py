@@ -98,8 +98,10 @@ def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> Pr
     try:
         return get_peft_model(llm, peft_config).requires_grad_(False)
     except ValueError as error:
+        # "all-linear" includes the fused experts of some families, see `lora_reach`.
+        fix = "set model.lora.dropout=0, or " if "lora_dropout" in str(error) else ""
         raise ConfigError(
-            f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); choose among "
+            f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); {fix}choose among "
             f"{', '.join(sorted(linear))}"
         ) from None
 

@@ -124,6 +124,11 @@ def test_lora_reaches_experts_that_are_named(
     check_family(folder, examples, tmp_path / "exported", lora={"targets": EXPERTS})
     with pytest.raises(ConfigError, match=r"experts\.down_proj are fused experts, for which LoRA has neither dropout"):
         build(folder, "meta", lora={"targets": EXPERTS, "dropout": 0.1})
+    if not linear_misses:
+        with pytest.raises(
+            ConfigError, match=r"all-linear cannot be adapted .*; set model\.lora\.dropout=0, or choose"
+        ):
+            build(folder, "meta", lora={"dropout": 0.1})
     with pytest.raises(ConfigError, match=r"expert\.down match no linear layer; .* fused experts: experts\.down_proj"):
         build(folder, "meta", lora={"targets": ["expert.down"]})
 
