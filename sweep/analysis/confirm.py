@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,6 +31,9 @@ from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD, Value, whole
 from sweep.search.study import StudyStore, TrialRecord, best_first
+
+if TYPE_CHECKING:
+    from sweep.analysis.evaluate import SplitPredictions
 
 FILE = "confirmed.json"  # in the folder of the sweep that confirms
 TEST = "test.json"  # in a trial's folder: its predictions of the test split
@@ -336,12 +340,17 @@ def objective(config: Config, trial: Path) -> tuple[SummedMetric, str]:
     return sums, task
 
 
+def predict(trial: Path, split: str, allow_other_base: bool = False) -> "SplitPredictions":
+    """Predict a split with a trial; this imports torch, which readers of results need not."""
+    from sweep.analysis import evaluate
+
+    return evaluate.predict(trial, split, allow_other_base=allow_other_base)
+
+
 def _test_records(folder: Path, task: str, say: Callable[[str], object], allow_other_base: bool) -> list[Record]:
     """Return a training's predictions of the test split, made once and kept in its folder; empty if it has no split."""
     path = folder / TEST
     if not path.exists():
-        from sweep.analysis.evaluate import predict  # imports torch
-
         say(f"reading the test split: training {folder.name}")
         content: dict[str, object] = {"labels": {}, "records": []}
         try:
