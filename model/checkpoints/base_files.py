@@ -36,7 +36,6 @@ NOT_PLAIN = (
     "alpha_pattern",
     "layer_replication",
     "lora_bias",
-    "target_parameters",
     "trainable_token_indices",
     "alora_invocation_tokens",
     "use_qalora",
@@ -228,8 +227,8 @@ def _refuse_adapter(folder: Path) -> None:
 
 def adapter_settings(adapter: dict[str, object]) -> dict[str, str]:
     """Return the settings that LoRA needs to start from an adapter, by key, as `--set` takes them."""
-    targets = adapter.get("target_modules")
-    names = f"[{', '.join(sorted(map(str, targets)))}]" if isinstance(targets, list) else str(targets)
+    targets = _targets(adapter)
+    names = f"[{', '.join(targets)}]" if targets else str(adapter.get("target_modules"))
     flags = {"model.lora.rslora": adapter.get("use_rslora"), "model.lora.dora": adapter.get("use_dora")}
     return {
         "model.lora.rank": str(adapter.get("r")),
@@ -237,6 +236,13 @@ def adapter_settings(adapter: dict[str, object]) -> dict[str, str]:
         "model.lora.targets": names,
         **{key: "true" for key, value in flags.items() if value},
     }
+
+
+def _targets(adapter: dict[str, object]) -> list[str]:
+    """Return the layers and the fused experts that an adapter adapts; none if a pattern stands for them."""
+    layers, experts = adapter.get("target_modules"), adapter.get("target_parameters")
+    names = [*layers, *(experts if isinstance(experts, list) else [])] if isinstance(layers, list) else []
+    return sorted(map(str, names))
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -411,8 +417,8 @@ def _difference(lora: LoraSettings, adapter: dict[str, object]) -> str:
         keys += ["model.lora.alpha", "model.lora.alpha_ratio", "model.lora.rslora"]
     if dora != lora.dora:
         there, here, keys = [*there, f"DoRA {dora}"], [*here, f"DoRA {lora.dora}"], [*keys, "model.lora.dora"]
-    targets = adapter.get("target_modules")
-    if isinstance(targets, list) and lora.targets != "all-linear" and {*map(str, targets)} != {*lora.targets}:
+    targets = _targets(adapter)
+    if targets and lora.targets != "all-linear" and {*targets} != {*lora.targets}:
         there, keys = [*there, f"targets {wanted['model.lora.targets']}"], [*keys, "model.lora.targets"]
         here = [*here, f"targets [{', '.join(sorted(lora.targets))}]"]
     if not there:

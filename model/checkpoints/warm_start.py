@@ -190,7 +190,8 @@ def load_lora(model: nn.Module, lora: LoraSettings, folder: str) -> Mapping[str,
         stored = load_file(path)
     else:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = {f"llm.{name}": tensor for name, tensor in lora_parameter_names(stored).items()}
+    named = {f"llm.{name}": tensor for name, tensor in lora_parameter_names(stored).items()}
+    tensors = match_names(model, named)
     parameters = {name: tensor for name, tensor in model.named_parameters() if part_of(name) == "lora"}
     there, here = _layer_names(tensors), _layer_names(parameters)
     if there != here:

@@ -19,7 +19,9 @@ from model.evaluation.scoring import label_scores
 from model.parts import part_of
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
-from tests.model.common import ANSWERS, settings
+from tests.model.common import ANSWERS, perturb_lora, settings
+from tests.model.families import make
+from tests.model.test_families import EXPERTS, build
 from tests.model.test_peft_export import trained, write
 
 TEXT: dict[str, Any] = {"modality": "text", "trainable": "lora", "end_of_audio": "none", "cls": "none"}
@@ -67,6 +69,16 @@ def test_lora_from_peft_computes_the_same_logits(safe: bool, models: Path, tmp_p
     model = start(models, tmp_path / "a", lora={"targets": ["k_proj"]})
     ids = torch.tensor([[1, 5, 9, 4, 7]])
     torch.testing.assert_close(model.llm(ids).logits, peft(ids).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_lora_of_fused_experts_starts_from_an_export(examples: list[Example], tmp_path: Path) -> None:
+    folder, lora = make("mixtral", tmp_path / "llm"), {"targets": EXPERTS}
+    first = perturb_lora(build(folder, lora=lora))
+    exported = write(first, tmp_path / "m") / "lora"
+    again = build(folder, lora=lora | {"init_from": str(exported)})
+    assert torch.equal(label_scores(again, examples), label_scores(first, examples))
+    with pytest.raises(ConfigError, match=r"targets \[experts\.down_proj, experts\.gate_up_proj, q_proj, v_proj\]"):
+        build(folder, "meta", lora={"targets": EXPERTS[:2], "init_from": str(exported)})
 
 
 def test_lora_that_was_loaded_may_stay_frozen(models: Path, tmp_path: Path) -> None:
