@@ -45,9 +45,10 @@ def worker(rank: int, world: int, models: Path, folder: Path, out: Path) -> None
 
 def test_two_workers_train_what_one_trains(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """Also where a step leaves a worker without an item, or without one of a task."""
-    as_two_workers(worker, 2, models, corpus.folder, tmp_path)
     for name, trial in SHARED_BY_WORKERS.items():
         trial.run(models, corpus, tmp_path / "alone" / name)
+    as_two_workers(worker, 2, models, corpus.folder, tmp_path)  # forked, with what the trials above imported
+    for name in SHARED_BY_WORKERS:
         folders = [tmp_path / how / name for how in ("alone", "together")]
         for (_, alone), (_, together) in zip(*map(history, folders), strict=True):
             assert alone.keys() == together.keys()
