@@ -268,6 +268,11 @@ def test_worker_with_another_base_stops_the_sweep(study: StudyStore, work: Path)
     job = runner.make_job(resolved, number, values)
     [stored] = [trial.bases for trial in StudyStore.of(work / "s").trials() if trial.number == number]
     assert stored == {setting: runner.bases[setting][name] for setting, name in _named().items()}
+    assert fit_job(job, lambda epoch, metrics: None, never)
+    state = checkpoint.load(work / "s/trials/0001/checkpoint.pt")
+    assert {setting: base.digest for setting, base in checkpoint.bases_of(state).items()} == {
+        setting: base.digest for setting, base in stored.items()
+    }
     flip(work / "llm/model.safetensors")
     with pytest.raises(OtherBaseError, match="while the sweep runs; restore the files, on all nodes") as error:
         fit_job(job, lambda epoch, metrics: None, never)
