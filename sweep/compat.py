@@ -5,7 +5,7 @@ look for a public replacement first. Imports are inside the functions, so that a
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FIXED_PARAMS = "fixed_params"  # system attribute in which optuna 5.0.0 stores the values of an enqueued trial
 CREATE_STUDY = 0  # `JournalOperation.CREATE_STUDY` of optuna 5.0.0: the `op_code` of a journal's first line
+HIDDEN_RAYLET = "sweep-node"  # name of the program in a scratch folder, without "raylet"
 VERSION_TABLE = "version_info"  # table that `RDBStorage` of optuna 5.0.0 creates in every database
 
 
@@ -33,6 +34,42 @@ def init_local_ray(scratch: Path, **options: object) -> None:
     import ray
 
     ray.init(address="local", _temp_dir=str(scratch), **options)
+
+
+def hide_raylet(scratch: Path) -> Callable[[], None]:
+    """Let Ray start its raylet under another name, and return a function that undoes it.
+
+    The address `auto` of ray 2.60.0 connects to any raylet among the processes of a user. It knows one by the name of
+    the program, so `ray.init("auto")` of another program would join a cluster that belongs to a sweep, and end with it.
+    """
+    from ray._private import services
+
+    program, link = services.RAYLET_EXECUTABLE, scratch / HIDDEN_RAYLET
+    link.symlink_to(program)
+    services.RAYLET_EXECUTABLE = str(link)
+
+    def undo() -> None:
+        services.RAYLET_EXECUTABLE = program
+
+    return undo
+
+
+def forget_ray_token() -> None:
+    """Let Ray read its token again; ray 2.60.0 keeps the first one for the life of a process."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def find_ray_cluster() -> str | None:
+    """Return the address that `auto` stands for, which ray 2.60.0 looks up in a file and among the processes."""
+    from ray._private import services
+
+    services.find_gcs_addresses.cache_clear()
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return None
 
 
 def lean_trainer(workers: int) -> "type[DataParallelTrainer]":
@@ -81,6 +118,13 @@ def set_default_artifact_root(folder: Path) -> None:
     and a name with both kinds of quotes, or a colon, breaks that text; a URI has no such characters.
     """
     os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", folder.as_uri())
+
+
+def limit_database_retries(attempts: int) -> None:
+    """Let MLflow try that often to connect to a database; mlflow 3.17.2 has no setting for it."""
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = attempts
 
 
 def newest_steps(run: "Run") -> dict[str, int]:

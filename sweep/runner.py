@@ -35,13 +35,14 @@ from sweep.config.version import code_version
 from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
 from sweep.durability.mirror import Mirror, mirrored
 from sweep.durability.retention import check_disk, disk_need, prune_checkpoints
-from sweep.execution.cluster import ClusterError, local_or_remote_ray
+from sweep.execution.cluster import ClusterError, ClusterLostError, local_or_remote_ray
 from sweep.execution.job import TrialJob
 from sweep.execution.orphans import end_orphans
 from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
+from sweep.execution.waiting import cleaning_up
 from sweep.preflight.checks import resolve_inputs, skeleton
 from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
 from sweep.preflight.plan import format_estimate, make_plan
@@ -54,6 +55,7 @@ from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first, 
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.tracker import Tracker, is_sent, server_has_all
+from sweep.tracking.uri_check import check_uri
 
 SEND_SECONDS = 120.0  # that MLflow has at the end; the next run sends what it did not take
 COPY_SECONDS = 600.0  # that the mirror has at the end
@@ -170,6 +172,8 @@ def run(
         except SweepAbortedError as error:
             code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE
             message = f"{error}; the sweep was stopped, rerun the same command to resume ({folder})"
+        except ClusterLostError as error:
+            code, message = ExitCode.UNFINISHED, f"unfinished: {error} ({folder})"
         except (LeaseHeldError, LeaseLostError, ClusterError) as error:
             code, message = ExitCode.INFRASTRUCTURE, str(error)
         except OSError as error:
@@ -190,8 +194,9 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
     # something is left to do.
     check_requests(config, folder)
     if not (folder / "config.yaml").exists():
+        check_uri(server)
         resolved = check_inputs(config, listener, allow_other_base)
-        check_access(server, config.name)
+        check_access(server, config.name, listener.warn)
     with hold(folder, say=listener.say) as lease, _mirror(config, folder, listener, stop) as mirror:
 
         def check() -> None:
@@ -207,6 +212,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop, allow_other_base), True
         if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
+            check_uri(server)
             resolved = resolved or check_inputs(config, listener, allow_other_base)
             for note in notes(config):
                 listener.say(f"note: {note}")
@@ -247,7 +253,9 @@ def _mirror(config: Config, folder: Path, listener: Listener, stop: StopRequest)
         try:
             yield mirror
         finally:
-            if not mirror.finish(LAST_SECONDS if stop.requested.is_set() else COPY_SECONDS):
+            with cleaning_up("complete the mirror", listener.warn):
+                mirror.finish(LAST_SECONDS if stop.requested.is_set() else COPY_SECONDS)
+            if not mirror.complete:
                 listener.warn(f"the mirror lacks some files ({mirror.error}); rerun the same command")
 
 
@@ -315,7 +323,9 @@ class SweepRunner:
                 self.execute(resolved)
         finally:
             say("sending the last results to MLflow")
-            sent = tracker.finish(LAST_SECONDS if self.stop.requested.is_set() else SEND_SECONDS)
+            sent = False
+            with cleaning_up("send the last results to MLflow", self.listener.warn):
+                sent = tracker.finish(LAST_SECONDS if self.stop.requested.is_set() else SEND_SECONDS)
             if not sent:
                 self.listener.warn(f"MLflow lacks some results ({tracker.error}); rerun the same command to send them")
         return sent
@@ -325,7 +335,7 @@ class SweepRunner:
 
         Raises:
             SweepAbortedError: the same failure would hit every trial.
-            ClusterError: there is no cluster to run on, or it died.
+            ClusterError: there is no cluster to run on, or it is gone.
             UserError: no node can hold a trial, no trial fits into memory, or the disk cannot hold the checkpoints.
         """
         import ray  # after `sweep.execution.tune`, which sets what Ray reads when it is imported
@@ -334,15 +344,16 @@ class SweepRunner:
             raise UserError("Ray is connected already in this process; call ray.shutdown() first")
         say, storage = self.listener.say, self.folder / "ray"
         shutil.rmtree(storage, ignore_errors=True)
-        with local_or_remote_ray(self.folder) as is_up:
+        with local_or_remote_ray(self.folder, self.listener.warn) as check_cluster:
             self.stop.install()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            alive = BackgroundWork(ray.nodes, "nodes", check_cluster).result()
+            nodes = [node["Resources"] for node in alive if node["Alive"]]
             left = self.trials_to_run()
             slots = count_slots(resolved, nodes, left)
             # A signal ends either of these two at once; what they have computed is kept.
-            BackgroundWork(lambda: precompute(resolved, self.cache, say, left), "feature cache", is_up).result()
+            BackgroundWork(lambda: precompute(resolved, self.cache, say, left), "feature cache", check_cluster).result()
             plan = BackgroundWork(
-                lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", is_up
+                lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", check_cluster
             ).result()
             self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
             # Only now: what would keep them from training, such as a model that is still missing, has raised an error.
@@ -362,7 +373,7 @@ class SweepRunner:
                 check=self.check,
                 ended=lambda: prune_checkpoints(self.study, self.folder),
                 stop=self.stop,
-                is_up=is_up,
+                check_cluster=check_cluster,
                 say=say,
             )
             if not trials_left(self.config, self.study.trials()):

@@ -109,7 +109,8 @@ def test_files_and_symbols_that_pages_name_exist(page: Path) -> None:
     named = re.findall(r"`((?:data|model|sweep|tests|infra|docs)/[\w./-]+)(?::(\w+))?`", page.read_text())
     for path, symbol in named:
         assert (ROOT / path).exists(), path
-        assert not symbol or re.search(rf"^(?:def|class) {symbol}\b", (ROOT / path).read_text(), re.MULTILINE), symbol
+        defined = rf"^(?:def|class) {symbol}\b|^{symbol} = "
+        assert not symbol or re.search(defined, (ROOT / path).read_text(), re.MULTILINE), symbol
 
 
 def test_architecture_names_every_folder() -> None:

@@ -2,11 +2,13 @@
 
 import os
 import sys
+import traceback
 import warnings
 
 import typer
 
-from data.errors import UserError
+from data.errors import UserError, reason
+from data.user_cache import use_writable_caches
 from sweep.cli import cache
 from sweep.cli.console import complain, quiet_libraries, replace_unprintable
 from sweep.cli.export import export, predict
@@ -15,7 +17,10 @@ from sweep.cli.results import best, confirm, evaluate, report, status
 from sweep.cli.run import run
 from sweep.cli.submit import submit
 from sweep.cli.trial import inspect, train
+from sweep.execution.joined_cluster import ClusterError
 from sweep.execution.signals import ExitCode
+
+INTERRUPTED = 130  # exit code of Typer for Ctrl-C
 
 app = typer.Typer(
     help="Hyperparameter sweeps for speech LLMs: run, resume, compare and reproduce trials.",
@@ -46,6 +51,7 @@ def main() -> None:
     """Run the command line; report an error of the user in one message, without a traceback."""
     replace_unprintable()
     quiet_libraries()
+    use_writable_caches()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
     try:
@@ -53,3 +59,14 @@ def main() -> None:
     except UserError as error:
         complain(error)
         sys.exit(ExitCode.BAD_INPUT)
+    except (ClusterError, OSError) as error:
+        complain(error if isinstance(error, ClusterError) else f"{reason(error)}; fix this and rerun the same command")
+        sys.exit(ExitCode.INFRASTRUCTURE)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            sys.stderr.write("stopped by Ctrl-C\n")
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        complain(f"unexpected {type(error).__name__}: {reason(error)}; this is a fault of the program, see above")
+        sys.exit(ExitCode.INFRASTRUCTURE)

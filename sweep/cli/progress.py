@@ -19,11 +19,13 @@ from sweep.cli.console import console as terminal
 from sweep.cli.show import show_model
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
+from sweep.execution.waiting import cleaning_up
 from sweep.search.study import StudyStore, TrialRecord, has_started, total_trials
 from sweep.search.study_storage import has_study
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 LOG_SECONDS = 60.0  # between two lines about the progress
+JOIN_SECONDS = 10.0  # for the last look, which may wait for a database
 LOOK_SECONDS = 0.5  # between two looks at the study
 
 
@@ -68,8 +70,9 @@ class ConsoleListener:
                     yield
                 finally:
                     ended.set()
-                    thread.join()
-                    display.update()
+                    thread.join(JOIN_SECONDS)
+                    with cleaning_up("show the last trials", self.warn):
+                        display.update()
         finally:
             self.started = None
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from sweep.cli.console import complain, console, print_line
 from sweep.cli.options import ConfigArgument, OtherBaseOption, OutOption, SetOption, TrialsOption
 from sweep.cli.show import preview_table, print_best, print_mlflow, show_trials
 from sweep.config.schema import Config
+from sweep.execution.exit_line import exit_line
 from sweep.execution.signals import ExitCode, StopRequest
 
 if TYPE_CHECKING:
@@ -56,19 +57,23 @@ def run_and_show(config: Config, folder: Path, allow_other_base: bool = False) -
     from sweep.cli.progress import ConsoleListener
     from sweep.runner import run as run_sweep
 
-    (stop := StopRequest(exits=True)).install()  # to the end of the process
-    outcome = run_sweep(config, folder, ConsoleListener(), stop, allow_other_base=allow_other_base)
-    try:
-        if outcome.trials:
-            _show_trials(outcome)
-    except KeyboardInterrupt:
-        print_line(f"stopped; rerun the same command to see the results ({folder})")
-        return ExitCode.UNFINISHED
-    if outcome.state == "failed":
-        complain(outcome.message)
-    else:
-        print_line(outcome.message)
-    return outcome.exit_code
+    killed = "unfinished: the run was ended at once (killed, out of memory, or by a second Ctrl-C)"
+    with exit_line(f"{killed}; rerun the same command to resume ({folder})"):
+        (stop := StopRequest(exits=True)).install()  # to the end of the process
+        outcome = run_sweep(config, folder, ConsoleListener(), stop, allow_other_base=allow_other_base)
+        try:
+            if outcome.trials:
+                _show_trials(outcome)
+        except KeyboardInterrupt:
+            print_line(f"stopped; rerun the same command to see the results ({folder})")
+            return ExitCode.UNFINISHED
+        except Exception as error:  # the sweep has ended all the same, and the last line says how
+            complain(f"the results cannot be shown ({type(error).__name__}: {reason(error)}); try `sweep status`")
+        if outcome.state == "failed":
+            complain(outcome.message)
+        else:
+            print_line(outcome.message)
+        return outcome.exit_code
 
 
 def _show_trials(outcome: "Outcome") -> None:
@@ -114,7 +119,10 @@ def _preview(config: Config, folder: Path, allow_other_base: bool) -> None:
     from sweep.preflight.feature_cache import preview as preview_cache
     from sweep.preflight.plan import preview_plan
     from sweep.preflight.preview import preview as preview_sweep
+    from sweep.tracking.access import tracking_uri
+    from sweep.tracking.uri_check import check_uri
 
+    check_uri(tracking_uri(folder))
     config = continued(config, folder)
     resolved = None if missing(config) else resolve(config)
     bases = study_bases(config, fetch=False) if resolved and (folder / "config.yaml").exists() else None

@@ -25,9 +25,12 @@ from sweep.execution.signals import ExitCode
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus
 
+
 PACKAGES = ("data", "model", "sweep")
 SOURCES = ("*.py", "*.yaml", "*.j2")
 STOP_SECONDS = 90  # between the signal and the end of a job that is stopped: time for a checkpoint
+CONNECT_SECONDS = 60.0  # for a job server to answer
+RECONNECT_SECONDS = 600.0  # without an answer until the command no longer follows the log
 RETRY_SECONDS = 3.0  # between two attempts to follow a log
 
 
@@ -117,10 +120,11 @@ def connect(address: str | None) -> JobClient:
     from ray.job_submission import JobSubmissionClient
 
     from sweep.execution.cluster import ClusterError
+    from sweep.execution.waiting import within
 
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        client: JobClient = JobSubmissionClient(address)
+        client: JobClient = within(CONNECT_SECONDS, lambda: JobSubmissionClient(address), "connect")
         return client
     except Exception as error:
         name = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "no address"
@@ -155,8 +159,13 @@ def follow(client: JobClient, job: str, write: Callable[[str], object]) -> int |
 
     Returns:
         The exit code of the job's command, or None if the job was stopped.
+
+    Raises:
+        ClusterError: the job server does not answer any more.
     """
     from ray.job_submission import JobStatus
+
+    from sweep.execution.cluster import ClusterError
 
     written = 0  # characters
 
@@ -173,9 +182,11 @@ def follow(client: JobClient, job: str, write: Callable[[str], object]) -> int |
             take(text, position)
             position += len(text)
 
+    answered = time.monotonic()
     while True:
         try:
             asyncio.run(tail())
+            answered = time.monotonic()
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 take(client.get_job_logs(job), 0)  # the stream may end before the last lines
@@ -186,4 +197,9 @@ def follow(client: JobClient, job: str, write: Callable[[str], object]) -> int |
                 )
         except (RuntimeError, OSError) as error:  # aiohttp and requests raise subclasses of OSError
             write(f"[connection lost ({reason(error)}); the job keeps running, reconnecting]\n")
+            if time.monotonic() - answered > RECONNECT_SECONDS:
+                raise ClusterError(
+                    f"the job server has not answered for {RECONNECT_SECONDS / 60:.0f} min; `ray job logs {job}` "
+                    "shows the job's log once it does"
+                ) from None
         time.sleep(RETRY_SECONDS)

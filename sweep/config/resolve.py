@@ -20,6 +20,7 @@ from sweep.config.loader import flat
 from sweep.config.schema import Config
 
 PREFIX = "builtin:"
+MAKE_SECONDS = 1800.0  # for a built-in input to be made
 
 
 def _make_corpus(folder: Path) -> None:
@@ -112,10 +113,19 @@ def _make_all(names: list[str]) -> None:
         subprocess.Popen([sys.executable, "-c", code, name], env=environment, stderr=subprocess.PIPE, text=True)
         for name in names
     ]
-    errors = [maker.communicate()[1] for maker in makers]
+    errors = [_output(maker) for maker in makers]
     for name, maker, error in zip(names, makers, errors, strict=True):
         if maker.returncode:
             raise OSError(f"{PREFIX}{name} cannot be made ({error.strip().rpartition(chr(10))[2]})")
+
+
+def _output(maker: "subprocess.Popen[str]") -> str:
+    """Return what a maker wrote to stderr; end one that hangs."""
+    try:
+        return maker.communicate(timeout=MAKE_SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        maker.kill()
+        return f"{maker.communicate(timeout=MAKE_SECONDS)[1]}\nnot done within {MAKE_SECONDS / 60:.0f} min"
 
 
 def _make(name: str) -> None:

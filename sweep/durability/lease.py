@@ -31,6 +31,7 @@ FILE, LOCK = "lease.json", ".lock"
 BEAT = 5.0  # seconds between heartbeats
 PATIENCE = 30.0  # seconds without a heartbeat after which a driver of another machine is dead
 SETTLE = 1.0  # seconds after a takeover until it counts
+JOIN_SECONDS = 10.0  # for the last heartbeat, which may write to a disk that is away
 ABANDONED = 3600.0  # seconds after which an unfinished file will not be finished
 
 
@@ -102,7 +103,7 @@ class Lease(threading.Thread):
         """Stop renewing the lease and let the next driver in."""
         self.released.set()
         if self.is_alive():
-            self.join()
+            self.join(JOIN_SECONDS)
         with contextlib.suppress(OSError, LeaseLostError):
             self.heartbeat.check()
             self.file.path.unlink()

@@ -64,5 +64,5 @@ class StopRequest:
         if not first and number == signal.SIGINT:
             if not self.exits:
                 raise KeyboardInterrupt
-            orphans.kill(orphans.child_processes())
+            orphans.kill(orphans.cluster_processes())
             os._exit(ExitCode.UNFINISHED)

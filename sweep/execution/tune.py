@@ -9,11 +9,10 @@ The study decides and keeps every result; Tune only executes, so nothing of its 
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import TypeVar, cast
 
 # Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
 # result, while Tune would write all trials to disk again and again.
@@ -31,15 +30,16 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.space import Value
-from sweep.execution.cluster import ClusterError
+from sweep.execution.cluster import ClusterCheck, ClusterError
 from sweep.execution.job import FitReport, TrialJob
 from sweep.execution.mailbox import StopEvent
 from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
+from sweep.execution.waiting import MOMENT, Work
 from sweep.execution.worker_group import Scaling, worker_group_class
 from sweep.search.study import BY_PARAMETERS, Reason, StudyStore, common_fault
 
@@ -47,6 +47,8 @@ MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
 
 TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its group was lost
+QUIET_SECONDS = 1800.0  # without a report until the user is told what may be wrong
+STUCK = "the cluster has no free place for the workers, or a worker hangs; `ray status` and `ray stack` show it"
 GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is asked to stop
 AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
@@ -87,6 +89,7 @@ class StudySearcher(Searcher):
         self.study, self.make_job = study, make_job
         self.check, self.stop, self.ended = check, stop, ended
         self.numbers: dict[str, int] = {}  # Tune's trial id → number in the study, of the running trials
+        self.active = time.monotonic()  # when a trial has started, reported or ended last
         self.stopping = False
         self.fault: tuple[str, str] | None = None  # message and kind of a failure that hits every trial
 
@@ -101,6 +104,7 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, TrialJob] | str:
         """Return the configuration of the next Tune trial, or FINISHED."""
         self.check()
+        self.active = time.monotonic()
         while not self.stopping:
             try:
                 asked = self.study.ask(list(self.numbers.values()), self.study.config.search.trials)
@@ -125,6 +129,7 @@ class StudySearcher(Searcher):
     def report(self, trial_id: str, result: FitReport) -> bool:
         """Report an epoch to the study, and return whether the trial ends here."""
         self.check()
+        self.active = time.monotonic()
         return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
 
     def on_trial_complete(self, trial_id: str, result: FitReport | None = None, error: bool = False) -> None:
@@ -192,40 +197,35 @@ class StudyScheduler(FIFOScheduler):
         return decision
 
 
-class BackgroundWork(threading.Thread, Generic[T]):
-    """Run a function in a daemon thread, which leaves the signals to the main thread."""
+class BackgroundWork(Work[T]):
+    """Run a function that uses the cluster in a thread; it ends with the cluster."""
 
-    def __init__(self, work: Callable[[], T], name: str, is_up: Callable[[], bool]) -> None:
-        super().__init__(daemon=True, name=name)
-        self.work, self.is_up = work, is_up
-        self.value: T | None = None
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Keep what the function returns or raises."""
-        try:
-            self.value = self.work()
-        except BaseException as error:  # `result` raises it in the thread that waits
-            self.error = error
+    def __init__(self, work: Callable[[], T], name: str, check_cluster: ClusterCheck) -> None:
+        self.check_cluster = check_cluster
+        super().__init__(work, name)
 
     def wait(self) -> None:
         """Wait for a moment.
 
         Raises:
-            ClusterError: Ray's node on this machine has died, for which Ray itself would wait without end.
+            ClusterLostError: the cluster is gone, for which Ray itself would wait without end.
         """
-        self.join(0.2)
-        if not self.is_up():
-            raise ClusterError("Ray's node on this machine has died; rerun the same command to resume")
+        self.join(MOMENT)
+        self.check_cluster()
 
     def result(self) -> T:
-        """Wait until the function has ended, and return or raise what it did."""
+        """Wait until the function has ended, and return or raise what it did.
+
+        Raises:
+            ClusterError: Ray has failed.
+        """
         while self.is_alive():
             self.wait()
-        if self.error is not None:
-            raise self.error
-        return self.value  # type: ignore[return-value]  # of type T once the function has returned
+        if self.error is not None and not isinstance(self.error, UserError):
+            self.check_cluster(after_error=True)
+        if isinstance(self.error, ray.exceptions.RayError):
+            raise ClusterError(f"Ray failed ({reason(self.error)}); rerun the same command to resume") from self.error
+        return self.outcome()
 
 
 def run_trials(
@@ -237,7 +237,7 @@ def run_trials(
     check: Callable[[], object],
     ended: Callable[[], object],
     stop: StopRequest,
-    is_up: Callable[[], bool],
+    check_cluster: ClusterCheck,
     say: Callable[[str], None],
 ) -> None:
     """Run trials until the study has its target, or return early when the sweep is asked to stop.
@@ -251,12 +251,12 @@ def run_trials(
         check: raises LeaseLostError when another process has taken the sweep over.
         ended: called after a trial has ended.
         stop: whether the sweep was asked to stop.
-        is_up: whether Ray's node on this machine is alive.
+        check_cluster: raises a ClusterLostError once the cluster is gone.
         say: shows a line to the user.
 
     Raises:
         SweepAbortedError: the same failure would hit every trial.
-        ClusterError: Ray's node on this machine has died.
+        ClusterError: the cluster is gone, or Ray has failed.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
@@ -289,9 +289,12 @@ def run_trials(
     )
     stop.graceful = True
     try:
-        tune, stopped_at = BackgroundWork(tuner.fit, "tune", is_up), None
+        tune, stopped_at = BackgroundWork(tuner.fit, "tune", check_cluster), None
         while tune.is_alive() and (stopped_at is None or time.monotonic() - stopped_at < GRACE):
             tune.wait()
+            if time.monotonic() - searcher.active > QUIET_SECONDS:
+                say(f"no trial has started or reported for {QUIET_SECONDS / 60:.0f} min: long epochs, or {STUCK}")
+                searcher.active = time.monotonic()
             if stopped_at is None and (stop.requested.is_set() or searcher.stopping):
                 stopped_at = time.monotonic()
                 say("stopping: the running trials write their checkpoints")
@@ -301,5 +304,5 @@ def run_trials(
     check()
     if searcher.fault:
         raise SweepAbortedError(*searcher.fault)
-    if tune.error is not None:
-        raise tune.error
+    if not tune.is_alive():
+        tune.result()

@@ -27,6 +27,9 @@ from sweep.execution.mailbox import Mailbox
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+MAILBOX_SECONDS = 300.0  # for a mailbox to start and to answer
+CLOSE_SECONDS = 5.0  # for a mailbox to close
+JOIN_SECONDS = 10.0  # for the workers of a closed mailbox to end; Ray ends the rest
 DRAIN_CHECK = 3.0  # seconds between two looks at whether this node will leave the cluster
 
 
@@ -172,7 +175,7 @@ class WorkerGroup(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, TrialJob]) -> bool:
         """Start the next trial."""
-        self.version = ray.get(self.mailbox.assign.remote(new_config["job"]))
+        self.version = ray.get(self.mailbox.assign.remote(new_config["job"]), timeout=MAILBOX_SECONDS)
         return True
 
     def step(self) -> FitReport:
@@ -181,7 +184,7 @@ class WorkerGroup(ray.tune.Trainable):
         awaited = [reference, self.stop_requested] if self.stop_requested else [reference]
         while reference not in ray.wait(awaited, timeout=1)[0]:
             if self.stop_requested and ray.wait([self.stop_requested], timeout=0)[0]:
-                ray.get(self.mailbox.stop.remote())
+                ray.get(self.mailbox.stop.remote(), timeout=MAILBOX_SECONDS)
                 self.stop_requested, awaited = None, [reference]
             if not self.thread.is_alive():
                 raise RuntimeError(f"the workers of the group are gone: {self.error}") from self.error
@@ -198,10 +201,10 @@ class WorkerGroup(ray.tune.Trainable):
     def cleanup(self) -> None:
         """Let the workers end."""
         try:
-            ray.get(self.mailbox.close.remote(), timeout=5)
+            ray.get(self.mailbox.close.remote(), timeout=CLOSE_SECONDS)
         except ray.exceptions.RayError:
             return
-        self.thread.join(10)
+        self.thread.join(JOIN_SECONDS)
 
 
 def worker_group_class(fit: str, scaling: Scaling, storage: str, stop_event: "ActorHandle") -> type[WorkerGroup]:

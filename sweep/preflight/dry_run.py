@@ -20,6 +20,7 @@ from sweep.execution.resources import worker_resources
 from sweep.execution.trial import build
 
 Seconds = Callable[[], float]
+DRY_RUN_SECONDS = 1800.0  # until one of the dry runs ends, which may have to wait for a free place
 
 
 class DryRunResult(BaseModel):
@@ -120,7 +121,13 @@ def _on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterato
     while waiting or left:
         while left and len(waiting) < slots:
             start()
-        [ready], _ = ray.wait(list(waiting))
+        finished, _ = ray.wait(list(waiting), timeout=DRY_RUN_SECONDS)
+        if not finished:
+            raise ClusterError(
+                f"no dry run of a trial has ended within {DRY_RUN_SECONDS / 60:.0f} min: there is no free place, "
+                "or a node hangs (`ray status` shows both); rerun the same command to resume"
+            )
+        [ready] = finished
         key = waiting.pop(ready)
         try:
             yield key, ray.get(ready)

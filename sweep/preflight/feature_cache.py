@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data.errors import StorageError, reason
 from data.formats import format_bytes, format_duration
@@ -40,6 +40,7 @@ MAX_INTEGERS = 8  # of a range
 SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
 SAMPLE_ROWS, SAMPLE_SECONDS = 8, 2.0  # limits of what is computed to estimate the time of all
 PROCESS_STARTUP = 8.0  # seconds of CPU until a process of Ray Data can compute
+LOCK_SECONDS = 6 * 3600.0  # that another sweep may compute the same files
 PROGRESS_SECONDS = 10.0  # between two progress lines
 # Settings of which only the sign matters: whether they are 0.
 SIGN_ONLY = (
@@ -154,7 +155,7 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None
             for request, share in sorted(group, key=lambda weighted: weighted.request.folder):
                 request.folder.mkdir(parents=True, exist_ok=True)
                 with contextlib.ExitStack() as lock:
-                    lock.enter_context(FileLock(request.folder / LOCK))
+                    lock.enter_context(_locked(request, log))
                     Store(request.folder).write(ABOUT, json.dumps(asdict(request.key), indent=1).encode())
                     if request.missing:
                         lacking.append(WeightedRequest(request, share))
@@ -210,6 +211,31 @@ def _why_skipped(group: Sequence[WeightedRequest], total_epochs: float) -> str |
         f"feature cache: not computed: {request.kind.describe(request.key, request.config)} would cost more than it "
         f"saves, since the trials that are left need {100 * repeats:.0f} % of it; they compute it themselves"
     )
+
+
+@contextlib.contextmanager
+def _locked(request: AnyRequest, log: Log) -> Iterator[None]:
+    """Lock a request; say so where another sweep computes it now, and wait for that sweep.
+
+    Raises:
+        StorageError: it holds the lock for longer than `LOCK_SECONDS`.
+    """
+    lock = FileLock(request.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log(f"feature cache: another sweep computes {request.folder}; waiting for it")
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise StorageError(
+                f"{request.folder / LOCK}: held by another process for {LOCK_SECONDS / 3600:.0f} h; end it and rerun "
+                "the same command"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) -> None:

@@ -147,7 +147,10 @@ def _url(text: str, folder: Path) -> "URL":
 def _engine_options(url: "URL") -> dict[str, object]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": 60}}  # seconds to wait for another process's lock
-    arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": "speech-llm-sweep", "client_encoding": "utf8"}
+    # A connection whose other end is gone without a word ends after `PATIENCE`, and not after the hours of TCP.
+    alive = {"keepalives_idle": 10, "keepalives_interval": 10, "keepalives_count": 3}
+    arguments: dict[str, object] = {**alive, "tcp_user_timeout": int(PATIENCE * 1000)}
+    arguments |= {"connect_timeout": CONNECT_SECONDS, "application_name": "speech-llm-sweep", "client_encoding": "utf8"}
     # The ping replaces a connection that died while it was idle.
     return {"pool_pre_ping": True, "pool_size": 2, "connect_args": arguments}
 

@@ -1,14 +1,22 @@
 """The address of MLflow, and the check before the first trial that the user may write there."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from sweep.config.paths import near, shell_command, sqlite_uri
 from sweep.tracking.runs import DENIED, KIND, Runs, is_database
+from sweep.tracking.uri_check import check_uri
 
 PORT = 5000  # of the server that the user starts to look at a database
+# In errors of mlflow 3.17.2 about an answer that no MLflow server gives; its own errors are JSON.
+NOT_MLFLOW = (
+    "response body was not in a valid JSON format",
+    *(f"failed with error code {status} != 200" for status in (301, 302, 307, 308, 400, 404, 405, 501)),
+)
+NO_DATABRICKS = "Reading Databricks credential configuration failed"
 CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
@@ -57,20 +65,22 @@ def ui_address(uri: str) -> str | None:
     return uri.rstrip("/") if uri.startswith("http") else None
 
 
-def check_access(uri: str, name: str) -> None:
+def check_access(uri: str, name: str, warn: Callable[[str], object] = lambda line: None) -> None:
     """Check that a server lets this user write; an unavailable server is no reason not to train.
 
     Args:
         uri: of the server or its database.
         name: of the experiment, which is the sweep's.
+        warn: shows a line to the user when the server does not answer.
 
     Raises:
-        UserError: it rejects the user.
+        UserError: the URI can never work, the server is not MLflow's, or it rejects the user.
     """
+    check_uri(uri)
+    if not uri.startswith(("http", "databricks")):
+        return
     from mlflow.exceptions import MlflowException
 
-    if not uri.startswith("http"):
-        return
     client = Runs(uri, "").client
     try:
         experiment = client.get_experiment_by_name(name)
@@ -79,6 +89,17 @@ def check_access(uri: str, name: str) -> None:
     except MlflowException as error:
         if (why := denial(error)) is not None:
             raise UserError(f"MLflow at {uri} {why}") from None
+        if any(sign in str(error) for sign in NOT_MLFLOW):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {uri}: this server is not MLflow's ({reason(error)[:200]}); fix the address, or "
+                "unset it for a file beside --out"
+            ) from None
+        if NO_DATABRICKS in str(error):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {uri}: no credentials of Databricks; set DATABRICKS_HOST and DATABRICKS_TOKEN, "
+                "or name a profile of ~/.databrickscfg, databricks://PROFILE"
+            ) from None
+        warn(f"MLflow at {uri} does not answer now; the trials start, and their results are sent once it does")
 
 
 def denial(error: Exception) -> str | None:

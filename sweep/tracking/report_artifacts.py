@@ -1,12 +1,11 @@
 """Reports as artifacts of the MLflow run that they are about."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import reason
 from sweep.tracking.access import tracking_uri
-from sweep.tracking.runs import CLIENT
+from sweep.tracking.runs import Runs
 from sweep.tracking.tracker import parent_run_id
 
 
@@ -18,12 +17,8 @@ def to_mlflow(folder: Path, written: Sequence[Path]) -> str:
     run_id = parent_run_id(folder)
     if run_id is None:
         return "not logged, since the sweep has no run yet"
-    for variable, value in CLIENT.items():
-        os.environ.setdefault(variable, value)
-    from mlflow import MlflowClient
-
     try:
-        client = MlflowClient(tracking_uri(folder))
+        client = Runs(tracking_uri(folder), "").client
         for path in written:
             client.log_artifact(run_id, str(path), "report")
     except Exception as error:  # whatever the client raises

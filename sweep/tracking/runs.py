@@ -22,7 +22,7 @@ import numpy as np
 from model.training.metrics_log import Point
 from sweep.analysis.predictions import read_predictions
 from sweep.analysis.report.fonts import font_families
-from sweep.compat import newest_steps
+from sweep.compat import limit_database_retries, newest_steps
 from sweep.config.space import FOLD, Value, encode, whole
 from sweep.tracking.dataset import Corpus
 
@@ -48,6 +48,9 @@ CLIENT = {
 }
 
 
+DATABASE_ATTEMPTS = 4  # to connect to a database, in some seconds; MLflow would try for an hour
+
+
 class Runs:
     """The runs of a sweep on an MLflow server. Every method raises what the client raises.
 
@@ -63,6 +66,8 @@ class Runs:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
+        if is_database(uri):
+            limit_database_retries(DATABASE_ATTEMPTS)
         self.client, self.uri, self.key, self.corpus = MlflowClient(uri), uri, key, corpus
         self.experiment = ""
 

@@ -31,11 +31,18 @@ def title(process: psutil.Process) -> str:
     return ""
 
 
+def name(process: psutil.Process) -> str:
+    """Return the name of a process, which a raylet that is started under another one sets; "" if it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return ""
+
+
 def find(kind: str, driver: int) -> list[psutil.Process]:
     """Return the processes of a kind below a driver."""
     members = tree(driver)
     if kind in PROGRAMS:
-        return [member for member in members if Path(title(member).partition(" ")[0]).name == PROGRAMS[kind]]
+        return [member for member in members if name(member) == PROGRAMS[kind]]
     return [member for member in members if title(member).startswith(TITLES[kind])]
 
 

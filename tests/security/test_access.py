@@ -14,16 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
-from sweep.execution.cluster import keep_token
+from sweep.execution.cluster import private_token, write_token
 
 CLUSTER = """
 import json, os, sys
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from sweep.execution.cluster import local_or_remote_ray
 with local_or_remote_ray():
-    import ray
+    import os, ray
     from ray._private.worker import get_dashboard_url
-    found = {"address": ray.get_runtime_context().gcs_address, "dashboard": get_dashboard_url()}
+    address, token = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"]
+    found = {"address": address, "dashboard": get_dashboard_url(), "token": token}
     found["cpus"] = ray.cluster_resources()["CPU"]
     print(json.dumps(found), flush=True)
     sys.stdin.read()
@@ -42,14 +43,14 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Start a cluster for a user who has no token yet; yield its addresses, the user's home and the driver's pid."""
-    home = tmp_path_factory.mktemp("home")
+def cluster() -> Iterator[dict[str, Any]]:
+    """Start a cluster for a user without a home folder; yield its addresses, its token and the driver's pid."""
+    home = Path("/dev/null")  # which cannot hold files
     command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
     with subprocess.Popen(command, env=environment(home), stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("{")), "{}")
-        yield {**json.loads(line), "home": home, "pid": process.pid}
+        yield {**json.loads(line), "pid": process.pid}
         process.communicate("", timeout=120)
 
 
@@ -63,9 +64,9 @@ def status(url: str, token: str | None) -> int:
 
 @pytest.mark.slow
 def test_http_api_requires_the_token_and_listens_on_loopback(cluster: dict[str, Any]) -> None:
-    folder = cluster["home"] / ".ray"
-    assert (mode(folder), mode(folder / "auth_token")) == (0o700, 0o600)
-    tokens = None, "f" * 64, (folder / "auth_token").read_text()
+    token = Path(cluster["token"])
+    assert (mode(token.parent), mode(token)) == (0o700, 0o600)
+    tokens = None, "f" * 64, token.read_text()
     for path in PRIVATE:
         assert [status(f"http://{cluster['dashboard']}{path}", token) for token in tokens] == [401, 403, 200], path
     port = int(cluster["dashboard"].rpartition(":")[2])
@@ -89,7 +90,7 @@ def test_joining_requires_the_token(cluster: dict[str, Any], tmp_path: Path) -> 
             [sys.executable, "-c", CLIENT, cluster["address"]], env=env, stdout=pipe, stderr=pipe, text=True
         )
         for env in (
-            environment(cluster["home"]) | token,
+            environment(tmp_path) | token | {"RAY_AUTH_TOKEN_PATH": cluster["token"]},
             environment(tmp_path),
             environment(tmp_path) | token | {"RAY_AUTH_TOKEN": "f" * 64},
         )
@@ -100,25 +101,19 @@ def test_joining_requires_the_token(cluster: dict[str, Any], tmp_path: Path) -> 
         assert (out, code, "AuthenticationError" in err) == ("", 1, True), err[-2000:]
 
 
-def test_readable_token_is_closed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray writes it as the umask has it, which is readable for everybody on most machines."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    path = tmp_path / ".ray/auth_token"
-    path.parent.mkdir(mode=0o755)
-    path.write_text("known")
-    path.chmod(0o644)
-    keep_token()
-    assert (path.read_text(), mode(path), mode(path.parent)) == ("known", 0o600, 0o700)
-    path.unlink()
-    keep_token()
-    assert len(path.read_text()) == 64
-    assert [mode(path), sorted(path.parent.iterdir())] == [0o600, [path]]
+def test_token_is_new_and_readable_by_its_owner_only(tmp_path: Path) -> None:
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir(mode=0o700)
+        paths.append(write_token(tmp_path / name))
+    assert [mode(path) for path in paths] == [0o600, 0o600]
+    assert len({path.read_text() for path in paths}) == 2
+    assert [len(path.read_text()) for path in paths] == [64, 64]
+    assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
 
 
 def test_given_token_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/elsewhere/token")
-    keep_token()
+    with private_token(tmp_path):
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == "/elsewhere/token"
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """The private interfaces in `sweep/compat.py` exist and still behave as the sweep expects."""
 
 import inspect
+from pathlib import Path
 
 import optuna
 import pytest
@@ -8,6 +9,7 @@ import ray
 from mlflow.entities import Metric, Run, RunData, RunInfo
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState, create_trial
+from ray._private import services
 from ray._private.state import GlobalState
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -38,6 +40,37 @@ def test_journal_and_database_formats_are_known() -> None:
 
 def test_ray_reports_draining_nodes() -> None:
     assert not inspect.signature(GlobalState().get_draining_nodes).parameters
+
+
+def test_ray_finds_no_raylet_that_is_hidden(tmp_path: Path) -> None:
+    program = services.RAYLET_EXECUTABLE
+    undo = compat.hide_raylet(tmp_path)
+    assert not services._is_raylet_process([services.RAYLET_EXECUTABLE])
+    assert Path(services.RAYLET_EXECUTABLE).resolve() == Path(program).resolve()
+    undo()
+    assert services._is_raylet_process([services.RAYLET_EXECUTABLE])
+
+
+def test_ray_token_and_automatic_address_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.forget_ray_token()
+    monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: set())
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert compat.find_ray_cluster() is None
+    monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: {"10.0.0.1:6379"})
+    assert compat.find_ray_cluster() == "10.0.0.1:6379"
+
+
+def test_mlflow_tries_a_database_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.db import utils
+
+    monkeypatch.setattr(utils, "MAX_RETRY_COUNT", utils.MAX_RETRY_COUNT)
+    monkeypatch.setattr(utils, "create_sqlalchemy_engine", lambda uri: None)
+    monkeypatch.setattr(utils.time, "sleep", (waited := list[float]()).append)
+    compat.limit_database_retries(4)
+    with pytest.raises(Exception, match="NoneType"):
+        utils.create_sqlalchemy_engine_with_retry("postgresql://host/db")
+    assert len(waited) == 3
 
 
 def test_hidden_variables_are_not_propagated(monkeypatch) -> None:

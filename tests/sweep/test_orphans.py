@@ -1,6 +1,7 @@
 """Orphans of a killed run are ended, and no other process."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from sweep.execution import orphans
-from sweep.execution.orphans import FILE, PREFIX, end_orphans, recorded
+from sweep.execution.orphans import FILE, MARK, PREFIX, end_orphans, recorded
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_child_of_a_dead_child_is_recorded_and_ended(tmp_path: Path, monkeypatch
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
     with recorded(tmp_path, scratch):
-        parent = subprocess.Popen([sys.executable, "-c", code])
+        parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, MARK: str(scratch)})
         children = until(lambda: psutil.Process(parent.pid).children())
         until(lambda: str(children[0].pid) in json.loads((tmp_path / FILE).read_text())["processes"])
         parent.kill()
@@ -84,6 +85,20 @@ def test_child_of_a_dead_child_is_recorded_and_ended(tmp_path: Path, monkeypatch
         time.sleep(0.1)
     assert not children[0].is_running()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_process_that_no_driver_recorded_is_ended_by_its_mark(tmp_path: Path) -> None:
+    """It started in the last second before the kill."""
+    scratch = tmp_path / f"{PREFIX}1"
+    ours, other = (subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: f"{scratch}{end}"}) for end in ("", "2"))
+    try:
+        write(tmp_path, psutil.Process().pid, shift=100.0, scratch=str(scratch))
+        assert end_orphans(tmp_path) == [ours.pid]
+        assert other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
 
 
 def until(condition: object) -> list[psutil.Process]:

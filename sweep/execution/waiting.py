@@ -1,0 +1,78 @@
+"""Wait for something outside this process, within a limit.
+
+A call into Ray's core cannot be interrupted, and Python handles no signal meanwhile. So such a call runs in a thread,
+and the thread that waits for it looks up every moment. docs/resume.md lists all limits.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from data.errors import reason
+
+T = TypeVar("T")
+
+MOMENT = 0.2  # seconds between two looks, and so until a signal is handled
+Warn = Callable[[str], object]
+
+
+class LimitExceededError(Exception):
+    """What a call waits for did not come in time; its thread still waits."""
+
+
+class Work(threading.Thread, Generic[T]):
+    """Run a function in a daemon thread, which leaves the signals to the main thread."""
+
+    def __init__(self, work: Callable[[], T], name: str, stay: threading.Event | None = None) -> None:
+        super().__init__(daemon=True, name=name)
+        self.work, self.stay, self.done = work, stay, threading.Event()
+        self.value: T | None = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Keep what the function returns or raises."""
+        try:
+            self.value = self.work()
+        except BaseException as error:  # `outcome` raises it in the thread that waits
+            self.error = error
+        self.done.set()
+        if self.stay is not None and self.error is None:
+            self.stay.wait()
+
+    def outcome(self) -> T:
+        """Return or raise what the function did; it has ended."""
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]  # of type T once the function has returned
+
+
+def within(seconds: float, work: Callable[[], T], name: str, stay: threading.Event | None = None) -> T:
+    """Return what a function returns, or raise what it raises.
+
+    Args:
+        seconds: limit of the call.
+        work: the function; it continues in its thread after the limit.
+        name: of the thread.
+        stay: lets the thread live until it is set: Linux kills what a thread has started with it, if asked to.
+
+    Raises:
+        LimitExceededError: it takes longer.
+    """
+    thread, moments = Work(work, name, stay), max(1, round(seconds / MOMENT))
+    while not thread.done.wait(MOMENT):
+        moments -= 1
+        if moments <= 0:
+            raise LimitExceededError(f"no answer within {seconds:.0f} s")
+    return thread.outcome()
+
+
+@contextlib.contextmanager
+def cleaning_up(what: str, warn: Warn) -> Iterator[None]:
+    """Do a step of a clean-up; show its error, which must not replace how the command ended."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            warn(f"could not {what} ({reason(error)})")
