@@ -65,6 +65,10 @@ class Axis(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        try:
+            json.dumps([self.choices, self.when], allow_nan=False)
+        except ValueError:
+            raise ValueError("choices and values of `when` must be finite numbers: they are stored as JSON") from None
         if self.choices is not None:
             if not self.choices or len({repr(encode(choice)) for choice in self.choices}) < len(self.choices):
                 raise ValueError("choices must be a list of different values, at least one")

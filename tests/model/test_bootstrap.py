@@ -99,7 +99,10 @@ def test_better_model_beats_and_equal_one_is_tied() -> None:
     assert compare([better], [rows], sums("loss"), maximize=False).better is None  # losses are the same
     tied = compare([same], [rows], sums("macro_f1"), maximize=True)
     assert (tied.better, tied.mcnemar, tied.difference.value) == (None, 1.0, 0.0)
-    assert "tied within noise" in tied.describe("A", "B")
+    assert tied.describe("A", "B") == "A and B have the same result in every session"
+    nearly = compare([flipped(rows, 0.005)], [rows], sums("macro_f1"), maximize=True)
+    assert nearly.difference.value > 0
+    assert "tied within noise" in nearly.describe("A", "B")
 
 
 def test_comparison_draws_the_same_sessions_for_both() -> None:
