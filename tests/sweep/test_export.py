@@ -23,7 +23,7 @@ from tests.conftest import LABELS
 from tests.model.trials import history
 from tests.sweep.common import ask, complaint, refused, sweep, sweep_runner, tree
 
-SPACE = "search.space={train.learning_rate: [0.02, 0.001], model.end_of_audio: [learned]}"
+SPACE = "search.space={train.learning_rate: [0.02, 0.001, 0.0005], model.end_of_audio: [learned]}"
 FILES = {"README.md", "config.yaml", "labels.json", "speech.safetensors", "lora"}
 
 

@@ -227,7 +227,8 @@ def test_same_command_runs_a_failed_trial_again(flaky: Path) -> None:
     def states() -> list[str]:
         return [trial["state"] for trial in json.loads(sweep("status", "runs/t", "--json").out)["trials"]]
 
-    command: tuple[Any, ...] = ("run", "good.yaml", "--set", "train.epochs=1", "--trials", 3)
+    space = "search.space.train.learning_rate=[0.01, 0.02, 0.03]"
+    command: tuple[Any, ...] = ("run", "good.yaml", "--set", "train.epochs=1", "--set", space, "--trials", 3)
     line = "trial 1 failed for a cause outside its configuration (no weights); it runs again"
     first = sweep(*command)
     assert (first.code, line in first.out, states()) == (0, False, ["COMPLETE", "FAIL", "COMPLETE"])
