@@ -85,12 +85,13 @@ def test_local_cluster_uses_only_allowed_cpus(cluster: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_joining_requires_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
     token, pipe = {"RAY_AUTH_MODE": "token"}, subprocess.PIPE
+    hasty = {"RAY_gcs_server_request_timeout_seconds": "10"}  # how long it looks for a node
     clients = [
         subprocess.Popen(
             [sys.executable, "-c", CLIENT, cluster["address"]], env=env, stdout=pipe, stderr=pipe, text=True
         )
         for env in (
-            environment(tmp_path) | token | {"RAY_AUTH_TOKEN_PATH": cluster["token"]},
+            environment(tmp_path) | token | hasty | {"RAY_AUTH_TOKEN_PATH": cluster["token"]},
             environment(tmp_path),
             environment(tmp_path) | token | {"RAY_AUTH_TOKEN": "f" * 64},
         )
