@@ -46,6 +46,7 @@ def single_example_error(tokens: int) -> OutOfMemoryError:
 def free() -> None:
     """Release memory that is no longer referenced. Call it outside the `except` block that holds the frames."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # returns the heap of former models to the system
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -80,7 +81,6 @@ class Peak:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # returns the heap of former models to the system
             baseline()
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -112,6 +112,15 @@ def capacity(device: str) -> int:
 
 
 Load = TypeVar("Load", bound=Callable[..., nn.Module])
+Models = OrderedDict[tuple[object, ...], nn.Module]
+CACHES: list[Models] = []  # of all functions that are `cached`
+
+
+def forget_models() -> None:
+    """Drop all cached models of this process, and release their memory."""
+    for models in CACHES:
+        models.clear()
+    free()
 
 
 def cached(load: Load) -> Load:
@@ -121,7 +130,8 @@ def cached(load: Load) -> Load:
     memory; the least recently used one is dropped first, before another model is loaded. A folder whose files have
     changed is loaded again: a process may live longer than the weights it has read.
     """
-    models: OrderedDict[tuple[object, ...], nn.Module] = OrderedDict()
+    models: Models = OrderedDict()
+    CACHES.append(models)
     signature = inspect.signature(load)
 
     @functools.wraps(load)

@@ -40,10 +40,19 @@ class DryRun(NamedTuple):
     config: ResolvedConfig  # of the trial
     cached: CacheFolders  # that the trial reads
     seconds: float = math.inf  # that its steps may take
+    last: bool = False  # its process remains for other tasks, such as reading clips, and needs the models no more
 
 
 def dry_run(run: DryRun) -> DryRunResult:
     """Do a dry run in this process."""
+    try:
+        return _dry_run(run)
+    finally:
+        if run.last:
+            memory.forget_models()
+
+
+def _dry_run(run: DryRun) -> DryRunResult:
     config, device, started = run.config, run.config.resources.device, time.monotonic()
     peak, capacity = memory.Peak(device), memory.capacity(device)
     try:
@@ -112,7 +121,7 @@ def _on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterato
         """Start the next run; its share of the time is known only now."""
         rounds = math.ceil(len(left) / slots)
         key = next(iter(left))
-        run = left.pop(key)._replace(seconds=seconds() / rounds)
+        run = left.pop(key)._replace(seconds=seconds() / rounds, last=len(left) < slots)
         resources = worker_resources(run.config)
         # A GPU that trials share runs one dry run at a time: another one must not be the reason that memory is short.
         options = {"num_cpus": resources["CPU"], "num_gpus": math.ceil(resources.get("GPU", 0))}

@@ -165,3 +165,11 @@ def test_base_models_are_cached_while_they_fit(models: Path, tmp_path: Path, mon
     assert load_llm(paths[0], "float32", "meta") is third
     assert next(view.parameters()).sum().isfinite()
     assert load_llm(paths[1], "float32", "cpu") is not second
+
+
+def test_forgotten_models_release_their_memory(models: Path) -> None:
+    model = weakref.ref(load_llm(str(models / "llm"), "float32", "cpu"))
+    gc.collect()
+    assert model() is not None, "the trials of a process share it"
+    memory.forget_models()
+    assert model() is None
