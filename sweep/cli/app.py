@@ -19,6 +19,7 @@ from sweep.cli.submit import submit
 from sweep.cli.trial import inspect, train
 from sweep.execution.joined_cluster import ClusterError
 from sweep.execution.signals import ExitCode
+from sweep.execution.waiting import leave_hanging_calls
 
 INTERRUPTED = 130  # exit code of Typer for Ctrl-C
 
@@ -48,6 +49,15 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
+    """Run the command line, and end the process."""
+    try:
+        _main()
+    except SystemExit as ended:
+        leave_hanging_calls(ended.code)
+        raise
+
+
+def _main() -> None:
     """Run the command line; report an error of the user in one message, without a traceback."""
     replace_unprintable()
     quiet_libraries()

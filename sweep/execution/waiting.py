@@ -5,6 +5,8 @@ and the thread that waits for it looks up every moment. docs/resume.md lists all
 """
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -66,6 +68,18 @@ def within(seconds: float, work: Callable[[], T], name: str, stay: threading.Eve
         if moments <= 0:
             raise LimitExceededError(f"no answer within {seconds:.0f} s")
     return thread.outcome()
+
+
+def leave_hanging_calls(code: object) -> None:
+    """End the process with its exit code if a call in a thread still hangs, as calls to a lost cluster do.
+
+    At a normal end, Python and Ray's core would wait for it; after a minute the core ends the process with code 1.
+    """
+    if any(isinstance(thread, Work) for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 @contextlib.contextmanager

@@ -41,6 +41,27 @@ def test_line_of_a_killed_process_is_written(number: signal.Signals) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "said\n", "")
 
 
+HANGING = """
+import atexit, threading, time
+from sweep.cli import app
+from sweep.execution.waiting import Work
+
+def ended():
+    print("ended", flush=True)
+    Work(threading.Event().wait, "hangs")
+    atexit.register(time.sleep, 600)
+    raise SystemExit(75)
+
+app.app = ended
+app.main()
+"""
+
+
+def test_calls_that_hang_do_not_hold_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (75, "ended\n"), done.stderr
+
+
 @pytest.fixture
 def folder(here: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder in which no trial is trained."""
