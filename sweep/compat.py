@@ -61,6 +61,17 @@ def forget_ray_token() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
+def never_connect_again() -> None:
+    """Keep Ray from connecting at its next call, as ray 2.60.0 does where it is not connected.
+
+    A call that still hangs in a thread when the cluster is lost would otherwise connect to it, which holds the whole
+    process for a minute and ends it with code 1.
+    """
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
+
+
 def find_ray_cluster() -> str | None:
     """Return the address that `auto` stands for, which ray 2.60.0 looks up in a file and among the processes."""
     from ray._private import services

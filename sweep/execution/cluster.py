@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.atomic import create_file
 from data.errors import reason
-from sweep.compat import HIDDEN_RAYLET, forget_ray_token, hide_raylet, init_local_ray
+from sweep.compat import HIDDEN_RAYLET, forget_ray_token, hide_raylet, init_local_ray, never_connect_again
 from sweep.execution import orphans
 from sweep.execution.joined_cluster import RECONNECT, ClusterCheck, ClusterError, ClusterLostError, join_cluster
 from sweep.execution.waiting import LimitExceededError, Warn, cleaning_up, within
@@ -67,6 +67,7 @@ def local_or_remote_ray(folder: Path | None = None, warn: Warn = lambda line: No
 
         def check(after_error: bool = False) -> None:
             if not all(_is_vital(*process) for process in vital):
+                never_connect_again()
                 raise ClusterLostError("Ray's node on this machine has died; rerun the same command to resume")
 
         yield check

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from data.errors import reason
-from sweep.compat import find_ray_cluster
+from sweep.compat import find_ray_cluster, never_connect_again
 from sweep.execution.waiting import LimitExceededError, within
 
 PROBE_SECONDS = 10.0  # to open a connection
@@ -111,6 +111,7 @@ class ClusterWatch(threading.Thread):
     def check(self, after_error: bool = False) -> None:
         """Raise a ClusterLostError if the cluster is gone; see `ClusterCheck`."""
         if self.lost.is_set() or (after_error and not all(answers(server) for server in self.servers)):
+            never_connect_again()
             raise ClusterLostError(
                 f"the Ray cluster at {self.address} does not answer any more; rerun the same command to resume, on a "
                 "cluster that runs"

@@ -9,7 +9,7 @@ import ray
 from mlflow.entities import Metric, Run, RunData, RunInfo
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState, create_trial
-from ray._private import services
+from ray._private import auto_init_hook, services
 from ray._private.state import GlobalState
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -49,6 +49,15 @@ def test_ray_finds_no_raylet_that_is_hidden(tmp_path: Path) -> None:
     assert Path(services.RAYLET_EXECUTABLE).resolve() == Path(program).resolve()
     undo()
     assert services._is_raylet_process([services.RAYLET_EXECUTABLE])
+
+
+def test_ray_does_not_connect_by_itself_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda: pytest.fail("Ray has connected"))
+    compat.never_connect_again()
+    with pytest.raises(Exception, match=r"ray.init|not been started"):
+        ray.put(1)
 
 
 def test_ray_token_and_automatic_address_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
