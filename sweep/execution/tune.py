@@ -47,7 +47,7 @@ MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
 
 TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its group was lost
-QUIET_SECONDS = 1800.0  # without a report until the user is told what may be wrong
+QUIET_SECONDS = 1800.0  # without a report until a line says what may be wrong
 STUCK = "the cluster has no free place for the workers, or a worker hangs; `ray status` and `ray stack` show it"
 GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is asked to stop
 AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")

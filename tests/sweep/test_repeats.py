@@ -122,7 +122,7 @@ def test_point_gets_all_of_its_values(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_comes_last_as_failed_trials(tmp_path: Path) -> None:
-    """Otherwise the sweep could neither end nor go on."""
+    """Otherwise the sweep could neither end nor continue."""
     study = StudyStore.open(tmp_path, config := finite())
     study.fits = lambda values: values[MODALITY] == "text"
     assert [values[MODALITY] for _, values in play(study, 12)] == ["text"]
