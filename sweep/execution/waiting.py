@@ -1,7 +1,7 @@
 """Wait for something outside this process, within a limit.
 
 A call into Ray's core cannot be interrupted, and Python handles no signal meanwhile. So such a call runs in a thread,
-and the thread that waits for it looks up every moment. docs/resume.md lists all limits.
+and the thread that waits for it looks up every moment. docs/limits.md lists all limits.
 """
 
 import contextlib
