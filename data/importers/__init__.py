@@ -6,7 +6,8 @@ case. `data.preparation.validate` checks labels, times, ids and recordings for a
 what it alone can know: times that cannot be parsed, speakers without a role, annotators without a majority.
 
 A new format needs a module with such a function and one that recognises a source, an entry here, and a maker in
-tests/data/makers.py.
+tests/data/makers.py. A format with one file per session is a function from a file to its segments: see
+data/importers/base/sessions.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +18,11 @@ from types import MappingProxyType
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
 from data.errors import DataError, listed
-from data.importers.annomi import is_annomi, read_annomi
-from data.importers.daic import is_daic, read_daic
-from data.importers.mi_tags import is_mi_tags, read_mi_tags
-from data.importers.table import is_table, read_table
-from data.importers.whisperx import is_whisperx, read_whisperx
+from data.importers.tables.annomi import is_annomi, read_annomi
+from data.importers.tables.daic import is_daic, read_daic
+from data.importers.tables.mi_tags import is_mi_tags, read_mi_tags
+from data.importers.tables.table import is_table, read_table
+from data.importers.transcripts.whisperx import is_whisperx, read_whisperx
 
 Importer = Callable[[Path, Path | None, CorpusConfig], Corpus]  # source, folder of recordings or None, settings
 

@@ -16,7 +16,7 @@ from data.corpus.config import SplitConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.schema import SPLITS, Conversation, split_label
 from data.errors import DataError, listed, reason
-from data.importers.cells import clean_name
+from data.importers.base.cells import clean_name
 
 Part = str | int  # name of a split or number of a fold
 Pairs = Iterable[tuple[str, str]]  # ids of conversations with the same audio

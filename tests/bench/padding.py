@@ -10,7 +10,7 @@ import numpy as np
 
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import SAMPLE_RATE, Conversation
-from data.importers.annomi import read_annomi
+from data.importers.tables.annomi import read_annomi
 from data.loading.batching import Cost, groups, micro_batches, plan, share
 from sweep.config.files import load
 from sweep.config.schema import Config

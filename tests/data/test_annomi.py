@@ -11,7 +11,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError
 from data.corpus.schema import Corpus
 from data.errors import DataError
-from data.importers.annomi import read_annomi
+from data.importers.tables.annomi import read_annomi
 from data.preparation.build import prepare
 from data.preparation.validate import check
 from tests.conftest import SHARED

@@ -12,8 +12,8 @@ import pytest
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus, Turn
 from data.errors import DataError
-from data.importers.cells import CodeReader, clean_code, clean_name
-from data.importers.table import read_table
+from data.importers.base.cells import CodeReader, clean_code, clean_name
+from data.importers.tables.table import read_table
 from data.preparation.validate import check
 
 HEAD = "conversation,speaker,text,label\n"

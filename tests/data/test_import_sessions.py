@@ -7,9 +7,9 @@ import pytest
 
 from data.corpus.config import CorpusConfig
 from data.errors import DataError
-from data.importers.daic import read_daic
-from data.importers.mi_tags import read_mi_tags
-from data.importers.whisperx import read_whisperx
+from data.importers.tables.daic import read_daic
+from data.importers.tables.mi_tags import read_mi_tags
+from data.importers.transcripts.whisperx import read_whisperx
 
 ROLES = CorpusConfig(roles={"SPEAKER_00": "therapist", "SPEAKER_01": "client", "b/SPEAKER_00": "client"})
 DAIC = "start_time\tstop_time\tspeaker\tvalue\n1.5\t2.25\tEllie\thi, there\n2.5\t3\tParticipant\t<laughter> hello\n"
@@ -54,7 +54,7 @@ def test_segments_without_speaker_or_times_keep_their_text(tmp_path: Path) -> No
     ("content", "message"),
     [
         ('{"segments": [\n  {"text": "a",}\n]}', r"^a\.json:2: not readable as JSON \(column \d+"),
-        ('{"segments": []}', r"^a\.json:1: no segments"),
+        ('{"segments": []}', r"^a\.json:1: no turns"),
         ("[]", r"^a\.json:1: no segments"),
         ('{"segments": [{"text": "a"}, {"start": 1}]}', r"^a\.json:segments\[1\]: the segment has no text"),
     ],

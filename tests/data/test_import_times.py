@@ -6,7 +6,7 @@ import pytest
 
 from data.corpus.issues import Finding
 from data.corpus.schema import Turn
-from data.importers.timestamps import read_time, set_ends
+from data.importers.base.timestamps import read_time, set_ends
 
 
 def turn(number: int, start: float | None = None, end: float | None = None) -> Turn:

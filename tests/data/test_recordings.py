@@ -14,7 +14,7 @@ from data.corpus.audio import SAMPLE_RATE, read_recording
 from data.corpus.issues import Finding
 from data.corpus.schema import Conversation, Turn
 from data.errors import DataError
-from data.importers.recordings import SUFFIXES, recordings_by_name
+from data.importers.base.recordings import SUFFIXES, recordings_by_name
 from data.preparation.validate import cut
 
 SECONDS = 6.0

@@ -12,7 +12,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError
 from data.corpus.schema import Corpus, Turn
 from data.errors import ConfigError, DataError
-from data.importers.table import read_table
+from data.importers.tables.table import read_table
 
 HEAD = "conversation,speaker,text"
 

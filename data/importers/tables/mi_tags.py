@@ -9,8 +9,8 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import TurnBuilder, refuse_no_turns
-from data.importers.tabular import Row, by_conversation, columns_of, read_rows
+from data.importers.base.builder import TurnBuilder, refuse_no_turns
+from data.importers.base.tabular import Row, by_conversation, columns_of, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
 CODE = "code"

@@ -10,8 +10,8 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.schema import JOIN, Conversation, Corpus, Turn, flag, reject, split_label
 from data.errors import ConfigError, DataError
-from data.importers.cells import MISSING_TEXT, CodeReader, clean_code, speaker_key
-from data.importers.tabular import Row
+from data.importers.base.cells import MISSING_TEXT, CodeReader, clean_code, speaker_key
+from data.importers.base.tabular import Row
 
 UNKNOWN = "unknown"  # role of a speaker that is not mapped to a role
 SPEAKERS = {  # usual names of the roles

@@ -5,17 +5,16 @@ WhisperX gives a segment the speaker of most of its words; a segment with words 
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding
-from data.corpus.schema import Conversation, Corpus, Turn
+from data.corpus.schema import Corpus
 from data.errors import DataError, reason
-from data.importers.annotations import silence_annotations, spoken_text
-from data.importers.builder import TurnBuilder, refuse_no_turns
-from data.importers.recordings import set_recordings
-from data.importers.tabular import as_text, read_text
-from data.importers.timestamps import note_order, read_time, set_ends, start_order
+from data.importers.base.builder import TurnBuilder
+from data.importers.base.sessions import Segment, first_file, read_sessions
+from data.importers.base.tabular import as_text, read_text
+
+SUFFIXES = (".json",)
 
 
 def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
@@ -29,45 +28,21 @@ def read_whisperx(source: Path, audio: Path | None, config: CorpusConfig) -> Cor
     Raises:
         DataError: a file cannot be read or has no segments, or there are no recordings.
     """
-    paths = sorted(source.glob("*.json")) if source.is_dir() else [source]
-    if not paths:
-        raise DataError(f"{source}: no JSON files in this folder; give the folder with one file per session")
-    builder = TurnBuilder("whisperx", config)
-    files = {path: _segments(path, config.encoding) for path in paths}
-    builder.codes.learn(
-        _code(segment) for segments in files.values() for segment in segments if isinstance(segment, dict)
-    )
-    conversations = []
-    for path, segments in files.items():
-        if segments:
-            conversations.append(_conversation(path, segments, builder))
-        elif len(files) == 1:
-            raise DataError(f"{path.name}:1: no segments; give JSON files of WhisperX and remove those without speech")
-        else:
-            builder.skip_session(path.stem, path.name)
-    refuse_no_turns(conversations, source)
-    set_recordings(conversations, audio)
-    return builder.corpus(conversations)
+    return read_sessions(TurnBuilder("whisperx", config), source, audio, SUFFIXES, _parse)
 
 
 def is_whisperx(source: Path) -> bool:
     """Return whether a source is a JSON file with segments, or a folder of such files."""
-    path = next(iter(sorted(source.glob("*.json"))), None) if source.is_dir() else source
-    return path is not None and path.suffix.lower() == ".json" and bool(_segments(path, "utf-8"))
+    path = first_file(source, SUFFIXES)
+    return path is not None and bool(_segments(path, "utf-8"))
 
 
-def _conversation(path: Path, segments: list[object], builder: TurnBuilder) -> Conversation:
-    parts = [
+def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
+    return [
         part
-        for index, segment in enumerate(segments)
+        for index, segment in enumerate(_segments(path, builder.config.encoding))
         for part in _parts(segment, f"{path.name}:segments[{index}]", path.stem, builder)
     ]
-    order = start_order([as_text(part.content.get("start")) for part in parts], builder.config.time_unit)
-    note_order(order, path.stem, [part.where for part in parts], builder.findings)
-    turns = [_turn(path.stem, index, parts[number], builder) for index, number in enumerate(order)]
-    set_ends(turns, builder.findings)
-    silence_annotations(turns, builder.findings)
-    return Conversation(path.stem, path.stem, turns)
 
 
 def _segments(path: Path, encoding: str) -> list[object]:
@@ -85,14 +60,7 @@ def _segments(path: Path, encoding: str) -> list[object]:
     return segments
 
 
-class _Part(NamedTuple):
-    """A segment, or the part of it that one speaker says."""
-
-    content: dict[str, object]
-    where: str
-
-
-def _parts(segment: object, where: str, conversation: str, builder: TurnBuilder) -> list[_Part]:
+def _parts(segment: object, where: str, conversation: str, builder: TurnBuilder) -> list[Segment]:
     """Return a segment, split where the speaker of its words changes.
 
     A code of the segment belongs to the longest part of the segment's own speaker.
@@ -102,9 +70,9 @@ def _parts(segment: object, where: str, conversation: str, builder: TurnBuilder)
     words = segment.get("words")
     runs = _runs([word for word in words if isinstance(word, dict)] if isinstance(words, list) else [])
     if len(runs) == 1 and not as_text(segment.get("speaker")):
-        return [_Part({**segment, "speaker": runs[0][0]}, where)]
+        return [_segment({**segment, "speaker": runs[0][0]}, where)]
     if len(runs) < 2:
-        return [_Part(segment, where)]
+        return [_segment(segment, where)]
     own = [run for run in runs if run[0] == as_text(segment.get("speaker"))] or runs
     coded = max(own, key=lambda run: len(run[1]))
     contents: list[dict[str, object]] = []
@@ -122,7 +90,7 @@ def _parts(segment: object, where: str, conversation: str, builder: TurnBuilder)
     speakers = ", ".join(dict.fromkeys(speaker for speaker, _ in runs))
     message = f"its words are of {speakers}; it becomes {len(runs)} turns"
     builder.findings.append(Finding("W_SPEAKERS_SPLIT", where, conversation, message))
-    return [_Part(content, where) for content in contents]
+    return [_segment(content, where) for content in contents]
 
 
 def _runs(words: list[dict[str, object]]) -> list[tuple[str, list[dict[str, object]]]]:
@@ -160,11 +128,6 @@ def _code(segment: dict[str, object]) -> str:
     return as_text(label)
 
 
-def _turn(conversation: str, index: int, part: _Part, builder: TurnBuilder) -> Turn:
-    content, where = part
-    text = spoken_text(str(content["text"]), builder.config)
-    turn = builder.turn(conversation, str(index), as_text(content.get("speaker")), text, [_code(content)], where)
-    turn.index = index
-    times = (as_text(content.get(name)) for name in ("start", "end"))
-    turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
-    return turn
+def _segment(content: dict[str, object], where: str) -> Segment:
+    speaker, start, end = (as_text(content.get(name)) for name in ("speaker", "start", "end"))
+    return Segment(where, speaker, str(content["text"]), start, end, _code(content))

@@ -6,7 +6,7 @@ from pathlib import Path
 from data.corpus.audio import exists
 from data.corpus.schema import Conversation
 from data.errors import DataError
-from data.importers.cells import clean_name
+from data.importers.base.cells import clean_name
 
 # What libsndfile and FFmpeg read; of several files with one name the first suffix wins.
 SUFFIXES = (

@@ -10,11 +10,11 @@ from pathlib import Path
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
-from data.importers.builder import UNKNOWN, TurnBuilder
-from data.importers.cells import column_key
-from data.importers.recordings import set_recordings
-from data.importers.tabular import Row, agreed, by_conversation, columns_of, read_rows
-from data.importers.timestamps import read_time, set_ends
+from data.importers.base.builder import UNKNOWN, TurnBuilder
+from data.importers.base.cells import column_key
+from data.importers.base.recordings import set_recordings
+from data.importers.base.tabular import Row, agreed, by_conversation, columns_of, read_rows
+from data.importers.base.timestamps import read_time, set_ends
 
 LABELS = {
     "client": ("change", "neutral", "sustain"),

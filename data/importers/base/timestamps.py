@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from data.corpus.issues import Finding
 from data.corpus.schema import Turn, flag, is_rejected, reject
-from data.importers.cells import MISSING, clean_code
+from data.importers.base.cells import MISSING, clean_code
 
 UNITS = {"s": (1, 1), "ms": (1, 1000), "d": (86_400, 1)}  # factor and divisor to seconds; Excel stores times in days
 _DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,(?:\d{1,2}|\d{4,})|0\d*,\d+)")

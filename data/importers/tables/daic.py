@@ -5,14 +5,13 @@ from functools import cache
 from pathlib import Path
 
 from data.corpus.config import CorpusConfig
-from data.corpus.schema import Conversation, Corpus, Turn
+from data.corpus.schema import Conversation, Corpus
 from data.errors import DataError
-from data.importers.annotations import silence_annotations, spoken_text
-from data.importers.builder import TurnBuilder, refuse_no_turns
-from data.importers.cells import clean_name
-from data.importers.recordings import SUFFIXES, recordings_by_name, refuse_missing_folder, refuse_no_recordings
-from data.importers.tabular import Row, read_rows
-from data.importers.timestamps import note_order, read_time, set_ends, start_order
+from data.importers.base.builder import TurnBuilder, refuse_no_turns
+from data.importers.base.cells import clean_name
+from data.importers.base.recordings import SUFFIXES, recordings_by_name, refuse_missing_folder, refuse_no_recordings
+from data.importers.base.sessions import Segment, conversation
+from data.importers.base.tabular import read_rows
 
 COLUMNS = ("start_time", "stop_time", "speaker", "value")
 SPEAKERS = {"ellie": "therapist", "participant": "client"}
@@ -63,12 +62,10 @@ def _conversation(
     if not rows:
         builder.skip_session(name, path.name)
         return None
-    order = start_order([row["start_time"] for row in rows], builder.config.time_unit)
-    note_order(order, name, [row.where for row in rows], builder.findings)
-    turns = [_turn(name, index, rows[row], builder) for index, row in enumerate(order)]
-    set_ends(turns, builder.findings)
-    silence_annotations(turns, builder.findings)
-    return Conversation(name, name, turns, _recording(name, path.parent, audio, listing))
+    segments = [Segment(row.where, row["speaker"], row["value"], row["start_time"], row["stop_time"]) for row in rows]
+    session = conversation(name, segments, builder)
+    session.recording = _recording(name, path.parent, audio, listing)
+    return session
 
 
 def _recording(name: str, beside: Path, audio: Path | None, listing: Listing) -> Path | None:
@@ -77,12 +74,3 @@ def _recording(name: str, beside: Path, audio: Path | None, listing: Listing) ->
         if path is not None:
             return path
     return None if audio is None else audio / f"{name}_AUDIO{SUFFIXES[0]}"
-
-
-def _turn(conversation: str, index: int, row: Row, builder: TurnBuilder) -> Turn:
-    text = spoken_text(row["value"], builder.config)
-    turn = builder.turn(conversation, str(index), row["speaker"], text, (), row.where)
-    turn.index = index
-    times = (row["start_time"], row["stop_time"])
-    turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
-    return turn

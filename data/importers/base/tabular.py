@@ -16,7 +16,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError, Finding
 from data.corpus.schema import JOIN
 from data.errors import DataError, listed, reason
-from data.importers.cells import MISSING_NAME, clean_name, column_key
+from data.importers.base.cells import MISSING_NAME, clean_name, column_key
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,11 +7,17 @@ from pathlib import Path
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
-from data.importers.builder import TurnBuilder
-from data.importers.cells import MISSING, MISSING_NAME, clean_code
-from data.importers.recordings import inside, refuse_missing_folder, refuse_no_recordings, same_stem, set_recordings
-from data.importers.tabular import Row, agreed, by_conversation, columns_of, read_rows
-from data.importers.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
+from data.importers.base.builder import TurnBuilder
+from data.importers.base.cells import MISSING, MISSING_NAME, clean_code
+from data.importers.base.recordings import (
+    inside,
+    refuse_missing_folder,
+    refuse_no_recordings,
+    same_stem,
+    set_recordings,
+)
+from data.importers.base.tabular import Row, agreed, by_conversation, columns_of, read_rows
+from data.importers.base.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
 
 # Usual names of time columns, which are tried if there are recordings and no setting names the times of the turns.
 STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")

@@ -1,0 +1,1 @@
+"""Transcripts of recognisers and of people: one file per session."""
