@@ -253,7 +253,12 @@ class TrainConfig(Section):
     patience: Count | None = Field(
         None,
         description="Number of epochs without a lower validation loss after which training ends; null: it never ends "
-        "early. The trial keeps the weights and metrics of its last epoch.",
+        "early.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The epoch whose weights, metrics and predictions are a trial's result: the last one, or the best "
+        "one by search.metric on the validation split.",
     )
     batch_size: Count = Field(16, description="Items in an optimizer step, over all workers.")
     learning_rate: Positive = Field(1e-3, description="Peak of AdamW's learning rate.")

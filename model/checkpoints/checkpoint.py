@@ -35,6 +35,14 @@ class ParentLink(TypedDict):
     digest: str  # of its tensors
 
 
+class KeptWeights(TypedDict):
+    """The weights of the best epoch so far, with `train.keep: best`."""
+
+    epoch: int
+    tensors: dict[str, Tensor]
+    digest: str  # of the tensors
+
+
 class CheckpointState(TypedDict):
     """The content of a checkpoint."""
 
@@ -51,6 +59,7 @@ class CheckpointState(TypedDict):
     bases: NotRequired[dict[str, dict[str, str | None]]]  # the base models, see `bases_of`; earlier versions had none
     meaning: dict[str, str]  # see `SpeechLLM.meaning`
     attempt: int
+    kept: NotRequired[KeptWeights | None]  # earlier versions had none
 
 
 class NewestCheckpoint(NamedTuple):
@@ -176,6 +185,24 @@ def load(path: Path) -> CheckpointState:
     if not has_checksum:
         raise CheckpointError(f"{path}: damaged checkpoint (it has no checksum); {REMOVE}")
     return cast(CheckpointState, state)
+
+
+def load_result(path: Path) -> CheckpointState:
+    """Read a checkpoint for use, not to train on: `tensors` are those of the best epoch if the trial keeps them.
+
+    Raises:
+        CheckpointError, StorageError: as `load`.
+    """
+    state = load(path)
+    if kept := state.get("kept"):
+        state |= {"tensors": kept["tensors"], "digest": kept["digest"]}
+    return state
+
+
+def result_epoch(state: CheckpointState) -> int:
+    """Return the epoch whose weights `load_result` returns; 0: the first one is not complete."""
+    kept = state.get("kept")
+    return kept["epoch"] if kept else int(state["progress"]["epoch"])
 
 
 def newest(folder: Path) -> tuple[NewestCheckpoint | None, list[str]]:

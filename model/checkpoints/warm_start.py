@@ -18,7 +18,7 @@ from model.checkpoints.checkpoint import (
     CheckpointMisfitError,
     CheckpointState,
     ParentLink,
-    load,
+    load_result,
 )
 from model.checkpoints.fingerprint import BaseIdentity, Bases, refuse_other_bases
 from model.compat import lora_parameter_names
@@ -83,7 +83,7 @@ def load_parent(source: str) -> ParentCheckpoint:
 
 
 def _load(path: Path) -> CheckpointState | peft_export.ExportedState:
-    return peft_export.load_state(path) if peft_export.is_exported(path) else load(path)
+    return peft_export.load_state(path) if peft_export.is_exported(path) else load_result(path)
 
 
 def check_meaning(parent: ParentCheckpoint, meaning: dict[str, str], parts: set[str]) -> None:

@@ -130,6 +130,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"model.adapter.init_from: {path}: not a file of tensors ({type(error).__name__}); use safetensors, or a "
             "state_dict saved by torch.save"
         ) from None
-    content = content.get("tensors", content) if isinstance(content, dict) else {}
+    if isinstance(content, dict) and "tensors" in content:  # a trial's checkpoint: its best weights, or its last ones
+        content = (content.get("kept") or content)["tensors"]
     named = content.items() if isinstance(content, dict) else ()
     return {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}

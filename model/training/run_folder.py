@@ -14,7 +14,7 @@ from model.evaluation.metrics import Record
 from model.runtime.distributed import on_first_worker, world
 from model.training.metrics_log import MetricsLog
 
-PREDICTIONS = "predictions.json"  # of the last evaluation
+PREDICTIONS = "predictions.json"  # of the epoch whose weights are the result
 TOKEN_BUDGET = "token_budget"  # what fitted into memory, where that was less than train.token_budget
 
 
@@ -128,7 +128,7 @@ class RunFolder:
             self.metrics.append(values, time=measured, step=step, attempt=attempt, epoch=epoch, note=note)
 
     def write_predictions(self, records: Sequence[Record], labels: Mapping[str, Sequence[str]]) -> None:
-        """Replace the predictions by those of the last evaluation; `labels` has the labels of each task."""
+        """Replace the predictions by those of an evaluation; `labels` has the labels of each task."""
         if self.rank == 0:
             content = {"labels": labels, "records": [record.as_dict() for record in records]}
             self.lock.replace(PREDICTIONS, json.dumps(content))

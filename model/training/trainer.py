@@ -9,7 +9,6 @@ Shapes: B examples of a micro-batch, N sums of losses (see `loss_accumulator`).
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +20,7 @@ from data.loading.augment import AugmentSeed
 from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
-from model.checkpoints.checkpoint import CheckpointError, CheckpointState, restore, trained_tensors
+from model.checkpoints.checkpoint import CheckpointError, CheckpointState, KeptWeights, restore, trained_tensors
 from model.checkpoints.fingerprint import digest
 from model.compat import skip_steps_if
 from model.config import TrainConfig
@@ -35,12 +34,12 @@ from model.runtime.device import on_device
 from model.runtime.distributed import any_worker, barrier, gather, sum_gradients, world
 from model.runtime.system_metrics import SystemMetrics
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training.loss_accumulator import LossAccumulator, Step, Sums, means
+from model.training.loss_accumulator import LossAccumulator, Step, means
 from model.training.optimizer import make_optimizer, make_schedule
+from model.training.progress import LOWEST_LOSS, Metrics, Objective, Progress
 from model.training.random_state import get_random_state, set_random_state
 from model.training.run_folder import RunFolder
 
-Metrics = dict[str, float]
 Report = Callable[[int, Metrics], None]
 LOG_EVERY = 10  # optimizer steps between two points of the training loss; none of them waits for the device
 
@@ -67,6 +66,7 @@ def fit(
     folder: Path,
     report: Report,
     interrupted: Callable[[], bool] = never,
+    objective: Objective = LOWEST_LOSS,
 ) -> None:
     """Train a model to the end, from the checkpoint in `folder` on if there is one.
 
@@ -81,6 +81,7 @@ def fit(
             stop the trial.
         interrupted: returns whether the training must end. Every worker calls it after each step, and a single worker
             also between the batches of an evaluation, so it should only look at a flag.
+        objective: chooses the best epoch, with `train.keep: best`.
 
     Raises:
         TrialInterrupted: `interrupted` returned True; everything that was done is in the checkpoint.
@@ -90,7 +91,7 @@ def fit(
         StorageError: the folder cannot be written; the former checkpoint is unchanged.
         CheckpointError: the checkpoint in `folder` belongs to another model or batch plan.
     """
-    trainer = Trainer(model, data, config, tasks, seed, folder, interrupted)
+    trainer = Trainer(model, data, config, tasks, seed, folder, interrupted, objective)
     trainer.resume()
     for epoch, metrics in list(trainer.progress.history):
         report(epoch, metrics)
@@ -102,22 +103,6 @@ def fit(
     finally:
         data.close()  # stops reading ahead for an epoch that is not trained
     trainer.folder.finish()
-
-
-@dataclass
-class Progress:
-    """The state of the loop: everything of a training that is neither a tensor nor a random state."""
-
-    epoch: int = 0
-    step: int = 0  # optimizer steps made in this epoch; all of them where only the evaluation is missing
-    total_steps: int = 0
-    examples: int = 0
-    sums: Sums = field(default_factory=dict)  # of this epoch
-    seconds: float = 0.0  # of training and evaluation, of all attempts up to their checkpoints
-    data_wait: float = 0.0  # the part of them that was spent waiting for the next batch
-    history: list[tuple[int, Metrics]] = field(default_factory=list)  # what was reported, by epoch
-    ends: list[int] = field(default_factory=list)  # `examples` at the end of each epoch of the history
-    times: list[float] = field(default_factory=list)  # time of day at the end of each epoch of the history
 
 
 class Trainer:
@@ -132,12 +117,14 @@ class Trainer:
         seed: int,
         folder: Path,
         interrupted: Callable[[], bool] = never,
+        objective: Objective = LOWEST_LOSS,
     ) -> None:
         self.model, self.data, self.config = model, data, resolve_balanced(config, model.tasks)
-        self.seed, self.interrupted = seed, interrupted
+        self.seed, self.interrupted, self.objective = seed, interrupted, objective
         self.rank, self.workers = world()
         self.folder = RunFolder(folder)
         self.progress = Progress()
+        self.kept: KeptWeights | None = None  # of the best epoch; rank 0 has those of this attempt
         self.saved_steps = 0  # that the checkpoint contains
         self.token_budget = config.token_budget  # halved when memory runs out
         self.labels = {task: answers.labels for task, answers in model.tasks.items()}
@@ -192,7 +179,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         set_random_state(state["generators"][min(self.rank, len(state["generators"]) - 1)])
-        self.progress = Progress(**state["progress"])
+        self.progress, self.kept = Progress(**state["progress"]), state.get("kept")
         self.saved_steps = self.progress.total_steps
         logged = {line.epoch for line in self.folder.metrics.lines()} if self.rank == 0 else set()
         for index, (epoch, _) in enumerate(self.progress.history):
@@ -382,7 +369,9 @@ class Trainer:
         progress.ends.append(progress.examples)
         progress.times.append(time.time())
         # The order matters: a checkpoint never lacks its predictions, and `resume` logs an epoch whose line is missing.
-        self.folder.write_predictions(records, self.labels)
+        if self.config.keep == "last" or self.objective.best_epoch(progress.history) == progress.epoch:
+            self.folder.write_predictions(records, self.labels)
+            self._keep_weights()
         self.save()
         self._log_epoch(-1)
         self._log_system_metrics(at_least_once=True)
@@ -431,6 +420,12 @@ class Trainer:
 
     # Write the checkpoint
 
+    def _keep_weights(self) -> None:
+        """Copy the weights of the epoch that has just ended, which is the best one so far."""
+        if self.config.keep == "best" and self.rank == 0:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in trained_tensors(self.model).items()}
+            self.kept = KeptWeights(epoch=self.progress.epoch, tensors=tensors, digest=digest(tensors))
+
     def save(self) -> None:
         """Write the checkpoint, after all losses and gradients up to it proved finite.
 
@@ -457,6 +452,7 @@ class Trainer:
                 "bases": {setting: base.model_dump() for setting, base in self.model.bases.items()},
                 "meaning": self.model.meaning(),
                 "attempt": self.folder.lock.number,
+                "kept": self.kept,
             }
             self.folder.save(state)
         self.saved_steps = self.progress.total_steps

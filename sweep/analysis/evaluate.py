@@ -83,7 +83,7 @@ class TrainedModel:
     model: SpeechLLM
     data: TrialData
     fingerprint: str  # of the corpus
-    epoch: int  # the last one that it was evaluated after; 0: none
+    epoch: int  # of its weights; 0: the first one is not complete
     metrics: Mapping[str, object]  # of that evaluation, on the validation split
     bases: Bases  # the models that it was trained on, by setting
     bases_are_recorded: bool  # by its training; otherwise `bases` are those that are there now
@@ -155,7 +155,7 @@ def load_trained(
         UserError: the checkpoint cannot be used, belongs to another configuration, or the corpus or a base model has
             changed.
     """
-    state = checkpoint.load(path)
+    state = checkpoint.load_result(path)
     if not allow_other_base:  # before weights are loaded
         refuse_other_bases(str(path), checkpoint.bases_of(state), identify_bases(config.model))
     model, data = build(config, "local", splits, available_device(), allow_other_base=allow_other_base)
@@ -165,8 +165,8 @@ def load_trained(
             f"{data.shards.fingerprint}, so their splits may differ; restore the former shards"
         )
     checkpoint.restore(model, state, str(path))
-    history = state["progress"]["history"]
-    epoch, metrics = history[-1] if history else (0, {})
+    epoch = checkpoint.result_epoch(state)
+    metrics = dict(state["progress"]["history"]).get(epoch, {})
     bases = checkpoint.bases_of(state)
     return TrainedModel(model, data, state["fingerprint"], epoch, metrics, bases or model.bases, bool(bases))
 

@@ -15,7 +15,7 @@ from sweep.config.schema import Config
 from sweep.search import pruning_audit
 from sweep.search.corpus_notes import read_corpus_notes
 from sweep.search.cost import format_device_hours
-from sweep.search.study import TrialRecord, best_first
+from sweep.search.study import TrialRecord, best_first, keeps_best
 
 METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
 GENERATION = ("eos_rate", "run_on", "empty")  # how generated texts end
@@ -62,6 +62,9 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     columns += [Column(name, group="details") for name in ("epochs", "steps", "time", "cost")]
     columns += [Column(name, group="parameters") for name in axes.values()]
     columns += [Column("why", is_text=True, group="reason")]
+    kept = {"best" if keeps_best(config, trial.params) else "last" for trial in trials}
+    if "best" in kept:
+        columns.insert(3, Column("epoch", group="metrics"))
     rows = []
     for trial in ranked(config, trials):
         seconds = float(trial.metrics.get("seconds", 0.0))
@@ -71,6 +74,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
                 str(trial.number),
                 format_state(config, trial),
                 _with_interval(folder, trial, objective, trial.value, 3),
+                *([str(trial.epoch)] if "best" in kept else []),
                 *(format_number(trial.metrics.get(name)) for name in metrics),
                 *(_with_interval(folder, trial, name, trial.metrics.get(name), 2) for name in subsets),
                 *cost,
@@ -79,7 +83,8 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
             ]
         )
     has_intervals = any("[" in cell for row in rows for cell in row[:-1])
-    note = "validation split, after the last epoch" + ("; in brackets 95 % by session" if has_intervals else "")
+    epochs = " or ".join(sorted(kept, reverse=True)) or "last"
+    note = f"validation split, after the {epochs} epoch" + ("; in brackets 95 % by session" if has_intervals else "")
     return Leaderboard(
         doubts=find_doubts(config, folder, trials),
         table=TableView(

@@ -25,7 +25,8 @@ class TrialJson(TypedDict):
     value: float | None
     metrics: Mapping[str, object]
     steps: int
-    epochs: int
+    epochs: int  # that it has trained for
+    epoch: int  # whose value, metrics and weights are its result
     audited: bool
     spared: int | None
     attempts: int | None
@@ -118,6 +119,7 @@ def trial_json(trial: TrialRecord, run_id: str | None, attempts: int | None = No
         },
         "steps": trial.steps,
         "epochs": len(trial.curve),
+        "epoch": trial.epoch,
         "audited": trial.audited,
         "spared": trial.exempted_at,
         "attempts": attempts,

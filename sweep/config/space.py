@@ -233,7 +233,8 @@ class SearchConfig(Section):
     trials: Count = Field(12, description="Total number of trials, failed ones included; raise it to extend a sweep.")
     metric: str = Field(
         "macro_f1",
-        description="Objective on the validation split after the last epoch: of the first task, or <task>/<metric>.",
+        description="Objective on the validation split after the epoch that train.keep names: of the first task, or "
+        "<task>/<metric>.",
     )
     pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
     startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")

@@ -16,6 +16,7 @@ from model.checkpoints.fingerprint import Bases, OtherBaseError, other_bases, re
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
+from model.training.progress import Objective
 from model.training.random_state import seed_everything
 from model.training.trainer import Report, TrialInterrupted, fit, never
 from sweep.config.resolve import ResolvedConfig
@@ -128,7 +129,8 @@ def run_trial(
         TrialInterrupted: `interrupted` returned True; the checkpoint is written.
     """
     model, data = build(config, reader, ("train", "val"), device, cached, expected, allow_other_base)
-    fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted)
+    objective = Objective(config.search.metric, maximize=config.search.direction == "maximize")
+    fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted, objective)
 
 
 def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> bool:

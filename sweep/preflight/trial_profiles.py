@@ -33,6 +33,7 @@ IRRELEVANT = (
     "train.losses.temperature",
     "train.max_grad_norm",
     "train.patience",
+    "train.keep",
     "train.sampling",
     "train.schedule",
     "train.warmup",

@@ -16,11 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 from data.errors import UserError
 from data.formats import format_rank
 from model.checkpoints.fingerprint import ALLOW, BaseIdentity
+from model.training.progress import Metrics, Objective
 from sweep.compat import writable_trial
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import EPOCHS, Value, whole
+from sweep.config.space import EPOCHS, SearchConfig, Value, whole
 from sweep.search import retries, sampler
 from sweep.search.candidates import untrained
 from sweep.search.pruning import better, is_audited, prune
@@ -28,7 +29,7 @@ from sweep.search.study_storage import open_study, read_study
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
-Metrics = dict[str, float]  # of one epoch, by name
+COSTS = ("epoch", "steps", "seconds", "data_wait")  # metrics that count what was spent up to an epoch
 # What identifies the models that trials start from, by setting and by its value in the configuration.
 StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 MOST_COUNTED = 10_000  # trials of a finite space that are counted
@@ -44,8 +45,8 @@ class TrialRecord:
     number: int
     state: State
     params: dict[str, Value]
-    value: float | None  # objective at the last reported epoch
-    metrics: Metrics  # of the last reported epoch
+    value: float | None  # objective at the last or the best reported epoch, see train.keep
+    metrics: Metrics  # of that epoch; `COSTS` are those of the last one
     steps: int  # optimizer steps done
     curve: dict[int, float]  # objective by epoch
     why: str  # how the trial ended, for people
@@ -54,6 +55,7 @@ class TrialRecord:
     audited: bool = False  # exempt from pruning
     exempted_at: int | None = None  # epoch at which an audited trial would have been pruned
     bases: Mapping[str, BaseIdentity] = field(default_factory=dict)  # its base models; none in earlier versions
+    epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
 
 
 class NextTrial(NamedTuple):
@@ -185,6 +187,9 @@ class StudyStore:
         if epoch in reported:
             value = reported[epoch]
         else:
+            keeps = keeps_best(self.config, self._params(frozen))
+            if keeps and epoch == best_epoch(reported | {epoch: value}, search):
+                trial.set_user_attr("kept", {"epoch": epoch, "metrics": metrics})  # before the value that refers to it
             if epoch > max(reported, default=0):  # a repeated report that was lost before is not the latest one
                 trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
@@ -307,13 +312,15 @@ class StudyStore:
         return list(self.study.user_attrs.get("codes", []))
 
     def complete(self, number: int) -> None:
-        """Store that a trial has trained to its end; its value is that of its last epoch."""
+        """Store that a trial has trained to its end; its value is that of the epoch that it keeps."""
         frozen = self._frozen(number)
-        value = frozen.intermediate_values[max(frozen.intermediate_values)]
+        is_best, reported = keeps_best(self.config, self._params(frozen)), frozen.intermediate_values
+        value = reported[best_epoch(reported, self.config.search) if is_best else max(reported)]
         if math.isfinite(value):
             self.study.tell(frozen.number, value)
         else:
-            self.fail(number, f"the {self.config.search.metric} of the last epoch is not finite", reason="non-finite")
+            epochs = "every epoch" if is_best else "the last epoch"
+            self.fail(number, f"the {self.config.search.metric} of {epochs} is not finite", reason="non-finite")
 
     def fail(self, number: int, why: str, reason: Reason = "error", outside: bool | None = None) -> None:
         """Store that a trial cannot be finished; a trial that has ended stays as it is.
@@ -361,9 +368,12 @@ class StudyStore:
 
     def _record(self, number: int, trial: FrozenTrial, common_faults: Sequence[int]) -> TrialRecord:
         """Return a trial as a record; its user attributes are the format on disk."""
-        metrics = trial.user_attrs.get("metrics", {})
-        curve = dict(sorted(trial.intermediate_values.items()))
-        value = trial.value if trial.state == TrialState.COMPLETE else (curve[max(curve)] if curve else None)
+        metrics: Metrics = trial.user_attrs.get("metrics", {})
+        curve, kept = dict(sorted(trial.intermediate_values.items())), trial.user_attrs.get("kept", {})
+        if kept:
+            metrics = metrics | {name: value for name, value in kept["metrics"].items() if name not in COSTS}
+        epoch = kept.get("epoch", max(curve, default=0))
+        value = trial.value if trial.state == TrialState.COMPLETE else curve.get(epoch)
         exempted_at, rule = trial.user_attrs.get("spared"), self.config.search.pruning
         exempt = f" (exempt from pruning; would have been pruned at epoch {exempted_at})" if exempted_at else ""
         default = {"COMPLETE": f"trained to the end{exempt}", "RUNNING": "running"}.get(trial.state.name, "")
@@ -373,6 +383,7 @@ class StudyStore:
             params=self._params(trial),
             value=value,
             metrics=metrics,
+            epoch=epoch,
             steps=int(metrics.get("steps", 0)),
             curve=curve,
             why=trial.user_attrs.get("why", default),
@@ -413,6 +424,17 @@ def total_trials(config: Config, trials: Sequence[TrialRecord]) -> int:
 def horizon(config: Config, params: Mapping[str, Value]) -> int:
     """Return the epochs that a trial with these values trains for, unless something ends it."""
     return whole(params.get(EPOCHS)) or config.train.epochs
+
+
+def keeps_best(config: Config, params: Mapping[str, Value]) -> bool:
+    """Return whether a trial with these values keeps its best epoch, not its last one."""
+    return params.get("train.keep", config.train.keep) == "best"
+
+
+def best_epoch(curve: Mapping[int, float], search: SearchConfig) -> int:
+    """Return the epoch that a trial keeps, as its training chooses it; see `Objective.best_epoch`."""
+    history = [(epoch, {search.metric: value}) for epoch, value in sorted(curve.items())]
+    return Objective(search.metric, search.direction == "maximize").best_epoch(history)
 
 
 def common_fault(trials: Sequence[TrialRecord]) -> str | None:

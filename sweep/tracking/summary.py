@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 BEST, OBJECTIVE = "best_", "objective"
 LOWER, UPPER = f"{OBJECTIVE}_lower", f"{OBJECTIVE}_upper"  # 95 % limits of the objective
-ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "attempts"))  # tags of `end_tags`
+# Tags of `end_tags`.
+ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "epoch", "attempts"))
 # Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
 LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")
@@ -62,12 +63,13 @@ def start_tags(config: Config, trial: TrialRecord, codes: Sequence[str]) -> dict
 
 
 def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
-    """Return the tags of a trial that has ended; `sweep.rung` is the last epoch, where the rule judged a pruned one."""
+    """Return the tags of a trial that has ended; `sweep.rung` is its last epoch, `sweep.epoch` that of its result."""
     tags = {
         "state": trial.state,
         "why": trial.why,
         "reason": trial.reason,
         "rung": max(trial.curve, default=0),
+        "epoch": trial.epoch or None,
         "attempts": attempts,
     }
     return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None} | base_tags(trial)

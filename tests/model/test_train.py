@@ -22,7 +22,8 @@ from model.evaluation.evaluator import evaluate
 from model.parts import part_of
 from model.training.loss_accumulator import NonFiniteError
 from model.training.optimizer import make_schedule
-from model.training.trainer import Progress, Trainer, fit
+from model.training.progress import Progress
+from model.training.trainer import Trainer, fit
 from tests.model.common import as_two_workers, close
 from tests.model.trials import CONFIG, NEW, ONE, TWO, KilledError, Trial, history, kill_after
 

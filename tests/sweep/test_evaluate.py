@@ -257,7 +257,7 @@ def test_status_and_best_json(study: StudyStore) -> None:
     status = strict(sweep("status", "s", "--json").out)
     assert status.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
-    keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "mlflow_run_id"}
+    keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "epoch", "mlflow_run_id"}
     keys |= {"attempts", "reason", "why", "audited", "spared"}
     assert all(trial.keys() == keys for trial in status["trials"])
     assert status["trials"][2]["value"] is None

@@ -71,7 +71,7 @@ def test_trial_runs_completes_and_is_read_again(tmp_path: Path) -> None:
     assert (trial.state, trial.value, trial.curve, trial.steps) == ("RUNNING", 0.5, {1: 0.25, 2: 0.5}, 20)
     study.complete(0)
     metrics, curve = {"macro_f1": 0.5, "steps": 20}, {1: 0.25, 2: 0.5}
-    done = TrialRecord(0, "COMPLETE", params, 0.5, metrics, 20, curve, "trained to the end")
+    done = TrialRecord(0, "COMPLETE", params, 0.5, metrics, 20, curve, "trained to the end", epoch=2)
     assert (study.trials(), study.best()) == ([done], done)
     assert StudyStore.open(tmp_path, config).trials() == [done]
 
@@ -265,6 +265,24 @@ def test_trial_without_finite_objective_fails(value: float, tmp_path: Path) -> N
     assert (failed.state, failed.reason) == ("FAIL", "non-finite")
     assert failed.why == "the macro_f1 of the last epoch is not finite"
     assert best(study).number == 1
+
+
+@every_storage
+@pytest.mark.parametrize("searched", [False, True])
+def test_trial_that_keeps_its_best_epoch_has_its_value(searched: bool, tmp_path: Path) -> None:
+    """Its metrics are those of that epoch, and its costs those of all epochs, also while it runs or if it is pruned."""
+    point = {"train.keep": "best"}
+    config = settings(space={"train.keep": ["last", "best"]}, points=[point]) if searched else settings()
+    study = StudyStore.open(tmp_path, config if searched else config.with_values(point))
+    ask(study, 2)
+    for epoch, (value, steps) in enumerate(((0.2, 10), (0.7, 20), (nan, 30), (0.7, 40)), start=1):
+        study.report(0, epoch, {"macro_f1": value, "loss": 1.0 / epoch, "steps": steps})
+        study.report(0, epoch, {"macro_f1": 0.9, "loss": 0.0, "steps": 0})  # a resumed trial repeats its reports
+    running = study.trials()[0]
+    study.complete(0)
+    for trial in (running, StudyStore.read(tmp_path, study.config).trials()[0]):
+        assert (trial.epoch, trial.value, trial.metrics["loss"], trial.steps) == (2, 0.7, 0.5, 40)
+    assert len(trial.curve) == 4
 
 
 def test_nan_ranks_last_and_is_stored(tmp_path: Path) -> None:
