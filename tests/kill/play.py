@@ -86,7 +86,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
             "llm": {"path": str(stuff.models / "llm")},
             "lora": {"dropout": 0.1 if variant.workers == 1 else 0.0},
         },
-        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS},
+        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS, "keep": "best"},
         "resources": {"workers": variant.workers, "slots": variant.processes // variant.workers},
         "storage": {"keep": None, "ledger": variant.study},
         "search": {

@@ -130,6 +130,8 @@ def bits_row(trials: Mapping[int, TrialRecord], folder: Path, alone: Path) -> Ro
             faults.append(f"trial {number}: the checkpoint has epochs {list(history)}, the study others")
         elif any(trials[number].curve[n] != history[n]["macro_f1"] for n in history):
             faults.append(f"trial {number}: the study's curve is not that of the checkpoint")
+        if ours["kept"]["epoch"] != trials[number].epoch:
+            faults.append(f"trial {number}: the study keeps epoch {trials[number].epoch}, the checkpoint another one")
     return Row("results bit for bit those of the trial alone", faults, f"{len(trials)} trials", "lost")
 
 
@@ -139,7 +141,7 @@ def _state(folder: Path) -> dict[str, Any]:
     history = [
         (epoch, {k: v for k, v in known.items() if k not in CLOCK}) for epoch, known in state["progress"]["history"]
     ]
-    own = {name: state[name] for name in ("tensors", "digest", "optimizer", "schedule")}
+    own = {name: state[name] for name in ("tensors", "digest", "optimizer", "schedule", "kept")}
     return own | {"history": history, "steps": state["progress"]["total_steps"]}
 
 

@@ -92,6 +92,7 @@ def test_tags_say_how_a_trial_ended() -> None:
         "sweep.rung": "2",
         "sweep.attempts": "3",
     }
+    assert end_tags(trial(0, 0.2, 0.1, epoch=1), 1)["sweep.epoch"] == "1"
     assert end_tags(trial(state="FAIL", reason="out of memory"), None) == {
         "sweep.state": "FAIL",
         "sweep.why": "so",
