@@ -22,7 +22,9 @@ from data.importers.tables.annomi import is_annomi, read_annomi
 from data.importers.tables.daic import is_daic, read_daic
 from data.importers.tables.mi_tags import is_mi_tags, read_mi_tags
 from data.importers.tables.table import is_table, read_table
-from data.importers.transcripts.whisperx import is_whisperx, read_whisperx
+from data.importers.transcripts.dialogue import is_dialogue, read_dialogue
+from data.importers.transcripts.recognisers import is_recogniser, is_whisperx, read_recogniser, read_whisperx
+from data.importers.transcripts.subtitles import is_subtitles, read_subtitles
 
 Importer = Callable[[Path, Path | None, CorpusConfig], Corpus]  # source, folder of recordings or None, settings
 
@@ -50,6 +52,25 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
             is_whisperx,
             "WhisperX output with speakers: one JSON file per session.",
             "transcripts --audio recordings --set roles.SPEAKER_00=therapist --set roles.SPEAKER_01=client",
+        ),
+        "recogniser": Format(
+            read_recogniser,
+            is_recogniser,
+            "JSON of a recogniser with speakers, one file per session: OpenAI, whisper.cpp, AWS Transcribe, Deepgram, "
+            "AssemblyAI, Azure, Google or NeMo.",
+            "transcripts --audio recordings --set roles.A=therapist --set roles.B=client",
+        ),
+        "subtitles": Format(
+            read_subtitles,
+            is_subtitles,
+            "WebVTT or SRT with speakers, as Zoom and Teams export them: one file per session.",
+            "transcripts --audio recordings --set 'roles={Dr Lee: therapist, Sam: client}'",
+        ),
+        "dialogue": Format(
+            read_dialogue,
+            is_dialogue,
+            "Plain text or Word with the speaker before each turn (T: …, C: …): one file per session.",
+            "transcripts --set roles.Interviewer=therapist",
         ),
         "daic": Format(
             read_daic,

@@ -76,6 +76,69 @@ def whisperx(dialogues: Dialogues) -> Files:
     return files
 
 
+def assemblyai(dialogues: Dialogues) -> Files:
+    return {
+        f"{name}.json": json.dumps(
+            {
+                "utterances": [
+                    {"speaker": turn.speaker, "text": turn.text, "start": turn.start * 1000, "end": turn.end * 1000}
+                    for turn in said
+                ]
+            },
+            ensure_ascii=False,
+        )
+        for name, said in dialogues.items()
+    }
+
+
+def azure(dialogues: Dialogues) -> Files:
+    return {
+        f"{name}.json": json.dumps(
+            {
+                "recognizedPhrases": [
+                    {"channel": turn.speaker, "offset": f"PT{turn.start // 60}M{turn.start % 60}S"}
+                    | {"duration": f"PT{turn.end - turn.start}S", "nBest": [{"display": turn.text}]}
+                    for turn in said
+                ]
+            },
+            ensure_ascii=False,
+        )
+        for name, said in dialogues.items()
+    }
+
+
+def web_vtt(dialogues: Dialogues) -> Files:
+    """Teams names the speaker by markup, here with an identifier and a setting in every cue."""
+    files = {}
+    for name, said in dialogues.items():
+        cues = [
+            f"{name}-{number}\n{clock(turn.start)}.000 --> {clock(turn.end)}.000 align:start\n"
+            f"<v {turn.speaker}>{turn.text}</v>"
+            for number, turn in enumerate(said)
+        ]
+        files[f"{name}.vtt"] = "\n\n".join(["WEBVTT", "NOTE 1 --> 2", *cues]) + "\n"
+    return files
+
+
+def sub_rip(dialogues: Dialogues) -> Files:
+    """Zoom writes the speaker before the text."""
+    files = {}
+    for name, said in dialogues.items():
+        cues = [
+            f"{number}\n{clock(turn.start)},000 --> {clock(turn.end)},000\n{turn.speaker}: {turn.text}\n"
+            for number, turn in enumerate(said, start=1)
+        ]
+        files[f"{name}.srt"] = "\n".join(cues)
+    return files
+
+
+def typed(dialogues: Dialogues) -> Files:
+    return {
+        f"{name}.txt": "".join(f"[{clock(turn.start)}] {turn.speaker}: {turn.text}\n" for turn in said)
+        for name, said in dialogues.items()
+    }
+
+
 def daic(dialogues: Dialogues) -> Files:
     speakers = {"therapist": "Ellie", "client": "Participant"}
     files = {}
@@ -148,6 +211,11 @@ MAKERS = {
     "annomi": Maker("annomi", annomi, "utterance_text", ends=False),
     "annomi-full": Maker("annomi", annomi_full, "client_talk_type", ends=False),
     "whisperx": Maker("whisperx", whisperx, config=WHISPERX, folder=True, labels=False),
+    "assemblyai": Maker("recogniser", assemblyai, folder=True, labels=False),
+    "azure": Maker("recogniser", azure, folder=True, labels=False),
+    "web-vtt": Maker("subtitles", web_vtt, folder=True, labels=False),
+    "subrip": Maker("subtitles", sub_rip, folder=True, labels=False),
+    "dialogue": Maker("dialogue", typed, folder=True, labels=False, ends=False),
     "daic": Maker("daic", daic, "stop_time", folder=True, labels=False, audio="{}_AUDIO.wav"),
     "mi-tags": Maker("mi-tags", mi_tags, "speaker", folder=True, times=False),
     "table": Maker("table", table, "conversation", AS_TABLE),

@@ -9,7 +9,7 @@ from data.corpus.config import CorpusConfig
 from data.errors import DataError
 from data.importers.tables.daic import read_daic
 from data.importers.tables.mi_tags import read_mi_tags
-from data.importers.transcripts.whisperx import read_whisperx
+from data.importers.transcripts.recognisers import read_whisperx
 
 ROLES = CorpusConfig(roles={"SPEAKER_00": "therapist", "SPEAKER_01": "client", "b/SPEAKER_00": "client"})
 DAIC = "start_time\tstop_time\tspeaker\tvalue\n1.5\t2.25\tEllie\thi, there\n2.5\t3\tParticipant\t<laughter> hello\n"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data.corpus.issues import Finding
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError, listed
 from data.importers.base.annotations import silence_annotations, spoken_text
@@ -18,9 +19,13 @@ class Segment(NamedTuple):
     where: str  # "file:line", or another place in the file
     speaker: str
     text: str
-    start: str = ""  # as written, in `CorpusConfig.time_unit` or [HH:]MM:SS[.fff]; "": unknown
-    end: str = ""
+    start: str | float = ""  # as written, in `CorpusConfig.time_unit` or [HH:]MM:SS[.fff]; a number: s; "": unknown
+    end: str | float = ""
     code: str = ""  # cell of the label; "": none
+
+
+class OtherFormatError(DataError):
+    """A file of a folder is not of the format, such as settings beside transcripts."""
 
 
 Parser = Callable[[Path, TurnBuilder], list[Segment]]  # raises DataError for a file that cannot be read
@@ -42,8 +47,16 @@ def read_sessions(
         DataError: a file cannot be read, no file has a segment, two files define the same session, or there are no
             recordings.
     """
-    paths = files_of(source, suffixes)
-    files = {path: parse(path, builder) for path in paths}
+    files, others = dict[Path, list[Segment]](), dict[Path, OtherFormatError]()
+    for path in files_of(source, suffixes):
+        try:
+            files[path] = parse(path, builder)
+        except OtherFormatError as error:
+            others[path] = error
+    if not files:
+        raise next(iter(others.values()))
+    for path, other in others.items():
+        builder.findings.append(Finding("W_FILE_OTHER", path.name, path.stem, str(other).partition("; ")[0]))
     builder.codes.learn(segment.code for segments in files.values() for segment in segments)
     conversations: dict[str, Conversation] = {}
     for path, segments in files.items():
@@ -57,7 +70,8 @@ def read_sessions(
                 f"{path.name}: session {path.stem!r} is already at {first}; rename or remove one of the files"
             )
         else:
-            conversations[path.stem] = conversation(path.stem, segments, builder)
+            has_times = any(segment.start != "" for segment in segments)
+            conversations[path.stem] = conversation(path.stem, segments, builder, timed=has_times or audio is not None)
     refuse_no_turns(list(conversations.values()), source)
     set_recordings(list(conversations.values()), audio)
     return builder.corpus(conversations.values())
@@ -66,12 +80,14 @@ def read_sessions(
 def files_of(source: Path, suffixes: Sequence[str]) -> list[Path]:
     """Return the source, or the files of a folder with one of the suffixes, in the order of their names.
 
+    Files in the folder itself come first; only without any, those of its folders are taken.
+
     Raises:
         DataError: there is no such file.
     """
     if not source.is_dir():
         return [source]
-    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
+    paths = _files_in(source, suffixes)
     if not paths:
         names = listed(path.name for path in source.iterdir())
         raise DataError(
@@ -82,16 +98,37 @@ def files_of(source: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def first_file(source: Path, suffixes: Sequence[str]) -> Path | None:
     """Return the first file that `files_of` returns; None if there is none with such a suffix."""
-    paths = source.iterdir() if source.is_dir() else (source,)
-    return min((path for path in paths if path.suffix.lower() in suffixes), default=None)
+    paths = _files_in(source, suffixes) if source.is_dir() else [source]
+    return next((path for path in paths if path.suffix.lower() in suffixes), None)
 
 
-def conversation(name: str, segments: Sequence[Segment], builder: TurnBuilder) -> Conversation:
-    """Return a session whose turns are the segments in the order of their starts; its recording is not set."""
-    order = start_order([segment.start for segment in segments], builder.config.time_unit)
+def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    for paths in (folder.iterdir(), folder.rglob("*")):
+        found = sorted(
+            path
+            for path in paths
+            if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith((".", "~$"))
+        )
+        if found:
+            return found
+    return []
+
+
+def conversation(name: str, segments: Sequence[Segment], builder: TurnBuilder, timed: bool = True) -> Conversation:
+    """Return a session whose turns are the segments in the order of their starts; its recording is not set.
+
+    Args:
+        name: id of the session.
+        segments: what is said in it.
+        builder: of the corpus.
+        timed: whether turns without times are worth a finding.
+    """
+    unit = "s" if any(isinstance(segment.start, float) for segment in segments) else builder.config.time_unit
+    order = start_order([str(segment.start) for segment in segments], unit)
     note_order(order, name, [segment.where for segment in segments], builder.findings)
     turns = [_turn(name, index, segments[number], builder) for index, number in enumerate(order)]
-    set_ends(turns, builder.findings)
+    if timed:
+        set_ends(turns, builder.findings)
     silence_annotations(turns, builder.findings)
     return Conversation(name, name, turns)
 
@@ -100,6 +137,10 @@ def _turn(name: str, index: int, segment: Segment, builder: TurnBuilder) -> Turn
     text = spoken_text(segment.text, builder.config)
     turn = builder.turn(name, str(index), segment.speaker, text, [segment.code], segment.where)
     turn.index = index
-    times = (segment.start, segment.end)
-    turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
+    turn.start, turn.end = (_time(time, turn, builder) for time in (segment.start, segment.end))
     return turn
+
+
+def _time(stamp: str | float, turn: Turn, builder: TurnBuilder) -> float | None:
+    unit = "s" if isinstance(stamp, float) else builder.config.time_unit
+    return read_time(str(stamp), turn, builder.findings, unit)
