@@ -60,6 +60,11 @@ class DataConfig(Section):
     fold: Annotated[int, Field(ge=0)] = Field(
         0, description="Test fold of a corpus that was prepared with split.folds; the next fold is for validation."
     )
+    codes: str | None = Field(
+        None,
+        description="Level of the corpus's codebook whose classes are predicted, e.g. annomi; names: each code under "
+        "its name; null: the codes as the corpus stores them. Another level needs no other preparation.",
+    )
     history: Annotated[int, Field(ge=0)] = Field(
         10, description="Maximum number of turns before the last one; more if the audio turn is further back."
     )

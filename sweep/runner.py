@@ -312,7 +312,8 @@ class SweepRunner:
         self.bases = study_bases(self.config)
         if note := self.study.bind(shards.fingerprint, code_version(), self.bases, self.allow_other_base):
             say(note)
-        save_corpus_notes(self.folder, answer_problems(shards, list(self.config.tasks.active())))
+        problems = answer_problems(shards, list(self.config.tasks.active()))
+        save_corpus_notes(self.folder, problems, shards.merge.describe() if shards.merge else "")
         for trial in self.study.failed_outside():
             say(f"trial {trial.number} failed for a cause outside its configuration ({trial.why}); it runs again")
         tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)

@@ -23,6 +23,9 @@ SOURCES = "".join(
 GIVEN = {
     "sweep predict": "tests/sweep/test_predict.py",
     "sweep prepare": "tests/sweep/test_prepare.py",
+    "sweep codebooks": "tests/sweep/test_codebook.py",
+    "sweep train trial.yaml": "tests/sweep/test_codebook.py",
+    "sweep evaluate seven": "tests/sweep/test_codebook.py",
     "make install": "Makefile",
     "optuna-dashboard": "tests/sweep/test_optuna_dashboard.py",
     "infra/mlflow/": "tests/infra/test_mlflow_server.py",

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import Section
+from data.corpus.codebook import Codebook
 
 Criterion = Literal["video", "conversation", "speaker"]
 
@@ -99,6 +100,14 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     labels: dict[str, tuple[str, ...]] = Field(
         {}, description="Role → labels it may have, in order; empty: those of the format, or all that occur."
     )
+    codebook: Codebook | None = Field(
+        None,
+        description="Name of a shipped codebook (`sweep codebooks` lists them), a YAML file or its content: names, "
+        "spellings and merges of the codes, in place of `labels`.",
+    )
+    license: str | None = Field(
+        None, description="Licence of the corpus for its card, an identifier of Hugging Face such as cc-by-4.0."
+    )
     qualities: tuple[str, ...] = Field((), description="Quality labels of sessions, in order; empty: all that occur.")
     coded: bool = Field(True, description="false: the columns with codes may be missing.")
     label_separator: str | None = Field(None, description="Separator of several labels of one turn, e.g. ';'.")
@@ -126,3 +135,13 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     sessions: Annotated[int, Field(ge=3)] = Field(48, description="Number of sessions of the synthetic corpus.")
     split: SplitConfig = SplitConfig()
     align: AlignConfig = AlignConfig()
+
+    @model_validator(mode="after")
+    def _check_codebook(self) -> "CorpusConfig":
+        if self.codebook is None:
+            return self
+        if self.labels:
+            raise ValueError("labels: the codebook declares them; remove labels, or codebook")
+        if problems := self.codebook.problems():
+            raise ValueError(f"codebook: {'; '.join(problems)}")
+        return self

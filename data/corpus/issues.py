@@ -66,6 +66,11 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
             "normalised (NFKC)",
         ),
         "W_LABEL_SEVERAL": ("the cell joins codes that also occur alone", "read as several codes"),
+        "W_LABEL_MODIFIER": (
+            "the code has a mark that is no part of it in the codebook",
+            "read as the code without the mark",
+        ),
+        "W_LABEL_ABSENT": ("the codebook has classes or codes that never occur", "kept; they count in the metrics"),
         "W_LABEL_NUMBER": ("the codes are numbers without names", KEPT),
         "W_TEXT_MISSING": ("the text is a word for a missing value", "read as a turn without text"),
         "W_TEXT_EMPTY": ("the turn has neither text nor audio", UNLABELLED),
@@ -142,10 +147,23 @@ class BuildError(DataError):
 
 
 def build_error(findings: Sequence[Finding], advice: str, code: str = "") -> BuildError:
-    """Return one error for all findings that fail the preparation; the message lists the first five."""
-    lines = "".join(f"\n  {format_finding(finding)}" for finding in findings[:5])
-    more = f"\n  and {len(findings) - 5} more" if len(findings) > 5 else ""
+    """Return one error for all findings that fail the preparation; the message lists the first five kinds."""
+    alike: dict[tuple[str, str], list[Finding]] = {}  # code and message → findings
+    for finding in findings:
+        alike.setdefault((finding.code, finding.message), []).append(finding)
+    groups = list(alike.values())
+    lines = "".join(f"\n  {format_finding(group[0])}{_others(group)}" for group in groups[:5])
+    left = sum(map(len, groups[5:]))
+    more = f"\n  and {left} more" if left else ""
     return BuildError(f"{code or findings[0].code}: {advice}{lines}{more}", list(findings))
+
+
+def _others(group: Sequence[Finding]) -> str:
+    """Return how often a finding occurs, and the next places."""
+    if len(group) == 1:
+        return ""
+    places = ", ".join(finding.where for finding in group[1:3])
+    return f" ({len(group)} x, also at {places}{' …' if len(group) > 3 else ''})"
 
 
 def format_finding(finding: Finding) -> str:

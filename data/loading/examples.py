@@ -119,7 +119,7 @@ def _shuffled_rows(shards: Shards) -> dict[int, int]:
     for row, samples in enumerate(columns["n_samples"]):
         if samples > 0:
             groups.setdefault((columns["split"][row], columns["speaker"][row]), []).append(row)
-    rng = np.random.default_rng(zlib.crc32(shards.fingerprint.encode()))
+    rng = np.random.default_rng(zlib.crc32(shards.stored_fingerprint.encode()))
     pairs: dict[int, int] = {}
     for _, rows in sorted(groups.items()):
         order = rng.permutation(rows).tolist()

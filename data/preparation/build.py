@@ -23,11 +23,14 @@ from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, SPLITS, Conversation
 from data.errors import DataError, UserError, listed
 from data.preparation.shard_jobs import ShardJob, conversation_key, serially, shard_jobs
 from data.preparation.split import Assignment, Pairs, Part, split_conversations
-from data.preparation.validate import TIMELESS, Aligner, check, check_channels, check_split_labels
+from data.preparation.validate import TIMELESS, Aligner, check, check_channels, check_codebook, check_split_labels
 from data.shards.dataset import AGAIN, FINDINGS, MANIFEST, Shards
 from data.shards.format import INDEX_SCHEMA, Manifest, ShardFile, ShardInfo, describe_shard, to_bytes
 from data.shards.store import Store
 
+# Settings that may change between calls. The codes that a codebook gives to the turns of a session are part of the
+# address of its shard, so a codebook that reads them as before writes nothing again.
+REPEATABLE = {"max_rejected", "license", "codebook"}
 Run = Callable[[Sequence[ShardJob]], Iterator[ShardFile]]
 
 
@@ -88,6 +91,7 @@ def _prepare(
     assigned = {} if earlier is None else _assigned(earlier)
     check_channels(corpus, config.channels)
     check(corpus, order=align is None)
+    check_codebook(corpus, config)
     _refuse_rejects(corpus, config)
     split(corpus.conversations, config.split, before=assigned)  # fail early if it cannot be split
     names_before = store.names()
@@ -132,7 +136,7 @@ def _earlier_corpus(store: Store, corpus: Corpus, config: CorpusConfig) -> Shard
         what = str(error).partition(f"; {AGAIN}")[0].removeprefix(f"{store.address}: ")
         raise DataError(f"{store.address}: cannot be extended ({what}); remove it, or choose another --out") from None
     before, after = (
-        json.loads(settings.model_dump_json(exclude={"max_rejected"})) for settings in (shards.manifest.config, config)
+        json.loads(settings.model_dump_json(exclude=REPEATABLE)) for settings in (shards.manifest.config, config)
     )
     if shards.manifest.corpus != corpus.name or before != after:
         changed = [f"{key}: {before[key]!r} → {after[key]!r}" for key in after if before[key] != after[key]]

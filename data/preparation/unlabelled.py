@@ -39,7 +39,9 @@ def read_sessions(
         DataError: the source cannot be used.
     """
     columns = config.columns.model_copy(update=dict.fromkeys(UNUSED))
-    corpus = IMPORTERS[kind].read(source, audio, config.model_copy(update={"coded": False, "columns": columns}))
+    corpus = IMPORTERS[kind].read(
+        source, audio, config.model_copy(update={"coded": False, "columns": columns, "codebook": None})
+    )
     corpus.roles = {role: tuple(labels) for role, labels in roles.items()}
     corpus.labels = tuple(dict.fromkeys(label for labels in roles.values() for label in labels))
     corpus.declared, corpus.qualities = True, tuple(qualities)
@@ -54,7 +56,7 @@ def read_sessions(
 
 def prepare_sessions(corpus: Corpus, out: Path, config: CorpusConfig, align: Aligner | None, run: Run) -> Shards:
     """Write the result of `read_sessions` as shards; any number of rows may be rejected. See `prepare`."""
-    settings = config.model_copy(update={"max_rejected": 1.0, "split": SplitConfig()})
+    settings = config.model_copy(update={"max_rejected": 1.0, "split": SplitConfig(), "codebook": None})
     return prepare(corpus, out, settings, align=align, run=run, split=_assign_all)
 
 

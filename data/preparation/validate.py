@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import audio
+from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.label_counts import label_problems
 from data.corpus.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
@@ -204,6 +205,36 @@ def _flag_rare_labels(corpus: Corpus) -> None:
             if near:
                 message = f"label {label!r} occurs {counts[label]} x and resembles {near[0]!r} ({counts[near[0]]} x)"
                 flag(turn, corpus.findings, "W_LABEL_RARE", message)
+
+
+def check_codebook(corpus: Corpus, config: CorpusConfig) -> None:
+    """Add findings about codes of the codebook, and classes of its levels, that never occur.
+
+    Raises:
+        ConfigError: the corpus has other labels than the codebook, because its format has labels that cannot change.
+    """
+    book = config.codebook
+    if book is None or not config.coded:
+        return
+    foreign = [role for role in corpus.roles if corpus.roles[role] and corpus.roles[role] != book.labels.get(role)]
+    if foreign:
+        labels = ", ".join(corpus.roles[foreign[0]])
+        raise ConfigError(f"codebook: {book.name} has other codes of the {foreign[0]} than the corpus ({labels})")
+    seen = Counter[tuple[str, str]]()
+    for conversation in corpus.conversations:
+        for turn in conversation.turns:
+            seen.update((turn.speaker, code) for code in (split_label(turn.label) if turn.label else ()))
+    if not seen:
+        return
+    codes = [(role, code) for role, labels in book.labels.items() for code in labels]
+    if absent := [code for role, code in codes if not seen[role, code]]:
+        message = f"{len(absent)} of {len(codes)} codes never occur: {', '.join(absent)}"
+        corpus.findings.append(Finding("W_LABEL_ABSENT", "codebook", book.name, message))
+    for level in book.levels:
+        for role, classes in book.merge(level).codes().items():
+            for name in (name for name, members in classes.items() if not any(seen[role, code] for code in members)):
+                message = f"the class {name!r} of the {role} never occurs; its codes are {', '.join(classes[name])}"
+                corpus.findings.append(Finding("W_LABEL_ABSENT", "codebook", f"{book.name}, level {level}", message))
 
 
 def check_split_labels(corpus: Corpus, parts: Mapping[str, int | str | None], folds: int | None) -> None:

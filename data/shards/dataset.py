@@ -22,7 +22,8 @@ from pyarrow import ipc
 from pydantic import ValidationError
 
 from data.corpus import audio
-from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION
+from data.corpus.codebook import Merge
+from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, split_label
 from data.errors import DataError, reason
 from data.shards.format import INDEX_SCHEMA, Manifest, fold_split, read_table
 from data.shards.store import Store
@@ -43,38 +44,77 @@ class Shards:
     Args:
         folder: folder or URL that `sweep prepare` wrote.
         fold: test fold of a corpus with folds, else 0.
+        codes: level of the codebook whose classes are the labels; None: the codes as they are stored.
 
     Raises:
-        DataError: there is no corpus, it is damaged or of another version, or it has no such fold.
+        DataError: there is no corpus, it is damaged or of another version, or it has no such fold or level.
     """
 
-    def __init__(self, folder: Path | str, fold: int = 0) -> None:
-        self.folder, self.fold = folder, fold
+    def __init__(self, folder: Path | str, fold: int = 0, codes: str | None = None) -> None:
+        self.folder, self.fold, self.codes = folder, fold, codes
         self.store = Store(folder)
         try:
-            self.manifest = Manifest.model_validate_json(self.store.read(MANIFEST))
+            self.stored = Manifest.model_validate_json(self.store.read(MANIFEST))
         except FileNotFoundError:
             raise DataError(f"{folder}: no manifest.json; make the shards with `sweep prepare`") from None
         except ValidationError as error:
             detail = error.errors()[0]
             field = ".".join(map(str, detail["loc"])) or "file"
             raise DataError(f"{self.store / MANIFEST}: {field}: {detail['msg']}; {AGAIN}") from None
-        version, expected = (self.manifest.schema_version, self.manifest.sample_rate), (SCHEMA_VERSION, SAMPLE_RATE)
+        version, expected = (self.stored.schema_version, self.stored.sample_rate), (SCHEMA_VERSION, SAMPLE_RATE)
         if version != expected:
             raise DataError(f"{folder}: its (version, Hz) is {version}, this program needs {expected}; {AGAIN}")
-        folds = self.manifest.config.split.folds
+        folds = self.stored.config.split.folds
         if fold >= (folds or 1):
             has = f"{folds} folds, counted from 0" if folds else "no folds; prepare it with --set split.folds=5"
             raise DataError(f"{folder}: data.fold is {fold}, but the corpus has {has}")
 
-    def __reduce__(self) -> tuple[type["Shards"], tuple[Path | str, int]]:
-        return Shards, (self.folder, self.fold)
+        self.merge = None if codes is None else self._merge(codes)
+
+    def _merge(self, level: str) -> Merge:
+        book = self.stored.config.codebook
+        if book is None:
+            raise DataError(
+                f"{self.folder}: data.codes is {level!r}, but the corpus has no codebook; set it to null, or rerun "
+                "`sweep prepare` with --set codebook=NAME"
+            )
+        return book.merge(level)
+
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Path | str, int, str | None]]:
+        return Shards, (self.folder, self.fold, self.codes)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Return the manifest with the classes of the level as labels; without a level, as it is stored."""
+        if self.merge is None:
+            return self.stored
+        counts = {part: dict.fromkeys(self.merge.labels, 0) for part in self.stored.sessions}
+        which = "split" if self.stored.config.split.folds is None else "fold"
+        for part, label in zip(self.index[which].to_pylist(), self.columns["label"], strict=True):
+            for name in split_label(label) if label is not None else ():
+                counts[str(part)][name] += 1
+        return self.stored.model_copy(
+            update={
+                "labels": self.merge.labels,
+                "roles": self.merge.roles,
+                "label_counts": counts,
+                # Another level is another corpus for sweeps and checkpoints, although the shards are the same.
+                "fingerprint": f"{self.stored.fingerprint}+{self.merge.digest}",
+            }
+        )
 
     @property
     def fingerprint(self) -> str:
-        """Return the hash of content and split."""
-        folds = self.manifest.config.split.folds
-        return f"{self.manifest.fingerprint}-{self.fold}" if folds else self.manifest.fingerprint
+        """Return the hash of content, split and classes."""
+        return self._with_fold(self.manifest.fingerprint)
+
+    @property
+    def stored_fingerprint(self) -> str:
+        """Return the hash of content and split, which is the same for all levels of a codebook."""
+        return self._with_fold(self.stored.fingerprint)
+
+    def _with_fold(self, fingerprint: str) -> str:
+        return f"{fingerprint}-{self.fold}" if self.stored.config.split.folds else fingerprint
 
     def verify(self) -> None:
         """Compare the checksums of all files with the manifest.
@@ -82,8 +122,8 @@ class Shards:
         Raises:
             DataError: a file is missing or differs; the message names the first one.
         """
-        expected = {shard.name: shard.sha256 for shard in self.manifest.shards}
-        for name, sha256 in {**expected, self.manifest.index: self.manifest.index_sha256}.items():
+        expected = {shard.name: shard.sha256 for shard in self.stored.shards}
+        for name, sha256 in {**expected, self.stored.index: self.stored.index_sha256}.items():
             with self._open(name) as file:
                 digest = hashlib.sha256()
                 while block := file.read_buffer(1 << 24):
@@ -94,18 +134,29 @@ class Shards:
     @cached_property
     def index(self) -> pa.Table:
         """Return all turns without audio; a `row` is a row number of this table in the whole project."""
-        with self._open(self.manifest.index) as file:
+        with self._open(self.stored.index) as file:
             try:
                 return read_table(ipc.open_file(file), INDEX_SCHEMA)
             except (pa.ArrowException, OSError, ValueError) as error:
-                name = self.store / self.manifest.index
+                name = self.store / self.stored.index
                 raise DataError(f"{name}: not a readable Arrow file ({reason(error)}); {AGAIN}") from None
+
+    @cached_property
+    def stored_codes(self) -> dict[str, str]:
+        """Return, by id, the codes of labelled turns as they are stored, before a level merges them."""
+        pairs = zip(self.columns["id"], self.index["label"].to_pylist(), strict=True)
+        return {name: code for name, code in pairs if code is not None}
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
         """Return the index as Python lists, which are fast to look up; a few MB for ten thousand turns."""
         columns = {name: self.index[name].to_pylist() for name in self.index.column_names}
-        if folds := self.manifest.config.split.folds:
+        if (merge := self.merge) is not None:
+            votes = [dict(row or ()) for row in columns["votes"]]
+            turns = list(zip(columns["speaker"], columns["label"], votes, strict=True))
+            columns["label"] = [merge.label(*turn) for turn in turns]
+            columns["votes"] = [list(merge.votes(role, given).items()) or None for role, _, given in turns]
+        if folds := self.stored.config.split.folds:
             columns["split"] = [fold_split(fold, self.fold, folds) for fold in columns["fold"]]
         return columns
 
@@ -124,7 +175,7 @@ class Shards:
         return functools.lru_cache(MAPPED if self.store.local else None)(self._open_shard)
 
     def _open_shard(self, shard: int) -> memoryview | pa.NativeFile:
-        file = self._open(self.manifest.shards[shard].name)
+        file = self._open(self.stored.shards[shard].name)
         return file if self.store.local is None else memoryview(file.read_buffer())
 
     @cached_property
@@ -144,9 +195,9 @@ class Shards:
         # Each clip is checked only once, because the checksum costs as much as all other reading.
         if self._checked[row] or audio.checksum(content) == columns["crc32"][row]:
             with contextlib.suppress(ValueError, RuntimeError):  # the bytes are not a clip
-                pcm = audio.decode(content, self.manifest.config.codec)
+                pcm = audio.decode(content, self.stored.config.codec)
         if pcm is None or pcm.shape != (columns["n_samples"][row],):
-            name = self.store / self.manifest.shards[columns["shard"][row]].name
+            name = self.store / self.stored.shards[columns["shard"][row]].name
             raise DataError(f"{name}: utterance {columns['id'][row]} is corrupt (checksum or length differs); {AGAIN}")
         self._checked[row] = True
         return pcm
@@ -155,8 +206,8 @@ class Shards:
         """Return the stored bytes of a row; fewer if the file is too short."""
         columns, offset = self.columns, self.columns["offset"][row]
         shard, end = columns["shard"][row], offset + columns["length"][row]
-        if not (0 <= shard < len(self.manifest.shards) and 0 <= offset <= end):
-            raise DataError(f"{self.store / self.manifest.index}: the location of row {row} is invalid; {AGAIN}")
+        if not (0 <= shard < len(self.stored.shards) and 0 <= offset <= end):
+            raise DataError(f"{self.store / self.stored.index}: the location of row {row} is invalid; {AGAIN}")
         file = self._file(shard)
         if isinstance(file, memoryview):
             return file[offset:end]

@@ -1,7 +1,7 @@
 """`sweep evaluate`: evaluate a checkpoint on a split, in this process, from the shards on disk."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.corpus.schema import SPLITS
@@ -29,6 +29,7 @@ class SplitPredictions:
     records: list[Record]
     labels: dict[str, tuple[str, ...]]  # by task
     roles: Mapping[str, Sequence[str]]  # the labels that each role may carry
+    codes: Mapping[str, str] = field(default_factory=dict)  # of a turn by id, if `data.codes` merges them into labels
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,36 @@ class Evaluation:
     metrics: dict[str, float]  # by name as in `summarise`
     per_label: dict[str, dict[str, dict[str, float]]]  # by task and label: precision, recall, f1, support
 
+    @property
+    def per_code(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return, by task and code of the codebook, how often each label was predicted; empty without a level."""
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for record in self.predictions.records:
+            if (code := self.predictions.codes.get(record.id)) and self.predictions.labels[record.task]:
+                row = counts.setdefault(record.task, {}).setdefault(code, {})
+                row[record.prediction] = row.get(record.prediction, 0) + 1
+        return {task: dict(sorted(rows.items())) for task, rows in counts.items()}
+
     def to_json(self) -> dict[str, object]:
-        """Return `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label."""
-        labels = self.predictions.labels
+        """Return `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label.
+
+        With `data.codes` also `per_code`, and the `code` of every prediction as the corpus stores it.
+        """
+        labels, codes = self.predictions.labels, self.predictions.codes
         predictions = [
             {
                 "id": record.id,
                 "task": record.task,
+                **({"code": codes[record.id]} if record.id in codes else {}),
                 "label": record.label,
                 "prediction": record.prediction,
                 "scores": dict(zip(labels[record.task], record.scores, strict=True)),
             }
             for record in self.predictions.records
         ]
-        return {"n": len(predictions), **self.metrics, "per_label": self.per_label, "predictions": predictions}
+        per_code = {"per_code": self.per_code} if codes else {}
+        tables = {"per_label": self.per_label, **per_code, "predictions": predictions}
+        return {"n": len(predictions), **self.metrics, **tables}
 
     def tables(self) -> list[TableView]:
         """Return the figures of each label, a table for every task that has labels."""
@@ -71,9 +88,36 @@ class Evaluation:
             for task, rows in self.per_label.items()
         ]
 
+    def code_tables(self) -> list[TableView]:
+        """Return, for every task, what was predicted for each code of the codebook; none without a level."""
+        right: dict[tuple[str, str], int] = {}
+        true: dict[tuple[str, str], str] = {}
+        for record in self.predictions.records:
+            key = record.task, self.predictions.codes.get(record.id, "")
+            true.setdefault(key, record.label)
+            right[key] = right.get(key, 0) + (record.label == record.prediction)
+        columns = [Column(name, is_text=True) for name in ("code", "label")]
+        return [
+            TableView(
+                [*columns, Column("turns"), Column("right"), Column("predicted", is_text=True)],
+                [
+                    [code, true[task, code], str(sum(row.values())), str(right[task, code]), _ranked(row)]
+                    for code, row in rows.items()
+                ],
+                title=f"{task}: codes of the {self.split} split",
+            )
+            for task, rows in self.per_code.items()
+        ]
+
     def line(self) -> str:
         """Return all metrics in a line."""
         return "  ".join(f"{name} {format_number(value)}" for name, value in self.metrics.items())
+
+
+def _ranked(counts: Mapping[str, int]) -> str:
+    """Return labels with their counts, the most frequent first."""
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{label} {count}" for label, count in ranked)
 
 
 @dataclass(frozen=True)
@@ -119,7 +163,9 @@ def predict(
     trained = load_trained(path, config, (split,), allow_other_base)
     records = evaluate(trained.model, trained.data, split, config.train.token_budget, batch_size)
     labels = {task: tuple(answers.labels) for task, answers in trained.model.tasks.items()}
-    return SplitPredictions(records, labels, trained.data.shards.manifest.roles)
+    shards = trained.data.shards
+    codes = {} if shards.merge is None else shards.stored_codes
+    return SplitPredictions(records, labels, shards.manifest.roles, codes)
 
 
 def evaluate_checkpoint(

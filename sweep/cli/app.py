@@ -12,7 +12,7 @@ from data.user_cache import use_writable_caches
 from sweep.cli import cache
 from sweep.cli.console import complain, quiet_libraries, replace_unprintable
 from sweep.cli.export import export, predict
-from sweep.cli.prepare import formats, prepare
+from sweep.cli.prepare import codebooks, formats, prepare
 from sweep.cli.results import best, confirm, evaluate, report, status
 from sweep.cli.run import run
 from sweep.cli.submit import submit
@@ -32,6 +32,7 @@ app = typer.Typer(
 for command in (
     prepare,
     formats,
+    codebooks,
     run,
     submit,
     status,

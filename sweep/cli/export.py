@@ -8,7 +8,7 @@ import typer
 from data.errors import UserError
 from sweep.cli.console import console, print_line
 from sweep.cli.options import OtherBaseOption
-from sweep.cli.prepare import make_aligner, make_shards
+from sweep.cli.prepare import load_corpus_settings, make_aligner, make_shards
 
 
 def export(
@@ -39,12 +39,10 @@ def predict(
     allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Code new sessions with an exported model; codes that they have already are ignored."""
-    from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
-    from sweep.config.loader import load_settings
     from sweep.export.predict import PAGE, TABLE, predict_sessions
 
-    settings = load_settings(CorpusConfig, config, set_)
+    settings = load_corpus_settings(config, set_)
     align = make_aligner(settings)
     try:
         with console.status("reading") as status:

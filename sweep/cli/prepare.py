@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from sweep.cli.console import console, print_line
 from sweep.execution.signals import ExitCode
 
 if TYPE_CHECKING:
+    from data.corpus.codebook import Codebook
     from data.corpus.config import CorpusConfig
     from data.corpus.schema import Corpus
     from data.preparation.shard_jobs import ShardJob
@@ -53,14 +55,12 @@ def prepare(
 
     Rerun the same command to resume it, or to add new sessions.
     """
-    from data.corpus.config import CorpusConfig
     from data.corpus.issues import BuildError
     from data.report.summary import finding_rows
-    from sweep.config.loader import load_settings
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     aligned = [f"align.model={json.dumps(align)}"] if align is not None else []
-    settings = load_settings(CorpusConfig, config, [*set_, *aligned])
+    settings = load_corpus_settings(config, [*set_, *aligned])
     faults = Path(f"{out.rstrip('/')}.findings.jsonl")
     try:
         shards = _write_shards(_read_corpus(kind, source, audio, settings), out, settings)
@@ -76,6 +76,74 @@ def prepare(
         sys.exit(ExitCode.UNFINISHED)
     faults.unlink(missing_ok=True)
     show_shards(shards)
+
+
+def load_corpus_settings(config: Path | None, overrides: Sequence[str]) -> "CorpusConfig":
+    """Return the settings of a preparation, with the content of the codebook that they name.
+
+    Raises:
+        ConfigError: lists every problem of the settings, or of the codebook.
+    """
+    from data.corpus.config import CorpusConfig
+    from sweep.config.loader import apply_overrides, read_tree, validate
+
+    tree = apply_overrides({} if config is None else read_tree(config), overrides)
+    if tree.get("codebook") is not None:
+        tree["codebook"] = _load_codebook(tree["codebook"], str(config or "--set"))
+    return validate(CorpusConfig, tree, str(config or "--set"))
+
+
+def _load_codebook(value: object, source: str) -> "Codebook":
+    """Return a codebook by the name of a shipped one, by its file, or by its content."""
+    from data.corpus.codebook import Codebook, shipped
+    from sweep.config.loader import problems_error, read_tree, validate
+
+    if isinstance(value, dict):
+        tree, source = value, f"{source}: codebook"
+    elif value in (books := shipped()):
+        tree, source = read_tree(Path(str(books[str(value)]))), str(value)
+    elif isinstance(value, str) and Path(value).is_file():
+        tree, source = read_tree(Path(value)), value
+    else:
+        near = get_close_matches(str(value), books, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"codebook: {value!r}: no codebook of this name, and no file; {hint}shipped are {', '.join(books)}"
+        )
+    book = validate(Codebook, tree, source)
+    if problems := book.problems():
+        raise problems_error(source, problems)
+    return book
+
+
+def codebooks(
+    name: Annotated[str | None, typer.Argument(help="A shipped codebook or a YAML file, to check and show it.")] = None,
+) -> None:
+    """List the codebooks, or show the codes of one and the classes of its levels."""
+    from data.corpus.codebook import NAMES, shipped
+
+    if name is None:
+        for known in shipped():
+            book = _load_codebook(known, known)
+            roles = ", ".join(f"{len(codes)} codes of the {role}" for role, codes in book.codes.items())
+            print_line(f"{known:<12}{book.name}: {roles}; levels {', '.join([NAMES, *book.levels])}")
+        print_line("use one:    sweep prepare SOURCE --out corpus --set codebook=NAME")
+        return
+    book = _load_codebook(name, name)
+    print_line(f"{book.name}: {book.source or 'no source is named'}")
+    merges = [book.merge(level) for level in book.levels]
+    _print_table(
+        ["role", "code", "name", "also", *book.levels],
+        [
+            [role, code, entry.name, ", ".join(entry.also)]
+            + [merge.class_of.get((role, label), "") for merge in merges]
+            for role, codes in book.codes.items()
+            for label, (code, entry) in zip(book.labels[role], codes.items(), strict=True)
+        ],
+    )
+    for kind, marks in book.modifiers.items():
+        print_line(f"left out after a code: {kind} ({', '.join(marks)})")
+    print_line(f"choose a level of a sweep with --set data.codes=NAME: {', '.join([NAMES, *book.levels])}")
 
 
 def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":

@@ -117,7 +117,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return
-    for view in result.tables():
+    for view in [*result.tables(), *result.code_tables()]:
         show_table(view)
     print_line(result.line())
 

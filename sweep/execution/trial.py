@@ -29,12 +29,12 @@ LIVE = CacheFolders()  # nothing is cached: the trial computes features and teac
 
 def open_shards(config: ResolvedConfig) -> Shards:
     """Open the corpus of a configuration, once per process."""
-    return _open(config.data.shards, config.data.fold)
+    return _open(config.data.shards, config.data.fold, config.data.codes)
 
 
 @functools.lru_cache(maxsize=16)  # folds that a sweep may cycle through
-def _open(folder: str, fold: int) -> Shards:
-    return Shards(folder, fold)
+def _open(folder: str, fold: int, codes: str | None) -> Shards:
+    return Shards(folder, fold, codes)
 
 
 def with_class_weights(config: AnyConfig, shards: Shards) -> AnyConfig:

@@ -61,6 +61,7 @@ def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) 
         confirmed=[] if confirmation is None else confirmation.lines(),
         bases=trained.bases,
         bases_are_recorded=trained.bases_are_recorded,
+        classes=merge.describe() if (merge := trained.data.shards.merge) else "",
     )
     card = model_card(trained.model, config, facts)
     exported = peft_export.ExportSource(

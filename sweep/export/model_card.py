@@ -46,6 +46,7 @@ class CardFacts:
     confirmed: Sequence[str]  # the results of `sweep confirm`; empty: it was not confirmed
     bases: Bases  # the models that it was trained on, by setting
     bases_are_recorded: bool  # by its training; otherwise those that were there at the export
+    classes: str = ""  # the codes that each label merges, if `data.codes` is set
 
 
 def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
@@ -146,6 +147,7 @@ def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
         "trained parts": ", ".join(trained),
         "started from": ", ".join(f"`{path}`" for path in _starts(config).values() if path),
         "tasks and labels": "; ".join(tasks),
+        "codes of the labels": facts.classes,
     }
     return TableView([Column(""), Column("")], [[name, value] for name, value in rows.items() if value])
 

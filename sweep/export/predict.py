@@ -147,6 +147,7 @@ def _config(folder: Path, shards: Shards) -> ResolvedConfig:
             {
                 "data.shards": str(shards.folder),
                 "data.fold": 0,
+                "data.codes": None,
                 "model.init_from": str(folder),
                 "model.init_partial": False,
                 "model.adapter.init_from": None,

@@ -355,6 +355,7 @@ def test_every_code_is_tested_somewhere() -> None:
     elsewhere |= {"W_NO_WORDS": "test_import_sessions.py", "W_SESSION_EMPTY": "test_import_sessions.py"}
     names = "E_LABEL_CELL W_LABEL_MISSING W_LABEL_UNICODE W_LABEL_SEVERAL W_LABEL_NUMBER W_TEXT_MISSING W_TEXT_EMPTY"
     elsewhere |= dict.fromkeys(names.split(), "test_cells.py")
+    elsewhere |= dict.fromkeys(("W_LABEL_MODIFIER", "W_LABEL_ABSENT"), "test_codebook.py")
     for code in CODES:
         path = Path(__file__).parent / elsewhere.get(code, Path(__file__).name)
         assert code.removeprefix("F_LEAK_") in path.read_text(encoding="utf-8"), code

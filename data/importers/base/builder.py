@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
+from data.corpus.label_counts import elected
 from data.corpus.schema import JOIN, Conversation, Corpus, Turn, flag, reject, split_label
 from data.errors import ConfigError, DataError
 from data.importers.base.cells import MISSING_TEXT, CodeReader, clean_code, speaker_key
@@ -42,9 +43,14 @@ class TurnBuilder:
             role: tuple(dict.fromkeys(clean_code(label) for label in labels))
             for role, labels in (self.config.labels or self.labels).items()
         }
-        self.qualities = tuple(quality.strip().lower() for quality in self.config.qualities) or self.qualities
         declared = frozenset(label for labels in self.labels.values() for label in labels)
-        self.codes = CodeReader(self.config.label_separator, declared)
+        separator = self.config.label_separator
+        if (book := self.config.codebook) is not None:
+            self.labels = dict(book.labels)
+            declared = frozenset(text for spellings in book.spellings.values() for text in spellings)
+            separator = separator or book.separator
+        self.qualities = tuple(quality.strip().lower() for quality in self.config.qualities) or self.qualities
+        self.codes = CodeReader(separator, declared)
         roles = {"client", "therapist", *self.labels}
         for name, role in self.config.roles.items():
             near = get_close_matches(role, roles, n=1, cutoff=0.8)
@@ -103,7 +109,20 @@ class TurnBuilder:
                 flag(turn, self.findings, "W_LABEL_UNICODE", message)
             if codes.guessed:
                 flag(turn, self.findings, "W_LABEL_SEVERAL", f"{cell!r} is read as {' and '.join(codes.labels)}")
-        return [codes.labels for _, codes in read]
+        return [self._looked_up(turn, cell, codes.labels) for cell, codes in read]
+
+    def _looked_up(self, turn: Turn, cell: str, labels: Sequence[str]) -> tuple[str, ...]:
+        """Return the codes of the codebook for the texts in a cell, and add a finding about modifiers."""
+        if (book := self.config.codebook) is None:
+            return tuple(labels)
+        codes: dict[str, None] = {}
+        for label in labels:
+            code, marks = book.read(turn.speaker, label)
+            codes[code] = None
+            if marks:
+                message = f"{_shortened(cell)} is read as {code!r}; {marks!r} is a modifier of {book.name}"
+                flag(turn, self.findings, "W_LABEL_MODIFIER", message)
+        return tuple(codes)
 
     def _vote(self, turn: Turn, ballots: Sequence[Sequence[str]]) -> None:
         """Set the labels that more than half of the annotators gave, or else the most frequent one."""
@@ -117,13 +136,12 @@ class TurnBuilder:
         declared = (label for labels in self.labels.values() for label in labels)
         order = {label: index for index, label in enumerate(declared)}
         ranked = sorted(votes, key=lambda label: (-votes[label], order.get(label, len(order)), label))
-        chosen = [label for label in ranked if votes[label] > len(cast) / 2]
         tied = [label for label in ranked if votes[label] == votes[ranked[0]]]
-        if not chosen and len(tied) > 1:
+        if votes[ranked[0]] <= len(cast) / 2 and len(tied) > 1:
             message = f"{len(cast)} annotators gave {', '.join(tied)} {votes[tied[0]]} x each"
             flag(turn, self.findings, "W_LABEL_TIE", message)
         turn.votes = {label: votes[label] for label in ranked}
-        turn.label = JOIN.join(chosen or ranked[:1])
+        turn.label = JOIN.join(elected(votes, len(cast), order))
 
     def utterances(
         self, rows: Iterable[Row], identity: Callable[[Row], str], annotator: str | None, shared: Sequence[str | None]

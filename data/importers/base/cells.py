@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from data.corpus.codebook import INVISIBLE
+from data.corpus.codebook import clean_code as clean_code  # noqa: PLC0414  importers find it here
 from data.corpus.schema import JOIN
 
 # What pandas reads as a missing value, and what it and others write for one; in lower case.
@@ -24,19 +26,11 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 _CHOICES = ("choices", "choice", "labels", "label", "value")  # keys of Label Studio and doccano
 _SPAN = ("start", "end", "start_offset", "end_offset")
 _HARMLESS = {"id", "type", "text", "from_name", "to_name", "origin", *_SPAN}  # keys beside them that mean nothing
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u061c\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"), None)
-_INVISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), None)
-_JOINERS = dict.fromkeys((0x200C, 0x200D), None)  # they shape letters of some scripts, so names keep them
-
-
-def clean_code(text: str) -> str:
-    """Return a code as it is compared: NFKC, lower case, without invisible characters, with single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text.translate(_INVISIBLE | _JOINERS)).lower().split())
 
 
 def clean_name(text: str) -> str:
     """Return a name of a session, speaker or recording as it is compared: NFC, without invisible characters."""
-    return " ".join(unicodedata.normalize("NFC", text.translate(_INVISIBLE)).split())
+    return " ".join(unicodedata.normalize("NFC", text.translate(INVISIBLE)).split())
 
 
 def speaker_key(name: str) -> str:

@@ -19,6 +19,7 @@ from sweep.analysis.view import Column, TableView
 from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight.plan_file import plan_lines
+from sweep.search.corpus_notes import read_classes
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 RIVALS = 3  # trials behind the best one that are compared with it
@@ -66,7 +67,7 @@ def render(
         confirmation=confirmation,
         ranking=ranking,
         details=details,
-        notes=[*board.audit, *plan_lines(config, folder, trials)],
+        notes=[*board.audit, *plan_lines(config, folder, trials), *_classes(config, folder)],
         doubts=board.doubts,
         warning=board.warning,
         figures=[(figure, _embedded(figure, first=index == 0)) for index, figure in enumerate(figures)],
@@ -84,6 +85,12 @@ def _split(board: Leaderboard) -> tuple[TableView, TableView]:
     ranking = board.table.select(lambda column: column.group not in ("metrics", "details"))
     details = board.table.select(lambda column: column is number or column.group in ("metrics", "details"))
     return ranking, details
+
+
+def _classes(config: Config, folder: Path) -> list[str]:
+    """Return the codes that each class merges, if the sweep has a level of a codebook."""
+    classes = read_classes(folder)
+    return [f"classes (data.codes {config.data.codes}): {classes}"] if classes else []
 
 
 def _facts(study: StudyStore, trials: Sequence[TrialRecord]) -> dict[str, str]:
