@@ -170,6 +170,106 @@ def formats() -> None:
     """List the formats that `sweep prepare` reads, each with an example."""
     from data.importers import IMPORTERS
 
+    width = max(map(len, [*IMPORTERS, "synthetic"])) + 2
+    for name, known in IMPORTERS.items():
+        print_line(f"{name:<{width}}{known.description}")
+        print_line(f"{'':<{width}}sweep prepare {name} {known.example} --out corpus")
+    print_line(f"{'synthetic':<{width}}Dialogues made here, for a first try.")
+    print_line(f"{'':<{width}}sweep prepare synthetic --out corpus")
+
+
+def load_corpus_settings(config: Path | None, overrides: Sequence[str]) -> "CorpusConfig":
+    """Return the settings of a preparation, with the content of the codebook that they name.
+
+    Raises:
+        ConfigError: lists every problem of the settings, or of the codebook.
+    """
+    from data.corpus.config import CorpusConfig
+    from sweep.config.loader import apply_overrides, read_tree, validate
+
+    tree = apply_overrides({} if config is None else read_tree(config), overrides)
+    if tree.get("codebook") is not None:
+        tree["codebook"] = _load_codebook(tree["codebook"], str(config or "--set"))
+    return validate(CorpusConfig, tree, str(config or "--set"))
+
+
+def _load_codebook(value: object, source: str) -> "Codebook":
+    """Return a codebook by the name of a shipped one, by its file, or by its content."""
+    from data.corpus.codebook import Codebook, shipped
+    from sweep.config.loader import problems_error, read_tree, validate
+
+    if isinstance(value, dict):
+        tree, source = value, f"{source}: codebook"
+    elif value in (books := shipped()):
+        tree, source = read_tree(Path(str(books[str(value)]))), str(value)
+    elif isinstance(value, str) and Path(value).is_file():
+        tree, source = read_tree(Path(value)), value
+    else:
+        near = get_close_matches(str(value), books, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"codebook: {value!r}: no codebook of this name, and no file; {hint}shipped are {', '.join(books)}"
+        )
+    book = validate(Codebook, tree, source)
+    if problems := book.problems():
+        raise problems_error(source, problems)
+    return book
+
+
+def codebooks(
+    name: Annotated[str | None, typer.Argument(help="A shipped codebook or a YAML file, to check and show it.")] = None,
+) -> None:
+    """List the codebooks, or show the codes of one and the classes of its levels."""
+    from data.corpus.codebook import NAMES, shipped
+
+    if name is None:
+        for known in shipped():
+            book = _load_codebook(known, known)
+            roles = ", ".join(f"{len(codes)} codes of the {role}" for role, codes in book.codes.items())
+            print_line(f"{known:<12}{book.name}: {roles}; levels {', '.join([NAMES, *book.levels])}")
+        print_line("use one:    sweep prepare SOURCE --out corpus --set codebook=NAME")
+        return
+    book = _load_codebook(name, name)
+    print_line(f"{book.name}: {book.source or 'no source is named'}")
+    merges = [book.merge(level) for level in book.levels]
+    _print_table(
+        ["role", "code", "name", "also", *book.levels],
+        [
+            [role, code, entry.name, ", ".join(entry.also)]
+            + [merge.class_of.get((role, label), "") for merge in merges]
+            for role, codes in book.codes.items()
+            for label, (code, entry) in zip(book.labels[role], codes.items(), strict=True)
+        ],
+    )
+    for kind, marks in book.modifiers.items():
+        print_line(f"left out after a code: {kind} ({', '.join(marks)})")
+    print_line(f"choose a level of a sweep with --set data.codes=NAME: {', '.join([NAMES, *book.levels])}")
+
+
+def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
+    from data.corpus import synthetic
+    from data.importers import IMPORTERS, guess_format
+
+    if kind == "synthetic":
+        if source is not None or audio is not None:
+            raise UserError("prepare synthetic: this corpus is made here; leave SOURCE and --audio out")
+        return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
+    if kind not in IMPORTERS and source is None and Path(kind).exists():
+        source = Path(kind)
+        kind = guess_format(source)
+        print_line(f"format:   {kind} ({IMPORTERS[kind].description}) guessed; name it to choose another one")
+    if kind not in IMPORTERS:
+        raise UserError(f"prepare {kind}: no such format; use one of {', '.join([*IMPORTERS, 'synthetic'])}")
+    if source is None:
+        raise UserError(f"prepare {kind}: name the corpus, as in `sweep prepare {kind} SOURCE --out DIR`")
+    with console.status(f"reading {source}"):
+        return IMPORTERS[kind].read(source, audio, settings)
+
+
+def formats() -> None:
+    """List the formats that `sweep prepare` reads, each with an example."""
+    from data.importers import IMPORTERS
+
     for name, known in IMPORTERS.items():
         print_line(f"{name:<10}{known.description}")
         print_line(f"{'':<10}sweep prepare {name} {known.example} --out corpus")
