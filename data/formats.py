@@ -1,5 +1,6 @@
 """The formats of everything that people read: numbers, intervals, durations, sizes and hours, each in one place."""
 
+import html
 from collections.abc import Sequence
 
 
@@ -62,3 +63,8 @@ def format_bytes(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{max(1, round(size / 10**6))} MB"
+
+
+def markdown_text(text: str) -> str:
+    """Escape text that may hold markup, line breaks or the border of a cell."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")

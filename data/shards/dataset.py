@@ -5,6 +5,7 @@ index-<hash>.arrow      every turn without audio, and the location of its audio:
 shard-<hash>.arrow      the turns of some conversations with audio (uncompressed IPC, so a row is a single read)
 findings.jsonl          all findings of the preparation, one per line
 report.html             report about the corpus
+README.md               card of the corpus
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """Tables of results, independent of where they are shown: `to_terminal` and `to_markdown` draw them, and so does the
 macro `table` of report/page.html.j2."""
 
-import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,8 @@ from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from data.formats import markdown_text
 
 ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
@@ -117,8 +118,3 @@ def to_markdown(view: TableView, links: Mapping[str, str] | None = None) -> list
         address = (links or {}).get(first)
         lines.append([f"[{first}]({address})" if address else markdown_text(first), *map(markdown_text, others)])
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def markdown_text(text: str) -> str:
-    """Escape text that may hold markup, line breaks or the border of a cell."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")

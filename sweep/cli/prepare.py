@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from data.corpus.config import CorpusConfig
     from data.corpus.schema import Corpus
     from data.preparation.shard_jobs import ShardJob
+    from data.report.card import CorpusSource
     from data.shards.dataset import Shards
     from data.shards.format import ShardFile
     from model.alignment.aligner import CTCAligner
@@ -56,6 +57,7 @@ def prepare(
     Rerun the same command to resume it, or to add new sessions.
     """
     from data.corpus.issues import BuildError
+    from data.report.card import CARD
     from data.report.summary import finding_rows
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -63,7 +65,8 @@ def prepare(
     settings = load_corpus_settings(config, [*set_, *aligned])
     faults = Path(f"{out.rstrip('/')}.findings.jsonl")
     try:
-        shards = _write_shards(_read_corpus(kind, source, audio, settings), out, settings)
+        corpus, origin = _read_corpus(kind, source, audio, settings)
+        shards = _write_shards(corpus, origin, out, settings)
     except BuildError as error:
         _print_table(*finding_rows(error.findings))
         if "://" in out:
@@ -76,6 +79,7 @@ def prepare(
         sys.exit(ExitCode.UNFINISHED)
     faults.unlink(missing_ok=True)
     show_shards(shards)
+    print_line(f"card:     {shards.store / CARD}")
 
 
 def load_corpus_settings(config: Path | None, overrides: Sequence[str]) -> "CorpusConfig":
@@ -146,14 +150,20 @@ def codebooks(
     print_line(f"choose a level of a sweep with --set data.codes=NAME: {', '.join([NAMES, *book.levels])}")
 
 
-def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig") -> "Corpus":
+def _read_corpus(
+    kind: str, source: Path | None, audio: Path | None, settings: "CorpusConfig"
+) -> "tuple[Corpus, CorpusSource]":
+    """Return the corpus, and what its card says about its source."""
     from data.corpus import synthetic
     from data.importers import IMPORTERS, guess_format
+    from data.report.card import CorpusSource
+    from sweep.config.version import code_version
 
     if kind == "synthetic":
         if source is not None or audio is not None:
             raise UserError("prepare synthetic: this corpus is made here; leave SOURCE and --audio out")
-        return synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
+        corpus = synthetic.corpus(sessions=settings.sessions, seed=settings.split.seed)
+        return corpus, CorpusSource(kind, None, None, code=code_version())
     if kind not in IMPORTERS and source is None and Path(kind).exists():
         source = Path(kind)
         kind = guess_format(source)
@@ -163,7 +173,8 @@ def _read_corpus(kind: str, source: Path | None, audio: Path | None, settings: "
     if source is None:
         raise UserError(f"prepare {kind}: name the corpus, as in `sweep prepare {kind} SOURCE --out DIR`")
     with console.status(f"reading {source}"):
-        return IMPORTERS[kind].read(source, audio, settings)
+        corpus = IMPORTERS[kind].read(source, audio, settings)
+        return corpus, CorpusSource.of(kind, source, audio, corpus, code_version())
 
 
 def formats() -> None:
@@ -178,9 +189,10 @@ def formats() -> None:
     print_line(f"{'':<{width}}sweep prepare synthetic --out corpus")
 
 
-def _write_shards(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shards":
-    """Write the shards and the report, with a progress bar on a terminal and lines elsewhere."""
+def _write_shards(corpus: "Corpus", origin: "CorpusSource", out: str, settings: "CorpusConfig") -> "Shards":
+    """Write the shards, the report and the card, with a progress bar on a terminal and lines elsewhere."""
     from data.preparation.build import prepare as prepare_corpus
+    from data.report.card import CARD, corpus_card
     from data.report.page import corpus_html
     from data.report.summary import read_findings
     from data.shards.store import Store
@@ -202,7 +214,9 @@ def _write_shards(corpus: "Corpus", out: str, settings: "CorpusConfig") -> "Shar
 
         shards = prepare_corpus(corpus, out, settings, align=make_aligner(settings), run=make_shards, progress=advance)
         progress.update(bar, description="drawing the report")
-        Store(out).write(REPORT, corpus_html(shards, read_findings(shards)).encode())
+        findings = read_findings(shards)
+        Store(out).write(REPORT, corpus_html(shards, findings).encode())
+        Store(out).write(CARD, corpus_card(shards, findings, origin).encode())
     return shards
 
 

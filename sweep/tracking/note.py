@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data.formats import markdown_text
 from sweep.analysis.leaderboard import leaderboard
-from sweep.analysis.view import markdown_text, to_markdown
+from sweep.analysis.view import to_markdown
 from sweep.config.schema import Config
 from sweep.search.study import TrialRecord
 

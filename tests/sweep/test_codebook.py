@@ -18,7 +18,8 @@ from sweep.search.corpus_notes import read_classes, read_corpus_notes, save_corp
 from tests.sweep.common import Outcome, refused, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("### Codebooks")[2].partition("\n**Order.**")[0]
+PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+SECTION = PAGE.partition("### Codebooks")[2].partition("\n**Order.**")[0]
 COMMANDS = re.findall(r"```bash\n(.*?)```", SECTION, flags=re.DOTALL)[0].splitlines()
 
 
@@ -104,6 +105,24 @@ def test_exported_card_names_the_codes_of_each_label(
     (folder / "new.csv").write_text("conversation,speaker,text\nx,client,words of 1\nx,therapist,words of 2\n")
     assert sweep("predict", "card", "--csv", "new.csv", "--out", "coded").code == 0
     assert "change" in (folder / "coded" / "predictions.csv").read_text(encoding="utf-8")
+
+
+def test_card_lies_beside_the_manifest_and_takes_a_licence(
+    typed: tuple[Path, list[Outcome]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, outcomes = typed
+    monkeypatch.chdir(folder)
+    before = (folder / "misc" / "README.md").read_text(encoding="utf-8")
+    assert "card:     misc/README.md" in outcomes[1].out
+    assert "| licence | not stated |" in before
+    line = re.findall(r"```bash\n(sweep prepare .*license=.*)\n```", PAGE)[0]
+    shards = {path.name: path.stat().st_mtime_ns for path in (folder / "misc").glob("shard-*")}
+    type_command(line)
+    after = (folder / "misc" / "README.md").read_text(encoding="utf-8")
+    assert "license: cc-by-4.0" in after
+    assert "codebook: misc-2.5" in after
+    assert str(folder) not in after
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "misc").glob("shard-*")} == shards
 
 
 def test_level_is_no_axis_of_a_search(typed: tuple[Path, list[Outcome]], monkeypatch: pytest.MonkeyPatch) -> None:
