@@ -54,7 +54,9 @@ class SplitConfig(Section):
 class ColumnConfig(Section):
     """Column names for `sweep prepare table`; null: the file has no such column."""
 
-    conversation: str = Field("conversation", description="Session of the turn.")
+    conversation: str | None = Field(
+        "conversation", description="Session of the turn; null: every file is a session, named like the file."
+    )
     text: str | None = Field("text", description="Transcript of the turn.")
     speaker: str = Field("speaker", description="Speaker of the turn; `roles` maps it to a role.")
     id: str | None = Field(None, description="Utterance id, unique in its conversation; null: the position is used.")
@@ -77,6 +79,17 @@ class ColumnConfig(Section):
         None, description="Audio file of the session, relative to --audio; null: <conversation>.wav, .flac …"
     )
     clip: str | None = Field(None, description="Audio file of the single turn, relative to --audio.")
+
+
+class TierConfig(Section):
+    """Tiers of ELAN and Praat."""
+
+    text: tuple[str, ...] = Field((), description="Tiers with what is said; empty: all but those with codes.")
+    code: str | None = Field(
+        None,
+        description="Name of the tier with the codes of a tier, e.g. '{tier} code'; null: tiers whose names have the "
+        "word code, label, behaviour, misc or miti.",
+    )
 
 
 class AlignConfig(Section):
@@ -112,6 +125,7 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     coded: bool = Field(True, description="false: the columns with codes may be missing.")
     label_separator: str | None = Field(None, description="Separator of several labels of one turn, e.g. ';'.")
     columns: ColumnConfig = ColumnConfig()
+    tiers: TierConfig = TierConfig()
     time_unit: Literal["s", "ms", "d"] = Field(
         "s", description="Unit of times that are plain numbers; d: fractions of a day, as Excel stores times."
     )

@@ -18,6 +18,9 @@ from types import MappingProxyType
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
 from data.errors import DataError, listed
+from data.importers.annotation_tools.chat import is_chat, read_chat
+from data.importers.annotation_tools.elan import is_elan, read_elan
+from data.importers.annotation_tools.praat import is_praat, read_praat
 from data.importers.tables.annomi import is_annomi, read_annomi
 from data.importers.tables.daic import is_daic, read_daic
 from data.importers.tables.mi_tags import is_mi_tags, read_mi_tags
@@ -65,6 +68,24 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
             is_subtitles,
             "WebVTT or SRT with speakers, as Zoom and Teams export them: one file per session.",
             "transcripts --audio recordings --set 'roles={Dr Lee: therapist, Sam: client}'",
+        ),
+        "elan": Format(
+            read_elan,
+            is_elan,
+            "ELAN: .eaf files, or tab-delimited text exported from it; a tier per speaker, and perhaps one with codes.",
+            "annotations --audio recordings --set roles.Anna=therapist",
+        ),
+        "praat": Format(
+            read_praat,
+            is_praat,
+            "Praat: one TextGrid per session; a tier per speaker, and perhaps one with codes.",
+            "annotations --audio recordings --set 'tiers.code={tier} code'",
+        ),
+        "chat": Format(
+            read_chat,
+            is_chat,
+            "CHAT, as in TalkBank: one .cha file per session; codes are on %cod lines.",
+            "transcripts --audio recordings --set roles.INV=therapist",
         ),
         "dialogue": Format(
             read_dialogue,

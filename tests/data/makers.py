@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from xml.sax.saxutils import escape
 
 from data.corpus.config import ColumnConfig, CorpusConfig
 
@@ -139,6 +140,79 @@ def typed(dialogues: Dialogues) -> Files:
     }
 
 
+def eaf(dialogues: Dialogues) -> Files:
+    """A tier for each speaker, and a tier of codes that depends on it."""
+    files = {}
+    for name, said in dialogues.items():
+        slots = "".join(
+            f'<TIME_SLOT TIME_SLOT_ID="{edge}{number}" TIME_VALUE="{getattr(turn, edge) * 1000}"/>'
+            for number, turn in enumerate(said)
+            for edge in ("start", "end")
+        )
+        tiers = []
+        for speaker in dict.fromkeys(turn.speaker for turn in said):
+            own = [(number, turn) for number, turn in enumerate(said) if turn.speaker == speaker]
+            texts = [
+                f'<ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a{number}" TIME_SLOT_REF1="start{number}" '
+                f'TIME_SLOT_REF2="end{number}"><ANNOTATION_VALUE>{escape(turn.text)}</ANNOTATION_VALUE>'
+                "</ALIGNABLE_ANNOTATION></ANNOTATION>"
+                for number, turn in own
+            ]
+            codes = [
+                f'<ANNOTATION><REF_ANNOTATION ANNOTATION_ID="c{number}" ANNOTATION_REF="a{number}">'
+                f"<ANNOTATION_VALUE>{turn.label}</ANNOTATION_VALUE></REF_ANNOTATION></ANNOTATION>"
+                for number, turn in own
+            ]
+            tiers.append(f'<TIER TIER_ID="{speaker}">{"".join(texts)}</TIER>')
+            tiers.append(f'<TIER TIER_ID="{speaker} code" PARENT_REF="{speaker}">{"".join(codes)}</TIER>')
+        body = f"<TIME_ORDER>{slots}</TIME_ORDER>{''.join(tiers)}"
+        files[f"{name}.eaf"] = f'<?xml version="1.0"?>\n<ANNOTATION_DOCUMENT>{body}</ANNOTATION_DOCUMENT>'
+    return files
+
+
+def text_grid(dialogues: Dialogues) -> Files:
+    files = {}
+    for name, said in dialogues.items():
+        tiers = []
+        for speaker in dict.fromkeys(turn.speaker for turn in said):
+            for kind in ("", "_code"):
+                rows = [
+                    f'{turn.start}\n{turn.end}\n"{(turn.label if kind else turn.text).replace(chr(34), chr(34) * 2)}"'
+                    for turn in said
+                    if turn.speaker == speaker
+                ]
+                tiers.append("\n".join(['"IntervalTier"', f'"{speaker}{kind}"', "0", "99", str(len(rows)), *rows]))
+        head = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "0", "99", "<exists>", str(len(tiers))]
+        files[f"{name}.TextGrid"] = "\n".join([*head, *tiers]) + "\n"
+    return files
+
+
+def elan_export(dialogues: Dialogues) -> Files:
+    header = ["Tier", "Begin Time - hh:mm:ss.ms", "End Time - hh:mm:ss.ms", "Annotation", "File"]
+    lines = ["\t".join(header)]
+    for name, said in dialogues.items():
+        for speaker in dict.fromkeys(turn.speaker for turn in said):
+            for turn in said:
+                if turn.speaker == speaker:
+                    times = (f"{clock(turn.start)}.000", f"{clock(turn.end)}.000")
+                    text = turn.text.replace("\n", " ")
+                    lines.append("\t".join([speaker, *times, text, f"{name}.eaf"]))
+                    lines.append("\t".join([f"{speaker} code", *times, turn.label, f"{name}.eaf"]))
+    return {"export.txt": "\n".join(lines) + "\n"}
+
+
+def chat(dialogues: Dialogues) -> Files:
+    files = {}
+    for name, said in dialogues.items():
+        lines = ["@UTF8", "@Begin", "@Languages:\teng", "@Participants:\tTHE Therapist, CLI Client"]
+        for turn in said:
+            code = {"therapist": "THE", "client": "CLI"}.get(turn.speaker, turn.speaker)
+            text = turn.text.replace("\n", "\n\t")
+            lines += [f"*{code}:\t{text} \x15{turn.start * 1000}_{turn.end * 1000}\x15", f"%cod:\t{turn.label}"]
+        files[f"{name}.cha"] = "\n".join([*lines, "@End"]) + "\n"
+    return files
+
+
 def daic(dialogues: Dialogues) -> Files:
     speakers = {"therapist": "Ellie", "client": "Participant"}
     files = {}
@@ -203,6 +277,7 @@ class Maker:
     times: bool = True
     labels: bool = True
     audio: str = "{}.wav"
+    by_time: bool = False  # whether the format has no order but the times
 
 
 AS_TABLE = CorpusConfig(columns=ColumnConfig(label="label", start="start", end="end"))
@@ -216,6 +291,10 @@ MAKERS = {
     "web-vtt": Maker("subtitles", web_vtt, folder=True, labels=False),
     "subrip": Maker("subtitles", sub_rip, folder=True, labels=False),
     "dialogue": Maker("dialogue", typed, folder=True, labels=False, ends=False),
+    "eaf": Maker("elan", eaf, folder=True, by_time=True),
+    "elan-export": Maker("elan", elan_export, by_time=True),
+    "text-grid": Maker("praat", text_grid, folder=True, by_time=True),
+    "chat": Maker("chat", chat, folder=True),
     "daic": Maker("daic", daic, "stop_time", folder=True, labels=False, audio="{}_AUDIO.wav"),
     "mi-tags": Maker("mi-tags", mi_tags, "speaker", folder=True, times=False),
     "table": Maker("table", table, "conversation", AS_TABLE),

@@ -13,6 +13,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus, Turn
 from data.errors import DataError
 from data.importers.base.cells import CodeReader, clean_code, clean_name
+from data.importers.tables.annomi import read_annomi
 from data.importers.tables.table import read_table
 from data.preparation.validate import check
 
@@ -261,7 +262,7 @@ def test_fractions_of_a_day_are_read_if_it_is_said(tmp_path: Path) -> None:
 def test_folder_and_file_are_not_confused(tmp_path: Path) -> None:
     (tmp_path / "b.csv").touch()
     with pytest.raises(DataError, match=r"is a folder, but the format reads one file; give .* \(b\.csv\)"):
-        read_table(tmp_path, None, CorpusConfig())
+        read_annomi(tmp_path, None, CorpusConfig())
     with pytest.raises(DataError, match=r"b\.csv: is a file; --audio takes the folder of the recordings"):
         read(tmp_path, f"{HEADER}\n{ROWS}", audio=tmp_path / "b.csv")
 

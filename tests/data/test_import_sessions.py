@@ -102,6 +102,16 @@ def test_daic_recordings_may_be_in_another_folder(tmp_path: Path) -> None:
     ]
 
 
+def test_e_daic_has_only_the_participant(tmp_path: Path) -> None:
+    (tmp_path / "300_P").mkdir()
+    text = "Start_Time,End_Time,Text,Confidence\n1.5,3.0,hello <laughter> there,0.9\n"
+    (tmp_path / "300_P" / "300_Transcript.csv").write_text(text, encoding="utf-8")
+    [conversation] = read_daic(tmp_path, None, CorpusConfig()).conversations
+    assert [(conversation.id, turn.speaker, turn.text, turn.span) for turn in conversation.turns] == [
+        ("300", "client", "hello there", (1.5, 3.0))
+    ]
+
+
 def test_mi_tags_turns_are_ordered_by_number(tmp_path: Path) -> None:
     text = CODED + "0,T,a,OQ,ann\n10,C,c,CT,ann\n0,T,a,CQ,bob\n2,C,b,CT,bob\n10,C,c,ST,bob\n0,T,a,OQ,cy\n"
     (tmp_path / "s.csv").write_text(text, encoding="utf-8")

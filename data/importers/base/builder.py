@@ -16,8 +16,8 @@ from data.importers.base.tabular import Row
 
 UNKNOWN = "unknown"  # role of a speaker that is not mapped to a role
 SPEAKERS = {  # usual names of the roles
-    **dict.fromkeys(("t", "therapist", "counsellor", "counselor"), "therapist"),
-    **dict.fromkeys(("c", "client", "patient"), "client"),
+    **dict.fromkeys(("t", "th", "therapist", "counsellor", "counselor", "clinician", "interviewer"), "therapist"),
+    **dict.fromkeys(("c", "cl", "client", "p", "patient", "participant", "interviewee"), "client"),
 }
 
 

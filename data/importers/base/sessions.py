@@ -22,6 +22,7 @@ class Segment(NamedTuple):
     start: str | float = ""  # as written, in `CorpusConfig.time_unit` or [HH:]MM:SS[.fff]; a number: s; "": unknown
     end: str | float = ""
     code: str = ""  # cell of the label; "": none
+    session: str = ""  # "": that of the file
 
 
 class OtherFormatError(DataError):
@@ -49,6 +50,8 @@ def read_sessions(
     """
     files, others = dict[Path, list[Segment]](), dict[Path, OtherFormatError]()
     for path in files_of(source, suffixes):
+        if path.is_file() and not path.stat().st_size:
+            raise DataError(f"{path.name}: the file is empty; check the path of the source")
         try:
             files[path] = parse(path, builder)
         except OtherFormatError as error:
@@ -64,14 +67,15 @@ def read_sessions(
             raise DataError(f"{path.name}:1: no turns; check that it is the transcript of a session")
         if not segments:
             builder.skip_session(path.stem, path.name)
-        elif path.stem in conversations:
-            first = conversations[path.stem].turns[0].where
-            raise DataError(
-                f"{path.name}: session {path.stem!r} is already at {first}; rename or remove one of the files"
-            )
-        else:
-            has_times = any(segment.start != "" for segment in segments)
-            conversations[path.stem] = conversation(path.stem, segments, builder, timed=has_times or audio is not None)
+        sessions: dict[str, list[Segment]] = {}
+        for segment in segments:
+            sessions.setdefault(segment.session or path.stem, []).append(segment)
+        for name, said in sessions.items():
+            if name in conversations:
+                first = conversations[name].turns[0].where
+                raise DataError(f"{path.name}: session {name!r} is already at {first}; rename or remove a file")
+            has_times = any(segment.start != "" for segment in said)
+            conversations[name] = conversation(name, said, builder, timed=has_times or audio is not None)
     refuse_no_turns(list(conversations.values()), source)
     set_recordings(list(conversations.values()), audio)
     return builder.corpus(conversations.values())

@@ -1,4 +1,4 @@
-"""Read tables (CSV, TSV, JSONL, Parquet) as rows of text, each with its position "file:line"."""
+"""Read tables (CSV, TSV, JSONL, Parquet, Excel) as rows of text, each with its position "file:line"."""
 
 import codecs
 import csv
@@ -16,7 +16,9 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import BuildError, Finding
 from data.corpus.schema import JOIN
 from data.errors import DataError, listed, reason
+from data.importers.base import workbook
 from data.importers.base.cells import MISSING_NAME, clean_name, column_key
+from data.importers.base.json_table import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +34,9 @@ MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-Records = Iterable[tuple[int, dict[str, object]]]  # line and cells of every row
+JSON = ".json"
+SUFFIXES = (*SEPARATED, *LINES, JSON, *PARQUET, *workbook.SUFFIXES)
+Records = Iterable[tuple[int | str, dict[str, object]]]  # line and cells of every row
 csv.field_size_limit(1 << 24)  # characters; a whole transcript in one cell is longer than the default
 
 
@@ -81,20 +85,10 @@ def read_rows(
     Raises:
         DataError: the file cannot be read, has no rows or lacks a column, or a row is incomplete.
     """
-    suffix = path.suffix.lower()
-    rows: Records
     if path.is_dir():
-        names = listed(file.name for file in path.iterdir() if file.suffix.lower() in (*SEPARATED, *LINES, *PARQUET))
+        names = listed(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         raise DataError(f"{path}: is a folder, but the format reads one file; give one of its files ({names})")
-    if suffix in PARQUET:
-        header, rows = _parquet(path)
-    elif suffix in LINES:
-        header, rows = _json_lines(path, config.encoding)
-    elif suffix in SEPARATED:
-        header, rows = _separated(path, config.encoding, [*needed, *optional])
-    else:
-        supported = ", ".join((*SEPARATED, *LINES, *PARQUET))
-        raise DataError(f"{path}: the suffix {suffix!r} is not supported ({supported}); save it as CSV in UTF-8")
+    header, rows = _table(path, config.encoding, [*needed, *optional])
     if not header:
         raise DataError(f"{path}: the file is empty; check the path of the source")
     spelled = _spelled(header, [*needed, *optional])
@@ -111,22 +105,29 @@ def read_rows(
     return read
 
 
-def columns_of(path: Path) -> frozenset[str]:
+def columns_of(path: Path, encoding: str = "utf-8") -> frozenset[str]:
     """Return the columns of a table as `column_key` writes them; empty if the suffix is not that of a table.
 
     Raises:
         DataError: the file cannot be read.
     """
+    return frozenset(map(column_key, _table(path, encoding, ())[0])) if path.suffix.lower() in SUFFIXES else frozenset()
+
+
+def _table(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[str], Records]:
+    """Return the header and the rows of a table, whose suffix decides how it is read."""
     suffix = path.suffix.lower()
     if suffix in PARQUET:
-        header: Sequence[str] = _parquet(path)[0]
-    elif suffix in LINES:
-        header = _json_lines(path, "utf-8")[0]
-    elif suffix in SEPARATED:
-        header = _separated(path, "utf-8", ())[0]
-    else:
-        return frozenset()
-    return frozenset(map(column_key, header))
+        return _parquet(path)
+    if suffix in LINES:
+        return _json_lines(path, encoding)
+    if suffix in SEPARATED:
+        return _separated(path, encoding, names)
+    if suffix == JSON:
+        return read_json(path, read_text(path, encoding))
+    if suffix in workbook.SUFFIXES:
+        return workbook.read_workbook(path, names)
+    raise DataError(f"{path}: the suffix {suffix!r} is not supported ({', '.join(SUFFIXES)}); save it as CSV in UTF-8")
 
 
 def _spelled(header: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -276,7 +277,7 @@ def _separated(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[st
     records = _records(path.name, text, separator, first)
     header = [name.strip() for name in next(records, (1, []))[1]]
 
-    def rows() -> Iterator[tuple[int, dict[str, object]]]:
+    def rows() -> Iterator[tuple[int | str, dict[str, object]]]:
         for line, cells in records:
             if len(cells) < len(header):
                 raise DataError(f"{path.name}:{line}: the row has fewer cells than the header; fix or remove it")
@@ -320,7 +321,7 @@ def _records(name: str, text: str, separator: str, first: int = 1) -> Iterator[t
 
 
 def _json_lines(path: Path, encoding: str) -> tuple[list[str], Records]:
-    rows: list[tuple[int, dict[str, object]]] = []
+    rows: list[tuple[int | str, dict[str, object]]] = []
     for line, text in enumerate(read_text(path, encoding).split("\n"), start=1):
         if not text.strip():
             continue
@@ -345,7 +346,7 @@ def _parquet(path: Path) -> tuple[list[str], Records]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet ({reason(error)}); check the path of the source") from None
     names = _class_names(table.schema)
-    rows = []
+    rows: list[tuple[int | str, dict[str, object]]] = []
     for number, cells in enumerate(table.to_pylist(), start=1):
         for column in names.keys() & cells.keys():
             cells[column] = _named(cells[column], names[column], f"{path.name}:{number}: {column}")

@@ -10,9 +10,11 @@ from data.corpus.config import CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError
 from data.importers.base.builder import TurnBuilder, refuse_no_turns
+from data.importers.base.sessions import files_of, first_file
 from data.importers.base.tabular import Row, by_conversation, columns_of, read_rows
 
 COLUMNS = ("turn", "speaker", "text")
+SUFFIXES = (".csv", ".tsv", ".xlsx")
 CODE = "code"
 ANNOTATOR = "annotator"
 SESSION = (
@@ -38,9 +40,7 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
         raise DataError(
             "mi-tags: the format has no times, so audio cannot be cut; omit --audio, or use the format table"
         )
-    paths = sorted(source.glob("*.[ct]sv")) if source.is_dir() else [source]
-    if not paths:
-        raise DataError(f"{source}: no CSV files in this folder; give the folder with one file per session")
+    paths = files_of(source, SUFFIXES)
     builder = TurnBuilder("mi-tags", config)
     needed = (*COLUMNS, CODE) if config.coded else COLUMNS
     files = {
@@ -62,7 +62,7 @@ def read_mi_tags(source: Path, audio: Path | None, config: CorpusConfig) -> Corp
 
 def is_mi_tags(source: Path) -> bool:
     """Return whether a source has coded turns with numbers, and no times."""
-    path = next(iter(sorted(source.glob("*.[ct]sv"))), None) if source.is_dir() else source
+    path = first_file(source, SUFFIXES)
     columns = columns_of(path) if path is not None else frozenset()
     return {*COLUMNS, CODE} <= columns and not columns & {"start", "starttime", "timestamp"}
 

@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
 from data.importers.base.builder import TurnBuilder
-from data.importers.base.cells import MISSING, MISSING_NAME, clean_code
+from data.importers.base.cells import MISSING, MISSING_NAME, clean_code, column_key
 from data.importers.base.recordings import (
     inside,
     refuse_missing_folder,
@@ -16,7 +17,8 @@ from data.importers.base.recordings import (
     same_stem,
     set_recordings,
 )
-from data.importers.base.tabular import Row, agreed, by_conversation, columns_of, read_rows
+from data.importers.base.sessions import files_of, first_file
+from data.importers.base.tabular import SUFFIXES, Row, agreed, by_conversation, columns_of, read_rows
 from data.importers.base.timestamps import NUMBER, has_decimal_commas, note_order, read_time, set_ends, start_order
 
 # Usual names of time columns, which are tried if there are recordings and no setting names the times of the turns.
@@ -24,15 +26,18 @@ STARTS = ("start", "t_start", "start_time", "onset", "begin", "from")
 ENDS = ("end", "t_end", "end_time", "offset", "stop", "to")
 # Usual names of a column with the number of the turn. It decides the order, as columns.index does.
 TURN_NUMBERS = ("turn", "turn_id", "turn_index", "turn_number", "turn_no", "utterance_id", "utterance_index")
+FILE, SPLIT = "file", "split"  # columns that are added: the name of the file, and the split that its name says
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 DAYS = 0.1  # s; several turns within it cannot be, but as a fraction of a day it is 2.4 hours
 ADVICE = "; name the columns with --set columns.text=NAME, or null if there is none"
 
 
 def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
-    """Read a CSV, TSV, JSONL or Parquet file by `config.columns`.
+    """Read a CSV, TSV, JSONL, Parquet or Excel file, or a folder of them, by `config.columns`.
 
     Args:
-        source: the file.
+        source: the file or folder. A file of a folder without the column of the session is a session with its name;
+            the names train, validation and test of files are those of the splits.
         audio: folder with the recordings; None: text only.
         config: settings.
 
@@ -46,15 +51,15 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         raise ConfigError(
             "columns.annotator: also set columns.id or columns.index, which identify the rows of one utterance"
         )
-    named = [name for name in columns.model_dump().values() if name is not None]
     timeless = audio is not None and columns.start is None and columns.clip is None
     usual = _spellings(*STARTS, *ENDS) if timeless else []
     optional = [*usual, *(TURN_NUMBERS if columns.index is None else ())]
-    rows = read_rows(source, list(dict.fromkeys(named)), config, optional, advice=ADVICE, codes=[columns.label])
+    columns, rows = _read(source, config, optional)
     if audio is not None:
         refuse_missing_folder(audio)
     if timeless:
         columns = _with_times(columns, rows[0])
+    assert columns.conversation is not None
     _convert_times(rows, columns, config)
     builder = TurnBuilder("table", config.model_copy(update={"columns": columns}))
     builder.codes.learn(row[columns.label] for row in rows)
@@ -69,8 +74,54 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
 
 
 def is_table(source: Path) -> bool:
-    """Return whether a source is a table."""
-    return source.is_file() and len(columns_of(source)) > 1
+    """Return whether a source is a table, or a folder of tables."""
+    path = first_file(source, SUFFIXES)
+    return path is not None and len(columns_of(path)) > 1
+
+
+def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[ColumnConfig, list[Row]]:
+    """Return the rows of all files, and the columns, of which those of session and split may be added to the rows.
+
+    Raises:
+        DataError: a file cannot be read, or two files are the same session.
+    """
+    paths, columns = files_of(source, SUFFIXES), config.columns
+    session, optional, part_of = columns.conversation or FILE, list(optional), _splits(paths)
+    named = [name for name in columns.model_dump().values() if name not in (None, columns.conversation)]
+    header = columns_of(paths[0], config.encoding) if source.is_dir() else frozenset()
+    by_file = columns.conversation is None or (source.is_dir() and column_key(columns.conversation) not in header)
+    if not by_file:
+        named.append(session)
+    rows: list[Row] = []
+    files: dict[str, Path] = {}
+    for path in paths:
+        read = read_rows(
+            path,
+            list(dict.fromkeys(named)),
+            config,
+            optional,
+            advice=ADVICE,
+            codes=[columns.label],
+            may_be_empty=len(paths) > 1,
+        )
+        if by_file and read:
+            first = files.setdefault(path.stem, path)
+            if first != path:
+                raise DataError(f"{path}: session {path.stem!r} is already {first}; rename or remove one of the files")
+        for row in read:
+            row.cells.update({session: path.stem} if by_file else {})
+            row.cells.update({SPLIT: part_of[path]} if part_of else {})
+        rows += read
+    if not rows:
+        raise DataError(f"{source}: no rows; check the path of the source")
+    added = {"conversation": session} | ({"split": columns.split or SPLIT} if part_of else {})
+    return columns.model_copy(update=added), rows
+
+
+def _splits(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the split of each file if all of several are named like splits, also in parts (train-00000-of-00002)."""
+    names = {path: SPLITS.get(re.split(r"[-_.]\d", path.stem.lower())[0], "") for path in paths}
+    return names if len(set(names.values())) > 1 and all(names.values()) else {}
 
 
 def _spellings(*names: str) -> list[str]:

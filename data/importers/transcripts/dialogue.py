@@ -1,6 +1,7 @@
 """Importer for transcripts that people type: plain text or Word, with the speaker before each turn ("T: …", "C: …")."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
 from data.errors import DataError, reason
-from data.importers.base.builder import TurnBuilder
+from data.importers.base.builder import SPEAKERS, TurnBuilder
 from data.importers.base.cells import speaker_key
 from data.importers.base.extras import import_extra
 from data.importers.base.sessions import OtherFormatError, Segment, first_file, read_sessions
@@ -60,15 +61,14 @@ def is_dialogue(source: Path) -> bool:
         return False
     rows = _word(path) if path.suffix.lower() == ".docx" else _text(path, "utf-8")
     lines = [_line(text, where) for where, text in islice(rows, 50) if text.strip()]
-    names = [speaker_key(line.name) for line in lines if line.name]
-    return bool(names) and len(names) >= SHARE * len(lines) and "\t" not in lines[0].whole
+    counts = Counter(speaker_key(line.name) for line in lines if line.name)
+    named = sum(count for name, count in counts.items() if count > 1 or name in SPEAKERS)
+    return named > 0 and named >= SHARE * len(lines)
 
 
 def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     rows = _word(path) if path.suffix.lower() == ".docx" else _text(path, builder.config.encoding)
     lines = _without_turn_numbers([_line(text, where) for where, text in rows if text.strip()])
-    if not lines:
-        raise DataError(f"{path.name}: the file is empty; check the path of the source")
     names = names_of([f"{line.name}: {line.text}" if line.name else line.whole for line in lines], builder, path.stem)
     segments: list[Segment] = []
     for line in lines:

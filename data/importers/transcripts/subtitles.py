@@ -90,8 +90,6 @@ def _lines(path: Path, encoding: str) -> list[_Line]:
     webvtt = import_extra("webvtt", "subtitles", path.name)
     errors = import_extra("webvtt.errors", "subtitles", path.name)
     text = read_text(path, encoding).replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise DataError(f"{path.name}: the file is empty; check the path of the source")
     numbers = [number for number, line in enumerate(text.split("\n"), start=1) if _TIMING.fullmatch(line)]
     try:
         captions = list(webvtt.from_buffer(io.StringIO(text), format=path.suffix.lower()[1:]))

@@ -1,0 +1,1 @@
+"""Files of annotation tools: tiers of annotations with times, and coded transcripts."""
