@@ -273,6 +273,11 @@ class TrainConfig(Section):
     warmup: Fraction = Field(0.1, description="Share of the steps in which the learning rate rises to its peak.")
     max_grad_norm: Positive = Field(1.0, description="Norm to which gradients are clipped.")
     losses: LossConfig = LossConfig()
+    labels: Literal["majority", "votes"] = Field(
+        "majority",
+        description="What tasks with codes train on where several annotators coded a turn. majority: their label. "
+        "votes: the share of each label among them; a turn of one annotator is trained as before.",
+    )
     class_weights: Literal["equal", "balanced"] | ByLabel = Field(
         "equal",
         description="Weight of an item's loss. balanced: inverse to the share of its label in training, n / (K n_k). "
@@ -306,6 +311,11 @@ class TrainConfig(Section):
         losses, problems = self.losses, []
         if losses.next_token + losses.distillation + losses.hidden == 0:
             problems.append("train.losses: all weights are 0, so there is nothing to minimise; raise one")
+        if self.labels == "votes" and losses.next_token == 0:
+            problems.append(
+                "train.labels: votes has no effect with train.losses.next_token=0, which is the loss that reads "
+                "labels; raise it, or set majority"
+            )
         if self.sampling != "none" and self.class_weights != "equal":
             sampling, weights = (
                 setting if isinstance(setting, str) else "numbers by label"

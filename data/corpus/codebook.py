@@ -18,8 +18,8 @@ from importlib.resources.abc import Traversable
 from pydantic import Field, field_validator, model_validator
 
 from data.config import Section
-from data.corpus.label_counts import elected
 from data.corpus.schema import JOIN, split_label
+from data.corpus.votes import label_order, majority
 from data.errors import DataError
 
 NAMES = "names"  # the level that every codebook has: each code under its name
@@ -277,9 +277,10 @@ class Merge:
 
     def _counts(self, role: str, votes: Mapping[str, int]) -> dict[str, int]:
         """Return the votes for the classes; those for unused codes are under ""."""
-        merged = Counter[str]()
-        for code, count in votes.items():
-            merged[self.class_of.get((role, code), "")] += count
+        order, merged = label_order(self.roles.get(role, ())), Counter[str]()
+        for given, annotators in votes.items():
+            names = {self.class_of.get((role, code), "") for code in split_label(given)} - {""}
+            merged[JOIN.join(sorted(names, key=order.__getitem__))] += annotators
         return dict(merged)
 
     def label(self, role: str, label: str | None, votes: Mapping[str, int]) -> str | None:
@@ -293,9 +294,9 @@ class Merge:
         """
         if label is None:
             return None
-        order = {name: index for index, name in enumerate(self.roles.get(role, ()))}
+        order = label_order(self.roles.get(role, ()))
         if merged := self._counts(role, votes):
-            names = set(elected(merged, sum(merged.values()), order))
+            names = set(majority(merged, order)[0])
         else:
             names = {self.class_of.get((role, code), "") for code in split_label(label)}
         return JOIN.join(sorted(names - {""}, key=lambda name: order[name])) or None

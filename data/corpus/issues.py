@@ -57,6 +57,10 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_TOO_LONG": ("the clip is longer than 30 s", KEPT),
         "W_DUPLICATE": ("the same utterance occurs twice with equal content", DROPPED),
         "W_LABEL_TIE": ("the annotators disagree without a majority", "the first of the tied labels is used"),
+        "W_LABEL_VOTE": (
+            "an annotator gave a label that the role does not have",
+            "the vote does not count where models train on votes",
+        ),
         "W_LABEL_RARE": ("the label is rare and resembles a frequent one", KEPT),
         "W_LABEL_SINGLE": ("the corpus or a split has only one label", "kept; metrics of labels tell little"),
         "W_LABEL_UNSEEN": ("the train split lacks a label of the val or test split", "kept; it counts as wrong"),

@@ -47,15 +47,3 @@ def label_problems(counts: Mapping[str, Mapping[str, int]], items: str = "turns"
             )
             problems.append(LabelProblem(UNSEEN, f"{split} split", label, message))
     return problems
-
-
-def elected(votes: Mapping[str, int], ballots: float, order: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the labels that more than half of the annotators gave, or else the most frequent one.
-
-    Args:
-        votes: annotators by label.
-        ballots: annotators that gave a label.
-        order: position of each declared label, which decides between equal counts.
-    """
-    ranked = sorted(votes, key=lambda label: (-votes[label], order.get(label, len(order)), label))
-    return tuple(label for label in ranked if votes[label] > ballots / 2) or tuple(ranked[:1])

@@ -32,7 +32,7 @@ class Turn:
     flags: tuple[str, ...] = ()  # codes of the findings about this turn, see CODES
     votes: dict[str, int] = field(
         default_factory=dict
-    )  # label → number of annotators who gave it, if there are several
+    )  # what annotators gave, joined as in `label` → how many of them, if there are several
     clip: Path | None = None  # audio file with only this turn
     given: tuple[float | None, float | None] | None = None  # times of the source, if they were aligned
     confidence: float | None = None  # of the alignment, 0 to 1

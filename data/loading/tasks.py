@@ -8,6 +8,7 @@ from typing import Literal
 
 from data.corpus.label_counts import label_problems
 from data.corpus.schema import SPLITS, split_label
+from data.corpus.votes import counts_labels, vote_shares
 from data.errors import MisfitError
 from data.shards.dataset import Shards
 
@@ -113,6 +114,60 @@ def answer(shards: Shards, item: Item) -> str:
     name, row = item
     value: str = shards.columns[TASKS[name].answer][row]
     return value
+
+
+def vote_targets(shards: Shards, items: Sequence[Item], answers: Sequence[str]) -> list[dict[str, float] | None]:
+    """Return for each item the share of each answer among its annotators; None where all of it is the item's answer.
+
+    Args:
+        shards: the corpus.
+        items: of one task.
+        answers: that the task knows; none if its answer is text.
+    """
+    columns, targets = shards.columns, list[dict[str, float] | None]()
+    for name, row in items:
+        votes = item_votes(shards, (name, row))
+        label = columns["label"][row]
+        shares = vote_shares(votes, answers, shards.manifest.roles.get(columns["speaker"][row], ()))
+        targets.append(shares if shares and shares != {label: 1.0} else None)
+    return targets
+
+
+def item_votes(shards: Shards, item: Item) -> dict[str, int]:
+    """Return the votes of an item's annotators; empty if it has only one, or if its answer is not a label."""
+    votes = dict(shards.columns["votes"][item[1]] or ()) if TASKS[item[0]].answer == "label" else {}
+    return votes if sum(votes.values()) > 1 else {}
+
+
+def check_votes(shards: Shards, names: Sequence[str]) -> None:
+    """Check that annotators' votes can be trained on: several annotators coded a turn of the training split.
+
+    Args:
+        shards: the corpus.
+        names: of the tasks.
+
+    Raises:
+        MisfitError: there is no such turn; the message counts those of all splits. Or an earlier version prepared the
+            corpus, and its votes do not tell which labels an annotator gave together.
+    """
+    columns, coded = shards.columns, [name for name in names if TASKS[name].answer == "label"]
+    training = [item for name in coded for item in items(shards, name, "train")]
+    voted = [item for item in training if item_votes(shards, item)]
+    for item in voted:
+        if counts_labels(columns["label"][item[1]], item_votes(shards, item)):
+            raise MisfitError(
+                f"{shards.folder}: the votes of turn {columns['id'][item[1]]} do not tell which labels an annotator "
+                "gave together, since an earlier version prepared them; prepare the corpus again, or set "
+                "train.labels=majority"
+            )
+    if voted or not coded:
+        return
+    several = sum(sum(count for _, count in votes or ()) > 1 for votes in columns["votes"])
+    raise MisfitError(
+        f"{shards.folder}: train.labels=votes needs turns that several annotators coded, and none of the "
+        f"{len(training)} training items of {', '.join(coded)} is one (the corpus has {several}); set "
+        "train.labels=majority, or prepare the corpus from a table with a row per annotator"
+    )
 
 
 def answer_problems(shards: Shards, names: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
 from data.corpus.label_counts import label_problems
 from data.corpus.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
+from data.corpus.votes import count_votes, label_order
 from data.errors import ConfigError, DataError
 from data.shards.format import fold_split
 
@@ -151,6 +152,19 @@ def _check_label(turn: Turn, corpus: Corpus) -> None:
             reject(turn, corpus.findings, "E_LABEL_ROLE", message)
             return
     turn.label = JOIN.join(sorted(labels, key=corpus.labels.index))
+    _check_votes(turn, allowed, corpus)
+
+
+def _check_votes(turn: Turn, allowed: Sequence[str], corpus: Corpus) -> None:
+    """Join the labels of each annotator in declared order, and flag votes for labels that the turn cannot have."""
+    ballots = [split_label(given) for given, annotators in turn.votes.items() for _ in range(annotators)]
+    if any(len(ballot) > 1 for ballot in ballots):
+        turn.votes = count_votes(ballots, label_order(corpus.labels))
+    strange = sorted({label for ballot in ballots for label in ballot if label not in allowed})
+    if strange:
+        count = sum(not set(strange).isdisjoint(ballot) for ballot in ballots)
+        message = f"{count} of {len(ballots)} annotators gave {', '.join(strange)}, which no {turn.speaker} turn has"
+        flag(turn, corpus.findings, "W_LABEL_VOTE", message)
 
 
 def _check_times(turn: Turn, findings: list[Finding]) -> None:

@@ -13,7 +13,7 @@ from data.loading.feature_files import FeatureReader, heard_rows
 from data.loading.prefetch import Prefetcher
 from data.loading.ray_source import ray_source
 from data.loading.sources import Source, feature_source, local_source, teacher_source
-from data.loading.tasks import Item, has_audio, items
+from data.loading.tasks import Item, check_votes, has_audio, items, vote_targets
 from data.loading.teacher_files import TeacherReader, teacher_files
 from data.shards.dataset import Shards
 from model.objectives.teacher import teacher_inputs
@@ -30,6 +30,7 @@ class SplitData:
     costs: list[Cost] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)  # tokens of the answer
     answers: list[str] = field(default_factory=list)
+    targets: list[dict[str, float] | None] = field(default_factory=list)  # shares of annotators; None: the answer
 
 
 @dataclass
@@ -55,6 +56,7 @@ class TrialData:
         teacher: bool = False,
         features: Path | None = None,
         teacher_logits: Path | None = None,
+        votes: bool = False,
         select: Select = items,
     ) -> "TrialData":
         """Select the items of `splits`, and measure what this model computes for each.
@@ -69,11 +71,12 @@ class TrialData:
                 It reads one example at a time, or has done so before, so it does not affect the batch plan.
             features: folder with the features of the frozen encoder or layers, to read in place of the audio.
             teacher_logits: folder with the teacher's logits, to read in place of running the teacher.
+            votes: whether the training split is trained on the votes of its annotators.
             select: returns the items of a task in a split.
 
         Raises:
-            UserError: a split has no item of a task, an example does not fit, or the model needs audio and the corpus
-                has none.
+            UserError: a split has no item of a task, an example does not fit, the model needs audio and the corpus
+                has none, or votes are asked for and no turn has several annotators.
         """
         if model.config.uses_audio and not has_audio(shards):
             raise UserError(
@@ -93,15 +96,21 @@ class TrialData:
             heard = heard_rows(shards, tuple(model.tasks), config.sound)
             source = feature_source(shards, config, FeatureReader(features, shards, config, heard))
         data = cls(shards, source, {}, 0, 0)
+        if votes:
+            check_votes(shards, list(model.tasks))
         for split in splits:
             selected = data.splits[split] = SplitData()
-            for item in (item for task in model.tasks for item in select(shards, task, split)):
+            for task, answers in model.tasks.items():
+                of_task = select(shards, task, split)
+                soft = votes and split == "train"
+                selected.items += of_task
+                selected.targets += vote_targets(shards, of_task, answers.labels) if soft else [None] * len(of_task)
+            for item, target in zip(selected.items, selected.targets, strict=True):
                 example = read_example(shards, item, config, with_audio=False)
                 samples = clip_samples(shards, item, config)
-                measure = model.measure(example, samples)
+                measure = model.measure(example, samples, target or ())
                 if split == "train" and (slowest := longest_samples(samples, config.augment)) > samples:
                     model.measure(example, slowest)  # raises where the longest augmented clip does not fit
-                selected.items.append(item)
                 selected.costs.append(measure.cost)
                 selected.predicted.append(measure.predicted)
                 selected.answers.append(example.answer)

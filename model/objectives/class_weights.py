@@ -6,6 +6,7 @@ from typing import Literal
 from data.errors import ConfigError
 from data.loading.tasks import AnswerSet, Item
 from model.config import ByLabel, TrainConfig
+from model.objectives.losses import Share, SoftTarget
 
 SETTINGS: tuple[Literal["class_weights", "sampling"], ...] = ("class_weights", "sampling")
 
@@ -44,6 +45,36 @@ def weights_by_item(setting: str | ByLabel, items: Sequence[Item], answers: Sequ
     if isinstance(setting, str):
         return None
     return [setting.get(task, {}).get(answer, 1.0) for (task, _), answer in zip(items, answers, strict=True)]
+
+
+def weigh_targets(
+    setting: str | ByLabel, items: Sequence[Item], answers: Sequence[str], targets: Sequence[Mapping[str, float] | None]
+) -> tuple[list[float], list[SoftTarget | None]]:
+    """Apply class weights to the labels of each item.
+
+    As in torch's cross-entropy with probabilities, each label of a soft target counts with its own weight.
+
+    Args:
+        setting: `class_weights` after `resolve_balanced`.
+        items: of any tasks.
+        answers: for each item.
+        targets: the share of each label, or None where the answer has all.
+
+    Returns:
+        The weight of every item: the mean over its annotators. And the soft targets, relative to that weight.
+    """
+    by_task = {} if isinstance(setting, str) else setting
+    weights, soft = list[float](), list[SoftTarget | None]()
+    for (task, _), answer, target in zip(items, answers, targets, strict=True):
+        numbers = by_task.get(task, {})
+        if target is None:
+            weights.append(numbers.get(answer, 1.0))
+            soft.append(None)
+            continue
+        products = {label: share * numbers.get(label, 1.0) for label, share in target.items()}
+        weights.append(total := sum(products.values()))
+        soft.append({label: Share(share, products[label] / total) for label, share in target.items()})
+    return weights, soft
 
 
 def _balanced(answers: AnswerSet) -> dict[str, float]:

@@ -8,8 +8,9 @@ E width of the LLM.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,20 @@ from data.loading.examples import Example
 from model.config import LossConfig
 from model.objectives import teacher
 from model.runtime.device import on_device
+from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.prompt import IGNORE, Answer
 from model.speech_llm.speech_llm import SpeechLLM
+
+
+class Share(NamedTuple):
+    """The part of a label in a soft target. Each of both numbers sums to 1 over the labels."""
+
+    share: float  # of the annotators who gave it
+    weighted: float  # the same, in proportion to the label's class weight
+
+
+SoftTarget = Mapping[str, Share]  # by label
 
 
 @dataclass
@@ -33,8 +45,9 @@ class Losses:
     A loss of weight 0 is None, except that of the next token, which is computed without gradient to be reported.
     """
 
-    count_B: list[int]  # predicted tokens
-    next_token_B: Tensor  # nats
+    count_B: list[int]  # predicted tokens of the answer
+    next_token_B: Tensor  # nats; of a soft target the mean over the annotators' labels
+    weighted_next_token_B: Tensor | None = None  # the same with class weights, which is minimised; None: no difference
     distillation_B: Tensor | None = None  # nats, times the square of the temperature
     hidden_B: Tensor | None = None  # mean square over the width
 
@@ -45,7 +58,8 @@ class Losses:
 
     def weighted_sum(self, config: LossConfig) -> Tensor:
         """Return the sum that training minimises, for each example."""
-        total_B = config.next_token * self.next_token_B
+        weighted_B = self.weighted_next_token_B
+        total_B = config.next_token * (self.next_token_B if weighted_B is None else weighted_B)
         if self.distillation_B is not None:
             total_B = total_B + config.distillation * self.distillation_B
         if self.hidden_B is not None:
@@ -66,6 +80,11 @@ class StudentOutputs:
         """Return values_B: the sum over the tokens of each example."""
         return values_P.new_zeros(n_examples).index_add(0, self.rows_P, values_P)
 
+    def select(self, indices: Tensor) -> "StudentOutputs":
+        """Return the outputs at some of the tokens."""
+        hidden_PE = None if self.hidden_PE is None else self.hidden_PE[indices]
+        return StudentOutputs(self.rows_P[indices], self.targets_P[indices], self.logits_PV[indices], hidden_PE)
+
 
 @dataclass
 class TeacherOutputs:
@@ -76,23 +95,57 @@ class TeacherOutputs:
     hidden_PE: Tensor | None
 
 
-def answer_losses(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> Losses:
+def answer_losses(
+    model: SpeechLLM,
+    examples: Sequence[Example],
+    config: LossConfig,
+    targets: Sequence[SoftTarget | None] | None = None,
+) -> Losses:
     """Return the losses of the examples' answers.
 
     The teacher of the distillation (Hinton et al., 2015, arXiv 1503.02531) is the base LLM without LoRA, which reads
     text where the model may read audio (arXiv 2406.05968, equation 3). Its logits come with the examples if they were
     cached; otherwise it runs here, with the same result.
+
+    The next-token loss of a soft target is its cross-entropy with the model's probabilities of the labels' texts, as
+    `label_scores` returns them: the mean of the loss over the annotators' labels. The other losses follow the answer.
+
+    Args:
+        model: that is trained or evaluated.
+        examples: of any tasks.
+        config: which losses are computed.
+        targets: the soft target of each example, or None for its answer; by default all have their answers.
     """
-    answers = [model.answer(example) for example in examples]
+    answers, n_examples = [model.answer(example) for example in examples], len(examples)
+    soft = targets if targets is not None and any(targets) else None
     with model.autocast():
-        sequences = [
-            torch.cat([prompt_TE, model.embed(answer.inputs)])
-            for prompt_TE, answer in zip(model.prompts(examples), answers, strict=True)
-        ]
-        student = student_outputs(model.llm, sequences, answers, hidden=config.hidden > 0)
+        prompts = model.prompts(examples)
+        if soft is None:
+            sequences = [
+                torch.cat([prompt_TE, model.embed(answer.inputs)])
+                for prompt_TE, answer in zip(prompts, answers, strict=True)
+            ]
+            labels = student = student_outputs(model.llm, sequences, answers, hidden=config.hidden > 0)
+        else:
+            tries = [model.answer_trie(example, target or ()) for example, target in zip(examples, soft, strict=True)]
+            sequences = [
+                torch.cat([prompt_TE, model.embed(trie.nodes)]) for prompt_TE, trie in zip(prompts, tries, strict=True)
+            ]
+            labels = trie_outputs(model.llm, sequences, tries, hidden=config.hidden > 0)
+            paths = [path for trie in tries for path in first_paths(trie).values()]
+            of_answers = [index for index, path in enumerate(paths) if path == 0]
+            student = labels.select(on_device(of_answers, model.device))
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.next_token > 0):
-        nll_P = F.cross_entropy(student.logits_PV, student.targets_P, reduction="none")
-    losses = Losses([answer.predicted for answer in answers], student.sum_by_example(nll_P, len(examples)))
+        nll_P = F.cross_entropy(labels.logits_PV, labels.targets_P, reduction="none")
+        weighted_B = None
+        if soft is None:
+            next_token_B = labels.sum_by_example(nll_P, n_examples)
+        else:
+            shares_P, weighted_P = on_device(token_shares(examples, tries, soft), model.device).unbind(-1)
+            next_token_B = labels.sum_by_example(nll_P * shares_P, n_examples)
+            weighted_B = labels.sum_by_example(nll_P * weighted_P, n_examples)
+    predicted = [answer.predicted for answer in answers]
+    losses = Losses(predicted, next_token_B, weighted_B)
     if config.distillation or config.hidden:
         teacher_output = teacher_outputs(model, examples, config)
         assert len(teacher_output.ids_PK) == len(student.targets_P)
@@ -140,6 +193,75 @@ def student_outputs(
         logits_PV=output.logits.float(),
         hidden_PE=output.hidden_states[-1][rows_P, columns_P] if hidden else None,
     )
+
+
+def trie_outputs(
+    llm: PreTrainedModel, sequences: Sequence[Tensor], tries: Sequence[LabelTrie], hidden: bool
+) -> StudentOutputs:
+    """Run the LLM once over prompts that are followed by tries, and return its outputs where it predicts tokens.
+
+    A node of a trie sees the prompt and its ancestors, so each label is computed as if it followed the prompt alone.
+
+    Args:
+        llm: the causal language model.
+        sequences: prompt and nodes of the trie for each example, [T_i, E].
+        tries: for each example; the predicted tokens are in the order of `first_paths`.
+        hidden: whether to return hidden states.
+    """
+    embeddings_BTE = pad_sequence(list(sequences), batch_first=True)
+    width = embeddings_BTE.shape[1]
+    visible_BTT = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(sequences), 1, 1)
+    positions_BT = torch.arange(width).repeat(len(sequences), 1)
+    predicted = []
+    for row, (sequence, trie) in enumerate(zip(sequences, tries, strict=True)):
+        first, end = len(sequence) - len(trie.nodes), len(sequence)
+        ancestors_NN = torch.tensor(trie.ancestors, dtype=torch.bool).reshape(end - first, end - first)
+        visible_BTT[row, first:end, first:end] = ancestors_NN
+        positions_BT[row, first:end] = first - 1 + ancestors_NN.sum(-1)
+        predicted += [(row, first + node, target) for node, target in first_paths(trie)]
+    device = embeddings_BTE.device
+    rows_P, columns_P, targets_P = on_device(predicted, device).unbind(-1)
+    bias_BTT = torch.zeros(visible_BTT.shape, dtype=embeddings_BTE.dtype, device=device)
+    bias_BTT.masked_fill_(~visible_BTT.to(device), torch.finfo(bias_BTT.dtype).min)
+    with head_at_positions(llm.get_output_embeddings(), rows_P, columns_P):
+        output = llm(
+            inputs_embeds=embeddings_BTE,
+            attention_mask=bias_BTT[:, None],
+            position_ids=positions_BT.to(device),
+            use_cache=False,
+            output_hidden_states=hidden,
+        )
+    return StudentOutputs(
+        rows_P=rows_P,
+        targets_P=targets_P,
+        logits_PV=output.logits.float(),
+        hidden_PE=output.hidden_states[-1][rows_P, columns_P] if hidden else None,
+    )
+
+
+def first_paths(trie: LabelTrie) -> dict[tuple[int, int], int]:
+    """Return the predictions (node, target) of a trie, and the first of its paths that each is on."""
+    first: dict[tuple[int, int], int] = {}
+    for index, path in enumerate(trie.paths):
+        for prediction in path:
+            first.setdefault(prediction, index)
+    return first
+
+
+def token_shares(
+    examples: Sequence[Example], tries: Sequence[LabelTrie], targets: Sequence[SoftTarget | None]
+) -> list[list[float]]:
+    """Return for each prediction of `first_paths` the sums over the labels that it belongs to, [P, 2]; see `Share`."""
+    none, everything = Share(0.0, 0.0), Share(1.0, 1.0)
+    shares = list[list[float]]()
+    for example, trie, target in zip(examples, tries, targets, strict=True):
+        given = {example.answer: everything} if target is None else {example.answer: none, **target}
+        sums = {prediction: [0.0, 0.0] for prediction in first_paths(trie)}
+        for label, path in zip(given, trie.paths, strict=True):  # both begin with the answer
+            for prediction in path:
+                sums[prediction] = [sum(pair) for pair in zip(sums[prediction], given[label], strict=True)]
+        shares += sums.values()
+    return shares
 
 
 @contextlib.contextmanager

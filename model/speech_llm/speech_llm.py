@@ -10,7 +10,7 @@ Legend: B examples, F frames, D width of the encoder, T positions of the sequenc
 
 import contextlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -258,18 +258,25 @@ class SpeechLLM(nn.Module):
         """Return the tokens of an example's answer."""
         return self.prompt_builder.answer(answer_text(example.task, example.answer))
 
-    def measure(self, example: Example, n_samples: int) -> "ExampleSize":
+    def answer_trie(self, example: Example, labels: Iterable[str] = ()) -> LabelTrie:
+        """Return the trie of an example's answer, whose path comes first, and of other labels of its task."""
+        others = (self.answers[example.task][label] for label in labels if label != example.answer)
+        return label_trie([self.answer(example), *others])
+
+    def measure(self, example: Example, n_samples: int, labels: Collection[str] = ()) -> "ExampleSize":
         """Return the size of an example. Reads no audio.
 
         Args:
             example: may be read without its clip.
             n_samples: length of the clip.
+            labels: those that are trained together with the answer.
 
         Raises:
             MisfitError: the example is longer than the LLM can read, or than model.llm.max_text_tokens.
         """
         prompt, answer = self.prompt_builder.prompt(example), self.answer(example)
-        cost, frames, clip = Cost(len(prompt.ids) + len(answer.inputs)), 0, 0
+        inputs = self.answer_trie(example, labels).nodes if labels else answer.inputs
+        cost, frames, clip = Cost(len(prompt.ids) + len(inputs)), 0, 0
         longest = max((len(label.inputs) for label in self.answers[example.task].values()), default=0)
         positions = len(prompt.ids) + max(len(answer.inputs), longest or self.config.max_new_tokens)
         if CLIP in prompt.ids:

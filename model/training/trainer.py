@@ -27,7 +27,7 @@ from model.config import TrainConfig
 from model.evaluation.evaluator import PendingBatches, evaluate, request_batches
 from model.evaluation.metrics import Record, summarise
 from model.evaluation.split_data import TrialData
-from model.objectives.class_weights import resolve_balanced, weights_by_item
+from model.objectives.class_weights import resolve_balanced, weigh_targets, weights_by_item
 from model.objectives.losses import answer_losses
 from model.runtime import memory
 from model.runtime.device import on_device
@@ -133,7 +133,7 @@ class Trainer:
         self.train = data.splits["train"]
         self.epoch_steps = math.ceil(len(self.train.items) / config.batch_size)
         items, answers = self.train.items, self.train.answers
-        self.item_weights = weights_by_item(self.config.class_weights, items, answers) or [1.0] * len(items)
+        self.item_weights, self.targets = weigh_targets(self.config.class_weights, items, answers, self.train.targets)
         self.sampling_weights = weights_by_item(self.config.sampling, items, answers)
         fingerprint = data.shards.fingerprint
         self.plan_hash = plan_hash(
@@ -289,14 +289,16 @@ class Trainer:
         The loss of each task is the mean over its predicted tokens in the whole step, times the task's weight. The
         divisors follow from the plan, so they are the same for every worker and every cut into micro-batches. Class
         weights (balanced ones are 1 on average over the corpus) are not part of the divisors: in a step of one item
-        they would cancel.
+        they would cancel. Where annotators disagree, the tokens are those of the majority's label, so an item counts as
+        much as with train.labels=majority.
         """
         tokens, (total, sums_N) = self._tokens(step), self.losses.zeros()
         for indices in micro_batches(
             [self.train.costs[position] for position in part], self.token_budget, self.model.pad_tolerance
         ):
             self.computing = [part[index] for index in indices]
-            losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses)
+            targets = [self.targets[position] for position in self.computing]
+            losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses, targets)
             factors = []
             for position in self.computing:
                 task = self.train.items[position][0]

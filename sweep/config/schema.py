@@ -127,6 +127,11 @@ class Config(Section):
         tasks = self.tasks.active()
         if not tasks:
             return [*problems, "tasks: all weights are 0, so nothing would be trained; raise one"]
+        if self.train.labels == "votes" and all(TASKS[task].answer != "label" for task in tasks):
+            problems.append(
+                f"train.labels: votes is for tasks that predict codes, and {', '.join(tasks)} "
+                f"{'do' if len(tasks) > 1 else 'does'} not; set majority, or give such a task a weight"
+            )
         metrics = metric_names(tasks)
         if self.search.metric not in metrics:
             problems.append(

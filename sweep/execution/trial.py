@@ -104,6 +104,7 @@ def build(
         teacher=config.train.has_teacher,
         features=cached.features,
         teacher_logits=cached.teacher_logits,
+        votes=config.train.labels == "votes",
     )
 
 

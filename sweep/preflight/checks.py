@@ -4,7 +4,7 @@ The structures are built without weights. A mistake is then one line at the star
 """
 
 from data.errors import UserError
-from data.loading.tasks import answer_sets, has_audio
+from data.loading.tasks import answer_sets, check_votes, has_audio
 from model.checkpoints.fingerprint import Bases, identify_bases
 from model.evaluation.llm_check import check_llm
 from model.evaluation.split_data import TrialData
@@ -12,6 +12,7 @@ from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
+from sweep.config.space import Value
 from sweep.execution.trial import open_shards
 from sweep.search.base_models import check_bases
 from sweep.search.candidates import resolve_candidate, structures
@@ -27,14 +28,16 @@ def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool =
 
     Raises:
         UserError: a shard is missing or corrupt, a split has no items of a task, an unknown label has a weight, an
-            example is too long, a model is missing or does not fit its settings, or a modality needs audio and the
-            corpus has none.
+            example is too long, a model is missing or does not fit its settings, a modality needs audio and the corpus
+            has none, or training needs votes and no training turn has several annotators.
     """
     check_bases(config)
     resolved = resolve(config)
     shards = open_shards(resolved)
     shards.verify()
     check_audio(resolved, has_audio(shards))
+    if "votes" in _values(resolved, "train.labels", resolved.train.labels):
+        check_votes(shards, resolved.tasks.active())
     measured = set()
     for values in structures(resolved):
         trial = resolve_candidate(resolved, values)
@@ -73,10 +76,15 @@ def check_audio(config: Config, has_audio: bool) -> None:
     Raises:
         UserError: it has none.
     """
-    axis = config.search.space.get("model.modality")
-    modalities = [config.model.modality] if axis is None else axis.extremes()
+    modalities = _values(config, "model.modality", config.model.modality)
     if any(modality != "text" for modality in modalities) and not has_audio:
         raise UserError(
             f"{config.data.shards}: model.modality {' / '.join(map(str, modalities))} needs audio, and this corpus is "
             "text only; use --set model.modality=text, or prepare the corpus with --audio"
         )
+
+
+def _values(config: Config, key: str, value: Value) -> list[Value]:
+    """Return the values that a setting has in the trials: its own, or those of its axis."""
+    axis = config.search.space.get(key)
+    return [value] if axis is None else axis.extremes()

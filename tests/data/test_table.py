@@ -138,14 +138,15 @@ def test_annotators_vote_by_majority(tmp_path: Path) -> None:
     rows = [f"a,c,x,{number},{code},{who}\n" for who, codes in votes.items() for number, code in enumerate(codes)]
     text, columns = f"{HEAD},n,code,who\n" + "".join(rows), {"label": "code", "annotator": "who", "index": "n"}
     assert fields(read(tmp_path, text, columns=columns, label_separator=";"), "label", "votes", "flags") == [
-        ("b|a", {"b": 3, "a": 2, "c": 1}, ()),
+        ("b|a", {"a|b": 2, "b|c": 1}, ()),
         ("c", {"c": 1}, ()),
         ("a", {"a": 1, "b": 1, "c": 1}, ("W_LABEL_TIE",)),
         ("a", {"a": 2, "b": 1}, ()),
-        ("a|b", {"a": 3, "b": 3}, ()),
+        ("a|b", {"a|b": 3}, ()),
     ]
     declared = read(tmp_path, text, columns=columns, label_separator=";", labels={"client": ["c", "b", "a"]})
     assert [turn.label for turn in turns(declared)] == ["b|a", "c", "c", "a", "b|a"]  # declared order breaks ties
+    assert turns(declared)[0].votes == {"b|a": 2, "c|b": 1}
     with pytest.raises(ConfigError, match=r"columns\.annotator: also set columns\.id or columns\.index"):
         read(tmp_path, text, columns={"label": "code", "annotator": "who"})
     text = f"{HEAD},n,code,who\na,c,x,0,p,ann\na,c,x,0,p,bob\na,c,x,0,q,ann\n"

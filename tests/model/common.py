@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from data.corpus import synthetic
+from data.corpus.schema import Turn
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
+from data.preparation.build import prepare
+from data.shards.dataset import Shards
 from model.config import ModelConfig
+from model.objectives.losses import Share, SoftTarget
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from tests.conftest import LABELS
@@ -51,6 +56,19 @@ def perturb_lora(model: SpeechLLM) -> SpeechLLM:
     return model
 
 
+def soft_targets(examples: list[Example]) -> list[SoftTarget | None]:
+    """Return a soft target for two of three examples; a share of 0 for the answer, and other shares by class weight."""
+    shares = ({"change": 0.7, "neutral": 0.3}, None, {"sustain": 0.5, "change": 0.25, "neutral": 0.25})
+    weights = {"change": 2.0, "sustain": 0.5, "neutral": 1.0}
+    targets: list[SoftTarget | None] = []
+    for index in range(len(examples)):
+        chosen = shares[index % 3]
+        total = sum(share * weights[label] for label, share in (chosen or {}).items())
+        soft = {label: Share(share, share * weights[label] / total) for label, share in (chosen or {}).items()}
+        targets.append(soft or None)
+    return targets
+
+
 def replies(examples: list[Example]) -> list[Example]:
     """The same dialogues, to be answered with texts of different lengths."""
     words = "well then tell me what you think about it now".split()
@@ -68,3 +86,12 @@ def as_two_workers(work: Callable[..., None], *args: object) -> None:
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:
     """Equal relative to the largest magnitude."""
     return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def voted(folder: Path, vote: Callable[[int, Turn], dict[str, int]]) -> Shards:
+    """The dialogues of the fixture `corpus`, with votes for each turn that has a label."""
+    made = synthetic.corpus(sessions=9, turns=8, seed=3)
+    coded = [turn for conversation in made.conversations for turn in conversation.turns if turn.label]
+    for number, turn in enumerate(coded):
+        turn.votes = vote(number, turn)
+    return prepare(made, folder)

@@ -28,7 +28,7 @@ from model.objectives.losses import answer_losses
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
-from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings
+from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings, soft_targets
 from tests.tiny_models import ENCODERS
 
 Batching = list[list[int]]
@@ -47,11 +47,19 @@ def losses(model: SpeechLLM, part: list[Example]) -> list[Tensor]:
     return list(torch.stack(list(answer_losses(model, part, LOSSES).by_name().values()), dim=1))
 
 
+def vote_losses(model: SpeechLLM, part: list[Example]) -> list[Tensor]:
+    targets = dict(zip(range(8), soft_targets([part[0]] * 8), strict=True))
+    found = answer_losses(model, part, LOSSES, [targets[int(example.id[2:])] for example in part])
+    weighted_B = found.weighted_sum(LOSSES).detach()
+    return list(torch.stack([*found.by_name().values(), weighted_B], dim=1))
+
+
 STAGES: dict[str, Callable[[SpeechLLM], Compute]] = {
     "clips": lambda model: model.clips,
     "prompts": lambda model: model.prompts,
     "scores": lambda model: lambda part: list(label_scores(model, part)),
     "losses": lambda model: lambda part: losses(model, part),
+    "losses of votes": lambda model: lambda part: vote_losses(model, part),
     "losses of replies": lambda model: lambda part: losses(model, replies(part)),
 }
 
@@ -105,7 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_do_not_depend_on_the_batch(variant: str, models: Path, examples: list[Example]) -> None:
-    check_stages(["scores", "losses of replies"], build(models, **VARIANTS[variant]), examples)
+    check_stages(["scores", "losses of votes", "losses of replies"], build(models, **VARIANTS[variant]), examples)
 
 
 @pytest.mark.parametrize("kind", ["hubert-group", "whisper"])
@@ -149,7 +157,13 @@ def trial_model(models: Path, corpus: Shards, kind: str = "hubert-layer") -> Spe
 
 
 def one_step(
-    models: Path, corpus: Shards, cut: Batching | None, rank: int = 0, world: int = 1, kind: str = "hubert-layer"
+    models: Path,
+    corpus: Shards,
+    cut: Batching | None,
+    rank: int = 0,
+    world: int = 1,
+    kind: str = "hubert-layer",
+    votes: bool = False,
 ) -> dict[str, Tensor]:
     """Return clipped gradients and weights after one optimizer step over items of three tasks.
 
@@ -160,9 +174,10 @@ def one_step(
         rank: of this worker.
         world: number of workers.
         kind: of the encoder.
+        votes: whether the votes of annotators are the targets.
     """
     model = trial_model(models, corpus, kind)
-    data = TrialData.open(corpus, model, DataConfig(history=2), ("train",))
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("train",), votes=votes)
     config = TrainConfig(learning_rate=1e-3, warmup=0, losses=LOSSES, class_weights="balanced")
     trainer = Trainer(model, data, config, TASKS, 0, corpus.folder)
     model.train()
@@ -212,6 +227,13 @@ def test_step_does_not_depend_on_the_micro_batches(kind: str, models: Path, corp
     alone = one_step(models, corpus, ALONE, kind=kind)
     for batching in BATCHINGS:
         check_equal(one_step(models, corpus, batching, kind=kind), alone)
+
+
+def test_step_on_votes_does_not_depend_on_the_micro_batches(models: Path, disputed: Shards) -> None:
+    alone = one_step(models, disputed, ALONE, votes=True)
+    for batching in BATCHINGS:
+        check_equal(one_step(models, disputed, batching, votes=True), alone)
+    assert not torch.equal(one_step(models, disputed, ALONE)["losses"], alone["losses"])
 
 
 @pytest.mark.parametrize("size", [5, pytest.param(8, marks=pytest.mark.long)])

@@ -28,9 +28,10 @@ from model.evaluation import evaluator, metrics, scoring
 from model.evaluation.metrics import Record
 from model.objectives import losses
 from model.speech_llm import speech_llm
+from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from model.training import trainer
-from tests.model import test_invariance, test_metrics, test_parts, test_resume
+from tests.model import test_invariance, test_metrics, test_parts, test_resume, test_votes
 from tests.model.common import build
 from tests.model.trials import Trial
 
@@ -176,6 +177,22 @@ def mean_per_micro_batch(patch: Patch) -> None:
     patch.setattr(trainer, "answer_losses", answer_losses)
 
 
+def votes_normalised_per_batch(patch: Patch) -> None:
+    original = losses.token_shares
+
+    def token_shares(*args: Any) -> list[list[float]]:
+        shares = original(*args)
+        total = sum(share for share, _ in shares)
+        return [[len(args[0]) * share / total, weighted] for share, weighted in shares]
+
+    patch.setattr(losses, "token_shares", token_shares)
+
+
+def labels_of_a_vote_that_see_each_other(patch: Patch) -> None:
+    """As in a causal mask; in a batch, too, each example sees only its own labels."""
+    patch.setattr(LabelTrie, "ancestors", property(lambda trie: np.tri(len(trie.nodes), dtype=bool).tolist()))
+
+
 def hallucinated_label_as_a_class(patch: Patch) -> None:
     def f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
         truth, predicted = [record.label for record in records], [record.prediction for record in records]
@@ -217,6 +234,7 @@ RANDOM = test_parts.test_parts_that_would_stay_random_are_refused
 GENERATE = test_invariance.test_generated_texts_do_not_depend_on_the_batch
 METRICS = test_invariance.test_metrics_do_not_depend_on_the_batch_size
 MICRO_BATCHES = test_invariance.test_step_does_not_depend_on_the_micro_batches
+VOTES = test_votes.test_vote_loss_equals_single_labels_in_float64
 HUBERT = {"kind": "hubert-layer"}
 TOKENS = {"changed": {"trainable": "adapter+lora"}, "part": "tokens", "name": "end_of_audio"}
 
@@ -250,6 +268,8 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, 
     "mean per micro-batch": (mean_per_micro_batch, MICRO_BATCHES, HUBERT),
     "encoder left in train mode": (encoder_left_in_train_mode, TRAIN_MODE, {}),
     "batch norm in train mode": (batch_norm_in_train_mode, TRAIN_MODE, {}),
+    "votes normalised per batch": (votes_normalised_per_batch, STAGES, HUBERT | {"stages": ["losses of votes"]}),
+    "labels of a vote that see each other": (labels_of_a_vote_that_see_each_other, VOTES, {"changed": {}}),
     "hallucinated label counted as a class": (hallucinated_label_as_a_class, OUTSIDE, {"sets": False}),
     "frozen random end-of-audio vector": (frozen_random_vector, RANDOM, TOKENS),
     "schedule not restored": (schedule_not_restored, RESUME, {"kills": (4,)}),

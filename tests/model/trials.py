@@ -50,7 +50,8 @@ class Trial:
     def start(self, models: Path, shards: Shards) -> tuple[SpeechLLM, TrialData]:
         seed_everything(self.seed)
         model = SpeechLLM(self.config(models), answer_sets(shards, self.tasks.active()))
-        return model, TrialData.open(shards, model, self.data, ("train", "val"))
+        votes = self.train.labels == "votes"
+        return model, TrialData.open(shards, model, self.data, ("train", "val"), votes=votes)
 
     def trainer(self, models: Path, shards: Shards, folder: Path) -> Trainer:
         return Trainer(*self.start(models, shards), self.train, self.tasks, self.seed, folder)

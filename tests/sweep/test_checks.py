@@ -16,6 +16,7 @@ from sweep.config.loader import flat
 from sweep.config.resolve import MAKERS, ResolvedConfig, _make
 from sweep.config.schema import parse
 from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.search.space_checks import refusals
 from tests.data.common import corpus as by_hand
 from tests.model.families import make
 from tests.sweep.common import FROZEN, refused
@@ -148,3 +149,30 @@ def test_skeleton_has_every_parameter_and_no_weight(check: Check) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {"cls", "adapter.linear.weight"} <= trained
     assert any(name.startswith("encoder.") for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"tasks": {"classify": 0, "response": 1}}, "train.labels: votes is for tasks that predict codes"),
+        ({"train": {"losses": {"next_token": 0, "distillation": 1}}}, "train.labels: votes has no effect with train."),
+    ],
+)
+def test_votes_without_a_loss_on_codes_are_refused(changed: dict[str, Any], problem: str) -> None:
+    """As a setting, and as a value of an axis that no trial could use."""
+    tree = {"name": "a", **changed}
+    with pytest.raises(ConfigError) as error:
+        parse({**tree, "train": {**changed.get("train", {}), "labels": "votes"}}, "a")
+    assert problem in str(error.value)
+    config = parse({**tree, "search": {"space": {"train.labels": ["majority", "votes"]}}}, "a")
+    [refusal] = refusals(config)
+    assert refusal.startswith(f"search.space.train.labels: no trial can use 'votes': {problem}")
+
+
+def test_votes_that_a_corpus_lacks_are_refused(check: Check, corpus: Shards) -> None:
+    message = f"{corpus.folder}: train.labels=votes needs turns that several annotators coded, and none of the "
+    for changed, space in ({"train.labels": "votes"}, {}), ({}, {"train.labels": ["majority", "votes"]}):
+        with pytest.raises(UserError) as error:
+            check(changed, space=space)
+        assert str(error.value).startswith(message)
+        assert len(str(error.value).splitlines()) == 1

@@ -1,6 +1,5 @@
 """Build turns and corpora: the handling of speakers, labels and annotators that all formats share."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -8,8 +7,8 @@ from pathlib import Path
 
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding, build_error
-from data.corpus.label_counts import elected
 from data.corpus.schema import JOIN, Conversation, Corpus, Turn, flag, reject, split_label
+from data.corpus.votes import count_votes, label_order, majority
 from data.errors import ConfigError, DataError
 from data.importers.base.cells import MISSING_TEXT, CodeReader, clean_code, speaker_key
 from data.importers.base.tabular import Row
@@ -132,16 +131,13 @@ class TurnBuilder:
         if len(ballots) == 1:
             turn.label = JOIN.join(cast[0])
             return
-        votes = Counter(label for ballot in cast for label in ballot)
-        declared = (label for labels in self.labels.values() for label in labels)
-        order = {label: index for index, label in enumerate(declared)}
-        ranked = sorted(votes, key=lambda label: (-votes[label], order.get(label, len(order)), label))
-        tied = [label for label in ranked if votes[label] == votes[ranked[0]]]
-        if votes[ranked[0]] <= len(cast) / 2 and len(tied) > 1:
-            message = f"{len(cast)} annotators gave {', '.join(tied)} {votes[tied[0]]} x each"
-            flag(turn, self.findings, "W_LABEL_TIE", message)
-        turn.votes = {label: votes[label] for label in ranked}
-        turn.label = JOIN.join(elected(votes, len(cast), order))
+        order = label_order(label for labels in self.labels.values() for label in labels)
+        turn.votes = count_votes(cast, order)
+        chosen, tied = majority(turn.votes, order)
+        if tied:
+            times = sum(tied[0] in split_label(given) and annotators for given, annotators in turn.votes.items())
+            flag(turn, self.findings, "W_LABEL_TIE", f"{len(cast)} annotators gave {', '.join(tied)} {times} x each")
+        turn.label = JOIN.join(chosen)
 
     def utterances(
         self, rows: Iterable[Row], identity: Callable[[Row], str], annotator: str | None, shared: Sequence[str | None]
