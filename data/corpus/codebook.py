@@ -107,6 +107,12 @@ class Codebook(Section, coerce_numbers_to_str=True):
         }
 
     @cached_property
+    def words(self) -> frozenset[str]:
+        """Return what a cell may hold: every spelling, alone and with one modifier."""
+        texts = [clean_code(text) for spellings in self.spellings.values() for text in spellings]
+        return frozenset((*texts, *(text + mark for text in texts for mark in self._marks)))
+
+    @cached_property
     def _marks(self) -> list[str]:
         marks = {spelling(mark) for marks in self.modifiers.values() for mark in marks}
         return sorted(marks, key=lambda mark: (-len(mark), mark))

@@ -233,7 +233,10 @@ def check_codebook(corpus: Corpus, config: CorpusConfig) -> None:
     foreign = [role for role in corpus.roles if corpus.roles[role] and corpus.roles[role] != book.labels.get(role)]
     if foreign:
         labels = ", ".join(corpus.roles[foreign[0]])
-        raise ConfigError(f"codebook: {book.name} has other codes of the {foreign[0]} than the corpus ({labels})")
+        raise ConfigError(
+            f"codebook: {book.name} has other codes of the {foreign[0]} than the format, which declares {labels}; "
+            "leave codebook out, or list these codes in this order"
+        )
     seen = Counter[tuple[str, str]]()
     for conversation in corpus.conversations:
         for turn in conversation.turns:

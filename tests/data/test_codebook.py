@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,10 @@ def test_codebook_beside_labels_is_refused() -> None:
 
 def test_several_codes_and_modifiers_of_a_cell_are_read(tmp_path: Path) -> None:
     turns = [("client", "C+2"), ("therapist", "OQ;GI"), ("client", "no"), ("therapist", "Closed Question")]
+    turns += [("client", "C+1/FN"), ("client", "C+2;C-1")]
     corpus = read(tmp_path, turns, settings())
-    assert [turn.label for turn in corpus.conversations[0].turns] == ["c+", "oq|gi", "c-", "cq"]
+    labels = ["c+", "oq|gi", "c-", "cq", "c+|fn", "c+|c-"]
+    assert [turn.label for turn in corpus.conversations[0].turns] == labels
     [finding] = [finding for finding in corpus.findings if finding.utterance == "s0/0"]
     assert finding.code == "W_LABEL_MODIFIER"
     assert finding.message == "'C+2' is read as 'c+'; '2' is a modifier of small"
@@ -202,7 +205,7 @@ def test_codes_and_classes_that_never_occur_are_findings(tmp_path: Path) -> None
 def test_format_with_other_labels_refuses_the_codebook(tmp_path: Path) -> None:
     corpus = read(tmp_path, [("client", "C+"), ("therapist", "GI")], settings())
     corpus.roles = {"client": ("a",)}
-    with pytest.raises(ConfigError, match=r"codebook: small has other codes of the client than the corpus \(a\)"):
+    with pytest.raises(ConfigError, match="codebook: small has other codes of the client than the format"):
         prepare(corpus, tmp_path / "corpus", settings())
 
 
@@ -258,6 +261,22 @@ def test_changed_level_writes_no_shard_again(tmp_path: Path) -> None:
     assert again.fingerprint == shards.fingerprint
     assert Shards(again.folder, codes="few").columns["label"][:4] == ["talk", "question|gi", "talk", "gi"]
     assert Shards(again.folder, codes="few").fingerprint != Shards(tmp_path / "corpus", codes=NAMES).fingerprint
+
+
+def test_corpus_of_an_older_version_is_read_and_extended(tmp_path: Path) -> None:
+    """Manifests of versions without codebooks lack the settings."""
+    config = CorpusConfig(columns=ColumnConfig(label="code"), labels={"client": ("a",), "therapist": ("b",)})
+    turns = [("client", "a"), ("therapist", "b")]
+    shards = prepare(read(tmp_path, turns, config), tmp_path / "corpus", config)
+    path = tmp_path / "corpus" / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("codebook", "license"):
+        del content["config"][key]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert Shards(tmp_path / "corpus").fingerprint == shards.fingerprint
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "corpus").glob("shard-*")}
+    prepare(read(tmp_path, turns, config), tmp_path / "corpus", config)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "corpus").glob("shard-*")} == written
 
 
 def test_votes_are_counted_again_for_the_classes(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class TurnBuilder:
         separator = self.config.label_separator
         if (book := self.config.codebook) is not None:
             self.labels = dict(book.labels)
-            declared = frozenset(text for spellings in book.spellings.values() for text in spellings)
+            declared = book.words
             separator = separator or book.separator
         self.qualities = tuple(quality.strip().lower() for quality in self.config.qualities) or self.qualities
         self.codes = CodeReader(separator, declared)
