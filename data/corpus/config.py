@@ -131,8 +131,8 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     )
     annotations: Literal["drop", "keep"] = Field(
         "drop",
-        description="Annotations in brackets ([laughter], <sync>) in transcripts of WhisperX and DAIC: leave them out "
-        "of the text, or keep them. The other formats keep theirs.",
+        description="Annotations in brackets ([laughter], <sync>) in transcripts: leave them out of the text, or keep "
+        "them. Tables keep theirs.",
     )
     encoding: str = Field(
         "utf-8", description="Encoding of text files, e.g. cp1252; only a byte order mark overrides it."

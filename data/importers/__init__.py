@@ -79,7 +79,7 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
             read_praat,
             is_praat,
             "Praat: one TextGrid per session; a tier per speaker, and perhaps one with codes.",
-            "annotations --audio recordings --set 'tiers.code={tier} code'",
+            "annotations --audio recordings --set 'tiers.code=\"{tier}_code\"'",
         ),
         "chat": Format(
             read_chat,
@@ -96,7 +96,7 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
         "daic": Format(
             read_daic,
             is_daic,
-            "A folder like DAIC-WOZ: <id>_TRANSCRIPT.csv and <id>_AUDIO.wav.",
+            "A folder like DAIC-WOZ or E-DAIC: <id>_TRANSCRIPT.csv and <id>_AUDIO.wav.",
             "daic-woz",
         ),
         "mi-tags": Format(
@@ -108,7 +108,7 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
         "table": Format(
             read_table,
             is_table,
-            "Any CSV, TSV, JSONL or Parquet file; the settings columns.* name its columns.",
+            "Any CSV, TSV, Excel, JSON, JSON Lines or Parquet file, or a folder of them; columns.* name the columns.",
             "turns.csv --audio recordings --set columns.label=code",
         ),
     }

@@ -33,7 +33,9 @@ def predict(
     sessions: Annotated[Path, typer.Option("--csv", help="The sessions: a file or a folder, depending on the format.")],
     out: Annotated[Path, typer.Option(help="Folder to create for predictions.csv and transcript.html.")],
     audio: Annotated[Path | None, typer.Option(help="Folder of the recordings; without it, text only.")] = None,
-    kind: Annotated[str, typer.Option("--format", help="table, annomi, whisperx, daic or mi-tags.")] = "table",
+    kind: Annotated[
+        str | None, typer.Option("--format", help="See `sweep formats`. Left out: guessed from SESSIONS.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, as for `sweep prepare`.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting: key=value; repeatable.")] = [],  # noqa: B006
     allow_other_base: OtherBaseOption = False,

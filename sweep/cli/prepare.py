@@ -37,7 +37,7 @@ def prepare(
         str,
         typer.Argument(
             metavar="[FORMAT]",
-            help="annomi, whisperx, daic, mi-tags, table; or synthetic, made here. Left out: guessed from SOURCE.",
+            help="See `sweep formats`; or synthetic, made here. Left out: guessed from SOURCE.",
         ),
     ],
     source: Annotated[Path | None, typer.Argument(help="A file or a folder, depending on the format.")] = None,

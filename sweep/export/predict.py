@@ -10,7 +10,7 @@ from data.atomic import new_folder, refuse_existing
 from data.config import DataConfig
 from data.corpus.config import CorpusConfig
 from data.errors import MisfitError, UserError
-from data.importers import IMPORTERS
+from data.importers import IMPORTERS, guess_format
 from data.loading.examples import clip_samples, read_example
 from data.loading.tasks import TASKS, Item, has_audio
 from data.preparation.build import Run
@@ -38,7 +38,7 @@ def predict_sessions(
     folder: Path,
     source: Path,
     audio: Path | None,
-    kind: str,
+    kind: str | None,
     settings: CorpusConfig,
     out: Path,
     *,
@@ -53,7 +53,7 @@ def predict_sessions(
         folder: of the exported model.
         source: the sessions, a file or a folder.
         audio: folder with the recordings; None: text only.
-        kind: the format of the sessions, of IMPORTERS.
+        kind: the format of the sessions, of IMPORTERS; None: guessed from `source`.
         settings: how the sessions are read, as for a corpus.
         out: the new folder, with TABLE and PAGE; it is complete, or does not exist.
         align: refines the times of turns.
@@ -69,6 +69,9 @@ def predict_sessions(
             coded.
     """
     refuse_existing(out)
+    if kind is None:
+        kind = guess_format(source)
+        say(f"format: {kind} ({IMPORTERS[kind].description}) guessed; choose another one with --format")
     if kind not in IMPORTERS:
         raise UserError(f"--format {kind}: no such format; use one of {', '.join(IMPORTERS)}")
     exported = peft_export.read(folder)

@@ -191,7 +191,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(work: Path, made: Path) -> No
         ("--format xml: no such format; use one of annomi", (text, *new, "--format", "xml")),
         (f"{work / 'taken'}: no exported model (no labels.json)", (work / "taken", *new)),
         (f"{speech}: the model needs audio (model.modality text+speech)", (speech, *new)),
-        ("missing.csv: cannot be read", (text, "--csv", "missing.csv")),
+        ("missing.csv: no such file or folder", (text, "--csv", "missing.csv")),
         ("empty.csv: no rows", (text, "--csv", "empty.csv")),
         (
             "strangers.csv:2: none of the 2 turns can be coded; 1 x speaker 'A' has no role",

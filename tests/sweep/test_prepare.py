@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from data.preparation.build import prepare
 from data.preparation.shard_jobs import serially
 from data.shards.dataset import Shards
 from sweep.cli import prepare as prepare_command
+from sweep.cli.prepare import load_corpus_settings
 from tests.data.makers import MAKERS, Said, write
 from tests.forked import Forked
 from tests.model import voices
@@ -35,7 +37,40 @@ DIALOGUES = {
     ]
     for session in range(SESSIONS)
 }
+BY_FORMAT = {maker.format: maker for maker in reversed(MAKERS.values())}  # the first maker of each format
 SHORT = ("annomi", "whisperx")  # of text, and with audio; `tests/data` reads every format
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_example_of_every_format_runs_and_is_documented(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source has the names of files and speakers that the example has, and what it does not name is usual."""
+    maker, command = BY_FORMAT[name], f"prepare {name} {IMPORTERS[name].example} --out corpus"
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert f"\nsweep {command}\n" in page
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    settings = load_corpus_settings(None, [word for word in words if "=" in word])
+    names = {role: speaker for speaker, role in settings.roles.items()}
+    renamed = {
+        session: [turn._replace(speaker=names.get(turn.speaker, turn.speaker)) for turn in said]
+        for session, said in DIALOGUES.items()
+    }
+    files = maker.files(renamed)
+    if settings.columns.label is not None:
+        files = {file: text.replace("label", settings.columns.label, 1) for file, text in files.items()}
+    source = write(maker, tmp_path / "made", files)
+    source.rename(tmp_path / words[2])
+    if "--audio" in words:
+        (tmp_path / "recordings").mkdir()
+        for session in DIALOGUES:
+            noise = np.random.default_rng(int(session)).standard_normal(24 * SAMPLE_RATE) * 0.05
+            soundfile.write(tmp_path / "recordings" / maker.audio.format(session), noise, SAMPLE_RATE)
+    assert sweep(*words).code == 0
+    shards = Shards(str(tmp_path / "corpus"))
+    turns = list(zip(shards.columns["speaker"], shards.columns["text"], strict=True))
+    assert turns == [(turn.speaker, turn.text) for _, said in sorted(DIALOGUES.items()) for turn in said]
 
 
 @pytest.mark.parametrize(

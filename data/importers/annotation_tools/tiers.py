@@ -89,7 +89,7 @@ def _code_tiers(tier: Tier, spoken: Sequence[Tier], tiers: Sequence[Tier], confi
     if len(own) > 1:
         raise DataError(
             f"{file}: tier {tier.name!r} has several tiers with codes ({listed(other.name for other in own)}); choose "
-            "one, e.g. --set 'tiers.code={tier} code'"
+            "one, e.g. --set 'tiers.code=\"{tier} code\"'"
         )
     return own
 
