@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from data.corpus.decoding import Decoder, open_recording
+from data.corpus.decoding import Decoder, StoredClip, open_recording
 from data.corpus.ffmpeg import FFmpegDecoder
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import DataError
@@ -25,6 +25,7 @@ _CONTEXT = 1  # s on both sides of a block for the resampling kernel, which need
 _MAX_KERNEL = 5e7  # size of a resampling kernel: 44100 Hz needs 1e5 numbers, a rate coprime to ours gigabytes
 _IN_MEMORY = 1 << 27  # bytes of a decoded recording, over an hour; a longer one is kept in a temporary file
 _FULL_SCALE = 0.95  # peak of a file that is scaled down; the rest is for the resampling, which overshoots
+_FEW_CHANNELS = 7
 _CANCELLED = 0.06  # ratio of the power of the mix to that of the loudest channel, -12 dB
 
 
@@ -53,21 +54,21 @@ def samples(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE)
 
 
-def exists(path: Path) -> bool:
+def exists(source: Path | StoredClip) -> bool:
     """Return whether a file exists; False for a name that the file system rejects."""
     try:
-        return path.is_file()
+        return (source.path if isinstance(source, StoredClip) else source).is_file()
     except OSError:
         return False
 
 
-def read_recording(path: Path, *, separate: bool = False) -> Recording:
+def read_recording(source: Path | StoredClip, *, separate: bool = False) -> Recording:
     """Decode a file in any format that libsndfile or FFmpeg reads, block by block to its end, and resample it.
 
     A file whose samples exceed full scale, as float files may, is scaled down as a whole.
 
     Args:
-        path: the audio file.
+        source: the audio file, or a cell of a table with its bytes.
         separate: keep the channels. By default they are mixed down to their mean, or to the loudest channel if the
             channels cancel each other out.
 
@@ -77,14 +78,15 @@ def read_recording(path: Path, *, separate: bool = False) -> Recording:
     import soundfile
 
     try:
-        try:
-            with open_recording(path) as file:
-                return _read(file, separate)
-        except soundfile.LibsndfileError:  # FFmpeg reads what comes before the damage
-            with contextlib.closing(FFmpegDecoder(path)) as file:
-                return _read(file, separate)
+        with contextlib.nullcontext(source) if isinstance(source, Path) else source.as_file() as path:
+            try:
+                with open_recording(path) as file:
+                    return _read(file, separate)
+            except soundfile.LibsndfileError:  # FFmpeg reads what comes before the damage
+                with contextlib.closing(FFmpegDecoder(path)) as file:
+                    return _read(file, separate)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as audio ({error}); convert it to WAV or FLAC") from None
+        raise DataError(f"{source}: not readable as audio ({error}); convert it to WAV or FLAC") from None
 
 
 def _read(file: Decoder, separate: bool) -> Recording:
@@ -96,7 +98,7 @@ def _read(file: Decoder, separate: bool) -> Recording:
 
         def mix(block: np.ndarray) -> np.ndarray:
             mono = _mean(block)
-            power[:] += np.square(np.concatenate([mono, block], axis=1), dtype=np.float64).sum(axis=0)
+            power[:] += _power(mono, block)
             return mono
 
         select, recording = _mean, _decode(file, mix)
@@ -121,8 +123,25 @@ def _all_channels(block: np.ndarray) -> np.ndarray:
 
 
 def _mean(block: np.ndarray) -> np.ndarray:
-    mono: np.ndarray = block.mean(axis=1, keepdims=True)
-    return mono
+    """Return the mean of the channels [n, 1]. Up to seven are added one by one: the same bits as NumPy's, but faster."""
+    channels = block.shape[1]
+    if channels > _FEW_CHANNELS:
+        mono: np.ndarray = block.mean(axis=1, keepdims=True)
+        return mono
+    total = block[:, 0].copy()
+    for channel in range(1, channels):
+        total += block[:, channel]
+    total /= np.float32(channels)
+    return total[:, None]
+
+
+def _power(mono: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Return the sum of squares of the mix and of each channel [1 + n_channels]."""
+    if block.shape[1] > _FEW_CHANNELS:
+        squares: np.ndarray = np.square(np.concatenate([mono, block], axis=1), dtype=np.float64).sum(axis=0)
+        return squares
+    signals = [mono[:, 0], *np.ascontiguousarray(block.T)]  # an inverted copy of a channel has exactly its power
+    return np.array([np.dot(signal, signal) for signal in signals], np.float64)
 
 
 def _check_rate(rate: int) -> None:
@@ -142,8 +161,9 @@ def _decode(file: Decoder, select: Select, gain: float = 1.0) -> Recording:
     rate, broken, peak = file.rate, [], 0.0
     pcm = SampleStore()
     for number, (block, last) in enumerate(_blocks(file)):
-        bad = ~np.isfinite(block).all(axis=1)
-        if bad.any():
+        finite = np.isfinite(block)
+        if not finite.all():
+            bad = ~finite.all(axis=1)
             broken.append(number * _BLOCK + np.flatnonzero(bad) / rate)
             block[bad] = 0
         selected = select(block)

@@ -1,11 +1,18 @@
 """Choose the decoder of a recording: libsndfile where it reads the whole file, else FFmpeg.
 
+Audio in a cell of a table is decoded like a file.
+
 libsndfile believes what headers announce, and estimates the length of an MP3 without one. WAV and FLAC cost nothing
 more than before: their length is checked by the size of the file, or by one look at its end.
 """
 
 import contextlib
+import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,13 +20,17 @@ import numpy as np
 
 from data.corpus import ffmpeg
 from data.corpus.headers import PatchedFile, data_length
+from data.errors import reason
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from soundfile import SoundFile
 
 _NO_LENGTH = 1 << 62  # frames; libsndfile's value for an unknown length
 _ADDED = 0.5  # s that FFmpeg must find beyond libsndfile's length before it replaces libsndfile
 _ID3 = b"ID3"
+_CELLS = 8  # cells with audio that are read at a time
+ARROW = ".arrow"
 
 
 class Decoder(Protocol):
@@ -85,6 +96,129 @@ class SndfileDecoder:
         self.file.close()
         if self.patched is not None:
             self.patched.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredClip:
+    """Audio in a cell of a Parquet or Arrow file: the bytes of an audio file, as Hugging Face datasets store them."""
+
+    path: Path  # the table
+    row: int  # in the file, from 0
+    column: str
+
+    @property
+    def name(self) -> str:
+        """Return "file:row" for messages, with rows from 1."""
+        return f"{self.path.name}:{self.row + 1}"
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.row + 1}"
+
+    def absolute(self) -> "StoredClip":
+        """Return the same clip for a process with another working directory."""
+        return StoredClip(self.path.absolute(), self.row, self.column)
+
+    def mean_bytes(self) -> int:
+        """Return the size of the table by row, an estimate of the size of the audio; 0 if it cannot be read."""
+        import pyarrow as pa
+
+        try:
+            status = self.path.stat()
+            return status.st_size // max(1, _rows(self.path, status.st_mtime_ns)[1])
+        except (OSError, pa.ArrowException):
+            return 0
+
+    @contextlib.contextmanager
+    def as_file(self) -> Iterator[Path]:
+        """Write the audio to a temporary file, because decoders recognise a format by its file and open it twice.
+
+        Raises:
+            ValueError, OSError: the table cannot be read, or the cell is empty.
+        """
+        content = self._content()
+        with tempfile.NamedTemporaryFile(prefix="clip-") as file:
+            file.write(content)
+            file.flush()
+            yield Path(file.name)
+
+    def _content(self) -> bytes:
+        import pyarrow as pa
+
+        try:
+            stamp = self.path.stat().st_mtime_ns
+            starts, _ = _rows(self.path, stamp)
+            group = bisect_right(starts, self.row) - 1
+            content = _cells(self.path, stamp, group, self.column).read(self.row - starts[group])
+        except pa.ArrowException as error:
+            raise ValueError(reason(error)) from None
+        if not content:
+            raise ValueError("the cell has no audio")
+        return content
+
+
+class _Cells:
+    """Reads the cells of a row group in their order; going back begins again. No more than a few are in memory."""
+
+    def __init__(self, path: Path, group: int, column: str) -> None:
+        self.path, self.group, self.column = path, group, column
+        self.start = 0  # row of the first of the cells that were read last
+        self.cells: pa.Array | None = None
+        self.batches = self._batches()
+
+    def read(self, row: int) -> bytes | None:
+        """Return a cell; None if it is empty or there is no such row."""
+        if row < self.start:
+            self.start, self.cells, self.batches = 0, None, self._batches()
+        while self.cells is None or row >= self.start + len(self.cells):
+            self.start += len(self.cells) if self.cells is not None else 0
+            self.cells = next(self.batches, None)
+            if self.cells is None:
+                return None
+        content = self.cells[row - self.start].as_py()
+        return content if isinstance(content, bytes) else None
+
+    def _batches(self) -> "Iterator[pa.Array]":
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        if self.path.suffix.lower() == ARROW:
+            with pa.memory_map(str(self.path)) as file:
+                for number, batch in enumerate(pa.ipc.open_stream(file)):
+                    if number == self.group:
+                        for start in range(0, len(batch), _CELLS):
+                            yield _audio(batch.column(self.column).slice(start, _CELLS))
+            return
+        with ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            nested = pa.types.is_struct(file.schema_arrow.field(self.column).type)
+            columns = [f"{self.column}.bytes" if nested else self.column]
+            for batch in file.iter_batches(_CELLS, row_groups=[self.group], columns=columns):
+                yield _audio(batch.column(0))
+
+
+def _audio(cells: "pa.Array") -> "pa.Array":
+    import pyarrow as pa
+
+    return cells.field("bytes") if pa.types.is_struct(cells.type) else cells
+
+
+@lru_cache(maxsize=1)
+def _cells(path: Path, stamp: int, group: int, column: str) -> _Cells:
+    return _Cells(path, group, column)
+
+
+@lru_cache(maxsize=64)
+def _rows(path: Path, stamp: int) -> tuple[list[int], int]:
+    """Return the first row of every row group of a file, or of every batch of an Arrow file, and the number of rows."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    if path.suffix.lower() == ARROW:
+        with pa.memory_map(str(path)) as file:
+            lengths = [len(batch) for batch in pa.ipc.open_stream(file)]
+    else:
+        with ParquetFile(path) as file:
+            lengths = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    return [0, *accumulate(lengths[:-1])], sum(lengths)
 
 
 @contextlib.contextmanager

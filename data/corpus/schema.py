@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data.corpus.decoding import StoredClip
 from data.corpus.issues import Finding, Span
 
 SCHEMA_VERSION = "3"
@@ -33,7 +34,8 @@ class Turn:
     votes: dict[str, int] = field(
         default_factory=dict
     )  # what annotators gave, joined as in `label` → how many of them, if there are several
-    clip: Path | None = None  # audio file with only this turn
+    clip: Path | StoredClip | None = None  # audio file with only this turn, or one in a row of a table
+    recording: Path | None = None  # of this speaker, if each has a recording; None: that of the conversation
     given: tuple[float | None, float | None] | None = None  # times of the source, if they were aligned
     confidence: float | None = None  # of the alignment, 0 to 1
 
@@ -65,7 +67,7 @@ def flag(turn: Turn, findings: list[Finding], code: str, message: str, other: Sp
 def reject(turn: Turn, findings: list[Finding], code: str, message: str, other: Span | None = None) -> None:
     """Add a finding that rejects a turn as an example. Its text stays as context, without label and audio."""
     flag(turn, findings, code, message, other)
-    turn.label = turn.audio = turn.clip = None
+    turn.label = turn.audio = turn.clip = turn.recording = None
 
 
 def is_rejected(flags: Sequence[str]) -> bool:

@@ -151,7 +151,8 @@ def _refuse_loss(earlier: Shards, corpus: Corpus) -> None:
     if missing:
         raise DataError(f"{len(missing)} of its sessions are not in the source, which must have all: {listed(missing)}")
     has_audio = any(
-        conversation.recording or any(turn.clip is not None or turn.audio is not None for turn in conversation.turns)
+        conversation.recording
+        or any(turn.clip or turn.recording or turn.audio is not None for turn in conversation.turns)
         for conversation in corpus.conversations
     )
     if any(earlier.manifest.hours.values()) and not has_audio:

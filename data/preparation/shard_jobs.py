@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from data.corpus import audio
 from data.corpus.config import CorpusConfig
+from data.corpus.decoding import StoredClip
 from data.corpus.issues import Finding
 from data.corpus.schema import SCHEMA_VERSION, Conversation, Turn, TurnRow, is_rejected
 from data.errors import DataError
-from data.preparation.validate import Aligner, check_order, cut
-from data.shards.format import ShardFile, encode_shard
+from data.preparation.validate import Aligner, check_order, cut, read_clip, recording_of
+from data.shards.format import ClipStore, ShardFile, encoded_shard
 from data.shards.store import Store
 
 SHARD_BYTES = 64 << 20
@@ -39,17 +40,25 @@ class ShardJob:
         """Cut the clips, write the shard, and return its description."""
         rows: list[TurnRow] = []
         findings: list[Finding] = []
-        for conversation in self.conversations:
-            self._refuse_unseen(conversation)
-            recording = cut(conversation, self.config.channels, findings, self.align)
-            if self.align is not None:
-                check_order(conversation.turns, findings)
-            rows += [_row(turn, conversation, recording, self.config.codec) for turn in conversation.turns]
-            for turn in conversation.turns:
-                turn.audio = None  # it is encoded now; free the samples
-        buffer, file = encode_shard(self.name, rows, self.keys, findings)
-        self.store.write(self.name, buffer)
-        return file
+        with ClipStore() as clips:
+            for conversation in self.conversations:
+                self._refuse_unseen(conversation)
+                recordings = cut(conversation, self.config.channels, findings, self.align)
+                if self.align is not None:
+                    check_order(conversation.turns, findings)
+                hashes = {path: _hash(recording.pcm) for path, recording in recordings.items()}
+                for turn in conversation.turns:
+                    read_clip(turn, findings)
+                    path = recording_of(turn, conversation)
+                    recording = recordings.get(path) if path is not None else None
+                    digest = hashes.get(path, "") if path is not None else ""
+                    row, encoded = _row(turn, conversation, recording, digest, self.config.codec)
+                    rows.append(row)
+                    clips.append(encoded)
+                    turn.audio = None  # it is encoded now; free the samples
+            with encoded_shard(self.name, rows, clips, self.keys, findings) as (buffer, file):
+                self.store.write(self.name, buffer)
+            return file
 
     def to_arrow(self) -> pa.Table:
         """Run the job and return its result as a table, which Ray Data can send to another process."""
@@ -58,9 +67,11 @@ class ShardJob:
     def _refuse_unseen(self, conversation: Conversation) -> None:
         """Raise a DataError if this node does not see a recording that existed when the jobs were made."""
         turns = [turn for turn in conversation.turns if not is_rejected(turn.flags)]
-        paths = [conversation.recording if turns else None, *(turn.clip for turn in turns)]
-        for path in (path for path in paths if path is not None and not audio.exists(path)):
-            raise DataError(f"{path}: the recording is not visible on this node; use a folder that all nodes share")
+        sources = [conversation.recording if turns else None, *(turn.recording for turn in turns)]
+        for source in (*sources, *(turn.clip for turn in turns)):
+            if source is None or audio.exists(source):
+                continue
+            raise DataError(f"{source}: the recording is not visible on this node; use a folder that all nodes share")
 
 
 def serially(jobs: Sequence[ShardJob]) -> Iterator[ShardFile]:
@@ -80,17 +91,19 @@ def conversation_key(conversation: Conversation, config: CorpusConfig, align: st
     content += [conversation.id, conversation.quality, _stamp(conversation.recording)]
     for turn in conversation.turns:
         fields = {field.name: getattr(turn, field.name) for field in dataclasses.fields(turn)}
+        if fields.pop("recording") is not None:  # corpora from before have keys without it
+            fields["recording"] = _stamp(turn.recording)
         samples = None if turn.audio is None else hashlib.sha256(turn.audio.tobytes()).hexdigest()
         # The line is left out, because a row that is inserted above moves all others.
         content.append({**fields, "audio": samples, "clip": _stamp(turn.clip), "where": None})
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _stamp(path: Path | None) -> tuple[str, int, int] | None:
-    if path is None or not audio.exists(path):
+def _stamp(source: Path | StoredClip | None) -> tuple[str, int, int] | None:
+    if source is None or not audio.exists(source):
         return None
-    status = path.stat()
-    return (path.name, status.st_size, status.st_mtime_ns)
+    status = (source.path if isinstance(source, StoredClip) else source).stat()
+    return (source.name, status.st_size, status.st_mtime_ns)
 
 
 def shard_jobs(
@@ -105,6 +118,7 @@ def shard_jobs(
         conversation.recording = conversation.recording and conversation.recording.absolute()
         for turn in conversation.turns:
             turn.clip = turn.clip and turn.clip.absolute()
+            turn.recording = turn.recording and turn.recording.absolute()
     parts: list[list[Conversation]] = []
     size, limit = 0, SHARD_BYTES if align is None else ALIGNED_BYTES
     for conversation in conversations:
@@ -128,19 +142,32 @@ def _bytes(conversation: Conversation) -> int:
     for turn in conversation.turns:
         if turn.audio is not None:
             total += turn.audio.nbytes
+        elif isinstance(turn.clip, StoredClip):
+            total += turn.clip.mean_bytes()
         elif turn.clip is not None and audio.exists(turn.clip):
             total += turn.clip.stat().st_size
-        elif turn.span is not None and conversation.recording is not None:
+        elif turn.span is not None and recording_of(turn, conversation) is not None:
             total += max(0, 2 * audio.samples(turn.span[1] - turn.span[0]))
     return total
 
 
-def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | None, codec: str) -> TurnRow:
+def _row(
+    turn: Turn, conversation: Conversation, recording: audio.Recording | None, digest: str, codec: str
+) -> tuple[TurnRow, bytes | None]:
+    """Return the row of a turn without its audio, and its audio.
+
+    Args:
+        turn: the turn.
+        conversation: its session.
+        recording: that the turn is in; None: it has a clip of its own, or no audio.
+        digest: of the recording.
+        codec: of the audio.
+    """
     pcm = turn.audio.astype("<i2") if turn.audio is not None else None
     peak, rms_db = (None, None) if pcm is None else audio.level(pcm)
     given = turn.given or (None, None)
     encoded = None if pcm is None else audio.encode(pcm, codec)
-    return {
+    row: TurnRow = {
         "id": turn.id,
         "conversation": conversation.id,
         "index": turn.index,
@@ -156,7 +183,6 @@ def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | No
         "given_end": given[1],
         "confidence": turn.confidence,
         "n_samples": 0 if pcm is None else len(pcm),
-        "audio": encoded,
         "audio_hash": "" if pcm is None else hashlib.sha256(pcm.tobytes()).hexdigest()[:32],
         "crc32": 0 if encoded is None else audio.checksum(encoded),
         "peak": peak,
@@ -164,8 +190,9 @@ def _row(turn: Turn, conversation: Conversation, recording: audio.Recording | No
         "flags": " ".join(dict.fromkeys(turn.flags)),
         "source_rate": recording.source_rate if recording and pcm is not None else None,
         "source_channels": recording.source_channels if recording and pcm is not None else None,
-        "recording_hash": "" if recording is None else _hash(recording.pcm),
+        "recording_hash": digest,
     }
+    return row, encoded
 
 
 def _hash(pcm: np.ndarray) -> str:

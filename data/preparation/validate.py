@@ -9,6 +9,7 @@ import numpy as np
 
 from data.corpus import audio
 from data.corpus.config import CorpusConfig
+from data.corpus.decoding import StoredClip
 from data.corpus.issues import Finding, build_error
 from data.corpus.label_counts import label_problems
 from data.corpus.schema import JOIN, SAMPLE_RATE, Conversation, Corpus, Turn, flag, is_rejected, reject, split_label
@@ -68,8 +69,9 @@ def check(corpus: Corpus, *, order: bool = True) -> None:
         if conversation.recording is not None and not audio.exists(conversation.recording):
             _reject_all(conversation.turns, corpus.findings, "E_AUDIO_MISSING", conversation.recording)
         for turn in conversation.turns:
-            if turn.clip is not None and not audio.exists(turn.clip):
-                _reject_all([turn], corpus.findings, "E_AUDIO_MISSING", turn.clip)
+            for file in (turn.clip, turn.recording):
+                if file is not None and not audio.exists(file):
+                    _reject_all([turn], corpus.findings, "E_AUDIO_MISSING", file)
             _check_text(turn, conversation, corpus.findings)
     if not corpus.declared:
         _flag_rare_labels(corpus)
@@ -120,7 +122,7 @@ def _drop_empty(corpus: Corpus) -> None:
 def _check_text(turn: Turn, conversation: Conversation, findings: list[Finding]) -> None:
     """Take the label from a turn that has nothing to read and nothing to hear, so it is no example."""
     audible = turn.audio is not None or turn.clip is not None
-    audible = audible or (conversation.recording is not None and turn.span is not None)
+    audible = audible or (recording_of(turn, conversation) is not None and turn.span is not None)
     if turn.label is not None and not turn.text and not audible:
         flag(turn, findings, "W_TEXT_EMPTY", "the turn has neither text nor audio")
         turn.label = None
@@ -128,7 +130,7 @@ def _check_text(turn: Turn, conversation: Conversation, findings: list[Finding])
 
 def _equal(first: Turn, second: Turn) -> bool:
     """Return whether two turns have equal content. A missing end is ignored, because it depends on the next row."""
-    names = ("speaker", "text", "label", "start", "subset", "clip")
+    names = ("speaker", "text", "label", "start", "subset", "clip", "recording")
     same = all(getattr(first, name) == getattr(second, name) for name in names)
     return same and (None in (first.end, second.end) or first.end == second.end)
 
@@ -203,10 +205,13 @@ def check_order(turns: Sequence[Turn], findings: list[Finding]) -> None:
             latest = turn
 
 
-def _reject_all(turns: Iterable[Turn], findings: list[Finding], code: str, path: Path, why: str = "") -> None:
+def _reject_all(
+    turns: Iterable[Turn], findings: list[Finding], code: str, source: Path | StoredClip, why: str = ""
+) -> None:
+    file = source.path if isinstance(source, StoredClip) else source
     for turn in turns:
         if not is_rejected(turn.flags):
-            reject(turn, findings, code, why or f"the file {path.name} does not exist in {path.parent.name}")
+            reject(turn, findings, code, why or f"the file {file.name} does not exist in {file.parent.name}")
 
 
 def _flag_rare_labels(corpus: Corpus) -> None:
@@ -283,28 +288,47 @@ def check_split_labels(corpus: Corpus, parts: Mapping[str, int | str | None], fo
 
 def cut(
     conversation: Conversation, channels: Mapping[str, int], findings: list[Finding], align: Aligner | None = None
-) -> audio.Recording | None:
-    """Set the samples of every turn that has times or a separate audio file, and add findings about them.
+) -> dict[Path, audio.Recording]:
+    """Set the samples of every turn that has times in a recording, and add findings about them.
 
     Args:
         conversation: the session; `audio` of its turns is set.
-        channels: role → channel of the recording with only this speaker; empty: channels are mixed down.
+        channels: role → channel of the recording with only this speaker; empty: channels are mixed down. A recording
+            of one speaker is mixed down in any case.
         findings: the list that findings are added to.
         align: refines the times of the turns before they are cut.
 
     Returns:
-        The recording of the session, if there is one.
+        The recordings of the session by file: one, or one for each speaker.
     """
+    spoken: dict[Path, list[Turn]] = {}
     for turn in conversation.turns:
-        if turn.clip is not None:
-            _read_clip(turn, findings)
-    path = conversation.recording
-    if path is None or all(is_rejected(turn.flags) for turn in conversation.turns):
-        return None
-    recording = _read(path, conversation.turns, findings, conversation.id, separate=bool(channels))
-    if recording is None:
-        return None
-    turns = [turn for turn in conversation.turns if turn.clip is None and not is_rejected(turn.flags)]
+        path = recording_of(turn, conversation)
+        if path is not None and not is_rejected(turn.flags):
+            spoken.setdefault(path, []).append(turn)
+    recordings = {}
+    for path, turns in spoken.items():
+        own = channels if path == conversation.recording else {}
+        name = conversation.id if path == conversation.recording else f"{conversation.id} ({turns[0].speaker})"
+        recording = _read(path, turns, findings, name, separate=bool(own))
+        if recording is not None:
+            recordings[path] = recording
+            _cut_all([turn for turn in turns if turn.clip is None], recording, own, findings, align)
+    return recordings
+
+
+def recording_of(turn: Turn, conversation: Conversation) -> Path | None:
+    """Return the recording that a turn is in: that of its speaker, or else that of the session."""
+    return turn.recording or conversation.recording
+
+
+def _cut_all(
+    turns: list[Turn],
+    recording: audio.Recording,
+    channels: Mapping[str, int],
+    findings: list[Finding],
+    align: Aligner | None,
+) -> None:
     if align is not None:
         for channel, pcm in enumerate(recording.pcm):
             align(pcm, [turn for turn in turns if channels.get(turn.speaker, 0) == channel], findings)
@@ -313,18 +337,19 @@ def cut(
     for turn in turns:
         if turn.span is not None:
             _cut(turn, recording, channels.get(turn.speaker, 0), findings)
-    return recording
 
 
-def _read_clip(turn: Turn, findings: list[Finding]) -> None:
-    assert turn.clip is not None
+def read_clip(turn: Turn, findings: list[Finding]) -> None:
+    """Set the samples of a turn with a clip of its own, and add findings about them."""
+    if turn.clip is None or is_rejected(turn.flags):
+        return
     recording = _read(turn.clip, [turn], findings, turn.id)
     if recording is not None:
         _take(turn, recording, slice(0, recording.pcm.shape[1]), 0, findings)
 
 
 def _read(
-    path: Path, turns: Sequence[Turn], findings: list[Finding], name: str, *, separate: bool = False
+    path: Path | StoredClip, turns: Sequence[Turn], findings: list[Finding], name: str, *, separate: bool = False
 ) -> audio.Recording | None:
     """Decode a file and add findings about it; return None and reject its turns if it cannot be decoded."""
     try:

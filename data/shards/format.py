@@ -1,8 +1,10 @@
 """The file formats of a prepared corpus: shards, index and manifest."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +18,7 @@ from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA, TurnRow
 from data.errors import DataError, reason
 
 ROWS_PER_BATCH = 64  # rows per IPC record batch; 16 to 256 are equally fast to read
+IN_MEMORY = 1 << 27  # bytes of clips; the clips of a longer conversation go through temporary files
 _LOCATION = [  # of the audio of a turn in its shard, bytes
     pa.field("offset", pa.int64(), nullable=False),
     pa.field("length", pa.int64(), nullable=False),
@@ -99,14 +102,48 @@ def _findings_json(findings: Sequence[Finding]) -> str:
     return json.dumps([finding.as_dict() for finding in findings])
 
 
-def encode_shard(
-    name: str, rows: Sequence[TurnRow], conversations: dict[str, str], findings: Sequence[Finding]
-) -> tuple[pa.Buffer, ShardFile]:
-    """Return the bytes of a shard and its description.
+class ClipStore:
+    """Collects the encoded clips of a shard in the order of its rows: in memory, or in a temporary file if many."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (closed by `__exit__`)
+        self._lengths: list[int | None] = []
+
+    def __enter__(self) -> "ClipStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def append(self, clip: bytes | None) -> None:
+        """Add the clip of a row; None: it has none."""
+        self._lengths.append(None if clip is None else len(clip))
+        self._file.write(clip or b"")
+
+    def batches(self, rows: int) -> Iterator[pa.Array]:
+        """Yield the clips of so many rows at a time."""
+        self._file.seek(0)
+        for start in range(0, len(self._lengths), rows):
+            lengths = self._lengths[start : start + rows]
+            clips = [None if length is None else self._file.read(length) for length in lengths]
+            yield pa.array(clips, pa.large_binary())
+
+    @property
+    def bytes(self) -> int:
+        """The size of all clips."""
+        return sum(length or 0 for length in self._lengths)
+
+
+@contextlib.contextmanager
+def encoded_shard(
+    name: str, rows: Sequence[TurnRow], clips: ClipStore, conversations: dict[str, str], findings: Sequence[Finding]
+) -> Iterator[tuple[pa.Buffer, ShardFile]]:
+    """Provide the bytes of a shard and its description; a large one is in a temporary file, which is removed then.
 
     Args:
         name: file name.
-        rows: rows of TURN_SCHEMA; `audio` is encoded with the codec of the corpus.
+        rows: rows of TURN_SCHEMA without `audio`.
+        clips: `audio` of the rows, encoded with the codec of the corpus.
         conversations: id → `conversation_key`.
         findings: findings about these conversations; they are stored in the file, so that it can be reused.
     """
@@ -115,12 +152,25 @@ def encode_shard(
         "conversations": json.dumps(conversations),
         "schema_version": SCHEMA_VERSION,
     }
-    table = pa.Table.from_pylist(list(rows), TURN_SCHEMA.with_metadata(metadata))
-    sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
-    buffer = sink.getvalue()
-    return buffer, describe_shard(name, buffer)
+    schema = TURN_SCHEMA.with_metadata(metadata)
+    place = schema.get_field_index("audio")
+    table = pa.Table.from_pylist(list(rows), schema.remove(place)).combine_chunks()
+    with contextlib.ExitStack() as stack:
+        if clips.bytes > IN_MEMORY:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            sink = pa.PythonFile(file, mode="w")
+        else:
+            sink = pa.BufferOutputStream()
+        with ipc.new_file(sink, schema) as writer:
+            batches = table.to_batches(max_chunksize=ROWS_PER_BATCH)
+            for batch, audio in zip(batches, clips.batches(ROWS_PER_BATCH), strict=True):
+                writer.write_batch(batch.add_column(place, schema.field(place), audio))
+        if clips.bytes > IN_MEMORY:
+            file.flush()
+            buffer = pa.py_buffer(np.memmap(file, np.uint8, mode="r"))
+        else:
+            buffer = sink.getvalue()
+        yield buffer, describe_shard(name, buffer)
 
 
 def describe_shard(name: str, buffer: pa.Buffer) -> ShardFile:

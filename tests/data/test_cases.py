@@ -9,7 +9,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding
 from data.corpus.schema import Corpus
 from data.importers import IMPORTERS
-from data.preparation.validate import check, cut
+from data.preparation.validate import check, cut, read_clip
 from tests.conftest import SHARED
 
 CASES = SHARED.parent / "cases"
@@ -33,6 +33,8 @@ def checked(corpus: Corpus) -> Counter[str]:
     check(corpus)
     for conversation in corpus.conversations:
         cut(conversation, {}, findings)
+        for turn in conversation.turns:
+            read_clip(turn, findings)
     codes = Counter(finding.code for finding in (*corpus.findings, *findings))
     return Counter({code: count for code, count in codes.items() if code not in ("W_RESAMPLED", "W_STEREO")})
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data.corpus.audio import exists
+from data.corpus.decoding import StoredClip
 from data.corpus.schema import Conversation
 from data.errors import DataError
 from data.importers.base.cells import clean_name
@@ -83,7 +84,7 @@ def refuse_missing_folder(audio: Path) -> None:
         raise DataError(f"{audio}: no such folder; give the folder of the recordings with --audio")
 
 
-def refuse_no_recordings(paths: Iterable[Path | None], audio: Path) -> None:
+def refuse_no_recordings(paths: Iterable[Path | StoredClip | None], audio: Path) -> None:
     """Raise a DataError if none of the audio files exists, because then the folder is the wrong one."""
     expected = [path for path in paths if path is not None]
     if not any(map(exists, expected)):
