@@ -18,6 +18,7 @@ import yaml
 
 from data.corpus.codebook import Codebook, shipped
 from data.corpus.config import CorpusConfig
+from data.corpus.decoding import StoredClip
 from data.corpus.issues import Finding
 from data.corpus.schema import SAMPLE_RATE, Corpus
 from data.errors import storing
@@ -73,7 +74,9 @@ class CorpusSource:
             StorageError: a file of the source cannot be read.
         """
         turns = [turn for conversation in corpus.conversations for turn in conversation.turns]
-        named = {conversation.recording for conversation in corpus.conversations} | {turn.clip for turn in turns}
+        clips = {turn.clip.path if isinstance(turn.clip, StoredClip) else turn.clip for turn in turns}
+        named = {conversation.recording for conversation in corpus.conversations} | clips
+        named |= {turn.recording for turn in turns}
         read = {turn.where.rpartition(":")[0] for turn in turns} | {turn.where for turn in turns}
         heard = sorted(path for path in named if path is not None and path.is_file())
         return cls(
