@@ -282,7 +282,7 @@ def test_corpus_of_an_older_version_is_read_and_extended(tmp_path: Path) -> None
 def test_votes_are_counted_again_for_the_classes(tmp_path: Path) -> None:
     """Open and closed questions have no majority each, but questions have one; unused codes vote for no class."""
     path = tmp_path / "votes.csv"
-    cells = {"0": "OQ OQ CQ CQ GI GI GI".split(), "1": "GI GI GI OQ".split()}
+    cells = {"0": "OQ OQ CQ CQ GI GI GI".split(), "1": "GI GI GI OQ".split(), "2": "OQ;GI OQ;CQ GI".split()}
     rows = [
         f"s{session},{index},therapist,words,{rater},{cell}"
         for session, index in itertools.product(range(4), cells)
@@ -291,10 +291,10 @@ def test_votes_are_counted_again_for_the_classes(tmp_path: Path) -> None:
     path.write_text("\n".join(["conversation,index,speaker,text,rater,code", *rows]), encoding="utf-8")
     config = settings(annotator="rater", index="index")
     shards = prepare(IMPORTERS["table"].read(path, None, config), tmp_path / "corpus", config)
-    assert shards.columns["label"][:2] == ["gi", "gi"]
+    assert shards.columns["label"][:3] == ["gi", "gi", "oq|gi"]
     view = Shards(shards.folder, codes="few")
-    assert view.columns["label"][:2] == ["question", None]
-    assert view.columns["votes"][:2] == [[("question", 4)], [("question", 1)]]
+    assert view.columns["label"][:3] == ["question", None, "question"]
+    assert view.columns["votes"][:3] == [[("question", 4)], [("question", 1)], [("question", 2)]]
 
 
 def test_codebook_of_a_format_keeps_its_fingerprint(tmp_path: Path) -> None:
