@@ -8,7 +8,8 @@ import pytest
 from data.corpus.config import CorpusConfig
 from data.corpus.issues import Finding
 from data.corpus.schema import Corpus
-from data.importers import IMPORTERS
+from data.errors import DataError
+from data.importers import IMPORTERS, guess_format
 from data.preparation.validate import check, cut, read_clip
 from tests.conftest import SHARED
 
@@ -95,7 +96,71 @@ def test_whisperx_as_it_comes(part: str, expected: set[str]) -> None:
     assert expected <= set(checked(corpus)) <= expected | {"W_TS_OVERLAP", "W_TS_CLAMPED", "W_SPEAKERS_SPLIT"}
 
 
-@pytest.mark.parametrize("name", ["doccano_cls.jsonl", "doccano_seq.jsonl", "ls.csv"])
+@pytest.mark.parametrize("part", ["edaic", "renamed"])
+def test_e_daic_has_only_participants(part: str) -> None:
+    corpus = read(guess_format(folder("11") / part), folder("11") / part)
+    assert {turn.speaker for one in corpus.conversations for turn in one.turns} == {"client"}
+    assert sum(len(one.turns) for one in corpus.conversations) == 12
+
+
+FIRST = ("speaker_0", "SPEAKER_00", "A", "1", "spk_0", "Person A")
+SECOND = ("speaker_1", "SPEAKER_01", "B", "2", "spk_1", "Person B")
+ROLES = dict.fromkeys(FIRST, "therapist") | dict.fromkeys(SECOND, "client")
+
+
+@pytest.mark.parametrize(
+    ("part", "turns"),
+    [("assemblyai", 24), ("deepgram", 24), ("nemo_manifest", 24), ("openai_diarize", 24), ("deep", 24)],
+)
+def test_json_of_recognisers(part: str, turns: int) -> None:
+    source = folder("13") / part
+    corpus = read(guess_format(source), source, roles=ROLES)
+    assert sum(len(one.turns) for one in corpus.conversations) == turns
+    assert checked(corpus) == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("openai_whisper", "without speakers"),
+        ("whispercpp", "without speakers"),
+        ("aws", "AWS Transcribe without words"),
+    ],
+)
+def test_json_without_what_is_needed_is_refused(part: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(guess_format(folder("13") / part), folder("13") / part)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sessions", "turns"),
+    [
+        ("s1.vtt", "subtitles", 1, 2),
+        ("s1.srt", "subtitles", 1, 2),
+        ("s1.eaf", "elan", 1, 1),
+        ("elan_export.txt", "elan", 3, 24),
+        ("s1.TextGrid", "praat", 1, 1),
+        ("s1.cha", "chat", 1, 2),
+        ("s1.txt", "dialogue", 1, 2),
+        ("hlqc.txt", "dialogue", 1, 3),
+    ],
+)
+def test_transcripts_and_tiers(name: str, kind: str, sessions: int, turns: int) -> None:
+    source = folder("17") / name
+    assert guess_format(source) == kind
+    corpus = read(kind, source, roles=ROLES)
+    assert (len(corpus.conversations), sum(len(one.turns) for one in corpus.conversations)) == (sessions, turns)
+    assert set(checked(corpus)) <= {"W_TS_OPEN"}
+
+
+def test_a_table_for_each_session() -> None:
+    columns = {"conversation": None, "speaker": "Type", "text": "Utterance", "label": "Dialogue_Act"}
+    corpus = read("table", folder("17") / "hope", columns=columns)
+    assert [one.id for one in corpus.conversations] == ["Copy of 1", "Copy of 2", "Copy of 3"]
+    assert checked(corpus) == {}
+
+
+@pytest.mark.parametrize("name", ["doccano_cls.jsonl", "doccano_seq.jsonl", "ls.csv", "ls.json"])
 def test_exports_of_annotation_tools(name: str) -> None:
     columns = {"conversation": "session", "speaker": "who", "label": "label"}
     corpus = read("table", folder("14") / name, columns=columns)
