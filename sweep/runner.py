@@ -19,10 +19,12 @@ from typing import Literal, Protocol
 
 from optuna.exceptions import StorageInternalError
 
+from data.corpus.schema import SPLITS
 from data.errors import UserError, reason
 from data.loading.tasks import answer_problems
 from model.checkpoints.base_files import base_models
 from model.checkpoints.fingerprint import Bases, write_bases
+from model.evaluation.ceiling import ceilings
 from sweep.analysis.results import progress
 from sweep.config.diff import claim_folder, continued
 from sweep.config.files import write
@@ -312,8 +314,10 @@ class SweepRunner:
         self.bases = study_bases(self.config)
         if note := self.study.bind(shards.fingerprint, code_version(), self.bases, self.allow_other_base):
             say(note)
-        problems = answer_problems(shards, list(self.config.tasks.active()))
-        save_corpus_notes(self.folder, problems, shards.merge.describe() if shards.merge else "")
+        tasks, classes = list(self.config.tasks.active()), shards.merge.describe() if shards.merge else ""
+        varied = {"data.fold", "data.codes"} & self.config.search.space.keys()  # trials have other items or labels
+        found = [] if varied else ceilings(shards, tasks, SPLITS[1:])
+        save_corpus_notes(self.folder, answer_problems(shards, tasks), classes, found)
         for trial in self.study.failed_outside():
             say(f"trial {trial.number} failed for a cause outside its configuration ({trial.why}); it runs again")
         tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)

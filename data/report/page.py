@@ -10,7 +10,8 @@ import numpy as np
 
 from data.corpus import audio
 from data.corpus.issues import CODES, Finding
-from data.corpus.schema import SAMPLE_RATE, split_label
+from data.corpus.schema import SAMPLE_RATE, SPLITS, split_label
+from data.corpus.votes import AgreementSums, judgements, label_order
 from data.formats import format_count
 from data.preparation.validate import LONG
 from data.report import charts
@@ -76,11 +77,13 @@ class AlignmentSummary:
 class VoteSummary:
     """The agreement of annotators on turns that several of them labelled."""
 
+    name: str  # of the part: everything, a role, or a role in a split
     turns: int
     annotators: float  # mean number per turn
     unanimous: int  # turns
     agreement: float  # probability that two annotators of a turn agree
     ties: int
+    figures: dict[str, float]  # one annotator against the majority of the others, and chance-corrected agreement
 
 
 def corpus_html(shards: Shards, findings: Sequence[Finding]) -> str:
@@ -211,19 +214,35 @@ def _alignment(corpus: CorpusColumns) -> AlignmentSummary | None:
     return AlignmentSummary(len(confidences), sum(shift != 0 for shift in shifts), low, pictures)
 
 
-def _votes(corpus: CorpusColumns) -> VoteSummary | None:
-    """Return the agreement of annotators; None if no turn has several."""
-    counts = [np.array([count for _, count in votes]) for votes in corpus.columns["votes"] if votes]
-    several = [votes for votes in counts if votes.sum() > 1]
-    if not several:
-        return None
-    agreeing = [(votes * (votes - 1)).sum() / (votes.sum() * (votes.sum() - 1)) for votes in several]
+def _votes(corpus: CorpusColumns) -> list[VoteSummary]:
+    """Return the agreement of annotators in the corpus, in each role, and in each role of a split, where it occurs."""
+    columns = corpus.columns
+    voted = [row for row, votes in enumerate(columns["votes"]) if sum(count for _, count in votes or ()) > 1]
+    parts: dict[str, list[int]] = {"all": voted}
+    for role in corpus.roles:
+        of_role = parts[role] = [row for row in voted if columns["speaker"][row] == role]
+        for split in sorted(set(corpus.splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else 0, name)):
+            parts[f"{role}, {split}"] = [row for row in of_role if corpus.splits[row] == split]
+    return [_vote_summary(corpus, name, rows) for name, rows in parts.items() if rows]
+
+
+def _vote_summary(corpus: CorpusColumns, name: str, rows: Sequence[int]) -> VoteSummary:
+    columns, order = corpus.columns, label_order(corpus.labels)
+    votes = [dict(columns["votes"][row]) for row in rows]
+    compared = [judgements(columns["conversation"][row], given, order) for row, given in zip(rows, votes, strict=True)]
+    annotators = [sum(given.values()) for given in votes]
+    together = [one for turn in compared for one in turn]
+    sums = AgreementSums.of(together)
+    totals_N = sums.rows(together).sum(0)
+    figures = sums.figures(len(set(annotators)) == 1)
     return VoteSummary(
-        turns=len(several),
-        annotators=float(np.mean([votes.sum() for votes in several])),
-        unanimous=sum(len(votes[votes > 0]) == 1 for votes in several),
-        agreement=float(np.mean(agreeing)),
-        ties=sum("W_LABEL_TIE" in flags for flags in corpus.flags),
+        name=name,
+        turns=len(rows),
+        annotators=float(np.mean(annotators)),
+        unanimous=sum(len({one.given for one in turn}) == 1 for turn in compared),
+        agreement=float(np.mean([np.mean([one.agreeing for one in turn]) for turn in compared])),
+        ties=sum("W_LABEL_TIE" in corpus.flags[row] for row in rows),
+        figures={figure: float(value(totals_N)) for figure, value in figures.items()},
     )
 
 

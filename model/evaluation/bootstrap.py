@@ -189,6 +189,24 @@ def interval(runs: Sequence[Records], metric: SummedMetric) -> Interval:
     return Interval(value, low, high)
 
 
+def sums_interval(sessions: Sequence[str], sums_IN: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> Interval:
+    """Return a function of sums over items, with its 95 % percentile interval; nan and no interval where undefined.
+
+    Args:
+        sessions: of each item.
+        sums_IN: what each item adds.
+        value: of the sums, [..., N] → [...].
+    """
+    names = sorted(set(sessions))
+    sums_GN = np.zeros((len(names), sums_IN.shape[1]))
+    np.add.at(sums_GN, [names.index(session) for session in sessions], sums_IN)
+    whole = float(value(sums_GN.sum(0)))
+    if not math.isfinite(whole):
+        return Interval(whole, None, None)
+    low, high = _limits(len(names), [1], lambda drawn_RG, _: value(sums_GN[drawn_RG].sum(-2)))
+    return Interval(whole, None, None) if low == high else Interval(whole, low, high)
+
+
 def _exact(counts: np.ndarray) -> tuple[float, float]:
     """Return the exact binomial interval of counts[0] right items of counts[1]."""
     from scipy.stats import binomtest

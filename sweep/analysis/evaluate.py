@@ -9,6 +9,7 @@ from data.errors import UserError
 from data.formats import format_number
 from model.checkpoints import checkpoint
 from model.checkpoints.fingerprint import Bases, identify_bases, refuse_other_bases
+from model.evaluation.ceiling import Ceiling, ceilings
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record, per_label, summarise
 from model.evaluation.split_data import TrialData
@@ -30,6 +31,7 @@ class SplitPredictions:
     labels: dict[str, tuple[str, ...]]  # by task
     roles: Mapping[str, Sequence[str]]  # the labels that each role may carry
     codes: Mapping[str, str] = field(default_factory=dict)  # of a turn by id, if `data.codes` merges them into labels
+    ceilings: Sequence[Ceiling] = ()  # of the tasks whose items have several annotators
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Evaluation:
     def to_json(self) -> dict[str, object]:
         """Return `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label.
 
-        With `data.codes` also `per_code`, and the `code` of every prediction as the corpus stores it.
+        With `data.codes` also `per_code`, and the `code` of every prediction as the corpus stores it. With several
+        annotators also `human_ceiling` by task: their figures, and the model's on the same turns.
         """
         labels, codes = self.predictions.labels, self.predictions.codes
         predictions = [
@@ -69,7 +72,9 @@ class Evaluation:
             for record in self.predictions.records
         ]
         per_code = {"per_code": self.per_code} if codes else {}
-        tables = {"per_label": self.per_label, **per_code, "predictions": predictions}
+        ceilings = {one.task: one.to_json(self.predictions.records) for one in self.predictions.ceilings}
+        human = {"human_ceiling": ceilings} if ceilings else {}
+        tables = {"per_label": self.per_label, **per_code, **human, "predictions": predictions}
         return {"n": len(predictions), **self.metrics, **tables}
 
     def tables(self) -> list[TableView]:
@@ -112,6 +117,11 @@ class Evaluation:
     def line(self) -> str:
         """Return all metrics in a line."""
         return "  ".join(f"{name} {format_number(value)}" for name, value in self.metrics.items())
+
+    def ceiling_lines(self) -> list[str]:
+        """Return how well annotators predict each other, and the model's figures on the same turns."""
+        records = self.predictions.records
+        return [line for ceiling in self.predictions.ceilings for line in ceiling.lines(records)]
 
 
 def _ranked(counts: Mapping[str, int]) -> str:
@@ -165,7 +175,8 @@ def predict(
     labels = {task: tuple(answers.labels) for task, answers in trained.model.tasks.items()}
     shards = trained.data.shards
     codes = {} if shards.merge is None else shards.stored_codes
-    return SplitPredictions(records, labels, shards.manifest.roles, codes)
+    found = ceilings(shards, list(labels), (split,))
+    return SplitPredictions(records, labels, shards.manifest.roles, codes, found)
 
 
 def evaluate_checkpoint(

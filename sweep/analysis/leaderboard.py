@@ -13,7 +13,7 @@ from sweep.analysis.results import progress, ranked, short_names
 from sweep.analysis.view import Column, TableView
 from sweep.config.schema import Config
 from sweep.search import pruning_audit
-from sweep.search.corpus_notes import read_corpus_notes
+from sweep.search.corpus_notes import read_ceilings, read_corpus_notes
 from sweep.search.cost import format_device_hours
 from sweep.search.study import TrialRecord, best_first, keeps_best
 
@@ -31,6 +31,7 @@ class Leaderboard:
     doubts: list[str]  # why the order of the trials means little, for a place above the table
     table: TableView  # groups of columns: trial, metrics, subsets, parameters, details, reason
     note: str  # what the figures are
+    ceilings: list[str]  # how well annotators predict each other, on the split of the figures
     audit: list[str]  # what pruning may have cost
     warning: str | None  # pruning loses winners
     reasons: list[str]  # how each trial ended that did not simply train to its end
@@ -94,6 +95,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
             has_best=bool(rows) and rows[0][1] == "COMPLETE" and equal_value(config, trials) is None,
         ),
         note=f"{note}; {progress(config, trials).format_hours()} used",
+        ceilings=[line for ceiling in read_ceilings(folder) for line in ceiling.lines()],
         audit=pruning_audit.format_lines(config, trials),
         warning=pruning_audit.format_warning(config, trials),
         reasons=[

@@ -45,6 +45,7 @@ def _trial_json(folder: Path, trial: "TrialRecord") -> "TrialJson":
 def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
     """Show every trial and its state, also while the sweep runs."""
     from sweep.analysis.status import progress_json, status_lines
+    from sweep.search.corpus_notes import read_ceilings
     from sweep.tracking.tracker import parent_run_id
 
     study = open_study_store(folder)
@@ -62,6 +63,7 @@ def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
         "direction": config.search.direction,
         "target_trials": config.search.trials,
         "progress": progress_json(config, folder, trials),
+        "human_ceiling": {ceiling.task: ceiling.to_json() for ceiling in read_ceilings(folder)},
         "trials": [_trial_json(folder, trial) for trial in trials],
     }
     print(json.dumps(content, indent=1))
@@ -120,6 +122,8 @@ def evaluate(
     for view in [*result.tables(), *result.code_tables()]:
         show_table(view)
     print_line(result.line())
+    for line in result.ceiling_lines():
+        print_line(line)
 
 
 def confirm(

@@ -53,7 +53,7 @@ def show_trials(config: Config, folder: Path, trials: "Sequence[TrialRecord]") -
         if dropped := show_table(board.compact()):
             command = shell_command("sweep", "report", folder)
             print_line(f"not shown: {', '.join(dropped)}; widen the terminal or see `{command}`")
-        lines = [board.note, *board.audit]
+        lines = [board.note, *board.ceilings, *board.audit]
         if board.warning:
             lines.append(f"warning: {board.warning}")
         lines += board.reasons

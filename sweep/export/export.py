@@ -6,6 +6,7 @@ from pathlib import Path
 from data.atomic import new_folder, refuse_existing
 from data.errors import UserError
 from model.checkpoints import peft_export
+from model.evaluation.ceiling import ceilings
 from sweep.analysis import confirm
 from sweep.analysis.evaluate import find_checkpoint, load_trained
 from sweep.analysis.predictions import read_predictions
@@ -61,6 +62,7 @@ def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) 
         confirmed=[] if confirmation is None else confirmation.lines(),
         bases=trained.bases,
         bases_are_recorded=trained.bases_are_recorded,
+        ceilings=ceilings(trained.data.shards, list(trained.model.tasks), ("val",)),
         classes=merge.describe() if (merge := trained.data.shards.merge) else "",
     )
     card = model_card(trained.model, config, facts)

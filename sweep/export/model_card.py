@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from data.formats import format_count, format_list
 from data.loading.tasks import TASKS
 from model.checkpoints.fingerprint import Bases
+from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
 from model.parts import part_of, summarise_parts
 from model.speech_llm.speech_llm import SpeechLLM
@@ -46,6 +47,7 @@ class CardFacts:
     confirmed: Sequence[str]  # the results of `sweep confirm`; empty: it was not confirmed
     bases: Bases  # the models that it was trained on, by setting
     bases_are_recorded: bool  # by its training; otherwise those that were there at the export
+    ceilings: Sequence[Ceiling] = ()  # of the tasks whose validation items have several annotators
     classes: str = ""  # the codes that each label merges, if `data.codes` is set
 
 
@@ -190,6 +192,10 @@ def _figures(config: Config, facts: CardFacts) -> list[str]:
         lines += to_markdown(TableView(list(map(Column, ("metric", "value", "95 % interval by session"))), rows))
     else:
         lines.append("It was not evaluated.")
+    records = [record for _, of_task in facts.predictions.values() for record in of_task]
+    human = [line for ceiling in facts.ceilings for line in ceiling.lines(records)]
+    if human:
+        lines += ["", "Beside annotators:", "", *(f"- {line}" for line in human)]
     if facts.confirmed:
         lines += ["", "Under fresh seeds:", "", *(f"- {line}" for line in facts.confirmed)]
     return lines

@@ -1,6 +1,7 @@
 """`corpus.json` in a sweep's folder: what a reader of its results must know about the labels of the corpus.
 
-The notes are kept, because the corpus may be on another machine than the one that shows the results.
+These are doubts about the labels, the codes that a class merges, and how far annotators agree. They are kept, because
+the corpus may be on another machine than the one that shows the results.
 """
 
 import json
@@ -8,14 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.atomic import write_file
+from model.evaluation.ceiling import Ceiling
 
 FILE = "corpus.json"
 
 
-def save_corpus_notes(folder: Path, notes: Sequence[str], classes: str = "") -> None:
-    """Save the notes of a sweep, and the codes that each class merges; there is no file where there are none."""
-    if notes or classes or (folder / FILE).exists():
-        content = {"notes": list(notes), **({"classes": classes} if classes else {})}
+def save_corpus_notes(folder: Path, notes: Sequence[str], classes: str = "", ceilings: Sequence[Ceiling] = ()) -> None:
+    """Save the notes of a sweep, the codes that each class merges, and the ceilings; no file where there are none."""
+    if notes or classes or ceilings or (folder / FILE).exists():
+        content: dict[str, object] = {"notes": list(notes)}
+        if classes:
+            content["classes"] = classes
+        if ceilings:
+            content["ceilings"] = [ceiling.model_dump(mode="json") for ceiling in ceilings]
         write_file(folder / FILE, json.dumps(content, indent=1))
 
 
@@ -34,3 +40,13 @@ def read_classes(folder: Path) -> str:
         return str(json.loads((folder / FILE).read_bytes()).get("classes", ""))
     except (OSError, ValueError, AttributeError):
         return ""
+
+
+def read_ceilings(folder: Path, split: str = "val") -> list[Ceiling]:
+    """Return the human ceiling of each task in a split; none where annotators do not say, or where it is not known."""
+    try:
+        found = json.loads((folder / FILE).read_bytes()).get("ceilings", [])
+        ceilings = [Ceiling.model_validate(ceiling) for ceiling in found]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+    return [ceiling for ceiling in ceilings if ceiling.split == split]

@@ -38,7 +38,11 @@ def note(
     if views is not None:
         head = [f"[All trials by {config.search.metric}]({views[0]}), [charts]({views[1]})", "", *head]
     reasons = [f"- {markdown_text(line)}" for line in board.reasons]
-    audit = [f"- {line}" for line in board.audit] + ([f"- **{board.warning}**"] if board.warning else [])
+    audit = (
+        [f"- {markdown_text(line)}" for line in board.ceilings]
+        + [f"- {line}" for line in board.audit]
+        + ([f"- **{board.warning}**"] if board.warning else [])
+    )
     room = MAX_LENGTH - _length([*head, *audit]) - 100  # for the line about what is left out
     shown = _fitting(rows, room)
     why = _fitting(reasons, room - _length(shown))

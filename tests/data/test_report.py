@@ -308,4 +308,7 @@ def test_alignment_and_annotators_are_reported(tmp_path: Path, html: str) -> Non
     assert "Shift of the start, s median 0.25 s (absolute)" in text
     assert "12 turns have 3.0 annotators on average. They agree on 6 turns (50.0 %)" in text
     assert "agree with probability 0.67. 6 turns have no majority" in text  # (1 + 1/3) / 2
+    assert "all together all 12 3.0 0.833" in text  # where the others tie, the declared order decides
+    assert "client 6 3.0 0.667 0.400 0.000 -0.500" in text
+    assert "therapist 6 3.0 1.000 1.000" in text
     assert not {"Alignment", "Annotators"} & set(re.findall("<h2>(.*?)</h2>", html))

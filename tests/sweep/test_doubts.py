@@ -10,14 +10,16 @@ import pytest
 from markupsafe import escape
 from matplotlib.font_manager import fontManager
 
+from model.evaluation.bootstrap import Interval
+from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
 from sweep.analysis.leaderboard import leaderboard
 from sweep.analysis.report import figures, fonts, page
 from sweep.analysis.report.fonts import font_families
-from sweep.analysis.view import TableView
+from sweep.analysis.view import TableView, markdown_text
 from sweep.config.diff import claim_folder
 from sweep.config.paths import trial_folder
-from sweep.search.corpus_notes import FILE, read_corpus_notes, save_corpus_notes
+from sweep.search.corpus_notes import FILE, read_ceilings, read_corpus_notes, save_corpus_notes
 from sweep.search.study import StudyStore
 from sweep.tracking.note import note
 from sweep.tracking.runs import confusion_picture
@@ -90,6 +92,29 @@ def test_doubts_about_the_corpus_stand_above_the_leaderboard(tmp_path: Path) -> 
     assert escape(NOTE) in page.render(study, study.folder, [], [], TableView([], []), "", None)
     (study.folder / FILE).write_text(json.dumps([NOTE]))
     assert read_corpus_notes(study.folder) == []
+    assert read_ceilings(study.folder) == []
+
+
+def test_human_ceiling_stands_beside_the_figures(tmp_path: Path) -> None:
+    """In the terminal and its JSON, in MLflow's note and on the page, where the best trial is measured, too."""
+    study = equal(tmp_path / "coded", 0.1, 0.2)
+    figures = {"accuracy": Interval(0.8, 0.7, 0.9), "kappa": None, "Fleiss' kappa": Interval(0.5, None, None)}
+    human = Ceiling(task="classify", split="val", turns=("a/b",), sessions=1, annotators=(2, 3), figures=figures)
+    save_corpus_notes(study.folder, [], ceilings=[human, human.model_copy(update={"split": "test"})])
+    assert read_ceilings(study.folder) == [human]
+    [line] = human.lines()
+    assert line == (
+        "human ceiling of classify (val, 1 turn of 1 session with 2 to 3 annotators): one annotator against the "
+        "majority of the others accuracy 0.800 [0.700, 0.900], kappa undefined; all of them Fleiss' kappa 0.500"
+    )
+    shown = " ".join(sweep("status", study.folder).out.split())
+    assert shown.count("human ceiling") == 1
+    assert line in shown
+    content = json.loads(sweep("status", study.folder, "--json").out)["human_ceiling"]
+    assert content["classify"]["annotator"]["kappa"] is None
+    assert content["classify"]["annotator"]["accuracy"] == {"value": 0.8, "low": 0.7, "high": 0.9}
+    assert f"- {markdown_text(line)}" in note(study.config, study.folder, study.trials())
+    assert escape(line) in page.render(study, study.folder, [], [], TableView([], []), "", None)
 
 
 def record(label: str, prediction: str) -> Record:

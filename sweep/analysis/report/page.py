@@ -19,7 +19,7 @@ from sweep.analysis.view import Column, TableView
 from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight.plan_file import plan_lines
-from sweep.search.corpus_notes import read_classes
+from sweep.search.corpus_notes import read_ceilings, read_classes
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 RIVALS = 3  # trials behind the best one that are compared with it
@@ -67,7 +67,12 @@ def render(
         confirmation=confirmation,
         ranking=ranking,
         details=details,
-        notes=[*board.audit, *plan_lines(config, folder, trials), *_classes(config, folder)],
+        notes=[
+            *_ceilings(config, folder, trials),
+            *board.audit,
+            *plan_lines(config, folder, trials),
+            *_classes(config, folder),
+        ],
         doubts=board.doubts,
         warning=board.warning,
         figures=[(figure, _embedded(figure, first=index == 0)) for index, figure in enumerate(figures)],
@@ -85,6 +90,14 @@ def _split(board: Leaderboard) -> tuple[TableView, TableView]:
     ranking = board.table.select(lambda column: column.group not in ("metrics", "details"))
     details = board.table.select(lambda column: column is number or column.group in ("metrics", "details"))
     return ranking, details
+
+
+def _ceilings(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> list[str]:
+    """Return how well annotators predict each other on validation, and the best trial's figures on the same turns."""
+    best = next(iter(best_first(config, trials)), None)
+    predictions = {} if best is None else read_predictions(trial_folder(folder, best.number))
+    records = [record for _, of_task in predictions.values() for record in of_task]
+    return [line for ceiling in read_ceilings(folder) for line in ceiling.lines(records, "the best trial")]
 
 
 def _classes(config: Config, folder: Path) -> list[str]:
