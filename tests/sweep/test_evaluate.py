@@ -1,6 +1,7 @@
 """`train`, `evaluate`, `status` and `best`: their JSON, results that no batch size changes, balanced classes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from data.loading.tasks import answer_sets, items
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.checkpoints import checkpoint
+from model.evaluation.bootstrap import Interval
+from model.evaluation.ceiling import Ceiling
+from model.evaluation.metrics import Record
+from sweep.analysis.evaluate import Evaluation, SplitPredictions
 from sweep.analysis.predictions import read_predictions
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
@@ -60,6 +65,24 @@ def test_evaluate_json(result: dict[str, Any]) -> None:
         assert row["prediction"] == max(row["scores"], key=row["scores"].get)
     hits = [row["label"] == row["prediction"] for row in result["predictions"]]
     assert result["accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_evaluation_has_the_human_ceiling_where_there_is_one() -> None:
+    figures = {"accuracy": Interval(0.8, 0.7, 0.9), "kappa": Interval(0.6, 0.5, 0.7), "Fleiss' kappa": None}
+    human = Ceiling(task="classify", split="val", turns=("c/1", "c/2"), sessions=1, annotators=(3, 3), figures=figures)
+    records = [
+        Record(f"c/{number}", "classify", "c", "client", None, label, "change", (0.0, -1.0, -2.0), 0.5, 2)
+        for number, label in enumerate(("sustain", "change", "neutral"))
+    ]
+    predictions = SplitPredictions(records, {"classify": LABELS}, {"client": LABELS})
+    assert "human_ceiling" not in Evaluation("val", predictions, {}, {}).to_json()
+    evaluation = Evaluation("val", replace(predictions, ceilings=[human]), {}, {})
+    human_line, model_line = evaluation.ceiling_lines()
+    assert human_line.startswith("human ceiling of classify (val, 2 turns of 1 session with 3 annotators)")
+    assert model_line == "the model on the same turns: accuracy 0.500, macro_f1 0.333, kappa 0.000"
+    content = strict(json.dumps(evaluation.to_json()))["human_ceiling"]["classify"]
+    assert content["annotator"]["kappa"] == {"value": 0.6, "low": 0.5, "high": 0.7}
+    assert content["model"]["accuracy"] == {"value": 0.5, "low": None, "high": None}
 
 
 def test_evaluate_does_not_depend_on_batch_size(trained: Path, result: dict[str, Any]) -> None:
@@ -255,7 +278,9 @@ def test_status_and_best_json(study: StudyStore) -> None:
     """A value that is not finite is null."""
     report(study, 2, float("nan"))
     status = strict(sweep("status", "s", "--json").out)
-    assert status.keys() == {"sweep", "objective", "direction", "target_trials", "progress", "trials"}
+    assert status.keys() == {
+        *("sweep", "objective", "direction", "target_trials", "progress", "human_ceiling", "trials")
+    }
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
     keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "epoch", "mlflow_run_id"}
     keys |= {"attempts", "reason", "why", "audited", "spared"}
