@@ -18,17 +18,18 @@ from model.checkpoints import peft_export
 from model.config import LLMConfig, LossConfig
 from model.evaluation.llm_check import check_llm, problem_of
 from model.evaluation.scoring import label_scores
-from model.objectives.losses import answer_losses
+from model.objectives.losses import Share, answer_losses
 from model.speech_llm.language_model import expert_weights, lora_reach
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
-from tests.model.common import ANSWERS, close, perturb_lora, settings
+from tests.model.common import ANSWERS, close, perturb_lora, settings, soft_targets
 from tests.model.families import REFUSED, SUPPORTED, make
 from tests.model.test_scoring import naive_score
 
 SOURCE = peft_export.ExportSource("s", 3, "synthetic", "abc", {"client": ("change",)})
 BARE = {"modality": "text", "trainable": "lora+tokens", "end_of_audio": "none"}
 USUAL = ("qwen3", "gemma3_text", "phi3", "gpt2", "opt", "falcon", "mixtral", "deepseek_v3", "gpt_oss")
+ALL, NONE = Share(1.0, 1.0), Share(0.0, 0.0)
 EXPERTS = ["q_proj", "v_proj", "experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -59,6 +60,11 @@ def check_family(folder: Path, examples: list[Example], exported: Path, **change
     losses_B = answer_losses(model, batch, LossConfig()).next_token_B
     truth_B = torch.tensor([list(model.tasks["classify"].labels).index(example.answer) for example in batch])
     assert close(-losses_B.detach(), alone_BK.gather(1, truth_B[:, None])[:, 0])
+    soft = [target or {example.answer: ALL} for example, target in zip(batch, soft_targets(batch), strict=True)]
+    votes_B = answer_losses(model, batch, LossConfig(), soft).next_token_B
+    labels = list(model.tasks["classify"].labels)
+    shares_BK = torch.tensor([[target.get(label, NONE).share for label in labels] for target in soft])
+    assert close(votes_B.detach(), -(shares_BK * alone_BK).sum(1))
     losses_B.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
     optimizer.step()
