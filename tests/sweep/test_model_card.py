@@ -7,6 +7,8 @@ import pytest
 
 from data.loading.tasks import AnswerSet
 from model.checkpoints import peft_export
+from model.evaluation.bootstrap import Interval
+from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.schema import Config, parse
@@ -114,6 +116,16 @@ def test_sentences_follow_the_configuration(
     text = card(models, changed)
     assert [words for words in present if words not in text] == []
     assert [words for words in absent if words in text.replace(str(models), "")] == []
+
+
+def test_card_has_the_human_ceiling_where_there_is_one(models: Path) -> None:
+    figures = {"accuracy": Interval(0.8, 0.7, 0.9), "Krippendorff's alpha": Interval(0.5, 0.4, 0.6)}
+    human = Ceiling(task="classify", split="val", turns=("c/1",), sessions=1, annotators=(2, 3), figures=figures)
+    text = card(models, {}, ceilings=[human])
+    first, second = human.lines([RECORD])
+    assert f"Beside annotators:\n\n- {first}\n- {second}" in text
+    assert "accuracy 1.000" in second
+    assert "annotators" not in card(models, {})
 
 
 def test_figures_say_where_they_come_from(models: Path) -> None:
