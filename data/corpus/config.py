@@ -82,13 +82,17 @@ class ColumnConfig(Section):
 
 
 class TierConfig(Section):
-    """Tiers of ELAN and Praat."""
+    """Tiers of ELAN, Praat and CHAT."""
 
-    text: tuple[str, ...] = Field((), description="Tiers with what is said; empty: all but those with codes.")
+    text: tuple[str, ...] = Field(
+        (),
+        description="Tiers with what is said, e.g. '{speaker} text'; empty: all that depend on no other tier and have "
+        "no codes.",
+    )
     code: str | None = Field(
         None,
-        description="Name of the tier with the codes of a tier, e.g. '{tier} code'; null: tiers whose names have the "
-        "word code, label, behaviour, misc or miti.",
+        description="Name of the tier with the codes of a tier, e.g. '{tier} code' or '{speaker} code'; null: tiers "
+        "whose names have the word code, label, behaviour, misc or miti, or that have a controlled vocabulary.",
     )
 
 

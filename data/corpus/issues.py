@@ -79,6 +79,8 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_TEXT_MISSING": ("the text is a word for a missing value", "read as a turn without text"),
         "W_TEXT_EMPTY": ("the turn has neither text nor audio", UNLABELLED),
         "W_FILE_OTHER": ("the file is not of this format", "left out"),
+        "W_TIER_OTHER": ("the tier has neither text nor codes", "left out"),
+        "W_CODE_ALONE": ("the code lies in no turn", "left out"),
         "W_SESSION_EMPTY": ("the session has no turns", "left out"),
         "W_AUDIO_SHARED": ("sessions share a recording or a clip", "kept in one split"),
         "W_ALIGN_LOW": ("the confidence of the alignment is low", "the given times are kept"),

@@ -9,6 +9,7 @@ from data.corpus.schema import JOIN, Corpus
 from data.errors import DataError
 from data.importers import IMPORTERS, guess_format
 from data.importers.annotation_tools.tiers import Annotation, Tier, tier_segments
+from data.importers.base.builder import TurnBuilder
 
 PLAIN = TierConfig()
 SAID = {"therapist": [(0, 2, "why"), (4, 6, "so")], "client": [(2, 4, "hm")]}
@@ -22,8 +23,12 @@ def texts() -> list[Tier]:
     return [tier(name, *said) for name, said in SAID.items()]
 
 
+def builder(config: TierConfig = PLAIN) -> TurnBuilder:
+    return TurnBuilder("elan", CorpusConfig(tiers=config))
+
+
 def coded(*tiers: Tier, config: TierConfig = PLAIN) -> list[tuple[str, str, str]]:
-    return [(found.speaker, found.text, found.code) for found in tier_segments(tiers, config, "a.eaf")]
+    return [(found.speaker, found.text, found.code) for found in tier_segments(tiers, builder(config), "a.eaf")]
 
 
 ALL = [("therapist", "why", "oq"), ("client", "hm", "ct"), ("therapist", "so", "sr")]
@@ -56,6 +61,41 @@ def test_settings_say_which_tiers_have_text_and_codes() -> None:
         coded(*texts(), *two)
 
 
+@pytest.mark.parametrize(
+    ("names", "config"),
+    [
+        (("therapist text", "therapist code", "client text", "client code"), PLAIN),
+        (("TherapistTranscription", "TherapistBehaviours", "ClientTranscription", "ClientBehaviours"), PLAIN),
+        (
+            ("say_therapist", "therapist:x", "say_client", "client:x"),
+            TierConfig(text=("say_{speaker}",), code="{speaker}:x"),
+        ),
+    ],
+    ids=["word", "capitals", "settings"],
+)
+def test_speakers_are_found_within_the_names_of_tiers(names: tuple[str, ...], config: TierConfig) -> None:
+    one, one_codes, two, two_codes = names
+    tiers = [tier(one, *SAID["therapist"]), tier(one_codes, (0, 2, "oq"), (4, 6, "sr"))]
+    tiers += [tier(two, *SAID["client"]), tier(two_codes, (2, 4, "ct"))]
+    assert [(name.lower(), *rest) for name, *rest in coded(*tiers, config=config)] == ALL
+
+
+def test_codes_of_a_shared_tier_belong_to_one_turn_each() -> None:
+    said = [tier("therapist", (0, 10, "why")), tier("client", (2, 3, "mhm"))]
+    codes = tier("codes", (0, 10, "oq"), (2, 3, "fn"))
+    assert coded(*said, codes) == [("therapist", "why", "oq"), ("client", "mhm", "fn")]
+
+
+def test_tiers_and_codes_left_out_are_findings() -> None:
+    depends = tier("translation", (0, 2, "porque"), parent="therapist")
+    codes = tier("therapist code", (0, 2, "oq"), (2.5, 3.5, "lost"))
+    found = builder()
+    segments = tier_segments([*texts(), depends, codes], found, "a.eaf")
+    assert [(segment.text, segment.code) for segment in segments] == [("why", "oq"), ("hm", ""), ("so", "")]
+    assert {finding.code for finding in found.findings} == {"W_TIER_OTHER", "W_CODE_ALONE"}
+    assert any("'lost' at 2.50 s" in finding.message for finding in found.findings)
+
+
 def read(path: Path, **config: object) -> Corpus:
     return IMPORTERS[guess_format(path)].read(path, None, CorpusConfig.model_validate(config))
 
@@ -79,6 +119,17 @@ def test_participant_is_the_speaker_of_a_tier(tmp_path: Path) -> None:
     assert [(turn.speaker, turn.text, turn.label, turn.span) for turn in conversation.turns] == [
         ("therapist", "a & b", "oq", (0.5, 1.5))
     ]
+
+
+def test_elan_uses_vocabularies_and_the_origin_of_media(tmp_path: Path) -> None:
+    header = '<HEADER TIME_UNITS="milliseconds"><MEDIA_DESCRIPTOR MIME_TYPE="audio/x-wav" TIME_ORIGIN="2000"/></HEADER>'
+    text = EAF.replace('<HEADER TIME_UNITS="milliseconds"/>', header).replace(
+        '"A MISC"', '"acts" LINGUISTIC_TYPE_REF="v"'
+    )
+    kind = '<LINGUISTIC_TYPE LINGUISTIC_TYPE_ID="v" CONTROLLED_VOCABULARY_REF="acts"/></ANNOTATION_DOCUMENT>'
+    (tmp_path / "a.eaf").write_text(text.replace("</ANNOTATION_DOCUMENT>", kind), encoding="utf-8")
+    [conversation] = read(tmp_path).conversations
+    assert [(turn.label, turn.span) for turn in conversation.turns] == [("oq", (2.5, 3.5))]
 
 
 ENTITIES = "".join(f'<!ENTITY x{n} "' + 10 * f"&x{n - 1};" + '">' for n in range(1, 12))
@@ -174,3 +225,30 @@ def test_chat_text_is_what_was_said_in_the_end(tmp_path: Path) -> None:
         ("client", "I want to cut down because it hurts.", "ct+", (1.5, 3.0)),
         ("client", "goodbye dear.", None, None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "config", "text", "label"),
+    [
+        ("*PAR:\tno .\n%cod:\t$OQ <w2> $SR\n%spa:\t$x", {}, "no.", f"oq{JOIN}sr"),
+        ("*PAR:\tno .\n%cod:\t$OQ\n%cod:\t$SR", {}, "no.", f"oq{JOIN}sr"),
+        ("*PAR:\tno .\n%cod:\t$OQ\n%xmisc:\tFN", {"code": "%xmisc"}, "no.", "fn"),
+        ("*PAR:\t<<a b> [/] a c> [//] a d +/.\n%cod:\t$OQ", {}, "a d", "oq"),
+        ('*PAR:\tno . \x15%snd:"s1"_0_1500\x15\n%cod:\t$OQ', {}, "no.", "oq"),
+    ],
+    ids=["several", "lines", "setting", "nested", "old bullet"],
+)
+def test_chat_codes_and_text_of_a_turn(
+    lines: str, config: dict[str, str], text: str, label: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.cha").write_text(
+        f"@UTF8\n@Begin\n@Participants:\tPAR Participant\n{lines}\n@End\n", encoding="utf-8"
+    )
+    [turn] = read(tmp_path / "a.cha", tiers=config).conversations[0].turns
+    assert (turn.text, turn.label) == (text, label)
+
+
+def test_chat_laughter_alone_has_no_text(tmp_path: Path) -> None:
+    text = "@UTF8\n@Begin\n@Participants:\tPAR Participant\n*PAR:\t&=laughs .\n*PAR:\tyes .\n@End\n"
+    (tmp_path / "a.cha").write_text(text, encoding="utf-8")
+    assert [turn.text for turn in read(tmp_path / "a.cha").conversations[0].turns] == ["", "yes."]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.corpus.config import CorpusConfig
-from data.corpus.schema import Corpus
+from data.corpus.schema import JOIN, Corpus
 from data.errors import DataError
 from data.importers.base.builder import TurnBuilder
 from data.importers.base.cells import speaker_key
@@ -17,10 +17,11 @@ from data.importers.base.sessions import Segment, first_file, read_sessions
 from data.importers.base.tabular import read_text
 
 SUFFIXES = (".cha",)
-CODES = ("cod", "spa", "lab")  # dependent tiers with codes; %spa has speech acts
-_BULLET = re.compile(r"\x15?\b(\d+)_(\d+)\b\x15?")
+CODES = ("cod", "spa", "lab")  # dependent tiers with codes, the first one that a turn has; %spa has speech acts
+_BULLET = re.compile(r'\x15?(?:%\w+:"[^"]*"_|\b)(\d+)_(\d+)\b\x15?')  # %snd:"file"_0_1500 in old files
 _REPLACED = re.compile(r"(\S+)\s*\[::?\s*([^\]]*)\]")  # wanna [: want to]
-_RETRACED = re.compile(r"(?:<[^<>]*>|\S+)\s*\[/{1,3}\??\]|(?:<[^<>]*>|\S+)\s*\[/-\]")
+_RETRACED = re.compile(r"(?:<[^<>]*>|[^\s<>]+)\s*\[/{1,3}\??\]|(?:<[^<>]*>|[^\s<>]+)\s*\[/-\]")
+_SCOPE = re.compile(r"<[^<>]*>")
 _CODE = re.compile(r"\[[^\]]*\]")
 _TONES = "\u2260\u2191\u2193\u21d7\u2197\u2192\u2198\u21d8\u221e\u224b\u224c\u2219\u2308\u2309\u230a\u230b\u201e\u2021"
 _MARK = re.compile(rf"[&+]\S*|\b0\S*|\(\.+\)|\(\d*[.:]\d*\)|[{_TONES}]")
@@ -52,6 +53,8 @@ def is_chat(source: Path) -> bool:
 def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     participants: dict[str, str] = {}
     segments: list[Segment] = []
+    tiers = (builder.config.tiers.code.strip().lstrip("%").lower(),) if builder.config.tiers.code else CODES
+    codes: list[dict[str, list[str]]] = []  # of each segment: tier → what its lines say
     for number, line in _lines(path, builder.config.encoding):
         name, _, content = line.partition(":")
         if line.startswith("@Participants"):
@@ -64,9 +67,18 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
             bullets = _BULLET.findall(content)
             start, end = (int(bullets[0][0]) / 1000, int(bullets[-1][1]) / 1000) if bullets else ("", "")
             segments.append(Segment(f"{path.name}:{number}", speaker, _spoken(content), start, end))
-        elif line.startswith("%") and name[1:].strip().lower() in CODES and segments:
-            segments[-1] = segments[-1]._replace(code=" ".join(content.split()))
-    return segments
+            codes.append({})
+        elif line.startswith("%") and segments:
+            codes[-1].setdefault(name[1:].strip().lower(), []).extend(_codes(content))
+    kept = (next((found[tier] for tier in tiers if found.get(tier)), []) for found in codes)
+    return [segment._replace(code=JOIN.join(dict.fromkeys(own))) for segment, own in zip(segments, kept, strict=True)]
+
+
+def _codes(content: str) -> list[str]:
+    """Return the codes of a line: what begins with $, each one, or else all of it; <w 1> says what a code is of."""
+    words = _SCOPE.sub(" ", _BULLET.sub(" ", content)).split()
+    marked = [word[1:] for word in words if word.startswith("$") and len(word) > 1]
+    return marked or ([" ".join(words)] if words else [])
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
@@ -89,7 +101,10 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 def _spoken(content: str) -> str:
     text = _BULLET.sub(" ", content)
-    text = _RETRACED.sub(" ", _REPLACED.sub(r"\2", text))
+    text = _REPLACED.sub(r"\2", text)
+    while text != (shorter := _RETRACED.sub(" ", text)):  # retraces may stand in retraces
+        text = shorter
     text = _MARK.sub(" ", _CODE.sub(" ", text))
     text = _UNKNOWN.sub(" ", re.sub(r"[<>()\u201c\u201d]", "", text)).replace("_", " ")
-    return re.sub(r"\s+([.?!,;])", r"\1", " ".join(re.sub(r"@\w+(?::\w+)?", "", text).split())).lstrip(" ,")
+    text = re.sub(r"\s+([.?!,;])", r"\1", " ".join(re.sub(r"@\w+(?::\w+)?", "", text).split())).lstrip(" ,")
+    return text if re.search(r"\w", text) else ""  # only a terminator: laughter, or what nobody understood

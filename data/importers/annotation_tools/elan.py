@@ -50,11 +50,11 @@ def is_elan(source: Path) -> bool:
 def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     text = read_text(path, builder.config.encoding)
     if path.suffix.lower() == ".eaf":
-        return tier_segments(_tiers(path, text), builder.config.tiers, path.name)
+        return tier_segments(_tiers(path, text), builder, path.name)
     return [
         segment._replace(session=session)
         for session, tiers in _exported(path, text).items()
-        for segment in tier_segments(list(tiers.values()), builder.config.tiers, path.name)
+        for segment in tier_segments(list(tiers.values()), builder, path.name)
     ]
 
 
@@ -73,12 +73,14 @@ def _tiers(path: Path, text: str) -> list[Tier]:
     header = root.find("HEADER")
     per_second = UNITS.get(header.get("TIME_UNITS", "") if header is not None else "", UNITS["milliseconds"])
     slots = {slot.get("TIME_SLOT_ID"): slot.get("TIME_VALUE") for slot in root.iter("TIME_SLOT")}
+    origin = _origin(header)
+    coded = {kind.get("LINGUISTIC_TYPE_ID") for kind in root.iter("LINGUISTIC_TYPE") if _vocabulary(kind)}
     times: dict[str | None, tuple[float, float]] = {}
     waiting: list[ElementTree.Element] = []
     for element in root.iter("ALIGNABLE_ANNOTATION"):
         start, end = (_slot(slots.get(element.get(f"TIME_SLOT_REF{number}")), per_second) for number in (1, 2))
         if start is not None and end is not None:
-            times[element.get("ANNOTATION_ID")] = start, end
+            times[element.get("ANNOTATION_ID")] = start + origin, end + origin
     waiting = list(root.iter("REF_ANNOTATION"))
     while waiting:
         known = [element for element in waiting if element.get("ANNOTATION_REF") in times]
@@ -95,9 +97,26 @@ def _tiers(path: Path, text: str) -> list[Tier]:
             if span is not None:
                 annotations.append(Annotation(*span, value, f"{path.name}:{element.get('ANNOTATION_ID')}"))
         tiers.append(
-            Tier(tier.get("TIER_ID", ""), annotations, tier.get("PARTICIPANT", ""), tier.get("PARENT_REF", ""))
+            Tier(
+                tier.get("TIER_ID", ""),
+                annotations,
+                tier.get("PARTICIPANT", "").strip(),
+                tier.get("PARENT_REF", ""),
+                tier.get("LINGUISTIC_TYPE_REF") in coded,
+            )
         )
     return tiers
+
+
+def _origin(header: ElementTree.Element | None) -> float:
+    """Return the time in the first sound file, or else in the first film, at which the annotations begin, in s."""
+    media = header.findall("MEDIA_DESCRIPTOR") if header is not None else []
+    media.sort(key=lambda medium: not medium.get("MIME_TYPE", "").startswith("audio/"))
+    return (_slot(media[0].get("TIME_ORIGIN"), UNITS["milliseconds"]) or 0.0) if media else 0.0
+
+
+def _vocabulary(kind: ElementTree.Element) -> bool:
+    return bool(kind.get("CONTROLLED_VOCABULARY_REF"))
 
 
 def _slot(value: str | None, per_second: float) -> float | None:

@@ -47,4 +47,4 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
             where = f"{path.name}:{tier['name']}[{index}]"
             annotations.append(Annotation(float(start), float(end[0] if end else start), label, where))
         tiers.append(Tier(tier["name"], annotations))
-    return tier_segments(tiers, builder.config.tiers, path.name)
+    return tier_segments(tiers, builder, path.name)
