@@ -252,3 +252,37 @@ def test_chat_laughter_alone_has_no_text(tmp_path: Path) -> None:
     text = "@UTF8\n@Begin\n@Participants:\tPAR Participant\n*PAR:\t&=laughs .\n*PAR:\tyes .\n@End\n"
     (tmp_path / "a.cha").write_text(text, encoding="utf-8")
     assert [turn.text for turn in read(tmp_path / "a.cha").conversations[0].turns] == ["", "yes."]
+
+
+def test_recordings_are_those_that_the_file_names(tmp_path: Path) -> None:
+    """Only names count, since paths are those of another machine; a recording named like the session comes first."""
+    (audio := tmp_path / "audio").mkdir()
+    for name in ("tape 1.wav", "s3.flac"):
+        (audio / name).touch()
+    media = '<HEADER><MEDIA_DESCRIPTOR MIME_TYPE="audio/x-wav" MEDIA_URL="file:///C:/x/tape%201.wav"/></HEADER>'
+    for name in ("s1", "s3"):
+        (tmp_path / f"{name}.eaf").write_text(
+            EAF.replace('<HEADER TIME_UNITS="milliseconds"/>', media), encoding="utf-8"
+        )
+    (tmp_path / "s4.cha").write_text(CHAT.replace("@ID", "@Media:\ttape 1, audio\n@ID", 1), encoding="utf-8")
+    for source, names in ((tmp_path, ["tape 1.wav", "s3.flac"]), (tmp_path / "s4.cha", ["tape 1.wav"])):
+        corpus = IMPORTERS[guess_format(source)].read(source, audio, CorpusConfig(roles={"MOT": "client"}))
+        assert [one.recording and one.recording.name for one in corpus.conversations] == names
+
+
+def test_elan_slots_without_times_are_evenly_spaced(tmp_path: Path) -> None:
+    slots = "".join(
+        f'<TIME_SLOT TIME_SLOT_ID="t{n}"{time}/>'
+        for n, time in enumerate(('TIME_VALUE="0"', "", "", 'TIME_VALUE="3000"'))
+    )
+    slots = slots.replace('"TIME', '" TIME')
+    said = "".join(
+        f'<ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a{n}" TIME_SLOT_REF1="t{n}" TIME_SLOT_REF2="t{n + 1}">'
+        f"<ANNOTATION_VALUE>w{n}</ANNOTATION_VALUE></ALIGNABLE_ANNOTATION></ANNOTATION>"
+        for n in range(3)
+    )
+    tiers = f'<TIER TIER_ID="client">{said}</TIER>'
+    text = f"<ANNOTATION_DOCUMENT><TIME_ORDER>{slots}</TIME_ORDER>{tiers}</ANNOTATION_DOCUMENT>"
+    (tmp_path / "a.eaf").write_text(text, encoding="utf-8")
+    [conversation] = read(tmp_path).conversations
+    assert [turn.span for turn in conversation.turns] == [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]

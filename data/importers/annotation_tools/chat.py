@@ -54,6 +54,7 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     participants: dict[str, str] = {}
     segments: list[Segment] = []
     tiers = (builder.config.tiers.code.strip().lstrip("%").lower(),) if builder.config.tiers.code else CODES
+    media = ""
     codes: list[dict[str, list[str]]] = []  # of each segment: tier → what its lines say
     for number, line in _lines(path, builder.config.encoding):
         name, _, content = line.partition(":")
@@ -61,6 +62,8 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
             for participant in content.split(","):
                 words = participant.split()
                 participants |= {words[0]: words[-1].replace("_", " ")} if len(words) > 1 else {}
+        elif line.startswith("@Media"):
+            media = content.partition(",")[0].strip().strip('"')
         elif line.startswith("*"):
             code = name[1:].strip()
             speaker = code if speaker_key(code) in builder.speakers else participants.get(code, code)
@@ -71,7 +74,10 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
         elif line.startswith("%") and segments:
             codes[-1].setdefault(name[1:].strip().lower(), []).extend(_codes(content))
     kept = (next((found[tier] for tier in tiers if found.get(tier)), []) for found in codes)
-    return [segment._replace(code=JOIN.join(dict.fromkeys(own))) for segment, own in zip(segments, kept, strict=True)]
+    return [
+        segment._replace(code=JOIN.join(dict.fromkeys(own)), recording=media)
+        for segment, own in zip(segments, kept, strict=True)
+    ]
 
 
 def _codes(content: str) -> list[str]:

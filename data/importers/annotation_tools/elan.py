@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from data.corpus.config import CorpusConfig
@@ -50,7 +51,10 @@ def is_elan(source: Path) -> bool:
 def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     text = read_text(path, builder.config.encoding)
     if path.suffix.lower() == ".eaf":
-        return tier_segments(_tiers(path, text), builder, path.name)
+        root = _root(path, text)
+        names = [medium.get("RELATIVE_MEDIA_URL") or medium.get("MEDIA_URL") or "" for medium in _media(root)]
+        segments = tier_segments(_tiers(path, root), builder, path.name)
+        return [segment._replace(recording=unquote(names[0]) if names else "") for segment in segments]
     return [
         segment._replace(session=session)
         for session, tiers in _exported(path, text).items()
@@ -58,8 +62,8 @@ def _parse(path: Path, builder: TurnBuilder) -> list[Segment]:
     ]
 
 
-def _tiers(path: Path, text: str) -> list[Tier]:
-    """Return the tiers of an .eaf file; an annotation without times of its own has those of the one it refers to.
+def _root(path: Path, text: str) -> ElementTree.Element:
+    """Return the document of an .eaf file.
 
     Raises:
         DataError: it is no XML of ELAN.
@@ -70,24 +74,33 @@ def _tiers(path: Path, text: str) -> list[Tier]:
         raise DataError(f"{path.name}: not readable as XML ({reason(error)}); export it again from ELAN") from None
     if root.tag != "ANNOTATION_DOCUMENT":
         raise DataError(f"{path.name}:1: not a file of ELAN ({root.tag}); save it as .eaf")
+    return root
+
+
+def _tiers(path: Path, root: ElementTree.Element) -> list[Tier]:
+    """Return the tiers of an .eaf file; an annotation without times of its own has those of the one it refers to."""
     header = root.find("HEADER")
     per_second = UNITS.get(header.get("TIME_UNITS", "") if header is not None else "", UNITS["milliseconds"])
     slots = {slot.get("TIME_SLOT_ID"): slot.get("TIME_VALUE") for slot in root.iter("TIME_SLOT")}
-    origin = _origin(header)
+    media = _media(root)
+    origin = (_slot(media[0].get("TIME_ORIGIN"), UNITS["milliseconds"]) or 0.0) if media else 0.0
     coded = {kind.get("LINGUISTIC_TYPE_ID") for kind in root.iter("LINGUISTIC_TYPE") if _vocabulary(kind)}
     times: dict[str | None, tuple[float, float]] = {}
-    waiting: list[ElementTree.Element] = []
-    for element in root.iter("ALIGNABLE_ANNOTATION"):
-        start, end = (_slot(slots.get(element.get(f"TIME_SLOT_REF{number}")), per_second) for number in (1, 2))
-        if start is not None and end is not None:
-            times[element.get("ANNOTATION_ID")] = start + origin, end + origin
+    for tier in root.iter("TIER"):
+        aligned = list(tier.iter("ALIGNABLE_ANNOTATION"))
+        edges = [slot for element in aligned for slot in (element.get("TIME_SLOT_REF1"), element.get("TIME_SLOT_REF2"))]
+        known = _filled({slot: _slot(slots.get(slot), per_second) for slot in edges})
+        for element in aligned:
+            start, end = (known[element.get(f"TIME_SLOT_REF{number}")] for number in (1, 2))
+            if start is not None and end is not None:
+                times[element.get("ANNOTATION_ID")] = start + origin, end + origin
     waiting = list(root.iter("REF_ANNOTATION"))
     while waiting:
-        known = [element for element in waiting if element.get("ANNOTATION_REF") in times]
-        times |= {element.get("ANNOTATION_ID"): times[element.get("ANNOTATION_REF")] for element in known}
-        if not known:
+        timed = [element for element in waiting if element.get("ANNOTATION_REF") in times]
+        times |= {element.get("ANNOTATION_ID"): times[element.get("ANNOTATION_REF")] for element in timed}
+        if not timed:
             break
-        waiting = [element for element in waiting if element not in known]
+        waiting = [element for element in waiting if element not in timed]
     tiers = []
     for tier in root.iter("TIER"):
         annotations = []
@@ -108,11 +121,29 @@ def _tiers(path: Path, text: str) -> list[Tier]:
     return tiers
 
 
-def _origin(header: ElementTree.Element | None) -> float:
-    """Return the time in the first sound file, or else in the first film, at which the annotations begin, in s."""
-    media = header.findall("MEDIA_DESCRIPTOR") if header is not None else []
-    media.sort(key=lambda medium: not medium.get("MIME_TYPE", "").startswith("audio/"))
-    return (_slot(media[0].get("TIME_ORIGIN"), UNITS["milliseconds"]) or 0.0) if media else 0.0
+def _filled(times: Mapping[str | None, float | None]) -> dict[str | None, float | None]:
+    """Return the times of a tier's slots in order; those without one are evenly between their neighbours, as in ELAN.
+
+    Slots before the first or behind the last time stay without one.
+    """
+    filled, waiting, before = dict[str | None, float | None](), list[str | None](), None
+    for slot, time in times.items():
+        if time is not None and before is not None:
+            step = (time - before) / (len(waiting) + 1)
+            filled |= {late: before + step * place for place, late in enumerate(waiting, start=1)}
+        if time is not None:
+            waiting, before = [], time
+        else:
+            waiting.append(slot)
+        filled[slot] = time
+    return filled
+
+
+def _media(root: ElementTree.Element) -> list[ElementTree.Element]:
+    """Return the media of a file, sound first; TIME_ORIGIN is where in it the annotations begin."""
+    return sorted(
+        root.findall("HEADER/MEDIA_DESCRIPTOR"), key=lambda medium: not medium.get("MIME_TYPE", "").startswith("audio/")
+    )
 
 
 def _vocabulary(kind: ElementTree.Element) -> bool:

@@ -1,7 +1,7 @@
 """Read formats with one file per session: a file becomes segments, and segments become the turns of a conversation."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data.corpus.issues import Finding
@@ -9,7 +9,8 @@ from data.corpus.schema import Conversation, Corpus, Turn
 from data.errors import DataError, listed
 from data.importers.base.annotations import silence_annotations, spoken_text
 from data.importers.base.builder import TurnBuilder, refuse_no_turns
-from data.importers.base.recordings import set_recordings
+from data.importers.base.cells import clean_name
+from data.importers.base.recordings import recordings_by_name, set_recordings
 from data.importers.base.timestamps import note_order, read_time, set_ends, start_order
 
 
@@ -23,6 +24,7 @@ class Segment(NamedTuple):
     end: str | float = ""
     code: str = ""  # cell of the label; "": none
     session: str = ""  # "": that of the file
+    recording: str = ""  # file that the source names, for sessions whose recording is not named like them
 
 
 class OtherFormatError(DataError):
@@ -77,8 +79,21 @@ def read_sessions(
             has_times = any(segment.start != "" for segment in said)
             conversations[name] = conversation(name, said, builder, timed=has_times or audio is not None)
     refuse_no_turns(list(conversations.values()), source)
-    set_recordings(list(conversations.values()), audio)
+    set_recordings(list(conversations.values()), audio, _named(files, audio))
     return builder.corpus(conversations.values())
+
+
+def _named(files: Mapping[Path, Sequence[Segment]], audio: Path | None) -> dict[str, str]:
+    """Return the recordings that the source names, of sessions without one of their own name in the folder."""
+    there = recordings_by_name(audio) if audio is not None else {}
+    named: dict[str, str] = {}
+    for path, segments in files.items():
+        for segment in segments:
+            session, name = segment.session or path.stem, segment.recording.replace("\\", "/").rpartition("/")[2]
+            found = there.get(clean_name(PurePosixPath(name).stem if "." in name else name))
+            if name and found is not None and clean_name(session) not in there:
+                named.setdefault(session, found.name)  # found by its name: the path is that of another machine
+    return named
 
 
 def files_of(source: Path, suffixes: Sequence[str]) -> list[Path]:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,7 +66,7 @@ def read_rows(
     needed: Sequence[str],
     config: CorpusConfig,
     optional: Sequence[str] = (),
-    advice: str = "",
+    advice: Callable[[str], str] | None = None,
     *,
     codes: Sequence[str | None] = (),
     may_be_empty: bool = False,
@@ -78,7 +78,7 @@ def read_rows(
         needed: columns that the file must have.
         config: settings; gives the encoding.
         optional: columns that are read if the file has them; only then they are in the `cells` of a row.
-        advice: appended to the message about a missing column.
+        advice: returns what is appended to the message about a missing column.
         codes: columns whose cells may be lists and objects.
         may_be_empty: return [] for a file with a header and no rows.
 
@@ -252,16 +252,22 @@ def agreed(rows: Iterable[Row], column: str | None, code: str = "") -> str | Non
 
 
 def _refuse_missing(
-    path: Path, header: Sequence[str], needed: Sequence[str], spelled: Mapping[str, str], advice: str
+    path: Path,
+    header: Sequence[str],
+    needed: Sequence[str],
+    spelled: Mapping[str, str],
+    advice: Callable[[str], str] | None,
 ) -> None:
-    missing = []
+    missing, first = [], ""
     lower = {name.lower(): name for name in header}
     for name in (name for name in needed if name not in spelled):
         near = get_close_matches(name.lower(), lower, n=1)
+        first = first or name
         missing.append(name + (f" (did you mean {lower[near[0]]}?)" if near else ""))
     if missing:
         has = ", ".join(header)
-        raise DataError(f"{path.name}:1: missing column(s) {', '.join(missing)}; the file has {has}{advice}")
+        hint = advice(first) if advice is not None else ""
+        raise DataError(f"{path.name}:1: missing column(s) {', '.join(missing)}; the file has {has}{hint}")
     twice = [spelled[name] for name in needed if header.count(spelled[name]) > 1]
     if twice:
         raise DataError(f"{path.name}:1: column {twice[0]} occurs twice; rename one of them")

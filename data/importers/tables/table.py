@@ -29,7 +29,6 @@ TURN_NUMBERS = ("turn", "turn_id", "turn_index", "turn_number", "turn_no", "utte
 FILE, SPLIT = "file", "split"  # columns that are added: the name of the file, and the split that its name says
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 DAYS = 0.1  # s; several turns within it cannot be, but as a fraction of a day it is 2.4 hours
-ADVICE = "; name the columns with --set columns.text=NAME, or null if there is none"
 
 
 def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
@@ -92,6 +91,7 @@ def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[
     by_file = columns.conversation is None or (source.is_dir() and column_key(columns.conversation) not in header)
     if not by_file:
         named.append(session)
+    keys = {name: key for key, name in columns.model_dump().items()}
     rows: list[Row] = []
     files: dict[str, Path] = {}
     for path in paths:
@@ -100,7 +100,7 @@ def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[
             list(dict.fromkeys(named)),
             config,
             optional,
-            advice=ADVICE,
+            advice=lambda missing: f"; name it with --set columns.{keys[missing]}=NAME, or null if there is none",
             codes=[columns.label],
             may_be_empty=len(paths) > 1,
         )
