@@ -141,6 +141,11 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
     encoding: str = Field(
         "utf-8", description="Encoding of text files, e.g. cp1252; only a byte order mark overrides it."
     )
+    recordings: Literal["auto", "session", "speaker"] = Field(
+        "auto",
+        description="Whether there is a recording a session, or one for each of its speakers, as Zoom writes them; "
+        "auto: those of the speakers where the session has none.",
+    )
     channels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {}, description="Role → channel of the recording with only this speaker; empty: channels are mixed down."
     )

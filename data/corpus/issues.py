@@ -49,6 +49,7 @@ CODES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "W_SILENT": ("the clip is silent", KEPT),
         "W_DC": ("the samples have an offset of more than 0.02", KEPT),
         "W_STEREO": ("the recording has several channels", "mixed down to one"),
+        "W_AUDIO_SPEAKERS": ("each speaker of the session has a recording", "turns are cut from that of their speaker"),
         "W_TRUNCATED": ("the recording is shorter than its header announces", KEPT),
         "W_LENGTH": ("the recording is longer than its header announces", "read to its end"),
         "W_SCALED": ("the samples of the recording exceed full scale", "the whole recording is scaled down"),

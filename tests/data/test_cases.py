@@ -189,3 +189,11 @@ def test_invisible_characters(name: str) -> None:
     assert set(corpus.labels) == LABELS
     assert {turn.speaker for one in corpus.conversations for turn in one.turns} == {"therapist", "client"}
     assert set(checked(corpus)) <= {"W_LABEL_UNICODE"}
+
+
+@pytest.mark.parametrize("columns", [TIMED, {**TIMED, "recording": "file"}])
+def test_recording_per_speaker(columns: dict[str, str]) -> None:
+    corpus = read("table", folder("21") / "t.csv", folder("21") / "audio", columns=columns)
+    files = {turn.recording and turn.recording.name for one in corpus.conversations for turn in one.turns}
+    assert files == {f"s{session}_{role}.wav" for session in (1, 2, 3) for role in ("therapist", "client")}
+    assert set(checked(corpus)) <= {"W_AUDIO_SPEAKERS", "E_TS_RANGE", "W_TS_CLAMPED"}

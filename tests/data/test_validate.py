@@ -352,8 +352,8 @@ def test_every_code_is_tested_somewhere() -> None:
     elsewhere |= dict.fromkeys(("W_LENGTH", "W_SCALED", "W_AUDIO_GAP"), "test_recordings.py")
     elsewhere |= dict.fromkeys(("W_LABEL_SINGLE", "W_LABEL_UNSEEN"), "test_label_counts.py")
     elsewhere |= {"W_TS_ORDER": "test_annomi.py", "W_SPEAKERS_SPLIT": "test_import_sessions.py"}
-    elsewhere |= {"W_FILE_OTHER": "test_transcripts.py"}
     elsewhere |= dict.fromkeys(("W_TIER_OTHER", "W_CODE_ALONE"), "test_annotation_tools.py")
+    elsewhere |= {"W_FILE_OTHER": "test_transcripts.py", "W_AUDIO_SPEAKERS": "test_speaker_files.py"}
     elsewhere |= {"W_NO_WORDS": "test_import_sessions.py", "W_SESSION_EMPTY": "test_import_sessions.py"}
     elsewhere |= {"W_LABEL_VOTE": "test_votes.py"}
     names = "E_LABEL_CELL W_LABEL_MISSING W_LABEL_UNICODE W_LABEL_SEVERAL W_LABEL_NUMBER W_TEXT_MISSING W_TEXT_EMPTY"

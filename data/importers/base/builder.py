@@ -34,6 +34,7 @@ class TurnBuilder:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # role → labels; empty: all that occur
     qualities: tuple[str, ...] = ()  # empty: all that occur
     findings: list[Finding] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # id of a turn → its speaker as written
     codes: CodeReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class TurnBuilder:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise DataError(f"{where}: the text contains half a character (a lone surrogate); fix it")
         turn = Turn(f"{conversation}/{utterance}", 0, role, " ".join(text.split()), where=where)
+        self.names[turn.id] = speaker
         if turn.text in MISSING_TEXT:
             flag(turn, self.findings, "W_TEXT_MISSING", f"the text is {turn.text!r}")
             turn.text = ""

@@ -1,4 +1,7 @@
-"""Find recordings: the audio file of a session is in a folder and has the name of the session."""
+"""Find recordings: the audio file of a session is in a folder and has the name of the session.
+
+If each speaker has a recording, data/importers/base/speaker_files.py finds it.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +10,9 @@ from data.corpus.audio import exists
 from data.corpus.decoding import StoredClip
 from data.corpus.schema import Conversation
 from data.errors import DataError
+from data.importers.base.builder import TurnBuilder
 from data.importers.base.cells import clean_name
+from data.importers.base.speaker_files import set_speaker_files
 
 # What libsndfile and FFmpeg read; of several files with one name the first suffix wins.
 SUFFIXES = (
@@ -27,12 +32,15 @@ def recordings_by_name(folder: Path) -> dict[str, Path]:
     return files_by_name
 
 
-def set_recordings(conversations: Sequence[Conversation], audio: Path | None, named: Mapping[str, str] = {}) -> None:
-    """Set the recording of every conversation; the validation finds those that do not exist.
+def set_recordings(
+    conversations: Sequence[Conversation], audio: Path | None, builder: TurnBuilder, named: Mapping[str, str] = {}
+) -> None:
+    """Set the recording of every conversation, or of its speakers; the validation finds those that do not exist.
 
     Args:
-        conversations: their `recording` is set.
+        conversations: their `recording` is set, or that of their turns, unless their turns have one already.
         audio: folder; None: the corpus is text only.
+        builder: of the corpus; its setting `recordings` says which recordings there are.
         named: conversation → file relative to `audio`; by default the file has the name of the conversation.
 
     Raises:
@@ -41,15 +49,22 @@ def set_recordings(conversations: Sequence[Conversation], audio: Path | None, na
     if audio is None:
         return
     refuse_missing_folder(audio)
-    files = recordings_by_name(audio)
+    files, wanted = recordings_by_name(audio), builder.config.recordings
     for conversation in conversations:
         where = conversation.turns[0].where if conversation.turns else conversation.id
+        path = files.get(clean_name(conversation.id))
         if conversation.id in named:
             conversation.recording = same_stem(inside(audio, named[conversation.id], where))
-        else:
-            path = files.get(clean_name(conversation.id))
+        elif any(turn.recording is not None for turn in conversation.turns):
+            continue
+        elif (
+            wanted == "session"
+            or (wanted == "auto" and path is not None)
+            or not set_speaker_files(conversation, audio, SUFFIXES, builder, alone=len(conversations) == 1)
+        ):
             conversation.recording = path or inside(audio, f"{conversation.id}{SUFFIXES[0]}", where)
-    refuse_no_recordings((conversation.recording for conversation in conversations), audio)
+    turns = [turn.recording for conversation in conversations for turn in conversation.turns if turn.recording]
+    refuse_no_recordings([*(conversation.recording for conversation in conversations), *turns], audio)
 
 
 def inside(audio: Path, name: str, where: str) -> Path:

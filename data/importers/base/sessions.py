@@ -79,7 +79,7 @@ def read_sessions(
             has_times = any(segment.start != "" for segment in said)
             conversations[name] = conversation(name, said, builder, timed=has_times or audio is not None)
     refuse_no_turns(list(conversations.values()), source)
-    set_recordings(list(conversations.values()), audio, _named(files, audio))
+    set_recordings(list(conversations.values()), audio, builder, _named(files, audio))
     return builder.corpus(conversations.values())
 
 

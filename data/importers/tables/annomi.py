@@ -46,7 +46,7 @@ def read_annomi(source: Path, audio: Path | None, config: CorpusConfig) -> Corpu
     builder = TurnBuilder("annomi", config, {role: role for role in LABELS}, LABELS, QUALITIES)
     sessions = by_conversation(rows, "transcript_id")
     conversations = [_conversation(name, rows, builder) for name, rows in sessions.items()]
-    set_recordings(conversations, audio)
+    set_recordings(conversations, audio, builder)
     return builder.corpus(conversations)
 
 

@@ -9,7 +9,7 @@ from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
 from data.importers.base.builder import TurnBuilder
-from data.importers.base.cells import MISSING, MISSING_NAME, clean_code, column_key
+from data.importers.base.cells import MISSING, MISSING_NAME, clean_code, column_key, speaker_key
 from data.importers.base.recordings import (
     inside,
     refuse_missing_folder,
@@ -67,8 +67,11 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
     if audio is not None and columns.clip is not None:
         refuse_no_recordings((turn.clip for conversation in conversations for turn in conversation.turns), audio)
     if columns.clip is None or columns.recording is not None:
-        files = {name: agreed(rows, columns.recording) for name, rows in sessions.items()}
-        set_recordings(conversations, audio, {name: file for name, file in files.items() if file})
+        named: dict[str, str] = {}
+        for conversation in conversations if audio is not None else ():
+            file = _recording(sessions[conversation.id], conversation, audio, builder)
+            named.update({conversation.id: file} if file else {})
+        set_recordings(conversations, audio, builder, named)
     return builder.corpus(conversations)
 
 
@@ -122,6 +125,30 @@ def _splits(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the split of each file if all of several are named like splits, also in parts (train-00000-of-00002)."""
     names = {path: SPLITS.get(re.split(r"[-_.]\d", path.stem.lower())[0], "") for path in paths}
     return names if len(set(names.values())) > 1 and all(names.values()) else {}
+
+
+def _recording(rows: list[Row], conversation: Conversation, audio: Path | None, builder: TurnBuilder) -> str | None:
+    """Return the file of a session, or set the recordings of its turns if each speaker has one.
+
+    Raises:
+        DataError: a speaker has two files.
+    """
+    columns, files = builder.config.columns, dict[str, str]()
+    of_speaker: dict[str, list[Row]] = {}
+    for row in rows:
+        of_speaker.setdefault(speaker_key(row[columns.speaker]), []).append(row)
+    if builder.config.recordings == "session":
+        of_speaker = {"": rows}
+    for speaker, spoken in of_speaker.items():
+        if file := agreed(spoken, columns.recording):
+            files[speaker] = file
+    if len(set(files.values())) < 2 or audio is None:
+        return next(iter(files.values()), None)
+    for turn in conversation.turns:
+        named = files.get(speaker_key(builder.names[turn.id]))
+        if named is not None and not is_rejected(turn.flags):
+            turn.recording = same_stem(inside(audio, named, turn.where))
+    return None
 
 
 def _spellings(*names: str) -> list[str]:
