@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
 )
+from transformers.utils import logging
 
 from data.corpus import synthetic
 from data.corpus.schema import SAMPLE_RATE
@@ -48,7 +50,7 @@ def make_encoder(folder: Path) -> None:
         extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=WINDOW_SECONDS)
         model = WhisperModel(tiny_whisper_config(width=64, layers=2, mels=64))
         _pretrain_encoder(model, extractor)
-    model.eval().save_pretrained(folder)
+    _save(model, folder)
     extractor.save_pretrained(folder)
 
 
@@ -58,8 +60,19 @@ def make_llm(folder: Path) -> None:
     with fixed_seed(seed=2):
         model = tiny_llama(tokenizer, width=96, layers=3)
         _pretrain_llm(model, tokenizer)
-    model.eval().save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model without a progress bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.eval().save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> LlamaForCausalLM:

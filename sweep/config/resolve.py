@@ -3,9 +3,6 @@
 The built-in inputs are the synthetic corpus and the tiny models. They are made on first use and cached by version.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +10,13 @@ from data.atomic import shared_folder
 from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.corpus.schema import SCHEMA_VERSION
-from data.errors import ConfigError
+from data.errors import ConfigError, reason
 from data.user_cache import user_cache
 from model.config import TINY_VERSION
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 
 PREFIX = "builtin:"
-MAKE_SECONDS = 1800.0  # for a built-in input to be made
 
 
 def _make_corpus(folder: Path) -> None:
@@ -73,7 +69,8 @@ def resolve(config: Config) -> ResolvedConfig:
     Raises:
         ConfigError: there is no built-in input of that name.
     """
-    _make_all(missing(config))
+    for name in missing(config):
+        _make(name)
     resolved = absolute(config).with_values({key: str(_folder(name)) for key, name in _named(config).items()})
     return ResolvedConfig.model_validate(dict(resolved))
 
@@ -102,32 +99,13 @@ def _folder(name: str) -> Path:
     return user_cache() / f"{name}-{synthetic.VERSION}.{TINY_VERSION}.{SCHEMA_VERSION}"
 
 
-def _make_all(names: list[str]) -> None:
-    """Make several inputs at the same time, each in a process with one thread.
-
-    The processes do not import `__main__` as those of `multiprocessing` do: it may be a script that runs a sweep.
-    """
-    code = "import sys; from sweep.config.resolve import _make; _make(sys.argv[1])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    makers = [
-        subprocess.Popen([sys.executable, "-c", code, name], env=environment, stderr=subprocess.PIPE, text=True)
-        for name in names
-    ]
-    errors = [_output(maker) for maker in makers]
-    for name, maker, error in zip(names, makers, errors, strict=True):
-        if maker.returncode:
-            raise OSError(f"{PREFIX}{name} cannot be made ({error.strip().rpartition(chr(10))[2]})")
-
-
-def _output(maker: "subprocess.Popen[str]") -> str:
-    """Return what a maker wrote to stderr; end one that hangs."""
-    try:
-        return maker.communicate(timeout=MAKE_SECONDS)[1]
-    except subprocess.TimeoutExpired:
-        maker.kill()
-        return f"{maker.communicate(timeout=MAKE_SECONDS)[1]}\nnot done within {MAKE_SECONDS / 60:.0f} min"
-
-
 def _make(name: str) -> None:
-    with shared_folder(_folder(name)) as unfinished:
-        MAKERS[name](unfinished)
+    """Make a built-in input here and not in a process of its own: that would import torch once more, and take as long.
+
+    The makers compute with one thread and a random state of their own, so no input depends on the process.
+    """
+    try:
+        with shared_folder(_folder(name)) as unfinished:
+            MAKERS[name](unfinished)
+    except OSError as error:
+        raise OSError(f"{PREFIX}{name} cannot be made ({reason(error)})") from error

@@ -13,7 +13,7 @@ from data.errors import ConfigError, DataError, UserError
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from sweep.config.loader import flat
-from sweep.config.resolve import MAKERS, ResolvedConfig, _make
+from sweep.config.resolve import MAKERS, ResolvedConfig
 from sweep.config.schema import parse
 from sweep.preflight.checks import resolve_inputs, skeleton
 from sweep.search.space_checks import refusals
@@ -103,10 +103,14 @@ def test_built_in_names_on_an_axis_are_made(
     monkeypatch.setitem(
         MAKERS, "tiny-llama", lambda folder: shutil.copytree(models / "llm", folder, dirs_exist_ok=True)
     )
-    monkeypatch.setattr("sweep.config.resolve._make_all", lambda names: [_make(name) for name in names])
     check({}, space={"model.llm.path": [str(models / "llm"), "builtin:tiny-llama"]})
     [made] = (tmp_path / "cache").iterdir()
     assert made.name.startswith("tiny-llama-")
+    shutil.rmtree(made)
+    monkeypatch.setitem(MAKERS, "tiny-llama", lambda folder: (folder / "no such folder/file").touch())
+    with pytest.raises(OSError, match="builtin:tiny-llama cannot be made"):
+        check({}, space={"model.llm.path": [str(models / "llm"), "builtin:tiny-llama"]})
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_train_and_val_splits_need_every_task(check: Check, tmp_path: Path) -> None:
