@@ -117,7 +117,7 @@ def _right(records: Records) -> np.ndarray:
 
 def _counts(records: Records, labels: Sequence[str]) -> np.ndarray:
     """Return [I, 3 * L]: true positives, predicted labels, and true labels."""
-    true_IL, predicted_IL = (side[:, : len(labels)].astype(float) for side in indicators(records, labels))
+    true_IL, predicted_IL = (side.astype(float) for side in indicators(records, labels))
     return np.concatenate([true_IL * predicted_IL, predicted_IL, true_IL], axis=1)
 
 

@@ -126,25 +126,26 @@ def calibration_error(records: Sequence[Record]) -> float:
 
 def per_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return precision, recall, F1 and support of each single label."""
-    from sklearn.metrics import precision_recall_fscore_support
-
     single = single_labels(labels)
-    true_IL, predicted_IL = indicators(records, single)
-    columns = precision_recall_fscore_support(
-        true_IL, predicted_IL, labels=range(len(single)), average=None, zero_division=0
-    )
-    names = ("precision", "recall", "f1", "support")
+    right_L, predicted_L, true_L = _counts(records, single)
+    columns = {
+        "precision": _ratio(right_L, predicted_L),
+        "recall": _ratio(right_L, true_L),
+        "f1": _ratio(2.0 * right_L, true_L + predicted_L),
+        "support": true_L,
+    }
     return {
-        label: {name: float(column[index]) for name, column in zip(names, columns, strict=True)}
-        for index, label in enumerate(single)
+        label: {name: float(column[index]) for name, column in columns.items()} for index, label in enumerate(single)
     }
 
 
 def confusion(records: Sequence[Record], labels: Sequence[str]) -> np.ndarray:
-    """Return the counts [true label, predicted label]."""
-    from sklearn.metrics import confusion_matrix
-
-    counts: np.ndarray = confusion_matrix(*_pairs(records), labels=list(labels))
+    """Return the counts [true label, predicted label]; an item with another label on either side is left out."""
+    position = {label: index for index, label in enumerate(labels)}
+    counts = np.zeros((len(labels), len(labels)), dtype=int)
+    for true, predicted in zip(*_pairs(records), strict=True):
+        if true in position and predicted in position:
+            counts[position[true], position[predicted]] += 1
     return counts
 
 
@@ -158,16 +159,15 @@ def single_labels(labels: Sequence[str]) -> list[str]:
 
 
 def indicators(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return [item, label + 1] twice: whether the turn has the label, and whether it is predicted.
+    """Return bool [item, label] twice: whether the turn has the label, and whether it is predicted.
 
-    Labels other than `single` are wrong answers, and belong to no class. The last column is always empty.
+    Labels other than `single` are wrong answers, and belong to no class.
     """
-    from sklearn.preprocessing import MultiLabelBinarizer
-
-    # The empty column is for scikit-learn, which takes a matrix of one column for another kind of problem.
-    binarizer = MultiLabelBinarizer(classes=[*single, JOIN])
-    sides = [[set(single) & set(split_label(text)) for text in side] for side in _pairs(records)]
-    true_IL, predicted_IL = (binarizer.fit_transform(side) for side in sides)
+    sides = [[set(split_label(text)) for text in side] for side in _pairs(records)]
+    true_IL, predicted_IL = (
+        np.array([[label in found for label in single] for found in side], bool).reshape(-1, len(single))
+        for side in sides
+    )
     return true_IL, predicted_IL
 
 
@@ -176,12 +176,19 @@ def _accuracy(records: Sequence[Record]) -> float:
 
 
 def _f1(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
-    from sklearn.metrics import precision_recall_fscore_support
+    right_L, predicted_L, true_L = _counts(records, single_labels(labels))
+    f1_L = _ratio(2.0 * right_L, true_L + predicted_L)
+    weighted = np.average(f1_L, weights=true_L) if true_L.any() else f1_L.mean()
+    return {"macro_f1": float(f1_L.mean()), "weighted_f1": float(weighted)}
 
-    single = single_labels(labels)
+
+def _counts(records: Sequence[Record], single: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, by label, how often it is predicted rightly, how often it is predicted, and how often it is true."""
     true_IL, predicted_IL = indicators(records, single)
-    options = {"labels": range(len(single)), "zero_division": 0}
-    return {
-        f"{average}_f1": float(precision_recall_fscore_support(true_IL, predicted_IL, average=average, **options)[2])
-        for average in ("macro", "weighted")
-    }
+    return (true_IL & predicted_IL).sum(0), predicted_IL.sum(0), true_IL.sum(0)
+
+
+def _ratio(part_L: np.ndarray, whole_L: np.ndarray) -> np.ndarray:
+    """Return part / whole, and 0 where the whole is 0, as scikit-learn does with `zero_division=0`, to the bit."""
+    ratio_L: np.ndarray = np.where(whole_L == 0, 0.0, part_L / np.maximum(whole_L, 1))
+    return ratio_L

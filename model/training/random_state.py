@@ -19,9 +19,6 @@ class RandomState(TypedDict):
 
 def seed_everything(seed: int) -> None:
     """Seed every generator that initialisation, dropout or augmentation uses."""
-    # Its first import draws from Python's generator: that must not happen in the middle of one trial only.
-    import sklearn.metrics  # noqa: F401
-
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,5 +1,8 @@
 """The private APIs of dependencies in `model/compat.py` still exist and do what they are used for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -16,6 +19,34 @@ from transformers import (
 from model.compat import freeze_feature_encoder, lora_parameter_names, skip_steps_if
 from tests.tiny_models import SMALL
 
+# Names are listed once; the compiler is deferred, loaded whole by its first use, and knows what was marked before.
+DEFERRED = """
+import random, sys
+import model, torch, transformers
+from transformers.utils import import_utils
+fetch, read = import_utils.fetch__all__, []
+import_utils.fetch__all__ = lambda text: read.append(text) or fetch(text)
+from transformers import masking_utils
+from transformers.integrations import deepgemm, finegrained_fp8
+assert len(read) < 100  # of 1,600 files
+stand_in = sys.modules["torch._dynamo"]
+called = []
+left_alone = torch.compiler.disable(lambda x: called.append(x) or x + 1)
+assert left_alone(1) == 2 and torch._dynamo.graph_break() is None
+assert stand_in.real is None and "torch._dynamo.eval_frame" not in sys.modules
+random.seed(0); drawn = random.random(); random.seed(0)
+from torch._dynamo.eval_frame import OptimizedModule
+assert random.random() == drawn
+assert type(masking_utils.TransformGetItemToIndex()).__module__ == "torch._dynamo._trace_wrapped_higher_order_op"
+assert stand_in.real is sys.modules["torch._dynamo"] is torch._dynamo
+assert torch._dynamo.eval_frame is sys.modules["torch._dynamo.eval_frame"]
+assert torch._dynamo.config.__spec__.name == "torch._dynamo.config"
+assert deepgemm.is_sm100._dynamo_marked_constant
+assert id(finegrained_fp8._load_finegrained_fp8_kernel) in torch._dynamo.trace_rules._allowed_callable_ids
+graphs = []
+compiled = torch.compile(lambda x: left_alone(x * 2) * 3, backend=lambda graph, _: graphs.append(graph) or graph)
+assert compiled(torch.ones(1)).item() == 9 and len(graphs) == 2, graphs  # a graph ends where a function is left alone
+"""
 TINY = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
 
 
@@ -47,3 +78,8 @@ def test_fused_optimizer_skips_steps_if_flag_is_set() -> None:
         before = parameter.detach().clone()
         optimizer.step()
         assert torch.equal(parameter, before) is not moves
+
+
+def test_deferred_compiler_is_loaded_whole_by_its_first_use() -> None:
+    ran = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr

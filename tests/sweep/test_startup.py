@@ -1,4 +1,4 @@
-"""Commands that only read answer within a second: they import neither torch nor Ray, MLflow or SciPy."""
+"""What processes import: commands that only read need no torch, Ray, MLflow or SciPy, and workers no torch compiler."""
 
 import json
 import shlex
@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.shards.dataset import Shards
 from sweep.analysis.leaderboard import leaderboard
 from sweep.search.study import StudyStore
-from tests.sweep import searched
+from tests.sweep import searched, tiny
 
 HEAVY = (
     *("torch", "torchaudio", "transformers", "peft", "ray", "mlflow"),
@@ -30,6 +31,20 @@ for command in [*commands, "--help", *(f"{{name}} --help" for name in names), "c
     print(json.dumps([command, code, len(shown.getvalue()), sorted(set({HEAVY}) & sys.modules.keys())]))
 import sweep.analysis.report.page, sweep.config.resolve  # of `sweep report`, and of making the built-in corpus
 print(json.dumps(["imports of report", 0, 1, sorted({{"torch"}} & sys.modules.keys())]))
+"""
+# Trains and evaluates a trial, and prints which of some modules are imported then.
+WORKER = """
+import sys, pathlib
+from sweep.execution import trial
+config = trial.ResolvedConfig.model_validate_json(sys.argv[1])
+trial.run_trial(config, pathlib.Path(sys.argv[2]), lambda epoch, metrics: None, "local", "cpu")
+assert {"torch", "peft.tuners.lora", "transformers.models.llama.modeling_llama"} <= sys.modules.keys()
+print(*sorted(set(sys.argv[3:]) & sys.modules.keys()))
+"""
+COMPILER = ("torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor", "networkx", "triton")
+HELPERS = """
+import sys, sweep.execution.worker_group, sweep.execution.mailbox
+print(*sorted(set(sys.argv[1:]) & sys.modules.keys()))
 """
 
 
@@ -53,3 +68,20 @@ def test_readers_and_help_import_nothing_heavy(tmp_path: Path) -> None:
     assert {command: code for command, code, _, _ in results if code} == {}
     assert [command for command, _, length, _ in results if not length] == []
     assert {command: heavy for command, _, _, heavy in results if heavy} == {}
+
+
+def test_training_worker_imports_no_compiler_and_no_statistics(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """A second of CPU each: torch's compiler, which transformers and optimizers only mention, and SciPy."""
+    config = tiny.config(models, corpus, train={"epochs": 1}, model={"trainable": "encoder+new"})
+    others = [name for name in HEAVY if name not in {"torch", "torchaudio", "transformers", "peft"}]
+    avoided = [*COMPILER, "optuna", *others]
+    command = [sys.executable, "-c", WORKER, config.model_dump_json(), str(tmp_path), *avoided]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout.split()) == (0, []), ran.stderr
+
+
+def test_processes_around_workers_import_no_torch() -> None:
+    avoided = ("torch", "transformers", "peft", "mlflow", "optuna", "scipy", "sklearn", "matplotlib")
+    command = [sys.executable, "-c", HELPERS, *avoided]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.split() == []
