@@ -18,7 +18,7 @@ from data.corpus.schema import SAMPLE_RATE, SCHEMA_VERSION, TURN_SCHEMA, TurnRow
 from data.errors import DataError, reason
 
 ROWS_PER_BATCH = 64  # rows per IPC record batch; 16 to 256 are equally fast to read
-IN_MEMORY = 1 << 27  # bytes of clips; the clips of a longer conversation go through temporary files
+IN_MEMORY = 1 << 25  # bytes of clips, 17 min; those of more go through temporary files
 _LOCATION = [  # of the audio of a turn in its shard, bytes
     pa.field("offset", pa.int64(), nullable=False),
     pa.field("length", pa.int64(), nullable=False),
