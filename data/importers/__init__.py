@@ -21,6 +21,7 @@ from data.errors import DataError, listed
 from data.importers.annotation_tools.chat import is_chat, read_chat
 from data.importers.annotation_tools.elan import is_elan, read_elan
 from data.importers.annotation_tools.praat import is_praat, read_praat
+from data.importers.speech_corpora.huggingface import is_huggingface, read_huggingface
 from data.importers.tables.annomi import is_annomi, read_annomi
 from data.importers.tables.daic import is_daic, read_daic
 from data.importers.tables.mi_tags import is_mi_tags, read_mi_tags
@@ -104,6 +105,12 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
             is_mi_tags,
             "CSV with turn, speaker, text, code and annotator: one file, or a folder of them.",
             "utterances.csv",
+        ),
+        "huggingface": Format(
+            read_huggingface,
+            is_huggingface,
+            "A Hugging Face dataset with audio, in Parquet or as save_to_disk writes it: one row per turn.",
+            "dataset --set columns.conversation=session --set columns.label=label",
         ),
         "table": Format(
             read_table,

@@ -3,8 +3,8 @@
 The recordings are noise with the envelope of speech. An m4a repeats the packets of one that was encoded once.
 """
 
+import contextlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -57,17 +57,21 @@ def prepared(suffix: str, minutes: Sequence[int]) -> tuple[float, float, float, 
         write(folder, suffix, minutes)
         command = [sys.executable, "-m", "sweep", "prepare", "annomi", str(folder / "annomi.csv")]
         command += ["--audio", str(folder / "audio"), "--out", str(folder / "shards")]
-        before, started, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0.0
+        started, peak, cpu = time.monotonic(), 0.0, dict[int, float]()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             watched = psutil.Process(process.pid)
             while process.poll() is None:
-                memory = watched.memory_info()
-                peak = max(peak, (memory.rss - memory.shared) / 1e9)
-                time.sleep(0.1)
-            wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+                with contextlib.suppress(psutil.NoSuchProcess):  # Ray's are not waited for: they are watched
+                    memory = watched.memory_info()
+                    peak = max(peak, (memory.rss - memory.shared) / 1e9)
+                    for one in (watched, *watched.children(recursive=True)):
+                        times = one.cpu_times()
+                        cpu[one.pid] = times.user + times.system
+                time.sleep(0.2)
+            wall = time.monotonic() - started
             assert process.stderr is not None
             problem = process.stderr.read().strip()[-200:] if process.returncode else ""
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak, problem
+    return wall, sum(cpu.values()), peak, problem
 
 
 def write(folder: Path, suffix: str, minutes: Sequence[int]) -> None:

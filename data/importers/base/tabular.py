@@ -7,25 +7,26 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.corpus.config import CorpusConfig
+from data.corpus.decoding import StoredClip
 from data.corpus.issues import BuildError, Finding
 from data.corpus.schema import JOIN
 from data.errors import DataError, listed, reason
-from data.importers.base import workbook
+from data.importers.base import columnar, workbook
 from data.importers.base.cells import MISSING_NAME, clean_name, column_key
 from data.importers.base.json_table import read_json
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 SEPARATED = (".csv", ".tsv", ".tab", ".txt")
 LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet", ".pq")
+PARQUET = columnar.SUFFIXES
 SEP_LINE = re.compile(r"\ufeff?\"?sep=(.)\"?[ \t,;]*\r?(?:\n|\r)", re.IGNORECASE)
 MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -46,6 +47,7 @@ class Row:
 
     where: str  # "file:line"; for Parquet the row number from 1
     cells: dict[str, str]
+    stored: dict[str, StoredClip] = field(default_factory=dict)  # audio in cells of the table
 
     def __getitem__(self, column: str | None) -> str:
         return self.cells.get(column, "") if column else ""
@@ -69,6 +71,7 @@ def read_rows(
     advice: Callable[[str], str] | None = None,
     *,
     codes: Sequence[str | None] = (),
+    clips: Sequence[str | None] = (),
     may_be_empty: bool = False,
 ) -> list[Row]:
     """Return all rows of a table that are not empty. Names of columns match without case, spaces and underscores.
@@ -80,6 +83,7 @@ def read_rows(
         optional: columns that are read if the file has them; only then they are in the `cells` of a row.
         advice: returns what is appended to the message about a missing column.
         codes: columns whose cells may be lists and objects.
+        clips: columns whose cells may have audio.
         may_be_empty: return [] for a file with a header and no rows.
 
     Raises:
@@ -97,7 +101,12 @@ def read_rows(
     read = []
     for line, cells in rows:
         where = f"{path.name}:{line}"
-        row = Row(where, {name: _cell(cells.get(spelled[name]), where, name, name in codes) for name in columns})
+        stored = {name: clip for name in clips if name and isinstance(clip := cells.get(spelled[name]), StoredClip)}
+        texts = {name: clip.name for name, clip in stored.items()}
+        for name in columns:
+            if name not in stored:
+                texts[name] = _cell(cells.get(spelled[name]), where, name, name in codes)
+        row = Row(where, texts, stored)
         if any(row.cells.values()):
             read.append(row)
     if not read and not may_be_empty:
@@ -118,7 +127,7 @@ def _table(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[str], 
     """Return the header and the rows of a table, whose suffix decides how it is read."""
     suffix = path.suffix.lower()
     if suffix in PARQUET:
-        return _parquet(path)
+        return columnar.read_columnar(path)
     if suffix in LINES:
         return _json_lines(path, encoding)
     if suffix in SEPARATED:
@@ -198,7 +207,7 @@ def _cell(value: object, where: str, column: str, is_code: bool = False) -> str:
             return json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError):
             raise DataError(f"{where}: {column} is not text; write it as a string") from None
-    if isinstance(value, bytes | dict):
+    if isinstance(value, bytes | dict | StoredClip):
         raise DataError(f"{where}: {column} is not text ({type(value).__name__}); write it as a string")
     return as_text(value)
 
@@ -341,51 +350,3 @@ def _json_lines(path: Path, encoding: str) -> tuple[list[str], Records]:
             raise DataError(f'{path.name}:{line}: not a JSON object such as {{"text": "…"}}; write one object per line')
         rows.append((line, content))
     return list(dict.fromkeys(name for _, content in rows for name in content)), rows
-
-
-def _parquet(path: Path) -> tuple[list[str], Records]:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        table = ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet ({reason(error)}); check the path of the source") from None
-    names = _class_names(table.schema)
-    rows: list[tuple[int | str, dict[str, object]]] = []
-    for number, cells in enumerate(table.to_pylist(), start=1):
-        for column in names.keys() & cells.keys():
-            cells[column] = _named(cells[column], names[column], f"{path.name}:{number}: {column}")
-        rows.append((number, cells))
-    return table.column_names, rows
-
-
-def _class_names(schema: "pa.Schema") -> dict[str, list[str]]:
-    """Return the names of the classes of every ClassLabel column that Hugging Face datasets wrote."""
-    try:
-        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = content["info"]["features"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    names = {}
-    for column, content in features.items() if isinstance(features, dict) else ():
-        feature = content
-        while isinstance(feature, list) and feature:  # a list of classes
-            feature = feature[0]
-        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
-            feature = feature["feature"]
-        found = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
-        if isinstance(found, list):
-            names[column] = [str(name) for name in found]
-    return names
-
-
-def _named(value: object, names: Sequence[str], place: str) -> object:
-    """Return the name of a class id, or the names of a list of them; -1 and null are no class."""
-    if isinstance(value, list):
-        return [_named(part, names, place) for part in value]
-    if not isinstance(value, int) or value == -1:
-        return None if value == -1 else value
-    if not 0 <= value < len(names):
-        raise DataError(f"{place} is {value}, but the file names only the classes 0 to {len(names) - 1}; fix the file")
-    return names[value]

@@ -31,7 +31,9 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 DAYS = 0.1  # s; several turns within it cannot be, but as a fraction of a day it is 2.4 hours
 
 
-def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus:
+def read_table(
+    source: Path, audio: Path | None, config: CorpusConfig, name: str = "table", suffixes: Sequence[str] = SUFFIXES
+) -> Corpus:
     """Read a CSV, TSV, JSONL, Parquet or Excel file, or a folder of them, by `config.columns`.
 
     Args:
@@ -39,6 +41,8 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
             the names train, validation and test of files are those of the splits.
         audio: folder with the recordings; None: text only.
         config: settings.
+        name: of the format.
+        suffixes: of the files of a folder that are read.
 
     Raises:
         ConfigError: there are annotators, and no column identifies the utterance; or recordings without times.
@@ -53,14 +57,14 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
     timeless = audio is not None and columns.start is None and columns.clip is None
     usual = _spellings(*STARTS, *ENDS) if timeless else []
     optional = [*usual, *(TURN_NUMBERS if columns.index is None else ())]
-    columns, rows = _read(source, config, optional)
+    columns, rows = _read(source, config, optional, suffixes)
     if audio is not None:
         refuse_missing_folder(audio)
     if timeless:
         columns = _with_times(columns, rows[0])
     assert columns.conversation is not None
     _convert_times(rows, columns, config)
-    builder = TurnBuilder("table", config.model_copy(update={"columns": columns}))
+    builder = TurnBuilder(name, config.model_copy(update={"columns": columns}))
     builder.codes.learn(row[columns.label] for row in rows)
     sessions = by_conversation(rows, columns.conversation)
     conversations = [_conversation(name, rows, audio, builder) for name, rows in sessions.items()]
@@ -68,7 +72,7 @@ def read_table(source: Path, audio: Path | None, config: CorpusConfig) -> Corpus
         refuse_no_recordings((turn.clip for conversation in conversations for turn in conversation.turns), audio)
     if columns.clip is None or columns.recording is not None:
         named: dict[str, str] = {}
-        for conversation in conversations if audio is not None else ():
+        for conversation in conversations:
             file = _recording(sessions[conversation.id], conversation, audio, builder)
             named.update({conversation.id: file} if file else {})
         set_recordings(conversations, audio, builder, named)
@@ -81,13 +85,15 @@ def is_table(source: Path) -> bool:
     return path is not None and len(columns_of(path)) > 1
 
 
-def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[ColumnConfig, list[Row]]:
+def _read(
+    source: Path, config: CorpusConfig, optional: Sequence[str], suffixes: Sequence[str]
+) -> tuple[ColumnConfig, list[Row]]:
     """Return the rows of all files, and the columns, of which those of session and split may be added to the rows.
 
     Raises:
         DataError: a file cannot be read, or two files are the same session.
     """
-    paths, columns = files_of(source, SUFFIXES), config.columns
+    paths, columns = files_of(source, suffixes), config.columns
     session, optional, part_of = columns.conversation or FILE, list(optional), _splits(paths)
     named = [name for name in columns.model_dump().values() if name not in (None, columns.conversation)]
     header = columns_of(paths[0], config.encoding) if source.is_dir() else frozenset()
@@ -105,6 +111,7 @@ def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[
             optional,
             advice=lambda missing: f"; name it with --set columns.{keys[missing]}=NAME, or null if there is none",
             codes=[columns.label],
+            clips=[columns.clip],
             may_be_empty=len(paths) > 1,
         )
         if by_file and read:
@@ -123,7 +130,8 @@ def _read(source: Path, config: CorpusConfig, optional: Sequence[str]) -> tuple[
 
 def _splits(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the split of each file if all of several are named like splits, also in parts (train-00000-of-00002)."""
-    names = {path: SPLITS.get(re.split(r"[-_.]\d", path.stem.lower())[0], "") for path in paths}
+    words = {path: re.split(r"[-_.]\d", path.stem.lower())[0] for path in paths}
+    names = {path: SPLITS.get(word) or SPLITS.get(path.parent.name.lower(), "") for path, word in words.items()}
     return names if len(set(names.values())) > 1 and all(names.values()) else {}
 
 
@@ -255,6 +263,9 @@ def _turn(conversation: str, utterance: str, rows: list[Row], audio: Path | None
     turn = builder.turn(conversation, utterance, first[columns.speaker], first[columns.text], codes, first.where)
     times = (first[columns.start], first[columns.end])
     turn.start, turn.end = (read_time(time, turn, builder.findings, builder.config.time_unit) for time in times)
+    if columns.clip in first.stored and not is_rejected(turn.flags):
+        turn.clip = first.stored[columns.clip]
+        return turn
     has_clip = first[columns.clip] and first[columns.clip] not in MISSING_NAME
     if audio is not None and has_clip and not is_rejected(turn.flags):
         turn.clip = same_stem(inside(audio, first[columns.clip], first.where))

@@ -1,0 +1,1 @@
+"""Data sets in the forms of speech toolkits: Hugging Face datasets, Kaldi and lhotse."""
