@@ -60,8 +60,8 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
         "recogniser": Format(
             read_recogniser,
             is_recogniser,
-            "JSON of a recogniser with speakers, one file per session: OpenAI, whisper.cpp, AWS Transcribe, Deepgram, "
-            "AssemblyAI, Azure, Google or NeMo.",
+            "JSON of a recogniser, one file per session: OpenAI, whisper.cpp, Transformers, AWS, Deepgram, AssemblyAI, "
+            "Azure, Google, ElevenLabs, Gladia, Rev AI, Speechmatics; or a manifest of NeMo.",
             "transcripts --audio recordings --set roles.A=therapist --set roles.B=client",
         ),
         "subtitles": Format(
@@ -136,6 +136,11 @@ def guess_format(source: Path) -> str:
                 return name
         except DataError:
             continue  # not readable in this format; another one may read it
+    if source.suffix.lower() == ".rttm":
+        raise DataError(
+            f"{source}: says who speaks when, but not what; give a transcript, such as {source.stem}.json or "
+            f"{source.stem}.vtt, and leave {source.name} beside it"
+        )
     inside = f" ({listed(path.name for path in source.iterdir())})" if source.is_dir() else ""
     raise DataError(
         f"{source}: no format recognises it{inside}; `sweep formats` lists the formats, and what each expects"

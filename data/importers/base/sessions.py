@@ -1,6 +1,7 @@
 """Read formats with one file per session: a file becomes segments, and segments become the turns of a conversation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def read_sessions(
 
     Args:
         builder: carries the name of the format and the settings.
-        source: a file, or a folder with files of these suffixes.
+        source: a file, or a folder with files of these suffixes. Files in folders of their own that have equal names,
+            such as a1/transcript.json, are named like these folders.
         audio: folder with `<session>.<wav|flac|…>`; None: text only.
         suffixes: suffixes of the format in lower case; the first one is named in messages.
         parse: returns the segments of a file in any order; those with times are sorted by their start.
@@ -50,28 +52,18 @@ def read_sessions(
         DataError: a file cannot be read, no file has a segment, two files define the same session, or there are no
             recordings.
     """
-    files, others = dict[Path, list[Segment]](), dict[Path, OtherFormatError]()
-    for path in files_of(source, suffixes):
-        if path.is_file() and not path.stat().st_size:
-            raise DataError(f"{path.name}: the file is empty; check the path of the source")
-        try:
-            files[path] = parse(path, builder)
-        except OtherFormatError as error:
-            others[path] = error
-    if not files:
-        raise next(iter(others.values()))
-    for path, other in others.items():
-        builder.findings.append(Finding("W_FILE_OTHER", path.name, path.stem, str(other).partition("; ")[0]))
+    files = _parsed(builder, source, suffixes, parse)
     builder.codes.learn(segment.code for segments in files.values() for segment in segments)
     conversations: dict[str, Conversation] = {}
+    names = _names(files, source)
     for path, segments in files.items():
         if not segments and len(files) == 1:
             raise DataError(f"{path.name}:1: no turns; check that it is the transcript of a session")
         if not segments:
-            builder.skip_session(path.stem, path.name)
+            builder.skip_session(names[path], path.name)
         sessions: dict[str, list[Segment]] = {}
         for segment in segments:
-            sessions.setdefault(segment.session or path.stem, []).append(segment)
+            sessions.setdefault(segment.session or names[path], []).append(segment)
         for name, said in sessions.items():
             if name in conversations:
                 first = conversations[name].turns[0].where
@@ -79,21 +71,52 @@ def read_sessions(
             has_times = any(segment.start != "" for segment in said)
             conversations[name] = conversation(name, said, builder, timed=has_times or audio is not None)
     refuse_no_turns(list(conversations.values()), source)
-    set_recordings(list(conversations.values()), audio, builder, _named(files, audio))
+    set_recordings(list(conversations.values()), audio, builder, _named(files, names, audio))
     return builder.corpus(conversations.values())
 
 
-def _named(files: Mapping[Path, Sequence[Segment]], audio: Path | None) -> dict[str, str]:
+def _named(files: Mapping[Path, Sequence[Segment]], names: Mapping[Path, str], audio: Path | None) -> dict[str, str]:
     """Return the recordings that the source names, of sessions without one of their own name in the folder."""
     there = recordings_by_name(audio) if audio is not None else {}
     named: dict[str, str] = {}
     for path, segments in files.items():
         for segment in segments:
-            session, name = segment.session or path.stem, segment.recording.replace("\\", "/").rpartition("/")[2]
+            session, name = segment.session or names[path], segment.recording.replace("\\", "/").rpartition("/")[2]
             found = there.get(clean_name(PurePosixPath(name).stem if "." in name else name))
             if name and found is not None and clean_name(session) not in there:
                 named.setdefault(session, found.name)  # found by its name: the path is that of another machine
     return named
+
+
+def _parsed(builder: TurnBuilder, source: Path, suffixes: Sequence[str], parse: Parser) -> dict[Path, list[Segment]]:
+    """Return the segments of all files, with findings about those that are something else.
+
+    Files in folders count if those in the folder itself are all something else.
+    """
+    files, others = dict[Path, list[Segment]](), dict[Path, OtherFormatError]()
+    deeper = _levels(source, suffixes)[1:] if source.is_dir() else []
+    for paths in (files_of(source, suffixes), *deeper):
+        if files:
+            break
+        for path in paths:
+            if path.is_file() and not path.stat().st_size:
+                raise DataError(f"{path.name}: the file is empty; check the path of the source")
+            try:
+                files[path] = parse(path, builder)
+            except OtherFormatError as error:
+                others[path] = error
+    if not files:
+        raise next(iter(others.values()))
+    for path, other in others.items():
+        builder.findings.append(Finding("W_FILE_OTHER", path.name, path.stem, str(other).partition("; ")[0]))
+    return files
+
+
+def _names(paths: Iterable[Path], source: Path) -> dict[Path, str]:
+    """Return the sessions of files: their names, or those of their folders where several files have one name."""
+    paths = list(paths)
+    counts = Counter(path.stem for path in paths)
+    return {path: path.parent.name if counts[path.stem] > 1 and path.parent != source else path.stem for path in paths}
 
 
 def files_of(source: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -106,31 +129,36 @@ def files_of(source: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     if not source.is_dir():
         return [source]
-    paths = _files_in(source, suffixes)
-    if not paths:
+    levels = _levels(source, suffixes)
+    if not levels:
         names = listed(path.name for path in source.iterdir())
         raise DataError(
             f"{source}: no {suffixes[0]} files in this folder ({names}); give the folder with one file per session"
         )
-    return paths
+    return levels[0]
 
 
 def first_file(source: Path, suffixes: Sequence[str]) -> Path | None:
     """Return the first file that `files_of` returns; None if there is none with such a suffix."""
-    paths = _files_in(source, suffixes) if source.is_dir() else [source]
-    return next((path for path in paths if path.suffix.lower() in suffixes), None)
+    return next(iter(first_files(source, suffixes, 1)), None)
 
 
-def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    for paths in (folder.iterdir(), folder.rglob("*")):
-        found = sorted(
-            path
-            for path in paths
-            if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith((".", "~$"))
-        )
-        if found:
-            return found
-    return []
+def first_files(source: Path, suffixes: Sequence[str], most: int = 10) -> list[Path]:
+    """Return the first files with such a suffix of a folder, and of its folders: one of them may be typical."""
+    if source.is_dir():
+        return [path for paths in _levels(source, suffixes) for path in paths[:most]]
+    return [source] if source.suffix.lower() in suffixes else []
+
+
+def _levels(folder: Path, suffixes: Sequence[str]) -> list[list[Path]]:
+    """Return the files in the folder itself, and those in its folders; without empty lists and hidden files."""
+    levels: list[list[Path]] = [[], []]
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "~$")) or part == "__MACOSX" for part in inner)
+        if path.suffix.lower() in suffixes and not hidden and path.is_file():
+            levels[len(inner) > 1].append(path)
+    return [paths for paths in levels if paths]
 
 
 def conversation(name: str, segments: Sequence[Segment], builder: TurnBuilder, timed: bool = True) -> Conversation:

@@ -32,7 +32,7 @@ def read_time(
     stamp = stamp.strip()
     if clean_code(stamp) in MISSING:
         return None
-    seconds = _seconds(stamp, unit)
+    seconds = seconds_of(stamp, unit)
     if seconds is None:
         reject(turn, findings, "E_TS_FORMAT", f"time {stamp!r} cannot be parsed; write seconds or HH:MM:SS")
     elif not usual.fullmatch(stamp):
@@ -54,7 +54,7 @@ def start_order(stamps: Sequence[str], unit: str = "s") -> list[int]:
     """
     keys, latest = [], -math.inf
     for stamp in stamps:
-        start = _seconds(stamp.strip(), unit)
+        start = seconds_of(stamp.strip(), unit)
         latest = latest if start is None else start
         keys.append(latest)
     return sorted(range(len(keys)), key=keys.__getitem__)
@@ -75,7 +75,14 @@ def note_order(order: Sequence[int], conversation: str, wheres: Sequence[str], f
         findings.append(Finding("W_TS_SORTED", wheres[moved[0]], conversation, message))
 
 
-def _seconds(stamp: str, unit: str) -> float | None:
+def seconds_of(stamp: str | float, unit: str = "s") -> float | None:
+    """Return the seconds of a time as written, in a unit, or as [HH:]MM:SS[.fff]; a number is in seconds already.
+
+    Returns:
+        None if the time is missing, cannot be parsed, or is none in a session.
+    """
+    if isinstance(stamp, float):
+        return stamp if abs(stamp) <= LONGEST else None
     if re.fullmatch(NUMBER, stamp):
         factor, divisor = UNITS[unit]
         number = float(stamp) * factor / divisor

@@ -14,7 +14,7 @@ from data.errors import DataError, reason
 from data.importers.base.builder import SPEAKERS, TurnBuilder
 from data.importers.base.cells import speaker_key
 from data.importers.base.extras import import_extra
-from data.importers.base.sessions import OtherFormatError, Segment, first_file, read_sessions
+from data.importers.base.sessions import OtherFormatError, Segment, first_files, read_sessions
 from data.importers.base.tabular import read_text
 from data.importers.transcripts.speakers import names_of, split_name
 
@@ -56,9 +56,10 @@ def read_dialogue(source: Path, audio: Path | None, config: CorpusConfig) -> Cor
 
 def is_dialogue(source: Path) -> bool:
     """Return whether a source is a Word file or a text whose lines begin with speakers, or a folder of them."""
-    path = first_file(source, SUFFIXES)
-    if path is None:
-        return False
+    return any(map(_has_speakers, first_files(source, SUFFIXES)))
+
+
+def _has_speakers(path: Path) -> bool:
     rows = _word(path) if path.suffix.lower() == ".docx" else _text(path, "utf-8")
     lines = [_line(text, where) for where, text in islice(rows, 50) if text.strip()]
     counts = Counter(speaker_key(line.name) for line in lines if line.name)
