@@ -21,7 +21,7 @@ _PREFIX = re.compile(
     re.DOTALL,
 )
 _TAG = re.compile(rf"{_MARK}[\[(]\s*(speaker[ _]?\w{{1,4}})\s*[\])]\s*(.*)", re.DOTALL | re.IGNORECASE)  # whisper.cpp
-_RTTM = re.compile(r"SPEAKER\s+(.+?)\s+\S+\s+([\d.eE+-]+)\s+([\d.eE+-]+)\s+\S+\s+\S+\s+(\S+|\S.*?\S)(?:\s+\S+){0,2}")
+_RTTM = re.compile(r"SPEAKER\s+(.+)\s+\S+\s+([\d.eE+-]+)\s+([\d.eE+-]+)\s+\S+\s+\S+\s+(\S+|\S.*?\S)(?:\s+\S+){0,2}")
 
 
 class Interval(NamedTuple):

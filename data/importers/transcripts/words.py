@@ -16,6 +16,7 @@ from data.importers.base.timestamps import seconds_of
 from data.importers.transcripts.speakers import Timeline
 
 Stamp = str | float  # a time as in `Segment`
+INSTANT = 0.01  # s; of a segment or word without an end
 ALIKE = 0.5  # share of the words that the text of a segment must have, so that it is cut instead of replaced by them
 
 
@@ -65,7 +66,9 @@ def with_speakers(segments: Iterable[Spoken], timeline: Timeline, unit: str) -> 
 
     def speaker(start: Stamp, end: Stamp) -> str:
         first, last = (seconds_of(stamp, unit) for stamp in (start, end))
-        return "" if first is None or last is None else timeline.speaker(first, last)
+        if first is None:
+            return ""
+        return timeline.speaker(first, first + INSTANT if last is None else last)
 
     return [
         segment._replace(
