@@ -22,6 +22,11 @@ class EncoderConfig(Section):
 
     path: str = Field("builtin:tiny-whisper", description="Hugging Face id, local folder, or builtin:tiny-whisper.")
     dtype: Dtype = Field("float32", description="Type of the weights; an encoder that trains needs float32.")
+    context: Literal["window", "clip"] = Field(
+        "window",
+        description="What Whisper computes for a clip. window: 30 s, with the silence behind the clip, as it was "
+        "pre-trained. clip: the clip's own frames, which takes less time and gives other frames.",
+    )
     dropout: Fraction = Field(
         0.0,
         description="Probability of every dropout in the encoder, if it trains. The draws depend on how an optimizer "

@@ -36,11 +36,13 @@ class CacheKey:
     """Everything that cached numbers depend on, apart from the input rows. Subclasses add the fields."""
 
     path_field: ClassVar[str]  # the field with the path of the model, which its digest makes irrelevant
+    later_fields: ClassVar[dict[str, object]] = {}  # what older caches lack, and the value that they were made with
 
     @property
     def key(self) -> str:
         """Return the cache key: a hash of all fields but the model's path."""
-        content = {name: value for name, value in asdict(self).items() if name != self.path_field}
+        absent = [(self.path_field, getattr(self, self.path_field)), *self.later_fields.items()]
+        content = {name: value for name, value in asdict(self).items() if (name, value) not in absent}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

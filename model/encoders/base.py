@@ -7,7 +7,7 @@ Legend: B clips, F frames, D width of the encoder, W rows that the transformer c
 """
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 
 from data.corpus.schema import SAMPLE_RATE
+from data.errors import ConfigError
 
 LayerOutput = Tensor | tuple[Tensor, ...]  # hidden states, alone or followed by attention weights
 
@@ -53,6 +54,18 @@ class SpeechEncoder(nn.Module):
         if extractor.sampling_rate != SAMPLE_RATE:
             return f"it reads audio at {extractor.sampling_rate} Hz; use an encoder for {SAMPLE_RATE} Hz"
         return None
+
+    def set_context(self, context: Literal["window", "clip"]) -> None:
+        """Set what is computed for a clip, see `EncoderConfig.context`.
+
+        Raises:
+            ConfigError: the encoder has no window.
+        """
+        if context != "window":
+            raise ConfigError(
+                f"model.encoder.context: {context} is for Whisper, and this encoder ({self.model.config.model_type}) "
+                "has no window, so it computes the clip's frames in any case; set window"
+            )
 
     def num_frames(self, n_samples: int) -> int:
         """Return the number of frames that a clip of `n_samples` at 16 kHz yields: at least one."""
@@ -98,7 +111,7 @@ class SpeechEncoder(nn.Module):
 
         def keep_output(start: int, output: LayerOutput) -> None:
             # A later layer may write into its input, so the tensor is copied.
-            inputs[start] = hidden_states(output).flatten(0, 1).clone()
+            inputs[start] = hidden_states(output).flatten(0, 1)[: self.num_computed_frames(len(clip))].clone()
 
         hooks = [
             layers[start - 1].register_forward_hook(lambda _, __, output, start=start: keep_output(start, output))

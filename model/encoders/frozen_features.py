@@ -10,7 +10,7 @@ Legend: F frames, D width of the encoder, T windows of the adapter (or frames, i
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class FeatureKey(CacheKey):
     """Everything that features depend on, apart from the audio."""
 
     path_field: ClassVar[str] = "encoder"
+    later_fields: ClassVar[dict[str, object]] = {"context": "window"}
     encoder: str  # Hugging Face id or folder
     digest: str  # of its weights and settings
     dtype: str
@@ -56,6 +57,7 @@ class FeatureKey(CacheKey):
     sound: str  # `DataConfig.sound`; shuffled clips have the features of the rows they come from
     snr_db: float | None
     version: int = VERSION
+    context: Literal["window", "clip"] = "window"  # see `EncoderConfig`
 
     @property
     def spec(self) -> FeatureSpec:
@@ -87,6 +89,7 @@ def feature_key(model: ModelConfig, data: DataConfig, device: str, layers: int =
         pool=pooling(model, layers),
         sound="recorded" if data.sound == "shuffled" else data.sound,
         snr_db=data.snr_db if data.sound == "noisy" else None,
+        context=model.encoder.context,
     )
 
 
@@ -144,6 +147,7 @@ class FeatureJob(CacheJob[int, FeatureKey]):
         """Return for each key the features of some rows."""
         keys = list(self.keys.values())
         encoder = load_encoder(keys[0].encoder, keys[0].device, keys[0].dtype)
+        encoder.set_context(keys[0].context)  # the next one that takes the encoder from memory sets its own
         config = self.config.model_copy(update={"sound": keys[0].sound})
         by_key: list[list[Arrays]] = [[] for _ in keys]
         with trial_numerics(self.threads, keys[0].device, keys[0].precision):

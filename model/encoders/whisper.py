@@ -5,20 +5,26 @@ Legend: B clips, F frames, D width, W windows of all clips, M mel bands, T mel s
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor
+from transformers.masking_utils import create_bidirectional_mask
 
 from model.encoders.base import SpeechEncoder, Transformer
-from model.encoders.masked_layers import pad_rows
+from model.encoders.masked_layers import pad_rows, valid_mask
+
+Pieces = TypeVar("Pieces", np.ndarray, range)
 
 
 class WhisperEncoder(SpeechEncoder):
     """Whisper: each window of fixed length is computed with its padding, and a longer clip has several windows.
 
-    Frames that lie wholly in the padding are removed afterwards.
+    Frames that lie wholly in the padding are removed afterwards, or, with the context "clip", not computed:
+    convolutions and positions are those of the window, but no frame attends to the padding (as in Ultravox's Whisper).
     """
 
     input_name = "input_features"
@@ -32,6 +38,7 @@ class WhisperEncoder(SpeechEncoder):
             part.requires_grad_(False)
         self.window: int = extractor.n_samples  # samples
         self.samples_per_frame: int = extractor.hop_length * 2  # the second convolution halves the rate
+        self.context: Literal["window", "clip"] = "window"
 
     @classmethod
     def unsupported_reason(cls, config: PretrainedConfig, extractor: SequenceFeatureExtractor) -> str | None:
@@ -42,7 +49,12 @@ class WhisperEncoder(SpeechEncoder):
             )
         return super().unsupported_reason(config, extractor)
 
+    def set_context(self, context: Literal["window", "clip"]) -> None:
+        self.context = context
+
     def num_computed_frames(self, n_samples: int) -> int:
+        if self.context == "clip":
+            return self.num_frames(n_samples)
         return -(-n_samples // self.window) * self._count_frames(self.window)
 
     @property
@@ -58,11 +70,22 @@ class WhisperEncoder(SpeechEncoder):
     def forward_from_layer(
         self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int
     ) -> tuple[Tensor, Tensor]:
-        hidden_WFD = torch.cat(list(hidden)).unflatten(0, (-1, self._count_frames(self.window)))
-        hidden_WFD = hidden_WFD.to(self.device, self.model.dtype)
+        windows = [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._count_frames(self.window))]
+        lengths = [len(window_FD) for window_FD in windows]
+        return self._upper_layers(pad_rows(windows).to(self.device, self.model.dtype), lengths, n_samples, start)
+
+    def _upper_layers(
+        self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int], start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the layers from `start` on over windows of these lengths; return what `forward` does."""
+        lengths_W = torch.tensor(lengths, device=self.device)
+        mask = None  # where no window is shorter than the others
+        if min(lengths) < hidden_WFD.shape[1]:
+            valid_WF = valid_mask(lengths_W, hidden_WFD.shape[1])
+            mask = create_bidirectional_mask(self.model.config, hidden_WFD, valid_WF)
         for layer in self.transformer.layers[start:]:
-            hidden_WFD = layer(hidden_WFD, None)
-        return self._join_windows(self.final_norm(hidden_WFD), n_samples)
+            hidden_WFD = layer(hidden_WFD, mask)
+        return self._join_windows(self.final_norm(hidden_WFD), lengths, n_samples)
 
     def _count_frames(self, n_samples: int) -> int:
         return -(-n_samples // self.samples_per_frame)
@@ -74,17 +97,36 @@ class WhisperEncoder(SpeechEncoder):
             masks = chain(*(cut(mask, self._count_frames(self.window)) for mask in time_masks))
             for mel_MT, mask in zip(mels, masks, strict=True):
                 mel_MT[:, : 2 * len(mask)][:, np.repeat(mask, 2)] = 0.0  # two mel steps make one frame
+        n_samples = [len(clip) for clip in clips]
+        if self.context == "clip":
+            return self._encode_clips(mels, n_samples)
         mels_WMT = torch.as_tensor(np.stack(mels)).to(self.device, self.model.dtype)
-        return self._join_windows(self.model(mels_WMT).last_hidden_state, [len(clip) for clip in clips])
+        hidden_WFD = self.model(mels_WMT).last_hidden_state
+        return self._join_windows(hidden_WFD, [hidden_WFD.shape[1]] * len(mels), n_samples)
 
-    def _join_windows(self, hidden_WFD: Tensor, n_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _encode_clips(self, mels: Sequence[np.ndarray], n_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Compute the frames of clips from the mel steps of their windows."""
+        lengths = [self._count_frames(len(piece)) for count in n_samples for piece in cut(range(count), self.window)]
+        # The frames of a clip read one mel step beyond its own: silence, or the end of the window.
+        steps = [torch.as_tensor(mel_MT[:, : 2 * n + 1]).T for mel_MT, n in zip(mels, lengths, strict=True)]
+        encoder, mels_WMT = self.model, pad_rows(steps).transpose(1, 2).to(self.device, self.model.dtype)
+        size = max(lengths)
+        hidden_WDT = F.gelu(encoder.conv1(mels_WMT))[:, :, : 2 * size]
+        hidden_WFD = F.gelu(encoder.conv2(hidden_WDT)).transpose(1, 2) + encoder.embed_positions.weight[:size]
+        hidden_WFD = F.dropout(hidden_WFD, encoder.dropout, encoder.training)
+        return self._upper_layers(hidden_WFD, lengths, n_samples, 0)
+
+    def _join_windows(
+        self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return frames_BFD and lengths_B from windows, without the frames of the padding in each last window."""
-        lengths = [self.num_frames(count) for count in n_samples]
-        clips = hidden_WFD.flatten(0, 1).split([self.num_computed_frames(count) for count in n_samples])
-        frames = [clip_FD[:length] for clip_FD, length in zip(clips, lengths, strict=True)]
-        return pad_rows(frames), torch.tensor(lengths, device=self.device)
+        counts = [self.num_frames(count) for count in n_samples]
+        windows = torch.cat([window_FD[:length] for window_FD, length in zip(hidden_WFD, lengths, strict=True)])
+        clips = windows.split([self.num_computed_frames(count) for count in n_samples])
+        frames = [clip_FD[:count] for clip_FD, count in zip(clips, counts, strict=True)]
+        return pad_rows(frames), torch.tensor(counts, device=self.device)
 
 
-def cut(values: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut an array into pieces of `size`, of which the last may be shorter."""
+def cut(values: Pieces, size: int) -> list[Pieces]:
+    """Cut an array or a range into pieces of `size`, of which the last may be shorter."""
     return [values[start : start + size] for start in range(0, len(values), size)]

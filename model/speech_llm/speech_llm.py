@@ -131,6 +131,7 @@ class SpeechLLM(nn.Module):
             if not encodes and "encoder" in map(part_of, trained):  # its upper layers compute
                 self.encoder = shared_view(load_encoder(config.encoder.path, device, config.encoder.dtype))
             self.encoder.set_dropout(config.encoder.dropout)
+            self.encoder.set_context(config.encoder.context)
         self.bases: dict[str, BaseIdentity] = {**(bases or {}), **({} if device == "meta" else self._identify(encodes))}
         self.allow_other_base = allow_other_base
         self._load_and_freeze(trained)

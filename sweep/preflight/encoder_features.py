@@ -32,6 +32,7 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
     axes = (
         "model.encoder.path",
         "model.encoder.dtype",
+        "model.encoder.context",
         "model.encoder.dropout",
         "model.encoder.spec_augment",
         "model.adapter.kind",

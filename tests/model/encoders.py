@@ -28,13 +28,19 @@ VARIANTS = {  # supported, but not in the layout of a published checkpoint
     "conformer-group": partial(tiny_models.random_conformer, positions="relative", norm="group"),
     "conformer-no-positions": partial(tiny_models.random_conformer, positions=None),
     "w2v-bert-relative": partial(tiny_models.random_w2v_bert, positions="relative"),
+    "whisper-clip": tiny_models.ENCODERS["whisper"],
     "w2v-bert-rotary": partial(tiny_models.random_w2v_bert, positions="rotary"),
 }
 
 
 def fresh(folder: Path, dtype: str = "float32") -> SpeechEncoder:
-    """Return an encoder that no other test has: a copy, which takes less time than to load it again."""
-    return copy.deepcopy(_loaded(folder, dtype))
+    """Return an encoder that no other test has: a copy, which takes less time than to load it again.
+
+    The folder's name says if it reads clips at their length.
+    """
+    encoder = copy.deepcopy(_loaded(folder, dtype))
+    encoder.set_context("clip" if folder.name == "whisper-clip" else "window")
+    return encoder
 
 
 @cache

@@ -14,6 +14,8 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE
+from data.errors import ConfigError
+from model.encoders import whisper
 from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
 from model.speech_llm.language_model import shared_view
@@ -21,6 +23,7 @@ from tests.model.common import close
 from tests.model.encoders import (
     BELOW,
     CLIPS,
+    LONG,
     VARIANTS,
     encode,
     fresh,
@@ -67,9 +70,11 @@ def stock(folder: Path, clips: Sequence[np.ndarray]) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ALL)
 def test_clip_alone_equals_the_stock_model(kind: str, folders: dict[str, Path]) -> None:
     encoder = fresh(folders[kind])
-    clips = [clip[:SAMPLE_RATE] for clip in CLIPS] if kind == "whisper" else CLIPS  # stock Whisper reads one window
+    clips = [clip[:SAMPLE_RATE] for clip in CLIPS] if "whisper" in kind else CLIPS  # stock Whisper reads one window
+    if kind == "whisper-clip":
+        clips = clips[2:]  # which fill it
     expected = stock(folders[kind], clips)
-    if kind == "whisper":
+    if "whisper" in kind:
         expected = [frames[: encoder.num_frames(len(clip))] for frames, clip in zip(expected, clips, strict=True)]
     with torch.no_grad():
         assert same([encode(encoder, [clip])[0] for clip in clips], expected)
@@ -182,6 +187,7 @@ FAULTS = [
     *(("unmasked group norm", kind) for kind in ALL if "group" in kind or "batch" in kind),
     *(("unmasked convolution", kind) for kind in [*CONFORMERS, "hubert-batch-norm"]),
     *(("no attention mask", kind) for kind in ENCODERS if kind != "whisper"),
+    ("no mask of clips", "whisper-clip"),
 ]
 
 
@@ -202,7 +208,28 @@ def test_faults_are_noticed(
     if fault == "no attention mask":
         forward = encoder.model.forward
         monkeypatch.setattr(encoder.model, "forward", lambda inputs, attention_mask: forward(inputs))
+    if fault == "no mask of clips":
+        monkeypatch.setattr(whisper, "create_bidirectional_mask", lambda *arguments: None)
     assert not invariant(encoder, CLIPS[1:3])
+
+
+@torch.no_grad()
+def test_whisper_at_clip_length_differs_by_attention_alone(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions and positions are those of the window: with layers that do nothing, frames are equal."""
+    window, clip = fresh(folders["whisper"]), fresh(folders["whisper-clip"])
+    assert [clip.num_computed_frames(n) for n in (1, 5637, SAMPLE_RATE, LONG)] == [1, 18, 50, 175]
+    assert not same(encode(window, CLIPS[1:2]), encode(clip, CLIPS[1:2]))
+    for layer in (*window.transformer.layers, *clip.transformer.layers):
+        monkeypatch.setattr(layer, "forward", lambda hidden, *mask, **_: hidden)
+    clip.model.load_state_dict(window.model.state_dict())
+    assert same(encode(clip, CLIPS), encode(window, CLIPS))
+
+
+def test_context_of_an_encoder_without_window_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"model.encoder.context: clip is for Whisper, .* \(hubert\) .* set window"):
+        fresh(folders["hubert-layer"]).set_context("clip")
 
 
 # Frozen layers and the layers above them ------------------------------------------------------------------------------
@@ -212,7 +239,9 @@ def upper(encoder: SpeechEncoder, hidden: Sequence[Tensor], clips: Sequence[np.n
     return split(encoder, *encoder.forward_from_layer(hidden, [len(clip) for clip in clips], start), clips)
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, "hubert-batch-norm", "conformer-no-positions", "w2v-bert-rotary"])
+@pytest.mark.parametrize(
+    "kind", [*ENCODERS, "whisper-clip", "hubert-batch-norm", "conformer-no-positions", "w2v-bert-rotary"]
+)
 @torch.no_grad()
 def test_two_steps_yield_the_frames_of_one(kind: str, folders: dict[str, Path]) -> None:
     """Clips alone up to a layer and in any batch from there on equal the whole encoder over a clip alone."""

@@ -294,3 +294,5 @@ def test_cache_keys_do_not_change() -> None:
     features = FeatureKey(encoder="any", layers=0, pool=(8, 4), sound="recorded", snr_db=None, **common)
     logits = TeacherKey(llm="any", temperature=1.0, **common)
     assert (features.key, logits.key) == ("248db64e8a27c208", "f8fe5c1d2b154d76")
+    assert replace(features, context="clip").key != features.key
+    assert replace(features, context="clip").pass_key != features.pass_key
