@@ -115,21 +115,22 @@ def kill(node: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Run a head with one CPU, to which only those with the token can connect."""
+def cluster(dashboard: bool = True) -> Iterator[Cluster]:
+    """Run a head with one CPU that asks for the token; jobs and `ray list` need its dashboard."""
     # The length of socket names is limited, so not under pytest's folder.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "token").write_text(secrets.token_hex(32))
-        port, dashboard = free_ports(2)
-        server = f"http://127.0.0.1:{dashboard}"
+        port, web = free_ports(2)
+        server = f"http://127.0.0.1:{web}"
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         # As in a virtual environment that is active.
         environment |= {"RAY_API_SERVER_ADDRESS": server, "PATH": f"{Path(RAY).parent}:{environment['PATH']}"}
         made = Cluster(folder, environment, f"127.0.0.1:{port}", server)
         try:
-            head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+            head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={web}"]
+            head += [] if dashboard else ["--include-dashboard=false"]
             made.add("--head", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", *head, head=True)
             yield made
         finally:

@@ -1,14 +1,21 @@
-"""The cluster of a sweep: a local one is private to its driver, and a driver notices when its cluster goes away."""
+"""The cluster of a sweep: a local one is private to its driver, uses only the CPUs that it may and lets no stranger in.
+
+A driver notices when its cluster goes away.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import random
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,26 +31,32 @@ from tests.sweep.cluster import cluster, kill, until
 
 DRIVER = """
 import json, os, subprocess, sys
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import ray
 from pathlib import Path
+from ray._private.worker import get_dashboard_url
 from sweep.execution.cluster import local_or_remote_ray
 other = subprocess.Popen(["sleep", "600"])  # a child that does not belong to Ray
 with local_or_remote_ray(Path(sys.argv[1])) as check:
     square = ray.remote(lambda x: x * x)
-    address = ray.get_runtime_context().gcs_address
-    print(json.dumps({"address": address, "other": other.pid}), flush=True)
+    found = {"address": ray.get_runtime_context().gcs_address, "dashboard": get_dashboard_url(), "other": other.pid}
+    found |= {"token": os.environ["RAY_AUTH_TOKEN_PATH"], "cpus": ray.cluster_resources()["CPU"]}
+    print(json.dumps(found), flush=True)
     for line in sys.stdin:
         print(ray.get(square.remote(int(line)), timeout=60), flush=True)
     check()
 print("other child", other.poll(), flush=True)
 other.kill()
 """
+CLIENT = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print(len(ray.nodes()))"
+PRIVATE = ("/api/version", "/api/jobs/", "/api/cluster_status", "/nodes?view=summary", "/api/v0/actors")
 FINDER = "from ray._private.services import find_gcs_addresses; print(*find_gcs_addresses())"
 JOINED = """
-import sys, time
+import functools, sys, time
 from sweep.execution.cluster import ClusterLostError, local_or_remote_ray
 from sweep.execution import joined_cluster
 joined_cluster.CONNECT_SECONDS = float(sys.argv[1])
+joined_cluster.ClusterWatch = functools.partial(joined_cluster.ClusterWatch, limit=8)
 try:
     with local_or_remote_ray(warn=print) as check:
         import ray
@@ -57,22 +70,30 @@ except Exception as error:
 """
 
 
+def environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return kept | {"HOME": str(home)}
+
+
 class Driver:
     """A process with a local cluster of its own."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, pipe = folder, subprocess.PIPE
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment["HOME"] = "/dev/null"  # nothing needs a home folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(folder)],
-            env=environment,
+            env=environment(Path("/dev/null")),  # nothing needs a home folder
             stdin=pipe,
             stdout=pipe,
             text=True,
             start_new_session=True,
         )
+
+    @functools.cached_property
+    def seen(self) -> dict[str, Any]:
+        """Return what it printed of its cluster."""
+        return dict(json.loads(self.read()))
 
     def read(self) -> str:
         assert self.process.stdout is not None
@@ -92,9 +113,11 @@ class Driver:
         return [psutil.Process(int(pid)) for pid in record if psutil.pid_exists(int(pid))]
 
 
-@pytest.fixture
-def drivers(tmp_path: Path) -> Iterator[list[Driver]]:
-    running = [Driver(tmp_path / name) for name in ("a", "b")]
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Driver]]:
+    """Two drivers beside each other, each with one CPU; the test that kills one of them comes last."""
+    root = tmp_path_factory.mktemp("drivers")
+    running = [Driver(root / name) for name in ("a", "b")]
     yield running
     for driver in running:
         with contextlib.suppress(psutil.NoSuchProcess):  # the test has killed it
@@ -104,11 +127,60 @@ def drivers(tmp_path: Path) -> Iterator[list[Driver]]:
         driver.process.wait(20)
 
 
+def status(url: str, token: str | None) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        return int(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60).status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_http_api_requires_the_token_and_listens_on_loopback(drivers: list[Driver]) -> None:
+    seen = drivers[0].seen
+    token = Path(seen["token"])
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (token.parent, token)] == [0o700, 0o600]
+    tokens = None, "f" * 64, token.read_text()
+    for path in PRIVATE:
+        assert [status(f"http://{seen['dashboard']}{path}", token) for token in tokens] == [401, 403, 200], path
+    port = int(seen["dashboard"].rpartition(":")[2])
+    processes = psutil.Process(drivers[0].process.pid).children(recursive=True)
+    sockets = [socket for process in processes for socket in process.net_connections("tcp")]
+    listening = [each for each in sockets if each.status == psutil.CONN_LISTEN and each.laddr.port == port]
+    assert {each.laddr.ip for each in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_local_cluster_uses_only_allowed_cpus(drivers: list[Driver]) -> None:
+    """Those that a batch system gave to this process, not all of the machine."""
+    assert [driver.seen["cpus"] for driver in drivers] == [1, 1]
+
+
+@pytest.mark.slow
+def test_joining_requires_the_token(drivers: list[Driver], tmp_path: Path) -> None:
+    seen, token, pipe = drivers[0].seen, {"RAY_AUTH_MODE": "token"}, subprocess.PIPE
+    # How long it looks for a node, and how often it asks.
+    hasty = {"RAY_gcs_server_request_timeout_seconds": "2", "RAY_NUM_REDIS_GET_RETRIES": "2"}
+    clients = [
+        subprocess.Popen([sys.executable, "-c", CLIENT, seen["address"]], env=env, stdout=pipe, stderr=pipe, text=True)
+        for env in (
+            environment(tmp_path) | hasty | token | {"RAY_AUTH_TOKEN_PATH": seen["token"]},
+            environment(tmp_path) | hasty,
+            environment(tmp_path) | hasty | token | {"RAY_AUTH_TOKEN": "f" * 64},
+        )
+    ]
+    owner, *strangers = [(*client.communicate(timeout=300), client.returncode) for client in clients]
+    # With the token, a driver of this machine is let in, and finds no node: the raylet is hidden.
+    assert ("AuthenticationError" in owner[1], "No node info found" in owner[1]) == (False, True), owner[1][-2000:]
+    for out, err, code in strangers:
+        assert (out, code, "AuthenticationError" in err) == ("", 1, True), err[-2000:]
+
+
 @pytest.mark.slow
 def test_two_local_clusters_never_touch_each_other(drivers: list[Driver]) -> None:
     """Kill one driver; the clean-up of its folder ends its own processes, and nothing of the other or of the user."""
     victim, survivor = drivers
-    seen: list[dict[str, Any]] = [json.loads(driver.read()) for driver in drivers]
+    seen = [driver.seen for driver in drivers]
     found = subprocess.run([sys.executable, "-c", FINDER], capture_output=True, text=True, check=True).stdout.split()
     assert not {each["address"] for each in seen} & set(found)
     until(lambda: any("raylet" in process.name() for process in victim.recorded()), 20, lambda: "the record")
@@ -138,7 +210,7 @@ def test_clusters_killed_at_random_leave_each_other_alone(tmp_path: Path) -> Non
         end_orphans(pair[0].folder)
         pair.append(Driver(pair[0].folder))
         for driver in pair[1:]:
-            assert json.loads(driver.read())["address"]
+            assert driver.seen["address"]
             assert driver.works()
             assert driver.process.stdin is not None
             driver.process.stdin.close()
@@ -215,8 +287,8 @@ def test_silent_server_is_given_up_and_sigterm_ends_the_wait(server: socket.sock
 @pytest.mark.slow
 def test_driver_outlives_the_cluster_that_it_joined() -> None:
     """Ray's core would end the process after 60 s, with a message of its own and exit code 1."""
-    with cluster() as made:
-        until(lambda: made.answers("status"), 90, lambda: "the cluster")
+    with cluster(dashboard=False) as made:
+        until(lambda: joined_cluster.answers(parse_address(made.address)), 90, lambda: "the cluster")
         process = joined(made.address, 60, env=made.environment)
         try:
             assert process.stdout is not None
