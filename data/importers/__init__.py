@@ -22,6 +22,8 @@ from data.importers.annotation_tools.chat import is_chat, read_chat
 from data.importers.annotation_tools.elan import is_elan, read_elan
 from data.importers.annotation_tools.praat import is_praat, read_praat
 from data.importers.speech_corpora.huggingface import is_huggingface, read_huggingface
+from data.importers.speech_corpora.kaldi import is_kaldi, read_kaldi
+from data.importers.speech_corpora.lhotse import is_lhotse, read_lhotse
 from data.importers.tables.annomi import is_annomi, read_annomi
 from data.importers.tables.daic import is_daic, read_daic
 from data.importers.tables.mi_tags import is_mi_tags, read_mi_tags
@@ -50,6 +52,18 @@ IMPORTERS: Mapping[str, Format] = MappingProxyType(
             is_annomi,
             "AnnoMI-simple or AnnoMI-full: one CSV; recordings are <transcript_id>.wav.",
             "AnnoMI-full.csv --audio recordings",
+        ),
+        "kaldi": Format(
+            read_kaldi,
+            is_kaldi,
+            "A Kaldi data directory with text, utt2spk and segments; a recording is a session.",
+            "data/train --audio recordings --set roles.spk01=therapist",
+        ),
+        "lhotse": Format(
+            read_lhotse,
+            is_lhotse,
+            "lhotse manifests of supervisions or cuts (JSONL); a recording is a session.",
+            "manifests --audio recordings --set roles.spk01=therapist",
         ),
         "whisperx": Format(
             read_whisperx,

@@ -213,6 +213,28 @@ def chat(dialogues: Dialogues) -> Files:
     return files
 
 
+def kaldi(dialogues: Dialogues) -> Files:
+    files = dict.fromkeys(("text", "utt2spk", "segments", "wav.scp"), "")
+    for name, said in dialogues.items():
+        files["wav.scp"] += f"{name} /export/corpora/{name}.wav\n"
+        for number, turn in enumerate(said):
+            utterance = f"{name}-{number:04}"
+            files["text"] += f"{utterance} {' '.join(turn.text.split())}\n"
+            files["utt2spk"] += f"{utterance} {turn.speaker}\n"
+            files["segments"] += f"{utterance} {name} {turn.start}.00 {turn.end}.00\n"
+    return files
+
+
+def lhotse(dialogues: Dialogues) -> Files:
+    rows = [
+        {"id": f"{name}-{number}", "recording_id": name, "start": float(turn.start), "channel": 0}
+        | {"duration": float(turn.end - turn.start), "text": turn.text, "speaker": turn.speaker}
+        for name, said in dialogues.items()
+        for number, turn in enumerate(said)
+    ]
+    return {"supervisions.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
+
+
 def daic(dialogues: Dialogues) -> Files:
     speakers = {"therapist": "Ellie", "client": "Participant"}
     files = {}
@@ -295,6 +317,8 @@ MAKERS = {
     "elan-export": Maker("elan", elan_export, by_time=True),
     "text-grid": Maker("praat", text_grid, folder=True, by_time=True),
     "chat": Maker("chat", chat, folder=True),
+    "kaldi": Maker("kaldi", kaldi, folder=True, labels=False),
+    "lhotse": Maker("lhotse", lhotse, labels=False),
     "daic": Maker("daic", daic, "stop_time", folder=True, labels=False, audio="{}_AUDIO.wav"),
     "mi-tags": Maker("mi-tags", mi_tags, "speaker", folder=True, times=False),
     "table": Maker("table", table, "conversation", AS_TABLE),
