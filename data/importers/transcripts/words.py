@@ -16,6 +16,7 @@ from data.importers.base.timestamps import seconds_of
 from data.importers.transcripts.speakers import Timeline
 
 Stamp = str | float  # a time as in `Segment`
+MOST_WORDS = 500  # of a segment that is compared with its words, which takes minutes for a whole session
 INSTANT = 0.01  # s; of a segment or word without an end
 ALIKE = 0.5  # share of the words that the text of a segment must have, so that it is cut instead of replaced by them
 
@@ -156,6 +157,8 @@ def _nearest_places(text: str, runs: Sequence[Sequence[Word]]) -> list[int] | No
     """Return the same where words and text differ here and there; None if they have little in common."""
     tokens = list(re.finditer(r"\S+", text))
     words = [_bare(word.text) for run in runs for word in run]
+    if len(words) > MOST_WORDS:
+        return None
     matcher = SequenceMatcher(None, words, [_bare(token[0]) for token in tokens], autojunk=False)
     pairs = {block.a + step: block.b + step for block in matcher.get_matching_blocks() for step in range(block.size)}
     if len(pairs) < ALIKE * len(words):
