@@ -138,6 +138,9 @@ class CorpusConfig(Section, coerce_numbers_to_str=True):
         description="Annotations in brackets ([laughter], <sync>) in transcripts: leave them out of the text, or keep "
         "them. Tables keep theirs.",
     )
+    line_codes: Literal["()", "[]"] | None = Field(
+        None, description="Brackets around the codes at the end of a turn in typed transcripts; null: they are text."
+    )
     encoding: str = Field(
         "utf-8", description="Encoding of text files, e.g. cp1252; only a byte order mark overrides it."
     )

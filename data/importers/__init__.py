@@ -21,6 +21,7 @@ from data.errors import DataError, listed
 from data.importers.annotation_tools.chat import is_chat, read_chat
 from data.importers.annotation_tools.elan import is_elan, read_elan
 from data.importers.annotation_tools.praat import is_praat, read_praat
+from data.importers.base.tabular import OTHER
 from data.importers.speech_corpora.huggingface import is_huggingface, read_huggingface
 from data.importers.speech_corpora.kaldi import is_kaldi, read_kaldi
 from data.importers.speech_corpora.lhotse import is_lhotse, read_lhotse
@@ -155,6 +156,8 @@ def guess_format(source: Path) -> str:
             f"{source}: says who speaks when, but not what; give a transcript, such as {source.stem}.json or "
             f"{source.stem}.vtt, and leave {source.name} beside it"
         )
+    if source.suffix.lower() in OTHER:
+        raise DataError(f"{source}: {source.suffix} is not read; save it as {OTHER[source.suffix.lower()]}")
     inside = f" ({listed(path.name for path in source.iterdir())})" if source.is_dir() else ""
     raise DataError(
         f"{source}: no format recognises it{inside}; `sweep formats` lists the formats, and what each expects"

@@ -193,7 +193,7 @@ def test_numbers_and_nulls_of_parquet_are_converted(tmp_path: Path) -> None:
         ("t.jsonl", '{"conversation": 1}\n{"conversation": 2,}\n', r"^t\.jsonl:2: not readable as JSON"),
         ("t.jsonl", "[1]\n", r"^t\.jsonl:1: not a JSON object"),
         ("t.xlsx", "PK", r"^t\.xlsx: not readable as Excel .*save it again, or as CSV"),
-        ("t.ods", "PK", r"\.ods' is not supported .*save it as CSV"),
+        ("t.ods", "PK", r"\.ods is not read; save it as .*CSV"),
     ],
 )
 def test_invalid_files_are_refused_with_their_line(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -2,8 +2,11 @@
 
 import datetime
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import openpyxl
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
 from data.errors import DataError
+from data.importers import guess_format
 from data.importers.base import workbook
 from data.importers.tables.table import read_table
 
@@ -76,6 +80,88 @@ def test_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     with pytest.raises(DataError, match=r"^a\.xlsx: reading it needs openpyxl; .*'speech-llm-sweep\[excel\]'"):
         read(tmp_path / "a.xlsx")
+
+
+def test_merged_cells_count_for_all_their_rows(tmp_path: Path) -> None:
+    """A title above the header is left out."""
+    rows: list[list[Any]] = [
+        ["coded by Ann"],
+        [],
+        HEADER[:4],
+        ["a", "T", "hi", "q"],
+        [None, "C", "yes", "x"],
+        ["b", "T", "so", "q"],
+    ]
+    path = save(tmp_path / "a.xlsx", s1=rows)
+    book = openpyxl.load_workbook(path)
+    book["s1"].merge_cells("A4:A5")
+    book.save(path)
+    assert [row[0] for row in said(read(path))] == ["a/0", "a/1", "b/0"]
+
+
+def test_sheets_without_a_column_of_sessions_are_sessions(tmp_path: Path) -> None:
+    sheet = [["speaker", "text", "label"], ["T", "hi", "q"], ["C", "yes", "x"]]
+    path = save(tmp_path / "a.xlsx", s1=sheet, s2=sheet[:2], notes=[["made by Ann", "in", "May", "2020"]])
+    expected = ["s1/0", "s1/1", "s2/0"]
+    assert [row[0] for row in said(read(path))] == expected
+    assert [row[0] for row in said(read(path, conversation=None))] == expected
+    assert [row[0] for row in said(read(tmp_path))] == [f"a {name}" for name in expected]
+    assert guess_format(path) == "table"
+
+
+def test_formula_without_a_value_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.xlsx", s1=[HEADER[:4], ["a", "T", "=B2", "q"]])
+    with pytest.raises(DataError, match=r"^a\.xlsx:s1!2: the formula '=B2' has no stored value; open the workbook"):
+        read(path)
+
+
+def test_errors_of_excel_are_no_codes_or_words(tmp_path: Path) -> None:
+    corpus = read(save(tmp_path / "a.xlsx", s1=[HEADER[:4], ["a", "T", "#NAME?", "q"], ["a", "C", "hm", "#REF!"]]))
+    assert [row[2:4] for row in said(corpus)] == [("", "q"), ("hm", None)]
+    assert {finding.code for finding in corpus.findings} == {"W_TEXT_MISSING", "E_LABEL_CELL"}
+
+
+def test_minutes_that_excel_took_for_hours_are_refused(tmp_path: Path) -> None:
+    clocks = [datetime.time(0, 5), datetime.time(12, 30), datetime.timedelta(hours=25, minutes=10), datetime.time(1)]
+    path = save(tmp_path / "a.xlsx", s1=[HEADER[:5], *(["a", "T", "hi", "q", clock] for clock in clocks)])
+    with pytest.raises(DataError, match=r"^a\.xlsx:2: all times are whole minutes, up to 25 hours, .*divide"):
+        read(path, start="start")
+
+
+def test_rows_beyond_a_wrong_dimension_are_read(tmp_path: Path) -> None:
+    """Some programs write that the sheet has only its first cell; a date above a day is a length of time."""
+    day = datetime.datetime(1900, 1, 1, 1)
+    path = save(tmp_path / "a.xlsx", s1=[HEADER[:5], ["a", "T", "hi", "q", day], ["a", "C", "yes", "x", 90_001]])
+    edit(path, lambda sheet: re.sub(rb'<dimension ref="[^"]+"', b'<dimension ref="A1"', sheet))
+    assert [row[4] for row in said(read(path, start="start"))] == [90_000.0, 90_001.0]
+    edit(path, lambda sheet: sheet[:-60])
+    with pytest.raises(DataError, match=r"^a\.xlsx: not readable as Excel \(.*; save it again"):
+        read(path)
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
+    with ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, change(content) if name.endswith("sheet1.xml") else content)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.xls", r"a\.xls: \.xls is not read; save it as \.xlsx, or as CSV"),
+        ("a.ods", r"a\.ods: \.ods is not read; save it as \.xlsx, or as CSV"),
+        ("a.pdf", r"a\.pdf: \.pdf is not read; save it as \.docx, or as text"),
+        ("a.xlsx", "no format recognises it"),
+    ],
+)
+def test_files_of_other_programs_are_refused_with_the_way(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(workbook.OLD + bytes(600))
+    with pytest.raises(DataError, match=message):
+        guess_format(tmp_path / name)
+    with pytest.raises(DataError, match="save it as"):
+        read(tmp_path / name)
 
 
 TURNS = "speaker,text,label\nT,hi,q\nC,yes,x\n"

@@ -204,6 +204,16 @@ TYPED = {
     "numbered turns": ("T1: why\nC1: hm:\nyes\nT2: so\nC2: ok\nT3: x\n", [(None, None)] * 5),
     "tabs": ("Therapist\twhy\nClient\thm: yes\n", [(None, None)] * 2),
     "names once": ("Dr Lee: why\nSam: hm: yes\n", [(None, None)] * 2),
+    "Markdown": ("**T:** why\n__C__: hm: yes\n", [(None, None)] * 2),
+    "full-width colons": ("T\uff1a why\nC\uff1a hm: yes\n", [(None, None)] * 2),
+    "above": ("Dr Lee  0:01\nwhy\n\nSam  0:02\nhm: yes\n\nDr Lee  0:03\nso\n", [(1.0, 2.0), (2.0, 3.0), (3.0, None)]),
+    "time above": ("00:01 --> 00:02\nT: why\n00:02\nC: hm: yes\n", [(1.0, 2.0), (2.0, None)]),
+    "lines of their own": ("Therapist\nwhy\nClient\nhm: yes\n", [(None, None)] * 2),
+    "no colons": ("T1 why\nC1 hm: yes\nT2 so\nC2 ok\n", [(None, None)] * 4),
+    "dashes": ("T \u2013 why\nC \u2013 hm: yes\n", [(None, None)] * 2),
+    "line numbers": ("1 T: why\n2 C: hm:\n3 yes\n", [(None, None)] * 2),
+    "heading": ("Session: 5\nDate: May\nClient: Al\n\nT: why\nC: hm: yes\n", [(None, None)] * 2),
+    "heading at once": ("Session: 5\nT: why\nC: hm: yes\n", [(None, None)] * 2),
     "bullets": ("- Ann: why\n- Bob: hm: yes\n", [(None, None)] * 2),
 }
 
@@ -244,6 +254,43 @@ def test_word_files_are_read_as_text_or_table(tmp_path: Path) -> None:
     write(tmp_path / "b.docx", "no zip")
     with pytest.raises(DataError, match=r"^b\.docx: not readable as Word"):
         IMPORTERS["dialogue"].read(tmp_path / "b.docx", None, CorpusConfig())
+
+
+def test_numbers_and_times_that_continue_a_turn_are_kept(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "T: when\nC: I began\n10 years ago\n12:30 was late\nT: so\n")
+    assert [row[1] for row in rows(read(tmp_path))] == ["when", "I began 10 years ago 12:30 was late", "so"]
+
+
+def test_codes_at_the_end_of_turns_need_a_setting(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "T: why (OQ)\nC: yes (CT) (at\nlast)\nT: so (SR) (AF)\n")
+    plain, coded = (
+        IMPORTERS["dialogue"].read(path, None, CorpusConfig(line_codes=brackets)).conversations[0].turns
+        for brackets in (None, "()")
+    )
+    assert [(turn.text, turn.label) for turn in plain][::2] == [("why (OQ)", None), ("so (SR) (AF)", None)]
+    assert [(turn.text, turn.label) for turn in coded][::2] == [("why", "oq"), ("so", "sr|af")]
+    write(path, "T: why [OQ]\nC: yes\n")
+    [turn, _] = IMPORTERS["dialogue"].read(path, None, CorpusConfig(line_codes="[]")).conversations[0].turns
+    assert (turn.text, turn.label) == ("why", "oq")
+
+
+def test_word_files_have_bold_names_and_columns(tmp_path: Path) -> None:
+    bold = docx.Document()
+    for name, text in (("Therapist", "why"), ("Client", "hm: yes")):
+        paragraph = bold.add_paragraph()
+        paragraph.add_run(name).bold = True
+        paragraph.add_run(f" {text}")
+    bold.save(str(tmp_path / "a.docx"))
+    table = docx.Document()
+    grid = table.add_table(rows=3, cols=4)
+    content = (("Nr", "Who", "Text", "Code"), ("1", "T", "why", "OQ"), ("2", "C", "hm: yes", ""))
+    for row, cells in zip(grid.rows, content, strict=True):
+        for cell, text in zip(row.cells, cells, strict=True):
+            cell.text = text
+    table.save(str(tmp_path / "b.docx"))
+    corpus = read(tmp_path)
+    assert [row[:2] for row in rows(corpus)] == [("therapist", "why"), ("client", "hm: yes")] * 2
+    assert [turn.label for turn in corpus.conversations[1].turns] == ["oq", None]
 
 
 def test_text_without_speakers_is_refused(tmp_path: Path) -> None:

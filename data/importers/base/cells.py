@@ -17,8 +17,10 @@ from data.corpus.schema import JOIN
 
 # What pandas reads as a missing value, and what it and others write for one; in lower case.
 MISSING = frozenset("nan none null n/a na <na> #n/a #na nat nil -nan - -- ? . undefined".split()) | {"", "#n/a n/a"}
+# What Excel writes for a formula that cannot be computed, such as a text that begins with "-" or "=".
+ERRORS = frozenset("#NULL! #DIV/0! #VALUE! #REF! #NAME? #NUM! #SPILL! #CALC! #GETTING_DATA".split())
 # The same in texts and names, where "none" or "na" may be a word.
-MISSING_TEXT = frozenset("nan NaN <NA> #N/A NULL null NaT -nan undefined".split())
+MISSING_TEXT = frozenset("nan NaN <NA> #N/A NULL null NaT -nan undefined".split()) | ERRORS
 MISSING_NAME = MISSING_TEXT | {"None", "none", "N/A", "n/a"}
 SEPARATORS = ";,/+&\n\t"
 _MARKS = ";\n\t"  # they are in no name of a code
@@ -91,6 +93,8 @@ class CodeReader:
             return Codes((code,), changed=_is_changed(cell, code))
         if code in MISSING:
             return Codes(missing=code)
+        if cell.strip() in ERRORS:
+            return Codes(refused="is an error of Excel; fix the formula")
         value = _parsed(cell) if code[0] in "[{(" else None
         if value is not None:
             return self._structure(value, text)

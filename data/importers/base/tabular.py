@@ -36,6 +36,11 @@ MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 JSON = ".json"
+OTHER = {  # usual files that are not read → what to save them as
+    **dict.fromkeys((".xls", ".xlsb", ".ods", ".numbers"), ".xlsx, or as CSV in UTF-8"),
+    **dict.fromkeys((".doc", ".odt", ".rtf", ".pages", ".pdf"), ".docx, or as text in UTF-8"),
+    **dict.fromkeys((".sav", ".dta", ".rds", ".rdata", ".sas7bdat"), "CSV in UTF-8"),
+}
 SUFFIXES = (*SEPARATED, *LINES, JSON, *PARQUET, *workbook.SUFFIXES)
 Records = Iterable[tuple[int | str, dict[str, object]]]  # line and cells of every row
 csv.field_size_limit(1 << 24)  # characters; a whole transcript in one cell is longer than the default
@@ -114,13 +119,20 @@ def read_rows(
     return read
 
 
-def columns_of(path: Path, encoding: str = "utf-8") -> frozenset[str]:
+def columns_of(path: Path, encoding: str = "utf-8", names: Sequence[str] = ()) -> frozenset[str]:
     """Return the columns of a table as `column_key` writes them; empty if the suffix is not that of a table.
+
+    Args:
+        path: the file.
+        encoding: of text.
+        names: columns that are looked for; they say which sheets of a workbook are meant.
 
     Raises:
         DataError: the file cannot be read.
     """
-    return frozenset(map(column_key, _table(path, encoding, ())[0])) if path.suffix.lower() in SUFFIXES else frozenset()
+    return (
+        frozenset(map(column_key, _table(path, encoding, names)[0])) if path.suffix.lower() in SUFFIXES else frozenset()
+    )
 
 
 def _table(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[str], Records]:
@@ -136,6 +148,8 @@ def _table(path: Path, encoding: str, names: Sequence[str]) -> tuple[list[str], 
         return read_json(path, read_text(path, encoding))
     if suffix in workbook.SUFFIXES:
         return workbook.read_workbook(path, names)
+    if suffix in OTHER:
+        raise DataError(f"{path}: {suffix} is not read; save it as {OTHER[suffix]}")
     raise DataError(f"{path}: the suffix {suffix!r} is not supported ({', '.join(SUFFIXES)}); save it as CSV in UTF-8")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from data.corpus.config import ColumnConfig, CorpusConfig
 from data.corpus.schema import Conversation, Corpus, Turn, is_rejected
 from data.errors import ConfigError, DataError
+from data.importers.base import workbook
 from data.importers.base.builder import TurnBuilder
 from data.importers.base.cells import MISSING, MISSING_NAME, clean_code, column_key, speaker_key
 from data.importers.base.recordings import (
@@ -29,6 +30,7 @@ TURN_NUMBERS = ("turn", "turn_id", "turn_index", "turn_number", "turn_no", "utte
 FILE, SPLIT = "file", "split"  # columns that are added: the name of the file, and the split that its name says
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 DAYS = 0.1  # s; several turns within it cannot be, but as a fraction of a day it is 2.4 hours
+LONG = 36_000  # s; no session has ten hours, all of them in whole minutes
 
 
 def read_table(
@@ -96,8 +98,10 @@ def _read(
     paths, columns = files_of(source, suffixes), config.columns
     session, optional, part_of = columns.conversation or FILE, list(optional), _splits(paths)
     named = [name for name in columns.model_dump().values() if name not in (None, columns.conversation)]
-    header = columns_of(paths[0], config.encoding) if source.is_dir() else frozenset()
-    by_file = columns.conversation is None or (source.is_dir() and column_key(columns.conversation) not in header)
+    book = source.suffix.lower() in workbook.SUFFIXES and source.is_file()
+    header = columns_of(paths[0], config.encoding, named) if source.is_dir() or book else frozenset()
+    parts = source.is_dir() or (book and workbook.SHEET in header)  # each of them may be a session
+    by_file = columns.conversation is None or (parts and column_key(columns.conversation) not in header)
     if not by_file:
         named.append(session)
     keys = {name: key for key, name in columns.model_dump().items()}
@@ -108,7 +112,7 @@ def _read(
             path,
             list(dict.fromkeys(named)),
             config,
-            optional,
+            [*optional, *([workbook.SHEET] if by_file and path.suffix.lower() in workbook.SUFFIXES else ())],
             advice=lambda missing: f"; name it with --set columns.{keys[missing]}=NAME, or null if there is none",
             codes=[columns.label],
             clips=[columns.clip],
@@ -119,13 +123,19 @@ def _read(
             if first != path:
                 raise DataError(f"{path}: session {path.stem!r} is already {first}; rename or remove one of the files")
         for row in read:
-            row.cells.update({session: path.stem} if by_file else {})
+            row.cells.update({session: _session(path, row, source)} if by_file else {})
             row.cells.update({SPLIT: part_of[path]} if part_of else {})
         rows += read
     if not rows:
         raise DataError(f"{source}: no rows; check the path of the source")
     added = {"conversation": session} | ({"split": columns.split or SPLIT} if part_of else {})
     return columns.model_copy(update=added), rows
+
+
+def _session(path: Path, row: Row, source: Path) -> str:
+    """Return the session of a row whose file or sheet is a session."""
+    sheet = row[workbook.SHEET] if path.suffix.lower() in workbook.SUFFIXES else ""
+    return " ".join(filter(None, (path.stem if source.is_dir() or not sheet else "", sheet)))
 
 
 def _splits(paths: Sequence[Path]) -> dict[Path, str]:
@@ -177,7 +187,7 @@ def _convert_times(rows: list[Row], columns: ColumnConfig, config: CorpusConfig)
     """Write decimal commas as points.
 
     Raises:
-        DataError: the times are fractions of a day, which must be said.
+        DataError: the times are fractions of a day, which must be said, or hours where minutes are meant.
     """
     named = [column for column in (columns.start, columns.end) if column is not None]
     stamps = [row[column] for row in rows for column in named if row[column]]
@@ -185,11 +195,28 @@ def _convert_times(rows: list[Row], columns: ColumnConfig, config: CorpusConfig)
         for row in rows:
             row.cells.update({column: row[column].replace(",", ".") for column in named})
         return
+    _refuse_hours(rows[0].where, stamps)
     days = all(re.fullmatch(NUMBER, stamp) and 0 <= float(stamp) < DAYS for stamp in stamps)
     if days and config.time_unit == "s" and columns.clip is None and len(stamps) > 3:
         raise DataError(
             f"{rows[0].where}: all times are below {DAYS} s, so they seem to be fractions of a day, as Excel stores "
             "them; set --set time_unit=d"
+        )
+
+
+def _refuse_hours(where: str, stamps: Sequence[str]) -> None:
+    """Raise a DataError for whole minutes up to many hours: Excel takes 12:30 for 12 hours and 30 minutes."""
+    clocks = [re.fullmatch(r"(\d{1,3}):(\d\d):00", stamp) for stamp in stamps]
+    if len(stamps) < 4 or not any(clocks):
+        return
+    seconds = [
+        int(clock[1]) * 3600 + int(clock[2]) * 60 if clock else float(stamp) if re.fullmatch(NUMBER, stamp) else 1.0
+        for clock, stamp in zip(clocks, stamps, strict=True)
+    ]
+    if max(seconds) >= LONG and all(second % 60 == 0 for second in seconds):
+        raise DataError(
+            f"{where}: all times are whole minutes, up to {max(seconds) / 3600:.0f} hours, so they seem to be minutes "
+            "and seconds that Excel took for hours and minutes; divide these columns by 60 in Excel"
         )
 
 
