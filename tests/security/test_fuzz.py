@@ -30,7 +30,7 @@ SESSIONS = {f"s{number}": dialogue for number in range(6) for dialogue in DIALOG
 
 
 @pytest.mark.parametrize(
-    "name", ["annomi-full", "whisperx", "daic", "mi-tags", "table", "table-jsonl", "table-parquet"]
+    "name", ["annomi-full", "whisperx", "daic", "mi-tags", "table", "table-jsonl", "table-parquet", "kaldi", "lhotse"]
 )
 def test_mutated_sources_are_prepared_or_refused(name: str, tmp_path: Path) -> None:
     """From the file to shards: validation and the writer get what an importer accepts."""
