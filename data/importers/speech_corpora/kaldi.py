@@ -73,9 +73,7 @@ def _table(path: Path, encoding: str) -> dict[str, tuple[str, str]]:
         DataError: the file cannot be read or is empty, or a word is there twice.
     """
     if not path.is_file():
-        raise DataError(
-            f"{path.parent}: no file {path.name}; write it, with <utterance> <value> in each line (utt2spk: the speaker)"
-        )
+        raise DataError(f"{path.parent}: no file {path.name}; write it, e.g. <utterance> <speaker> in each line")
     rows: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(read_text(path, encoding).split("\n"), start=1):
         key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
