@@ -33,12 +33,12 @@ def full_above(patch: pytest.MonkeyPatch, most: int, call: int = 0, error: Runti
     sizes: list[int] = []
     original = training.answer_losses
 
-    def compute(model: Any, examples: Any, config: Any) -> Any:
+    def compute(model: Any, examples: Any, *more: Any) -> Any:
         torch.rand(3)  # the second try must draw the same again
         sizes.append(len(examples))
         if len(examples) > most and call in (0, len(sizes)):
             raise error
-        return original(model, examples, config)
+        return original(model, examples, *more)
 
     patch.setattr(training, "answer_losses", compute)
     return sizes
