@@ -22,6 +22,7 @@ from data.shards.dataset import Shards
 from sweep.cli import prepare as prepare_command
 from sweep.cli.prepare import load_corpus_settings
 from tests.data.makers import MAKERS, Said, write
+from tests.data.test_huggingface import write_parquet
 from tests.forked import Forked
 from tests.model import voices
 from tests.sweep.common import Outcome, sweep, tree
@@ -38,19 +39,26 @@ DIALOGUES = {
     for session in range(SESSIONS)
 }
 BY_FORMAT = {maker.format: maker for maker in reversed(MAKERS.values())}  # the first maker of each format
+
+
+def example(name: str) -> list[str]:
+    """Return the words of a format's example, which the documentation has as well."""
+    command = f"prepare {name} {IMPORTERS[name].example} --out corpus"
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert f"\nsweep {command}\n" in page
+    return shlex.split(command)
+
+
 SHORT = ("annomi", "whisperx")  # of text, and with audio; `tests/data` reads every format
 
 
-@pytest.mark.parametrize("name", IMPORTERS)
+@pytest.mark.parametrize("name", BY_FORMAT)
 def test_example_of_every_format_runs_and_is_documented(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source has the names of files and speakers that the example has, and what it does not name is usual."""
-    maker, command = BY_FORMAT[name], f"prepare {name} {IMPORTERS[name].example} --out corpus"
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    assert f"\nsweep {command}\n" in page
+    maker, words = BY_FORMAT[name], example(name)
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(command)
     settings = load_corpus_settings(None, [word for word in words if "=" in word])
     names = {role: speaker for speaker, role in settings.roles.items()}
     renamed = {
@@ -61,7 +69,10 @@ def test_example_of_every_format_runs_and_is_documented(
     if settings.columns.label is not None:
         files = {file: text.replace("label", settings.columns.label, 1) for file, text in files.items()}
     source = write(maker, tmp_path / "made", files)
-    source.rename(tmp_path / words[2])
+    place = tmp_path / words[2]
+    place = place / source.name if source.is_file() and not place.suffix else place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(place)
     if "--audio" in words:
         (tmp_path / "recordings").mkdir()
         for session in DIALOGUES:
@@ -71,6 +82,15 @@ def test_example_of_every_format_runs_and_is_documented(
     shards = Shards(str(tmp_path / "corpus"))
     turns = list(zip(shards.columns["speaker"], shards.columns["text"], strict=True))
     assert turns == [(turn.speaker, turn.text) for _, said in sorted(DIALOGUES.items()) for turn in said]
+
+
+def test_example_of_a_dataset_with_audio_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are no text, so no maker writes them."""
+    assert set(IMPORTERS) == {*BY_FORMAT, "huggingface"}
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "dataset")
+    assert sweep(*example("huggingface")).code == 0
+    assert set(Shards(str(tmp_path / "corpus")).columns["split"]) == {"train", "val", "test"}
 
 
 @pytest.mark.parametrize(
