@@ -39,17 +39,23 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def page() -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=[*FLAGS, "--no-proxy-server"])
+        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=[*FLAGS, "--no-proxy-server"])
         try:
-            opened = browser.new_page(viewport={"width": 1900, "height": 1000})
-            opened.set_default_timeout(PAGE)
-            playwright.expect.set_options(timeout=PAGE)
             yield opened
         finally:
-            browser.close()
+            opened.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    opened = browser.new_page(viewport={"width": 1900, "height": 1000})
+    opened.set_default_timeout(PAGE)
+    playwright.expect.set_options(timeout=PAGE)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

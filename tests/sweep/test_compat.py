@@ -9,7 +9,7 @@ import ray
 from mlflow.entities import Metric, Run, RunData, RunInfo
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState, create_trial
-from ray._private import auto_init_hook, services
+from ray._private import auto_init_hook, parameter, services
 from ray._private.state import GlobalState
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -110,3 +110,13 @@ def test_ray_takes_a_folder_for_its_files() -> None:
         ray.init(address="local", _temp_dir="/nowhere", _unknown=True)
     assert "_temp_dir" not in str(error.value)
     assert not ray.is_initialized()
+
+
+def test_local_ray_starts_no_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[parameter.RayParams] = []
+    monkeypatch.setattr(ray, "init", lambda **options: made.append(parameter.RayParams()))
+    usual = parameter.RayParams()
+    assert (usual.no_monitor, "include_log_monitor" in vars(usual)) == (False, True)
+    compat.init_local_ray(tmp_path)
+    assert [(each.no_monitor, each.include_log_monitor) for each in made] == [(True, False)]
+    assert type(usual) is parameter.RayParams, "for other programs of this process, nothing changes"
