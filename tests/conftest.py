@@ -20,7 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets the width of a terminal that nothing is printed to
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "annomi"
 LABELS = ("change", "sustain", "neutral")
-LONGEST = ("test_readme.py", "test_slurm.py", "test_kill.py", "test_mlflow_server.py", "test_browser.py")
+LONGEST = (
+    "test_readme.py",
+    "test_slurm.py",
+    "test_kill.py",
+    "test_cluster.py",
+    "test_mlflow_server.py",
+    "test_browser.py",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,7 @@
 """A kill between any two operations on files leaves the newest checkpoint or the one before, complete."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ CASES = ((True, 0), (True, 2), (False, 2))  # hard links, saves before the kille
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What was left after each kill."""
-    return kill_at_every_operation(tmp_path_factory.mktemp("faults"), CASES)
+    """What was left after each kill. The process that forks is a small one: a copy of this one costs much more."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(kill_at_every_operation, tmp_path_factory.mktemp("faults"), CASES).result()
 
 
 def test_every_operation_was_killed_once(rows: list[dict[str, Any]]) -> None:
