@@ -20,7 +20,7 @@ REFUSED = {
     "prepare annomi few.csv --out new": "the val split has no labelled turns: the 1 session(s) form 1 group(s)",
     "prepare annomi few.csv --out taken": "taken: exists already and is not a corpus",
     "prepare annomi --out new": "prepare annomi: name the corpus, as in `sweep prepare annomi SOURCE --out DIR`",
-    "prepare anomi few.csv --out new": "prepare anomi: no such format; use one of annomi, whisperx, recogniser, ",
+    "prepare anomi few.csv --out new": "prepare anomi: no such format; use one of annomi, ",
     "prepare synthetic --out taken --set sessions=9": "taken: exists already and is not a corpus",
     "prepare synthetic --out new --set sessions=2": "--set: 1 problem\n  - sessions: 2: input should be greater than",
     "prepare synthetic --out new --set split.by=[row]": "--set: 1 problem\n  - split.by: ['row']: a split by row puts",
