@@ -82,6 +82,7 @@ CELLS: dict[str, tuple[object, tuple[str, ...]]] = {
     "span without its full stop": ([[0, 11, "question"]], ("question",)),
     "flat span": ([0, 12, "question"], ("question",)),
     "objects": ([{"start": 0, "end": 12, "text": "x", "labels": ["other"]}], ("other",)),
+    "midas object": ([{"tag": "other", "start_pos": 0, "end_pos": 11}], ("other",)),
     "doccano object": ([{"id": 3, "label": "other", "start_offset": 0, "end_offset": 12}], ("other",)),
     "result": ([{"value": {"choices": ["other"]}, "type": "choices", "id": "x"}], ("other",)),
     "empty list": ("[]", ()),

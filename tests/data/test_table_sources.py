@@ -218,7 +218,11 @@ def test_tasks_of_label_studio_are_turns(tmp_path: Path) -> None:
 
 
 def test_lists_by_session_are_read(tmp_path: Path) -> None:
-    content = {"x1.html": [{"speaker": "counselor", "text": "hola", "label": [{"tag": "question", "start_pos": 0}]}]}
+    content = {
+        "x1.html": [
+            {"speaker": "counselor", "text": "hola", "label": [{"tag": "question", "start_pos": 0, "end_pos": 1}]}
+        ]
+    }
     (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
     corpus = read(tmp_path / "a.json")
     assert said(corpus) == [("x1/0", "therapist", "hola", None, None, None)]

@@ -25,8 +25,9 @@ MISSING_NAME = MISSING_TEXT | {"None", "none", "N/A", "n/a"}
 SEPARATORS = ";,/+&\n\t"
 _MARKS = ";\n\t"  # they are in no name of a code
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
-_CHOICES = ("choices", "choice", "labels", "label", "value")  # keys of Label Studio and doccano
-_SPAN = ("start", "end", "start_offset", "end_offset")
+_CHOICES = ("choices", "choice", "labels", "label", "value", "tag")  # keys of Label Studio, doccano and MIDAS
+_INCLUSIVE = "end_pos"  # of MIDAS: the last character of a span
+_SPAN = ("start", "end", "start_offset", "end_offset", "start_pos", _INCLUSIVE)
 _HARMLESS = {"id", "type", "text", "from_name", "to_name", "origin", *_SPAN}  # keys beside them that mean nothing
 
 
@@ -178,7 +179,7 @@ def _collect(value: object, labels: list[str], text: str) -> str:
         others = sorted(str(key) for key in value if key not in _CHOICES and key not in _HARMLESS)
         if len(keys) != 1 or others:
             return f"is an object with {', '.join(map(str, value)) or 'nothing'}, not a code"
-        places = [value[key] for key in _SPAN if isinstance(value.get(key), int)]
+        places = [value[key] + (key == _INCLUSIVE) for key in _SPAN if isinstance(value.get(key), int)]
         partial = _partial(places[0], places[1], text) if len(places) == 2 else ""
         return partial or _collect(value[keys[0]], labels, text)
     elif value is not None:
