@@ -193,7 +193,11 @@ def load_result(path: Path) -> CheckpointState:
     Raises:
         CheckpointError, StorageError: as `load`.
     """
-    state = load(path)
+    return with_result(load(path))
+
+
+def with_result(state: CheckpointState) -> CheckpointState:
+    """Return a checkpoint whose `tensors` are those of the best epoch if the trial keeps them."""
     if kept := state.get("kept"):
         state |= {"tensors": kept["tensors"], "digest": kept["digest"]}
     return state

@@ -8,6 +8,7 @@ Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import safetensors
 import safetensors.torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import ConfigError, UnavailableError, listed
+from model.checkpoints.checkpoint import CheckpointState, with_result
 from model.config import AdapterConfig
 
 
@@ -130,7 +132,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"model.adapter.init_from: {path}: not a file of tensors ({type(error).__name__}); use safetensors, or a "
             "state_dict saved by torch.save"
         ) from None
-    if isinstance(content, dict) and "tensors" in content:  # a trial's checkpoint: its best weights, or its last ones
-        content = (content.get("kept") or content)["tensors"]
+    if isinstance(content, dict) and "tensors" in content:  # a trial's checkpoint
+        content = with_result(cast(CheckpointState, content))["tensors"]
     named = content.items() if isinstance(content, dict) else ()
     return {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}

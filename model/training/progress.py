@@ -1,7 +1,7 @@
 """What a training has done so far, and which of its epochs is the best one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,14 +17,17 @@ class Objective(NamedTuple):
     metric: str
     maximize: bool
 
-    def best_epoch(self, history: Sequence[tuple[int, Metrics]]) -> int:
-        """Return the epoch with the best finite value; on a tie the earlier one, without any finite value the last."""
-        sign = -1 if self.maximize else 1
-        values = [(sign * metrics[self.metric], epoch) for epoch, metrics in history]
-        return min((value for value in values if math.isfinite(value[0])), default=(0.0, history[-1][0]))[1]
-
 
 LOWEST_LOSS = Objective("loss", maximize=False)
+
+
+def best_epoch(curve: Mapping[int, float], maximize: bool) -> int:
+    """Return the epoch with the best finite value; on a tie the earlier one, without any finite value the last.
+
+    The training and the study choose with it alike.
+    """
+    values = [(-value if maximize else value, epoch) for epoch, value in curve.items() if math.isfinite(value)]
+    return min(values, default=(0.0, max(curve)))[1]
 
 
 @dataclass

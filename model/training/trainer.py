@@ -36,7 +36,7 @@ from model.runtime.system_metrics import SystemMetrics
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.loss_accumulator import LossAccumulator, Step, means
 from model.training.optimizer import make_optimizer, make_schedule
-from model.training.progress import LOWEST_LOSS, Metrics, Objective, Progress
+from model.training.progress import LOWEST_LOSS, Metrics, Objective, Progress, best_epoch
 from model.training.random_state import get_random_state, set_random_state
 from model.training.run_folder import RunFolder
 
@@ -371,7 +371,8 @@ class Trainer:
         progress.ends.append(progress.examples)
         progress.times.append(time.time())
         # The order matters: a checkpoint never lacks its predictions, and `resume` logs an epoch whose line is missing.
-        if self.config.keep == "last" or self.objective.best_epoch(progress.history) == progress.epoch:
+        curve = {epoch: values[self.objective.metric] for epoch, values in progress.history}
+        if self.config.keep == "last" or best_epoch(curve, self.objective.maximize) == progress.epoch:
             self.folder.write_predictions(records, self.labels)
             self._keep_weights()
         self.save()

@@ -34,7 +34,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder to create for predictions.csv and transcript.html.")],
     audio: Annotated[Path | None, typer.Option(help="Folder of the recordings; without it, text only.")] = None,
     kind: Annotated[
-        str | None, typer.Option("--format", help="See `sweep formats`. Left out: guessed from SESSIONS.")
+        str | None, typer.Option("--format", help="See `sweep formats`. Left out: guessed from the sessions.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, as for `sweep prepare`.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting: key=value; repeatable.")] = [],  # noqa: B006

@@ -16,12 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 from data.errors import UserError
 from data.formats import format_rank
 from model.checkpoints.fingerprint import ALLOW, BaseIdentity
-from model.training.progress import Metrics, Objective
+from model.training.progress import Metrics, best_epoch
 from sweep.compat import writable_trial
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import EPOCHS, SearchConfig, Value, whole
+from sweep.config.space import EPOCHS, Value, whole
 from sweep.search import retries, sampler
 from sweep.search.candidates import untrained
 from sweep.search.pruning import better, is_audited, prune
@@ -188,7 +188,7 @@ class StudyStore:
             value = reported[epoch]
         else:
             keeps = keeps_best(self.config, self._params(frozen))
-            if keeps and epoch == best_epoch(reported | {epoch: value}, search):
+            if keeps and epoch == best_epoch(reported | {epoch: value}, search.direction == "maximize"):
                 trial.set_user_attr("kept", {"epoch": epoch, "metrics": metrics})  # before the value that refers to it
             if epoch > max(reported, default=0):  # a repeated report that was lost before is not the latest one
                 trial.set_user_attr("metrics", metrics)
@@ -315,7 +315,8 @@ class StudyStore:
         """Store that a trial has trained to its end; its value is that of the epoch that it keeps."""
         frozen = self._frozen(number)
         is_best, reported = keeps_best(self.config, self._params(frozen)), frozen.intermediate_values
-        value = reported[best_epoch(reported, self.config.search) if is_best else max(reported)]
+        maximize = self.config.search.direction == "maximize"
+        value = reported[best_epoch(reported, maximize) if is_best else max(reported)]
         if math.isfinite(value):
             self.study.tell(frozen.number, value)
         else:
@@ -429,12 +430,6 @@ def horizon(config: Config, params: Mapping[str, Value]) -> int:
 def keeps_best(config: Config, params: Mapping[str, Value]) -> bool:
     """Return whether a trial with these values keeps its best epoch, not its last one."""
     return params.get("train.keep", config.train.keep) == "best"
-
-
-def best_epoch(curve: Mapping[int, float], search: SearchConfig) -> int:
-    """Return the epoch that a trial keeps, as its training chooses it; see `Objective.best_epoch`."""
-    history = [(epoch, {search.metric: value}) for epoch, value in sorted(curve.items())]
-    return Objective(search.metric, search.direction == "maximize").best_epoch(history)
 
 
 def common_fault(trials: Sequence[TrialRecord]) -> str | None:

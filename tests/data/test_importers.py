@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def text_at(where: str, folder: Path) -> str:
         while isinstance(segments, dict):  # the list has other names in other formats
             segments = next(content for content in segments.values() if isinstance(content, dict | list))
         return json.dumps(segments[int(position[9:-1])], ensure_ascii=False)
-    if not position.isdecimal():  # of an annotation, by its name or number
-        return text
+    if name.endswith(".eaf"):  # the id of an annotation
+        return text.split(f'ANNOTATION_ID="{position}"')[1].partition("</ANNOTATION>")[0]
+    if name.endswith(".TextGrid"):  # the number of an interval on its tier
+        tier, _, number = position.removesuffix("]").partition("[")
+        rows = text.split(f'"{tier}"\n')[1].partition('"IntervalTier"')[0]
+        return re.findall(r'^\d+\n\d+\n"((?:[^"]|"")*)"$', rows, flags=re.MULTILINE)[int(number) - 1]
     return text.splitlines()[int(position) - 1]
 
 

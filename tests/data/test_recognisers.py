@@ -142,7 +142,7 @@ def test_shapes_that_resemble_each_other_are_told_apart(name: str, tmp_path: Pat
     assert rows(read(write(tmp_path / "a.json", SHAPED[name]))) == SAID
 
 
-ALONE: dict[str, object] = {  # nobody asked for speakers; all is on the first channel
+ALONE: dict[str, object] = {  # no speakers were asked for; all is on the first channel
     "Deepgram": {"results": {"utterances": [{"start": 1.0, "end": 2.0, "transcript": "hi", "channel": 0}]}},
     "Azure": {"recognizedPhrases": [{"channel": 0, "offset": "PT1S", "nBest": [{"display": "hi"}]}]},
     "OpenAI": {"text": "hi", "words": [{"word": "hi", "start": 1.0, "end": 2.0}]},

@@ -48,7 +48,7 @@ def test_milliseconds_that_are_not_padded_are_counted(tmp_path: Path) -> None:
 
 
 def test_voices_of_one_line_are_separate_turns(tmp_path: Path) -> None:
-    """A voice without a name, or ">>", is somebody else, and nobody knows who."""
+    """A voice without a name, or ">>", is another speaker, whose name is not known."""
     text = "WEBVTT\n\n00:01.000 --> 00:02.000\n<v Ann>hi</v> <v Bob>yo</v>\n\n00:03.000 --> 00:04.000\n<v >who</v>\n"
     assert [row[:2] for row in read(tmp_path / "a.vtt", text)] == [
         ("therapist", "hi"),

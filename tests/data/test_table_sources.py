@@ -15,7 +15,7 @@ from data.corpus.config import CorpusConfig
 from data.corpus.schema import Corpus
 from data.errors import DataError
 from data.importers import guess_format
-from data.importers.base import workbook
+from data.importers.base import extras, workbook
 from data.importers.tables.table import read_table
 
 HEADER = ["conversation", "speaker", "text", "label", "start", "end"]
@@ -157,7 +157,7 @@ def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
     ],
 )
 def test_files_of_other_programs_are_refused_with_the_way(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(workbook.OLD + bytes(600))
+    (tmp_path / name).write_bytes(extras.OLD + bytes(600))
     with pytest.raises(DataError, match=message):
         guess_format(tmp_path / name)
     with pytest.raises(DataError, match="save it as"):

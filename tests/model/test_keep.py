@@ -14,7 +14,7 @@ from model.checkpoints.fingerprint import digest
 from model.checkpoints.warm_start import load_parent
 from model.evaluation.metrics import Record, summarise
 from model.speech_llm.adapter import read_tensors
-from model.training.progress import LOWEST_LOSS, Metrics, Objective
+from model.training.progress import LOWEST_LOSS, Metrics, Objective, best_epoch
 from model.training.run_folder import RunFolder
 from model.training.trainer import fit
 from tests.model.trials import CONFIG, KilledError, Trial, kill_after, same_end
@@ -96,6 +96,6 @@ def test_killed_trial_keeps_the_same_epoch(
     ("losses", "best"), [([2, 1, 3], 2), ([1, 1, 1], 1), ([nan, 2, inf], 2), ([nan, inf], 2), ([3], 1)]
 )
 def test_best_epoch_is_the_first_finite_best(losses: list[float], best: int) -> None:
-    history = [(epoch, {"loss": loss}) for epoch, loss in enumerate(losses, start=1)]
-    assert LOWEST_LOSS.best_epoch(history) == best
-    assert Objective("loss", maximize=True).best_epoch([(epoch, {"loss": -m["loss"]}) for epoch, m in history]) == best
+    curve = dict(enumerate(losses, start=1))
+    assert best_epoch(curve, maximize=False) == best
+    assert best_epoch({epoch: -loss for epoch, loss in curve.items()}, maximize=True) == best

@@ -210,3 +210,9 @@ def test_seed_decides_which_trials_are_audited() -> None:
     assert {numbers[0] for numbers in first} == {4, 5, 6, 7, 8, 9}, "before them there are no peers"
     assert audited(30, 7, 0.1) == [number + step for number in first[7] for step in (0, 10, 20)]
     assert len(audited(6, 0, 0.1)) == 1
+
+
+def test_steps_of_an_axis_hold_for_points() -> None:
+    search = {"space": {"train.warmup": {"low": 0.0, "high": 0.5, "step": 0.1}}, "points": [{"train.warmup": 0.3}]}
+    axis = parse({"name": "a", "search": search}, "a").search.space["train.warmup"]
+    assert [axis.contains(value) for value in (0.0, 0.1, 0.3, 0.5, 0.35, 0.6)] == [True] * 4 + [False] * 2

@@ -12,7 +12,7 @@ from optuna.trial import Trial
 
 from data.errors import UserError
 from sweep.config.files import dump, load
-from sweep.config.schema import Config, parse
+from sweep.config.schema import Config
 from sweep.search.study import Reason, State, StudyStore, TrialRecord, common_fault
 from tests.sweep.common import POINTS, Asked, ask, play, report
 from tests.sweep.stores import every_storage, postgres, pruned, settings, shared_sqlite, storage  # noqa: F401
@@ -493,9 +493,3 @@ def test_equal_failures_are_a_common_fault(trials: list[TrialRecord], is_common:
     assert (message is not None) == is_common
     if trials and is_common and trials[0].reason == "bad data":
         assert "bad data: /runs/x/0001/part-3: no such file" in str(message)
-
-
-def test_steps_of_an_axis_hold_for_points() -> None:
-    search = {"space": {"train.warmup": {"low": 0.0, "high": 0.5, "step": 0.1}}, "points": [{"train.warmup": 0.3}]}
-    axis = parse({"name": "a", "search": search}, "a").search.space["train.warmup"]
-    assert [axis.contains(value) for value in (0.0, 0.1, 0.3, 0.5, 0.35, 0.6)] == [True] * 4 + [False] * 2

@@ -113,4 +113,4 @@ def _spoken(content: str) -> str:
     text = _MARK.sub(" ", _CODE.sub(" ", text))
     text = _UNKNOWN.sub(" ", re.sub(r"[<>()\u201c\u201d]", "", text)).replace("_", " ")
     text = re.sub(r"\s+([.?!,;])", r"\1", " ".join(re.sub(r"@\w+(?::\w+)?", "", text).split())).lstrip(" ,")
-    return text if re.search(r"\w", text) else ""  # only a terminator: laughter, or what nobody understood
+    return text if re.search(r"\w", text) else ""  # only a terminator: laughter, or words that were not understood

@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 from data.errors import DataError, reason
 from data.importers.base.cells import column_key
-from data.importers.base.extras import import_extra
+from data.importers.base.extras import check_package, import_extra
 
 SUFFIXES = (".xlsx", ".xlsm")
 LARGEST = 1 << 30  # bytes of an unpacked workbook; a larger one is no corpus
@@ -19,7 +19,6 @@ SHEET = "sheet"  # column with the name of the sheet, if several sheets are read
 LARGEST_MERGED = 1 << 26  # bytes of an unpacked workbook that may be in memory, for which cells are merged
 LONGEST = datetime.timedelta(days=60)  # a date that is closer to the beginning of Excel's days is a length of time
 HEAD = 20  # rows in which the header is looked for; titles and notes may be above it
-OLD = b"\xd0\xcf\x11\xe0"  # first bytes of workbooks with a password, and of those before Excel 2007
 _MARK = re.compile(rb"<(?:\w+:)?(mergeCell|f)[ />]")
 
 Cells = tuple[object, ...]
@@ -85,15 +84,8 @@ def _marks(path: Path) -> set[bytes]:
     """
     found: set[bytes] = set()
     try:
-        with path.open("rb") as file:
-            if file.read(len(OLD)) == OLD:
-                raise DataError(
-                    f"{path.name}: has a password, or is of Excel before 2007; save it as .xlsx without a password"
-                )
+        size = check_package(path, "Excel", ".xlsx", LARGEST, "; save it as CSV in UTF-8")
         with ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
-            if size > LARGEST:
-                raise DataError(f"{path.name}: unpacks to {size:,} bytes; save it as CSV in UTF-8")
             for name in archive.namelist():
                 if not re.fullmatch(r"xl/worksheets/[^/]+\.xml", name):
                     continue

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import JOIN, Corpus
 from data.errors import DataError, reason
 from data.importers.base.builder import SPEAKERS, UNKNOWN, TurnBuilder
 from data.importers.base.cells import column_key, speaker_key
-from data.importers.base.extras import import_extra
+from data.importers.base.extras import check_package, import_extra
 from data.importers.base.sessions import OtherFormatError, Segment, first_files, read_sessions
 from data.importers.base.tabular import read_text
-from data.importers.base.workbook import OLD
 from data.importers.transcripts.speakers import names_of, split_name
 
 SUFFIXES = (".txt", ".docx")
@@ -237,15 +236,7 @@ def _word(path: Path) -> Iterator[_Row]:
     """
     docx = import_extra("docx", "word", path.name)
     try:
-        with path.open("rb") as file:
-            if file.read(len(OLD)) == OLD:
-                raise DataError(
-                    f"{path.name}: has a password, or is of Word before 2007; save it as .docx without a password"
-                )
-        with ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
-        if size > LARGEST:
-            raise DataError(f"{path.name}: unpacks to {size:,} bytes, which is no transcript; save it as text")
+        check_package(path, "Word", ".docx", LARGEST, ", which is no transcript; save it as text")
         document = docx.Document(str(path))
     except DataError:
         raise

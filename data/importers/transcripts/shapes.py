@@ -17,7 +17,7 @@ Json = Mapping[str, object]
 LINES = "lines"  # key of what a file of JSON lines, or with a list, contains
 TICKS = 10_000_000  # of Azure, in a second
 _DURATION = re.compile(r"P(?:T)?(?:(\d+(?:\.\d+)?)H)?(?:(\d+(?:\.\d+)?)M)?(?:(\d+(?:\.\d+)?)S)?")  # ISO 8601
-NOBODY = ("?", "UU")  # whisper.cpp and Speechmatics write them where they do not know the speaker
+UNKNOWN_SPEAKERS = ("?", "UU")  # whisper.cpp and Speechmatics write them where they do not know the speaker
 
 
 class Shape(NamedTuple):
@@ -72,7 +72,7 @@ def _end(start: Stamp, length: Stamp) -> Stamp:
 def _who(value: object) -> str:
     """Return the name of a speaker; one that is only a number is speaker_0."""
     name = as_text(value)
-    return f"speaker_{name}" if name.isdecimal() else "" if name in NOBODY else name
+    return f"speaker_{name}" if name.isdecimal() else "" if name in UNKNOWN_SPEAKERS else name
 
 
 def _word(text: object, start: object, end: object, speaker: object = None, divisor: float = 1) -> Word:
@@ -226,7 +226,7 @@ def _of_aws(content: Json) -> Iterator[Spoken | None]:
 
 
 def _phrases(words: list[Word], pause: float = 1.0) -> Iterator[Spoken]:
-    """Yield the words of a channel, cut where nobody speaks on it, in s: all of them would be one turn otherwise."""
+    """Yield the words of a channel, cut at its silences, in s: all of them would be one turn otherwise."""
     phrase: list[Word] = []
     for word in words:
         last = phrase[-1].end if phrase else ""

@@ -25,7 +25,7 @@ _RTTM = re.compile(r"SPEAKER\s+(.+)\s+\S+\s+([\d.eE+-]+)\s+([\d.eE+-]+)\s+\S+\s+
 
 
 class Interval(NamedTuple):
-    """When somebody speaks, in seconds."""
+    """When a speaker speaks, in seconds."""
 
     start: float
     end: float
@@ -41,7 +41,7 @@ class Timeline:
         self._longest = max((interval.end - interval.start for interval in self._intervals), default=0.0)
 
     def speaker(self, start: float, end: float) -> str:
-        """Return who speaks most of a time in seconds; "" if nobody does."""
+        """Return who speaks most of a time in seconds; "" if no speaker does."""
         first = bisect_left(self._starts, start - self._longest)
         seconds: dict[str, float] = {}
         for interval in self._intervals[first : bisect_left(self._starts, end)]:
