@@ -1,0 +1,139 @@
+"""Searches that read learning curves from a table: only training is replaced, nothing of a search.
+
+    table = read("six")
+    trace = simulate(table, Product(with_search(table.config, trials=1000), seed=3), budget=24 * table.full)
+    trace.steps_to(table.target(0, 0.05)), trace.regret(12 * table.full)
+
+`Product` is the study of the product with its sampler and its pruning, in memory and without Ray. Whatever `search`
+configures is used, so a variant is a changed configuration. `tests.bench.tables.rivals` has what it is compared with.
+A search is asked for a trial whenever one of SLOTS worker groups is free; a trial that paused costs nothing until it is
+asked for again, and then continues after its last epoch.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+
+from sweep.config.schema import Config
+from sweep.search.study import StudyStore
+from tests.bench.tables.table import Table
+
+SLOTS = 2
+MOST = 2000  # trials, after which a search has failed
+
+
+class Search(Protocol):
+    """What is simulated."""
+
+    def ask(self, running: Sequence[int]) -> tuple[int, Mapping[str, Any]] | None:
+        """Return number and values of the trial to run next, new or paused; None: nothing until a trial reports."""
+
+    def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Take an epoch of a trial; return whether the trial leaves its worker group here."""
+
+    def complete(self, number: int) -> None:
+        """Take the end of a trial."""
+
+
+@dataclass
+class Trace:
+    """What a search did: points of its trials, and steps at which trials had trained to their end."""
+
+    table: Table
+    seed: int  # of the table
+    trials: dict[int, int] = field(default_factory=dict)  # number → point
+    ended: list[tuple[int, int]] = field(default_factory=list)  # steps spent so far, and number
+    spent: int = 0
+
+    def steps_to(self, target: float) -> float:
+        """Return the steps until a trial had ended at a quality; infinite where none did."""
+        quality = self.table.quality(self.seed)
+        return next((float(steps) for steps, number in self.ended if quality[self.trials[number]] >= target), np.inf)
+
+    def winner(self, budget: float = np.inf) -> int | None:
+        """Return the number of the best trial that had ended within a budget, by the value that the search saw."""
+        quality = self.table.quality(self.seed)
+        ended = [number for steps, number in self.ended if steps <= budget]
+        return max(ended, key=lambda number: (quality[self.trials[number]], -number), default=None)
+
+    def regret(self, budget: float = np.inf) -> float:
+        """Return what the winner lacks to the best point of the table."""
+        quality, winner = self.table.quality(self.seed), self.winner(budget)
+        return float(quality.max() - (quality.min() if winner is None else quality[self.trials[winner]]))
+
+    def lost(self) -> float:
+        """Return what the winner lacks to the best of the trials that were started, had all trained to their end."""
+        quality, winner = self.table.quality(self.seed), self.winner()
+        best = max(quality[point] for point in self.trials.values())
+        return float(best - (quality.min() if winner is None else quality[self.trials[winner]]))
+
+
+def simulate(table: Table, search: Search, budget: float, seed: int = 0, share: int = -1) -> Trace:
+    """Run a search until it has spent its budget of steps, or has nothing left to do.
+
+    Args:
+        table: to read from.
+        search: of its space.
+        budget: steps.
+        seed: index of the trainings' seed.
+        share: index of the share of the data.
+    """
+    trace, epochs = Trace(table, seed), dict[int, int]()
+    running = list[int]()
+    while trace.spent < budget and len(trace.trials) < MOST:
+        while len(running) < SLOTS and (asked := search.ask(running)) is not None:
+            number, values = asked
+            trace.trials.setdefault(number, table.index(values))
+            epochs.setdefault(number, 0)
+            running.append(number)
+        if not running:
+            break
+        for number in list(running):
+            point, epoch = trace.trials[number], epochs[number]
+            steps = table.steps_FPE[share, point]
+            trace.spent += int(steps[epoch] - (steps[epoch - 1] if epoch else 0))
+            epochs[number] = epoch = epoch + 1
+            metrics = {
+                table.metric: float(table.values_SFPE[seed, share, point, epoch - 1]),
+                "steps": float(steps[epoch - 1]),
+                "seconds": float(steps[epoch - 1]),
+            }
+            if search.report(number, epoch, metrics):
+                running.remove(number)
+            elif epoch == table.epochs:
+                running.remove(number)
+                search.complete(number)
+                trace.ended.append((trace.spent, number))
+    return trace
+
+
+class Product:
+    """The product's study with its sampler and its pruning."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        config = config.model_copy(update={"seed": seed})
+        self.target = config.search.trials
+        folder = Path(tempfile.gettempdir()) / "no-sweep"
+        self.study = StudyStore(folder, config, optuna.create_study(direction=config.search.direction))
+
+    def ask(self, running: Sequence[int]) -> tuple[int, Mapping[str, Any]] | None:
+        """Ask the study."""
+        return self.study.ask(running, self.target)
+
+    def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Report to the study."""
+        return self.study.report(number, epoch, dict(metrics))
+
+    def complete(self, number: int) -> None:
+        """Tell the study."""
+        self.study.complete(number)
+
+
+def with_search(config: Config, **changed: Any) -> Config:
+    """Return the configuration of a search with other settings under `search`, such as pruning=None."""
+    return config.with_values({f"search.{key}": value for key, value in changed.items()})
