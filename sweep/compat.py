@@ -32,24 +32,25 @@ def writable_trial(study: "Study", frozen: "FrozenTrial") -> "Trial":
 def init_local_ray(scratch: Path, **options: object) -> None:
     """Start Ray on this machine with its files in a folder; `_temp_dir` of ray 2.60.0 has no public name.
 
-    Two processes are left out, which `ray.init` cannot do: the log monitor, which reads what `log_to_driver=False` does
-    not show, and the monitor of the autoscaler, which has no node to add. They take 1.5 CPU-seconds to start.
+    Processes are left out that `ray.init` always starts: the log monitor, which reads what `log_to_driver=False` does
+    not show, the monitor of the autoscaler, which has no node to add, and the dashboard with its HTTP API, which only
+    this process could use. They take 5 CPU-seconds to start.
     """
     import ray
-    from ray._private import parameter
+    from ray._private import parameter, services
 
-    original = parameter.RayParams
+    original, api_server = parameter.RayParams, services.start_api_server
 
     class LeanParams(original):  # type: ignore[misc, valid-type]
         def __init__(self, *args: object, **named: object) -> None:
             super().__init__(*args, **named)
             self.no_monitor, self.include_log_monitor = True, False
 
-    parameter.RayParams = LeanParams
+    parameter.RayParams, services.start_api_server = LeanParams, lambda *args, **named: ("", None)
     try:
         ray.init(address="local", _temp_dir=str(scratch), **options)
     finally:
-        parameter.RayParams = original
+        parameter.RayParams, services.start_api_server = original, api_server
 
 
 def hide_raylet(scratch: Path) -> Callable[[], None]:

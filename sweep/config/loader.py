@@ -6,6 +6,7 @@ read_tree ─► apply_overrides ─► validate
 import contextlib
 import json
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -240,4 +241,6 @@ def _field_names(kind: object, path: Sequence[int | str]) -> list[str]:
         else:
             field = getattr(kind, "model_fields", {}).get(name)
             kind = None if field is None else field.annotation
+            if isinstance(kind, types.UnionType):  # a section that null turns off
+                kind = next((member for member in kind.__args__ if hasattr(member, "model_fields")), kind)
     return list(getattr(kind, "model_fields", {}))

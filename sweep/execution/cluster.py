@@ -40,7 +40,7 @@ def local_or_remote_ray(folder: Path | None = None, warn: Warn = lambda line: No
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or else start a local one.
 
     A local cluster belongs to this process alone: no other program finds it by the address `auto`, and it requires a
-    token that only its own processes have. Its dashboard is on loopback; Ray opens its other ports on all interfaces.
+    token that only its own processes have. It has no dashboard; Ray opens its ports on all interfaces.
 
     Args:
         folder: of a sweep, where the processes of a local cluster are recorded.
@@ -136,9 +136,6 @@ def _start_once(scratch: Path) -> None:
     init_local_ray(
         scratch / RAY,  # Ray lets everybody write into this one, and not into the one around it
         num_cpus=cpus if cpus < (os.cpu_count() or cpus) else None,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=free_port(),
         object_store_memory=512 << 20,
         log_to_driver=False,
         logging_level="ERROR",

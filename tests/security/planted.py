@@ -12,7 +12,7 @@ from tests.sweep.common import Outcome, sweep
 
 NAMES = """MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN HF_TOKEN AWS_ACCESS_KEY_ID
     AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN PGPASSWORD RAY_AUTH_TOKEN""".split()
-LOGS = {"gcs_server.out", "raylet.out", "dashboard.log"}  # of Ray, which must be among the files that are searched
+LOGS = {"gcs_server.out", "raylet.out", "dashboard_agent.log"}  # of Ray, which must be among the searched files
 
 
 def plant() -> dict[str, str]:

@@ -20,6 +20,7 @@ tasks: {clasify: 1, forecast: -1, response: .inf}
 model: {modality: sound, lora: {rank: 0, targets: 3}, adapter: {pool: 8}}
 train: {epochs: a, learning_rate: .nan}
 search:
+  pruning: {keeps: 0.5}
   space:
     train.epochs: {low: 4, high: 2}
     train.warmup: {low: 0.0, high: 0.5, log: true}
@@ -43,6 +44,7 @@ model.lora.targets: 3: input should be a valid list
 model.lora.targets: 3: input should be 'all-linear'
 train.epochs: 'a': input should be a valid integer
 train.learning_rate: nan: input should be a finite number
+search.pruning.keeps: unknown key; did you mean 'keep'?
 search.space.train.epochs: {'low': 4, 'high': 2}: low (4) must be below high (2)
 search.space.train.warmup: {'low': 0.0, 'high': 0.5, 'log': True}: a logarithmic range needs low above 0
 search.space.model.cls: ['none', 'none']: choices must be a list of different values
