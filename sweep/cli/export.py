@@ -15,16 +15,19 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of a trial that `sweep train` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     trial: Annotated[str, typer.Option(help="best, or a trial number.")] = "best",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write all weights, LoRA merged into the LLM, for plain transformers.")
+    ] = False,
     allow_other_base: OtherBaseOption = False,
 ) -> None:
     """Write a trained model: LoRA for PEFT, other weights as safetensors, labels and a model card.
 
-    Only its base models are needed to load it.
+    Only its base models are needed to load it, and nothing with --merged.
     """
     from sweep.export.export import export as write
 
     with console.status("loading the model"):
-        write(folder, trial, out, allow_other_base)
+        write(folder, trial, out, allow_other_base, merged)
     print_line(f"exported: {out}")
 
 

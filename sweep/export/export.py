@@ -14,6 +14,7 @@ from sweep.config.files import load, write
 from sweep.config.paths import shell_command, trial_folder
 from sweep.config.resolve import absolute, resolve
 from sweep.config.version import code_version
+from sweep.export.merged import write_merged
 from sweep.export.model_card import CardFacts, model_card
 from sweep.search.study import StudyStore
 from sweep.search.study_storage import has_study
@@ -30,7 +31,7 @@ class Origin:
     code: str  # version that trained it
 
 
-def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) -> None:
+def export(source: Path, trial: str, out: Path, allow_other_base: bool = False, merged: bool = False) -> None:
     """Write a trial as PEFT adapter, safetensors, YAML, JSON and a model card.
 
     Args:
@@ -38,6 +39,7 @@ def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) 
         trial: number of a sweep's trial, or "best".
         out: the new folder; it is complete, or does not exist.
         allow_other_base: accept that a base model has changed since the training.
+        merged: write all weights, those of the base models included, as plain transformers loads them.
 
     Raises:
         UserError: `out` exists, the trial does not exist, its checkpoint was deleted or cannot be used, or its corpus
@@ -65,12 +67,15 @@ def export(source: Path, trial: str, out: Path, allow_other_base: bool = False) 
         ceilings=ceilings(trained.data.shards, list(trained.model.tasks), ("val",)),
         classes=merge.describe() if (merge := trained.data.shards.merge) else "",
     )
-    card = model_card(trained.model, config, facts)
+    card = model_card(trained.model, config, facts, merged)
     exported = peft_export.ExportSource(
         facts.sweep, facts.trial, facts.corpus, facts.fingerprint, facts.roles, trained.bases
     )
     with new_folder(out) as unfinished:
-        peft_export.write(trained.model, unfinished, exported)
+        if merged:
+            write_merged(trained.model, unfinished)
+        else:
+            peft_export.write(trained.model, unfinished, exported)
         write(absolute(config), unfinished / "config.yaml")  # with absolute paths, so it works in any folder
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 

@@ -13,6 +13,7 @@ from model.speech_llm.speech_llm import SpeechLLM
 from sweep.analysis.predictions import Predictions, interval_of
 from sweep.analysis.view import Column, TableView, to_markdown
 from sweep.config.schema import Config
+from sweep.export.merged_lines import merged_lines
 
 NO_QUALITY = ("train_loss", "seconds", "data_wait")  # what a trial reports beside figures of quality
 TURN = {"text": "as text", "speech": "as audio", "text+speech": "as text and as audio"}
@@ -51,13 +52,14 @@ class CardFacts:
     classes: str = ""  # the codes that each label merges, if `data.codes` is set
 
 
-def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
+def model_card(model: SpeechLLM, config: Config, facts: CardFacts, merged: bool = False) -> str:
     """Return the card in Markdown.
 
     Args:
         model: the exported model.
         config: of its trial.
         facts: about the trial.
+        merged: whether the folder has all weights, see `write_merged`.
     """
     title = facts.sweep + ("" if facts.trial is None else f", trial {facts.trial}")
     return "\n".join(
@@ -74,7 +76,7 @@ def model_card(model: SpeechLLM, config: Config, facts: CardFacts) -> str:
             "",
             _limits(config, facts),
             "",
-            *_commands(model, config),
+            *(_loading(model, config) if merged else _commands(model, config)),
         ]
     )
 
@@ -204,6 +206,23 @@ def _figures(config: Config, facts: CardFacts) -> list[str]:
 def _size(records: Sequence[Record]) -> str:
     sessions = len({record.conversation for record in records})
     return f"{len(records)} items of {format_count(sessions, 'session')}"
+
+
+def _loading(model: SpeechLLM, config: Config) -> list[str]:
+    """Return how a merged model is loaded and scored."""
+    lora = "LoRA is merged into the weights of the LLM. " if model.config.lora.enabled else ""
+    exact = model.config.precision == "float32" and config.model.llm.dtype == "float32"
+    equal = "equal those of the sweep to 1e-4" if exact else "differ from those of the sweep by roundings of bfloat16"
+    return [
+        "## Loading",
+        "",
+        f"This folder holds all weights. {lora}Plain transformers loads it, and the scores {equal}. Other dialogues "
+        "are written piece by piece, too:",
+        "",
+        "```python",
+        *merged_lines(model),
+        "```",
+    ]
 
 
 def _commands(model: SpeechLLM, config: Config) -> list[str]:

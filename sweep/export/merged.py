@@ -1,0 +1,86 @@
+"""A merged model: the LLM with LoRA added to its weights, encoder and adapter, as plain transformers loads them.
+
+config.json, model.safetensors, tokenizer   the LLM, for `AutoModelForCausalLM` and `AutoTokenizer`
+encoder/                                    the encoder, for `AutoModel` and `AutoFeatureExtractor`; absent for text
+speech.safetensors                          the adapter and the learned vectors; absent without either
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from model.checkpoints.peft_export import SPEECH
+from model.encoders.base import SpeechEncoder
+from model.encoders.whisper import WhisperEncoder
+from model.parts import part_of
+from model.speech_llm.speech_llm import SpeechLLM
+
+ENCODER = "encoder"
+# Whisper's decoder is never computed, and AutoModel would draw a missing one at random: it is saved without layers.
+NO_DECODER = {
+    "decoder_layers": 0,
+    "vocab_size": 4,
+    "max_target_positions": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "begin_suppress_tokens": None,
+    "suppress_tokens": None,
+    "forced_decoder_ids": None,
+}
+
+
+def write_merged(model: SpeechLLM, folder: Path) -> None:
+    """Write all weights of a model. Its LoRA layers are merged, so it must not be used afterwards.
+
+    Args:
+        model: a trained model on the CPU or a GPU; the base models that it shares stay as they are.
+        folder: exists.
+    """
+    merged_llm(model.llm).save_pretrained(folder)
+    model.prompt_builder.tokenizer.hf.save_pretrained(folder)
+    if model.encoder is not None:
+        _write_encoder(model.encoder, model.config.encoder.path, folder / ENCODER)
+    names = ("adapter", "tokens")
+    speech = {name: tensor.detach() for name, tensor in model.named_parameters() if part_of(name) in names}
+    if speech:
+        _save(speech, folder / SPEECH)
+
+
+def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
+    """Return an LLM with LoRA added to its weights, computed in copies: other models share the tensors."""
+    if not hasattr(llm, "peft_config"):
+        return llm
+    head = llm.get_output_embeddings()
+    if hasattr(head, "base_layer") and llm.config.tie_word_embeddings:
+        # The update changes the head alone, and the embeddings, which are the same tensor, stay as they are.
+        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+        llm.config.tie_word_embeddings = False
+    merged: PreTrainedModel = llm.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _write_encoder(encoder: SpeechEncoder, path: str, folder: Path) -> None:
+    """Write an encoder with the settings of its published folder, some of which loading has changed."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config.dtype = encoder.model.dtype
+    tensors = dict(encoder.model.state_dict())
+    if isinstance(encoder, WhisperEncoder):
+        config.update(NO_DECODER)
+        width = encoder.width
+        decoder: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (4, width), "embed_positions.weight": (1, width)}
+        decoder |= {f"layer_norm.{name}": (width,) for name in ("weight", "bias")}
+        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= {f"decoder.{name}": torch.zeros(shape) for name, shape in decoder.items()}
+    config.save_pretrained(folder)
+    encoder.extractor.save_pretrained(folder)
+    _save(tensors, folder / "model.safetensors")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, each in its own memory, with the metadata that transformers asks for."""
+    save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})

@@ -1,0 +1,190 @@
+"""Python that loads a merged model with plain transformers and scores labels, for its model card."""
+
+import json
+from collections.abc import Mapping
+
+from data.loading.examples import Example
+from data.loading.tasks import TASKS
+from model.encoders.base import SpeechEncoder
+from model.encoders.whisper import WhisperEncoder
+from model.speech_llm.prompt import CLIP, CLS, END, PromptBuilder, answer_text
+from model.speech_llm.speech_llm import SpeechLLM
+from model.speech_llm.tokenizer import CachedTokenizer
+
+TURNS = (("therapist", "how was your week"), ("client", "so so"))  # of the dialogue that the lines read
+PIECE = 10**9  # numbers from here on stand for pieces of text, beyond the ids of any tokenizer
+VECTORS = {CLIP: "clip", END: "end_of_audio", CLS: "cls"}
+HALF = ".half().float()"  # features of a frozen encoder are rounded, see `model/encoders/frozen_features.py`
+
+
+class _PieceTokenizer(CachedTokenizer):
+    """Gives each piece of text a number in place of its tokens, to write a prompt as text."""
+
+    def __init__(self, tokenizer: CachedTokenizer) -> None:
+        super().__init__(tokenizer.hf)
+        self.pieces: list[str] = []
+
+    def ids(self, text: str) -> list[int]:
+        """Return the number of a piece; none for an empty one."""
+        if not text:
+            return []
+        self.pieces.append(text)
+        return [PIECE + len(self.pieces) - 1]
+
+    def special_ids(self, ids: list[int]) -> list[int]:
+        """Return the number of the text that special tokens are written as."""
+        return self.ids(self.hf.decode(ids)) if ids else []
+
+    def chat_template_ids(self, instruction: str | None) -> tuple[list[int], list[int]]:
+        """Return the numbers of the text before and after the dialogue."""
+        before, after = super().chat_template_ids(instruction)
+        return self.special_ids(before), self.special_ids(after)
+
+
+def merged_lines(model: SpeechLLM) -> list[str]:
+    """Return lines that score the labels of the first task with labels, or else write a reply, for one dialogue."""
+    labelled = [task for task, answers in model.tasks.items() if answers.labels]
+    task = next(iter(labelled or model.tasks))
+    vectors = {name: f'speech["{name}"][None]' for name in ("end_of_audio", "cls") if getattr(model, name) is not None}
+    audio = model.encoder is not None
+    loads = ["AutoFeatureExtractor", "AutoModel"] if audio else []
+    lines = [
+        *(["import soundfile"] if audio else []),
+        "import torch",
+        *(["import torch.nn.functional as F"] if audio else []),
+        *(["from safetensors.torch import load_file"] if audio or vectors else []),
+        f"from transformers import {', '.join([*loads, 'AutoModelForCausalLM', 'AutoTokenizer'])}",
+        "",
+        'folder = "."',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "llm = AutoModelForCausalLM.from_pretrained(folder)",
+        *(_load_encoder(model) if audio else []),
+        *(['speech = load_file(f"{folder}/speech.safetensors")'] if audio or vectors else []),
+        "",
+        "",
+        "def ids(text):",
+        "    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)",
+        "",
+        "",
+        "def embed(text):",
+        "    return llm.get_input_embeddings()(ids(text))",
+        "",
+        "",
+        f"with torch.no_grad(){_autocast(model)}:",
+    ]
+    body = [*(_clip(model) if audio else []), *(f"{name} = {vector}" for name, vector in vectors.items())]
+    body += ["pieces = [", *(f"    {piece}," for piece in _prompt(model, task)), "]", "prompt = torch.cat(pieces)"]
+    if labelled:
+        body += _score(model, task, vectors)
+    else:
+        settings = f"max_new_tokens={model.config.max_new_tokens}, do_sample=False"
+        body += [
+            f"reply = llm.generate(inputs_embeds=prompt[None], {settings})",
+            "print(tokenizer.decode(reply[0], skip_special_tokens=True))",
+        ]
+    return [*lines, *(f"    {line}" for line in body)]
+
+
+def _autocast(model: SpeechLLM) -> str:
+    return ', torch.autocast("cpu", torch.bfloat16)' if model.config.precision == "bfloat16" else ""
+
+
+def _load_encoder(model: SpeechLLM) -> list[str]:
+    """Return the lines that load the encoder; frozen lower layers hand rounded frames to those that train."""
+    lines = [
+        'extractor = AutoFeatureExtractor.from_pretrained(f"{folder}/encoder")',
+        'encoder = AutoModel.from_pretrained(f"{folder}/encoder")',
+    ]
+    if model.frozen_layers:
+        assert model.encoder is not None
+        inside = model.frozen_layers < len(model.encoder.transformer.layers)
+        layer = f"layers[{model.frozen_layers}]" if inside else "layer_norm"
+        rounded = f"lambda _, inputs: (inputs[0]{HALF}, *inputs[1:])"
+        lines.append(f"encoder.encoder.{layer}.register_forward_pre_hook({rounded})")
+    return lines
+
+
+def _clip(model: SpeechLLM) -> list[str]:
+    """Return the lines that turn a clip into embeddings."""
+    encoder, config = model.encoder, model.config.adapter
+    assert encoder is not None
+    weights = {name: f'speech["adapter.{name}.weight"], speech["adapter.{name}.bias"]' for name in ("linear", "out")}
+    rounded = HALF if model.encoder_is_frozen else ""
+    at_frames, at_windows = ("", rounded) if config.kind == "pool" else (rounded, "")
+    conv = f'speech["adapter.conv.weight"], speech["adapter.conv.bias"], {config.stride}'
+    windows = {
+        "pool": f"F.avg_pool1d(frames.T, {config.window}, {config.stride}).T{at_windows}",
+        "stack": f"frames.unfold(0, {config.window}, {config.stride}).transpose(1, 2).flatten(1)",
+        "conv": f"F.gelu(F.conv1d(frames.T, {conv})).T",
+    }
+    project = [f"clip = F.linear(windows, {weights['linear']})"]
+    if config.hidden:
+        project.append(f"clip = F.linear(F.gelu(clip), {weights['out']})")
+    return [
+        'wave, _ = soundfile.read("clip.wav", dtype="float32")  # mono, 16 kHz',
+        f'heard = extractor(wave, sampling_rate=16_000, return_tensors="pt").{encoder.input_name}',
+        *_frames(encoder),
+        f"frames = F.pad(frames.float(), (0, 0, 0, max(0, {config.window} - len(frames)))){at_frames}",
+        f"windows = {windows[config.kind]}",
+        *project,
+    ]
+
+
+def _frames(encoder: SpeechEncoder) -> list[str]:
+    """Return the lines that compute the frames of a clip."""
+    typed = "heard.to(encoder.dtype)"
+    if not isinstance(encoder, WhisperEncoder):
+        return [f"frames = encoder({typed}).last_hidden_state[0]"]
+    count = f"n = -(-len(wave) // {encoder.samples_per_frame})  # of a clip of up to {encoder.window} samples"
+    if encoder.context == "window":
+        return [count, f"frames = encoder.encoder({typed}).last_hidden_state[0, :n]"]
+    return [
+        count,
+        f"hidden = F.gelu(encoder.encoder.conv1({typed}[:, :, : 2 * n + 1]))[:, :, : 2 * n]",
+        "hidden = F.gelu(encoder.encoder.conv2(hidden)).transpose(1, 2) + encoder.encoder.embed_positions.weight[:n]",
+        "for layer in encoder.encoder.layers:",
+        "    hidden = layer(hidden, None)",
+        "frames = encoder.encoder.layer_norm(hidden)[0]",
+    ]
+
+
+def _prompt(model: SpeechLLM, task: str) -> list[str]:
+    """Return the pieces of a prompt, as the model tokenises them, as Python expressions."""
+    pieces = _PieceTokenizer(model.prompt_builder.tokenizer)
+    builder = PromptBuilder(pieces, model.config)
+    builder.start = pieces.special_ids(model.prompt_builder.start)
+    turns = TURNS if TASKS[task].reads == "turn" else TURNS[:1]
+    example = Example(
+        id="example",
+        task=task,
+        conversation="example",
+        speaker=TURNS[-1][0],
+        answer="",
+        subset=None,
+        turns=turns,
+        audio_turn=len(turns) - 1,
+        pcm=None,
+    )
+    ids = builder.prompt(example).ids
+    return [f"embed({json.dumps(pieces.pieces[token - PIECE])})" if token >= 0 else VECTORS[token] for token in ids]
+
+
+def _score(model: SpeechLLM, task: str, vectors: Mapping[str, str]) -> list[str]:
+    """Return the lines that compute the log-probability of each label."""
+    lead = "" if model.config.prompt.format == "chat" else " "
+    answers = {label: lead + answer_text(task, label) for label in model.tasks[task].labels}
+    after = ", cls" if model.config.cls == "after" else ""
+    lines = [
+        "scores = {}",
+        f"for label, text in {json.dumps(answers)}.items():",
+        f"    answer = torch.cat([prompt, embed(text){after}])",
+        "    logits = llm(inputs_embeds=answer[None]).logits[0, len(prompt) - 1 :].float().log_softmax(-1)",
+        "    scores[label] = logits[range(len(ids(text))), ids(text)].sum() + logits[-1, tokenizer.eos_token_id]",
+    ]
+    if model.config.priors == "balanced":
+        counts = [count + 1 for count in model.tasks[task].counts]
+        shares = {
+            label: round(count / sum(counts), 6) for label, count in zip(model.tasks[task].labels, counts, strict=True)
+        }
+        lines.append(f"    scores[label] -= torch.tensor({json.dumps(shares)}[label]).log()  # model.priors balanced")
+    return [*lines, "print(max(scores, key=scores.get))"]
