@@ -15,6 +15,8 @@ NEW_PARTS = ("adapter", "lora", "tokens")  # parts that no pretrained model hold
 # raise it when a saved model changes.
 TINY_VERSION = "2"
 Dtype = Literal["float32", "bfloat16"]
+LayerIndex = Annotated[int, Field(ge=0)]
+Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)]
 
 
 class EncoderConfig(Section):
@@ -27,6 +29,20 @@ class EncoderConfig(Section):
         description="What Whisper computes for a clip. window: 30 s, with the silence behind the clip, as it was "
         "pre-trained. clip: the clip's own frames, which takes less time and gives other frames.",
     )
+    layers: Layers = Field(
+        "last",
+        description="Which layer's output is heard. last: that of the last layer, behind the final norm. N: that of "
+        "layer N, counted from 1; 0: the input of the first layer. [N, M]: of several, side by side. weighted: the sum "
+        "of all, 0 included, with learned weights (SUPERB, arXiv 2105.01051). Layers above those heard are left out.",
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, value: Layers) -> Layers:
+        if isinstance(value, list) and value != sorted(set(value)):
+            raise ValueError("list the layers in ascending order, each once")
+        return value
+
     dropout: Fraction = Field(
         0.0,
         description="Probability of every dropout in the encoder, if it trains. The draws depend on how an optimizer "
@@ -38,18 +54,47 @@ class EncoderConfig(Section):
 
 
 class AdapterConfig(Section):
-    """From encoder frames to LLM embeddings: each window of frames is reduced to one vector and projected."""
+    """From encoder frames to LLM embeddings: the frames are reduced to fewer vectors, which are projected."""
 
-    kind: Literal["pool", "stack", "conv"] = Field(
+    kind: Literal["pool", "stack", "conv", "queries", "merge"] = Field(
         "pool",
-        description="How a window is reduced. pool: the average of its frames. stack: its frames side by side. conv: a "
-        "convolution.",
+        description="How frames are reduced. pool: each window to the average of its frames. stack: to its frames side "
+        "by side. conv: by a convolution. queries: learned queries read them by attention (Q-Former). merge: "
+        "neighbouring frames that are similar are averaged.",
     )
     window: Count = Field(8, description="Number of frames that make one embedding.")
     stride: Count = Field(4, description="Frames between two embeddings (50 frames/s / 4 = 12.5 embeddings/s).")
-    hidden: Annotated[int, Field(ge=0)] = Field(
-        0, description="Width of the hidden layer of an MLP; 0 projects with one linear layer."
+    rate: Positive = Field(
+        12.5, description="Embeddings for a second of audio, of merge, and of queries without a fixed number of them."
     )
+    queries: Count | None = Field(
+        None,
+        description="Number of queries that read a whole clip; null: one query reads each window of 1 / rate seconds.",
+    )
+    query_layers: Count = Field(2, description="Number of layers of queries.")
+    hidden: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Width of the hidden layer of an MLP; 0 projects with one linear layer. Of queries, the width of "
+        "their layers; 0: that of the frames.",
+    )
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether `window` and `stride` say how many embeddings a clip has."""
+        return self.kind in ("pool", "stack", "conv")
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether `rate` says how many embeddings a clip has."""
+        return self.kind == "merge" or (self.kind == "queries" and self.queries is None)
+
+    @property
+    def meaning(self) -> str:
+        """The settings without which the adapter's weights are useless, in words."""
+        if self.has_windows:
+            return f"kind {self.kind}, window {self.window}, stride {self.stride}"
+        return f"kind {self.kind}, " + (f"rate {self.rate:g}" if self.has_rate else f"{self.queries} queries")
+
     init_from: str | None = Field(
         None, description="File of initial weights: safetensors, a torch file, or a trial's checkpoint.pt."
     )
@@ -197,7 +242,7 @@ class ModelConfig(Section):
     def problems(self) -> list[str]:
         """Return violated rules that span several settings, each as a line with the key, the value and the fix."""
         problems = []
-        if self.adapter.stride > self.adapter.window:
+        if self.adapter.has_windows and self.adapter.stride > self.adapter.window:
             problems.append(
                 f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.window "
                 f"({self.adapter.window}), so frames would be skipped; lower it"

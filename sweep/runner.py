@@ -412,13 +412,13 @@ class SweepRunner:
         trial = with_class_weights(trial, shards)
         cached = cached_folders(trial, self.cache)
         mark_used(cached)
-        features, teacher_logits = (None if path is None else str(path) for path in cached)
+        features, logits = tuple(map(str, cached.features)), cached.teacher_logits
         return TrialJob(
             str(folder),
             trial.model_dump_json(),
             choose_reader(resolved),
             features,
-            teacher_logits,
+            None if logits is None else str(logits),
             write_bases(bases),
             self.allow_other_base,
         )

@@ -67,9 +67,10 @@ def add_noise(clip: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.n
     return _pcm16(clip + rng.standard_normal(len(clip)) * np.sqrt(power / 10 ** (snr_db / 10)))
 
 
-def longest_samples(samples: int, config: AugmentConfig) -> int:
-    """Return the number of samples of a clip at the slowest speed, at least the original number."""
-    return max([samples, *(_samples(samples, speed) for speed in config.speeds)])
+def possible_samples(samples: int, config: AugmentConfig) -> tuple[int, int]:
+    """Return the number of samples of a clip at the fastest and at the slowest speed; one may be the original."""
+    possible = [samples, *(_samples(samples, speed) for speed in config.speeds)]
+    return min(size for size in possible if size >= min(samples, MIN_SAMPLES)), max(possible)
 
 
 def _samples(samples: int, speed: float) -> int:

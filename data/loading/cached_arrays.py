@@ -62,9 +62,9 @@ class CacheFile(Generic[Row]):
 
 
 class CacheFolders(NamedTuple):
-    """The cache folders that a trial reads; None: the trial computes the numbers itself, with the same result."""
+    """The cache folders that a trial reads; without one, it computes the numbers itself, with the same result."""
 
-    features: Path | None = None  # of its frozen encoder or encoder layers
+    features: tuple[Path, ...] = ()  # of its frozen encoder or encoder layers, in the order of `feature_specs`
     teacher_logits: Path | None = None  # of the teacher of its distillation
 
 

@@ -30,7 +30,7 @@ class Example:
     turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
     audio_turn: int | None  # index in `turns` of the turn with the clip
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: text only, or features
-    features: np.ndarray | None = None  # cached features instead of the clip, float16 [T, D]
+    features: tuple[np.ndarray, ...] | None = None  # cached features instead of the clip, float16 [T, D] each
     n_samples: int = 0  # of the clip, if `features` are given
     teacher_logits: TeacherLogits | None = None  # cached logits of the teacher
 

@@ -41,14 +41,15 @@ def fetch_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(FETCHES, "fetch")
 
 
-def feature_source(shards: Shards, config: DataConfig, features: FeatureReader) -> Source:
+def feature_source(shards: Shards, config: DataConfig, readers: Sequence[FeatureReader]) -> Source:
     """Read cached features of a frozen encoder, or of its frozen layers, instead of clips."""
 
     def read_with_features(item: Item) -> Example:
         example, row = read_example(shards, item, config, with_audio=False), audio_source_row(shards, item, config)
         if row is None:
             return example
-        return dataclasses.replace(example, features=features.read(row), n_samples=shards.columns["n_samples"][row])
+        features = tuple(reader.read(row) for reader in readers)
+        return dataclasses.replace(example, features=features, n_samples=shards.columns["n_samples"][row])
 
     def read(batches: Batches, seed: AugmentSeed | None = None) -> Generator[Batch, None, None]:
         for batch in batches:

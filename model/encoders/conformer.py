@@ -56,6 +56,9 @@ class Wav2Vec2BertEncoder(PaddedBatchEncoder):
         # The optional feed-forward block follows the layers and is no part of `forward_from_layer`.
         return 0 if self.model.intermediate_ffn else super().frozen_layers
 
+    def _drop_final_norm(self) -> None:
+        self.model.intermediate_ffn = None
+
     def _count_frames(self, n_samples: int) -> int:
         steps = (n_samples - self.WINDOW) // self.HOP + 1
         frames: int = steps // self.extractor.stride

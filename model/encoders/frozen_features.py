@@ -26,7 +26,7 @@ from data.loading.examples import load_clip
 from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import derived_digest, identify, model_digest
 from model.config import ModelConfig
-from model.encoders.base import SpeechEncoder
+from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.loading import load_encoder
 from model.runtime.numerics import trial_numerics
 
@@ -35,10 +35,11 @@ LARGEST = float(torch.finfo(torch.float16).max)
 
 
 class FeatureSpec(NamedTuple):
-    """Which features of a clip are computed."""
+    """Which features of a clip are computed: what the adapter hears, or what the first layer that trains reads."""
 
-    layers: int  # the number of encoder layers; 0: all layers and what follows them
-    pool: tuple[int, int] | None  # window and stride of an average over frames
+    layers: int = 0  # the number of frozen layers below those that train; 0: the adapter hears the features
+    pool: tuple[int, int] | None = None  # window and stride of an average over frames
+    state: int = OUTPUT  # the hidden state that is heard, see `SpeechEncoder`
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FeatureKey(CacheKey):
     """Everything that features depend on, apart from the audio."""
 
     path_field: ClassVar[str] = "encoder"
-    later_fields: ClassVar[dict[str, object]] = {"context": "window"}
+    later_fields: ClassVar[dict[str, object]] = {"context": "window", "state": OUTPUT}
     encoder: str  # Hugging Face id or folder
     digest: str  # of its weights and settings
     dtype: str
@@ -58,26 +59,27 @@ class FeatureKey(CacheKey):
     snr_db: float | None
     version: int = VERSION
     context: Literal["window", "clip"] = "window"  # see `EncoderConfig`
+    state: int = OUTPUT  # see `FeatureSpec`
 
     @property
     def spec(self) -> FeatureSpec:
         """Return which features of a clip are kept."""
-        return FeatureSpec(self.layers, self.pool)
+        return FeatureSpec(self.layers, self.pool, self.state)
 
     @property
     def pass_key(self) -> str:
         """Return a hash that is equal for features that the same forward pass computes."""
-        return replace(self, layers=0, pool=None).key
+        return replace(self, layers=0, pool=None, state=OUTPUT).key
 
 
-def feature_key(model: ModelConfig, data: DataConfig, device: str, layers: int = 0) -> FeatureKey:
-    """Return the cache key of the features of a frozen encoder, or of its frozen `layers`.
+def feature_key(model: ModelConfig, data: DataConfig, device: str, spec: FeatureSpec) -> FeatureKey:
+    """Return the cache key of features of a frozen encoder, or of its frozen layers.
 
     Args:
         model: the configuration of the model.
         data: which audio it hears.
         device: "cpu" or "cuda".
-        layers: see `SpeechLLM.frozen_layers`.
+        spec: one of `SpeechLLM.feature_specs`.
     """
     return FeatureKey(
         encoder=model.encoder.path,
@@ -85,17 +87,29 @@ def feature_key(model: ModelConfig, data: DataConfig, device: str, layers: int =
         dtype=model.encoder.dtype,
         precision=model.precision,
         device=device,
-        layers=layers,
-        pool=pooling(model, layers),
+        layers=spec.layers,
+        pool=spec.pool,
         sound="recorded" if data.sound == "shuffled" else data.sound,
         snr_db=data.snr_db if data.sound == "noisy" else None,
         context=model.encoder.context,
+        state=spec.state,
     )
 
 
-def pooling(model: ModelConfig, layers: int = 0) -> tuple[int, int] | None:
-    """Return window and stride of an adapter whose average over frames is part of a frozen encoder's features."""
-    return (model.adapter.window, model.adapter.stride) if model.adapter.kind == "pool" and not layers else None
+def feature_specs(model: ModelConfig, states: Sequence[int], frozen_layers: int) -> list[FeatureSpec]:
+    """Return what of a clip is computed once: what a frozen encoder yields, or its frozen layers.
+
+    Args:
+        model: the configuration of the model.
+        states: the hidden states that the adapter hears, see `SpeechEncoder.states`.
+        frozen_layers: the number of layers below all that train; 0: nothing in the encoder trains.
+    """
+    if frozen_layers:
+        heard = [state for state in states if OUTPUT != state < frozen_layers]
+        return [FeatureSpec(frozen_layers), *(FeatureSpec(state=state) for state in heard)]
+    adapter = model.adapter
+    pool = (adapter.window, adapter.stride) if adapter.kind == "pool" else None
+    return [FeatureSpec(pool=pool, state=state) for state in states]
 
 
 def encoder_digest(path: str) -> str:
@@ -122,10 +136,13 @@ def clip_features(encoder: SpeechEncoder, pcm: np.ndarray, specs: Sequence[Featu
         pcm: int16 samples at 16 kHz; a clip shorter than one window is padded with zero frames to one window.
         specs: which features to compute.
     """
-    states = encoder.layer_inputs(waveform(pcm), {layers for layers, _ in specs})
+    wave = waveform(pcm)
+    states = encoder.layer_inputs(wave, {layers or state for layers, _, state in specs})
     features = []
-    for layers, pool in specs:
-        frames_FD = states[layers].float()
+    for layers, pool, state in specs:
+        frames_FD = states[layers or state].float()
+        if not layers:
+            frames_FD = frames_FD[: encoder.num_frames(len(wave))]
         if pool is not None:
             window, stride = pool
             padded_FD = F.pad(frames_FD, (0, 0, 0, max(0, window - len(frames_FD))))

@@ -29,7 +29,7 @@ class PaddedBatchEncoder(SpeechEncoder):
         config.mask_time_prob = config.mask_feature_prob = config.layerdrop = 0.0
         config.apply_spec_augment = True
         if not hasattr(model, "masked_spec_embed"):  # pre-trained without SpecAugment: a hidden frame is zero
-            zeros_D = torch.zeros(self.width, device=model.device)
+            zeros_D = torch.zeros(self.state_width, device=model.device)
             model.register_buffer("masked_spec_embed", zeros_D, persistent=False)
         positions = getattr(model.encoder, "embed_positions", None)
         if positions is not None and hasattr(positions, "pe"):
@@ -44,28 +44,30 @@ class PaddedBatchEncoder(SpeechEncoder):
             )
         return super().unsupported_reason(config, extractor)
 
-    def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
-        lengths_B = torch.tensor([self._count_frames(len(clip)) for clip in clips], device=self.device)
-        inputs, valid = self._model_inputs(clips, lengths_B)
+    def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Sequence[int]]:
+        lengths = [self._count_frames(len(clip)) for clip in clips]
+        inputs, valid = self._model_inputs(clips, torch.tensor(lengths, device=self.device))
         hide = {}
         if time_masks is not None:
             hide["mask_time_indices"] = pad_rows([torch.as_tensor(mask) for mask in time_masks]).to(self.device)
         self._reset_position_cache()
         inputs = inputs.to(self.device, self.model.dtype)
-        hidden_BFD = self.model(inputs, attention_mask=valid.long(), **hide).last_hidden_state
-        return hidden_BFD * valid_mask(lengths_B, hidden_BFD.shape[1])[:, :, None], lengths_B
+        hidden_BFD: Tensor = self.model(inputs, attention_mask=valid.long(), **hide).last_hidden_state
+        return hidden_BFD, lengths
 
-    def forward_from_layer(
-        self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int
-    ) -> tuple[Tensor, Tensor]:
-        lengths_B = torch.tensor([self.num_frames(count) for count in n_samples], device=self.device)
-        hidden_BFD = pad_rows(hidden).to(self.device, self.model.dtype)
-        valid_BF = valid_mask(lengths_B, hidden_BFD.shape[1])
+    def _upper_layers(self, hidden_WFD: Tensor, lengths: Sequence[int], start: int) -> Tensor:
+        lengths_W = torch.tensor(lengths, device=self.device)
+        valid_WF = valid_mask(lengths_W, hidden_WFD.shape[1])
         self._reset_position_cache()
-        arguments = self._layer_arguments(hidden_BFD, valid_BF, lengths_B)
+        arguments = self._layer_arguments(hidden_WFD, valid_WF, lengths_W)
         for layer in self.transformer.layers[start:]:
-            hidden_BFD = hidden_states(layer(hidden_BFD, **arguments))
-        return self.final_norm(hidden_BFD) * valid_BF[:, :, None], lengths_B
+            hidden_WFD = hidden_states(layer(hidden_WFD, **arguments))
+        normed_WFD: Tensor = self.final_norm(hidden_WFD)
+        return normed_WFD
+
+    def _clip_frames(self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]) -> Tensor:
+        lengths_W = torch.tensor(lengths, device=self.device)
+        return hidden_WFD * valid_mask(lengths_W, hidden_WFD.shape[1])[:, :, None]
 
     @property
     def transformer(self) -> Transformer:
@@ -124,6 +126,10 @@ class WaveformEncoder(PaddedBatchEncoder):
     def final_norm(self) -> nn.Module:
         norm: nn.Module = self.model.encoder.layer_norm if self.model.config.do_stable_layer_norm else nn.Identity()
         return norm
+
+    def _drop_final_norm(self) -> None:
+        if not isinstance(self.final_norm, nn.Identity):  # otherwise the norm precedes the first layer
+            self.model.encoder.layer_norm = nn.Identity()
 
     def _count_frames(self, n_samples: int) -> int:
         for kernel, stride in self.strides:

@@ -67,17 +67,13 @@ class WhisperEncoder(SpeechEncoder):
         norm: nn.Module = self.model.layer_norm
         return norm
 
-    def forward_from_layer(
-        self, hidden: Sequence[Tensor], n_samples: Sequence[int], start: int
-    ) -> tuple[Tensor, Tensor]:
-        windows = [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._count_frames(self.window))]
-        lengths = [len(window_FD) for window_FD in windows]
-        return self._upper_layers(pad_rows(windows).to(self.device, self.model.dtype), lengths, n_samples, start)
+    def _drop_final_norm(self) -> None:
+        self.model.layer_norm = nn.Identity()
 
-    def _upper_layers(
-        self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int], start: int
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the layers from `start` on over windows of these lengths; return what `forward` does."""
+    def _rows(self, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._count_frames(self.window))]
+
+    def _upper_layers(self, hidden_WFD: Tensor, lengths: Sequence[int], start: int) -> Tensor:
         lengths_W = torch.tensor(lengths, device=self.device)
         mask = None  # where no window is shorter than the others
         if min(lengths) < hidden_WFD.shape[1]:
@@ -85,26 +81,26 @@ class WhisperEncoder(SpeechEncoder):
             mask = create_bidirectional_mask(self.model.config, hidden_WFD, valid_WF)
         for layer in self.transformer.layers[start:]:
             hidden_WFD = layer(hidden_WFD, mask)
-        return self._join_windows(self.final_norm(hidden_WFD), lengths, n_samples)
+        normed_WFD: Tensor = self.final_norm(hidden_WFD)
+        return normed_WFD
 
     def _count_frames(self, n_samples: int) -> int:
         return -(-n_samples // self.samples_per_frame)
 
-    def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
+    def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Sequence[int]]:
         windows = chain(*(cut(clip, self.window) for clip in clips))
         mels = [self._extract(window) for window in windows]
         if time_masks is not None:
             masks = chain(*(cut(mask, self._count_frames(self.window)) for mask in time_masks))
             for mel_MT, mask in zip(mels, masks, strict=True):
                 mel_MT[:, : 2 * len(mask)][:, np.repeat(mask, 2)] = 0.0  # two mel steps make one frame
-        n_samples = [len(clip) for clip in clips]
         if self.context == "clip":
-            return self._encode_clips(mels, n_samples)
+            return self._encode_clips(mels, [len(clip) for clip in clips])
         mels_WMT = torch.as_tensor(np.stack(mels)).to(self.device, self.model.dtype)
-        hidden_WFD = self.model(mels_WMT).last_hidden_state
-        return self._join_windows(hidden_WFD, [hidden_WFD.shape[1]] * len(mels), n_samples)
+        hidden_WFD: Tensor = self.model(mels_WMT).last_hidden_state
+        return hidden_WFD, [hidden_WFD.shape[1]] * len(mels)
 
-    def _encode_clips(self, mels: Sequence[np.ndarray], n_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _encode_clips(self, mels: Sequence[np.ndarray], n_samples: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         """Compute the frames of clips from the mel steps of their windows."""
         lengths = [self._count_frames(len(piece)) for count in n_samples for piece in cut(range(count), self.window)]
         # The frames of a clip read one mel step beyond its own: silence, or the end of the window.
@@ -114,17 +110,15 @@ class WhisperEncoder(SpeechEncoder):
         hidden_WDT = F.gelu(encoder.conv1(mels_WMT))[:, :, : 2 * size]
         hidden_WFD = F.gelu(encoder.conv2(hidden_WDT)).transpose(1, 2) + encoder.embed_positions.weight[:size]
         hidden_WFD = F.dropout(hidden_WFD, encoder.dropout, encoder.training)
-        return self._upper_layers(hidden_WFD, lengths, n_samples, 0)
+        return self._upper_layers(hidden_WFD, lengths, 0), lengths
 
-    def _join_windows(
-        self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return frames_BFD and lengths_B from windows, without the frames of the padding in each last window."""
+    def _clip_frames(self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]) -> Tensor:
+        # The frames of the padding in the last window of each clip are left out.
         counts = [self.num_frames(count) for count in n_samples]
         windows = torch.cat([window_FD[:length] for window_FD, length in zip(hidden_WFD, lengths, strict=True)])
         clips = windows.split([self.num_computed_frames(count) for count in n_samples])
         frames = [clip_FD[:count] for clip_FD, count in zip(clips, counts, strict=True)]
-        return pad_rows(frames), torch.tensor(counts, device=self.device)
+        return pad_rows(frames)
 
 
 def cut(values: Pieces, size: int) -> list[Pieces]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import ConfigError, UserError
-from data.loading.augment import AugmentSeed, longest_samples
+from data.loading.augment import AugmentSeed, possible_samples
 from data.loading.batching import Cost
 from data.loading.examples import clip_samples, read_example
 from data.loading.feature_files import FeatureReader, heard_rows
@@ -54,7 +54,7 @@ class TrialData:
         reader: str = "local",
         *,
         teacher: bool = False,
-        features: Path | None = None,
+        features: Sequence[Path] = (),
         teacher_logits: Path | None = None,
         votes: bool = False,
         select: Select = items,
@@ -69,7 +69,7 @@ class TrialData:
             reader: of the examples, "local" or "ray".
             teacher: whether the losses of the training split need a teacher, which must be able to read the prompts.
                 It reads one example at a time, or has done so before, so it does not affect the batch plan.
-            features: folder with the features of the frozen encoder or layers, to read in place of the audio.
+            features: folders with the features of the frozen encoder or layers, to read in place of the audio.
             teacher_logits: folder with the teacher's logits, to read in place of running the teacher.
             votes: whether the training split is trained on the votes of its annotators.
             select: returns the items of a task in a split.
@@ -90,11 +90,11 @@ class TrialData:
                 f"model.prompt.roles.{unknown[0]}: the corpus has no such role; its roles are "
                 f"{', '.join(sorted(speakers))}"
             )
-        if features is None:
+        if not features:
             source = (local_source if reader == "local" else ray_source)(shards, config, model.config.uses_audio)
         else:
             heard = heard_rows(shards, tuple(model.tasks), config.sound)
-            source = feature_source(shards, config, FeatureReader(features, shards, config, heard))
+            source = feature_source(shards, config, [FeatureReader(f, shards, config, heard) for f in features])
         data = cls(shards, source, {}, 0, 0)
         if votes:
             check_votes(shards, list(model.tasks))
@@ -105,22 +105,36 @@ class TrialData:
                 soft = votes and split == "train"
                 selected.items += of_task
                 selected.targets += vote_targets(shards, of_task, answers.labels) if soft else [None] * len(of_task)
-            for item, target in zip(selected.items, selected.targets, strict=True):
-                example = read_example(shards, item, config, with_audio=False)
-                samples = clip_samples(shards, item, config)
-                measure = model.measure(example, samples, target or ())
-                if split == "train" and (slowest := longest_samples(samples, config.augment)) > samples:
-                    model.measure(example, slowest)  # raises where the longest augmented clip does not fit
-                selected.costs.append(measure.cost)
-                selected.predicted.append(measure.predicted)
-                selected.answers.append(example.answer)
-                data.dropped_turns += measure.dropped_turns
-                data.short_clips += measure.short_clip
+        data._measure(model, config)
         if teacher and "train" in splits:
             inputs = teacher_inputs(model.prompt_builder, model.max_positions, shards, config, list(model.tasks))
             if teacher_logits is not None:
                 data.source = teacher_source(source, TeacherReader(teacher_logits, teacher_files(shards, inputs)))
         return data
+
+    def _measure(self, model: SpeechLLM, config: DataConfig) -> None:
+        """Measure all items; raise MisfitError where an example does not fit, also after augmentation."""
+        possible = {
+            (split, item): possible_samples(samples, config.augment) if split == "train" else (samples, samples)
+            for split, selected in self.splits.items()
+            for item in selected.items
+            if model.config.uses_audio and (samples := clip_samples(self.shards, item, config))
+        }
+        if possible:  # the shortest clip comes first: the adapter's rate may leave none of its frames
+            (_, item), (shortest, _) = min(possible.items(), key=lambda pair: pair[1])
+            model.measure(read_example(self.shards, item, config, with_audio=False), shortest)
+        for split, selected in self.splits.items():
+            for item, target in zip(selected.items, selected.targets, strict=True):
+                example = read_example(self.shards, item, config, with_audio=False)
+                samples = clip_samples(self.shards, item, config)
+                measure = model.measure(example, samples, target or ())
+                if (slowest := max(possible.get((split, item), (0,)))) > samples:
+                    model.measure(example, slowest)
+                selected.costs.append(measure.cost)
+                selected.predicted.append(measure.predicted)
+                selected.answers.append(example.answer)
+                self.dropped_turns += measure.dropped_turns
+                self.short_clips += measure.short_clip
 
     def read(self, split: str, batches: Sequence[Sequence[int]], draw: AugmentSeed | None = None) -> Prefetcher:
         """Return a reader of the examples of batches, which reads ahead once the readers before it are done.

@@ -1,9 +1,11 @@
-"""The adapter: a window of encoder frames becomes one vector, which is projected to the width of the LLM.
+"""The adapter: encoder frames become fewer vectors, which are projected to the width of the LLM.
 
 Average pooling with a linear layer is the adapter of arXiv 2406.05968; stacked frames with a linear layer or an MLP are
-the one of SLAM-ASR (arXiv 2402.08846).
+the one of SLAM-ASR (arXiv 2402.08846). Learned queries are in `queries.py`. Merging joins neighbouring frames that are
+similar, as A-ToMe does between the layers of an encoder (arXiv 2306.16009).
 
-Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the LLM, W frames in a window.
+Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the LLM, W frames in a window, C windows of
+all clips.
 """
 
 from collections.abc import Sequence
@@ -19,29 +21,64 @@ from torch import Tensor, nn
 from data.errors import ConfigError, UnavailableError, listed
 from model.checkpoints.checkpoint import CheckpointState, with_result
 from model.config import AdapterConfig
+from model.encoders.masked_layers import pad_rows, valid_mask
+from model.speech_llm.queries import Queries
 
 
 class Adapter(nn.Module):
     """Map the frames of clips to embeddings of the LLM.
 
-    Only windows inside a clip count, so the embeddings do not depend on the rest of the batch. A clip shorter than one
-    window is padded with zero frames to exactly one.
+    Only frames of the clip count, so its embeddings do not depend on the rest of the batch. Windows that a setting
+    gives lie inside the clip; a clip shorter than one is padded with zero frames to exactly one.
+
+    Args:
+        width_in: of the frames, or of one of the hidden states whose weighted sum they are.
+        width_out: of the embeddings.
+        config: of the adapter.
+        weighted: how many hidden states of the encoder are side by side in the frames, to be summed with learned
+            weights (SUPERB, arXiv 2105.01051); 0: the frames are read as they are.
+        frame_rate: frames of the encoder for a second of audio.
+
+    Raises:
+        ConfigError: there would be more embeddings than frames.
     """
 
-    def __init__(self, width_in: int, width_out: int, config: AdapterConfig) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, config: AdapterConfig, weighted: int = 0, frame_rate: float = 50.0
+    ) -> None:
         super().__init__()
         self.config = config
+        # The weights are the softmax of these, so they start equal.
+        self.layer_weights = nn.Parameter(torch.zeros(weighted)) if weighted else None
+        self.frame_rate = frame_rate
+        if config.has_rate and config.rate > frame_rate:
+            raise ConfigError(
+                f"model.adapter.rate: {config.rate:g} embeddings a second are more than the {frame_rate:g} frames a "
+                "second of the encoder; lower it"
+            )
         self.conv = nn.Conv1d(width_in, width_in, config.window, config.stride) if config.kind == "conv" else None
-        width = width_in * config.window if config.kind == "stack" else width_in
-        self.linear: nn.Module = nn.Linear(width, config.hidden or width_out)
-        self.out = nn.Linear(config.hidden, width_out) if config.hidden else None
+        self.queries: Queries | None = None
+        width, hidden = width_in * config.window if config.kind == "stack" else width_in, config.hidden
+        if config.kind == "queries":
+            width, hidden = hidden or width_in, 0
+            self.queries = Queries(width_in, width, config.queries or 1, config.query_layers)
+        self.linear: nn.Module = nn.Linear(width, hidden or width_out)
+        self.out = nn.Linear(hidden, width_out) if hidden else None
 
     def num_embeddings(self, n_frames: int) -> int:
-        """Return the number of embeddings of a clip of `n_frames` frames."""
+        """Return the number of embeddings of a clip of `n_frames` frames; 0 if `AdapterConfig.rate` leaves none."""
+        if self.config.has_rate:
+            return int(n_frames * self.config.rate / self.frame_rate + 1e-9)
+        if self.config.kind == "queries":
+            return self.config.queries or 0
         return max(0, n_frames - self.config.window) // self.config.stride + 1
 
     def forward(self, frames_BFD: Tensor, lengths_B: Tensor) -> list[Tensor]:
         """Return the embeddings of each clip, [T_i, E], from frames_BFD that are zero beyond lengths_B."""
+        frames_BFD = self._sum_layers(frames_BFD)
+        if not self.config.has_windows:
+            rows = zip(frames_BFD, lengths_B.tolist(), strict=True)
+            return self._embed([row_FD[:length] for row_FD, length in rows])
         missing = self.config.window - frames_BFD.shape[1]
         if missing > 0:
             frames_BFD = F.pad(frames_BFD, (0, 0, 0, missing))
@@ -55,10 +92,37 @@ class Adapter(nn.Module):
         The features are pooled already if the adapter pools, see `model/encoders/frozen_features.py`.
         """
         lengths = [len(clip_TD) for clip_TD in features]
+        if not self.config.has_windows:
+            return self._embed([self._sum_layers(clip_FD) for clip_FD in features])
         if self.config.kind != "pool":
             padded_BFD = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
             return self.forward(padded_BFD, torch.tensor(lengths, device=padded_BFD.device))
-        return list(self._project(torch.cat(list(features))).split(lengths))
+        return list(self._project(self._sum_layers(torch.cat(list(features)))).split(lengths))
+
+    def _embed(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Return the embeddings of clips, [T_i, E] each, from their frames_FD by queries or by merging."""
+        counts = [self.num_embeddings(len(clip_FD)) for clip_FD in clips]
+        if self.queries is None:
+            reduced = [merge_frames(clip_FD, count) for clip_FD, count in zip(clips, counts, strict=True)]
+        elif self.config.queries is not None:
+            lengths_B = torch.tensor(list(map(len, clips)), device=clips[0].device)
+            frames_BFD = pad_rows(clips)
+            reduced = list(self.queries(frames_BFD, valid_mask(lengths_B, frames_BFD.shape[1])))
+        else:
+            frames_CWD, valid_CW = cut_into_windows(clips, counts)
+            reduced = list(self.queries(frames_CWD, valid_CW)[:, 0].split(counts))
+        return list(self._project(torch.cat(reduced)).split(counts))
+
+    def _sum_layers(self, frames: Tensor) -> Tensor:
+        """Return the weighted sum of the hidden states that are side by side, if there are weights."""
+        if self.layer_weights is None:
+            return frames
+        weights = self.layer_weights.softmax(0)
+        states = frames.chunk(len(weights), dim=-1)
+        total = weights[0] * states[0]
+        for weight, state in zip(weights[1:], states[1:], strict=True):
+            total = total + weight * state
+        return total
 
     def _reduce(self, frames_BFD: Tensor) -> Tensor:
         """Return one vector for each window, [B, T, D], or [B, T, W * D] if frames are stacked."""
@@ -73,6 +137,43 @@ class Adapter(nn.Module):
     def _project(self, reduced: Tensor) -> Tensor:
         hidden: Tensor = self.linear(reduced)
         return hidden if self.out is None else self.out(F.gelu(hidden))
+
+
+def merge_frames(frames_FD: Tensor, count: int) -> Tensor:
+    """Return the means of `count` runs of neighbouring frames, [T, D]; there is at least one.
+
+    A run ends where two neighbours are least similar (cosine), at the earlier place if several are equally so. That is
+    what merging the most similar neighbours comes to. The choice is a step function of the frames, so it is made for
+    each clip alone.
+    """
+    with torch.no_grad(), torch.autocast(frames_FD.device.type, enabled=False):
+        units_FD = F.normalize(frames_FD.float(), dim=-1)
+        similarity = (units_FD[1:] * units_FD[:-1]).sum(-1)
+        ends = similarity.argsort(stable=True)[: count - 1].sort().values + 1
+        borders = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(frames_FD))])
+    return torch.segment_reduce(frames_FD, "mean", lengths=borders.diff(), axis=0)
+
+
+def cut_into_windows(clips: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cut clips into windows whose lengths differ by at most a frame.
+
+    Args:
+        clips: frames_FD of each.
+        counts: number of windows of each, from 1 to its number of frames.
+
+    Returns:
+        frames_CWD and the mask_CW of the frames that are inside a window.
+    """
+    device, starts, ends, offset = clips[0].device, [], [], 0
+    for clip_FD, count in zip(clips, counts, strict=True):
+        borders = offset + torch.arange(count + 1, device=device) * len(clip_FD) // count
+        starts.append(borders[:-1])
+        ends.append(borders[1:])
+        offset += len(clip_FD)
+    starts_C, ends_C = torch.cat(starts), torch.cat(ends)
+    longest = max(-(-len(clip_FD) // count) for clip_FD, count in zip(clips, counts, strict=True))
+    index_CW = starts_C[:, None] + torch.arange(longest, device=device)
+    return torch.cat(list(clips))[index_CW.clamp(max=offset - 1)], index_CW < ends_C[:, None]
 
 
 def load_adapter(adapter: Adapter, path: str, partial: bool) -> tuple[set[str], str]:

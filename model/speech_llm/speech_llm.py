@@ -9,6 +9,7 @@ Legend: B examples, F frames, D width of the encoder, T positions of the sequenc
 """
 
 import contextlib
+import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.corpus.audio import waveform
+from data.corpus.schema import SAMPLE_RATE
 from data.errors import ConfigError, MisfitError, UnavailableError
 from data.loading.batching import Cost, groups
 from data.loading.examples import Example
@@ -35,8 +37,8 @@ from model.checkpoints.warm_start import (
     match_names,
 )
 from model.config import ModelConfig
-from model.encoders.base import SpeechEncoder
-from model.encoders.frozen_features import FeatureSpec, clip_features, pooling
+from model.encoders.base import OUTPUT, SpeechEncoder
+from model.encoders.frozen_features import FeatureSpec, clip_features, feature_specs
 from model.encoders.loading import load_encoder
 from model.encoders.spec_augment import draw_time_mask
 from model.parts import check_loaded, part_of, select_trainable
@@ -116,10 +118,11 @@ class SpeechLLM(nn.Module):
         self.adapter: Adapter | None = None
         fixed: set[str] = set()
         if config.uses_audio:
-            encoder = load_encoder(config.encoder.path, device if encodes else "meta", config.encoder.dtype)
-            fixed = {f"encoder.{name}" for name, tensor in encoder.named_parameters() if not tensor.requires_grad}
-            self.encoder = shared_view(encoder)
-            self.adapter = Adapter(encoder.width, embedding.shape[1], config.adapter).to(device)
+            self.encoder, fixed = self._view_encoder(device if encodes else "meta")
+            weighted = len(self.encoder.states) if config.encoder.layers == "weighted" else 0
+            width = self.encoder.state_width if weighted else self.encoder.width
+            rate = self.encoder.frame_rate
+            self.adapter = Adapter(width, embedding.shape[1], config.adapter, weighted, rate).to(device)
         wants_end = config.uses_audio and config.end_of_audio == "learned"
         self.end_of_audio = self._learned_vector() if wants_end else None
         self.cls = self._learned_vector() if config.cls != "none" else None
@@ -129,13 +132,21 @@ class SpeechLLM(nn.Module):
         trained = select_trainable(self, config.patterns, fixed)
         if self.encoder is not None:
             if not encodes and "encoder" in map(part_of, trained):  # its upper layers compute
-                self.encoder = shared_view(load_encoder(config.encoder.path, device, config.encoder.dtype))
+                self.encoder, _ = self._view_encoder(device)
             self.encoder.set_dropout(config.encoder.dropout)
             self.encoder.set_context(config.encoder.context)
         self.bases: dict[str, BaseIdentity] = {**(bases or {}), **({} if device == "meta" else self._identify(encodes))}
         self.allow_other_base = allow_other_base
         self._load_and_freeze(trained)
         self.augment = (0, 0)  # seed and epoch, from which the SpecAugment masks of all clips follow
+
+    def _view_encoder(self, device: str) -> tuple[SpeechEncoder, set[str]]:
+        """Return a view of the encoder with the layers that are heard, and the parameters of it that never train."""
+        config = self.config.encoder
+        loaded = load_encoder(config.path, device, config.dtype)
+        encoder = shared_view(loaded)
+        encoder.set_layers(config.layers)
+        return encoder, {f"encoder.{name}" for name, tensor in loaded.named_parameters() if not tensor.requires_grad}
 
     def _learned_vector(self) -> nn.Parameter:
         """Return a vector [E] that starts at the scale of what the LLM's embedding layer puts out."""
@@ -212,9 +223,11 @@ class SpeechLLM(nn.Module):
 
     def meaning(self) -> dict[str, str]:
         """Return by part the settings under which its tensors were trained and without which they are useless."""
-        adapter, lora = self.config.adapter, self.config.lora
+        adapter, lora, layers = self.config.adapter, self.config.lora, self.config.encoder.layers
+        every = self.encoder is None or self.encoder.states == (OUTPUT,)
+        heard = "" if every else f", encoder layers {layers}"
         return {
-            "adapter": f"kind {adapter.kind}, window {adapter.window}, stride {adapter.stride}",
+            "adapter": adapter.meaning + heard,
             "lora": f"scale {lora.scale:.6g}, DoRA {lora.dora}",
         }
 
@@ -222,6 +235,12 @@ class SpeechLLM(nn.Module):
     def encoder_is_frozen(self) -> bool:
         """Whether there is an encoder of which no parameter trains."""
         return self.encoder is not None and "encoder" not in self.trained_parts
+
+    @property
+    def feature_specs(self) -> list[FeatureSpec]:
+        """What of a clip is computed once for all trials, if the encoder or its lower layers are frozen."""
+        assert self.encoder is not None
+        return feature_specs(self.config, self.encoder.states, self.frozen_layers)
 
     @property
     def has_own_encoder(self) -> bool:
@@ -285,6 +304,12 @@ class SpeechLLM(nn.Module):
             assert self.adapter is not None
             frames = self.encoder.num_frames(n_samples)
             clip = self.adapter.num_embeddings(frames)
+            if not clip:
+                rate, least = self.config.adapter.rate, math.ceil(100 * self.adapter.frame_rate / frames) / 100
+                raise MisfitError(
+                    f"utterance {example.id}: model.adapter.rate {rate:g} leaves no frame of its clip of "
+                    f"{n_samples / SAMPLE_RATE:.2f} s; set it to at least {least:g}, or leave out such short clips"
+                )
             positions += clip - 1  # one placeholder is replaced
             # A frozen encoder computes clip by clip and mostly once for all trials: its frames do not count in batches.
             encoder_frames = 0 if self.encoder_is_frozen else self.encoder.num_computed_frames(n_samples)
@@ -299,7 +324,7 @@ class SpeechLLM(nn.Module):
             cost=cost,
             predicted=answer.predicted,
             dropped_turns=prompt.dropped_turns,
-            short_clip=0 < frames < self.config.adapter.window,
+            short_clip=self.config.adapter.has_windows and 0 < frames < self.config.adapter.window,
         )
 
     def prompts(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -316,33 +341,36 @@ class SpeechLLM(nn.Module):
         assert self.adapter is not None
         assert self.encoder is not None
         if self.encoder_is_frozen:
-            return self.adapter.project([self._frozen_features(example) for example in examples])
+            return self.adapter.project([torch.cat(self._frozen_features(example), dim=-1) for example in examples])
         embeddings: dict[int, Tensor] = {}
         costs = [self.encoder.num_computed_frames(_n_samples(example)) for example in examples]
-        for group in groups(costs, self.pad_tolerance):
+        # Which frames are merged is a step function of the frames, which differ in the last digits in another batch.
+        alone = self.config.adapter.kind == "merge"
+        for group in [[index] for index in range(len(costs))] if alone else groups(costs, self.pad_tolerance):
             embeddings |= zip(group, self._encode([examples[index] for index in group]), strict=True)
         return [embeddings[index] for index in range(len(examples))]
 
-    def _frozen_features(self, example: Example) -> Tensor:
-        """Return features_TD of the frozen encoder or of its frozen layers.
+    def _frozen_features(self, example: Example) -> list[Tensor]:
+        """Return features_TD of the frozen encoder or of its frozen layers, for each of `feature_specs`.
 
         They are read from the cache or computed, and rounded in the same way, so a trial gets the same bits.
         """
         assert self.encoder is not None
         if example.features is not None:
-            return on_device(example.features, self.device).float()
+            return [on_device(features, self.device).float() for features in example.features]
         assert example.pcm is not None, "items() selects utterances with audio"
-        spec = FeatureSpec(self.frozen_layers, pooling(self.config, self.frozen_layers))
-        return clip_features(self.encoder, example.pcm, [spec])[0].float()
+        return [features.float() for features in clip_features(self.encoder, example.pcm, self.feature_specs)]
 
     def _encode(self, examples: Sequence[Example]) -> list[Tensor]:
         """Return the embeddings of clips from an encoder of which at least the upper layers train, in one batch."""
         assert self.encoder is not None
         assert self.adapter is not None
         if self.frozen_layers:
-            hidden = [self._frozen_features(example) for example in examples]
+            (start, *_), *heard = self.feature_specs
+            hidden, *states = zip(*map(self._frozen_features, examples), strict=True)
+            lower = {spec.state: frames for spec, frames in zip(heard, states, strict=True)}
             n_samples = list(map(_n_samples, examples))
-            frames_BFD, lengths_B = self.encoder.forward_from_layer(hidden, n_samples, self.frozen_layers)
+            frames_BFD, lengths_B = self.encoder.forward_from_layer(hidden, n_samples, start, lower)
         else:
             waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
             assert len(waves) == len(examples)

@@ -11,7 +11,7 @@ class TrialJob:
     folder: str  # of the trial
     config: str  # JSON of the trial's `ResolvedConfig`
     reader: Literal["local", "ray"]
-    features: str | None  # folder of cached encoder features; None: the trial computes them itself
+    features: tuple[str, ...]  # folders of cached encoder features; none: the trial computes them itself
     teacher_logits: str | None  # folder of cached teacher logits; None: the trial computes them itself
     bases: str = "{}"  # JSON of the base models that the driver found, by setting; see `BaseIdentity`
     allow_other_base: bool = False  # whether a checkpoint of another base model may be continued

@@ -87,7 +87,7 @@ def build(
         config.model,
         answers,
         device,
-        encodes=cached.features is None,
+        encodes=not cached.features,
         bases=expected,
         allow_other_base=allow_other_base,
     )
@@ -150,7 +150,8 @@ def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> b
         raise UnavailableError(
             "resources.gpus_per_worker: this worker finds no CUDA device; install a driver, or set it to 0"
         )
-    cached = CacheFolders(*(Path(name) if name else None for name in (job.features, job.teacher_logits)))
+    logits = Path(job.teacher_logits) if job.teacher_logits else None
+    cached = CacheFolders(tuple(map(Path, job.features)), logits)
     try:
         run_trial(
             config, folder, report, job.reader, device, interrupted, cached, read_bases(job.bases), job.allow_other_base

@@ -45,21 +45,21 @@ class CacheKind(ABC, Generic[Row, Key]):
     name: ClassVar[str]  # its folder in a cache
     axes: ClassVar[tuple[str, ...]]  # prefixes of the settings that decide which numbers a trial reads
 
-    def request(
+    def requests(
         self, config: ResolvedConfig, cache: Path, sweep: Config | None = None
-    ) -> CacheRequest[Row, Key] | None:
-        """Return what a trial may read; None if it must compute the numbers itself.
+    ) -> list[CacheRequest[Row, Key]]:
+        """Return what a trial may read; nothing if it must compute the numbers itself.
 
         Args:
             config: of the trial.
             cache: folder of the cache.
             sweep: whose other trials may read the same key; None: what the trial reads by itself.
         """
-        key = self.key(config)
-        if key is None:
-            return None
-        folder = cache / self.name / key.key
-        return CacheRequest(self, key, folder, self.files(config, folder, sweep), config)
+        folders = {cache / self.name / key.key: key for key in self.keys(config)}
+        return [
+            CacheRequest(self, key, folder, self.files(config, folder, sweep), config)
+            for folder, key in folders.items()
+        ]
 
     def identity(self, request: CacheRequest[Row, Key]) -> Hashable:
         """Return a value that is equal for requests that `merged` makes one of."""
@@ -74,12 +74,12 @@ class CacheKind(ABC, Generic[Row, Key]):
         return list(requests)
 
     @abstractmethod
-    def key(self, config: ResolvedConfig) -> Key | None:
-        """Return the cache key of a trial; None if it cannot use cached numbers."""
+    def keys(self, config: ResolvedConfig) -> list[Key]:
+        """Return the cache keys of a trial in the order of reading; none if it cannot use cached numbers."""
 
     @abstractmethod
     def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[Row]]:
-        """Return all files of a trial that has a key; see `request`."""
+        """Return all files of a trial that has a key; see `requests`."""
 
     @abstractmethod
     def pass_key(self, request: CacheRequest[Row, Key]) -> str:
@@ -104,8 +104,12 @@ class CacheKind(ABC, Generic[Row, Key]):
         """Return an estimate of the disk space of some files."""
 
     @abstractmethod
-    def describe(self, key: Key, config: ResolvedConfig) -> str:
-        """Return a phrase that names the numbers and their model."""
+    def describe(self, keys: Sequence[Key], config: ResolvedConfig) -> str:
+        """Return a phrase that names the numbers and their model; the keys differ in nothing that `topic` has."""
+
+    def topic(self, key: Key) -> Key:
+        """Return what is equal for keys that one line describes."""
+        return key
 
     @abstractmethod
     def format_size(self, size: int) -> str:

@@ -9,7 +9,7 @@ from data.loading.cached_arrays import CacheFile
 from data.loading.examples import clip_samples
 from data.loading.feature_files import BYTES_PER_VALUE, files_with, heard_rows, missing_runs
 from data.loading.tasks import items
-from model.encoders.base import SpeechEncoder
+from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.frozen_features import FeatureJob, FeatureKey, feature_key
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig
@@ -33,6 +33,7 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
         "model.encoder.path",
         "model.encoder.dtype",
         "model.encoder.context",
+        "model.encoder.layers",
         "model.encoder.dropout",
         "model.encoder.spec_augment",
         "model.adapter.kind",
@@ -48,18 +49,19 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
         "data.augment.noise_db",
     )
 
-    def key(self, config: ResolvedConfig) -> FeatureKey | None:
-        """Return the key of the features that a trial may read in place of audio.
+    def keys(self, config: ResolvedConfig) -> list[FeatureKey]:
+        """Return the keys of the features that a trial may read in place of audio.
 
         None if its encoder trains from the first layer on, or if the audio or the frozen layers vary at random.
         """
         augment = config.data.augment
         if config.storage.features == "live" or not config.model.uses_audio or augment.speeds or augment.noise_db:
-            return None
+            return []
         model = _skeleton(config)
         if model.has_own_encoder or not (model.encoder_is_frozen or model.frozen_layers):
-            return None
-        return feature_key(config.model, config.data, config.resources.device, model.frozen_layers)
+            return []
+        device = config.resources.device
+        return [feature_key(config.model, config.data, device, spec) for spec in model.feature_specs]
 
     def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[int]]:
         """Return the files with the clips that the trial hears, or that other trials of its sweep may hear."""
@@ -109,8 +111,8 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
 
     def work(self, request: FeatureRequest, size: int) -> float:
         """Return frames times the parameters of the layers that are computed."""
-        encoder, layers = _encoder(request.config), request.key.layers
-        unused = (*encoder.transformer.layers[layers:], encoder.final_norm) if layers else ()
+        encoder, layers = _encoder(request.config), request.key.layers or request.key.state
+        unused = (*encoder.transformer.layers[layers:], encoder.final_norm) if layers != OUTPUT else ()
         above = {id(parameter) for module in unused for parameter in module.parameters()}
         used = sum(parameter.numel() for parameter in encoder.parameters() if id(parameter) not in above)
         return size / SAMPLE_RATE * FRAME_RATE * used
@@ -129,11 +131,19 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
         count = encoder.num_computed_frames if request.key.layers else encoder.num_frames
         frames = [count(size) for file in files for size in file.sizes]
         lengths = frames if request.key.pool is None else map(model.adapter.num_embeddings, frames)
-        return sum(lengths) * encoder.width * BYTES_PER_VALUE
+        return sum(lengths) * encoder.state_width * BYTES_PER_VALUE
 
-    def describe(self, key: FeatureKey, config: ResolvedConfig) -> str:
+    def topic(self, key: FeatureKey) -> FeatureKey:
+        """Return the key without the hidden state."""
+        return replace(key, state=OUTPUT)
+
+    def describe(self, keys: Sequence[FeatureKey], config: ResolvedConfig) -> str:
         """Return the encoder, its layers, the pooling and the audio."""
-        layers = f" up to layer {key.layers} of {len(_encoder(config).transformer.layers)}" if key.layers else ""
+        key, count = keys[0], _encoder(config).n_layers
+        heard = sorted(count if key.state == OUTPUT else key.state for key in keys)
+        layers = f" up to layer {key.layers} of {count}" if key.layers else ""
+        if heard != [count]:
+            layers = f", layer{'s' if len(heard) > 1 else ''} {', '.join(map(str, heard))} of {count}"
         pooling = "" if key.pool is None else ", pooled by {} / {}".format(*key.pool)
         audio = "" if key.sound == "recorded" else f", {key.sound} audio"
         return f"features of {model_name(key.encoder)}{layers}{pooling}{audio}"

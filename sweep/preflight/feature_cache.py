@@ -74,11 +74,14 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
         combinations = candidates(config, options, MAX_COMBINATIONS)
         for combination in combinations:
             trial = resolve_candidate(config, combination.values)
-            request: AnyRequest | None = None if trial is None else kind.request(trial, cache, config)
-            if request is not None:
+            found: list[AnyRequest] = [] if trial is None else [*kind.requests(trial, cache, config)]
+            deepest = max(found, key=lambda request: request.kind.work(request, 1), default=None)
+            for request in found:
                 name = kind.identity(request)
                 first, share = shares.get(name, WeightedRequest(request, 0.0))
-                shares[name] = WeightedRequest(kind.merged(first, request), share + 1 / len(combinations))
+                # One pass gives a trial all that it reads, so only the deepest request counts.
+                share += (request is deepest) / len(combinations)
+                shares[name] = WeightedRequest(kind.merged(first, request), share)
     return list(shares.values())
 
 
@@ -95,32 +98,38 @@ def _options(key: str, axis: Axis) -> Sequence[Value]:
 
 
 def cached_folders(config: ResolvedConfig, cache: Path) -> CacheFolders:
-    """Return the folders that a trial reads; None for a kind that it does not use or whose files are not complete."""
-    features, logits = ENCODER_FEATURES.request(config, cache), TEACHER_LOGITS.request(config, cache)
-    return CacheFolders(
-        None if features is None or features.missing else features.folder,
-        None if logits is None or logits.missing else logits.folder,
-    )
+    """Return the folders that a trial reads; none of a kind that it does not use or whose files are not complete."""
+    features = ENCODER_FEATURES.requests(config, cache)
+    logits = [request.folder for request in TEACHER_LOGITS.requests(config, cache) if not request.missing]
+    complete = not any(request.missing for request in features)
+    return CacheFolders(tuple(request.folder for request in features) if complete else (), *logits)
 
 
 def mark_used(folders: CacheFolders) -> None:
     """Record that a trial reads these folders now: `sweep cache prune` deletes what was not used for long."""
-    for folder in filter(None, folders):
+    for folder in filter(None, (*folders.features, folders.teacher_logits)):
         (folder / ABOUT).touch()
 
 
-def describe(request: AnyRequest) -> str:
-    """Return a line about what is computed, its size, and how much of it is missing."""
-    kind, files, missing = request.kind, request.files, request.missing
-    state = f"{len(missing)} of {len(files)} files to compute" if missing else "already computed"
-    size = f"{kind.format_size(sum(file.size for file in files))}, {format_bytes(kind.bytes(request, files))}"
-    return f"feature cache: {kind.describe(request.key, request.config)}: {size}, shared by all trials; {state}"
+def describe(requests: Sequence[AnyRequest]) -> Iterator[str]:
+    """Yield lines about what is computed, its size on the disk, and how much of it is missing."""
+    topics: dict[Hashable, list[AnyRequest]] = {}
+    for request in requests:
+        topics.setdefault(request.kind.topic(request.key), []).append(request)
+    for group in topics.values():
+        first, kind = group[0], group[0].kind
+        files, missing = sum(len(r.files) for r in group), sum(len(r.missing) for r in group)
+        state = f"{missing} of {files} files to compute" if missing else "already computed"
+        size = kind.format_size(max(sum(file.size for file in request.files) for request in group))
+        disk = format_bytes(sum(kind.bytes(request, request.files) for request in group))
+        named = kind.describe([request.key for request in group], first.config)
+        yield f"feature cache: {named}: {size}, {disk}, shared by all trials; {state}"
 
 
 def preview(config: ResolvedConfig, cache: Path, trials: int) -> Iterator[str]:
     """Yield lines about what `precompute` would do, without computing anything; see there for the arguments."""
     for group in _forward_passes(config, cache):
-        yield from (describe(request) for request, _ in group)
+        yield from describe([request for request, _ in group])
         lacking = [weighted for weighted in group if weighted.request.missing]
         if lacking and (reason_not := _why_skipped(lacking, _epochs(config, trials))):
             yield reason_not
@@ -208,7 +217,7 @@ def _why_skipped(group: Sequence[WeightedRequest], total_epochs: float) -> str |
         return None
     request = group[0].request
     return (
-        f"feature cache: not computed: {request.kind.describe(request.key, request.config)} would cost more than it "
+        f"feature cache: not computed: {request.kind.describe([request.key], request.config)} would cost more than it "
         f"saves, since the trials that are left need {100 * repeats:.0f} % of it; they compute it themselves"
     )
 
@@ -246,8 +255,8 @@ def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) ->
     if not group:
         return  # another sweep has computed the rest while this one waited for the locks
     requests = [weighted.request for weighted in group]
-    for request in requests:
-        log(describe(request))
+    for line in describe(requests):
+        log(line)
     _check_free_space(requests)
     first = requests[0]
     kind, resources = first.kind, first.config.resources

@@ -261,6 +261,6 @@ def _key(run: DryRun, nodes: Nodes) -> str:
 
     kinds = sorted({repr(permanent(node)) for node in nodes})
     trial = config.model_dump(mode="json", exclude={"name": True, "search": True, "storage": True, "seed": True})
-    cached = sorted(folder is not None for folder in run.cached)
+    cached = sorted(map(bool, run.cached))
     content = [trial, cached, kinds, open_shards(config).fingerprint, code_version()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -53,7 +53,7 @@ class TeacherLogitsKind(CacheKind[Item, TeacherKey]):
         "tasks.",
     )
 
-    def key(self, config: ResolvedConfig) -> TeacherKey | None:
+    def keys(self, config: ResolvedConfig) -> list[TeacherKey]:
         """Return the key of the logits that a trial may read in place of running a teacher.
 
         None if the trial has no teacher, or if it also needs the teacher's hidden states: they would take E numbers a
@@ -61,12 +61,12 @@ class TeacherLogitsKind(CacheKind[Item, TeacherKey]):
         """
         losses = config.train.losses
         if config.storage.features == "live" or not losses.distillation or losses.hidden:
-            return None
+            return []
         try:
             _teacher_inputs(config)
         except (ConfigError, MisfitError):
-            return None  # such a trial fails with this error if it is drawn
-        return teacher_key(config.model, losses.temperature, config.resources.device)
+            return []  # such a trial fails with this error if it is drawn
+        return [teacher_key(config.model, losses.temperature, config.resources.device)]
 
     def files(self, config: ResolvedConfig, folder: Path, sweep: Config | None) -> list[CacheFile[Item]]:
         """Return the files of the training split."""
@@ -97,8 +97,9 @@ class TeacherLogitsKind(CacheKind[Item, TeacherKey]):
         inputs = _teacher_inputs(request.config).inputs
         return BYTES_PER_TOKEN * sum(inputs[item].predicted for file in files for item in file.rows)
 
-    def describe(self, key: TeacherKey, config: ResolvedConfig) -> str:
+    def describe(self, keys: Sequence[TeacherKey], config: ResolvedConfig) -> str:
         """Return the teacher and its temperature."""
+        [key] = keys
         temperature = "" if key.temperature == 1 else f" at temperature {key.temperature:g}"
         return f"teacher logits of {model_name(key.llm)}{temperature}"
 

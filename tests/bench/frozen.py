@@ -30,7 +30,7 @@ def distillation() -> Row:
     """A distillation step on text; takes about a minute."""
     alone = settings(**{"model.modality": "text", "data.history": 3, "train.batch_size": 4})
     distilled = alone.with_values({"train.losses.distillation": 1.0})
-    logits = compute(TEACHER_LOGITS.request(distilled, CACHE)).folder
+    [logits] = compute(TEACHER_LOGITS.requests(distilled, CACHE))
     models = {"alone": trainer(alone), "read": trainer(distilled, teacher_logits=logits), "live": trainer(distilled)}
     taken = in_turns({name: epoch_starts(model, 1) for name, model in models.items()}, PAIRS)
     medians = {name: 1000 * statistics.median(cost.cpu for cost in costs) for name, costs in taken.items()}
@@ -43,13 +43,12 @@ def distillation() -> Row:
 
 def compare(name: str, config: Config, goal: float | None = None) -> Row:
     """A step that reads what is frozen against one that computes it."""
-    request = ENCODER_FEATURES.request(config, CACHE)
-    assert request is not None
-    missing, started = request.missing, time.monotonic()
-    compute(request)
+    requests = ENCODER_FEATURES.requests(config, CACHE)
+    missing, started = requests[0].missing, time.monotonic()
+    folders = compute(requests)
     size = ENCODER_FEATURES.format_size(sum(file.size for file in missing))
     took = f"; {size} in {time.monotonic() - started:.0f} s" if missing else ""
-    live, read = (trainer(config, features) for features in (None, request.folder))
+    live, read = (trainer(config, features) for features in ((), folders))
     works = [epoch_starts(trained, STEPS) for trained in (live, read)]
     taken = [[work() for work in works] for _ in range(ROUNDS + 1)][1:]  # the first round warms up
     medians = [1000 * statistics.median(seconds) for seconds in zip(*taken, strict=True)]

@@ -60,10 +60,11 @@ def rows(llm: Path, encoder: Path) -> list[Row]:
         }
     )
     started = time.monotonic()
-    request = compute(ENCODER_FEATURES.request(config, CACHE))
-    size = ENCODER_FEATURES.format_size(sum(file.size for file in request.files))
+    requests = ENCODER_FEATURES.requests(config, CACHE)
+    folders = compute(requests)
+    size = ENCODER_FEATURES.format_size(sum(file.size for file in requests[0].files))
     computed = f"feature cache: {size} in {time.monotonic() - started:.0f} s"
-    trainers = [trainer(config, features, device=DEVICE) for features in (request.folder, None)]
+    trainers = [trainer(config, features, device=DEVICE) for features in (folders, ())]
     taken = [measure(trained) for trained in trainers]
     notes = [computed, format_equal(*trainers, (ROUNDS + 1) * STEPS)]
     rate = matrix_rate()

@@ -46,7 +46,7 @@ def start(kind: str, storage: str) -> None:
     group = worker_group_class("tests.bench.groups:fit", scaling, storage, stop_event)
     if kind == "public":
         group.trainer = torch_trainer
-    actor = ray.remote(num_cpus=0)(group).remote(config={"job": TrialJob("", "", "local", None, None)})
+    actor = ray.remote(num_cpus=0)(group).remote(config={"job": TrialJob("", "", "local", (), None)})
     assert ray.get(actor.train.remote())["finished"]
     ray.get(actor.stop.remote())
     ray.kill(actor)

@@ -4,7 +4,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +105,24 @@ def settings(**changed: Any) -> Config:
     return resolve(load("annomi").with_values(values | changed))
 
 
-def compute(request: AnyRequest | None) -> AnyRequest:
-    """Compute the missing files of a request in this process, and return the request."""
-    assert request is not None
-    for job in request.kind.jobs([request], request.missing):
+def compute(requests: Sequence[AnyRequest]) -> tuple[Path, ...]:
+    """Compute the missing files of requests of one forward pass in this process, and return their folders."""
+    files = {file.name: file for request in requests for file in request.missing}
+    for job in requests[0].kind.jobs(requests, list(files.values())) if files else ():
         job()
-    return request
+    return tuple(request.folder for request in requests)
 
 
 def trainer(
     config: Config,
-    features: Path | None = None,
+    features: Sequence[Path] = (),
     teacher_logits: Path | None = None,
     device: str = "cpu",
     splits: tuple[str, ...] = ("train",),
 ) -> Trainer:
     """Return a trainer whose model has just been made."""
     seed_everything(0)
-    model, data = build(config, "local", splits, device, CacheFolders(features, teacher_logits))
+    model, data = build(config, "local", splits, device, CacheFolders(tuple(features), teacher_logits))
     return Trainer(model, data, config.train, config.tasks, 0, Path(tempfile.mkdtemp()))
 
 

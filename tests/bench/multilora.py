@@ -38,7 +38,7 @@ def compare(name: str, count: int) -> Row:
     # The frames and the width of HuBERT-base, at little cost: its output is read from files here.
     encoder = str(hubert(num_hidden_layers=1, intermediate_size=64, conv_dim=(32,) * 7))
     base = settings(**{"model.encoder.path": encoder, "train.batch_size": items, "data.history": turns})
-    features = compute(ENCODER_FEATURES.request(base, CACHE)).folder
+    features = compute(ENCODER_FEATURES.requests(base, CACHE))
     values = [{"model.lora.rank": rank, "train.learning_rate": 1e-3 * n} for n, rank in enumerate(RANKS[:count], 1)]
     alone, joint = ([trainer(base.with_values(changed), features) for changed in values] for _ in range(2))
     llm = joined(joint, items)

@@ -87,7 +87,7 @@ def table(config: Config) -> dict[str, Curve]:
         if (name := key(point)) in curves:
             continue
         trial, curve = config.for_trial(point), list[dict[str, Any]]()
-        features = compute(ENCODER_FEATURES.request(trial, CACHE)).folder if trial.model.uses_audio else None
+        features = compute(ENCODER_FEATURES.requests(trial, CACHE)) if trial.model.uses_audio else ()
         model, data = build(trial, "local", ("train", "val"), "cpu", CacheFolders(features))
         with tempfile.TemporaryDirectory() as folder:
             report = lambda _, metrics, curve=curve: curve.append(metrics)  # noqa: E731

@@ -109,7 +109,7 @@ def with_trainers(config: Path, folder: Path) -> list[Cost]:
             (trial := trial_folder(folder, number)).mkdir(parents=True)
             settings = resolve(files.load(str(config), ["search.space={}"]))
             files.write(settings, trial / "config.yaml")
-            job = TrialJob(str(trial), settings.model_dump_json(), "local", None, None)
+            job = TrialJob(str(trial), settings.model_dump_json(), "local", (), None)
             trainer = TorchTrainer(
                 train,
                 train_loop_config={"job": job},

@@ -15,7 +15,7 @@ from data.config import AugmentConfig, DataConfig
 from data.corpus.audio import MIN_SAMPLES
 from data.corpus.schema import SAMPLE_RATE, SPLITS
 from data.errors import DataError
-from data.loading.augment import AugmentSeed, add_noise, augment_clip, change_speed, longest_samples
+from data.loading.augment import AugmentSeed, add_noise, augment_clip, change_speed, possible_samples
 from data.loading.examples import clip_samples, clips_from_arrow, read_example
 from data.loading.ray_source import _parts, _read_task
 from data.loading.sources import local_source
@@ -171,8 +171,8 @@ def test_tasks_with_the_same_clip_get_the_same_augmentation(shards: Shards) -> N
 def test_longest_clip_is_known_before(samples: int, config: AugmentConfig) -> None:
     pcm = clip(0, 0).repeat(9)[:samples]
     lengths = [len(change_speed(pcm, speed)) for speed in config.speeds]
-    assert longest_samples(samples, config) == max([samples, *lengths])
-    assert longest_samples(samples, AugmentConfig()) == samples
+    assert possible_samples(samples, config) == (min([samples, *lengths]), max([samples, *lengths]))
+    assert possible_samples(samples, AugmentConfig()) == (samples, samples)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelC
         "cls": "before",
         "max_new_tokens": 6,
     }
-    return ModelConfig.model_validate(tree | changed)
+    encoder = tree["encoder"] | changed.get("encoder", {})
+    return ModelConfig.model_validate(tree | changed | {"encoder": encoder})
 
 
 def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:
@@ -49,10 +50,10 @@ def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: An
 
 @torch.no_grad()
 def perturb_lora(model: SpeechLLM) -> SpeechLLM:
-    """Draw the LoRA update, which starts as zero and would take no part in a test."""
+    """Draw the LoRA update and the weights of layers, which start as zero and would take no part in a test."""
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(std=0.1)
+        if "lora_B" in name or "layer_weights" in name:
+            parameter.normal_(std=0.1 if "lora_B" in name else 1.0)
     return model
 
 

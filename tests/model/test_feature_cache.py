@@ -20,6 +20,7 @@ from data.loading.teacher_files import TeacherLogits, teacher_files
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.config import LossConfig, ModelConfig
+from model.encoders.base import OUTPUT
 from model.encoders.frozen_features import (
     FeatureJob,
     FeatureKey,
@@ -27,7 +28,7 @@ from model.encoders.frozen_features import (
     clip_features,
     encoder_digest,
     feature_key,
-    pooling,
+    feature_specs,
 )
 from model.evaluation.split_data import TrialData
 from model.objectives import teacher
@@ -54,6 +55,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "pool": {"kind": "pool", "window": 8, "stride": 4},
     "stack": {"kind": "stack", "window": 4, "stride": 3},
     "conv": {"kind": "conv", "window": 6, "stride": 2, "hidden": 16},
+    "queries": {"kind": "queries"},
+    "merge": {"kind": "merge", "hidden": 16},
 }
 SHORT = Trial().train.model_copy(update={"epochs": 1})
 DISTILLED = SHORT.model_copy(update={"losses": LossConfig(distillation=0.5, temperature=2.0)})
@@ -71,12 +74,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def precompute(trial: Trial, config: ModelConfig, shards: Shards, root: Path) -> CacheFolders:
     """Compute all that a trial may read from the cache; a predicted token takes half a kilobyte."""
-    model, features, logits = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), "meta"), None, None
+    model, features, logits = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), "meta"), (), None
     if config.uses_audio:
-        feature = feature_key(config, trial.data, "cpu", model.frozen_layers)
-        features = root / feature.key
+        keys = [feature_key(config, trial.data, "cpu", spec) for spec in model.feature_specs]
+        folders = {root / key.key: key for key in keys}
+        features = tuple(folders)
         for file in feature_files(shards, trial.data):
-            [table] = FeatureJob(file, {features: feature}, 1, shards, trial.data)().to_pylist()
+            [table] = FeatureJob(file, folders, 1, shards, trial.data)().to_pylist()
             assert table["size"] == file.size
             assert table["bytes"] > 0
     if trial.train.losses.distillation:
@@ -92,7 +96,7 @@ def precompute(trial: Trial, config: ModelConfig, shards: Shards, root: Path) ->
 
 def train(trial: Trial, config: ModelConfig, shards: Shards, folder: Path, cached: CacheFolders) -> SpeechLLM:
     seed_everything(trial.seed)
-    model = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), encodes=cached.features is None)
+    model = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), encodes=not cached.features)
     has_teacher = trial.train.losses.distillation > 0
     data = TrialData.open(shards, model, trial.data, ("train", "val"), "local", teacher=has_teacher, **cached._asdict())
     fit(model, data, trial.train, trial.tasks, trial.seed, folder, lambda epoch, metrics: None)
@@ -109,9 +113,22 @@ def train(trial: Trial, config: ModelConfig, shards: Shards, folder: Path, cache
         Trial("w2v-bert", {"encoder": {"dtype": "bfloat16"}}, train=SHORT),
         Trial(model={"trainable": UPPER, "modality": "speech"}, train=DISTILLED),
         Trial("wavlm-group", {"trainable": UPPER} | MIXED, train=SHORT),
+        Trial("hubert-group", {"encoder": {"layers": "weighted"}}, train=SHORT),
+        Trial(model={"trainable": UPPER, "encoder": {"layers": [0, 1, 2]}, "adapter": ADAPTERS["merge"]}, train=SHORT),
         Trial(model=TEXT | MIXED | {"llm": {"dtype": "bfloat16"}}, data=DataConfig(last_text="omitted"), train=SMALL),
     ],
-    ids=["zeroed", "shuffled", "noisy", "hubert", "w2v-bert", "upper", "upper mixed", "teacher mixed"],
+    ids=[
+        "zeroed",
+        "shuffled",
+        "noisy",
+        "hubert",
+        "w2v-bert",
+        "upper",
+        "upper mixed",
+        "layers",
+        "upper layers",
+        "teacher mixed",
+    ],
 )
 def test_trial_is_equal_with_and_without_cache(
     trial: Trial, models: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,8 +154,8 @@ def test_clip_features_do_not_depend_on_the_batch(
     clips = [(example, example.pcm) for example in examples if example.pcm is not None]
     projected = model.clips([example for example, _ in clips])
     for (example, pcm), clip_TE in zip(clips, projected, strict=True):
-        features = model._frozen_features(example)
-        assert torch.equal(features, model._frozen_features(example))
+        [features] = model._frozen_features(example)
+        assert torch.equal(features, model._frozen_features(example)[0])
         assert torch.equal(features, features.half().float())
         frames = model.encoder.num_frames(len(pcm))
         assert len(features) == (model.adapter.num_embeddings(frames) if adapter["kind"] == "pool" else frames)
@@ -159,9 +176,9 @@ def test_upper_layers_train_on_cached_lower_layers(models: Path, examples: list[
     cached = []
     for example in batch:
         assert example.pcm is not None
-        [features] = clip_features(model.encoder, example.pcm, [FeatureSpec(1, None)])
+        [features] = clip_features(model.encoder, example.pcm, [FeatureSpec(1)])
         assert features.dtype == torch.float16
-        cached.append(replace(example, pcm=None, features=features.numpy(), n_samples=len(example.pcm)))
+        cached.append(replace(example, pcm=None, features=(features.numpy(),), n_samples=len(example.pcm)))
     assert all(map(torch.equal, model.clips(cached), clips))
     [plain] = build(models, trainable=f"encoder+{NEW}").clips(batch[:1])
     assert 0 < (clips[0] - plain).abs().max() <= 2e-3 * plain.abs().max()
@@ -235,8 +252,12 @@ def test_teacher_predicts_the_tokens_of_the_model(models: Path, examples: list[E
 
 
 def test_feature_key_covers_exactly_what_features_depend_on(models: Path) -> None:
-    def key(data: Mapping[str, Any] | None = None, device: str = "cpu", layers: int = 0, **changed: Any) -> str:
-        return feature_key(settings(models, **changed), DataConfig.model_validate(data or {}), device, layers).key
+    def key(
+        data: Mapping[str, Any] | None = None, device: str = "cpu", layers: int = 0, state: int = OUTPUT, **changed: Any
+    ) -> str:
+        model = settings(models, **changed)
+        spec = feature_specs(model, [state], layers)[0]
+        return feature_key(model, DataConfig.model_validate(data or {}), device, spec).key
 
     same = [
         *(key(), key(lora={"rank": 16}), key(adapter={"hidden": 32})),
@@ -247,12 +268,11 @@ def test_feature_key_covers_exactly_what_features_depend_on(models: Path) -> Non
     noisy, hubert = {"sound": "noisy"}, str(models / "hubert-layer")
     others = [
         *(key({"sound": "zeroed"}), key(noisy), key(noisy | {"snr_db": 7.0}), key(device="cuda"), key(**MIXED)),
-        *(key(adapter={"stride": 2}), key(adapter={"kind": "conv"})),
+        *(key(adapter={"stride": 2}), key(adapter={"kind": "conv"}), key(state=0), key(state=1)),
         *(key(encoder={"path": str(models / "whisper")}), key(encoder={"path": hubert, "dtype": "bfloat16"})),
     ]
-    assert len({*same, *others}) == 10
+    assert len({*same, *others}) == 12
     assert key(adapter={"kind": "conv"}) == key(adapter={"kind": "stack", "window": 2, "stride": 2})  # plain frames
-    assert pooling(settings(models, adapter={"kind": "stack"})) is None
 
 
 def test_teacher_key_covers_exactly_what_logits_depend_on(models: Path) -> None:

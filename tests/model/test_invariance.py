@@ -105,9 +105,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "audio before text": {"prompt": {"order": "sound-text"}, "cls": "none"},
     "stacked frames, MLP": {"adapter": {"kind": "stack", "window": 4, "stride": 4, "hidden": 16}},
     "convolution": {"adapter": {"kind": "conv", "window": 5, "stride": 3}},
+    "queries over a clip": {"adapter": {"kind": "queries", "queries": 3}},
+    "queries in windows": {"adapter": {"kind": "queries", "rate": 13.0, "hidden": 24}},
+    "merged frames": {"adapter": {"kind": "merge", "rate": 13.0}},
+    "merged frames, frozen": {"adapter": {"kind": "merge"}, "trainable": "adapter+lora+tokens"},
     "DoRA": {"lora": {"rank": 2, "dora": True, "dropout": 0.0}},
     "encoder frozen": {"trainable": "adapter+lora+tokens"},
     "LoRA off": {"lora": {"enabled": False}},
+    "encoder: weighted layers": {"encoder": {"layers": "weighted"}},
+    "encoder: two layers": {"encoder": {"layers": [0, 2]}, "adapter": {"kind": "conv"}},
+    "encoder: weighted layers, frozen": {"encoder": {"layers": "weighted"}, "trainable": "adapter+lora+tokens"},
 }
 
 
@@ -116,9 +123,12 @@ def test_variants_do_not_depend_on_the_batch(variant: str, models: Path, example
     check_stages(["scores", "losses of votes", "losses of replies"], build(models, **VARIANTS[variant]), examples)
 
 
+@pytest.mark.parametrize("layers", ["last", "weighted"])
 @pytest.mark.parametrize("kind", ["hubert-group", "whisper"])
-def test_layers_above_frozen_ones_do_not_depend_on_the_batch(kind: str, models: Path, examples: list[Example]) -> None:
-    model = build(models, kind, trainable="encoder.*.layers.1.*+adapter+lora+tokens")
+def test_layers_above_frozen_ones_do_not_depend_on_the_batch(
+    kind: str, layers: str, models: Path, examples: list[Example]
+) -> None:
+    model = build(models, kind, trainable="encoder.*.layers.1.*+adapter+lora+tokens", encoder={"layers": layers})
     assert model.frozen_layers == 1
     check_stages(["clips"], model, examples)
 

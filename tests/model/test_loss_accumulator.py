@@ -39,7 +39,7 @@ def test_steps_need_no_value_from_the_device(
     features = np.zeros((9, model.encoder.width), np.float16)
     for step in [[0, 1, 2], [3, 4, 5], [6, 7, 8]]:
         (examples,) = trainer.data.read("train", [step])
-        trainer.optimizer_step(step, step, [replace(example, features=features) for example in examples])
+        trainer.optimizer_step(step, step, [replace(example, features=(features,)) for example in examples])
     assert len(trainer.losses.unread) == 3 < LOG_EVERY
     with pytest.raises((RuntimeError, NotImplementedError)):
         trainer.losses.read({})

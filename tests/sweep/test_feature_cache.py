@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 
 from data.corpus.config import CorpusConfig
 from data.errors import StorageError
+from data.formats import format_bytes
 from data.loading import cached_arrays, feature_files, teacher_files
 from data.loading.feature_files import heard_rows
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from data.shards.store import LOCK
-from model.encoders.base import SpeechEncoder
-from model.encoders.frozen_features import FeatureJob
+from model.encoders.base import OUTPUT, SpeechEncoder
+from model.encoders.frozen_features import FeatureJob, FeatureSpec
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.execution.trial import build
 from sweep.preflight import encoder_features, feature_cache, teacher_logits
@@ -135,7 +136,7 @@ def test_only_constant_outputs_are_requested(
     kind: Any, values: dict[str, Any], requested: bool, sweeps: Sweeps, tmp_path: Path
 ) -> None:
     base = sweeps.features() if kind is ENCODER_FEATURES else sweeps.logits()
-    assert (kind.request(resolve(base.with_values(values)), tmp_path) is not None) == requested
+    assert bool(kind.requests(resolve(base.with_values(values)), tmp_path)) == requested
 
 
 def test_features_of_all_trials_are_requested(sweeps: Sweeps, tmp_path: Path) -> None:
@@ -157,6 +158,25 @@ def test_features_of_all_trials_are_requested(sweeps: Sweeps, tmp_path: Path) ->
     assert requests(sweeps.features(continuous), tmp_path) == []  # such trials encode by themselves
 
 
+def test_one_pass_keeps_each_layer_that_is_heard_once(sweeps: Sweeps, tmp_path: Path, computed: list[str]) -> None:
+    space: dict[str, Any] = {"model.encoder.layers": ["last", 1, [0, 2], "weighted"]}
+    lines: list[str] = []
+    precompute(sweeps.features(space), tmp_path, lines.append)
+    found = requests(sweeps.features(space), tmp_path)
+    assert sorted(request.key.state for request in found) == [OUTPUT, 0, 1]
+    assert len(computed) == sum(len(request.files) for request in found)
+    disk = format_bytes(sum(request.kind.bytes(request, request.files) for request in found))
+    assert re.fullmatch(rf".*features of whisper, layers 0, 1, 2 of 2, pooled by 8 / 4: .*, {disk}, shared.*", lines[0])
+    kept = {request.key.state: request.folder for request in found}
+    for layers, states in (("last", [OUTPUT]), (1, [1]), ([0, 2], [0, OUTPUT]), ("weighted", [0, 1, OUTPUT])):
+        trial = resolve(sweeps.features(space).for_trial({"model.encoder.layers": layers}))
+        assert cached_folders(trial, tmp_path).features == tuple(kept[state] for state in states)
+    upper = sweeps.features(
+        model={"trainable": UPPER, "encoder": {"path": str(sweeps.models / "whisper"), "layers": [0, 2]}}
+    )
+    assert [request.key.spec for request in requests(upper, tmp_path)] == [FeatureSpec(1), FeatureSpec(state=0)]
+
+
 def test_conditional_axis_leaves_others_their_features(sweeps: Sweeps, tmp_path: Path) -> None:
     space = {
         "model.trainable": [FROZEN, UPPER, TUNED],
@@ -169,7 +189,7 @@ def test_conditional_axis_leaves_others_their_features(sweeps: Sweeps, tmp_path:
     keys = {(request.key.layers, request.key.pool, request.key.sound) for request in found}
     assert keys == {(0, (8, 4), "recorded"), (1, None, "recorded")}
     [upper] = [request for request in found if request.key.layers]
-    assert "features of whisper up to layer 1 of 2: " in describe(upper)
+    assert "features of whisper up to layer 1 of 2: " in "".join(describe([upper]))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +216,7 @@ def test_logits_of_all_trials_are_requested(space: dict[str, Any], count: int, s
 @pytest.mark.parametrize("kind", ["features", "logits"])
 def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_path: Path, computed: list[str]) -> None:
     make = sweeps.features if kind == "features" else sweeps.logits
-    cached = [None, None]
+    cached: list[Any] = [(), None]
     searched = make({"model.lora.rank": [2, 4], "train.learning_rate": [1e-3, 2e-3]})
     assert cached_folders(make(), tmp_path) == CacheFolders()
     lines: list[str] = []
@@ -210,12 +230,12 @@ def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_p
         r"feature cache: .* computed in [\d.]+ s, saves about \d+ \w+ of training",
     )
     assert all(map(re.fullmatch, patterns, lines)), lines
-    cached[kind == "logits"] = request.folder
+    cached[kind == "logits"] = request.folder if kind == "logits" else (request.folder,)
     assert list(cached_folders(make(), tmp_path)) == cached
     precompute(searched, tmp_path, lines.append)
     precompute(make(), tmp_path, lines.append)
     assert (len(computed), len(lines)) == (len(request.files), 3)
-    assert describe(request).endswith("; already computed")
+    assert next(describe([request])).endswith("; already computed")
     written = sum((request.folder / file.name).stat().st_size for file in request.files)
     about = 60 * sum(len(file.inputs or file.rows) for file in request.files)  # hashes and offsets
     assert abs((request.kind.bytes(request, request.files) + about) / written - 1) < 0.5  # the files are small
@@ -316,7 +336,8 @@ def test_kill_loses_only_the_file_in_progress(
     computed.clear()
     precompute(one, tmp_path, ignore)
     assert len(computed) == left
-    assert request.folder in cached_folders(request.config, tmp_path)
+    cached = cached_folders(request.config, tmp_path)
+    assert request.folder in (*cached.features, cached.teacher_logits)
 
 
 @pytest.mark.usefixtures("computed")
@@ -376,7 +397,7 @@ def test_cache_is_listed_and_pruned(sweeps: Sweeps, tmp_path: Path) -> None:
     os.utime(pooled[8] / "about.json", (now - 9 * DAY, now - 9 * DAY))
     with FileLock(pooled[8] / LOCK):
         assert "a sweep computes it now" in sweep("cache", "prune", cache, "--max-gb", 0).out
-    mark_used(CacheFolders(features=pooled[8]))  # a trial that reads it starts
+    mark_used(CacheFolders(features=(pooled[8],)))  # a trial that reads it starts
     assert sweep("cache", "prune", cache, "--max-gb", 0).code == 0
     assert pooled[8].exists()
     assert "no such folder" in sweep("cache", "ls", tmp_path / "nothing").err
@@ -396,8 +417,8 @@ def test_only_heard_clips_are_encoded_and_extended(
     columns = sweeps.shards.columns
     assert {(columns["speaker"][row], columns["split"][row] == "test") for row in encoded} == {("client", False)}
     assert len(encoded) == len(heard_rows(sweeps.shards, ("client_talk",), "recorded"))
-    assert cached_folders(client, tmp_path).features is not None
-    assert cached_folders(resolve(both.for_trial({"tasks.classify": 1.0})), tmp_path).features is None
+    assert cached_folders(client, tmp_path).features
+    assert not cached_folders(resolve(both.for_trial({"tasks.classify": 1.0})), tmp_path).features
     first = list(encoded)
     precompute(both, tmp_path, ignore)
     assert sorted(encoded) == sorted(heard_rows(sweeps.shards, ("classify", "client_talk"), "recorded"))
@@ -409,7 +430,7 @@ def test_only_heard_clips_are_encoded_and_extended(
     _, whole = build(trial, "local", ("train",), "cpu", cached_folders(trial, tmp_path / "whole"))
     batch = [list(range(len(whole.splits["train"].items)))]
     pairs = zip(*(next(iter(data.read("train", batch))) for data in (with_features, whole)), strict=True)
-    assert all(np.array_equal(one.features, other.features) for one, other in pairs)
+    assert all(np.array_equal(one.features[0], other.features[0]) for one, other in pairs)
     with_features.close()
     whole.close()
 
@@ -420,12 +441,12 @@ def test_files_of_earlier_versions_are_read(sweeps: Sweeps, tmp_path: Path, comp
     [request] = requests(trial, tmp_path)
     for file in feature_files.feature_files(sweeps.shards, trial.data):
         FeatureJob(replace(file, inputs=()), {request.folder: request.key}, 1, sweeps.shards, trial.data)()
-    assert cached_folders(trial, tmp_path).features == request.folder
+    assert cached_folders(trial, tmp_path).features == (request.folder,)
     precompute(trial, tmp_path, ignore)
     assert computed == []
     _, data = build(trial, "local", ("train", "val"), "cpu", cached_folders(trial, tmp_path))
     [examples] = data.read("val", [[0, 1, 2]])
-    assert all(example.features is not None for example in examples)
+    assert all(example.features for example in examples)
     data.close()
 
 

@@ -12,7 +12,7 @@ from sweep.execution.cluster import local_or_remote_ray
 from sweep.execution.job import TrialJob
 from sweep.execution.mailbox import RETRIES, Mailbox
 
-JOB = TrialJob("f", "{}", "local", None, None)
+JOB = TrialJob("f", "{}", "local", (), None)
 make: Callable[[], Any] = Mailbox.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
 
