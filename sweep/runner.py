@@ -435,7 +435,7 @@ class SweepRunner:
 
 def trials_left(config: Config, trials: Sequence[TrialRecord]) -> int:
     """Return the number of trials that have not ended, or not started."""
-    ended = sum(trial.state != "RUNNING" for trial in trials)
+    ended = sum(trial.has_ended for trial in trials)
     return max(0, total_trials(config, trials) - ended)
 
 

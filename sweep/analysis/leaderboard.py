@@ -158,7 +158,7 @@ def _is_subset(name: str, reported: set[str]) -> bool:
 
 
 def _is_remarkable(trial: TrialRecord) -> bool:
-    return trial.state in ("PRUNED", "FAIL") or trial.exempted_at is not None
+    return trial.state in ("PRUNED", "PAUSED", "FAIL") or trial.exempted_at is not None
 
 
 def _with_interval(folder: Path, trial: TrialRecord, name: str, value: float | None, digits: int) -> str:

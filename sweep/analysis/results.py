@@ -13,7 +13,7 @@ from sweep.search.cost import device_hours, device_name, device_seconds
 from sweep.search.study import TrialRecord, best_first, total_trials
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
-ORDER = ("COMPLETE", "PRUNED", "RUNNING", "FAIL")
+ORDER = ("COMPLETE", "PRUNED", "PAUSED", "RUNNING", "FAIL")
 
 
 class TrialJson(TypedDict):
@@ -59,6 +59,7 @@ class Progress:
     seconds_left: float | None  # an estimate; None before the first epoch, and when nothing is left
     hours: float  # of the devices, in finished epochs
     device: Literal["GPU", "CPU"]
+    paused: int = 0  # at a rung: they continue when they are among the best there
 
     @property
     def done(self) -> int:
@@ -71,7 +72,8 @@ class Progress:
 
     def line(self) -> str:
         """Return the progress in one line."""
-        counts = {"complete": self.complete, "running": self.running, "pruned": self.pruned, "failed": self.failed}
+        counts = {"complete": self.complete, "running": self.running, "paused": self.paused}
+        counts |= {"pruned": self.pruned, "failed": self.failed}
         parts = [f"{self.done}/{self.target} trials done"]
         parts += [", ".join(f"{count} {name}" for name, count in counts.items() if count)]
         parts += [f"best {self.best.value:.3f} (#{self.best.number})"] if self.best else []
@@ -94,6 +96,7 @@ def progress(config: Config, trials: Sequence[TrialRecord], slots: int | None = 
         pruned=states["PRUNED"],
         failed=states["FAIL"],
         running=states["RUNNING"],
+        paused=states["PAUSED"],
         best=next(iter(best_first(config, trials)), None),
         seconds_left=observed_eta(config, trials, slots or resources.slots or max(1, states["RUNNING"])),
         hours=device_hours(config, device_seconds(trials)),

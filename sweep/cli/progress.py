@@ -23,7 +23,7 @@ from sweep.execution.waiting import cleaning_up
 from sweep.search.study import StudyStore, TrialRecord, has_started, total_trials
 from sweep.search.study_storage import has_study
 
-STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "PAUSED": "blue"}
 LOG_SECONDS = 60.0  # between two lines about the progress
 JOIN_SECONDS = 10.0  # for the last look, which may wait for a database
 LOOK_SECONDS = 0.5  # between two looks at the study
@@ -121,7 +121,7 @@ class TrialDisplay:
     def _show_trial(self, trial: TrialRecord) -> None:
         before, epoch, say = self.states.get(trial.number), len(trial.curve), self.listener._print
         self.states[trial.number] = trial.state
-        if trial.state == "RUNNING" and before in (None, "FAIL"):
+        if trial.state == "RUNNING" and before in (None, "FAIL", "PAUSED"):
             params = ", ".join(
                 f"{name} {_short(trial.params[key])}" for key, name in self.names.items() if key in trial.params
             )

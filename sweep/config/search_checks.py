@@ -51,7 +51,7 @@ def _space_problems(config: Config) -> Iterator[str]:
         refused = [line for value in axis.extremes() for line in _refusals(config, key, value)]
         yield from refused or _refusals(config, key, axis.inside())
     yield from _first_task_problems(config)
-    if FOLD in config.search.space and (config.search.pruning or config.search.trials > len(config.search.points)):
+    if FOLD in config.search.space and (config.search.rule or config.search.trials > len(config.search.points)):
         yield (
             f"search.space.{FOLD}: a search would choose the easiest fold; set {FOLD}, and `sweep confirm --folds` "
             "trains the best on all of them"

@@ -213,13 +213,24 @@ class Axis(Section):
 class PruningConfig(Section):
     """Asynchronous successive halving (Li et al., 2020, arXiv 1810.05934) over the epochs."""
 
+    kind: Literal["promote", "stop", "none"] = Field(
+        "stop",
+        description="promote: a trial pauses at a rung until it is among the best there, and any paused trial may "
+        "continue later. stop: a trial that is not among the best at a rung ends there. none: no trial is pruned.",
+    )
     first_epoch: Count | None = Field(
         None,
-        description="First epoch after which a trial may be pruned; the next ones double it. null: three fifths of "
-        "train.epochs (of its largest value if it is an axis), because learning curves cross earlier.",
+        description="First epoch after which trials are compared; the next ones double it. null: with promote, the "
+        "first one; with stop, three fifths of train.epochs (of its largest value if it is an axis), because learning "
+        "curves cross earlier and a trial that was stopped is lost.",
     )
     keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that continues at each.")
-    after_trials: Count = Field(4, description="Trials that must have reached an epoch before one is pruned there.")
+    after_trials: Count = Field(
+        4, description="Trials that must have reached an epoch before one is pruned, or continues from there."
+    )
+    finish: Count = Field(
+        3, description="With promote: trials that are trained to their end at least; the best paused ones are chosen."
+    )
     audit: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1,
         description="Share of the trials that is never pruned, to measure what pruning costs. 0: none. 1: all, so that "
@@ -254,6 +265,11 @@ class SearchConfig(Section):
         """Whether the metric is to be maximized or minimized."""
         return "minimize" if self.metric.endswith(("loss", "perplexity", "ece")) else "maximize"
 
+    @property
+    def rule(self) -> PruningConfig | None:
+        """The rule that prunes trials; None if none does."""
+        return None if self.pruning is None or self.pruning.kind == "none" else self.pruning
+
     def first_rung(self, epochs: int) -> int | None:
         """Return the first epoch after which trials are compared; None without pruning.
 
@@ -261,9 +277,10 @@ class SearchConfig(Section):
             epochs: `train.epochs` of the sweep. If that is an axis, its largest value counts, so that the epoch is the
                 same for all trials; trials with fewer epochs may all end before it.
         """
-        if self.pruning is None:
+        if self.rule is None:
             return None
-        return self.pruning.first_epoch or math.ceil(self._longest(epochs) * LATE)
+        default = 1 if self.rule.kind == "promote" else math.ceil(self._longest(epochs) * LATE)
+        return self.rule.first_epoch or default
 
     def rungs(self, epochs: int) -> list[int]:
         """Return the epochs after which trials are compared: they double, and end before the last epoch.
@@ -284,11 +301,12 @@ class SearchConfig(Section):
             epochs: see `first_rung`.
             trials: total number of trials.
         """
-        rule, last, going, done, before = self.pruning, self._longest(epochs), float(trials), 0.0, 0
+        rule, last, going, done, before = self.rule, self._longest(epochs), float(trials), 0.0, 0
         for rung in self.rungs(epochs):
             assert rule is not None
             done, before = done + going * (rung - before), rung
-            first = min(going, rule.after_trials - 1)  # these are never pruned
+            # That many are never pruned.
+            first = min(going, rule.finish if rule.kind == "promote" else rule.after_trials - 1)
             going = first + (going - first) * (rule.audit + (1 - rule.audit) * rule.keep)
         return (done + going * (last - before)) / (trials * last)
 

@@ -27,8 +27,8 @@ class DiskNeed(NamedTuple):
 def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
     """Delete the checkpoints of ended trials, except those of the best `storage.keep` complete ones.
 
-    Nothing of running trials is deleted, and only checkpoints of ended ones. Repeating it, also after a kill, deletes
-    the rest or nothing.
+    Nothing of running trials is deleted. Of a paused trial the last checkpoint is kept, from which it continues.
+    Repeating it, also after a kill, deletes the rest or nothing.
 
     Returns:
         Numbers of the trials whose checkpoints this call has deleted.
@@ -40,8 +40,9 @@ def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
         return []
     trials = study.trials()
     kept = {trial.number for trial in best_first(study.config, trials)[: study.config.storage.keep]}
-    ended = [trial.number for trial in trials if trial.state != "RUNNING"]
-    return [number for number in ended if _delete(trial_folder(folder, number), keep_last=number in kept)]
+    kept |= {trial.number for trial in trials if trial.state == "PAUSED"}
+    idle = [trial.number for trial in trials if trial.state != "RUNNING"]
+    return [number for number in idle if _delete(trial_folder(folder, number), keep_last=number in kept)]
 
 
 def _delete(folder: Path, keep_last: bool) -> bool:
@@ -67,7 +68,8 @@ def disk_need(config: Config, trained_parameters: int, concurrent: int) -> DiskN
     """
     each = BYTES_PER_PARAMETER * trained_parameters + OVERHEAD
     trials, running = config.search.trials, min(concurrent, config.search.trials)
-    ended = trials - running if config.storage.keep is None else min(config.storage.keep, trials)
+    keeps_all = config.storage.keep is None or (config.search.rule is not None and config.search.rule.kind == "promote")
+    ended = trials - running if keeps_all else min(config.storage.keep or 0, trials)
     return DiskNeed(each, each * (COPIES * running + ended))
 
 

@@ -9,8 +9,9 @@ The study decides and keeps every result; Tune only executes, so nothing of its 
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -41,7 +42,7 @@ from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
 from sweep.execution.waiting import MOMENT, Work
 from sweep.execution.worker_group import Scaling, worker_group_class
-from sweep.search.study import BY_PARAMETERS, Reason, StudyStore, common_fault
+from sweep.search.study import Reason, StudyStore, TrialRecord
 
 MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
@@ -50,7 +51,35 @@ TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its
 QUIET_SECONDS = 1800.0  # without a report until a line says what may be wrong
 STUCK = "the cluster has no free place for the workers, or a worker hangs; `ray status` and `ray stack` show it"
 GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is asked to stop
+COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
+COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
+BY_PARAMETERS = ("non-finite", "out of memory")
 AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+
+
+def common_fault(trials: Sequence[TrialRecord]) -> str | None:
+    """Return what makes every trial fail (a wrong path, a full disk), in a line; call it when a trial has failed.
+
+    The sweep is at fault if no trial has ever ended otherwise and the last ones failed alike. Failures that other
+    parameters may avoid need more of them. Where trials have ended otherwise, the last ones must have failed alike for
+    a cause outside their configurations: something broke during the sweep, and further trials would only fail, too.
+    """
+    ended = [trial for trial in trials if trial.has_ended]
+    if not ended or ended[-1].state != "FAIL":
+        return None
+    last = ended[-1]
+    if any(trial.state != "FAIL" for trial in ended):
+        if any(not trial.outside or trial.reason == "workers lost" for trial in ended[-COMMON_FAULT:]):
+            return None
+        ended_as = "failed alike"
+    else:
+        ended_as = "failed alike and none was finished"
+    enough = COMMON_FAULT_BY_PARAMETERS if last.reason in BY_PARAMETERS else COMMON_FAULT
+    # Digits tell one trial from another: they are in the names of folders and in steps.
+    alike = {(trial.reason, re.sub(r"\d+", "#", trial.why)) for trial in ended[-enough:]}
+    if len(ended) < enough or len(alike) > 1:
+        return None
+    return f"the last {enough} trials {ended_as} ({last.reason}: {last.why}); fix this first"
 
 
 class SweepAbortedError(Exception):
@@ -101,10 +130,9 @@ class StudySearcher(Searcher):
         """Accept Tune's settings; the study has its own."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, TrialJob] | str:
-        """Return the configuration of the next Tune trial, or FINISHED."""
+    def suggest(self, trial_id: str) -> dict[str, TrialJob] | str | None:
+        """Return the configuration of the next Tune trial; None while a paused one may continue later; or FINISHED."""
         self.check()
-        self.active = time.monotonic()
         while not self.stopping:
             try:
                 asked = self.study.ask(list(self.numbers.values()), self.study.config.search.trials)
@@ -112,7 +140,10 @@ class StudySearcher(Searcher):
                 self._abort(str(error), "out of memory")
                 break
             if asked is None:
+                if self.study.waits(list(self.numbers.values())):
+                    return None
                 break
+            self.active = time.monotonic()
             number, values = asked
             try:
                 job = self.make_job(number, values)

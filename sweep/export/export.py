@@ -92,11 +92,11 @@ def _origin(source: Path, trial: str) -> Origin:
         return Origin(find_checkpoint(source), None, f"{code_version()} (at the export)")
     study = StudyStore.read(source, config)
     number = int(trial) if trial != BEST else _best(study, source)
-    states = {record.number: record.state for record in study.trials()}
-    if number not in states:
+    trials = {record.number: record for record in study.trials()}
+    if number not in trials:
         command = shell_command("sweep", "status", source)
         raise UserError(f"--trial {number}: the sweep has no such trial; `{command}` lists them")
-    if states[number] == "RUNNING":
+    if not trials[number].has_ended:
         raise UserError(f"--trial {number}: it has not ended yet; export it afterwards, or choose another trial")
     codes = " → ".join(study.codes()) or code_version()
     return Origin(find_checkpoint(trial_folder(source, number)), number, codes)

@@ -31,7 +31,7 @@ def remaining_work(
     running = [
         epoch_seconds(trial.params) * (horizon(config, trial.params) - len(trial.curve))
         for trial in trials
-        if trial.state == "RUNNING"
+        if trial.state == "RUNNING"  # how far a paused one will continue is unknown
     ]
     new = max(0, total_trials(config, trials) - len(trials))
     values = [*points[:new], *[None] * (new - len(points[:new]))]
@@ -66,7 +66,7 @@ def observed_eta(config: Config, trials: Sequence[TrialRecord], slots: int) -> f
         return None
     pace = float(statistics.median(paces))
     # New trials are expected to end as early as those before them, because pruning ends many of them.
-    ended = [len(trial.curve) for trial in trials if trial.state in ("COMPLETE", "PRUNED")]
+    ended = [len(trial.curve) for trial in trials if trial.state not in ("RUNNING", "FAIL")]
     new_epochs = statistics.mean(ended) if ended else config.train.epochs
     work = remaining_work(config, trials, [], new_epochs, lambda _: pace)
     return eta(work, slots) if work else None

@@ -185,7 +185,7 @@ def preview_plan(config: ResolvedConfig, cache: Path, folder: Path) -> list[str]
     if has_study(folder, config):
         study = StudyStore.read(folder, config)
         trials, points = study.trials(), study.points_left()
-    left = total_trials(config, trials) - sum(trial.state != "RUNNING" for trial in trials)
+    left = total_trials(config, trials) - sum(trial.has_ended for trial in trials)
     nodes, lines = [{"CPU": float(os.cpu_count() or 1)}], list[str]()
     slots = count_slots(config, nodes, left)
     plan = make_plan(config, cache, None, nodes, slots, lines.append)

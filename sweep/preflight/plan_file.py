@@ -68,7 +68,7 @@ def plan_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> l
     """Return the excluded trial profiles and, once all trials have ended, how the estimate compares with reality."""
     plan = PlanFile.read(folder)
     excluded, estimate = [f"plan: {line}" for line in plan.excluded], plan.estimate
-    ended = sum(trial.state != "RUNNING" for trial in trials)
+    ended = sum(trial.has_ended for trial in trials)
     if estimate is None or estimate.trials != config.search.trials or ended < total_trials(config, trials):
         return excluded
     used = device_seconds(trials) - estimate.used

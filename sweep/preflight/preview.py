@@ -95,12 +95,17 @@ def preview(
         refusal="another corpus" if other_data else study.other_bases_message(other_base),
         resumed=[(number, _resume_point(folder, number)) for number in study.running()]
         + [
+            (trial.number, f"{_resume_point(folder, trial.number)}, once it is among the best ({trial.why})")
+            for trial in trials
+            if trial.state == "PAUSED"
+        ]
+        + [
             (trial.number, f"{_resume_point(folder, trial.number)}; it failed outside its configuration ({trial.why})")
             for trial in study.failed_outside()
         ],
         points=points,
         drawn=new - len(points),
-        ended=dict(Counter(trial.state for trial in trials if trial.state != "RUNNING" and not trial.outside)),
+        ended=dict(Counter(trial.state for trial in trials if trial.has_ended and not trial.outside)),
     )
 
 

@@ -64,7 +64,7 @@ def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit
     among few peers, may be lost here: it would have been pruned had it come later. A trial whose exemption took effect
     at a rung is lost there whatever came afterwards, because pruning it was the decision.
     """
-    rule, complete = config.search.pruning, best_first(config, trials)
+    rule, complete = config.search.rule, best_first(config, trials)
     if rule is None:
         return []
     top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
@@ -116,7 +116,7 @@ def format_warning(config: Config, trials: Sequence[TrialRecord]) -> str | None:
 
 def audit_json(config: Config, trials: Sequence[TrialRecord]) -> AuditJson | None:
     """Return the audit for JSON output; None where the search does not prune."""
-    if config.search.pruning is None:
+    if config.search.rule is None:
         return None
     return {
         "rungs": config.search.rungs(config.train.epochs),

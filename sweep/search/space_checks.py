@@ -213,7 +213,7 @@ def notes(config: Config) -> Iterator[str]:
                 f"search.trials: {trials}, and search.space has {format_count(total, 'different trial')}, after which "
                 f"the sweep ends, since nothing is trained twice; widen search.space, or set search.trials to {total}"
             )
-    pruning = search.pruning
+    pruning = search.rule
     if pruning is not None and pruning.first_epoch is not None and not search.rungs(config.train.epochs):
         yield (
             f"search.pruning.first_epoch: {pruning.first_epoch} is not before the last epoch, so no trial is pruned; "

@@ -4,7 +4,6 @@ Ray Tune executes trials and MLflow shows them; parameters, reports and decision
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +21,16 @@ from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import EPOCHS, Value, whole
-from sweep.search import retries, sampler
+from sweep.search import pruning, retries, sampler
 from sweep.search.candidates import untrained
-from sweep.search.pruning import better, is_audited, prune
 from sweep.search.study_storage import open_study, read_study
 
-State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
+State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
 COSTS = ("epoch", "steps", "seconds", "data_wait")  # metrics that count what was spent up to an epoch
 # What identifies the models that trials start from, by setting and by its value in the configuration.
 StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 MOST_COUNTED = 10_000  # trials of a finite space that are counted
-COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
-COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
-BY_PARAMETERS = ("non-finite", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,11 @@ class TrialRecord:
     exempted_at: int | None = None  # epoch at which an audited trial would have been pruned
     bases: Mapping[str, BaseIdentity] = field(default_factory=dict)  # its base models; none in earlier versions
     epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the trial is in a final state."""
+        return self.state not in ("RUNNING", "PAUSED")
 
 
 class NextTrial(NamedTuple):
@@ -103,38 +103,66 @@ class StudyStore:
         return cls.read(folder, load(str(folder / "config.yaml")))
 
     def ask(self, busy: Sequence[int], target: int) -> NextTrial | None:
-        """Return the next trial to run: the first unfinished one that nothing runs, else a new one.
+        """Return the next trial to run: an unfinished one that nothing runs, a paused one that continues, or a new one.
 
-        A new trial is written with all its values in one operation: after a kill it exists completely or not at all.
-        What is left of a finite space and does not fit into memory is written as failed trials, which nothing runs.
+        The first one in this order. A new trial is written with all its values in one operation: after a kill it exists
+        completely or not at all; so is the decision that a paused trial continues. What is left of a finite space and
+        does not fit into memory is written as failed trials, which nothing runs. When nothing is left to start and
+        nothing runs, trials that are still paused are pruned.
 
         Args:
             busy: numbers of the trials that run now.
             target: total number of trials.
 
         Returns:
-            The trial; None when there is nothing left to start.
+            The trial; None when there is nothing left to start. While trials are paused and others run, there may be
+            something later, see `waits`.
 
         Raises:
             UserError: none of many draws fits into memory.
         """
-        trials = self.runs()
+        trials, search = self.runs(), self.config.search
         for number, trial in enumerate(trials):
-            if trial.state == TrialState.RUNNING and number not in busy:
+            if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
                 return NextTrial(number, sampler.params(self.config, trial))
+        rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
+        rungs = search.rungs(self.config.train.epochs)
+        if rule and (promoted := pruning.promotable(trials, rungs, search.direction, rule)) is not None:
+            return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         while sum(trial.state != TrialState.WAITING for trial in trials) < target:
-            drawn = sampler.draw(self.config, trials, self.fits)
+            drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits)
             if drawn is None:
-                return None
+                break
             self.study.add_trial(drawn)
             if drawn.state == TrialState.RUNNING:
                 return NextTrial(len(trials), sampler.params(self.config, self._frozen(len(trials))))
             trials = self.runs()
+        if rule and (best := pruning.to_finish(trials, search.direction, rule)) is not None:
+            return self._promote(best, pruning.TO_THE_END)
+        if not busy:
+            self._prune_paused()
         return None
 
+    def waits(self, busy: Sequence[int]) -> bool:
+        """Return whether a paused trial may continue once one of those that run has reported."""
+        return bool(busy) and any(map(pruning.is_paused, self.runs()))
+
+    def _promote(self, number: int, beyond: int) -> NextTrial:
+        """Store that a paused trial continues, without a pause until after an epoch; return it."""
+        frozen = self._frozen(number)
+        writable_trial(self.study, frozen).set_user_attr(pruning.PASSED, beyond)
+        return NextTrial(number, sampler.params(self.config, frozen))
+
+    def _prune_paused(self) -> None:
+        """End the trials that are paused for good. Each ends in one operation, so a kill leaves it paused or pruned."""
+        for trial, record in zip(self.runs(), self.trials(), strict=False):
+            if record.state == "PAUSED":
+                writable_trial(self.study, trial).set_user_attr("why", record.why.replace("paused", "pruned", 1))
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+
     def running(self) -> list[int]:
-        """Return the numbers of the trials that were started and have not ended."""
-        return [number for number, trial in enumerate(self.runs()) if trial.state == TrialState.RUNNING]
+        """Return the numbers of the trials that were started, have not ended and are not paused."""
+        return [trial.number for trial in self.trials() if trial.state == "RUNNING"]
 
     def runs(self) -> list[FrozenTrial]:
         """Return the latest run of each trial as Optuna has it; the index is the trial's number."""
@@ -177,7 +205,7 @@ class StudyStore:
         The first report of an epoch counts: a resumed trial repeats epochs, and they change nothing.
 
         Returns:
-            Whether the trial has ended; if it is pruned here, its state is already stored.
+            Whether the trial has ended or pauses; if it is pruned or pauses here, that is already stored.
         """
         frozen = self._frozen(number)
         if frozen.state != TrialState.RUNNING:
@@ -193,28 +221,31 @@ class StudyStore:
             if epoch > max(reported, default=0):  # a repeated report that was lost before is not the latest one
                 trial.set_user_attr("metrics", metrics)
             trial.report(value, epoch)
-        rule, last, attributes = search.pruning, horizon(self.config, self._params(frozen)), frozen.user_attrs
+        rule, last, attributes = search.rule, horizon(self.config, self._params(frozen)), frozen.user_attrs
         # A decision is stored in one operation and never taken again, neither for a repeated report nor for a trial
         # that was exempted at an earlier rung.
-        decided = epoch <= attributes.get("passed", 0) or "spared" in attributes
+        decided = epoch <= attributes.get(pruning.PASSED, 0) or pruning.EXEMPTED in attributes
         if rule is None or decided or epoch >= last or epoch not in search.rungs(self.config.train.epochs):
             return False
-        peers = [
-            peer.intermediate_values[epoch]
-            for peer in self.runs()
-            # Without the audit an exempted trial would not have come this far, so it is no peer any more.
-            if epoch in peer.intermediate_values and epoch <= peer.user_attrs.get("spared", epoch)
-        ]
-        if not prune(value, peers, search.direction, rule):
-            trial.set_user_attr("passed", epoch)
+        peers = pruning.values_at(self.runs(), epoch)
+        if pruning.continues(number, peers, search.direction, rule):
+            trial.set_user_attr(pruning.PASSED, epoch)
             return False
-        if is_audited(number, self.config.seed, rule.audit):
-            trial.set_user_attr("spared", epoch)
+        if pruning.is_audited(number, self.config.seed, rule.audit):
+            trial.set_user_attr(pruning.EXEMPTED, epoch)
             return False
-        rank = format_rank(1 + sum(better(peer, value, search.direction) for peer in peers))
-        trial.set_user_attr("why", f"pruned at epoch {epoch}: ranked {rank} of {len(peers)} by {search.metric}")
+        if rule.kind == "promote":
+            trial.set_user_attr(pruning.PAUSED, epoch)
+            return True
+        trial.set_user_attr("why", f"pruned at epoch {epoch}: {self._rank(number, peers)}")
         self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
+
+    def _rank(self, number: int, values: Mapping[int, float]) -> str:
+        """Return the rank of a trial at a rung, in words."""
+        search = self.config.search
+        rank = 1 + sum(pruning.better(value, values[number], search.direction) for value in values.values())
+        return f"ranked {format_rank(rank)} of {len(values)} by {search.metric}"
 
     def bind(
         self,
@@ -375,12 +406,16 @@ class StudyStore:
             metrics = metrics | {name: value for name, value in kept["metrics"].items() if name not in COSTS}
         epoch = kept.get("epoch", max(curve, default=0))
         value = trial.value if trial.state == TrialState.COMPLETE else curve.get(epoch)
-        exempted_at, rule = trial.user_attrs.get("spared"), self.config.search.pruning
+        exempted_at, rule = trial.user_attrs.get(pruning.EXEMPTED), self.config.search.rule
         exempt = f" (exempt from pruning; would have been pruned at epoch {exempted_at})" if exempted_at else ""
         default = {"COMPLETE": f"trained to the end{exempt}", "RUNNING": "running"}.get(trial.state.name, "")
+        is_paused = pruning.is_paused(trial)
+        if is_paused:
+            paused = trial.user_attrs[pruning.PAUSED]
+            default = f"paused at epoch {paused}: {self._rank(number, pruning.values_at(self.runs(), paused))}"
         return TrialRecord(
             number=number,
-            state=trial.state.name,
+            state="PAUSED" if is_paused else trial.state.name,
             params=self._params(trial),
             value=value,
             metrics=metrics,
@@ -390,7 +425,7 @@ class StudyStore:
             why=trial.user_attrs.get("why", default),
             reason=trial.user_attrs.get("reason", "error") if trial.state == TrialState.FAIL else None,
             outside=retries.failed_outside(trial, common_faults),
-            audited=rule is not None and is_audited(number, self.config.seed, rule.audit),
+            audited=rule is not None and pruning.is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
             bases=_identities(trial.user_attrs.get("bases", {})),
         )
@@ -432,31 +467,6 @@ def keeps_best(config: Config, params: Mapping[str, Value]) -> bool:
     return params.get("train.keep", config.train.keep) == "best"
 
 
-def common_fault(trials: Sequence[TrialRecord]) -> str | None:
-    """Return what makes every trial fail (a wrong path, a full disk), in a line; call it when a trial has failed.
-
-    The sweep is at fault if no trial has ever ended otherwise and the last ones failed alike. Failures that other
-    parameters may avoid need more of them. Where trials have ended otherwise, the last ones must have failed alike for
-    a cause outside their configurations: something broke during the sweep, and further trials would only fail, too.
-    """
-    ended = [trial for trial in trials if trial.state != "RUNNING"]
-    if not ended or ended[-1].state != "FAIL":
-        return None
-    last = ended[-1]
-    if any(trial.state != "FAIL" for trial in ended):
-        if any(not trial.outside or trial.reason == "workers lost" for trial in ended[-COMMON_FAULT:]):
-            return None
-        ended_as = "failed alike"
-    else:
-        ended_as = "failed alike and none was finished"
-    enough = COMMON_FAULT_BY_PARAMETERS if last.reason in BY_PARAMETERS else COMMON_FAULT
-    # Digits tell one trial from another: they are in the names of folders and in steps.
-    alike = {(trial.reason, re.sub(r"\d+", "#", trial.why)) for trial in ended[-enough:]}
-    if len(ended) < enough or len(alike) > 1:
-        return None
-    return f"the last {enough} trials {ended_as} ({last.reason}: {last.why}); fix this first"
-
-
 def has_started(folder: Path, trial: TrialRecord) -> bool:
     """Return whether readers should show a trial: its folder is made right after it was stored."""
-    return trial.state != "RUNNING" or (trial_folder(folder, trial.number) / "config.yaml").exists()
+    return trial.has_ended or (trial_folder(folder, trial.number) / "config.yaml").exists()

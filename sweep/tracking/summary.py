@@ -22,6 +22,7 @@ BEST, OBJECTIVE = "best_", "objective"
 LOWER, UPPER = f"{OBJECTIVE}_lower", f"{OBJECTIVE}_upper"  # 95 % limits of the objective
 # Tags of `end_tags`.
 ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "epoch", "attempts"))
+PAUSING = ("sweep.state", "sweep.rung")  # tags of `pause_tags`
 # Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
 LESS = re.compile(r"([a-z_]+/)?(loss|total_loss|perplexity|ece)")
@@ -73,6 +74,11 @@ def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
         "attempts": attempts,
     }
     return {f"sweep.{name}": str(value) for name, value in tags.items() if value is not None} | base_tags(trial)
+
+
+def pause_tags(trial: TrialRecord) -> dict[str, str]:
+    """Return the tags of a trial that is paused."""
+    return dict(zip(PAUSING, (trial.state, str(max(trial.curve))), strict=True))
 
 
 def base_tags(trial: TrialRecord) -> dict[str, str]:

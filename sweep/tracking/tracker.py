@@ -152,6 +152,7 @@ class Tracker(threading.Thread):
         self.states: dict[int, RunState] = {}  # of trials
         self.readers: dict[int, MetricsReader] = {}  # of running trials
         self.status: dict[str, str] = {}  # that MLflow shows, by run
+        self.paused: dict[str, dict[str, str]] = {}  # tags that say that a trial is paused, by run
         self.sweep_metrics: dict[str, float] = {}  # of the sweep's own run
 
     def _connect(self) -> None:
@@ -210,7 +211,9 @@ class Tracker(threading.Thread):
             self.states[trial.number] = {**lasting, "run_id": run_id}
         elif run.info.status != STATUS.get(trial.state):
             state["ended"] = False
-        if trial.state == "RUNNING" and summary.ENDING[0] in run.data.tags:
+        if run.data.tags.get(summary.ENDING[0]) == "PAUSED":
+            self.paused[run_id] = {name: run.data.tags.get(name, "") for name in summary.PAUSING}
+        elif not trial.has_ended and summary.ENDING[0] in run.data.tags:
             self._reopen(runs, trial.number)
         runs.complete(run, summary.params(self.config, trial))
         # A trial may be resumed by another version of the code.
@@ -243,7 +246,7 @@ class Tracker(threading.Thread):
     def _end_sweep(self, trials: Sequence[TrialRecord], all_sent: bool) -> None:
         """Complete the sweep's own run: note, best trial and code; each summary metric once for so many trials."""
         assert self.runs is not None
-        client, ended = self.runs.client, sum(trial.state != "RUNNING" for trial in trials)
+        client, ended = self.runs.client, sum(trial.has_ended for trial in trials)
         run_ids = {trial.number: self._state(trial.number).get("run_id", "") for trial in trials}
         links = {number: link(self.runs.experiment, run_id) for number, run_id in run_ids.items() if run_id}
         views = trials_link(self.runs.experiment, self.key), charts_link(self.runs.experiment, self.key)
@@ -269,7 +272,7 @@ class Tracker(threading.Thread):
         """Send what is new about a trial, and end its run if the trial has ended."""
         assert self.runs is not None
         number, state = trial.number, self._state(trial.number)
-        if trial.state == "RUNNING" and "finished" in state:
+        if not trial.has_ended and "finished" in state:
             self._reopen(self.runs, number)
         if state.get("ended"):
             return
@@ -278,13 +281,20 @@ class Tracker(threading.Thread):
         if number not in self.readers:
             self.readers[number] = self._unsent(self.runs, number)
         self._send_points(self.runs, number, self.readers[number])
-        if trial.state != "RUNNING":
+        if trial.has_ended:
             self._end_run(self.runs, trial)
             return
-        run_id, status = state["run_id"], "SCHEDULED" if last else "RUNNING"
+        run_id, is_paused = state["run_id"], trial.state == "PAUSED"
+        status = "SCHEDULED" if last or is_paused else "RUNNING"
         if self.status.get(run_id) != status:
             self.runs.client.update_run(run_id, status=status)
             self.status[run_id] = status
+        if is_paused and self.paused.get(run_id) != (tags := summary.pause_tags(trial)):
+            self.runs.send(run_id, [], tags)
+            self.paused[run_id] = tags
+        elif not is_paused and run_id in self.paused:
+            self.runs.delete_tags(run_id, reversed(summary.PAUSING))
+            del self.paused[run_id]
 
     def _reopen(self, runs: Runs, number: int) -> None:
         """Continue the run of a trial that had failed and runs again: remove what said how it ended."""

@@ -235,7 +235,7 @@ class Attack:
         running = [number for number, trial in known.items() if trial.state == "RUNNING"]
         kill.running = {number: self.steps.highest.get(number, 0) for number in running}
         kill.params = {number: trial.params for number, trial in known.items()}
-        kill.ended = {n: (trial.state, trial.value) for n, trial in known.items() if trial.state != "RUNNING"}
+        kill.ended = {n: (trial.state, trial.value) for n, trial in known.items() if trial.has_ended}
         self.kills.append(kill)
         return kill
 

@@ -29,6 +29,7 @@ class Variant:
         study: see `storage.ledger`.
         trials: total number.
         processes: workers of all trials that run at a time.
+        pruning: see `search.pruning.kind`; with "promote", trials pause.
     """
 
     workers: int
@@ -37,19 +38,20 @@ class Variant:
     study: str | None = None
     trials: int = 10
     processes: int = 2
+    pruning: str = "stop"
 
     @property
     def name(self) -> str:
         """Title for people."""
         title = f"{self.workers} rank{'s' if self.workers > 1 else ''}, {self.reader} reader"
-        title += ", MLflow server" if self.server else ""
+        title += f", {self.pruning}" + (", MLflow server" if self.server else "")
         return title + (", SQLite study" if self.study else "")
 
 
 VARIANTS = (
     Variant(1, "ray"),
-    Variant(2, "local"),
-    Variant(1, "local", server=True, study="sqlite:///study.db"),
+    Variant(2, "local", pruning="promote"),
+    Variant(1, "local", server=True, study="sqlite:///study.db", pruning="promote"),
     Variant(2, "ray", server=True),
 )
 
@@ -92,7 +94,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
         "search": {
             "trials": variant.trials,
             "startup_trials": 3,
-            "pruning": {"first_epoch": 1, "after_trials": 3, "audit": 0.1},
+            "pruning": {"kind": variant.pruning, "first_epoch": 1, "after_trials": 3, "audit": 0.1},
             "space": {
                 "model.lora.rank": [2, 4, 8],
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},

@@ -1,8 +1,8 @@
 """Any process may be killed at any time; rerunning the same command loses nothing and doubles nothing.
 
-The short form is part of the suite: one sweep, of which a worker is killed in the middle of a write, and later all
-processes at once. `pytest -m long -s tests/kill`, or `python -m tests.kill`, is the proof: 25 kills of all kinds over
-four sweeps.
+The short form is part of the suite: one sweep with trials that pause, of which a worker is killed in the middle of a
+write, and later all processes at once. `pytest -m long -s tests/kill`, or `python -m tests.kill`, is the proof: 25
+kills of all kinds over four sweeps.
 """
 
 import random
@@ -38,7 +38,14 @@ def check(results: list[Result], kills: int) -> None:
 @pytest.mark.timeout(900)
 def test_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
     stuff = make_stuff(tmp_path / "stuff")
-    result = play(Variant(1, "ray", trials=6, processes=1), stuff, tmp_path / "play", SHORT, random.Random(0), say)
+    result = play(
+        Variant(1, "ray", trials=6, processes=1, pruning="promote"),
+        stuff,
+        tmp_path / "play",
+        SHORT,
+        random.Random(0),
+        say,
+    )
     check([result], len(SHORT))
     assert "PRUNED" in result.states.values()
 

@@ -13,7 +13,8 @@ from optuna.trial import Trial
 from data.errors import UserError
 from sweep.config.files import dump, load
 from sweep.config.schema import Config
-from sweep.search.study import Reason, State, StudyStore, TrialRecord, common_fault
+from sweep.execution.tune import common_fault
+from sweep.search.study import Reason, State, StudyStore, TrialRecord
 from tests.sweep.common import POINTS, Asked, ask, play, report
 from tests.sweep.stores import every_storage, postgres, pruned, settings, shared_sqlite, storage  # noqa: F401
 

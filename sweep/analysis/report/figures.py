@@ -117,7 +117,7 @@ def _optuna_figures(
     if not done:
         return
     yield "history", "All trials in order", "", lambda: plots.plot_optimization_history(study, target_name=metric)
-    rungs = config.search.rungs(config.train.epochs) if config.search.pruning else []
+    rungs = config.search.rungs(config.train.epochs) if config.search.rule else []
     note = f"rungs after epoch {', '.join(map(str, rungs))}" if rungs else ""
     yield "rungs", "Learning curves", note, lambda: _with_rungs(plots.plot_intermediate_values(study), rungs)
     if done < ENOUGH or not names:

@@ -1,6 +1,8 @@
 """Train every configuration of a grid once for each seed and share of the data, and write a table of the results.
 
-    python -m tests.bench.tables.make small six real
+    python -m tests.bench.tables.make small six
+
+A number after the name, six:0, trains only with that seed.
 
 Trainings run one after another in this process, with cached features and warm models. What is done is kept in the
 benchmark's cache, so the command may be ended and rerun. A share of the data is nested: the first sessions of an order
@@ -154,7 +156,7 @@ def trained(config: Config, share: float) -> list[dict[str, Any]]:
     return curve
 
 
-def make(name: str) -> None:
+def make(name: str, only: str = "") -> None:
     """Train what is missing of a table; write it once nothing is."""
     recipe = RECIPES[name]
     config, path = recipe.settings(), CACHE / f"table-{name}.jsonl"
@@ -164,7 +166,7 @@ def make(name: str) -> None:
     jobs = [(seed, share, point) for share in reversed(recipe.shares) for seed in SEEDS for point in grid]
     for number, (seed, share, point) in enumerate(jobs):
         key = json.dumps([point, share, seed], sort_keys=True)
-        if key in known:
+        if key in known or (only and int(only) != seed):
             continue
         known[key] = trained(config.for_trial(point).model_copy(update={"seed": seed}), share)
         with path.open("a") as file:
@@ -177,16 +179,19 @@ def make(name: str) -> None:
 def collect(
     name: str, recipe: Recipe, config: Config, grid: list[dict[str, Any]], known: dict[str, list[dict[str, Any]]]
 ) -> Table:
-    """Return the table of all trainings, by configuration, share and seed."""
+    """Return the table of the seeds that all configurations have, and of the shares that these have."""
+
+    search = config.search
+    has = lambda share, seed: all(json.dumps([p, share, seed], sort_keys=True) in known for p in grid)  # noqa: E731
+    seeds = [seed for seed in SEEDS if has(1.0, seed)]
+    shares = [share for share in recipe.shares if all(has(share, seed) for seed in seeds)]
+    space = {key: axis.model_dump(exclude_defaults=True) for key, axis in search.space.items()}
 
     def array(of: Callable[[list[dict[str, Any]]], list[Any]]) -> np.ndarray:
         """Return a list of each training, [S, F, P, E]."""
         key = lambda *what: json.dumps(what, sort_keys=True)  # noqa: E731
-        return np.array([[[of(known[key(p, f, s)]) for p in grid] for f in recipe.shares] for s in SEEDS])
+        return np.array([[[of(known[key(p, f, s)]) for p in grid] for f in shares] for s in seeds])
 
-    search = config.search
-    space = {key: axis.model_dump(exclude_defaults=True) for key, axis in search.space.items()}
-    seeds, shares = list(SEEDS), list(recipe.shares)
     values = array(lambda curve: [epoch[search.metric] for epoch in curve])
     errors = array(lambda curve: [standard_error(np.array(epoch["sums"]), search.metric) for epoch in curve])
     steps = array(lambda curve: [epoch["steps"] for epoch in curve])[0]
@@ -204,4 +209,4 @@ def standard_error(sums_GN: np.ndarray, metric: str) -> float:
 
 if __name__ == "__main__":
     for asked in sys.argv[1:]:
-        make(asked)
+        make(*asked.split(":"))
