@@ -5,13 +5,15 @@ look for a public replacement first. Imports are inside the functions, so that a
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import QMCSampler
     from optuna.trial import FrozenTrial, Trial
     from ray.train.v2._internal.execution.callback import RayTrainCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -27,6 +29,28 @@ def writable_trial(study: "Study", frozen: "FrozenTrial") -> "Trial":
     from optuna.trial import Trial
 
     return Trial(study, frozen._trial_id)
+
+
+def quasi_random_sampler(space: "Mapping[str, BaseDistribution]", seed: int, first: int) -> "QMCSampler":
+    """Return Optuna's scrambled Sobol sequence over some axes from its point `first` on.
+
+    `QMCSampler` of optuna 5.0.0 counts its points in the study and spans the axes of the first trial. A study in memory
+    that is made for each draw has no count, and with conditions the first trial lacks axes.
+    """
+    from itertools import count
+
+    from optuna.samplers import QMCSampler
+
+    points = count(first)
+
+    class QuasiRandomSampler(QMCSampler):
+        def infer_relative_search_space(self, *_: object) -> "dict[str, BaseDistribution]":
+            return {key: axis for key, axis in space.items() if not axis.single()}
+
+        def _find_sample_id(self, *_: object) -> int:
+            return next(points)
+
+    return QuasiRandomSampler(scramble=True, seed=seed, warn_independent_sampling=False)
 
 
 def init_local_ray(scratch: Path, **options: object) -> None:

@@ -52,6 +52,7 @@ from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.base_models import check_bases, study_bases
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
+from sweep.search.sampling.samplers import choose
 from sweep.search.space_checks import check_requests, notes
 from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first, total_trials
 from sweep.tracking.access import check_access, tracking_uri
@@ -366,6 +367,7 @@ class SweepRunner:
             say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
+            say(f"sampler: {choose(self.config)}")
             say(format_estimate(self.config, estimate, slots))
             save_estimate(self.folder, estimate)
             started = time.monotonic()

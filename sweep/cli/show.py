@@ -123,6 +123,8 @@ def preview_table(preview: "Preview") -> RenderableType:
 
 
 def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
+    from sweep.search.sampling.samplers import choose
+
     changes = [
         f"{change} ({'refused: ' if change.verdict == 'refused' else ''}{change.why})" if change.why else str(change)
         for change in preview.changes.all
@@ -134,6 +136,8 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
     points = [f"trial {number}: {_format_point(point)}" for number, point in enumerate(preview.points, start=first)]
     drawn = [f"{preview.drawn} drawn by the search"] if preview.drawn else []
     yield "starts", [*points, *drawn] or ["no trial"]
+    if preview.drawn:
+        yield "sampler", [str(choose(preview.config))]
     yield "note", preview.search
 
 

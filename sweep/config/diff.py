@@ -19,6 +19,7 @@ Verdict = Literal["accepted", "refused"]
 # Settings that may change, with what the user should know.
 ACCEPTED = {
     "search.trials": "",
+    "search.sampler": "it draws the trials from now on",
     "resources.slots": "",
     "resources.workers": "results are the same without dropout, whose random numbers depend on the workers",
     "resources.cpus_per_worker": "",

@@ -50,6 +50,7 @@ def _space_problems(config: Config) -> Iterator[str]:
                 yield f"{where}.when.{condition}: no such setting"
         refused = [line for value in axis.extremes() for line in _refusals(config, key, value)]
         yield from refused or _refusals(config, key, axis.inside())
+    yield from _sampler_problems(config)
     yield from _first_task_problems(config)
     if FOLD in config.search.space and (config.search.rule or config.search.trials > len(config.search.points)):
         yield (
@@ -63,6 +64,25 @@ def _space_problems(config: Config) -> Iterator[str]:
                 yield f"search.points[{number}].{key}: not an axis of search.space; add the axis or remove the key"
             elif not space.contains(value):
                 yield f"search.points[{number}].{key}: {value!r} lies outside its axis; {space.describe()}"
+
+
+def _sampler_problems(config: Config) -> Iterator[str]:
+    """Yield axes that the sampler cannot draw from."""
+    search = config.search
+    if search.sampler == "grid":
+        for key, axis in search.space.items():
+            if axis.values() is None:
+                yield (
+                    f"search.sampler: grid needs finite axes, and search.space.{key} has infinitely many values; give "
+                    "it choices or a step, or choose another sampler"
+                )
+    if search.sampler == "cmaes":
+        ranges = [key for key, axis in search.space.items() if axis.choices is None and len(axis.extremes()) > 1]
+        if len(ranges) < 2:
+            yield (
+                "search.sampler: cmaes needs two axes that are ranges (low, high), and search.space has "
+                f"{len(ranges)}; choose gp or tpe"
+            )
 
 
 def _first_task_problems(config: Config) -> Iterator[str]:

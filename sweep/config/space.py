@@ -248,6 +248,10 @@ class SearchConfig(Section):
         "<task>/<metric>.",
     )
     pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
+    sampler: Literal["auto", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = Field(
+        "auto",
+        description="Optuna's sampler. auto: chosen by the size and the kind of the space, as the plan says.",
+    )
     startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")
     space: dict[str, Axis] = Field({}, description="Axes, by the dotted key of the setting that they vary.")
     points: list[dict[str, Value]] = Field([], description="Trials that run first: values for some or all axes.")
@@ -269,6 +273,10 @@ class SearchConfig(Section):
     def rule(self) -> PruningConfig | None:
         """The rule that prunes trials; None if none does."""
         return None if self.pruning is None or self.pruning.kind == "none" else self.pruning
+
+    @property
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
+        return [self.direction]
 
     def first_rung(self, epochs: int) -> int | None:
         """Return the first epoch after which trials are compared; None without pruning.

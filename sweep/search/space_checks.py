@@ -11,13 +11,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data.errors import ConfigError
-from data.formats import format_count
+from data.formats import format_count, format_list
 from sweep.config.files import load
 from sweep.config.loader import flat, problems_error, rule, with_value
 from sweep.config.schema import Config
 from sweep.config.space import Axis, Value, Values, plain
 from sweep.search.candidates import candidates, combinations, under_conditions, untrained
-from sweep.search.study import total_trials
+from sweep.search.sampling.samplers import check_sampler
+from sweep.search.study import MOST_COUNTED, total_trials
 
 MOST_TRIED = 200  # trials that are validated until one accepts a value
 
@@ -31,7 +32,9 @@ def check_requests(config: Config, folder: Path) -> None:
 
     Raises:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.
+        UserError: the sampler needs a package that is not installed.
     """
+    check_sampler(config)
     problems = list(refusals(config))
     path = folder / "config.yaml"
     if problems and path.exists():
@@ -213,12 +216,31 @@ def notes(config: Config) -> Iterator[str]:
                 f"search.trials: {trials}, and search.space has {format_count(total, 'different trial')}, after which "
                 f"the sweep ends, since nothing is trained twice; widen search.space, or set search.trials to {total}"
             )
+    yield from _sampler_notes(config)
     pruning = search.rule
     if pruning is not None and pruning.first_epoch is not None and not search.rungs(config.train.epochs):
         yield (
             f"search.pruning.first_epoch: {pruning.first_epoch} is not before the last epoch, so no trial is pruned; "
             "lower it, or set search.pruning to null"
         )
+
+
+def _sampler_notes(config: Config) -> Iterator[str]:
+    search = config.search
+    if search.sampler == "grid":
+        size = len(untrained(config, (), MOST_COUNTED) or ())
+        if search.trials < size < MOST_COUNTED:
+            yield (
+                f"search.trials: {search.trials}, and the grid has {size} combinations, of which as many are chosen at "
+                f"random; set search.trials to {size} to run them all"
+            )
+    if search.sampler == "cmaes":
+        listed = [key for key, axis in search.space.items() if axis.choices is not None]
+        if listed:
+            yield (
+                f"search.sampler: cmaes learns ranges only and draws {format_list(listed)} at random; tpe and gp learn "
+                "lists of choices, too"
+            )
 
 
 def _one_of(allowed: list[Value]) -> str:

@@ -21,8 +21,10 @@ from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import EPOCHS, Value, whole
-from sweep.search import pruning, retries, sampler
+from sweep.search import pruning, retries
 from sweep.search.candidates import untrained
+from sweep.search.sampling import draw as sampler
+from sweep.search.sampling.history import params
 from sweep.search.study_storage import open_study, read_study
 
 State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
@@ -124,7 +126,7 @@ class StudyStore:
         trials, search = self.runs(), self.config.search
         for number, trial in enumerate(trials):
             if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
-                return NextTrial(number, sampler.params(self.config, trial))
+                return NextTrial(number, params(self.config, trial))
         rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
         rungs = search.rungs(self.config.train.epochs)
         if rule and (promoted := pruning.promotable(trials, rungs, search.direction, rule)) is not None:
@@ -135,7 +137,7 @@ class StudyStore:
                 break
             self.study.add_trial(drawn)
             if drawn.state == TrialState.RUNNING:
-                return NextTrial(len(trials), sampler.params(self.config, self._frozen(len(trials))))
+                return NextTrial(len(trials), params(self.config, self._frozen(len(trials))))
             trials = self.runs()
         if rule and (best := pruning.to_finish(trials, search.direction, rule)) is not None:
             return self._promote(best, pruning.TO_THE_END)
@@ -151,7 +153,7 @@ class StudyStore:
         """Store that a paused trial continues, without a pause until after an epoch; return it."""
         frozen = self._frozen(number)
         writable_trial(self.study, frozen).set_user_attr(pruning.PASSED, beyond)
-        return NextTrial(number, sampler.params(self.config, frozen))
+        return NextTrial(number, params(self.config, frozen))
 
     def _prune_paused(self) -> None:
         """End the trials that are paused for good. Each ends in one operation, so a kill leaves it paused or pruned."""
@@ -396,7 +398,7 @@ class StudyStore:
         return self.runs()[number]
 
     def _params(self, trial: FrozenTrial) -> dict[str, Value]:
-        return sampler.params(self.config, trial)
+        return params(self.config, trial)
 
     def _record(self, number: int, trial: FrozenTrial, common_faults: Sequence[int]) -> TrialRecord:
         """Return a trial as a record; its user attributes are the format on disk."""

@@ -15,8 +15,8 @@ from sweep.analysis.report.figures import draw_figures, in_memory_study
 from sweep.config.diff import claim_folder, compare
 from sweep.config.files import load
 from sweep.config.schema import Config
-from sweep.search import sampler
 from sweep.search.candidates import combinations
+from sweep.search.sampling import draw as sampler
 from sweep.search.study import StudyStore, total_trials
 from sweep.tracking.runs import Runs
 from sweep.tracking.summary import params

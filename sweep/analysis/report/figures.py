@@ -18,7 +18,7 @@ from sweep.analysis.report.ablation import Choice, choice_name
 from sweep.analysis.report.fonts import font_families
 from sweep.analysis.results import short_names
 from sweep.config.schema import Config
-from sweep.search.sampler import history
+from sweep.search.sampling.history import history
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 ENOUGH = 4  # different complete configurations, below which importances mean nothing

@@ -12,8 +12,8 @@ from itertools import count
 from typing import Literal, NamedTuple
 
 import numpy as np
-import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from data.errors import UserError
@@ -22,9 +22,9 @@ from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.config.space import Stored, Value, Values, encode
 from sweep.search.candidates import MOST, untrained
+from sweep.search.sampling.history import ENDED_WELL, encoded, infeasible, params
+from sweep.search.sampling.samplers import choose, study_to_draw_from
 
-INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, which TPE should avoid
-ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 TRIES = 100  # draws for a trial, of which one must be new and fit; TPE makes half of them, since it may repeat itself
 FEW_TRIES = 10  # the same where few combinations are left, of which one is chosen at random otherwise
 TOO_LARGE = "not started: does not fit into memory by the plan"
@@ -77,43 +77,38 @@ def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | N
         return None
     # Each trial has a sampler with its own seed, so that a resumed search draws what an uninterrupted one would.
     seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
-    sampler = optuna.samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=config.search.startup_trials,
-        constant_liar=True,
-        multivariate=True,
-        group=True,
-    )
-    copy = optuna.create_study(direction=config.search.direction, sampler=sampler)
-    copy.add_trials(history(config, trials))
+    kind = choose(config).name
+    copy = study_to_draw_from(config, kind, trials, seed)
     avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
 
     def ask(point: Mapping[str, Value] | None = None) -> tuple[Values, Literal["good", "repeated", "too large"]]:
         """Draw values, and return them with what they are; those that lack a value of the point count as repeated."""
         if point is not None:
-            copy.enqueue_trial(_encode(point))
+            copy.enqueue_trial(encoded(point))
         trial = copy.ask()
         values = config.search.suggest(trial, flat(config))
         is_new = config.search.same(values) not in trained and (point or {}).items() <= values.items()
         if is_new and fits(values):
             return values, "good"
-        copy.tell(trial, state=TrialState.FAIL)
-        if is_new and avoid_infeasible:
-            copy.add_trial(_infeasible(config, values))
+        if kind != "gp":  # which would draw the same again, and stays away from trials that run
+            copy.tell(trial, state=TrialState.FAIL)
+        if is_new and avoid_infeasible and kind == "tpe":
+            copy.add_trial(infeasible(config, values))
         return values, "too large" if is_new else "repeated"
 
     for point in points_left(config, trials):
         for _ in range(_tries(completions := untrained(config, trained, MOST, point))):
             values, verdict = ask(point)
             if verdict == "good":
-                return Draw(_encode(point), values)
+                return Draw(encoded(point), values)
             if verdict == "too large":  # so are its other values, as a rule
                 break
         if fitting := [values for values in completions or [] if fits(values)]:
-            return Draw(_encode(point), random.Random(seed).choice(fitting))
-    for tried in range(tries := _tries(left)):
-        if tried == tries // 2:
-            copy.sampler = optuna.samplers.RandomSampler(seed=len(trials))
+            return Draw(encoded(point), random.Random(seed).choice(fitting))
+    tries = 0 if kind == "grid" else _tries(left)
+    for tried in range(tries):
+        if tried == (FEW_TRIES if kind == "gp" else tries) // 2:
+            copy.sampler = RandomSampler(seed=len(trials))
         values, verdict = ask()
         if verdict == "good":
             return Draw(None, values)
@@ -136,10 +131,6 @@ def _trained(config: Config, trials: Iterable[FrozenTrial]) -> set[str]:
     return {config.search.same(params(config, trial)) for trial in trials if trial.state != TrialState.WAITING}
 
 
-def _encode(values: Mapping[str, Value]) -> dict[str, Stored]:
-    return {key: encode(value) for key, value in values.items()}
-
-
 def points_left(config: Config, trials: Sequence[FrozenTrial]) -> list[dict[str, Value]]:
     """Return the points that no trial has taken yet, without those whose values are only those of other trials.
 
@@ -147,57 +138,11 @@ def points_left(config: Config, trials: Sequence[FrozenTrial]) -> list[dict[str,
     """
     left = list(config.search.points)
     for trial in trials:
-        point = next((point for point in left if _encode(point) == trial.system_attrs.get(FIXED_PARAMS)), None)
+        point = next((point for point in left if encoded(point) == trial.system_attrs.get(FIXED_PARAMS)), None)
         if trial.state != TrialState.WAITING and point is not None:
             left.remove(point)
     trained = _trained(config, trials) if left else set[str]()
     return [point for point in left if untrained(config, trained, 1, point) != []]
-
-
-def params(config: Config, trial: FrozenTrial) -> dict[str, Value]:
-    """Return the values of a trial by dotted key, those of axes that were added later included."""
-    space, drawn = config.search.space, dict[str, Value]()
-    for name, value in trial.params.items():
-        key = name.partition("#")[0]
-        drawn[key] = space[key].decode(value) if key in space else value
-    return config.search.complete(drawn, flat(config))
-
-
-def history(config: Config, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials as TPE should see them: one for each, so that the numbers stay the same."""
-    space, seen = config.search.space, list[FrozenTrial]()
-    avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
-    for trial in trials:
-        values = {key: value for key, value in params(config, trial).items() if key in space}
-        if trial.state == TrialState.WAITING or not all(space[key].contains(value) for key, value in values.items()):
-            seen.append(create_trial(state=TrialState.FAIL))  # which TPE ignores
-        # Until a trial has ended well, TPE would take the least bad of the infeasible trials for the best.
-        elif trial.state == TrialState.FAIL and avoid_infeasible and trial.user_attrs.get("reason") in INFEASIBLE:
-            seen.append(_infeasible(config, values, trial.intermediate_values))
-        else:
-            seen.append(
-                create_trial(
-                    state=trial.state,
-                    value=trial.value if trial.state == TrialState.COMPLETE else None,
-                    params=_encode(values),
-                    distributions={key: space[key].distribution() for key in values},
-                    intermediate_values=trial.intermediate_values,
-                )
-            )
-    return seen
-
-
-def _infeasible(
-    config: Config, values: Mapping[str, Value], reported: Mapping[int, float] | None = None
-) -> FrozenTrial:
-    """Return a trial with values that TPE should avoid."""
-    return create_trial(
-        state=TrialState.PRUNED,
-        params=_encode(values),
-        distributions={key: config.search.space[key].distribution() for key in values},
-        intermediate_values=dict(reported or {}),
-        constraints={"memory": 1.0},
-    )
 
 
 def _stored_name(key: str, distribution: BaseDistribution, trials: Iterable[FrozenTrial]) -> str:
