@@ -52,9 +52,11 @@ from sweep.preflight.plan_file import save_actual_time, save_estimate
 from sweep.search.base_models import check_bases, study_bases
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
+from sweep.search.cost import budget_lines
 from sweep.search.sampling.samplers import choose
 from sweep.search.space_checks import check_requests, notes
-from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first, total_trials
+from sweep.search.stopping import ended_early, total_trials
+from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.tracker import Tracker, is_sent, server_has_all
@@ -242,7 +244,9 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
     counts = {"complete": ended.complete, "pruned": ended.pruned, "failed": ended.failed}
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if len(trials) < config.search.trials:
-        listed += f", which is all of search.space (search.trials is {config.search.trials})"
+        why = ended_early(config, trials)
+        listed += f"; {why}" if why else ", which is all of search.space"
+        listed += f" (search.trials is {config.search.trials})"
     return outcome("done", ExitCode.DONE, f"done: {listed}; the best is trial {best.number} ({folder})")
 
 
@@ -368,6 +372,8 @@ class SweepRunner:
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
             say(f"sampler: {choose(self.config)}")
+            for line in budget_lines(self.config, self.study.trials()):
+                say(f"budget: {line} spent; the sweep may end before the plan")
             say(format_estimate(self.config, estimate, slots))
             save_estimate(self.folder, estimate)
             started = time.monotonic()

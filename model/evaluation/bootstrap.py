@@ -249,6 +249,27 @@ def compare(first: Sequence[Records], second: Sequence[Records], metric: SummedM
     return Comparison(Interval(value, low, high), better, _mcnemar(vote(first), vote(second)))
 
 
+def paired_difference(first: Records, second: Records, metric: SummedMetric) -> tuple[float, float]:
+    """Return the difference of two trainings in a metric, and its standard error: the jackknife over sessions.
+
+    See Efron and Stein, "The Jackknife Estimate of Variance" (Annals of Statistics 9, 1981). The error is nan where
+    there are fewer than two sessions.
+
+    Raises:
+        ValueError: they predict different items.
+    """
+    if {_key(record) for record in first} != {_key(record) for record in second}:
+        raise ValueError("predictions of different items cannot be compared")
+    sessions = _sessions([first])
+    sums_SGN = _session_sums([first, second], sessions, metric)
+    whole_SN, count = sums_SGN.sum(1), len(sessions)
+    difference = float(np.subtract(*metric.value(whole_SN)))
+    if count < 2:
+        return difference, math.nan
+    without_G = np.subtract(*metric.value(whole_SN[:, None] - sums_SGN))
+    return difference, float(np.sqrt((count - 1) * np.mean((without_G - without_G.mean()) ** 2)))
+
+
 def vote(runs: Sequence[Records]) -> dict[ItemKey, Record]:
     """Return for each item a record with the prediction that most trainings gave; of equals the first one."""
     by_item: dict[ItemKey, list[Record]] = {_key(record): [] for record in runs[0]}

@@ -188,6 +188,8 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
             "search.points": points,
             "search.trials": len(points),
             "search.pruning": None,
+            "search.budget": None,
+            "search.stop_when": None,
             "storage.keep": None,
             "storage.mirror": config.storage.mirror and config.storage.mirror.rstrip("/") + suffix,
         }

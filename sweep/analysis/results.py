@@ -9,8 +9,9 @@ from typing import Literal, TypedDict
 from data.formats import format_hours
 from sweep.config.schema import Config
 from sweep.preflight.eta import format_time_left, observed_eta
-from sweep.search.cost import device_hours, device_name, device_seconds
-from sweep.search.study import TrialRecord, best_first, total_trials
+from sweep.search.cost import budget_lines, device_hours, device_name, device_seconds
+from sweep.search.stopping import ended_early, total_trials
+from sweep.search.study import TrialRecord, best_first
 
 VAGUE = ("dtype", "enabled", "init_from", "kind", "path")  # names of settings that say nothing by themselves
 ORDER = ("COMPLETE", "PRUNED", "PAUSED", "RUNNING", "FAIL")
@@ -60,6 +61,8 @@ class Progress:
     hours: float  # of the devices, in finished epochs
     device: Literal["GPU", "CPU"]
     paused: int = 0  # at a rung: they continue when they are among the best there
+    budget: Sequence[str] = ()  # what is spent of each of its limits
+    ended: str | None = None  # why no more trials start, where the search ended before `search.trials`
 
     @property
     def done(self) -> int:
@@ -78,7 +81,8 @@ class Progress:
         parts += [", ".join(f"{count} {name}" for name, count in counts.items() if count)]
         parts += [f"best {self.best.value:.3f} (#{self.best.number})"] if self.best else []
         parts += [format_time_left(self.seconds_left)] if self.seconds_left is not None else []
-        return "; ".join(part for part in [*parts, self.format_hours() if self.hours else ""] if part)
+        parts += [self.format_hours()] if self.hours else []
+        return "; ".join(filter(None, [*parts, *(f"budget {line}" for line in self.budget)]))
 
 
 def progress(config: Config, trials: Sequence[TrialRecord], slots: int | None = None) -> Progress:
@@ -101,6 +105,8 @@ def progress(config: Config, trials: Sequence[TrialRecord], slots: int | None = 
         seconds_left=observed_eta(config, trials, slots or resources.slots or max(1, states["RUNNING"])),
         hours=device_hours(config, device_seconds(trials)),
         device=device_name(config),
+        budget=budget_lines(config, trials),
+        ended=ended_early(config, trials),
     )
 
 

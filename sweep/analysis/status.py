@@ -14,6 +14,7 @@ from sweep.config.schema import Config
 from sweep.durability.heartbeat import Holder
 from sweep.durability.lease import PATIENCE, LeaseFile
 from sweep.preflight.plan_file import plan_lines
+from sweep.search.cost import spent
 from sweep.search.pruning_audit import AuditJson, audit_json
 from sweep.search.study import TrialRecord
 
@@ -31,6 +32,8 @@ class ProgressJson(TypedDict):
     seconds_left: float | None
     gpu_hours: float | None
     cpu_hours: float | None
+    budget: Mapping[str, float] | None  # what is spent of each of its limits, in their units
+    ended_early: str | None  # why, where the search ended before its number of trials
     pruning: AuditJson | None
     running_on: str | None
     pid: int | None
@@ -64,7 +67,7 @@ def status_lines(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
     if runner is not None:
         activity = f"running on {runner.host} (pid {runner.pid})"
     elif now.done >= now.target:
-        activity = "finished"
+        activity = f"finished: {now.ended}" if now.ended else "finished"
     elif search is not None:
         command = shell_command("sweep", "confirm", search)
         activity = f"not running; rerun `{command}` with the same options to resume"
@@ -87,6 +90,7 @@ def _progress(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> Pr
 def progress_json(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> ProgressJson:
     """Return the progress in the form that scripts rely on."""
     now, runner = _progress(config, folder, trials), runner_of(folder)
+    budget, used = config.search.budget, spent(config, trials)
     return {
         "target": now.target,
         "done": now.done,
@@ -98,6 +102,8 @@ def progress_json(config: Config, folder: Path, trials: Sequence[TrialRecord]) -
         "seconds_left": now.seconds_left,
         "gpu_hours": now.hours if now.device == "GPU" else None,
         "cpu_hours": now.hours if now.device == "CPU" else None,
+        "budget": {name: used[name] for name in budget.limits()} if budget else None,
+        "ended_early": now.ended,
         "pruning": audit_json(config, trials),
         "running_on": None if runner is None else runner.host,
         "pid": None if runner is None else runner.pid,

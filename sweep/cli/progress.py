@@ -20,7 +20,8 @@ from sweep.cli.show import show_model
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.waiting import cleaning_up
-from sweep.search.study import StudyStore, TrialRecord, has_started, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyStore, TrialRecord, has_started
 from sweep.search.study_storage import has_study
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "PAUSED": "blue"}

@@ -79,6 +79,7 @@ def best(
     If `sweep confirm` has trained it again, its findings are shown, too.
     """
     from sweep.analysis.confirm import read as read_confirmation
+    from sweep.analysis.recommendation import recommend
     from sweep.config.paths import shell_command
 
     study = open_study_store(folder)
@@ -92,9 +93,11 @@ def best(
         print(dump(study.trial_config(trial)), end="")
     elif as_json:
         config = study.trial_config(trial).model_dump(mode="json")
-        print(json.dumps({**_trial_json(folder, trial), "config": config}, indent=1))
+        cheaper = recommend(study.config, folder, study.trials())
+        recommended = trial.number if cheaper is None else cheaper.trial.number
+        print(json.dumps({**_trial_json(folder, trial), "recommended": recommended, "config": config}, indent=1))
     else:
-        print_best(study.config, folder, trial)
+        print_best(study.config, folder, trial, study.trials())
         confirmation = read_confirmation(folder)
         for line in [] if confirmation is None else confirmation.lines():
             print_line(line)

@@ -88,7 +88,7 @@ def _show_trials(outcome: "Outcome") -> None:
     if outcome.best is None or outcome.trials_left:
         return
     if search_of(config, folder) is None:
-        print_best(config, folder, outcome.best)
+        print_best(config, folder, outcome.best, trials)
     print_mlflow(folder)
 
 

@@ -70,8 +70,9 @@ def show_table(view: "TableView") -> list[str]:
     return dropped
 
 
-def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:
-    """Show the best trial and the commands that reproduce, evaluate, confirm and report it."""
+def print_best(config: Config, folder: Path, best: "TrialRecord", trials: "Sequence[TrialRecord]") -> None:
+    """Show the best trial, a cheaper one that is as good, and the commands that reproduce, evaluate and report it."""
+    from sweep.analysis.recommendation import recommend
     from sweep.analysis.status import train_command
     from sweep.config.paths import shell_command
 
@@ -80,6 +81,9 @@ def print_best(config: Config, folder: Path, best: "TrialRecord") -> None:
         print_line(f"  {key}: {value}")
     name = program("sweep")
     print_line(f"reproduce:  {train_command(folder, best.params, name)}")
+    if (cheaper := recommend(config, folder, trials)) is not None:
+        print_line(cheaper.line)
+        print_line(f"reproduce:  {train_command(folder, cheaper.trial.params, name)}")
     print_line(f"evaluate:   {shell_command(name, 'evaluate', folder, '--split', 'test')}")
     print_line(f"confirm:    {shell_command(name, 'confirm', folder)}")
     print_line(f"report:     {shell_command(name, 'report', folder)}")
@@ -138,6 +142,8 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
     yield "starts", [*points, *drawn] or ["no trial"]
     if preview.drawn:
         yield "sampler", [str(choose(preview.config))]
+    if budget := preview.config.search.budget:
+        yield "budget", [f"{name}: {limit:g}" for name, limit in budget.limits().items()]
     yield "note", preview.search
 
 

@@ -19,6 +19,7 @@ Verdict = Literal["accepted", "refused"]
 # Settings that may change, with what the user should know.
 ACCEPTED = {
     "search.trials": "",
+    "search.stop_when": "",
     "search.sampler": "it draws the trials from now on",
     "resources.slots": "",
     "resources.workers": "results are the same without dropout, whose random numbers depend on the workers",
@@ -46,6 +47,7 @@ REASONS = {
     "search.startup_trials": "existing trials were sampled under the previous value",
     "storage.ledger": "existing trials would be left in the previous study",
 }
+BUDGET = "search.budget"  # a section that may be null
 FIRST_EPOCH = "search.pruning.first_epoch"
 
 
@@ -98,8 +100,8 @@ def compare(before: Config, after: Config) -> Changes:
             changes.append(Change(key, former, latter, "accepted", "new points run next"))
         elif key == "search.points":
             changes.append(Change(key, former, latter, "refused", "existing points keep their order; append new ones"))
-        elif key in ACCEPTED:
-            changes.append(Change(key, former, latter, "accepted", ACCEPTED[key]))
+        elif key in ACCEPTED or key.startswith(BUDGET):
+            changes.append(Change(key, former, latter, "accepted", ACCEPTED.get(key, "")))
         else:
             why = next((why for start, why in REASONS.items() if key.startswith(start)), "it decides the trials")
             changes.append(Change(key, former, latter, "refused", why))

@@ -10,7 +10,7 @@ from data.loading.tasks import TASKS
 from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.config.loader import flat, problems_error, validate, with_value
-from sweep.config.space import Axis, SearchConfig
+from sweep.config.space import LEAST_EPOCHS, Axis, SearchConfig
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
@@ -131,6 +131,16 @@ class Config(Section):
             problems.append(
                 f"train.labels: votes is for tasks that predict codes, and {', '.join(tasks)} "
                 f"{'do' if len(tasks) > 1 else 'does'} not; set majority, or give such a task a weight"
+            )
+        if self.search.budget and self.search.budget.gpu_hours and not self.resources.gpus_per_worker:
+            problems.append(
+                f"search.budget.gpu_hours: {self.search.budget.gpu_hours}, and trials use no GPU "
+                "(resources.gpus_per_worker is 0); set hours, steps or trials"
+            )
+        if self.search.stop_when == "noise" and self.train.epochs < LEAST_EPOCHS:
+            problems.append(
+                f"search.stop_when: noise is read from {LEAST_EPOCHS} epochs or more, and train.epochs is "
+                f"{self.train.epochs}; set stop_when to null, or a budget"
             )
         metrics = metric_names(tasks)
         if self.search.metric not in metrics:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Value = JsonValue  # of a setting; lists and mappings are values, too
 Stored = bool | int | float | str | None  # a value as Optuna stores it
 Values = dict[str, Value]  # of axes, by dotted key
+LEAST_EPOCHS = 4  # of a trial that the noise between two trainings is estimated from
 EPOCHS, FOLD = "train.epochs", "data.fold"
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
@@ -103,7 +105,7 @@ class Axis(Section):
         assert self.high is not None
         if self.step is None:
             return self.high
-        return self.low + self._steps * self.step if self._whole else float(self.low) + self._steps * float(self.step)
+        return self.low + self._steps * self.step if self._whole else self._at(self._steps)
 
     @property
     def _steps(self) -> int:
@@ -132,8 +134,11 @@ class Axis(Section):
             return range(low, high + 1, int(step))
         if self.step is None:
             return None
-        assert self.low is not None
-        return [float(self.low) + index * float(self.step) for index in range(self._steps + 1)]
+        return [self._at(index) for index in range(self._steps + 1)]
+
+    def _at(self, index: int) -> float:
+        """Return a value of a range with steps, computed as Optuna does: 3 steps of 0.1 are 0.3, not a little more."""
+        return float(Decimal(str(self.low)) + index * Decimal(str(self.step)))
 
     def by_sign(self) -> list[Value]:
         """Return one extreme above 0 and one that is not, as far as there are such."""
@@ -238,6 +243,29 @@ class PruningConfig(Section):
     )
 
 
+class BudgetConfig(Section):
+    """Limits of what a sweep may spend; the first that is reached ends it."""
+
+    gpu_hours: Annotated[float, Field(gt=0)] | None = Field(None, description="Hours of GPUs, in finished epochs.")
+    hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Hours by the clock in which trials ran; those between two runs of the sweep do not count."
+    )
+    steps: Count | None = Field(None, description="Optimizer steps of all trials.")
+    trials: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Trainings at full length; a pruned trial counts by its share of the epochs."
+    )
+
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        if not self.limits():
+            raise ValueError("a budget needs a limit: set gpu_hours, hours, steps or trials, or budget to null")
+        return self
+
+    def limits(self) -> dict[str, float]:
+        """Return the limits that are set, by name."""
+        return {name: limit for name, limit in self if limit is not None}
+
+
 class SearchConfig(Section):
     """What is searched, with how many trials, and by which metric."""
 
@@ -246,6 +274,14 @@ class SearchConfig(Section):
         "macro_f1",
         description="Objective on the validation split after the epoch that train.keep names: of the first task, or "
         "<task>/<metric>.",
+    )
+    budget: BudgetConfig | None = Field(
+        None, description="Ends the sweep before search.trials; running trials train to their end. null: no budget."
+    )
+    stop_when: Literal["noise"] | None = Field(
+        None,
+        description="noise: end the sweep once twice as many trials are expected to gain less than the noise between "
+        "two trainings. null: never.",
     )
     pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
     sampler: Literal["auto", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = Field(

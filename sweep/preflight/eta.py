@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.config.space import Value
-from sweep.search.study import TrialRecord, horizon, total_trials
+from sweep.search.cost import horizon
+from sweep.search.stopping import total_trials
+from sweep.search.study import TrialRecord
 
 Values = Mapping[str, Value]
 

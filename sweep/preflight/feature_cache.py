@@ -32,7 +32,7 @@ from sweep.preflight.cache_kind import AnyRequest
 from sweep.preflight.encoder_features import EncoderFeatures
 from sweep.preflight.teacher_logits import TeacherLogitsKind
 from sweep.search.candidates import candidates, resolve_candidate
-from sweep.search.study import total_trials
+from sweep.search.stopping import total_trials
 
 ENCODER_FEATURES, TEACHER_LOGITS = EncoderFeatures(), TeacherLogitsKind()
 MAX_COMBINATIONS = 64  # of the values of a kind's axes

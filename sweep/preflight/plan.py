@@ -29,7 +29,8 @@ from sweep.preflight.feature_cache import cache_requests, cached_folders
 from sweep.preflight.plan_file import Estimate, PlanFile
 from sweep.preflight.trial_profiles import TrialProfile, matching_profiles, trial_profiles
 from sweep.search.cost import device_seconds, format_device_hours
-from sweep.search.study import StudyStore, TrialRecord, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyStore, TrialRecord
 from sweep.search.study_storage import has_study
 
 SMALL_MODEL = 20 * 10**6  # parameters: a separate process would take longer to start than its dry run takes

@@ -10,7 +10,8 @@ from data.atomic import write_file
 from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.search.cost import device_seconds, format_device_hours
-from sweep.search.study import TrialRecord, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import TrialRecord
 
 FILE = "plan.json"
 

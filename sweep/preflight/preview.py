@@ -15,7 +15,8 @@ from sweep.config.space import Values
 from sweep.config.version import code_version
 from sweep.search.space_checks import check_requests
 from sweep.search.space_checks import notes as search_notes
-from sweep.search.study import StudyBases, StudyStore, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyBases, StudyStore
 from sweep.search.study_storage import has_study
 
 

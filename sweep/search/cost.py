@@ -1,14 +1,32 @@
-"""Device hours of trials."""
+"""What trials cost, and the budget of a sweep: device hours, hours by the clock, steps and full trainings."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 from data.formats import format_hours
+from model.training.progress import Metrics
 from sweep.config.schema import Config
-from sweep.search.study import TrialRecord
+from sweep.config.space import EPOCHS, Value, whole
+
+LABELS = {"hours": "hours by the clock", "steps": "steps", "trials": "full trainings"}  # of a budget's limits
 
 
-def device_seconds(trials: Sequence[TrialRecord]) -> float:
+class Spending(Protocol):
+    """What the costs of a trial are counted from."""
+
+    @property
+    def params(self) -> Mapping[str, Value]: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def curve(self) -> Mapping[int, float]: ...
+    @property
+    def clock(self) -> float: ...
+
+
+def device_seconds(trials: Sequence[Spending]) -> float:
     """Return the seconds of all epochs that trials have finished."""
     return sum(float(trial.metrics.get("seconds", 0.0)) for trial in trials)
 
@@ -27,3 +45,42 @@ def device_name(config: Config) -> Literal["GPU", "CPU"]:
 def format_device_hours(config: Config, seconds: float) -> str:
     """Return a trial's seconds as device hours, "1.25 GPU-hours"."""
     return format_hours(device_hours(config, seconds), device_name(config))
+
+
+def horizon(config: Config, params: Mapping[str, Value]) -> int:
+    """Return the epochs that a trial with these values trains for, unless something ends it."""
+    return whole(params.get(EPOCHS)) or config.train.epochs
+
+
+def spent(config: Config, trials: Sequence[Spending]) -> dict[str, float]:
+    """Return what trials have spent of each limit that a budget may have, as far as it was recorded."""
+    return {
+        "gpu_hours": device_hours(config, device_seconds(trials)),
+        "hours": max((trial.clock for trial in trials), default=0.0) / 3600,
+        "steps": sum(trial.steps for trial in trials),
+        "trials": sum(len(trial.curve) / horizon(config, trial.params) for trial in trials),
+    }
+
+
+def budget_lines(config: Config, trials: Sequence[Spending]) -> list[str]:
+    """Return what is spent of each limit of the budget: "1,200 of 1,000 steps"."""
+    used, budget = spent(config, trials), config.search.budget
+
+    def amount(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    return [
+        f"{amount(used[name])} of {amount(limit)} {LABELS.get(name, f'{device_name(config)}-hours')}"
+        for name, limit in (budget.limits() if budget else {}).items()
+    ]
+
+
+def spent_budget(config: Config, trials: Sequence[Spending]) -> str | None:
+    """Return which limit of the budget is spent, in words; None where none is, so that trials may start."""
+    if config.search.budget is None:
+        return None
+    used = spent(config, trials)
+    for name, line in zip(config.search.budget.limits(), budget_lines(config, trials), strict=True):
+        if used[name] >= config.search.budget.limits()[name]:
+            return f"search.budget is spent ({line})"
+    return None

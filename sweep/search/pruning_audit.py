@@ -11,8 +11,9 @@ from typing import TypedDict
 
 from data.formats import format_rank
 from sweep.config.schema import Config
+from sweep.search.cost import horizon
 from sweep.search.pruning import prune
-from sweep.search.study import TrialRecord, best_first, horizon
+from sweep.search.study import TrialRecord, best_first
 
 TOP = 4  # one in this many complete trials counts as a top trial, and at least one does
 LOW = 0.8  # share of kept top trials below which the audit warns

@@ -18,7 +18,7 @@ from sweep.config.schema import Config
 from sweep.config.space import Axis, Value, Values, plain
 from sweep.search.candidates import candidates, combinations, under_conditions, untrained
 from sweep.search.sampling.samplers import check_sampler
-from sweep.search.study import MOST_COUNTED, total_trials
+from sweep.search.stopping import MOST_COUNTED, total_trials
 
 MOST_TRIED = 200  # trials that are validated until one accepts a value
 

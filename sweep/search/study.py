@@ -4,8 +4,9 @@ Ray Tune executes trials and MLflow shows them; parameters, reports and decision
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,19 +21,20 @@ from sweep.compat import writable_trial
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import EPOCHS, Value, whole
+from sweep.config.space import Value
 from sweep.search import pruning, retries
-from sweep.search.candidates import untrained
+from sweep.search.cost import horizon
 from sweep.search.sampling import draw as sampler
 from sweep.search.sampling.history import params
+from sweep.search.stopping import ended_early, gain_below_noise
 from sweep.search.study_storage import open_study, read_study
 
 State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
+STOPPED = "stopped"  # user attribute of a study: after which trial the search stopped by itself, and why
 COSTS = ("epoch", "steps", "seconds", "data_wait")  # metrics that count what was spent up to an epoch
 # What identifies the models that trials start from, by setting and by its value in the configuration.
 StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
-MOST_COUNTED = 10_000  # trials of a finite space that are counted
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class TrialRecord:
     audited: bool = False  # exempt from pruning
     exempted_at: int | None = None  # epoch at which an audited trial would have been pruned
     bases: Mapping[str, BaseIdentity] = field(default_factory=dict)  # its base models; none in earlier versions
+    clock: float = 0.0  # seconds that the sweep had run when the trial reported last; only with search.budget.hours
+    stopped: str = ""  # why no trial was drawn after this one, if the search stopped by itself
     epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
 
     @property
@@ -79,6 +83,7 @@ class StudyStore:
         self.config = config
         self.study = study
         self.fits: sampler.Fits = lambda values: True
+        self._clock: tuple[float, float] | None = None  # when this run asked first, and seconds of the runs before it
         self._ended: dict[int, TrialRecord] = {}  # records that do not change any more, by Optuna's number
 
     @classmethod
@@ -123,15 +128,21 @@ class StudyStore:
         Raises:
             UserError: none of many draws fits into memory.
         """
+        self._start_clock()
         trials, search = self.runs(), self.config.search
         for number, trial in enumerate(trials):
             if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
                 return NextTrial(number, params(self.config, trial))
         rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
         rungs = search.rungs(self.config.train.epochs)
-        if rule and (promoted := pruning.promotable(trials, rungs, search.direction, rule)) is not None:
+        ended = self._ended_early()
+        if (
+            rule
+            and ended is None
+            and (promoted := pruning.promotable(trials, rungs, search.direction, rule)) is not None
+        ):
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
-        while sum(trial.state != TrialState.WAITING for trial in trials) < target:
+        while ended is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
             drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits)
             if drawn is None:
                 break
@@ -144,6 +155,14 @@ class StudyStore:
         if not busy:
             self._prune_paused()
         return None
+
+    def _ended_early(self) -> str | None:
+        """Return why the search ends before its number of trials, in words, and store what the noise decides."""
+        search, trials = self.config.search, self.trials()
+        why = ended_early(self.config, trials)
+        if why is None and search.stop_when and trials and (why := gain_below_noise(self.config, trials)) is not None:
+            self.study.set_user_attr(STOPPED, {"after": trials[-1].number, "why": why})
+        return why
 
     def waits(self, busy: Sequence[int]) -> bool:
         """Return whether a paused trial may continue once one of those that run has reported."""
@@ -161,6 +180,12 @@ class StudyStore:
             if record.state == "PAUSED":
                 writable_trial(self.study, trial).set_user_attr("why", record.why.replace("paused", "pruned", 1))
                 self.study.tell(trial.number, state=TrialState.PRUNED)
+
+    def _start_clock(self) -> tuple[float, float]:
+        """Return when this run of the sweep began, and the seconds of the runs before it."""
+        if self._clock is None:
+            self._clock = time.monotonic(), max((trial.clock for trial in self.trials()), default=0.0)
+        return self._clock
 
     def running(self) -> list[int]:
         """Return the numbers of the trials that were started, have not ended and are not paused."""
@@ -222,6 +247,9 @@ class StudyStore:
                 trial.set_user_attr("kept", {"epoch": epoch, "metrics": metrics})  # before the value that refers to it
             if epoch > max(reported, default=0):  # a repeated report that was lost before is not the latest one
                 trial.set_user_attr("metrics", metrics)
+            if search.budget is not None and search.budget.hours is not None:
+                since, before = self._start_clock()
+                trial.set_user_attr("clock", before + time.monotonic() - since)
             trial.report(value, epoch)
         rule, last, attributes = search.rule, horizon(self.config, self._params(frozen)), frozen.user_attrs
         # A decision is stored in one operation and never taken again, neither for a repeated report nor for a trial
@@ -384,6 +412,8 @@ class StudyStore:
             if trial.state.is_finished():
                 self._ended[trial.number] = record
             records.append(record)
+        if (stopped := self.study.user_attrs.get(STOPPED)) and records and records[-1].number == stopped["after"]:
+            records[-1] = replace(records[-1], stopped=stopped["why"])
         return records
 
     def best(self) -> TrialRecord | None:
@@ -421,6 +451,7 @@ class StudyStore:
             params=self._params(trial),
             value=value,
             metrics=metrics,
+            clock=float(trial.user_attrs.get("clock", 0.0)),
             epoch=epoch,
             steps=int(metrics.get("steps", 0)),
             curve=curve,
@@ -442,26 +473,6 @@ def best_first(config: Config, trials: Sequence[TrialRecord]) -> list[TrialRecor
     complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]
     sign = -1 if config.search.direction == "maximize" else 1
     return sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
-
-
-def total_trials(config: Config, trials: Sequence[TrialRecord]) -> int:
-    """Return the number of trials of a sweep: `search.trials`, or fewer if a finite space has no more different ones.
-
-    Args:
-        config: of the sweep.
-        trials: of its study.
-    """
-    missing = config.search.trials - len(trials)
-    if missing <= 0:
-        return config.search.trials
-    most = min(missing, MOST_COUNTED)
-    left = untrained(config, {config.search.same(trial.params) for trial in trials}, most)
-    return config.search.trials if left is None or len(left) == most else len(trials) + len(left)
-
-
-def horizon(config: Config, params: Mapping[str, Value]) -> int:
-    """Return the epochs that a trial with these values trains for, unless something ends it."""
-    return whole(params.get(EPOCHS)) or config.train.epochs
 
 
 def keeps_best(config: Config, params: Mapping[str, Value]) -> bool:

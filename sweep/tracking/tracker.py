@@ -30,7 +30,8 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
-from sweep.search.study import StudyStore, TrialRecord, best_first, has_started, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyStore, TrialRecord, best_first, has_started
 from sweep.search.study_storage import sweep_id
 from sweep.tracking import summary
 from sweep.tracking.access import denial, tracking_uri

@@ -17,7 +17,8 @@ from sweep.config.files import load
 from sweep.config.schema import Config
 from sweep.search.candidates import combinations
 from sweep.search.sampling import draw as sampler
-from sweep.search.study import StudyStore, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyStore
 from sweep.tracking.runs import Runs
 from sweep.tracking.summary import params
 from tests.sweep import searched

@@ -13,7 +13,8 @@ from sweep.config.search_checks import check_search
 from sweep.config.space import Value
 from sweep.search.sampling.samplers import choose
 from sweep.search.space_checks import check_requests, notes
-from sweep.search.study import StudyStore, total_trials
+from sweep.search.stopping import total_trials
+from sweep.search.study import StudyStore
 from tests.sweep.common import POINTS, SPACE, Asked, play, settings
 
 RANK, RATE, MODALITY = "model.lora.rank", "train.learning_rate", "model.modality"
@@ -83,6 +84,9 @@ def test_running_trials_are_drawn_apart(tmp_path: Path) -> None:
 
 def test_auto_says_which_sampler_and_why() -> None:
     assert str(choose(searching("random"))) == "random (set by search.sampler)"
+    assert choose(searching("auto", space=FINITE, trials=SIZE - 1)).name != "grid"
+    few = searching("auto", space=FINITE, trials=SIZE)
+    assert str(choose(few)) == f"grid (auto: search.trials is {SIZE}, so all {SIZE} combinations run)"
 
 
 @pytest.mark.parametrize(

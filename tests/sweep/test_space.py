@@ -212,6 +212,13 @@ def test_seed_decides_which_trials_are_audited() -> None:
     assert len(audited(6, 0, 0.1)) == 1
 
 
+def test_steps_end_at_the_end_of_a_range() -> None:
+    """In floating point, three steps of 0.1 are more than 0.3, which Optuna refuses."""
+    for low, high, step in ((0.0, 0.3, 0.1), (0.1, 0.75, 0.1)):
+        axis = Axis(low=low, high=high, step=step)
+        assert all(axis.distribution()._contains(value) for value in axis.values() or ())
+
+
 def test_steps_of_an_axis_hold_for_points() -> None:
     search = {"space": {"train.warmup": {"low": 0.0, "high": 0.5, "step": 0.1}}, "points": [{"train.warmup": 0.3}]}
     axis = parse({"name": "a", "search": search}, "a").search.space["train.warmup"]

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from data.errors import UserError
 from sweep.compat import quasi_random_sampler
 from sweep.config.schema import Config
+from sweep.search.candidates import untrained
 from sweep.search.sampling.history import distributions, flattened, history
 
 Name = Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"]
@@ -31,7 +32,10 @@ def choose(config: Config) -> Choice:
     search = config.search
     if search.sampler != "auto":
         return Choice(search.sampler, "set by search.sampler")
-    return Choice("tpe", "")
+    space = untrained(config, (), search.trials + 1)
+    if space is not None and len(space) <= search.trials:
+        return Choice("grid", f"auto: search.trials is {search.trials}, so all {len(space)} combinations run")
+    return Choice("tpe", "auto: it learns lists, ranges and conditions alike")
 
 
 def check_sampler(config: Config) -> None:
