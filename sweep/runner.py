@@ -25,6 +25,7 @@ from data.loading.tasks import answer_problems
 from model.checkpoints.base_files import base_models
 from model.checkpoints.fingerprint import Bases, write_bases
 from model.evaluation.ceiling import ceilings
+from sweep.analysis.predictions import objective_error
 from sweep.analysis.results import progress
 from sweep.config.diff import claim_folder, continued
 from sweep.config.files import write
@@ -305,6 +306,7 @@ class SweepRunner:
         self.config, self.folder = config, folder.absolute()
         self.listener, self.check, self.stop = listener, check, stop
         self.study = StudyStore.open(self.folder, config)
+        self.study.error = lambda number: objective_error(self.folder, number, config.search.metric)
         self.cache = cache_folder(config, self.folder)
         self.allow_other_base = allow_other_base
         self.bases: StudyBases = {}  # of this run

@@ -189,6 +189,24 @@ def interval(runs: Sequence[Records], metric: SummedMetric) -> Interval:
     return Interval(value, low, high)
 
 
+def standard_error(records: Records, metric: SummedMetric) -> float:
+    """Return the standard error of a metric over sessions, see `jackknife`."""
+    return jackknife(_session_sums([records], _sessions([records]), metric)[0], metric)
+
+
+def jackknife(sums_GN: np.ndarray, metric: SummedMetric) -> float:
+    """Return the standard error of a metric by leaving out one session at a time; 0 with fewer than two sessions.
+
+    The jackknife (Efron and Stein, "The jackknife estimate of variance", Annals of Statistics 9, 1981) takes no random
+    numbers and a thousandth of the bootstrap's time.
+    """
+    count = len(sums_GN)
+    if count < 2:
+        return 0.0
+    left_out_G = metric.value(sums_GN.sum(0) - sums_GN)
+    return float(np.sqrt((count - 1) / count * ((left_out_G - left_out_G.mean()) ** 2).sum()))
+
+
 def sums_interval(sessions: Sequence[str], sums_IN: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> Interval:
     """Return a function of sums over items, with its 95 % percentile interval; nan and no interval where undefined.
 

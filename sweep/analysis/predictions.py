@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 
 from data.atomic import write_file
 from data.errors import UserError, reason
-from model.evaluation.bootstrap import Interval, interval, summed_metric
+from model.evaluation.bootstrap import Interval, SummedMetric, interval, standard_error, summed_metric
 from model.evaluation.metrics import Record
 from sweep.config.paths import trial_folder
 from sweep.config.version import code_version
@@ -94,7 +95,24 @@ def interval_of(predictions: Predictions, name: str, roles: Mapping[str, Sequenc
         name: of the metric as in `summarise`, the task included.
         roles: the labels that each role may carry; only the F1 of a role needs them.
     """
+    metric, records = _of_metric(predictions, name, roles)
+    return interval([records], metric) if metric and records else None
+
+
+def objective_error(folder: Path, number: int, name: str) -> float:
+    """Return the standard error of a metric in a trial's last evaluation; 0 where its predictions give none."""
+    try:
+        metric, records = _of_metric(read_predictions(trial_folder(folder, number)), name, {})
+    except (UserError, OSError):
+        return 0.0
+    error = standard_error(records, metric) if metric and records else 0.0
+    return error if math.isfinite(error) else 0.0
+
+
+def _of_metric(
+    predictions: Predictions, name: str, roles: Mapping[str, Sequence[str]]
+) -> tuple[SummedMetric | None, list[Record]]:
+    """Return a metric as a function of sums, and the records that it is computed from."""
     task, _, metric = name.rpartition("/")
     labels, records = predictions.get(task or next(iter(predictions), ""), ([], []))
-    sums = summed_metric(metric, labels, roles)
-    return interval([records], sums) if sums and records else None
+    return summed_metric(metric, labels, roles), records

@@ -23,6 +23,7 @@ LEAST_EPOCHS = 4  # of a trial that the noise between two trainings is estimated
 EPOCHS, FOLD = "train.epochs", "data.fold"
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
+PROMOTE = {"keep": 0.34, "after_trials": 3, "noise": 1.0, "audit": 0.0}  # defaults of `search.pruning.kind: promote`
 
 
 class Sampler(Protocol):
@@ -229,9 +230,18 @@ class PruningConfig(Section):
         "first one; with stop, three fifths of train.epochs (of its largest value if it is an axis), because learning "
         "curves cross earlier and a trial that was stopped is lost.",
     )
-    keep: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="Share of the trials that continues at each.")
+    keep: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Share of the trials that continues at each. With promote, the default is 0.34."
+    )
     after_trials: Count = Field(
-        4, description="Trials that must have reached an epoch before one is pruned, or continues from there."
+        4,
+        description="Trials that must have reached an epoch before one is pruned, or continues from there. With "
+        "promote, the default is 3.",
+    )
+    noise: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="A trial also continues if it is behind by no more than this many standard errors of its objective "
+        "on the validation split (resampling sessions). With promote, the default is 1.",
     )
     finish: Count = Field(
         3, description="With promote: trials that are trained to their end at least; the best paused ones are chosen."
@@ -239,8 +249,14 @@ class PruningConfig(Section):
     audit: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1,
         description="Share of the trials that is never pruned, to measure what pruning costs. 0: none. 1: all, so that "
-        "the rule is only evaluated.",
+        "the rule is only evaluated. With promote, the default is 0.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_promote(cls, value: Any) -> Any:
+        is_promote = isinstance(value, dict) and value.get("kind") == "promote"
+        return PROMOTE | value if is_promote else value
 
 
 class BudgetConfig(Section):

@@ -1,15 +1,16 @@
 """The rules of asynchronous successive halving, and the trials that are exempt from them.
 
 With `kind: stop`, a trial that is not among the best at a rung ends there. With `kind: promote` it pauses, and is
-promoted when it is among the best at its rung later, as in the paper (Li et al., 2020, algorithm 2). Which trials are
-paused follows from what the study stores about each: the epoch at which it paused last, and the rung beyond which it
-may train.
+promoted when it is among the best at its rung later, as in the paper (Li et al., 2020, algorithm 2). A difference that
+is within the noise of the validation split decides nothing: such a trial continues, too. Which trials are paused
+follows from what the study stores about each: the epoch at which it paused last, and the rung that it has passed.
 """
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -51,9 +52,9 @@ def is_audited(number: int, seed: int, share: float) -> bool:
     return math.floor(exact * (number + 1) + offset) > math.floor(exact * number + offset)
 
 
-# User attributes of a trial: the epoch at which it paused last, the last rung that it has passed, and the epoch at
-# which it was exempted from pruning.
-PAUSED, PASSED, EXEMPTED = "paused", "passed", "spared"
+# User attributes of a trial: the epoch at which it paused last, the last rung that it has passed, the epoch at which it
+# was exempted from pruning, and the standard errors of its objective by rung, as text.
+PAUSED, PASSED, EXEMPTED, ERRORS = "paused", "passed", "spared", "errors"
 TO_THE_END = 10**9  # value of PASSED: of a trial that does not pause any more
 
 
@@ -72,43 +73,57 @@ def as_history(trial: FrozenTrial) -> FrozenTrial:
     return shown
 
 
-def values_at(runs: Sequence[FrozenTrial], epoch: int) -> dict[int, float]:
-    """Return the objectives at a rung by number, of the trials that reached it.
+class Rung(NamedTuple):
+    """What is known of the trials that reached a rung, by number."""
 
-    Without the audit an exempted trial would not have trained beyond its rung, so it is no peer any more.
-    """
-    return {
-        number: trial.intermediate_values[epoch]
-        for number, trial in enumerate(runs)
-        if epoch in trial.intermediate_values and epoch <= trial.user_attrs.get(EXEMPTED, epoch)
-    }
+    values: Mapping[int, float]  # objectives
+    errors: Mapping[int, float]  # their standard errors; 0 where they are unknown
+
+    @classmethod
+    def of(cls, runs: Sequence[FrozenTrial], epoch: int) -> "Rung":
+        """Return the rung at an epoch.
+
+        Without the audit an exempted trial would not have trained beyond its rung, so it is no peer any more.
+        """
+        reached = {
+            number: trial
+            for number, trial in enumerate(runs)
+            if epoch in trial.intermediate_values and epoch <= trial.user_attrs.get(EXEMPTED, epoch)
+        }
+        return cls(
+            {number: trial.intermediate_values[epoch] for number, trial in reached.items()},
+            {number: trial.user_attrs.get(ERRORS, {}).get(str(epoch), 0.0) for number, trial in reached.items()},
+        )
 
 
-def continues(number: int, values: Mapping[int, float], direction: str, rule: PruningConfig) -> bool:
+def continues(number: int, rung: Rung, direction: str, rule: PruningConfig) -> bool:
     """Return whether a trial trains on after a rung.
 
     Args:
         number: of the trial.
-        values: of all trials that reached the rung, see `values_at`.
+        rung: all trials that reached it, this one included.
         direction: maximize or minimize.
         rule: settings of the halving.
     """
     if rule.kind == "promote":
-        return number in best_at(values, direction, rule)
-    return not prune(values[number], list(values.values()), direction, rule)
+        return number in best_at(rung, direction, rule)
+    margin = rule.noise * rung.errors[number] * (1 if direction == "maximize" else -1)
+    return not prune(rung.values[number] + margin, list(rung.values.values()), direction, rule)
 
 
-def best_at(values: Mapping[int, float], direction: str, rule: PruningConfig) -> list[int]:
-    """Return the numbers of the trials that continue from a rung, best first; on a tie the earlier one.
+def best_at(rung: Rung, direction: str, rule: PruningConfig) -> list[int]:
+    """Return the numbers of the trials that are promoted from a rung, best first; on a tie the earlier one.
 
-    Args:
-        values: see `values_at`.
-        direction: maximize or minimize.
-        rule: settings of the halving.
+    These are the share `rule.keep`, and those that are behind its last one by no more than `rule.noise` of their
+    standard errors.
     """
-    if len(values) < rule.after_trials:
+    if len(rung.values) < rule.after_trials:
         return []
-    return by_value(values, direction)[: max(1, math.floor(len(values) * rule.keep))]
+    ranked = by_value(rung.values, direction)
+    count = max(1, math.floor(len(ranked) * rule.keep))
+    last = rung.values[ranked[count - 1]]
+    within = [n for n in ranked[count:] if abs(rung.values[n] - last) <= rule.noise * rung.errors[n]]
+    return ranked[:count] + within
 
 
 def by_value(values: Mapping[int, float], direction: str) -> list[int]:
@@ -120,7 +135,7 @@ def by_value(values: Mapping[int, float], direction: str) -> list[int]:
 def promotable(runs: Sequence[FrozenTrial], rungs: Sequence[int], direction: str, rule: PruningConfig) -> int | None:
     """Return the paused trial that continues next: the best one at the highest rung where one is among the best."""
     for epoch in reversed(rungs):
-        for number in best_at(values_at(runs, epoch), direction, rule):
+        for number in best_at(Rung.of(runs, epoch), direction, rule):
             if is_paused(runs[number]) and runs[number].user_attrs[PAUSED] == epoch:
                 return number
     return None

@@ -12,7 +12,7 @@ from typing import TypedDict
 from data.formats import format_rank
 from sweep.config.schema import Config
 from sweep.search.cost import horizon
-from sweep.search.pruning import prune
+from sweep.search.pruning import Rung, continues
 from sweep.search.study import TrialRecord, best_first
 
 TOP = 4  # one in this many complete trials counts as a top trial, and at least one does
@@ -70,12 +70,13 @@ def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit
         return []
     top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
     for epoch in config.search.rungs(config.train.epochs):
-        peers = [trial.curve[epoch] for trial in trials if epoch in trial.curve]
+        peers = {trial.number: trial.curve[epoch] for trial in trials if epoch in trial.curve}
+        rung = Rung(peers, {trial.number: trial.errors.get(epoch, 0.0) for trial in trials if epoch in trial.curve})
         judged = [trial for trial in top if epoch in trial.curve and epoch < horizon(config, trial.params)]
         lost = [
             trial.number
             for trial in judged
-            if trial.exempted_at == epoch or prune(trial.curve[epoch], peers, config.search.direction, rule)
+            if trial.exempted_at == epoch or not continues(trial.number, rung, config.search.direction, rule)
         ]
         if judged and len(peers) >= rule.after_trials:
             audits.append(RungAudit(epoch, len(peers), tuple(trial.number for trial in judged), tuple(lost)))

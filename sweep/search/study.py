@@ -5,7 +5,7 @@ Ray Tune executes trials and MLflow shows them; parameters, reports and decision
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,6 +57,7 @@ class TrialRecord:
     clock: float = 0.0  # seconds that the sweep had run when the trial reported last; only with search.budget.hours
     stopped: str = ""  # why no trial was drawn after this one, if the search stopped by itself
     epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
+    errors: Mapping[int, float] = field(default_factory=dict)  # standard errors of the objective by rung
 
     @property
     def has_ended(self) -> bool:
@@ -76,6 +77,7 @@ class StudyStore:
 
     Attributes:
         fits: returns whether a new trial with some values may start; the plan of `sweep.preflight.dry_run` sets it.
+        error: returns the standard error of the objective in a trial's last evaluation, 0 where it is unknown.
     """
 
     def __init__(self, folder: Path, config: Config, study: optuna.Study) -> None:
@@ -83,6 +85,7 @@ class StudyStore:
         self.config = config
         self.study = study
         self.fits: sampler.Fits = lambda values: True
+        self.error: Callable[[int], float] = lambda number: 0.0
         self._clock: tuple[float, float] | None = None  # when this run asked first, and seconds of the runs before it
         self._ended: dict[int, TrialRecord] = {}  # records that do not change any more, by Optuna's number
 
@@ -134,13 +137,9 @@ class StudyStore:
             if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
                 return NextTrial(number, params(self.config, trial))
         rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
-        rungs = search.rungs(self.config.train.epochs)
-        ended = self._ended_early()
-        if (
-            rule
-            and ended is None
-            and (promoted := pruning.promotable(trials, rungs, search.direction, rule)) is not None
-        ):
+        ended, rungs = self._ended_early(), search.rungs(self.config.train.epochs)
+        promoted = pruning.promotable(trials, rungs, search.direction, rule) if rule and ended is None else None
+        if promoted is not None:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         while ended is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
             drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits)
@@ -257,8 +256,11 @@ class StudyStore:
         decided = epoch <= attributes.get(pruning.PASSED, 0) or pruning.EXEMPTED in attributes
         if rule is None or decided or epoch >= last or epoch not in search.rungs(self.config.train.epochs):
             return False
-        peers = pruning.values_at(self.runs(), epoch)
-        if pruning.continues(number, peers, search.direction, rule):
+        errors = attributes.get(pruning.ERRORS, {})
+        if rule.noise and str(epoch) not in errors:
+            trial.set_user_attr(pruning.ERRORS, errors | {str(epoch): self.error(number)})
+        rung = pruning.Rung.of(self.runs(), epoch)
+        if pruning.continues(number, rung, search.direction, rule):
             trial.set_user_attr(pruning.PASSED, epoch)
             return False
         if pruning.is_audited(number, self.config.seed, rule.audit):
@@ -267,7 +269,7 @@ class StudyStore:
         if rule.kind == "promote":
             trial.set_user_attr(pruning.PAUSED, epoch)
             return True
-        trial.set_user_attr("why", f"pruned at epoch {epoch}: {self._rank(number, peers)}")
+        trial.set_user_attr("why", f"pruned at epoch {epoch}: {self._rank(number, rung.values)}")
         self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
 
@@ -444,7 +446,7 @@ class StudyStore:
         is_paused = pruning.is_paused(trial)
         if is_paused:
             paused = trial.user_attrs[pruning.PAUSED]
-            default = f"paused at epoch {paused}: {self._rank(number, pruning.values_at(self.runs(), paused))}"
+            default = f"paused at epoch {paused}: {self._rank(number, pruning.Rung.of(self.runs(), paused).values)}"
         return TrialRecord(
             number=number,
             state="PAUSED" if is_paused else trial.state.name,
@@ -461,6 +463,7 @@ class StudyStore:
             audited=rule is not None and pruning.is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
             bases=_identities(trial.user_attrs.get("bases", {})),
+            errors={int(at): error for at, error in trial.user_attrs.get(pruning.ERRORS, {}).items()},
         )
 
 

@@ -20,7 +20,7 @@ VALUES = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8]  # of each trial, at every epo
 
 def promote(**changed: Any) -> Config:
     """Rungs are at epochs 1 and 2 of 4; half of the trials continue, and two are finished."""
-    rule = {"kind": "promote", "after_trials": 2, "finish": 2, "audit": 0}
+    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 2, "noise": 0}
     return settings(pruning=rule | changed, startup_trials=99, points=[])
 
 
@@ -63,6 +63,21 @@ def test_trial_pauses_and_continues_when_it_is_among_the_best(tmp_path: Path) ->
     assert again.ask([1], 9) == (0, again.trials()[0].params), "half of four"
     assert (states(again)[0], again.running()) == (("RUNNING", 1), [0, 1])
     assert report(again, 0, 0.3, 0.4) == [False, True], "the first rung is passed, and the second one has no peer"
+
+
+def test_difference_within_noise_pauses_no_trial(tmp_path: Path) -> None:
+    study = StudyStore.open(tmp_path, promote(noise=1.0))
+    study.error = {0: 0.05, 1: 0.05, 2: 0.04, 3: 0.0}.__getitem__
+    ask(study, 4)
+    report(study, 0, 0.6)
+    assert [report(study, number, value) for number, value in ((1, 0.5), (2, 0.57), (3, 0.56))] == [
+        [True],
+        [False],
+        [True],
+    ]
+    again = StudyStore.open(tmp_path, promote(noise=1.0))
+    assert again.trials()[2].errors == {1: 0.04}, "it is stored, since predictions are written again"
+    assert [again.report(2, 1, {"macro_f1": 0.57, "steps": 10}), states(again)[2]] == [False, ("RUNNING", 1)]
 
 
 def test_best_paused_trials_are_finished_and_the_others_pruned(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from data.corpus import synthetic
 from data.corpus.config import CorpusConfig, SplitConfig
 from data.loading.cached_arrays import CacheFolders
 from data.preparation.build import prepare
-from model.evaluation.bootstrap import summed_metric
+from model.evaluation.bootstrap import jackknife, summed_metric
 from model.evaluation.split_data import TrialData
 from model.training.trainer import fit
 from sweep.analysis.predictions import read_predictions
@@ -180,7 +180,6 @@ def collect(
     name: str, recipe: Recipe, config: Config, grid: list[dict[str, Any]], known: dict[str, list[dict[str, Any]]]
 ) -> Table:
     """Return the table of the seeds that all configurations have, and of the shares that these have."""
-
     search = config.search
     has = lambda share, seed: all(json.dumps([p, share, seed], sort_keys=True) in known for p in grid)  # noqa: E731
     seeds = [seed for seed in SEEDS if has(1.0, seed)]
@@ -193,18 +192,11 @@ def collect(
         return np.array([[[of(known[key(p, f, s)]) for p in grid] for f in shares] for s in seeds])
 
     values = array(lambda curve: [epoch[search.metric] for epoch in curve])
-    errors = array(lambda curve: [standard_error(np.array(epoch["sums"]), search.metric) for epoch in curve])
+    metric = summed_metric(search.metric, ["label"], {})
+    assert metric is not None
+    errors = array(lambda curve: [jackknife(np.array(epoch["sums"]), metric) for epoch in curve])
     steps = array(lambda curve: [epoch["steps"] for epoch in curve])[0]
     return Table(name, recipe.about, search.metric, space, recipe.grid, grid, seeds, shares, values, errors, steps)
-
-
-def standard_error(sums_GN: np.ndarray, metric: str) -> float:
-    """Return the jackknife's standard error of a metric over G sessions."""
-    summed = summed_metric(metric, ["label"], {})
-    assert summed is not None
-    left_out_G = summed.value(sums_GN.sum(0) - sums_GN)
-    count = len(left_out_G)
-    return float(np.sqrt((count - 1) / count * ((left_out_G - left_out_G.mean()) ** 2).sum()))
 
 
 if __name__ == "__main__":

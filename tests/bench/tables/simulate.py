@@ -23,7 +23,7 @@ from sweep.config.schema import Config
 from sweep.search.study import StudyStore
 from tests.bench.tables.table import Table
 
-SLOTS = 2
+SLOTS, ERROR = 2, "standard error"
 MOST = 2000  # trials, after which a search has failed
 
 
@@ -102,6 +102,7 @@ def simulate(table: Table, search: Search, budget: float, seed: int = 0, share: 
                 table.metric: float(table.values_SFPE[seed, share, point, epoch - 1]),
                 "steps": float(steps[epoch - 1]),
                 "seconds": float(steps[epoch - 1]),
+                ERROR: float(np.nan_to_num(table.errors_SFPE[seed, share, point, epoch - 1])),
             }
             if search.report(number, epoch, metrics):
                 running.remove(number)
@@ -127,7 +128,8 @@ class Product:
 
     def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Report to the study."""
-        return self.study.report(number, epoch, dict(metrics))
+        self.study.error = lambda _: metrics[ERROR]
+        return self.study.report(number, epoch, {name: value for name, value in metrics.items() if name != ERROR})
 
     def complete(self, number: int) -> None:
         """Tell the study."""
