@@ -74,7 +74,7 @@ def gain_below_noise(config: Config, trials: Sequence[Ending]) -> str | None:
         config: of the sweep.
         trials: of its study, by number.
     """
-    ended = [trial for trial in trials if trial.state != "RUNNING"]
+    ended = [trial for trial in trials if trial.state not in ("RUNNING", "PAUSED")]
     if len(ended) < LEAST:
         return None
     gain, noise = doubling_gain(config, ended), noise_between_trainings(ended)
