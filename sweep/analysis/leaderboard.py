@@ -3,6 +3,7 @@
 The terminal, MLflow's note and the report draw the same `Leaderboard`; the report also shows the columns for details.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sweep.config.schema import Config
 from sweep.search import pruning_audit
 from sweep.search.corpus_notes import read_ceilings, read_corpus_notes
 from sweep.search.cost import format_device_hours
+from sweep.search.sampling.objectives import front_line, objective_values, pareto_front
 from sweep.search.study import TrialRecord, best_first, keeps_best
 
 METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
@@ -58,6 +60,10 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
 
     columns = [Column("#", group="trial"), Column("state", is_text=True, group="trial")]
     columns += [Column(objective, group="trial")]
+    others = config.search.objectives[1:]
+    front = {trial.number for trial in pareto_front(config, trials)}
+    metrics = [name for name in metrics if name not in others]
+    columns += [Column(name, group="trial") for name in [*others, *(["front"] if others else [])]]
     columns += [Column(name, group="metrics" if name in shown else "details") for name in metrics]
     columns += [Column(name.removeprefix("accuracy_"), group="subsets") for name in subsets]
     columns += [Column(name, group="details") for name in ("epochs", "steps", "time", "cost")]
@@ -76,6 +82,11 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
                 format_state(config, trial),
                 _with_interval(folder, trial, objective, trial.value, 3),
                 *([str(trial.epoch)] if "best" in kept else []),
+                *(
+                    "" if math.isnan(value) else f"{value:.4g}"
+                    for value in objective_values(config, 0.0, trial.metrics)[1:]
+                ),
+                *(["*" if trial.number in front else ""] if others else []),
                 *(format_number(trial.metrics.get(name)) for name in metrics),
                 *(_with_interval(folder, trial, name, trial.metrics.get(name), 2) for name in subsets),
                 *cost,
@@ -86,6 +97,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     has_intervals = any("[" in cell for row in rows for cell in row[:-1])
     epochs = " or ".join(sorted(kept, reverse=True)) or "last"
     note = f"validation split, after the {epochs} epoch" + ("; in brackets 95 % by session" if has_intervals else "")
+    note = "; ".join(filter(None, (note, front_line(config, trials))))
     return Leaderboard(
         doubts=find_doubts(config, folder, trials),
         table=TableView(

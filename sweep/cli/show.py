@@ -75,13 +75,16 @@ def print_best(config: Config, folder: Path, best: "TrialRecord", trials: "Seque
     from sweep.analysis.recommendation import recommend
     from sweep.analysis.status import train_command
     from sweep.config.paths import shell_command
+    from sweep.search.sampling.objectives import front_line
 
     console.print(f"\nbest: trial {best.number}, {config.search.metric} {best.value:.3f}", style="bold")
     for key, value in best.params.items():
         print_line(f"  {key}: {value}")
     name = program("sweep")
     print_line(f"reproduce:  {train_command(folder, best.params, name)}")
-    if (cheaper := recommend(config, folder, trials)) is not None:
+    if line := front_line(config, trials):
+        print_line(line)
+    elif (cheaper := recommend(config, folder, trials)) is not None:
         print_line(cheaper.line)
         print_line(f"reproduce:  {train_command(folder, cheaper.trial.params, name)}")
     print_line(f"evaluate:   {shell_command(name, 'evaluate', folder, '--split', 'test')}")

@@ -42,7 +42,7 @@ REASONS = {
     "tasks.": "trials would not be comparable",
     "model.": "trials would not be comparable",
     "train.": "trials would not be comparable",
-    "search.metric": "existing trials were ranked by the previous metric",
+    "search.metric": "existing trials were ranked by the previous metrics",
     "search.pruning": "existing trials were pruned by the previous rule",
     "search.startup_trials": "existing trials were sampled under the previous value",
     "storage.ledger": "existing trials would be left in the previous study",

@@ -13,6 +13,7 @@ from sweep.config.loader import flat, problems_error, validate, with_value
 from sweep.config.space import LEAST_EPOCHS, Axis, SearchConfig
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
+COST_OBJECTIVES = ("gpu_seconds", "seconds", "steps")  # objectives beside the metrics of the tasks
 TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
 
 
@@ -143,10 +144,42 @@ class Config(Section):
                 f"{self.train.epochs}; set stop_when to null, or a budget"
             )
         metrics = metric_names(tasks)
+        problems += self._objective_problems(metrics)
         if self.search.metric not in metrics:
             problems.append(
                 f"search.metric: {self.search.metric!r} is not a metric of the task{'s'[: len(tasks) - 1]} "
                 f"{', '.join(tasks)}; choose from {', '.join(metrics)}"
+            )
+        return problems
+
+    def _objective_problems(self, metrics: Sequence[str]) -> list[str]:
+        """Return what is wrong with several objectives; `metrics` are those of the tasks."""
+        search = self.search
+        if search.metrics is None:
+            return []
+        if len(set(search.metrics)) < max(2, len(search.metrics)):
+            return ["search.metrics: name two or more different objectives, or set it to null"]
+        if search.metrics[0] != search.metric:
+            first = search.metrics[0]
+            return [f"search.metrics: begins with {first!r}, and search.metric is {search.metric!r}; leave one out"]
+        known = [*metrics, *COST_OBJECTIVES]
+        problems = [
+            f"search.metrics: {name!r} is no objective; choose from {', '.join(known)}"
+            for name in search.metrics[1:]
+            if name not in known
+        ]
+        if "gpu_seconds" in search.metrics and not self.resources.gpus_per_worker:
+            problems.append(
+                "search.metrics: gpu_seconds, and trials use no GPU (resources.gpus_per_worker is 0); use seconds"
+            )
+        if search.rule is not None:
+            problems.append(
+                "search.pruning: several objectives are not pruned; set it to null, or leave search.metrics out"
+            )
+        if search.sampler in ("gp", "cmaes"):
+            problems.append(
+                f"search.sampler: {search.sampler} knows one objective, and search.metrics has {len(search.metrics)}; "
+                "choose tpe, qmc, random or grid"
             )
         return problems
 
@@ -207,8 +240,12 @@ def parse(tree: Mapping[str, object], source: str) -> Config:
         ConfigError: lists every problem, each with the key, the value, the rule and what to do.
     """
     config = validate(Config, tree, source)
-    tasks = config.tasks.active()
-    if tasks and "metric" not in config.search.model_fields_set:
+    tasks, search = config.tasks.active(), config.search
+    if search.metrics:  # pruning compares trials by one objective, and is on by default
+        left_out = {"metric": search.metrics[0], "pruning": None}
+        filled = {name: value for name, value in left_out.items() if name not in search.model_fields_set}
+        config = config.model_copy(update={"search": search.model_copy(update=filled)})
+    elif tasks and "metric" not in config.search.model_fields_set:
         chosen = "macro_f1" if "macro_f1" in metric_names(tasks) else "loss"
         config = config.model_copy(update={"search": config.search.model_copy(update={"metric": chosen})})
     problems = config.problems()

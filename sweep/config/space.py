@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Value = JsonValue  # of a setting; lists and mappings are values, too
 Stored = bool | int | float | str | None  # a value as Optuna stores it
 Values = dict[str, Value]  # of axes, by dotted key
+SMALL = ("loss", "perplexity", "ece", "seconds", "steps")  # endings of metrics that are to be minimized
 LEAST_EPOCHS = 4  # of a trial that the noise between two trainings is estimated from
 EPOCHS, FOLD = "train.epochs", "data.fold"
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
@@ -291,6 +292,11 @@ class SearchConfig(Section):
         description="Objective on the validation split after the epoch that train.keep names: of the first task, or "
         "<task>/<metric>.",
     )
+    metrics: list[str] | None = Field(
+        None,
+        description="Several objectives, of which `metric` is the first: metrics, gpu_seconds, seconds or steps of a "
+        "trial. They need pruning: null. null: `metric` alone.",
+    )
     budget: BudgetConfig | None = Field(
         None, description="Ends the sweep before search.trials; running trials train to their end. null: no budget."
     )
@@ -319,7 +325,12 @@ class SearchConfig(Section):
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
         """Whether the metric is to be maximized or minimized."""
-        return "minimize" if self.metric.endswith(("loss", "perplexity", "ece")) else "maximize"
+        return self.directions[0]
+
+    @property
+    def objectives(self) -> list[str]:
+        """All objectives; `metric` is the first one."""
+        return self.metrics or [self.metric]
 
     @property
     def rule(self) -> PruningConfig | None:
@@ -328,7 +339,8 @@ class SearchConfig(Section):
 
     @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
-        return [self.direction]
+        """Whether each objective is to be maximized or minimized."""
+        return ["minimize" if name.endswith(SMALL) else "maximize" for name in [self.metric, *self.objectives[1:]]]
 
     def first_rung(self, epochs: int) -> int | None:
         """Return the first epoch after which trials are compared; None without pruning.

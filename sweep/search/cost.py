@@ -8,6 +8,7 @@ from model.training.progress import Metrics
 from sweep.config.schema import Config
 from sweep.config.space import EPOCHS, Value, whole
 
+COSTS = ("epoch", "steps", "seconds", "data_wait")  # metrics that count what was spent up to an epoch
 LABELS = {"hours": "hours by the clock", "steps": "steps", "trials": "full trainings"}  # of a budget's limits
 
 

@@ -23,7 +23,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Value
 from sweep.search import pruning, retries
-from sweep.search.cost import horizon
+from sweep.search.cost import COSTS, horizon
 from sweep.search.sampling import draw as sampler
 from sweep.search.sampling.history import params
 from sweep.search.stopping import ended_early, gain_below_noise
@@ -32,7 +32,6 @@ from sweep.search.study_storage import open_study, read_study
 State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
 STOPPED = "stopped"  # user attribute of a study: after which trial the search stopped by itself, and why
-COSTS = ("epoch", "steps", "seconds", "data_wait")  # metrics that count what was spent up to an epoch
 # What identifies the models that trials start from, by setting and by its value in the configuration.
 StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 

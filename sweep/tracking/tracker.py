@@ -30,6 +30,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.config.version import code_version
+from sweep.search.sampling.objectives import pareto_front
 from sweep.search.stopping import total_trials
 from sweep.search.study import StudyStore, TrialRecord, best_first, has_started
 from sweep.search.study_storage import sweep_id
@@ -253,6 +254,8 @@ class Tracker(threading.Thread):
         views = trials_link(self.runs.experiment, self.key), charts_link(self.runs.experiment, self.key)
         tags = {"mlflow.note.content": note(self.config, self.folder, trials, links, views)}
         tags["sweep.code"] = ", ".join((self.study.codes() if self.study else []) or [code_version()])
+        if front := pareto_front(self.config, trials):
+            tags["sweep.pareto_front"] = ", ".join(str(trial.number) for trial in front)
         best = next(iter(best_first(self.config, trials)), None)
         if best is not None:
             tags |= {"sweep.best_trial": str(best.number), "sweep.best_run": run_ids[best.number]}

@@ -19,6 +19,7 @@ from sweep.analysis.report.fonts import font_families
 from sweep.analysis.results import short_names
 from sweep.config.schema import Config
 from sweep.search.sampling.history import history
+from sweep.search.sampling.objectives import front_line, objective_values, pareto_front
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 ENOUGH = 4  # different complete configurations, below which importances mean nothing
@@ -49,7 +50,7 @@ def in_memory_study(store: StudyStore) -> optuna.Study:
     config = store.config
     names = short_names(list(config.search.space))
     study = optuna.create_study(direction=config.search.direction, study_name=config.name)
-    for trial in history(config, store.runs()):
+    for trial in history(config, store.runs(), first_only=True):
         trial.params = {names[key]: value for key, value in trial.params.items()}
         trial.distributions = {names[key]: distribution for key, distribution in trial.distributions.items()}
         if trial.state.is_finished():
@@ -65,6 +66,7 @@ def draw_figures(
     done = best_first(config, trials)
     figures = [_ablation(config, choices)] if choices else []
     figures += [_intervals(config, folder, done)] if done else []
+    figures += [_front(config, done)] if len(config.search.objectives) > 1 and done else []
     controls = _controls(config, folder, done)
     figures += [controls] if controls else []
     for name, title, note, draw in _optuna_figures(config, study, len(done)):
@@ -154,6 +156,24 @@ def _intervals(config: Config, folder: Path, done: Sequence[TrialRecord]) -> Fig
     content = _bars(labels, [(trial.value or 0.0, trial_interval(folder, trial, metric)) for trial in done])
     content.update_layout(yaxis_title=metric, **LAYOUT)
     return Figure("objective", "How sure the order is", "95 % intervals, bootstrapped by session", content)
+
+
+def _front(config: Config, done: Sequence[TrialRecord]) -> Figure:
+    """Draw the first two objectives of all complete trials, and their Pareto front."""
+    first, second = config.search.objectives[:2]
+    front, content = pareto_front(config, done), go.Figure()
+    others = [trial for trial in done if trial not in front]
+    for name, trials, mode in (("other trials", others, "markers"), ("Pareto front", front, "lines+markers")):
+        points = [objective_values(config, trial.value or 0.0, trial.metrics) for trial in trials]
+        content.add_scatter(
+            x=[point[1] for point in points],
+            y=[point[0] for point in points],
+            text=[f"#{trial.number}" for trial in trials],
+            mode=mode,
+            name=name,
+        )
+    content.update_layout(xaxis_title=second, yaxis_title=first, **LAYOUT)
+    return Figure("front", f"{first} against {second}", front_line(config, done) or "", content)
 
 
 def _ablation(config: Config, choices: Sequence[Choice]) -> Figure:

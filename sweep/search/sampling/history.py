@@ -14,8 +14,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.config.space import Stored, Value, encode
+from sweep.search.cost import COSTS
+from sweep.search.sampling.objectives import objective_values
 
 INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, which a sampler should avoid
+VERY_BAD = 1e30  # value of an objective that is not finite, which Optuna refuses
 ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -28,8 +31,14 @@ def params(config: Config, trial: FrozenTrial) -> dict[str, Value]:
     return config.search.complete(drawn, flat(config))
 
 
-def history(config: Config, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials as TPE should see them: one for each, so that the numbers stay the same."""
+def history(config: Config, trials: Sequence[FrozenTrial], first_only: bool = False) -> list[FrozenTrial]:
+    """Return the trials as TPE should see them: one for each, so that the numbers stay the same.
+
+    Args:
+        config: of the sweep.
+        trials: of its study.
+        first_only: leave out all objectives but the first one.
+    """
     space, seen = config.search.space, list[FrozenTrial]()
     avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
     for trial in trials:
@@ -40,17 +49,27 @@ def history(config: Config, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         elif trial.state == TrialState.FAIL and avoid_infeasible and trial.user_attrs.get("reason") in INFEASIBLE:
             seen.append(infeasible(config, values, trial.intermediate_values))
         else:
-            complete = trial.state == TrialState.COMPLETE
+            ended = objectives(config, trial) if trial.state == TrialState.COMPLETE else None
             seen.append(
                 create_trial(
                     state=trial.state,
-                    values=trial.values if complete else None,
+                    values=ended[:1] if ended and first_only else ended,
                     params=encoded(values),
                     distributions=distributions(config, values),
                     intermediate_values=trial.intermediate_values,
                 )
             )
     return seen
+
+
+def objectives(config: Config, trial: FrozenTrial) -> list[float]:
+    """Return the value of each objective of a complete trial; one that is not finite counts as very bad."""
+    attributes = trial.user_attrs
+    kept = attributes.get("kept", {}).get("metrics", {})
+    metrics = attributes.get("metrics", {}) | {name: value for name, value in kept.items() if name not in COSTS}
+    values = objective_values(config, float(trial.values[0]), metrics)
+    worst = [-VERY_BAD if direction == "maximize" else VERY_BAD for direction in config.search.directions]
+    return [value if math.isfinite(value) else bad for value, bad in zip(values, worst, strict=True)]
 
 
 def infeasible(config: Config, values: Mapping[str, Value], reported: Mapping[int, float] | None = None) -> FrozenTrial:
