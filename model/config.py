@@ -1,5 +1,6 @@
 """Settings of the model and of its training."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -20,9 +21,13 @@ Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], 
 
 
 class EncoderConfig(Section):
-    """The speech encoder: HuBERT, wav2vec 2.0, WavLM, wav2vec2-conformer, w2v-BERT or Whisper."""
+    """The encoder: HuBERT, wav2vec 2.0, WavLM, wav2vec2-conformer, w2v-BERT, Whisper, or that of an audio LLM."""
 
-    path: str = Field("builtin:tiny-whisper", description="Hugging Face id, local folder, or builtin:tiny-whisper.")
+    path: str | None = Field(
+        "builtin:tiny-whisper",
+        description="Hugging Face id, local folder, or builtin:tiny-whisper. null: the encoder and the projector of "
+        "model.llm.path, an audio LLM (Qwen2-Audio, Granite Speech).",
+    )
     dtype: Dtype = Field("float32", description="Type of the weights; an encoder that trains needs float32.")
     context: Literal["window", "clip"] = Field(
         "window",
@@ -234,6 +239,11 @@ class ModelConfig(Section):
         return self.modality != "text"
 
     @property
+    def encoder_path(self) -> str:
+        """The pretrained model that has the encoder."""
+        return self.llm.path if self.encoder.path is None else self.encoder.path
+
+    @property
     def patterns(self) -> list[str]:
         """The parts and patterns of `trainable`."""
         parts = [part.strip() for part in self.trainable.split("+") if part.strip()]
@@ -247,6 +257,8 @@ class ModelConfig(Section):
                 f"model.adapter.stride: {self.adapter.stride} is larger than model.adapter.window "
                 f"({self.adapter.window}), so frames would be skipped; lower it"
             )
+        if self.encoder.path is None:
+            problems += self._problems_of_audio_llm()
         if self.lora.init_from is not None and not self.lora.enabled:
             problems.append(
                 f"model.lora.init_from: {self.lora.init_from} has no effect with model.lora.enabled=false; remove one"
@@ -268,6 +280,20 @@ class ModelConfig(Section):
                     "encoder to model.trainable"
                 )
         return problems
+
+    def _problems_of_audio_llm(self) -> list[str]:
+        """Return the settings that an audio LLM decides itself, each as a line."""
+        fixed: list[tuple[str, Section, Iterable[str]]] = [
+            ("model.adapter", self.adapter, AdapterConfig.model_fields),
+            ("model.encoder", self.encoder, ("context", "layers")),
+        ]
+        return [
+            f"{section}.{name}: {value} has no effect on an audio LLM (model.encoder.path=null), whose encoder and "
+            f"projector are its own; leave it out"
+            for section, settings, names in fixed
+            for name in names
+            if (value := getattr(settings, name)) != type(settings).model_fields[name].default
+        ]
 
 
 class LossConfig(Section):

@@ -50,14 +50,19 @@ def select_trainable(model: nn.Module, patterns: Sequence[str], fixed: set[str])
     return selected
 
 
-def check_loaded(model: nn.Module, loaded: set[str]) -> None:
+def check_loaded(model: nn.Module, loaded: set[str], new_parts: Sequence[str] = NEW_PARTS) -> None:
     """Refuse new parts that are neither trained nor loaded, because they would stay random.
+
+    Args:
+        model: a SpeechLLM.
+        loaded: names of the parameters that were loaded from an earlier trial or a file.
+        new_parts: parts that start at random; the adapter of an audio LLM is pretrained.
 
     Raises:
         ConfigError: names the first such parameter.
     """
     for name, parameter in model.named_parameters():
-        if part_of(name) in NEW_PARTS and not parameter.requires_grad and name not in loaded:
+        if part_of(name) in new_parts and not parameter.requires_grad and name not in loaded:
             part = part_of(name)
             own = {"adapter": "model.adapter.init_from or ", "lora": "model.lora.init_from or "}
             source = f"{own.get(part, '')}model.init_from"

@@ -12,9 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
+    GraniteSpeechConfig,
+    GraniteSpeechFeatureExtractor,
+    GraniteSpeechForConditionalGeneration,
+    GraniteSpeechProcessor,
     HubertConfig,
     HubertModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
     SeamlessM4TFeatureExtractor,
     Wav2Vec2BertConfig,
     Wav2Vec2BertModel,
@@ -87,6 +96,68 @@ def random_llm(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+QWEN2: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1}
+AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio|>")
+
+
+def audio_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of `make_llm` with the tokens that mark clips."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)})
+    return tokenizer
+
+
+def random_qwen2_audio(folder: Path) -> None:
+    """Save an untrained Qwen2-Audio with a window of 1 s: a Whisper-like encoder, a linear projector and a Qwen2."""
+    tokenizer = audio_tokenizer()
+    encoder = tiny_whisper_config(width=32, layers=2, mels=40).to_dict()
+    audio = {name: value for name, value in encoder.items() if name in vars(Qwen2AudioEncoderConfig())}
+    config = Qwen2AudioConfig(
+        audio_config={**audio, "model_type": "qwen2_audio_encoder"},
+        text_config={**QWEN2, "model_type": "qwen2", "vocab_size": len(tokenizer), **special_ids(tokenizer)},
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    _save(folder, lambda: Qwen2AudioForConditionalGeneration(config), seed=10)
+    extractor = WhisperFeatureExtractor(feature_size=40, chunk_length=WINDOW_SECONDS, return_attention_mask=True)
+    Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
+
+
+def random_granite_speech(folder: Path) -> None:
+    """Save an untrained Granite Speech: a conformer with blocks of 20 frames, a Q-Former and a tied Granite.
+
+    The token that stands for a clip has no embedding, as in the published models.
+    """
+    tokenizer = audio_tokenizer()
+    placeholder = tokenizer.convert_tokens_to_ids("<|audio|>")
+    assert placeholder == len(tokenizer) - 1
+    encoder = {"input_dim": 160, "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "output_dim": 12}
+    encoder |= {
+        "context_size": 20,
+        "max_pos_emb": 24,
+        "conv_kernel_size": 5,
+        "conv_expansion_factor": 2,
+        "dropout": 0.0,
+    }
+    config = GraniteSpeechConfig(
+        encoder_config=encoder,
+        projector_config={**SMALL, "model_type": "blip_2_qformer", "num_hidden_layers": 1, "encoder_hidden_size": 32},
+        text_config={**QWEN2, "model_type": "granite", "vocab_size": placeholder, **special_ids(tokenizer)},
+        audio_token_index=placeholder,
+        has_lora_adapter=False,
+        tie_word_embeddings=True,
+    )
+    _save(folder, lambda: GraniteSpeechForConditionalGeneration(config), seed=11)
+    GraniteSpeechProcessor(GraniteSpeechFeatureExtractor(), tokenizer).save_pretrained(folder)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+AUDIO_LLMS: dict[str, Callable[[Path], None]] = {
+    "qwen2-audio": random_qwen2_audio,
+    "granite-speech": random_granite_speech,
+}
 ENCODERS: dict[str, Callable[[Path], None]] = {
     "hubert-layer": partial(random_hubert, norm="layer"),
     "hubert-group": partial(random_hubert, norm="group"),
@@ -99,7 +170,7 @@ ENCODERS: dict[str, Callable[[Path], None]] = {
     "w2v-bert": random_w2v_bert,
     "whisper": random_whisper,
 }
-MODELS: dict[str, Callable[[Path], None]] = {**ENCODERS, "llm": random_llm}
+MODELS: dict[str, Callable[[Path], None]] = {**ENCODERS, **AUDIO_LLMS, "llm": random_llm}
 
 
 def _save(folder: Path, make: Callable[[], Any], seed: int) -> None:

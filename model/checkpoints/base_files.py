@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from data.errors import ConfigError, UnavailableError, listed, reason
 from model.config import LoraSettings, ModelConfig
 
-Part = Literal["encoder", "llm", "ctc"]
+Part = Literal["encoder", "llm", "audio-llm", "ctc"]
 
 CONFIG = "config.json"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,6 +27,8 @@ TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+# Audio LLMs that are published with a LoRA adapter in their folder, which belongs to the model.
+WITH_ADAPTER = ("granite_speech",)
 # Kinds of LoRA whose start takes a part of the base weights away, and settings that plain LoRA does without.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 NOT_PLAIN = (
@@ -78,7 +80,16 @@ class ModelFiles(NamedTuple):
 def base_models(config: ModelConfig) -> list[tuple[str, str, Part]]:
     """Return the pretrained models of a configuration: the setting, the path, and what each is used as."""
     models: list[tuple[str, str, Part]] = [("model.llm.path", config.llm.path, "llm")]
-    return [*models, ("model.encoder.path", config.encoder.path, "encoder")] if config.uses_audio else models
+    if not config.uses_audio:
+        return models
+    return [encoder_base(config)] if config.encoder.path is None else [*models, encoder_base(config)]
+
+
+def encoder_base(config: ModelConfig) -> tuple[str, str, Part]:
+    """Return the pretrained model that has the encoder, as `base_models` does."""
+    if config.encoder.path is None:
+        return ("model.llm.path", config.llm.path, "audio-llm")
+    return ("model.encoder.path", config.encoder.path, "encoder")
 
 
 def check_model(setting: str, path: str, part: Part) -> ModelFiles | None:
@@ -155,6 +166,7 @@ def download(setting: str, path: str, part: Part) -> ModelFiles:
     names = [
         CONFIG,
         ADAPTER_CONFIG,
+        *ADAPTER_WEIGHTS[:1],
         *EXTRACTOR,
         TOKENIZER,
         *VOCABULARIES,
@@ -189,12 +201,16 @@ def model_files(folder: Path, part: Part) -> ModelFiles:
     Raises:
         FilesError: names the file that is missing or damaged.
     """
-    _refuse_adapter(folder)
+    if not (with_adapter := has_bundled_adapter(folder)):
+        _refuse_adapter(folder)
     if not (folder / CONFIG).exists():
         raise _missing(folder, CONFIG, "the settings of the model")
     settings, tokenizer = [folder / CONFIG], list[Path]()
     read_json(folder / CONFIG)
     weights = _weights(folder)
+    if with_adapter:
+        weights.append(adapter_weights(folder))
+        settings.append(folder / ADAPTER_CONFIG)
     if part != "llm":
         extractor = [folder / name for name in EXTRACTOR if (folder / name).exists()]
         if not extractor:
@@ -207,6 +223,14 @@ def model_files(folder: Path, part: Part) -> ModelFiles:
             stat = path.stat()
             _check_json(path, (stat.st_size, stat.st_mtime_ns))
     return ModelFiles(weights, settings, tokenizer)
+
+
+def has_bundled_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a model with a LoRA adapter that belongs to it."""
+    if not (folder / CONFIG).exists() or not (folder / ADAPTER_CONFIG).exists():
+        return False
+    config = read_json(folder / CONFIG)
+    return config.get("model_type") in WITH_ADAPTER and bool(config.get("has_lora_adapter", True))
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -378,7 +402,7 @@ def check_adapter(lora: LoraSettings, folder: str) -> Path:
     try:
         weights = adapter_weights(Path(folder))
         adapter = read_json(Path(folder) / ADAPTER_CONFIG)
-        misfit = _unsupported(adapter) or _difference(lora, adapter)
+        misfit = not_plain_lora(adapter) or _difference(lora, adapter)
     except FilesError as error:
         raise UnavailableError(f"model.lora.init_from: {folder}: {error}") from None
     except OSError as error:
@@ -389,7 +413,7 @@ def check_adapter(lora: LoraSettings, folder: str) -> Path:
     return weights
 
 
-def _unsupported(adapter: dict[str, object]) -> str:
+def not_plain_lora(adapter: dict[str, object]) -> str:
     """Return why LoRA cannot start from an adapter, whatever its settings; empty if it can."""
     if adapter.get("peft_type") != "LORA":
         return f"is an adapter of the kind {adapter.get('peft_type')}; only LoRA can be a start"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.errors import reason
 from data.loading.tasks import TASKS, AnswerSet
+from model.checkpoints.audio_llms import audio_family, audio_llm_name, plain_llm_name
 from model.checkpoints.checkpoint import CheckpointError, ParentLink
 from model.checkpoints.fingerprint import BaseIdentity, digest
 from model.compat import lora_parameter_names
@@ -123,7 +124,11 @@ def write(model: Any, folder: Path, source: ExportSource) -> None:
 
 def _write_lora(model: Any, lora: dict[str, Tensor], folder: Path) -> None:
     """Write LoRA as `PeftModel.save_pretrained` does, which would add a README of its own and name the base model by
-    the folder that it was loaded from on this machine."""
+    the folder that it was loaded from on this machine.
+
+    LoRA of an audio LLM is for the audio LLM: names of layers lead through its language model, and targets are a
+    pattern that leaves out its encoder, whose layers may have the same names.
+    """
     from peft import get_peft_model_state_dict
 
     state = {name.removeprefix("llm."): tensor for name, tensor in lora.items()}
@@ -132,6 +137,10 @@ def _write_lora(model: Any, lora: dict[str, Tensor], folder: Path) -> None:
     config.inference_mode, config.base_model_name_or_path = True, model.config.llm.path
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the file is the same in every process
+    if audio_family(model.config.llm.path) is not None:
+        tensors = {audio_llm_name(name): tensor for name, tensor in tensors.items()}
+        if config.target_modules:
+            config.target_modules = rf"(.*language_model.*\.)?({'|'.join(config.target_modules)})"
     config.save_pretrained(str(folder))
     save_file(tensors, folder / LORA_WEIGHTS)
 
@@ -166,7 +175,7 @@ def load_state(folder: Path) -> ExportedState:
         tensors = load_file(folder / SPEECH)
         if (folder / LORA).exists():
             lora = lora_parameter_names(load_file(folder / LORA / LORA_WEIGHTS))
-            tensors |= {f"llm.{name}": tensor for name, tensor in lora.items()}
+            tensors |= {f"llm.{plain_llm_name(name)}": tensor for name, tensor in lora.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights cannot be read ({reason(error)}); {EXPORT_AGAIN}") from None
     if digest(tensors) != labels.digest:

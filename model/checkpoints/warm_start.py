@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data.errors import ConfigError, listed
 from model.checkpoints import peft_export
+from model.checkpoints.audio_llms import plain_llm_name
 from model.checkpoints.base_files import check_adapter
 from model.checkpoints.checkpoint import (
     FILE,
@@ -119,6 +120,8 @@ def check_parent_bases(parent: ParentCheckpoint, bases: Bases, parts: set[str]) 
         OtherBaseError: names the base model.
     """
     needed = {setting for part in parts for setting in BASES_OF_PARTS[part]}
+    if "model.encoder.path" not in bases:  # an audio LLM has the encoder
+        needed.add("model.llm.path")
     then = {
         setting: base
         for setting, base in parent.bases.items()
@@ -131,7 +134,7 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     """Return tensors under the names that they have in this model: LoRA moves the weights of an LLM into wrappers."""
 
     def plain(name: str) -> str:
-        name = name.replace("base_model.model.", "")
+        name = plain_llm_name(name.replace("base_model.model.", ""))
         # LoRA layers of fused experts are nested: there, the wrapper tells one from the other.
         return name if ".lora_" in name else name.replace(".base_layer", "")
 

@@ -216,12 +216,7 @@ class SpeechEncoder(nn.Module):
 
     def set_dropout(self, probability: float) -> None:
         """Set the probability of every dropout; the checkpoint holds those of its pre-training."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = probability
-            for name, value in vars(module).items():
-                if name.endswith("dropout") and isinstance(value, float):
-                    setattr(module, name, probability)
+        set_dropout(self, probability)
 
     @property
     def device(self) -> torch.device:
@@ -308,6 +303,16 @@ class SpeechEncoder(nn.Module):
         with torch.autocast("cpu", enabled=False):
             features: np.ndarray = self.extractor(clip, sampling_rate=SAMPLE_RATE)[self.input_name][0]
         return features
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout of a model: of its modules, and of their attributes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, probability)
 
 
 def hidden_states(output: LayerOutput) -> Tensor:

@@ -24,6 +24,7 @@ from data.loading import feature_files
 from data.loading.cached_arrays import Arrays, CacheJob, CacheKey, Layout
 from data.loading.examples import load_clip
 from data.shards.dataset import Shards
+from model.checkpoints.audio_llms import audio_family
 from model.checkpoints.fingerprint import derived_digest, identify, model_digest
 from model.config import ModelConfig
 from model.encoders.base import OUTPUT, SpeechEncoder
@@ -82,8 +83,8 @@ def feature_key(model: ModelConfig, data: DataConfig, device: str, spec: Feature
         spec: one of `SpeechLLM.feature_specs`.
     """
     return FeatureKey(
-        encoder=model.encoder.path,
-        digest=encoder_digest(model.encoder.path),
+        encoder=model.encoder_path,
+        digest=encoder_digest(model.encoder_path),
         dtype=model.encoder.dtype,
         precision=model.precision,
         device=device,
@@ -107,8 +108,8 @@ def feature_specs(model: ModelConfig, states: Sequence[int], frozen_layers: int)
     if frozen_layers:
         heard = [state for state in states if OUTPUT != state < frozen_layers]
         return [FeatureSpec(frozen_layers), *(FeatureSpec(state=state) for state in heard)]
-    adapter = model.adapter
-    pool = (adapter.window, adapter.stride) if adapter.kind == "pool" else None
+    adapter, pools = model.adapter, model.adapter.kind == "pool" and model.encoder.path is not None
+    pool = (adapter.window, adapter.stride) if pools else None
     return [FeatureSpec(pool=pool, state=state) for state in states]
 
 
@@ -123,8 +124,10 @@ def encoder_digest(path: str) -> str:
         encoder = inspect.unwrap(load_encoder)(path, "cpu")  # bypass the cache: the encoder may be large
         return model_digest(encoder.state_dict(), encoder.model.config.to_dict() | encoder.extractor.to_dict())
 
+    own = audio_family(path) is not None
+    identity = identify("model.llm.path", path, "audio-llm") if own else identify("model.encoder.path", path, "encoder")
     name = f"encoder, transformers {transformers.__version__}"  # which adds settings to those of the files
-    return derived_digest(name, identify("model.encoder.path", path, "encoder"), compute)
+    return derived_digest(name, identity, compute)
 
 
 @torch.no_grad()

@@ -17,12 +17,17 @@ from transformers import (
 )
 
 from data.errors import ConfigError, UnavailableError, reason
+from model.encoders.audio_llms import GraniteSpeechEncoder, Qwen2AudioEncoder, build_encoder_model
 from model.encoders.base import SpeechEncoder
 from model.encoders.conformer import Wav2Vec2BertEncoder, Wav2Vec2ConformerEncoder
 from model.encoders.wav2vec2 import WaveformEncoder, WavLMEncoder
 from model.encoders.whisper import WhisperEncoder
 from model.runtime.memory import cached
 
+AUDIO_LLMS: dict[str, type[SpeechEncoder]] = {  # of which the encoder is loaded, by the model type in config.json
+    "qwen2_audio": Qwen2AudioEncoder,
+    "granite_speech": GraniteSpeechEncoder,
+}
 ENCODERS: dict[str, type[SpeechEncoder]] = {  # by the model type in config.json
     "hubert": WaveformEncoder,
     "wav2vec2": WaveformEncoder,
@@ -39,7 +44,7 @@ def encoder_kind(path: str) -> str:
     Raises:
         ConfigError: there is no configuration, or a clip's frames would depend on the batch.
     """
-    kind: str = _checked_config(path)[0].model_type
+    kind: str = _checked_config(path)[1].model_type
     return kind
 
 
@@ -48,42 +53,49 @@ def load_encoder(path: str, device: str, dtype: str = "float32") -> SpeechEncode
     """Load an encoder in evaluation mode. The trials of a process share its weights, see `cached`.
 
     Args:
-        path: Hugging Face id or local folder.
+        path: Hugging Face id or local folder, of an audio LLM for its encoder.
         device: "cpu", "cuda", or "meta" for a model without values, made from the configuration alone.
         dtype: of the weights and frames, "float32" or "bfloat16".
 
     Raises:
         ConfigError: the encoder cannot be loaded, weights are missing, or `encoder_kind` refuses it.
     """
-    config, extractor = _checked_config(path)
+    kind, config, extractor = _checked_config(path)
     # Making a model draws random weights, even if a file then replaces them. Without the fork, what a trial draws next
     # would depend on whether the process had loaded its encoder before.
     with torch.random.fork_rng(devices=[]):
-        if device == "meta":
+        if config.model_type in AUDIO_LLMS:
+            model = build_encoder_model(path, config, device)
+        elif device == "meta":
             with _as_config_error(path), torch.device("meta"):
                 model = AutoModel.from_config(config)
         else:
             model = _load_weights(path)
-        encoder = ENCODERS[config.model_type](model, extractor).eval()
+        encoder = kind(model, extractor).eval()
     _cast(encoder, getattr(torch, dtype))
     return encoder.to(device)
 
 
-def _checked_config(path: str) -> tuple[PretrainedConfig, SequenceFeatureExtractor]:
-    """Return the configuration and the feature extractor of an encoder, or raise as `encoder_kind` does."""
+def _checked_config(path: str) -> tuple[type[SpeechEncoder], PretrainedConfig, SequenceFeatureExtractor]:
+    """Return the class, the configuration and the extractor of an encoder, or raise as `encoder_kind` does."""
     with _as_config_error(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type not in ENCODERS:
+    if config.model_type in AUDIO_LLMS:
+        kind = AUDIO_LLMS[config.model_type]
+    elif config.model_type not in ENCODERS:
         raise ConfigError(
             f"model.encoder.path: {path} is a {config.model_type} model, for which it is unknown whether a clip has "
             f"the same frames in every batch; use one of {', '.join(ENCODERS)}"
         )
+    else:
+        kind = ENCODERS[config.model_type]
     with _as_config_error(path):
         extractor = AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False)
-    problem = ENCODERS[config.model_type].unsupported_reason(config, extractor)
+    problem = kind.unsupported_reason(config, extractor)
     if problem:
-        raise ConfigError(f"model.encoder.path: {path} ({config.model_type}) cannot be used: {problem}")
-    return config, extractor
+        setting = "model.llm.path" if config.model_type in AUDIO_LLMS else "model.encoder.path"
+        raise ConfigError(f"{setting}: {path} ({config.model_type}) cannot be used: {problem}")
+    return kind, config, extractor
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Legend: B clips, F frames, D width, W windows of all clips, M mel bands, T mel s
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class WhisperEncoder(SpeechEncoder):
 
     input_name = "input_features"
     min_samples = 1
+    pooled: ClassVar[int] = 1  # frames of the transformer that make one frame of the output
 
     def __init__(self, model: PreTrainedModel, extractor: SequenceFeatureExtractor) -> None:
         encoder = model.get_encoder()
@@ -53,9 +54,10 @@ class WhisperEncoder(SpeechEncoder):
         self.context = context
 
     def num_computed_frames(self, n_samples: int) -> int:
+        n_samples = max(n_samples, self.min_samples)
         if self.context == "clip":
-            return self.num_frames(n_samples)
-        return -(-n_samples // self.window) * self._count_frames(self.window)
+            return self._transformer_frames(n_samples)
+        return -(-n_samples // self.window) * self._transformer_frames(self.window)
 
     @property
     def transformer(self) -> Transformer:
@@ -71,7 +73,7 @@ class WhisperEncoder(SpeechEncoder):
         self.model.layer_norm = nn.Identity()
 
     def _rows(self, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._count_frames(self.window))]
+        return [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._transformer_frames(self.window))]
 
     def _upper_layers(self, hidden_WFD: Tensor, lengths: Sequence[int], start: int) -> Tensor:
         lengths_W = torch.tensor(lengths, device=self.device)
@@ -85,6 +87,9 @@ class WhisperEncoder(SpeechEncoder):
         return normed_WFD
 
     def _count_frames(self, n_samples: int) -> int:
+        return self._transformer_frames(n_samples) // self.pooled
+
+    def _transformer_frames(self, n_samples: int) -> int:
         return -(-n_samples // self.samples_per_frame)
 
     def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Sequence[int]]:
@@ -92,8 +97,9 @@ class WhisperEncoder(SpeechEncoder):
         mels = [self._extract(window) for window in windows]
         if time_masks is not None:
             masks = chain(*(cut(mask, self._count_frames(self.window)) for mask in time_masks))
-            for mel_MT, mask in zip(mels, masks, strict=True):
-                mel_MT[:, : 2 * len(mask)][:, np.repeat(mask, 2)] = 0.0  # two mel steps make one frame
+            steps = 2 * self.pooled  # mel steps of a frame
+            for mel_MT, mask in zip(mels, masks, strict=False):  # a last window may be too short for a frame
+                mel_MT[:, : steps * len(mask)][:, np.repeat(mask, steps)] = 0.0
         if self.context == "clip":
             return self._encode_clips(mels, [len(clip) for clip in clips])
         mels_WMT = torch.as_tensor(np.stack(mels)).to(self.device, self.model.dtype)
@@ -102,7 +108,9 @@ class WhisperEncoder(SpeechEncoder):
 
     def _encode_clips(self, mels: Sequence[np.ndarray], n_samples: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         """Compute the frames of clips from the mel steps of their windows."""
-        lengths = [self._count_frames(len(piece)) for count in n_samples for piece in cut(range(count), self.window)]
+        lengths = [
+            self._transformer_frames(len(piece)) for count in n_samples for piece in cut(range(count), self.window)
+        ]
         # The frames of a clip read one mel step beyond its own: silence, or the end of the window.
         steps = [torch.as_tensor(mel_MT[:, : 2 * n + 1]).T for mel_MT, n in zip(mels, lengths, strict=True)]
         encoder, mels_WMT = self.model, pad_rows(steps).transpose(1, 2).to(self.device, self.model.dtype)
@@ -115,8 +123,9 @@ class WhisperEncoder(SpeechEncoder):
     def _clip_frames(self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]) -> Tensor:
         # The frames of the padding in the last window of each clip are left out.
         counts = [self.num_frames(count) for count in n_samples]
-        windows = torch.cat([window_FD[:length] for window_FD, length in zip(hidden_WFD, lengths, strict=True)])
-        clips = windows.split([self.num_computed_frames(count) for count in n_samples])
+        rows = zip(hidden_WFD, lengths, strict=True)
+        windows = torch.cat([window_FD[: length // self.pooled] for window_FD, length in rows])
+        clips = windows.split([self.num_computed_frames(count) // self.pooled for count in n_samples])
         frames = [clip_FD[:count] for clip_FD, count in zip(clips, counts, strict=True)]
         return pad_rows(frames)
 

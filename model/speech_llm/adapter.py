@@ -48,6 +48,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.window = config.window if config.has_windows else 0  # a shorter clip is padded to it
         # The weights are the softmax of these, so they start equal.
         self.layer_weights = nn.Parameter(torch.zeros(weighted)) if weighted else None
         self.frame_rate = frame_rate

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data.errors import ConfigError, UnavailableError, reason
+from data.errors import ConfigError, UnavailableError, UserError, reason
+from model.checkpoints.audio_llms import FAMILIES, audio_family, refuse_unsupported
 from model.config import LLMConfig, LoraSettings
+from model.encoders.audio_llms import build_language_model, language_config
 from model.runtime.memory import cached
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -21,6 +23,8 @@ Module = TypeVar("Module", bound=nn.Module)
 @cached
 def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a causal language model, frozen and in evaluation mode. The trials of a process share it, see `cached`.
+
+    Of an audio LLM this is the language model alone.
 
     Args:
         path: Hugging Face id or local folder.
@@ -35,13 +39,21 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
         if device == "meta":
             with torch.device("meta"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                config = language_config(config) if config.model_type in FAMILIES else config
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        elif audio_family(path) is not None:
+            with torch.random.fork_rng(devices=[]):
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                model, missing = build_language_model(path, config, getattr(torch, dtype))
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
             )
             missing = set(report["missing_keys"])
+    except UserError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub raise many types for a broken folder
+        refuse_unsupported(path)
         raise UnavailableError(f"model.llm.path: cannot load a causal LM from {path}: {reason(error)}") from None
     if missing:
         raise UnavailableError(

@@ -16,6 +16,7 @@ from data.corpus.schema import split_label
 from data.errors import ConfigError, MisfitError
 from data.loading.examples import Example
 from data.loading.tasks import TASKS
+from model.checkpoints.audio_llms import audio_family
 from model.config import ModelConfig
 from model.speech_llm.tokenizer import CachedTokenizer
 
@@ -76,6 +77,27 @@ class PromptBuilder:
             return self.tokenizer.start
         bos = self.tokenizer.hf.bos_token_id
         return [] if bos is None or self.config.prompt.bos == "never" else [bos]
+
+    @functools.cached_property
+    def clip_frame(self) -> tuple[list[int], list[int]]:
+        """The token ids before and after a clip, which the family of an audio LLM puts there.
+
+        Raises:
+            ConfigError: the tokenizer lacks one of them.
+        """
+        family = audio_family(self.config.llm.path) if self.config.encoder.path is None else None
+        if family is None:
+            return [], []
+        tokens = [family.begin, family.end]
+        ids = [self.tokenizer.hf.convert_tokens_to_ids(token) if token else None for token in tokens]
+        for token, number in zip(tokens, ids, strict=True):
+            if token and number in (None, self.tokenizer.hf.unk_token_id):
+                raise ConfigError(
+                    f"model.llm.path: the tokenizer of {self.config.llm.path} lacks {token}, with which its family "
+                    "marks a clip; use the tokenizer that belongs to the model"
+                )
+        begin, end = ([] if number is None else [number] for number in ids)
+        return begin, end
 
     @functools.cached_property
     def text_only(self) -> "PromptBuilder":
@@ -139,7 +161,8 @@ class PromptBuilder:
         if not with_audio:
             return ids(f"{name}:{spaced}{separator}")
         text_ids = ids(spaced) if "text" in config.modality else []
-        clip_ids = [CLIP] if config.end_of_audio == "none" else [CLIP, END]
+        before, after = self.clip_frame
+        clip_ids = [*before, CLIP, *after, *([] if config.end_of_audio == "none" else [END])]
         parts = [text_ids, clip_ids] if config.prompt.order == "text-sound" else [clip_ids, text_ids]
         return [*ids(f"{name}:"), *parts[0], *parts[1], *ids(separator)]
 

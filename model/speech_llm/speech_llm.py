@@ -26,6 +26,7 @@ from data.loading.batching import Cost, groups
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
 from model.checkpoints import checkpoint
+from model.checkpoints.audio_llms import check_audio_llm
 from model.checkpoints.base_files import base_models
 from model.checkpoints.fingerprint import BaseIdentity, Bases, digest, identify
 from model.checkpoints.warm_start import (
@@ -36,7 +37,8 @@ from model.checkpoints.warm_start import (
     load_parent_tensors,
     match_names,
 )
-from model.config import ModelConfig
+from model.config import NEW_PARTS, ModelConfig
+from model.encoders.audio_llms import Projector, load_projector
 from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.frozen_features import FeatureSpec, clip_features, feature_specs
 from model.encoders.loading import load_encoder
@@ -107,26 +109,32 @@ class SpeechLLM(nn.Module):
         self.base_device = device  # as the base models were loaded: torch may name it otherwise ("cuda:0")
         self.llm = load_llm_with_lora(config.llm, config.lora, device)
         self.max_positions = max_positions(self.llm)
+        check_audio_llm(config)
+        own_encoder = config.encoder.path is None
         embedding = self.llm.get_input_embeddings().weight
-        n_tokens = len(self.prompt_builder.tokenizer.hf)
+        n_tokens = self.prompt_builder.tokenizer.n_embedded(config.llm.path)
         if n_tokens > len(embedding):
             raise ConfigError(
                 f"model.llm.path: the tokenizer of {config.llm.path} has {n_tokens} tokens, but the LLM embeds "
                 f"{len(embedding)}; use the tokenizer that belongs to it"
             )
         self.encoder: SpeechEncoder | None = None
-        self.adapter: Adapter | None = None
+        self.adapter: Adapter | Projector | None = None
         fixed: set[str] = set()
         if config.uses_audio:
             self.encoder, fixed = self._view_encoder(device if encodes else "meta")
-            weighted = len(self.encoder.states) if config.encoder.layers == "weighted" else 0
-            width = self.encoder.state_width if weighted else self.encoder.width
-            rate = self.encoder.frame_rate
-            self.adapter = Adapter(width, embedding.shape[1], config.adapter, weighted, rate).to(device)
+            if own_encoder:
+                self.adapter = load_projector(config.llm.path, device)
+            else:
+                weighted = len(self.encoder.states) if config.encoder.layers == "weighted" else 0
+                width = self.encoder.state_width if weighted else self.encoder.width
+                rate = self.encoder.frame_rate
+                self.adapter = Adapter(width, embedding.shape[1], config.adapter, weighted, rate).to(device)
         wants_end = config.uses_audio and config.end_of_audio == "learned"
         self.end_of_audio = self._learned_vector() if wants_end else None
         self.cls = self._learned_vector() if config.cls != "none" else None
-        self.sources = {"encoder": config.encoder.path, "llm": config.llm.path}
+        self.sources = {"encoder": config.encoder_path, "llm": config.llm.path}
+        self.sources |= {"adapter": config.llm.path} if own_encoder else {}
         self.parents: list[checkpoint.ParentLink] = []
         self.files: dict[str, str] = {}  # digests of other files that were loaded, by configuration key
         trained = select_trainable(self, config.patterns, fixed)
@@ -143,7 +151,7 @@ class SpeechLLM(nn.Module):
     def _view_encoder(self, device: str) -> tuple[SpeechEncoder, set[str]]:
         """Return a view of the encoder with the layers that are heard, and the parameters of it that never train."""
         config = self.config.encoder
-        loaded = load_encoder(config.path, device, config.dtype)
+        loaded = load_encoder(self.config.encoder_path, device, config.dtype)
         encoder = shared_view(loaded)
         encoder.set_layers(config.layers)
         return encoder, {f"encoder.{name}" for name, tensor in loaded.named_parameters() if not tensor.requires_grad}
@@ -169,7 +177,7 @@ class SpeechLLM(nn.Module):
         """Load what starts from files, and let the parameters named in `trained` require gradients."""
         config = self.config
         loaded: set[str] = set()
-        if self.adapter is not None and config.adapter.init_from is not None:
+        if isinstance(self.adapter, Adapter) and config.adapter.init_from is not None:
             path = config.adapter.init_from
             names, self.sources["adapter"] = load_adapter(self.adapter, path, config.adapter.init_partial)
             loaded |= {f"adapter.{name}" for name in names}
@@ -219,15 +227,17 @@ class SpeechLLM(nn.Module):
         if self.encoder is not None and not self.encoder_is_frozen and not draws:
             self.frozen_layers = self.encoder.frozen_layers
         self.loaded = loaded
-        check_loaded(self, loaded)
+        pretrained = isinstance(self.adapter, Projector)
+        check_loaded(self, loaded, NEW_PARTS[1:] if pretrained else NEW_PARTS)
 
     def meaning(self) -> dict[str, str]:
         """Return by part the settings under which its tensors were trained and without which they are useless."""
         adapter, lora, layers = self.config.adapter, self.config.lora, self.config.encoder.layers
         every = self.encoder is None or self.encoder.states == (OUTPUT,)
         heard = "" if every else f", encoder layers {layers}"
+        own = self.config.encoder.path is None
         return {
-            "adapter": adapter.meaning + heard,
+            "adapter": "the projector of an audio LLM" if own else adapter.meaning + heard,
             "lora": f"scale {lora.scale:.6g}, DoRA {lora.dora}",
         }
 
@@ -304,7 +314,7 @@ class SpeechLLM(nn.Module):
             assert self.adapter is not None
             frames = self.encoder.num_frames(n_samples)
             clip = self.adapter.num_embeddings(frames)
-            if not clip:
+            if not clip and isinstance(self.adapter, Adapter):
                 rate, least = self.config.adapter.rate, math.ceil(100 * self.adapter.frame_rate / frames) / 100
                 raise MisfitError(
                     f"utterance {example.id}: model.adapter.rate {rate:g} leaves no frame of its clip of "
@@ -324,7 +334,7 @@ class SpeechLLM(nn.Module):
             cost=cost,
             predicted=answer.predicted,
             dropped_turns=prompt.dropped_turns,
-            short_clip=self.config.adapter.has_windows and 0 < frames < self.config.adapter.window,
+            short_clip=self.adapter is not None and 0 < frames < self.adapter.window,
         )
 
     def prompts(self, examples: Sequence[Example]) -> list[Tensor]:

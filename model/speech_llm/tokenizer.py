@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.errors import ConfigError, UnavailableError, reason
+from model.checkpoints.audio_llms import audio_family
 from model.runtime.memory import Stamp, folder_stamp
 
 DIALOGUE = "\x00"  # marks the position of the dialogue in a chat template
@@ -46,6 +47,14 @@ class CachedTokenizer:
             encoded = self.hf(text, add_special_tokens=False, split_special_tokens=True)
             self._ids[text] = encoded["input_ids"]
         return self._ids[text]
+
+    def n_embedded(self, path: str) -> int:
+        """Return the number of tokens that an LLM must embed. No prompt has the token that stands for a clip, and some
+        audio LLMs have no embedding for it."""
+        if (family := audio_family(path)) is None:
+            return len(self.hf)
+        vocabulary: dict[str, int] = self.hf.get_vocab()
+        return 1 + max(number for token, number in vocabulary.items() if token != family.placeholder)
 
     @functools.cached_property
     def start(self) -> list[int]:

@@ -86,7 +86,7 @@ def absolute(config: Config) -> Config:
 def _named(config: Config) -> dict[str, str]:
     """Return the settings that name a built-in input, with its name."""
     settings = flat(config)
-    named = {key: settings[key].removeprefix(PREFIX) for key in KEYS if settings[key].startswith(PREFIX)}
+    named = {key: settings[key].removeprefix(PREFIX) for key in KEYS if str(settings[key]).startswith(PREFIX)}
     for key, name in named.items():
         if name not in MAKERS:
             known = ", ".join(PREFIX + maker for maker in MAKERS)

@@ -1,7 +1,8 @@
 """A merged model: the LLM with LoRA added to its weights, encoder and adapter, as plain transformers loads them.
 
-config.json, model.safetensors, tokenizer   the LLM, for `AutoModelForCausalLM` and `AutoTokenizer`
-encoder/                                    the encoder, for `AutoModel` and `AutoFeatureExtractor`; absent for text
+config.json, model.safetensors, tokenizer   the LLM, for `AutoModelForCausalLM` and `AutoTokenizer`; an audio LLM whole,
+                                            for `AutoModelForMultimodalLM` and `AutoProcessor`
+encoder/                                    another encoder, for `AutoModel` and `AutoFeatureExtractor`
 speech.safetensors                          the adapter and the learned vectors; absent without either
 """
 
@@ -10,9 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, PreTrainedModel
 
+from model.checkpoints.audio_llms import FAMILIES
 from model.checkpoints.peft_export import SPEECH
+from model.encoders.audio_llms import Projector
 from model.encoders.base import SpeechEncoder
 from model.encoders.whisper import WhisperEncoder
 from model.parts import part_of
@@ -41,11 +44,15 @@ def write_merged(model: SpeechLLM, folder: Path) -> None:
         model: a trained model on the CPU or a GPU; the base models that it shares stay as they are.
         folder: exists.
     """
-    merged_llm(model.llm).save_pretrained(folder)
-    model.prompt_builder.tokenizer.hf.save_pretrained(folder)
-    if model.encoder is not None:
-        _write_encoder(model.encoder, model.config.encoder.path, folder / ENCODER)
-    names = ("adapter", "tokens")
+    llm, own = merged_llm(model.llm), isinstance(model.adapter, Projector)
+    if own:
+        _write_audio_llm(model, llm, folder)
+    else:
+        llm.save_pretrained(folder)
+        model.prompt_builder.tokenizer.hf.save_pretrained(folder)
+    if model.encoder is not None and not own:
+        _write_encoder(model.encoder, model.config.encoder_path, folder / ENCODER)
+    names = ("tokens",) if own else ("adapter", "tokens")
     speech = {name: tensor.detach() for name, tensor in model.named_parameters() if part_of(name) in names}
     if speech:
         _save(speech, folder / SPEECH)
@@ -62,6 +69,34 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
         llm.config.tie_word_embeddings = False
     merged: PreTrainedModel = llm.merge_and_unload(safe_merge=True)
     return merged
+
+
+def _write_audio_llm(model: SpeechLLM, llm: PreTrainedModel, folder: Path) -> None:
+    """Write an audio LLM with the class of its family, whose parts the model has."""
+    path = model.config.llm.path
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    family = FAMILIES[config.model_type]
+    assert model.encoder is not None
+    assert isinstance(model.adapter, Projector)
+    parts = {
+        "language_model": llm.base_model,
+        family.encoder: model.encoder.model,
+        family.projector: model.adapter.module,
+    }
+    tensors = {
+        f"model.{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
+    }
+    tensors["lm_head.weight"] = llm.get_output_embeddings().weight
+    if hasattr(config, "has_lora_adapter"):
+        config.has_lora_adapter = False  # the one that was published with the model is merged, too
+    if family.ties:
+        config.tie_word_embeddings = llm.config.tie_word_embeddings
+    with torch.device("meta"):
+        kind = type(AutoModelForMultimodalLM.from_config(config))
+    whole = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=llm.dtype, trust_remote_code=False)
+    whole.generation_config = GenerationConfig()  # as in training: replies are greedy
+    whole.save_pretrained(folder)
+    AutoProcessor.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
 
 
 def _write_encoder(encoder: SpeechEncoder, path: str, folder: Path) -> None:

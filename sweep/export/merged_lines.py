@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from data.loading.examples import Example
 from data.loading.tasks import TASKS
+from model.checkpoints.audio_llms import audio_family
+from model.encoders.audio_llms import Projector
 from model.encoders.base import SpeechEncoder
 from model.encoders.whisper import WhisperEncoder
 from model.speech_llm.prompt import CLIP, CLS, END, PromptBuilder, answer_text
@@ -14,6 +16,7 @@ from model.speech_llm.tokenizer import CachedTokenizer
 TURNS = (("therapist", "how was your week"), ("client", "so so"))  # of the dialogue that the lines read
 PIECE = 10**9  # numbers from here on stand for pieces of text, beyond the ids of any tokenizer
 VECTORS = {CLIP: "clip", END: "end_of_audio", CLS: "cls"}
+READ_WAVE = 'wave, _ = soundfile.read("clip.wav", dtype="float32")  # mono, 16 kHz'
 HALF = ".half().float()"  # features of a frozen encoder are rounded, see `model/encoders/frozen_features.py`
 
 
@@ -46,20 +49,23 @@ def merged_lines(model: SpeechLLM) -> list[str]:
     labelled = [task for task, answers in model.tasks.items() if answers.labels]
     task = next(iter(labelled or model.tasks))
     vectors = {name: f'speech["{name}"][None]' for name in ("end_of_audio", "cls") if getattr(model, name) is not None}
-    audio = model.encoder is not None
-    loads = ["AutoFeatureExtractor", "AutoModel"] if audio else []
+    audio, own = model.encoder is not None, isinstance(model.adapter, Projector)
+    adapted = audio and not own
+    kind = "AutoModelForMultimodalLM" if own else "AutoModelForCausalLM"
+    loads = ["AutoProcessor"] if own else ["AutoFeatureExtractor", "AutoModel"] if audio else []
     lines = [
         *(["import soundfile"] if audio else []),
         "import torch",
-        *(["import torch.nn.functional as F"] if audio else []),
-        *(["from safetensors.torch import load_file"] if audio or vectors else []),
-        f"from transformers import {', '.join([*loads, 'AutoModelForCausalLM', 'AutoTokenizer'])}",
+        *(["import torch.nn.functional as F"] if adapted else []),
+        *(["from safetensors.torch import load_file"] if adapted or vectors else []),
+        f"from transformers import {', '.join(sorted([*loads, kind, 'AutoTokenizer']))}",
         "",
         'folder = "."',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "llm = AutoModelForCausalLM.from_pretrained(folder)",
-        *(_load_encoder(model) if audio else []),
-        *(['speech = load_file(f"{folder}/speech.safetensors")'] if audio or vectors else []),
+        f"llm = {kind}.from_pretrained(folder)",
+        *(_load_encoder(model) if adapted else []),
+        *(_load_processor(model) if own else []),
+        *(['speech = load_file(f"{folder}/speech.safetensors")'] if adapted or vectors else []),
         "",
         "",
         "def ids(text):",
@@ -72,7 +78,8 @@ def merged_lines(model: SpeechLLM) -> list[str]:
         "",
         f"with torch.no_grad(){_autocast(model)}:",
     ]
-    body = [*(_clip(model) if audio else []), *(f"{name} = {vector}" for name, vector in vectors.items())]
+    clip = _own_clip(model) if own else _clip(model) if audio else []
+    body = [*clip, *(f"{name} = {vector}" for name, vector in vectors.items())]
     body += ["pieces = [", *(f"    {piece}," for piece in _prompt(model, task)), "]", "prompt = torch.cat(pieces)"]
     if labelled:
         body += _score(model, task, vectors)
@@ -104,6 +111,36 @@ def _load_encoder(model: SpeechLLM) -> list[str]:
     return lines
 
 
+def _load_processor(model: SpeechLLM) -> list[str]:
+    """Return the lines that load the processor of an audio LLM and keep what its projector computes."""
+    family = audio_family(model.config.llm.path)
+    assert family is not None
+    assert model.encoder is not None
+    lines = [
+        "processor, clips = AutoProcessor.from_pretrained(folder), []",
+        f'projector = llm.get_submodule("model.{family.projector}")',
+        "projector.register_forward_hook(lambda module, inputs, output: clips.append(output[0]))",
+    ]
+    if model.encoder_is_frozen:
+        lines.append(f"projector.register_forward_pre_hook(lambda module, inputs: (inputs[0]{HALF},))")
+    if model.frozen_layers:
+        layer = f'llm.get_submodule("model.{family.encoder}.layers.{model.frozen_layers - 1}")'
+        lines.append(f"{layer}.register_forward_hook(lambda module, inputs, output: output{HALF})")
+    return lines
+
+
+def _own_clip(model: SpeechLLM) -> list[str]:
+    """Return the lines with which an audio LLM turns a clip into embeddings."""
+    family = audio_family(model.config.llm.path)
+    assert family is not None
+    return [
+        READ_WAVE,
+        f'heard = processor(text="{family.placeholder}", audio=[wave], return_tensors="pt")',
+        "llm(**heard)",
+        "clip = clips[0][: (heard.input_ids == llm.config.audio_token_id).sum()]",
+    ]
+
+
 def _clip(model: SpeechLLM) -> list[str]:
     """Return the lines that turn a clip into embeddings."""
     encoder, config = model.encoder, model.config.adapter
@@ -121,7 +158,7 @@ def _clip(model: SpeechLLM) -> list[str]:
     if config.hidden:
         project.append(f"clip = F.linear(F.gelu(clip), {weights['out']})")
     return [
-        'wave, _ = soundfile.read("clip.wav", dtype="float32")  # mono, 16 kHz',
+        READ_WAVE,
         f'heard = extractor(wave, sampling_rate=16_000, return_tensors="pt").{encoder.input_name}',
         *_frames(encoder),
         f"frames = F.pad(frames.float(), (0, 0, 0, max(0, {config.window} - len(frames)))){at_frames}",
@@ -153,6 +190,8 @@ def _prompt(model: SpeechLLM, task: str) -> list[str]:
     pieces = _PieceTokenizer(model.prompt_builder.tokenizer)
     builder = PromptBuilder(pieces, model.config)
     builder.start = pieces.special_ids(model.prompt_builder.start)
+    begin, end = map(pieces.special_ids, model.prompt_builder.clip_frame)
+    builder.clip_frame = (begin, end)
     turns = TURNS if TASKS[task].reads == "turn" else TURNS[:1]
     example = Example(
         id="example",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from data.formats import format_count, format_list
 from data.loading.tasks import TASKS
+from model.checkpoints.audio_llms import audio_family
 from model.checkpoints.fingerprint import Bases
 from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
@@ -139,7 +140,9 @@ def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
         f"{part.name} ({part.trained:,} parameters)" for part in summarise_parts(model, model.sources) if part.trained
     ]
     tasks = [f"{task}: {', '.join(answers.labels) or 'a text'}" for task, answers in model.tasks.items()]
-    encoder = f"`{config.model.encoder.path}`, {_state(model, 'encoder')}{_digest(facts, 'model.encoder.path')}"
+    encoder = f"that of the LLM, {_state(model, 'encoder')}"
+    if config.model.encoder.path is not None:
+        encoder = f"`{config.model.encoder.path}`, {_state(model, 'encoder')}{_digest(facts, 'model.encoder.path')}"
     rows = {
         "sweep": facts.sweep,
         "trial": "trained alone" if facts.trial is None else str(facts.trial),
@@ -238,11 +241,13 @@ def _commands(model: SpeechLLM, config: Config) -> list[str]:
         rest = ", without the weights of the LLM itself that differ from it (`speech.safetensors`)"
         lines += [f"To load the LoRA weights alone in Python{rest if _state(model, 'llm') != 'frozen' else ''}:", ""]
         lines += ["```python"]
+        own = audio_family(model.config.llm.path) is not None
+        kind = "AutoModelForMultimodalLM" if own else "AutoModelForCausalLM"
         lines += [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {kind}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({model.config.llm.path!r})",
+            f"base = {kind}.from_pretrained({model.config.llm.path!r})",
             'llm = PeftModel.from_pretrained(base, "lora")',
             "```",
             "",

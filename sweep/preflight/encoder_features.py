@@ -30,6 +30,7 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
 
     name = "features"
     axes = (
+        "model.llm.path",
         "model.encoder.path",
         "model.encoder.dtype",
         "model.encoder.context",
@@ -190,7 +191,8 @@ def _encoder(config: ResolvedConfig) -> SpeechEncoder:
 
 def _skeleton(config: ResolvedConfig) -> SpeechLLM:
     """Return a trial's model without weights, built once for all trials whose encoder and adapter are equal."""
-    fields = {"encoder", "trainable", "init_from", "init_partial", "modality", "adapter"}
+    fields = {"llm"} if config.model.encoder.path is None else set[str]()
+    fields |= {"encoder", "trainable", "init_from", "init_partial", "modality", "adapter"}
     name = config.model.model_dump_json(include=fields)
     if name not in _skeletons:
         _skeletons[name] = skeleton(config)

@@ -198,7 +198,7 @@ def preview_plan(config: ResolvedConfig, cache: Path, folder: Path) -> list[str]
 def is_small(profiles: Iterable[TrialProfile]) -> bool:
     """Return whether the dry runs of these profiles are done in this process."""
     configs = {
-        profile.config.model.llm.path + profile.config.model.encoder.path: profile.config for profile in profiles
+        profile.config.model.llm.path + profile.config.model.encoder_path: profile.config for profile in profiles
     }
     sizes = [sum(parameter.numel() for parameter in skeleton(config).parameters()) for config in configs.values()]
     on_cpu = all(config.resources.device == "cpu" for config in configs.values())

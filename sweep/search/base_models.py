@@ -6,6 +6,7 @@ Imports no torch: a model that cannot be used is reported before the seconds tha
 from collections.abc import Iterator
 
 from data.errors import ConfigError
+from model.checkpoints.audio_llms import check_audio_llm
 from model.checkpoints.base_files import base_models, check_adapter, check_model
 from model.checkpoints.fingerprint import BaseIdentity, identify, start_identity
 from sweep.config.loader import flat
@@ -24,6 +25,7 @@ def check_bases(config: Config) -> None:
         ConfigError: a file is missing or damaged, in one line that names it.
     """
     for trial in _structured_trials(config):
+        check_audio_llm(trial.model)
         for setting, path, part in base_models(trial.model):
             if not path.startswith(PREFIX):
                 check_model(setting, path, part)

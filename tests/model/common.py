@@ -19,6 +19,7 @@ from model.objectives.losses import Share, SoftTarget
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from tests.conftest import LABELS
+from tests.tiny_models import AUDIO_LLMS
 
 ANSWERS = {
     "classify": AnswerSet(LABELS, (5, 3, 2)),
@@ -27,12 +28,18 @@ ANSWERS = {
 }
 
 
+def bases(models: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that name a kind of encoder and the LLM, or an audio LLM."""
+    own = kind in AUDIO_LLMS
+    encoder, llm = (None, kind) if own else (str(models / kind), "llm")
+    return {"encoder": {"path": encoder}, "llm": {"path": str(models / llm)}}
+
+
 def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelConfig:
     tree: dict[str, Any] = {
         "modality": "text+speech",
         "trainable": "encoder+adapter+lora+tokens",
-        "encoder": {"path": str(models / kind)},
-        "llm": {"path": str(models / "llm")},
+        **bases(models, kind),
         "lora": {"rank": 4, "dropout": 0.0},
         "end_of_audio": "learned",
         "cls": "before",

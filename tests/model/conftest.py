@@ -9,7 +9,7 @@ from data.shards.dataset import Shards
 from tests.conftest import LABELS
 from tests.model.common import voted
 from tests.model.encoders import VARIANTS
-from tests.tiny_models import ENCODERS
+from tests.tiny_models import AUDIO_LLMS, ENCODERS
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     made = tmp_path_factory.mktemp("variants")
     for name, make in VARIANTS.items():
         make(made / name)
-    return {name: models / name for name in ENCODERS} | {name: made / name for name in VARIANTS}
+    return {name: models / name for name in (*ENCODERS, *AUDIO_LLMS)} | {name: made / name for name in VARIANTS}
 
 
 @pytest.fixture(scope="session")

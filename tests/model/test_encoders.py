@@ -35,13 +35,14 @@ from tests.model.encoders import (
     split,
     without_dropout,
 )
-from tests.tiny_models import ENCODERS
+from tests.tiny_models import AUDIO_LLMS, ENCODERS
 
 ALL = [*ENCODERS, *VARIANTS]
+EVERY = [*ALL, *AUDIO_LLMS]  # with the encoders of audio LLMs, whose stock frames test_audio_llms.py compares
 CONFORMERS = ["conformer-relative", "conformer-rotary", "conformer-group", "conformer-no-positions"]
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", EVERY)
 def test_frames_do_not_depend_on_the_batch(kind: str, folders: dict[str, Path]) -> None:
     """With clips from one sample on, and silence next to noise."""
     encoder = fresh(folders[kind])
@@ -104,7 +105,7 @@ def test_whisper_reads_long_clips_window_by_window(models: Path) -> None:
     assert [encoder.num_computed_frames(n) for n in (1, window, window + 1)] == [50, 50, 100]
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", EVERY)
 def test_training_does_not_depend_on_the_batch(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Nothing is drawn: SpecAugment hides the frames that it is given, and no layer is dropped."""
     encoder = without_dropout(folders[kind], tmp_path / kind)
@@ -128,7 +129,7 @@ def test_training_does_not_depend_on_the_batch(kind: str, folders: dict[str, Pat
         assert same(trained, encode(encoder.eval(), CLIPS))
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, "hubert-without-specaugment"])
+@pytest.mark.parametrize("kind", [*ENCODERS, *AUDIO_LLMS, "hubert-without-specaugment"])
 @torch.no_grad()
 def test_masks_hide_frames_whatever_the_batch(kind: str, folders: dict[str, Path]) -> None:
     encoder = fresh(folders[kind])
@@ -170,7 +171,7 @@ def test_whisper_masks_hide_two_mel_steps_a_frame(models: Path) -> None:
     assert hidden_WT.nonzero().tolist() == [[0, 6], [0, 7], [0, 98], [0, 99], [1, 4], [1, 5]]
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", [*ENCODERS, *AUDIO_LLMS])
 @torch.no_grad()
 def test_deep_copy_keeps_no_state_of_its_original(kind: str, folders: dict[str, Path]) -> None:
     encoder = fresh(folders[kind])
@@ -240,7 +241,7 @@ def upper(encoder: SpeechEncoder, hidden: Sequence[Tensor], clips: Sequence[np.n
 
 
 @pytest.mark.parametrize(
-    "kind", [*ENCODERS, "whisper-clip", "hubert-batch-norm", "conformer-no-positions", "w2v-bert-rotary"]
+    "kind", [*ENCODERS, *AUDIO_LLMS, "whisper-clip", "hubert-batch-norm", "conformer-no-positions", "w2v-bert-rotary"]
 )
 @torch.no_grad()
 def test_two_steps_yield_the_frames_of_one(kind: str, folders: dict[str, Path]) -> None:
@@ -263,7 +264,9 @@ def test_two_steps_yield_the_frames_of_one(kind: str, folders: dict[str, Path]) 
     assert same(encode(encoder, clips), whole)
 
 
-@pytest.mark.parametrize("kind", ["hubert-group", "wavlm-layer", "conformer-relative", "w2v-bert", "whisper"])
+@pytest.mark.parametrize(
+    "kind", ["hubert-group", "wavlm-layer", "conformer-relative", "w2v-bert", "whisper", *AUDIO_LLMS]
+)
 def test_upper_layers_train_whatever_the_batch(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = without_dropout(folders[kind], tmp_path / kind)
     hidden = [encoder.layer_inputs(clip, [1])[1] for clip in CLIPS[:3]]
@@ -308,7 +311,7 @@ def mean_frames(encoder: SpeechEncoder, clips: Sequence[np.ndarray], size: int) 
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(120, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", [*ENCODERS, *AUDIO_LLMS])
 def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, count: int, models: Path) -> None:
     """A fixed random classifier, whose bias centres it on the clips so that it uses every label; 99 % must agree."""
     clips = [sound(int(n_samples), seed) for seed, n_samples in enumerate(np.linspace(MIN_SAMPLES, 8000, count))]
@@ -320,7 +323,7 @@ def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, count: int, mode
     assert (labels != batched_labels).sum() <= count // 100
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", [*ENCODERS, *AUDIO_LLMS])
 def test_mixed_precision_trains_and_leaves_no_trace(kind: str, models: Path) -> None:
     encoder = fresh(models / kind)
     expected = encode(encoder, CLIPS[:3])

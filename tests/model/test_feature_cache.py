@@ -46,7 +46,7 @@ from model.speech_llm.language_model import load_llm
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import fit
-from tests.model.common import ANSWERS, build, settings
+from tests.model.common import ANSWERS, bases, build, settings
 from tests.model.losses import mixed
 from tests.model.trials import NEW, TWO, Trial, same_end
 from tests.tiny_models import ENCODERS
@@ -115,6 +115,8 @@ def train(trial: Trial, config: ModelConfig, shards: Shards, folder: Path, cache
         Trial("wavlm-group", {"trainable": UPPER} | MIXED, train=SHORT),
         Trial("hubert-group", {"encoder": {"layers": "weighted"}}, train=SHORT),
         Trial(model={"trainable": UPPER, "encoder": {"layers": [0, 1, 2]}, "adapter": ADAPTERS["merge"]}, train=SHORT),
+        Trial("qwen2-audio", train=DISTILLED),
+        Trial("granite-speech", {"trainable": UPPER}, train=SHORT),
         Trial(model=TEXT | MIXED | {"llm": {"dtype": "bfloat16"}}, data=DataConfig(last_text="omitted"), train=SMALL),
     ],
     ids=[
@@ -127,13 +129,15 @@ def train(trial: Trial, config: ModelConfig, shards: Shards, folder: Path, cache
         "upper mixed",
         "layers",
         "upper layers",
+        "Qwen2-Audio",
+        "Granite Speech",
         "teacher mixed",
     ],
 )
 def test_trial_is_equal_with_and_without_cache(
     trial: Trial, models: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = {"path": str(models / "llm")} | trial.model.get("llm", {})
+    llm = bases(models, trial.kind)["llm"] | trial.model.get("llm", {})
     config = replace(trial, model=trial.model | {"llm": llm}).config(models)
     cached = precompute(trial, config, shards, tmp_path)
     train(trial, config, shards, tmp_path / "live", CacheFolders())

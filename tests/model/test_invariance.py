@@ -5,7 +5,7 @@ these tests fail.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
 from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings, soft_targets
-from tests.tiny_models import ENCODERS
+from tests.tiny_models import AUDIO_LLMS, ENCODERS
 
 Batching = list[list[int]]
 Compute = Callable[[list[Example]], Sequence[Any]]
@@ -92,7 +92,7 @@ def check_stages(stages: Sequence[str], model: SpeechLLM, examples: list[Example
                 assert close(batched, reference, tolerance), stage
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", [*ENCODERS, *AUDIO_LLMS])
 def test_stages_do_not_depend_on_the_batch(
     kind: str, models: Path, examples: list[Example], stages: Sequence[str] = tuple(STAGES)
 ) -> None:
@@ -123,8 +123,9 @@ def test_variants_do_not_depend_on_the_batch(variant: str, models: Path, example
     check_stages(["scores", "losses of votes", "losses of replies"], build(models, **VARIANTS[variant]), examples)
 
 
-@pytest.mark.parametrize("layers", ["last", "weighted"])
-@pytest.mark.parametrize("kind", ["hubert-group", "whisper"])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [*product(["hubert-group", "whisper"], ["last", "weighted"]), *product(AUDIO_LLMS, ["last"])]
+)
 def test_layers_above_frozen_ones_do_not_depend_on_the_batch(
     kind: str, layers: str, models: Path, examples: list[Example]
 ) -> None:
@@ -154,7 +155,7 @@ def test_metrics_do_not_depend_on_the_batch_size(batch_size: int, models: Path, 
 
 def test_frozen_encoder_is_the_same_in_training(models: Path, examples: list[Example]) -> None:
     """Dropout, SpecAugment, layer drop and statistics of the batch are off."""
-    for kind in ("hubert-layer", "conformer-relative"):
+    for kind in ("hubert-layer", "conformer-relative", "granite-speech"):
         model = build(models, kind, trainable="adapter+lora+tokens")
         expected = model.clips(examples)
         model.train()
@@ -232,7 +233,7 @@ def check_equal(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert difference <= 1e-5 * float(expected[weight].abs().max())
 
 
-@pytest.mark.parametrize("kind", ["hubert-layer", "hubert-group", "w2v-bert", "whisper"])
+@pytest.mark.parametrize("kind", ["hubert-layer", "hubert-group", "w2v-bert", "whisper", *AUDIO_LLMS])
 def test_step_does_not_depend_on_the_micro_batches(kind: str, models: Path, corpus: Shards) -> None:
     alone = one_step(models, corpus, ALONE, kind=kind)
     for batching in BATCHINGS:

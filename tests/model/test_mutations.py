@@ -21,6 +21,8 @@ from transformers import HubertModel
 from data.loading.examples import Example
 from data.shards.dataset import Shards
 from model import parts
+from model.encoders import audio_llms, whisper
+from model.encoders.audio_llms import GraniteSpeechEncoder
 from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
 from model.encoders.wav2vec2 import WaveformEncoder
@@ -31,7 +33,15 @@ from model.speech_llm import speech_llm
 from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from model.training import trainer
-from tests.model import test_invariance, test_metrics, test_parts, test_resume, test_votes
+from tests.model import (
+    test_audio_llms,
+    test_encoders,
+    test_invariance,
+    test_metrics,
+    test_parts,
+    test_resume,
+    test_votes,
+)
 from tests.model.common import build
 from tests.model.trials import Trial
 
@@ -80,6 +90,44 @@ def encoder_left_in_train_mode(patch: Patch) -> None:
 def batch_norm_in_train_mode(patch: Patch) -> None:
     patch.setattr(SpeechLLM, "train", nn.Module.train)
     patch.setattr(SpeechEncoder, "train", nn.Module.train)
+
+
+def no_mask_behind_a_clip(patch: Patch) -> None:
+    patch.setattr(whisper, "create_bidirectional_mask", lambda *arguments: None)
+
+
+def clips_in_one_batch(patch: Patch) -> None:
+    """As transformers computes Granite Speech: no layer has a mask for the padding."""
+
+    def encode(self: Any, clips: list[np.ndarray], time_masks: Any) -> tuple[Tensor, list[int]]:
+        features = [torch.as_tensor(self._extract(clip)) for clip in clips]
+        hidden_BFD = self.model(pad_sequence(features, batch_first=True)).last_hidden_state
+        lengths = list(map(len, features))
+        return pad_sequence(
+            [row[:size] for row, size in zip(hidden_BFD, lengths, strict=True)], batch_first=True
+        ), lengths
+
+    patch.setattr(GraniteSpeechEncoder, "_encode", encode)
+
+
+def no_ctc_above_frozen_layers(patch: Patch) -> None:
+    original = GraniteSpeechEncoder.forward_from_layer
+
+    def forward(self: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self.model, "num_layers", 0)
+            return original(self, *arguments)
+
+    patch.setattr(GraniteSpeechEncoder, "forward_from_layer", forward)
+
+
+def dropout_of_the_projector(patch: Patch) -> None:
+    patch.setattr(audio_llms, "set_dropout", lambda model, probability: None)
+    patch.setattr(audio_llms, "_load_projector", audio_llms._load_projector.__wrapped__)  # type: ignore[attr-defined]
+
+
+def published_adapter_left_out(patch: Patch) -> None:
+    patch.setattr(audio_llms, "_add_lora", lambda *arguments: None)
 
 
 # Faults of padding --------------------------------------------------------------------------------------------------
@@ -203,7 +251,7 @@ def hallucinated_label_as_a_class(patch: Patch) -> None:
 
 def frozen_random_vector(patch: Patch) -> None:
     for module in (parts, speech_llm):
-        patch.setattr(module, "check_loaded", lambda model, loaded: None)
+        patch.setattr(module, "check_loaded", lambda *_: None)
 
 
 def schedule_not_restored(patch: Patch) -> None:
@@ -226,6 +274,8 @@ def generators_not_restored(patch: Patch) -> None:
 
 # Faults and the tests that guard against them -------------------------------------------------------------------------
 
+ADAPTER = test_audio_llms.test_published_adapter_belongs_to_the_model
+TWO_STEPS = test_encoders.test_two_steps_yield_the_frames_of_one
 STAGES = test_invariance.test_stages_do_not_depend_on_the_batch
 TRAIN_MODE = test_invariance.test_frozen_encoder_is_the_same_in_training
 RESUME = test_resume.test_a_killed_run_resumes_bit_for_bit
@@ -249,6 +299,19 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, 
     ),
     "normalising after padding": (normalising_after_padding, STAGES, HUBERT | {"stages": ["clips"]}),
     "ceil length": (ceil_length, STAGES, HUBERT | {"stages": ["clips"]}),
+    "no mask behind a clip of Qwen2-Audio": (
+        no_mask_behind_a_clip,
+        STAGES,
+        {"kind": "qwen2-audio", "stages": ["clips"]},
+    ),
+    "clips of Granite Speech in one batch": (
+        clips_in_one_batch,
+        STAGES,
+        {"kind": "granite-speech", "stages": ["clips"]},
+    ),
+    "no CTC above frozen layers": (no_ctc_above_frozen_layers, TWO_STEPS, {"kind": "granite-speech"}),
+    "dropout of an audio LLM's projector": (dropout_of_the_projector, MICRO_BATCHES, {"kind": "granite-speech"}),
+    "published adapter left out": (published_adapter_left_out, ADAPTER, {}),
     "padded embeddings in the sequence": (padding_in_the_sequence, STAGES, HUBERT | {"stages": ["prompts"]}),
     "first instead of last slots of a left-padded row": (
         first_slots_of_a_left_padded_row,

@@ -13,6 +13,7 @@ from data.shards.dataset import Shards
 from model.config import LearningRates, LossConfig
 from tests.model.trials import CONFIG, DROPOUT, NEW, TWO, KilledError, Trial, history, kill_after, same_end
 
+NO_TOKENS = {"end_of_audio": "none", "cls": "none"}
 RESUMED = {
     "lora-dropout": Trial(model={"lora": DROPOUT}),
     "encoder-dropout-specaugment": Trial(
@@ -30,6 +31,9 @@ RESUMED = {
         model={"lora": DROPOUT},
         train=CONFIG.model_copy(update={"sampling": "balanced"}),
         data=DataConfig(history=2, augment=AugmentConfig(speeds=(0.9, 1.0, 1.1), noise_db=(5.0, 20.0))),
+    ),
+    "audio-llm": Trial(
+        "granite-speech", {"trainable": "encoder.*.layers.1.*+adapter+lora", "lora": DROPOUT} | NO_TOKENS
     ),
     "distillation": Trial(model={"lora": DROPOUT}, train=CONFIG.model_copy(update={"losses": LossConfig(hidden=0.2)})),
 }

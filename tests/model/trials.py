@@ -18,7 +18,7 @@ from model.evaluation.split_data import TrialData
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer, fit
-from tests.model.common import settings
+from tests.model.common import bases, settings
 
 CONFIG = TrainConfig(epochs=2, batch_size=5, learning_rate=3e-3, checkpoint_steps=3)
 DATA = DataConfig(history=2)
@@ -44,7 +44,7 @@ class Trial:
 
     def config(self, models: Path) -> ModelConfig:
         changed = {"trainable": NEW} | self.model
-        encoder = {"path": str(models / self.kind)} | changed.get("encoder", {})
+        encoder = bases(models, self.kind)["encoder"] | changed.get("encoder", {})
         return settings(models, self.kind, **changed | {"encoder": encoder})
 
     def start(self, models: Path, shards: Shards) -> tuple[SpeechLLM, TrialData]:

@@ -22,6 +22,7 @@ from sweep.export.merged import write_merged
 from sweep.export.merged_lines import TURNS, merged_lines
 from tests.model.common import build, close
 from tests.sweep.common import sweep
+from tests.tiny_models import AUDIO_LLMS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 PLAIN = {"modality": "speech", "trainable": "new", "cls": "none", "end_of_audio": "none"}
@@ -34,6 +35,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip context": ("whisper-clip", {"adapter": {"kind": "conv", "window": 5, "stride": 3}, "trainable": "new"}),
     "conformer": ("conformer-relative", PLAIN),
     "w2v-BERT": ("w2v-bert", {"trainable": "new", "prompt": {"order": "sound-text", "instruction": "task"}}),
+    "Qwen2-Audio": ("qwen2-audio", {"trainable": "new", "cls": "before"}),
+    "Qwen2-Audio, upper layers": ("qwen2-audio", {**PLAIN, "trainable": "encoder.*.layers.1.*+new"}),
+    "Granite Speech": ("granite-speech", PLAIN),
+    "Granite Speech, upper layers": ("granite-speech", {**PLAIN, "trainable": "encoder.*.layers.1.*+new"}),
+    "Granite Speech, encoder": ("granite-speech", {**PLAIN, "trainable": "encoder+new"}),
+    "Granite Speech, LM head": (
+        "granite-speech",
+        {**PLAIN, "lora": {"rank": 2, "dropout": 0.0, "targets": ["lm_head"]}},
+    ),
     "text": ("whisper", {**PLAIN, "modality": "text", "lora": {"rank": 2, "dora": True, "dropout": 0.0}}),
     "no LoRA": ("whisper", {"modality": "text", "lora": {"enabled": False}, "end_of_audio": "none"}),
     "LM head": ("whisper", {**PLAIN, "lora": {"rank": 2, "dropout": 0.0, "targets": ["lm_head", "q_proj"]}}),
@@ -41,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def case_model(models: Path, kind: str, changed: dict[str, Any]) -> SpeechLLM:
+    if kind in AUDIO_LLMS:
+        return build(models, **{"encoder": {"path": None}, "llm": {"path": str(models / kind)}} | changed)
     context = {"context": "clip"} if kind == "whisper-clip" else {}
     encoder = {"path": str(models / kind.removesuffix("-clip"))} | context
     return build(models, **{"encoder": encoder} | changed)
