@@ -335,11 +335,12 @@ class SweepRunner:
                 self.execute(resolved)
         finally:
             say("sending the last results to MLflow")
-            sent = False
+            sent, limit = False, LAST_SECONDS if self.stop.requested.is_set() else SEND_SECONDS
             with cleaning_up("send the last results to MLflow", self.listener.warn):
-                sent = tracker.finish(LAST_SECONDS if self.stop.requested.is_set() else SEND_SECONDS)
+                sent = tracker.finish(limit)
             if not sent:
-                self.listener.warn(f"MLflow lacks some results ({tracker.error}); rerun the same command to send them")
+                why = tracker.error or f"not finished within {limit:g} s"
+                self.listener.warn(f"MLflow lacks some results ({why}); rerun the same command to send them")
         return sent
 
     def execute(self, resolved: ResolvedConfig) -> None:

