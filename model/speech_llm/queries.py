@@ -25,6 +25,7 @@ class Queries(nn.Module):
 
     def __init__(self, width_in: int, width: int, count: int, layers: int) -> None:
         super().__init__()
+        self.sizes = (width_in, width, count, layers)
         self.start = nn.Parameter(0.02 * torch.randn(count, width))  # the standard deviation of BLIP-2
         self.norm_in = nn.LayerNorm(width_in)
         self.layers = nn.ModuleList(QueryLayer(width_in, width, count) for _ in range(layers))

@@ -4,8 +4,10 @@ config.json, model.safetensors, tokenizer   the LLM, for `AutoModelForCausalLM` 
                                             for `AutoModelForMultimodalLM` and `AutoProcessor`
 encoder/                                    another encoder, for `AutoModel` and `AutoFeatureExtractor`
 speech.safetensors                          the adapter and the learned vectors; absent without either
+queries.py                                  the layers of an adapter of learned queries
 """
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -17,8 +19,11 @@ from model.checkpoints.audio_llms import FAMILIES
 from model.checkpoints.peft_export import SPEECH
 from model.encoders.audio_llms import Projector
 from model.encoders.base import SpeechEncoder
+from model.encoders.loading import load_encoder
 from model.encoders.whisper import WhisperEncoder
 from model.parts import part_of
+from model.speech_llm import queries
+from model.speech_llm.adapter import Adapter
 from model.speech_llm.speech_llm import SpeechLLM
 
 ENCODER = "encoder"
@@ -51,7 +56,9 @@ def write_merged(model: SpeechLLM, folder: Path) -> None:
         llm.save_pretrained(folder)
         model.prompt_builder.tokenizer.hf.save_pretrained(folder)
     if model.encoder is not None and not own:
-        _write_encoder(model.encoder, model.config.encoder_path, folder / ENCODER)
+        _write_encoder(model, model.encoder, folder / ENCODER)
+    if isinstance(model.adapter, Adapter) and model.adapter.queries is not None:  # transformers has no such layers
+        (folder / "queries.py").write_text(inspect.getsource(queries), encoding="utf-8")
     names = ("tokens",) if own else ("adapter", "tokens")
     speech = {name: tensor.detach() for name, tensor in model.named_parameters() if part_of(name) in names}
     if speech:
@@ -99,14 +106,19 @@ def _write_audio_llm(model: SpeechLLM, llm: PreTrainedModel, folder: Path) -> No
     AutoProcessor.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
 
 
-def _write_encoder(encoder: SpeechEncoder, path: str, folder: Path) -> None:
-    """Write an encoder with the settings of its published folder, some of which loading has changed."""
+def _write_encoder(model: SpeechLLM, encoder: SpeechEncoder, folder: Path) -> None:
+    """Write an encoder with the settings of its published folder, some of which loading has changed.
+
+    Layers above those that are heard are as they were published.
+    """
+    path = model.config.encoder_path
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.dtype = encoder.model.dtype
-    tensors = dict(encoder.model.state_dict())
+    published = load_encoder(path, model.base_device, model.config.encoder.dtype).model.state_dict()
+    tensors = published | encoder.model.state_dict()
     if isinstance(encoder, WhisperEncoder):
         config.update(NO_DECODER)
-        width = encoder.width
+        width = encoder.state_width
         decoder: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (4, width), "embed_positions.weight": (1, width)}
         decoder |= {f"layer_norm.{name}": (width,) for name in ("weight", "bias")}
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}

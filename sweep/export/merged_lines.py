@@ -7,8 +7,9 @@ from data.loading.examples import Example
 from data.loading.tasks import TASKS
 from model.checkpoints.audio_llms import audio_family
 from model.encoders.audio_llms import Projector
-from model.encoders.base import SpeechEncoder
+from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.whisper import WhisperEncoder
+from model.speech_llm.adapter import Adapter
 from model.speech_llm.prompt import CLIP, CLS, END, PromptBuilder, answer_text
 from model.speech_llm.speech_llm import SpeechLLM
 from model.speech_llm.tokenizer import CachedTokenizer
@@ -17,6 +18,7 @@ TURNS = (("therapist", "how was your week"), ("client", "so so"))  # of the dial
 PIECE = 10**9  # numbers from here on stand for pieces of text, beyond the ids of any tokenizer
 VECTORS = {CLIP: "clip", END: "end_of_audio", CLS: "cls"}
 READ_WAVE = 'wave, _ = soundfile.read("clip.wav", dtype="float32")  # mono, 16 kHz'
+RUNS = "runs = [frames[i * len(frames) // count : (i + 1) * len(frames) // count] for i in range(count)]"
 HALF = ".half().float()"  # features of a frozen encoder are rounded, see `model/encoders/frozen_features.py`
 
 
@@ -53,7 +55,9 @@ def merged_lines(model: SpeechLLM) -> list[str]:
     adapted = audio and not own
     kind = "AutoModelForMultimodalLM" if own else "AutoModelForCausalLM"
     loads = ["AutoProcessor"] if own else ["AutoFeatureExtractor", "AutoModel"] if audio else []
+    queries = _load_queries(model)
     lines = [
+        *(["import sys", ""] if queries else []),
         *(["import soundfile"] if audio else []),
         "import torch",
         *(["import torch.nn.functional as F"] if adapted else []),
@@ -61,11 +65,13 @@ def merged_lines(model: SpeechLLM) -> list[str]:
         f"from transformers import {', '.join(sorted([*loads, kind, 'AutoTokenizer']))}",
         "",
         'folder = "."',
+        *(["sys.path.append(folder)", "from queries import Queries  # noqa: E402", ""] if queries else []),
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"llm = {kind}.from_pretrained(folder)",
         *(_load_encoder(model) if adapted else []),
         *(_load_processor(model) if own else []),
         *(['speech = load_file(f"{folder}/speech.safetensors")'] if adapted or vectors else []),
+        *queries,
         "",
         "",
         "def ids(text):",
@@ -142,47 +148,98 @@ def _own_clip(model: SpeechLLM) -> list[str]:
 
 
 def _clip(model: SpeechLLM) -> list[str]:
-    """Return the lines that turn a clip into embeddings."""
-    encoder, config = model.encoder, model.config.adapter
+    """Return the lines that turn a clip into embeddings.
+
+    Features of a frozen encoder are rounded where the cache would keep them: behind the average of an adapter that
+    pools, before anything else that the adapter does.
+    """
+    encoder, adapter, config = model.encoder, model.adapter, model.config.adapter
     assert encoder is not None
-    weights = {name: f'speech["adapter.{name}.weight"], speech["adapter.{name}.bias"]' for name in ("linear", "out")}
-    rounded = HALF if model.encoder_is_frozen else ""
-    at_frames, at_windows = ("", rounded) if config.kind == "pool" else (rounded, "")
-    conv = f'speech["adapter.conv.weight"], speech["adapter.conv.bias"], {config.stride}'
-    windows = {
-        "pool": f"F.avg_pool1d(frames.T, {config.window}, {config.stride}).T{at_windows}",
-        "stack": f"frames.unfold(0, {config.window}, {config.stride}).transpose(1, 2).flatten(1)",
-        "conv": f"F.gelu(F.conv1d(frames.T, {conv})).T",
-    }
-    project = [f"clip = F.linear(windows, {weights['linear']})"]
-    if config.hidden:
-        project.append(f"clip = F.linear(F.gelu(clip), {weights['out']})")
+    assert isinstance(adapter, Adapter)
+    pools, rounded = config.kind == "pool", HALF if model.encoder_is_frozen else ""
+    layers = []
+    if adapter.layer_weights is not None:
+        weights = 'speech["adapter.layer_weights"].softmax(0)[:, None]'
+        states = f"unflatten(-1, ({len(adapter.layer_weights)}, -1))"
+        name = "windows" if pools else "frames"
+        layers = [f"{name} = ({name}.{states} * {weights}).sum(-2)"]
+    pad = [f"frames = F.pad(frames, (0, 0, 0, max(0, {config.window} - len(frames))))"] if config.has_windows else []
+    reduced = _windows(adapter)
+    reduce = [*pad, *reduced[:-1], f"{reduced[-1]}{rounded}", *layers] if pools else [*layers, *pad, *reduced]
+    project = ['clip = F.linear(windows, speech["adapter.linear.weight"], speech["adapter.linear.bias"])']
+    if adapter.out is not None:
+        project.append('clip = F.linear(F.gelu(clip), speech["adapter.out.weight"], speech["adapter.out.bias"])')
     return [
         READ_WAVE,
         f'heard = extractor(wave, sampling_rate=16_000, return_tensors="pt").{encoder.input_name}',
-        *_frames(encoder),
-        f"frames = F.pad(frames.float(), (0, 0, 0, max(0, {config.window} - len(frames)))){at_frames}",
-        f"windows = {windows[config.kind]}",
+        *_frames(model, encoder, "" if pools else rounded),
+        *reduce,
         *project,
     ]
 
 
-def _frames(encoder: SpeechEncoder) -> list[str]:
-    """Return the lines that compute the frames of a clip."""
-    typed = "heard.to(encoder.dtype)"
-    if not isinstance(encoder, WhisperEncoder):
-        return [f"frames = encoder({typed}).last_hidden_state[0]"]
-    count = f"n = -(-len(wave) // {encoder.samples_per_frame})  # of a clip of up to {encoder.window} samples"
-    if encoder.context == "window":
-        return [count, f"frames = encoder.encoder({typed}).last_hidden_state[0, :n]"]
+def _windows(adapter: Adapter) -> list[str]:
+    """Return the lines that reduce frames to windows; the last one is an assignment."""
+    config = adapter.config
+    count = f"count = int(len(frames) * {config.rate / adapter.frame_rate:.9g} + 1e-9)"
+    conv = f'speech["adapter.conv.weight"], speech["adapter.conv.bias"], {config.stride}'
+    read = "[queries(run[None], torch.ones(1, len(run), dtype=torch.bool))[0] for run in runs]"
+    return {
+        "pool": [f"windows = F.avg_pool1d(frames.T, {config.window}, {config.stride}).T"],
+        "stack": [f"windows = frames.unfold(0, {config.window}, {config.stride}).transpose(1, 2).flatten(1)"],
+        "conv": [f"windows = F.gelu(F.conv1d(frames.T, {conv})).T"],
+        "merge": [
+            count,
+            "units = F.normalize(frames, dim=-1)",
+            "ends = (units[1:] * units[:-1]).sum(-1).argsort(stable=True)[: count - 1].sort().values + 1",
+            "windows = torch.stack([run.mean(0) for run in frames.tensor_split(ends.tolist())])",
+        ],
+        "queries": [
+            *(["runs = [frames]"] if config.queries else [count, RUNS]),
+            f"windows = torch.cat({read})",
+        ],
+    }[config.kind]
+
+
+def _load_queries(model: SpeechLLM) -> list[str]:
+    """Return the lines that load the learned queries, whose layers are in a file of the folder."""
+    if not isinstance(model.adapter, Adapter) or (queries := model.adapter.queries) is None:
+        return []
+    start = "adapter.queries."
     return [
-        count,
-        f"hidden = F.gelu(encoder.encoder.conv1({typed}[:, :, : 2 * n + 1]))[:, :, : 2 * n]",
-        "hidden = F.gelu(encoder.encoder.conv2(hidden)).transpose(1, 2) + encoder.encoder.embed_positions.weight[:n]",
-        "for layer in encoder.encoder.layers:",
-        "    hidden = layer(hidden, None)",
-        "frames = encoder.encoder.layer_norm(hidden)[0]",
+        f"queries = Queries({', '.join(map(str, queries.sizes))})",
+        f'named = {{name.removeprefix("{start}"): speech[name] for name in speech if name.startswith("{start}")}}',
+        "queries.load_state_dict(named)",
     ]
+
+
+def _frames(model: SpeechLLM, encoder: SpeechEncoder, rounded: str) -> list[str]:
+    """Return the lines that compute the frames of a clip: hidden states of one or several layers side by side."""
+    call, cut, count = "encoder", "[0]", list[str]()
+    if isinstance(encoder, WhisperEncoder):
+        count = [f"n = -(-len(wave) // {encoder.samples_per_frame})  # of a clip of up to {encoder.window} samples"]
+        call, cut = "encoder.encoder", "[0, :n]"
+    compute = [f"output = {call}(heard.to(encoder.dtype), output_hidden_states=True)"]
+    states, final = "output.hidden_states[{}]", "output.last_hidden_state"
+    if encoder.states == (OUTPUT,):
+        compute, final = [], f"{call}(heard.to(encoder.dtype)).last_hidden_state"
+    if isinstance(encoder, WhisperEncoder) and encoder.context == "clip":
+        compute = [
+            "hidden = F.gelu(encoder.encoder.conv1(heard.to(encoder.dtype)[:, :, : 2 * n + 1]))[:, :, : 2 * n]",
+            "hidden = F.gelu(encoder.encoder.conv2(hidden)).transpose(1, 2)",
+            "states = [hidden + encoder.encoder.embed_positions.weight[:n]]",
+            "for layer in encoder.encoder.layers:",
+            "    states.append(layer(states[-1], None))",
+        ]
+        states, final = "states[{}]", "encoder.encoder.layer_norm(states[-1])"
+    heard = [
+        (final if state == OUTPUT else states.format(state))
+        + cut
+        + (HALF if OUTPUT != state <= model.frozen_layers else "")
+        for state in encoder.states
+    ]
+    frames = heard[0] if len(heard) == 1 else f"torch.cat([{', '.join(heard)}], -1)"
+    return [*count, *compute, f"frames = {frames}.float(){rounded}"]
 
 
 def _prompt(model: SpeechLLM, task: str) -> list[str]:

@@ -215,7 +215,11 @@ def _loading(model: SpeechLLM, config: Config) -> list[str]:
     """Return how a merged model is loaded and scored."""
     lora = "LoRA is merged into the weights of the LLM. " if model.config.lora.enabled else ""
     exact = model.config.precision == "float32" and config.model.llm.dtype == "float32"
-    equal = "equal those of the sweep to 1e-4" if exact else "differ from those of the sweep by roundings of bfloat16"
+    equal = (
+        "equal those of the sweep to a relative 1e-4"
+        if exact
+        else "differ from those of the sweep by roundings of bfloat16"
+    )
     return [
         "## Loading",
         "",

@@ -35,6 +35,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip context": ("whisper-clip", {"adapter": {"kind": "conv", "window": 5, "stride": 3}, "trainable": "new"}),
     "conformer": ("conformer-relative", PLAIN),
     "w2v-BERT": ("w2v-bert", {"trainable": "new", "prompt": {"order": "sound-text", "instruction": "task"}}),
+    "layers": ("hubert-layer", {**PLAIN, "encoder": {"layers": [0, 2]}, "adapter": {"kind": "merge"}}),
+    "a layer": ("wavlm-group", {**PLAIN, "encoder": {"layers": 1}, "adapter": {"kind": "queries", "queries": 3}}),
+    "weighted": (
+        "whisper-clip",
+        {**PLAIN, "encoder": {"layers": "weighted"}, "adapter": {"kind": "queries", "rate": 9}},
+    ),
+    "weighted, pooled": ("w2v-bert", {**PLAIN, "encoder": {"layers": "weighted"}}),
+    "weighted, upper layers": ("whisper", {"encoder": {"layers": "weighted"}, "trainable": "encoder.*.layers.1.*+new"}),
     "Qwen2-Audio": ("qwen2-audio", {"trainable": "new", "cls": "before"}),
     "Qwen2-Audio, upper layers": ("qwen2-audio", {**PLAIN, "trainable": "encoder.*.layers.1.*+new"}),
     "Granite Speech": ("granite-speech", PLAIN),
@@ -53,9 +61,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def case_model(models: Path, kind: str, changed: dict[str, Any]) -> SpeechLLM:
     if kind in AUDIO_LLMS:
         return build(models, **{"encoder": {"path": None}, "llm": {"path": str(models / kind)}} | changed)
-    context = {"context": "clip"} if kind == "whisper-clip" else {}
-    encoder = {"path": str(models / kind.removesuffix("-clip"))} | context
-    return build(models, **{"encoder": encoder} | changed)
+    encoder = {"path": str(models / kind.removesuffix("-clip"))} | changed.get("encoder", {})
+    encoder |= {"context": "clip"} if kind == "whisper-clip" else {}
+    return build(models, **changed | {"encoder": encoder})
 
 
 def example(seconds: float = 0.83) -> Example:
@@ -78,7 +86,7 @@ def check_scores(model: SpeechLLM, folder: Path, monkeypatch: pytest.MonkeyPatch
     write_merged(model, folder)
     scores = run(lines, folder, monkeypatch)["scores"]
     found = [float(scores[label]) for label in model.tasks["classify"].labels]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
     assert max(expected) - min(expected) > 0.01
 
 
