@@ -47,6 +47,7 @@ from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
 from sweep.execution.waiting import cleaning_up
 from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.preflight.earlier_sweeps import learn
 from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
 from sweep.preflight.plan import format_estimate, make_plan
 from sweep.preflight.plan_file import save_actual_time, save_estimate
@@ -203,6 +204,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
         check_uri(server)
         resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name, listener.warn)
+        learn(config, folder, open_shards(resolved).fingerprint)  # raises an error where nothing can be learnt
     with hold(folder, say=listener.say) as lease, _mirror(config, folder, listener, stop) as mirror:
 
         def check() -> None:
@@ -325,6 +327,11 @@ class SweepRunner:
         varied = {"data.fold", "data.codes"} & self.config.search.space.keys()  # trials have other items or labels
         found = [] if varied else ceilings(shards, tasks, SPLITS[1:])
         save_corpus_notes(self.folder, answer_problems(shards, tasks), classes, found)
+        if (earlier := learn(self.config, self.folder, shards.fingerprint)) is not None:
+            earlier.save(self.folder)
+            self.study.earlier = earlier.sweeps
+            for line in earlier.lines():
+                say(line)
         for trial in self.study.failed_outside():
             say(f"trial {trial.number} failed for a cause outside its configuration ({trial.why}); it runs again")
         tracker = Tracker(self.config, self.folder, Corpus.of(shards), say=say)

@@ -188,6 +188,7 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
             "search.points": points,
             "search.trials": len(points),
             "search.pruning": None,
+            "search.learn_from": None,
             "search.metrics": None,
             "search.budget": None,
             "search.stop_when": None,

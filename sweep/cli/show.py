@@ -147,6 +147,8 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
         yield "sampler", [str(choose(preview.config))]
     if budget := preview.config.search.budget:
         yield "budget", [f"{name}: {limit:g}" for name, limit in budget.limits().items()]
+    if preview.learns:
+        yield "learns", [line.removeprefix("learns ") for line in preview.learns]
     yield "note", preview.search
 
 

@@ -292,6 +292,11 @@ class SearchConfig(Section):
         description="Objective on the validation split after the epoch that train.keep names: of the first task, or "
         "<task>/<metric>.",
     )
+    learn_from: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="Folders of earlier sweeps of the same tasks, whose trials advise this search; auto: all sweeps "
+        "beside this one that have trials. null: none.",
+    )
     metrics: list[str] | None = Field(
         None,
         description="Several objectives, of which `metric` is the first: metrics, gpu_seconds, seconds or steps of a "
@@ -435,6 +440,16 @@ class SearchConfig(Section):
         """
         when = self.space[key].when
         return all(values.get(name, plain(base.get(name))) in allowed for name, allowed in when.items())
+
+    def covers(self, values: Mapping[str, Value], base: Mapping[str, object]) -> bool:
+        """Return whether values are those of a trial of this search: one on each axis that is varied, and no others.
+
+        Args:
+            values: by axis.
+            base: settings by dotted key, see `is_varied`.
+        """
+        varied = {key for key in self.space if self.is_varied(key, values, base)}
+        return values.keys() == varied and all(self.space[key].contains(value) for key, value in values.items())
 
     def same(self, values: Mapping[str, Value]) -> str:
         """Return what is equal for trials that would train the same."""

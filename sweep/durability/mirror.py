@@ -19,11 +19,12 @@ from data.errors import DataError, UserError, reason
 from data.shards.store import Store
 from sweep.durability.heartbeat import Heartbeat, Holder, LeaseLostError, Say, wait_for_dead_holder
 from sweep.search.corpus_notes import FILE as CORPUS_NOTES
+from sweep.search.sampling.advice import FILE as EARLIER
 from sweep.search.study_storage import FILE as JOURNAL
 
 OWNER = "owner.json"  # in the store: who writes the mirror, and how often it was taken over
 RECORD = "mirror.json"  # in the folder: which files the mirror has
-ROOT = ("config.yaml", "sweep-id", "mlflow.json", "plan.json", CORPUS_NOTES, JOURNAL)
+ROOT = ("config.yaml", "sweep-id", "mlflow.json", "plan.json", CORPUS_NOTES, EARLIER, JOURNAL)
 TRIAL = ("config.yaml", "checkpoint.pt", "metrics.jsonl", "predictions.json", "mlflow.json", "token_budget")
 EVERY = 10.0  # seconds between two rounds of copying, and between heartbeats
 PATIENCE = 40.0  # seconds without a heartbeat after which the writer is dead

@@ -13,6 +13,7 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Values
 from sweep.config.version import code_version
+from sweep.preflight.earlier_sweeps import learn
 from sweep.search.space_checks import check_requests
 from sweep.search.space_checks import notes as search_notes
 from sweep.search.stopping import total_trials
@@ -29,6 +30,7 @@ class Preview:
     started: bool  # whether the folder holds a sweep
     changes: Changes
     notes: list[str] = field(default_factory=list)  # about other data or code
+    learns: list[str] = field(default_factory=list)  # what the search learns from earlier sweeps
     search: list[str] = field(default_factory=list)  # what the search asks for and is done only in part
     refused: bool = False
     refusal: str = ""  # why, where it is not for `changes`
@@ -58,20 +60,21 @@ def preview(
         UserError: the database of the study cannot be used, or the search asks for what no trial would do.
     """
     check_requests(config, folder)
-    path = folder / "config.yaml"
+    path, earlier = folder / "config.yaml", learn(config, folder, fingerprint)
+    learns = [] if earlier is None else earlier.lines()
     if not path.exists():
-        return _without_trials(config, folder, started=False, changes=Changes(()))
+        return _without_trials(config, folder, False, Changes(()), learns)
     before = load(str(path))
     changes = compare(before, config)
     if not has_study(folder, before):
-        return _without_trials(config, folder, started=True, changes=changes)
+        return _without_trials(config, folder, True, changes, learns)
     try:
         # The previous settings say where the study is stored; the new ones say which trials are left.
         study = StudyStore.read(folder, before.model_copy(update={"search": config.search}))
     except UserError:
         if before.storage.ledger is not None:
             raise
-        return _without_trials(config, folder, started=True, changes=changes)
+        return _without_trials(config, folder, True, changes, learns)
     notes, former, codes, code = list[str](), study.fingerprint(), study.codes(), code_version()
     other_data = former is not None and fingerprint is not None and former != fingerprint
     if other_data:
@@ -91,6 +94,7 @@ def preview(
         started=True,
         changes=changes,
         notes=notes,
+        learns=learns,
         search=list(search_notes(config)),
         refused=other_data or bool(changes.refused) or bool(other_base and not allow_other_base),
         refusal="another corpus" if other_data else study.other_bases_message(other_base),
@@ -110,7 +114,7 @@ def preview(
     )
 
 
-def _without_trials(config: Config, folder: Path, started: bool, changes: Changes) -> Preview:
+def _without_trials(config: Config, folder: Path, started: bool, changes: Changes, learns: list[str]) -> Preview:
     total = total_trials(config, [])
     points = config.search.points[:total]
     drawn = total - len(points)
@@ -119,6 +123,7 @@ def _without_trials(config: Config, folder: Path, started: bool, changes: Change
         config,
         started,
         changes,
+        learns=learns,
         search=list(search_notes(config)),
         refused=bool(changes.refused),
         points=list(points),

@@ -25,6 +25,7 @@ from sweep.config.space import Value
 from sweep.search import pruning, retries
 from sweep.search.cost import COSTS, horizon
 from sweep.search.sampling import draw as sampler
+from sweep.search.sampling.advice import read_earlier
 from sweep.search.sampling.history import params
 from sweep.search.stopping import ended_early, gain_below_noise
 from sweep.search.study_storage import open_study, read_study
@@ -85,6 +86,8 @@ class StudyStore:
         self.study = study
         self.fits: sampler.Fits = lambda values: True
         self.error: Callable[[int], float] = lambda number: 0.0
+        earlier = read_earlier(folder) if config.search.learn_from else None
+        self.earlier = earlier.sweeps if earlier else []
         self._clock: tuple[float, float] | None = None  # when this run asked first, and seconds of the runs before it
         self._ended: dict[int, TrialRecord] = {}  # records that do not change any more, by Optuna's number
 
@@ -141,7 +144,7 @@ class StudyStore:
         if promoted is not None:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         while ended is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
-            drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits)
+            drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits, self.earlier)
             if drawn is None:
                 break
             self.study.add_trial(drawn)

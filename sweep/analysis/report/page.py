@@ -21,6 +21,7 @@ from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
 from sweep.preflight.plan_file import plan_lines
 from sweep.search.corpus_notes import read_ceilings, read_classes
+from sweep.search.sampling.advice import read_earlier
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 RIVALS = 3  # trials behind the best one that are compared with it
@@ -73,6 +74,7 @@ def render(
             *board.audit,
             *plan_lines(config, folder, trials),
             *_classes(config, folder),
+            *(earlier.lines() if (earlier := read_earlier(folder)) else []),
         ],
         doubts=board.doubts,
         warning=board.warning,

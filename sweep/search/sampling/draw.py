@@ -7,7 +7,7 @@ up no trial. What is left of a finite space is enumerated where drawing does not
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.config.space import Stored, Value, Values, encode
 from sweep.search.candidates import MOST, untrained
+from sweep.search.sampling.advice import Advice, EarlierSweep
 from sweep.search.sampling.history import ENDED_WELL, encoded, infeasible, params
 from sweep.search.sampling.samplers import choose, study_to_draw_from
 
@@ -39,7 +40,12 @@ class Draw(NamedTuple):
     fits: bool = True
 
 
-def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda values: True) -> FrozenTrial | None:
+def draw(
+    config: Config,
+    trials: Sequence[FrozenTrial],
+    fits: Fits = lambda values: True,
+    earlier: Sequence[EarlierSweep] = (),
+) -> FrozenTrial | None:
     """Return a new running trial with all its values; those of a point if one is left.
 
     No trial has the values of another one. Of a finite space, values that cannot fit come last, as a failed trial.
@@ -48,6 +54,7 @@ def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda valu
         config: of the sweep, with the space to draw from.
         trials: all trials of the study, in order.
         fits: returns whether a trial with some values may start.
+        earlier: sweeps that the search learns from.
 
     Returns:
         The trial; None if every combination of a finite space has a trial.
@@ -55,7 +62,7 @@ def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda valu
     Raises:
         UserError: none of many draws fits.
     """
-    drawn = _draw(config, trials, fits)
+    drawn = _draw(config, trials, fits, earlier)
     if drawn is None:
         return None
     space = config.search.space
@@ -69,56 +76,95 @@ def draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits = lambda valu
     )
 
 
-def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits) -> Draw | None:
+def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits, earlier: Sequence[EarlierSweep]) -> Draw | None:
     """Return the values of the next trial, and the point that it takes, if one is left."""
     trained = _trained(config, trials)
     left = untrained(config, trained, MOST)
     if left == []:
         return None
-    # Each trial has a sampler with its own seed, so that a resumed search draws what an uninterrupted one would.
-    seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
-    kind = choose(config).name
-    copy = study_to_draw_from(config, kind, trials, seed)
-    avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
-
-    def ask(point: Mapping[str, Value] | None = None) -> tuple[Values, Literal["good", "repeated", "too large"]]:
-        """Draw values, and return them with what they are; those that lack a value of the point count as repeated."""
-        if point is not None:
-            copy.enqueue_trial(encoded(point))
-        trial = copy.ask()
-        values = config.search.suggest(trial, flat(config))
-        is_new = config.search.same(values) not in trained and (point or {}).items() <= values.items()
-        if is_new and fits(values):
-            return values, "good"
-        if kind != "gp":  # which would draw the same again, and stays away from trials that run
-            copy.tell(trial, state=TrialState.FAIL)
-        if is_new and avoid_infeasible and kind == "tpe":
-            copy.add_trial(infeasible(config, values))
-        return values, "too large" if is_new else "repeated"
-
-    for point in points_left(config, trials):
-        for _ in range(_tries(completions := untrained(config, trained, MOST, point))):
-            values, verdict = ask(point)
-            if verdict == "good":
-                return Draw(encoded(point), values)
-            if verdict == "too large":  # so are its other values, as a rule
-                break
-        if fitting := [values for values in completions or [] if fits(values)]:
-            return Draw(encoded(point), random.Random(seed).choice(fitting))
-    tries = 0 if kind == "grid" else _tries(left)
-    for tried in range(tries):
-        if tried == (FEW_TRIES if kind == "gp" else tries) // 2:
-            copy.sampler = RandomSampler(seed=len(trials))
-        values, verdict = ask()
-        if verdict == "good":
-            return Draw(None, values)
+    drawing = _Drawing(config, trials, fits, trained)
+    if (drawn := drawing.of_points() or drawing.advised(earlier) or drawing.of_sampler(left)) is not None:
+        return drawn
     if fitting := [values for values in left or [] if fits(values)]:
-        return Draw(None, random.Random(seed).choice(fitting))
+        return Draw(None, random.Random(drawing.seed).choice(fitting))
     if left is not None and len(left) < MOST:
         return Draw(None, left[0], fits=False)
     raise UserError(
         f"search.space: none of {TRIES} draws fits into memory by the plan; leave out the values that it excludes"
     )
+
+
+class _Drawing:
+    """The ways to the values of one trial, which share a copy of the history."""
+
+    def __init__(self, config: Config, trials: Sequence[FrozenTrial], fits: Fits, trained: Collection[str]) -> None:
+        self.config, self.trials, self.fits, self.trained = config, trials, fits, trained
+        # Each trial has a sampler with its own seed, so that a resumed search draws what an uninterrupted one would.
+        self.seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
+        self.kind = choose(config).name
+        self.copy = study_to_draw_from(config, self.kind, trials, self.seed)
+        self.avoid_infeasible = any(trial.state in ENDED_WELL for trial in trials)
+
+    def is_new(self, values: Values) -> bool:
+        """Return whether no trial has some values."""
+        return self.config.search.same(values) not in self.trained
+
+    def ask(self, point: Mapping[str, Value] | None = None) -> tuple[Values, Literal["good", "repeated", "too large"]]:
+        """Draw values, and return them with what they are; those that lack a value of the point count as repeated."""
+        if point is not None:
+            self.copy.enqueue_trial(encoded(point))
+        trial = self.copy.ask()
+        values = self.config.search.suggest(trial, flat(self.config))
+        is_new = self.is_new(values) and (point or {}).items() <= values.items()
+        if is_new and self.fits(values):
+            return values, "good"
+        if self.kind != "gp":  # which would draw the same again, and stays away from trials that run
+            self.copy.tell(trial, state=TrialState.FAIL)
+        if is_new and self.avoid_infeasible and self.kind == "tpe":
+            self.copy.add_trial(infeasible(self.config, values))
+        return values, "too large" if is_new else "repeated"
+
+    def of_points(self) -> Draw | None:
+        """Return the next point, with values for what it leaves open."""
+        for point in points_left(self.config, self.trials):
+            for _ in range(_tries(completions := untrained(self.config, self.trained, MOST, point))):
+                values, verdict = self.ask(point)
+                if verdict == "good":
+                    return Draw(encoded(point), values)
+                if verdict == "too large":  # so are its other values, as a rule
+                    break
+            if fitting := [values for values in completions or [] if self.fits(values)]:
+                return Draw(encoded(point), random.Random(self.seed).choice(fitting))
+        return None
+
+    def advised(self, earlier: Sequence[EarlierSweep]) -> Draw | None:
+        """Return what earlier sweeps expect most of: one of several draws, or of their own trials."""
+        advice = Advice(self.config, earlier, self.trials)
+        if advice.draws < 2:
+            return None
+        candidates = [values for values, verdict in (self.ask() for _ in range(advice.draws)) if verdict == "good"]
+        base = flat(self.config)
+        candidates += [
+            values
+            for values in advice.known
+            if self.config.search.covers(values, base) and self.is_new(values) and self.fits(values)
+        ]
+        return Draw(None, candidates[int(np.argmax(advice.expected(candidates)))]) if candidates else None
+
+    def of_sampler(self, left: Sequence[Values] | None) -> Draw | None:
+        """Return new values that the sampler draws; None where it finds none.
+
+        Args:
+            left: the combinations that no trial has, if all are known.
+        """
+        tries = 0 if self.kind == "grid" else _tries(left)
+        for tried in range(tries):
+            if tried == (FEW_TRIES if self.kind == "gp" else tries) // 2:
+                self.copy.sampler = RandomSampler(seed=len(self.trials))
+            values, verdict = self.ask()
+            if verdict == "good":
+                return Draw(None, values)
+        return None
 
 
 def _tries(left: Sequence[Values] | None) -> int:
