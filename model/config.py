@@ -11,13 +11,38 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 ByLabel = dict[str, dict[str, Positive]]  # task → label → number
-NEW_PARTS = ("adapter", "lora", "tokens")  # parts that no pretrained model holds: they start at random
+NEW_PARTS = ("adapter", "lora", "tokens", "encoder_lora")  # parts that no pretrained model holds: they start at random
 # Version of the models that `model.tiny` makes, here because naming them needs no torch. It is part of every cache key:
 # raise it when a saved model changes.
 TINY_VERSION = "2"
 Dtype = Literal["float32", "bfloat16"]
 LayerIndex = Annotated[int, Field(ge=0)]
 Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)]
+
+
+class EncoderLora(Section):
+    """Low-rank adaptation of the encoder (Hu et al., 2021, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank r of the update; 0: the encoder is not adapted.")
+    alpha: Positive = Field(32, description="The update is multiplied by alpha / rank.")
+    alpha_ratio: Positive | None = Field(
+        None, description="alpha / rank, which replaces alpha: the same scale at any rank."
+    )
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        ["q_proj", "v_proj"],
+        description="Names of the linear layers that are adapted, or all-linear. Conformers name theirs linear_q and "
+        "linear_v.",
+    )
+    layers: Count | None = Field(
+        None,
+        description="Number of upper layers that are adapted, counted down from the highest one that is heard; null: "
+        "all. The layers below are frozen, and computed once for all trials.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _list_of_one(cls, value: object) -> object:
+        return [value] if isinstance(value, str) and value != "all-linear" else value
 
 
 class EncoderConfig(Section):
@@ -40,6 +65,8 @@ class EncoderConfig(Section):
         "layer N, counted from 1; 0: the input of the first layer. [N, M]: of several, side by side. weighted: the sum "
         "of all, 0 included, with learned weights (SUPERB, arXiv 2105.01051). Layers above those heard are left out.",
     )
+
+    lora: EncoderLora = EncoderLora()
 
     @field_validator("layers")
     @classmethod
@@ -201,8 +228,8 @@ class ModelConfig(Section):
     trainable: str = Field(
         "new",
         description="The parts that train, joined with +: encoder, adapter, lora, tokens (the learned vectors), llm, "
-        "new (for adapter+lora+tokens), or patterns of parameter names such as encoder.*.layers.11.*; `sweep inspect` "
-        "shows what they match.",
+        "encoder_lora, new (for adapter+lora+tokens+encoder_lora), or patterns of parameter names such as "
+        "encoder.*.layers.11.*; `sweep inspect` shows what they match.",
     )
     encoder: EncoderConfig = EncoderConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -265,13 +292,15 @@ class ModelConfig(Section):
             )
         if not self.patterns:
             problems.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")
-        if "encoder" in self.patterns and self.encoder.dtype != "float32":
+        adapts = self.encoder.lora.rank > 0
+        if ("encoder" in self.patterns or adapts) and self.encoder.dtype != "float32":
+            fix = "set model.encoder.lora.rank=0" if adapts else "take the encoder out of model.trainable"
             problems.append(
                 f"model.encoder.dtype: {self.encoder.dtype} is for an encoder that stays frozen; set float32 and "
-                "model.precision=bfloat16, or take the encoder out of model.trainable"
+                f"model.precision=bfloat16, or {fix}"
             )
         # A pattern that begins with a wildcard may match the encoder; that is known when the model has been built.
-        may_train_encoder = any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
+        may_train_encoder = adapts or any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
         for name in ("spec_augment", "dropout"):
             value = getattr(self.encoder, name)
             if value and not may_train_encoder:
@@ -320,6 +349,7 @@ class LearningRates(Section):
     adapter: Positive | None = None
     lora: Positive | None = None
     tokens: Positive | None = None
+    encoder_lora: Positive | None = None
 
 
 class TrainConfig(Section):

@@ -9,7 +9,7 @@ from torch import nn
 from data.errors import ConfigError
 from model.config import NEW_PARTS
 
-PARTS = ("encoder", "adapter", "lora", "tokens", "llm")
+PARTS = ("encoder", "encoder_lora", "adapter", "lora", "tokens", "llm")
 
 
 def part_of(name: str) -> str:
@@ -17,6 +17,8 @@ def part_of(name: str) -> str:
     head = name.split(".", maxsplit=1)[0]
     if head == "llm":
         return "lora" if "lora_" in name else "llm"
+    if head == "encoder":
+        return "encoder_lora" if ".lora_" in name else "encoder"
     return head if head in PARTS else "tokens"
 
 
@@ -66,7 +68,11 @@ def check_loaded(model: nn.Module, loaded: set[str], new_parts: Sequence[str] = 
             part = part_of(name)
             own = {"adapter": "model.adapter.init_from or ", "lora": "model.lora.init_from or "}
             source = f"{own.get(part, '')}model.init_from"
-            without = {"lora": "model.lora.enabled=false", "tokens": "model.cls=none and model.end_of_audio=none"}
+            without = {
+                "lora": "model.lora.enabled=false",
+                "tokens": "model.cls=none and model.end_of_audio=none",
+                "encoder_lora": "model.encoder.lora.rank=0",
+            }
             alternative = f", or leave it out with {without[part]}" if part in without else ""
             raise ConfigError(
                 f"model.trainable: {part} is frozen and was never loaded, so {name} would stay random; add {part} to "

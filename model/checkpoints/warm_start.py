@@ -33,6 +33,7 @@ BASES_OF_PARTS = {
     "tokens": ("model.llm.path",),
     "adapter": ("model.encoder.path", "model.llm.path"),
     "encoder": ("model.encoder.path",),
+    "encoder_lora": ("model.encoder.path",),
 }
 
 

@@ -41,6 +41,7 @@ class SpeechEncoder(nn.Module):
     """
 
     input_name: ClassVar[str]  # the model's input, by the name that the feature extractor gives it
+    not_adaptable: ClassVar[frozenset[str]] = frozenset()  # linear layers whose weights the model reads without a call
     min_samples: int  # length of the shortest clip that yields a frame; shorter clips are padded with zeros to it
 
     def __init__(self, model: PreTrainedModel, extractor: SequenceFeatureExtractor) -> None:

@@ -150,6 +150,8 @@ class WaveformEncoder(PaddedBatchEncoder):
 class WavLMEncoder(WaveformEncoder):
     """WavLM: the first layer computes an attention bias from distances, and the other layers reuse it."""
 
+    not_adaptable = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+
     def _layer_arguments(self, hidden_BFD: Tensor, valid_BF: Tensor, lengths_B: Tensor) -> dict[str, Tensor | None]:
         n_clips, n_frames = valid_BF.shape
         bias_HFF = self.model.encoder.layers[0].attention.compute_bias(n_frames, n_frames)

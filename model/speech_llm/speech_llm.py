@@ -42,6 +42,7 @@ from model.encoders.audio_llms import Projector, load_projector
 from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.frozen_features import FeatureSpec, clip_features, feature_specs
 from model.encoders.loading import load_encoder
+from model.encoders.lora import add_lora
 from model.encoders.spec_augment import draw_time_mask
 from model.parts import check_loaded, part_of, select_trainable
 from model.runtime.device import on_device, pad_tolerance
@@ -122,7 +123,8 @@ class SpeechLLM(nn.Module):
         self.adapter: Adapter | Projector | None = None
         fixed: set[str] = set()
         if config.uses_audio:
-            self.encoder, fixed = self._view_encoder(device if encodes else "meta")
+            has_weights = encodes or config.encoder.lora.rank > 0  # adapted layers compute
+            self.encoder, fixed = self._view_encoder(device if has_weights else "meta")
             if own_encoder:
                 self.adapter = load_projector(config.llm.path, device)
             else:
@@ -139,7 +141,7 @@ class SpeechLLM(nn.Module):
         self.files: dict[str, str] = {}  # digests of other files that were loaded, by configuration key
         trained = select_trainable(self, config.patterns, fixed)
         if self.encoder is not None:
-            if not encodes and "encoder" in map(part_of, trained):  # its upper layers compute
+            if not has_weights and "encoder" in map(part_of, trained):  # its upper layers compute
                 self.encoder, _ = self._view_encoder(device)
             self.encoder.set_dropout(config.encoder.dropout)
             self.encoder.set_context(config.encoder.context)
@@ -154,6 +156,8 @@ class SpeechLLM(nn.Module):
         loaded = load_encoder(self.config.encoder_path, device, config.dtype)
         encoder = shared_view(loaded)
         encoder.set_layers(config.layers)
+        if config.lora.rank:
+            add_lora(encoder, config.lora)
         return encoder, {f"encoder.{name}" for name, tensor in loaded.named_parameters() if not tensor.requires_grad}
 
     def _learned_vector(self) -> nn.Parameter:
@@ -235,8 +239,9 @@ class SpeechLLM(nn.Module):
         adapter, lora, layers = self.config.adapter, self.config.lora, self.config.encoder.layers
         every = self.encoder is None or self.encoder.states == (OUTPUT,)
         heard = "" if every else f", encoder layers {layers}"
-        own = self.config.encoder.path is None
-        return {
+        own, adapted = self.config.encoder.path is None, self.config.encoder.lora
+        ratio = adapted.alpha_ratio or adapted.alpha / max(1, adapted.rank)
+        return ({"encoder_lora": f"scale {ratio:.6g}"} if adapted.rank else {}) | {
             "adapter": "the projector of an audio LLM" if own else adapter.meaning + heard,
             "lora": f"scale {lora.scale:.6g}, DoRA {lora.dora}",
         }
@@ -244,7 +249,7 @@ class SpeechLLM(nn.Module):
     @property
     def encoder_is_frozen(self) -> bool:
         """Whether there is an encoder of which no parameter trains."""
-        return self.encoder is not None and "encoder" not in self.trained_parts
+        return self.encoder is not None and not self.trained_parts & {"encoder", "encoder_lora"}
 
     @property
     def feature_specs(self) -> list[FeatureSpec]:

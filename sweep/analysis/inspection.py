@@ -48,7 +48,7 @@ def notes(model: SpeechLLM) -> list[str]:
         for short, long in shared_prefixes(answers)
     ]
     unchecked = [] if check_llm(model.config.llm) else [f"{model.config.llm.path}: {UNCHECKED}"]
-    return [_start(model), *_reach(model), *unchecked, *alike]
+    return [_start(model), *_reach(model), *_encoder_lora(model), *unchecked, *alike]
 
 
 def _start(model: SpeechLLM) -> str:
@@ -63,6 +63,17 @@ def _start(model: SpeechLLM) -> str:
         return f"prompts start without BOS: the tokenizer has none ({setting})"
     why = "" if model.config.prompt.bos == "never" else ": the tokenizer puts none in front of a text"
     return f"prompts start without BOS{why} ({setting}; always adds {bos})"
+
+
+def _encoder_lora(model: SpeechLLM) -> list[str]:
+    """Return the line about the encoder's LoRA and the frozen layers below it."""
+    if model.encoder is None or not model.config.encoder.lora.rank:
+        return []
+    lora, count = model.config.encoder.lora, len(model.encoder.transformer.layers)
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    below = f"the {model.frozen_layers} below are" if model.frozen_layers else "none is"
+    upper = "all" if lora.layers in (None, count) else f"the upper {lora.layers} of"
+    return [f"LoRA of rank {lora.rank} on {targets} in {upper} {count} layers of the encoder; {below} computed once"]
 
 
 def _reach(model: SpeechLLM) -> list[str]:

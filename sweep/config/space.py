@@ -143,8 +143,9 @@ class Axis(Section):
         return float(Decimal(str(self.low)) + index * Decimal(str(self.step)))
 
     def by_sign(self) -> list[Value]:
-        """Return one extreme above 0 and one that is not, as far as there are such."""
-        return list({isinstance(value, int | float) and value > 0: value for value in self.extremes()}.values())
+        """Return the largest extreme above 0 and one that is not above it, as far as there are such."""
+        ordered = sorted(self.extremes(), key=lambda value: value if isinstance(value, int | float) else 0)
+        return list({isinstance(value, int | float) and value > 0: value for value in ordered}.values())
 
     def inside(self) -> Value:
         """Return a value between the extremes; a fractional one if the range has any, for settings that refuse it."""

@@ -20,6 +20,7 @@ from model.checkpoints.peft_export import SPEECH
 from model.encoders.audio_llms import Projector
 from model.encoders.base import SpeechEncoder
 from model.encoders.loading import load_encoder
+from model.encoders.lora import merged_tensors
 from model.encoders.whisper import WhisperEncoder
 from model.parts import part_of
 from model.speech_llm import queries
@@ -86,13 +87,11 @@ def _write_audio_llm(model: SpeechLLM, llm: PreTrainedModel, folder: Path) -> No
     assert model.encoder is not None
     assert isinstance(model.adapter, Projector)
     parts = {
-        "language_model": llm.base_model,
-        family.encoder: model.encoder.model,
-        family.projector: model.adapter.module,
+        "language_model": llm.base_model.state_dict(),
+        family.encoder: merged_tensors(model.encoder),
+        family.projector: model.adapter.module.state_dict(),
     }
-    tensors = {
-        f"model.{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
-    }
+    tensors = {f"model.{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
     tensors["lm_head.weight"] = llm.get_output_embeddings().weight
     if hasattr(config, "has_lora_adapter"):
         config.has_lora_adapter = False  # the one that was published with the model is merged, too
@@ -115,7 +114,7 @@ def _write_encoder(model: SpeechLLM, encoder: SpeechEncoder, folder: Path) -> No
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.dtype = encoder.model.dtype
     published = load_encoder(path, model.base_device, model.config.encoder.dtype).model.state_dict()
-    tensors = published | encoder.model.state_dict()
+    tensors = published | merged_tensors(encoder)
     if isinstance(encoder, WhisperEncoder):
         config.update(NO_DECODER)
         width = encoder.state_width

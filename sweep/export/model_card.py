@@ -140,9 +140,11 @@ def _facts(model: SpeechLLM, config: Config, facts: CardFacts) -> TableView:
         f"{part.name} ({part.trained:,} parameters)" for part in summarise_parts(model, model.sources) if part.trained
     ]
     tasks = [f"{task}: {', '.join(answers.labels) or 'a text'}" for task, answers in model.tasks.items()]
-    encoder = f"that of the LLM, {_state(model, 'encoder')}"
+    adapted = f", with LoRA of rank {rank}" if (rank := config.model.encoder.lora.rank) else ""
+    state = _state(model, "encoder") + adapted
+    encoder = f"that of the LLM, {state}"
     if config.model.encoder.path is not None:
-        encoder = f"`{config.model.encoder.path}`, {_state(model, 'encoder')}{_digest(facts, 'model.encoder.path')}"
+        encoder = f"`{config.model.encoder.path}`, {state}{_digest(facts, 'model.encoder.path')}"
     rows = {
         "sweep": facts.sweep,
         "trial": "trained alone" if facts.trial is None else str(facts.trial),

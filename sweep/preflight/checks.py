@@ -54,8 +54,10 @@ def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool =
 
 def _lengths(config: Config) -> str:
     """Return the settings on which the lengths of examples depend; they are measured once for each."""
-    irrelevant = {"lora", "trainable", "init_from", "init_partial", "precision", "priors"}
-    return repr((config.model.model_dump(exclude=irrelevant), config.tasks.active(), config.data.fold))
+    irrelevant = dict.fromkeys(("lora", "trainable", "init_from", "init_partial", "precision", "priors"), True)
+    return repr(
+        (config.model.model_dump(exclude={**irrelevant, "encoder": {"lora"}}), config.tasks.active(), config.data.fold)
+    )
 
 
 def skeleton(config: ResolvedConfig, bases: Bases | None = None, allow_other_base: bool = False) -> SpeechLLM:

@@ -35,6 +35,8 @@ class EncoderFeatures(CacheKind[int, FeatureKey]):
         "model.encoder.dtype",
         "model.encoder.context",
         "model.encoder.layers",
+        "model.encoder.lora.rank",
+        "model.encoder.lora.layers",
         "model.encoder.dropout",
         "model.encoder.spec_augment",
         "model.adapter.kind",

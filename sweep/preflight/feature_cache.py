@@ -49,6 +49,7 @@ SIGN_ONLY = (
     "train.losses.hidden",
     "model.encoder.dropout",
     "model.encoder.spec_augment",
+    "model.encoder.lora.rank",
 )
 Log = Callable[[str], None]
 

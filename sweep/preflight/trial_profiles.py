@@ -19,6 +19,7 @@ IRRELEVANT = (
     "data.snr_db",
     "model.adapter.init_",
     "model.cls",
+    "model.encoder.lora.alpha",
     "model.encoder.spec_augment",
     "model.end_of_audio",
     "model.lora.alpha",
@@ -45,6 +46,7 @@ SIGN_ONLY = (
     "train.losses.",
     "model.lora.dropout",
     "model.encoder.dropout",
+    "model.encoder.lora.rank",
     "data.augment.noise_probability",
 )
 LARGEST_ONLY = ("model.lora.rank",)  # the largest value decides whether a trial fits, and the time hardly changes

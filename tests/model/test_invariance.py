@@ -112,6 +112,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"lora": {"rank": 2, "dora": True, "dropout": 0.0}},
     "encoder frozen": {"trainable": "adapter+lora+tokens"},
     "LoRA off": {"lora": {"enabled": False}},
+    "encoder: LoRA": {"encoder": {"lora": {"rank": 2}}, "trainable": "new"},
+    "encoder: LoRA on the upper layer": {"encoder": {"lora": {"rank": 2, "layers": 1}}, "trainable": "new"},
     "encoder: weighted layers": {"encoder": {"layers": "weighted"}},
     "encoder: two layers": {"encoder": {"layers": [0, 2]}, "adapter": {"kind": "conv"}},
     "encoder: weighted layers, frozen": {"encoder": {"layers": "weighted"}, "trainable": "adapter+lora+tokens"},

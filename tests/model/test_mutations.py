@@ -5,7 +5,8 @@ The table in docs/model.md lists the same faults and tests.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,26 @@ from data.shards.dataset import Shards
 from model import parts
 from model.encoders import audio_llms, whisper
 from model.encoders.audio_llms import GraniteSpeechEncoder
-from model.encoders.base import SpeechEncoder
+from model.encoders.base import OUTPUT, SpeechEncoder
+from model.encoders.frozen_features import FeatureKey
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm
 from model.encoders.wav2vec2 import WaveformEncoder
+from model.encoders.whisper import WhisperEncoder
 from model.evaluation import evaluator, metrics, scoring
 from model.evaluation.metrics import Record
 from model.objectives import losses
-from model.speech_llm import speech_llm
+from model.speech_llm import adapter, speech_llm
+from model.speech_llm.adapter import Adapter, cut_into_windows, merge_frames
 from model.speech_llm.label_trie import LabelTrie
+from model.speech_llm.queries import Attention
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from model.training import trainer
 from tests.model import (
     test_audio_llms,
+    test_encoder_layers,
+    test_encoder_lora,
     test_encoders,
+    test_feature_cache,
     test_invariance,
     test_metrics,
     test_parts,
@@ -200,6 +208,73 @@ def packing(patch: Patch, use_cache: bool = True) -> None:
     patch.setattr(losses, "student_outputs", student_outputs)
 
 
+# Faults of heard layers, LoRA of the encoder, queries and merging -----------------------------------------------------
+
+
+def wrong_encoder_layer(patch: Patch) -> None:
+    """Hidden states inside the encoder are taken one layer too low."""
+    original = SpeechEncoder._kept
+
+    @contextmanager
+    def kept(self: Any, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        found: dict[int, Tensor] = {}
+        with original(self, [max(0, index - 1) for index in indices]) as inner:
+            yield found
+        found |= {index: inner[max(0, index - 1)] for index in indices}
+
+    patch.setattr(SpeechEncoder, "_kept", kept)
+
+
+def final_norm_after_any_layer(patch: Patch) -> None:
+    patch.setattr(WhisperEncoder, "_drop_final_norm", lambda self: None)
+
+
+def layers_normalised_over_the_batch(patch: Patch) -> None:
+    original = Adapter._sum_layers
+    patch.setattr(Adapter, "_sum_layers", lambda self, frames: original(self, frames - frames.mean((0, 1))))
+
+
+def clip_frames_read_as_a_layer_input(patch: Patch) -> None:
+    """Whisper's layers read the window, and the adapter the frames of the clip alone."""
+    original = SpeechEncoder.layer_inputs
+
+    def layer_inputs(self: Any, clip: np.ndarray, indices: Sequence[int]) -> dict[int, Tensor]:
+        inside = torch.arange(self.num_computed_frames(len(clip))) < self.num_frames(len(clip))
+        return {index: state * inside[:, None] for index, state in original(self, clip, indices).items()}
+
+    patch.setattr(SpeechEncoder, "layer_inputs", layer_inputs)
+
+
+def key_without_the_layer(patch: Patch) -> None:
+    original = FeatureKey.key.fget
+    patch.setattr(FeatureKey, "key", property(lambda key: original(replace(key, state=OUTPUT))))
+
+
+def lora_below_the_cached_layers(patch: Patch) -> None:
+    original = SpeechEncoder.frozen_layers.fget
+    patch.setattr(SpeechEncoder, "frozen_layers", property(lambda encoder: original(encoder) + 1))
+
+
+def queries_that_attend_to_padding(patch: Patch) -> None:
+    original = Attention.forward
+    patch.setattr(Attention, "forward", lambda self, queries, frames, valid: original(self, queries, frames, None))
+
+
+def windows_across_clips(patch: Patch) -> None:
+    def cut(clips: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return cut_into_windows([torch.cat(list(clips))], [sum(counts)])
+
+    patch.setattr(adapter, "cut_into_windows", cut)
+
+
+def merging_across_clips(patch: Patch) -> None:
+    def embed(self: Any, clips: Sequence[Tensor]) -> list[Tensor]:
+        counts = [self.num_embeddings(len(clip)) for clip in clips]
+        return list(self._project(merge_frames(torch.cat(list(clips)), sum(counts))).split(counts))
+
+    patch.setattr(Adapter, "_embed", embed)
+
+
 # Faults of losses, metrics, parts and resuming ------------------------------------------------------------------------
 
 
@@ -284,6 +359,11 @@ RANDOM = test_parts.test_parts_that_would_stay_random_are_refused
 GENERATE = test_invariance.test_generated_texts_do_not_depend_on_the_batch
 METRICS = test_invariance.test_metrics_do_not_depend_on_the_batch_size
 MICRO_BATCHES = test_invariance.test_step_does_not_depend_on_the_micro_batches
+VARIANTS = test_invariance.test_variants_do_not_depend_on_the_batch
+STATES = test_encoder_layers.test_layers_are_the_hidden_states_of_transformers
+TWO_STEPS = test_encoder_layers.test_two_steps_yield_the_heard_layers_of_one
+ADAPTED = test_encoder_lora.test_upper_layers_alone_are_adapted_and_counted
+KEYS = test_feature_cache.test_feature_key_covers_exactly_what_features_depend_on
 VOTES = test_votes.test_vote_loss_equals_single_labels_in_float64
 HUBERT = {"kind": "hubert-layer"}
 TOKENS = {"changed": {"trainable": "adapter+lora"}, "part": "tokens", "name": "end_of_audio"}
@@ -331,6 +411,19 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, 
     "mean per micro-batch": (mean_per_micro_batch, MICRO_BATCHES, HUBERT),
     "encoder left in train mode": (encoder_left_in_train_mode, TRAIN_MODE, {}),
     "batch norm in train mode": (batch_norm_in_train_mode, TRAIN_MODE, {}),
+    "wrong encoder layer": (wrong_encoder_layer, STATES, HUBERT),
+    "final norm after any layer": (final_norm_after_any_layer, STATES, {"kind": "whisper"}),
+    "layers normalised over the batch": (
+        layers_normalised_over_the_batch,
+        VARIANTS,
+        {"variant": "encoder: weighted layers"},
+    ),
+    "frames of the clip read as a layer's input": (clip_frames_read_as_a_layer_input, TWO_STEPS, {"kind": "whisper"}),
+    "cache key without the layer": (key_without_the_layer, KEYS, {}),
+    "LoRA of the encoder below the cached layers": (lora_below_the_cached_layers, ADAPTED, {}),
+    "queries that attend to padding": (queries_that_attend_to_padding, VARIANTS, {"variant": "queries over a clip"}),
+    "windows of queries across clips": (windows_across_clips, VARIANTS, {"variant": "queries in windows"}),
+    "merging across clips": (merging_across_clips, VARIANTS, {"variant": "merged frames, frozen"}),
     "votes normalised per batch": (votes_normalised_per_batch, STAGES, HUBERT | {"stages": ["losses of votes"]}),
     "labels of a vote that see each other": (labels_of_a_vote_that_see_each_other, VOTES, {"changed": {}}),
     "hallucinated label counted as a class": (hallucinated_label_as_a_class, OUTSIDE, {"sets": False}),

@@ -45,6 +45,7 @@ from tests.sweep.common import FROZEN, TUNED, sweep
 from tests.sweep.tiny import config
 
 UPPER = f"{FROZEN}+encoder.*.layers.1.*"
+ADAPTED = {"model.encoder.lora.rank": 2, "model.encoder.lora.layers": 1}
 TEXT = {"modality": "text", "trainable": "lora"}
 DAY = 86400
 
@@ -123,6 +124,8 @@ def ignore(line: str) -> None:
         (ENCODER_FEATURES, {"model.trainable": f"{FROZEN}+encoder.*.layers.*"}, False),
         (ENCODER_FEATURES, {"model.trainable": UPPER, "model.encoder.dropout": 0.1}, False),
         (ENCODER_FEATURES, {"model.trainable": UPPER, "model.encoder.spec_augment": 0.1}, False),
+        (ENCODER_FEATURES, {"model.trainable": "new", "model.encoder.lora.rank": 2}, False),
+        (ENCODER_FEATURES, {"model.trainable": "new", **ADAPTED}, True),
         (ENCODER_FEATURES, {"data.augment.speeds": [0.9, 1.1]}, False),
         (ENCODER_FEATURES, {"model.trainable": UPPER, "data.augment.noise_db": [0, 20]}, False),
         (TEACHER_LOGITS, {}, True),
@@ -171,6 +174,9 @@ def test_one_pass_keeps_each_layer_that_is_heard_once(sweeps: Sweeps, tmp_path: 
     for layers, states in (("last", [OUTPUT]), (1, [1]), ([0, 2], [0, OUTPUT]), ("weighted", [0, 1, OUTPUT])):
         trial = resolve(sweeps.features(space).for_trial({"model.encoder.layers": layers}))
         assert cached_folders(trial, tmp_path).features == tuple(kept[state] for state in states)
+    lora = {"model.trainable": ["new"], "model.encoder.lora.rank": [0, 2, 4], "model.encoder.lora.layers": [1]}
+    specs = {request.key.spec for request in requests(sweeps.features(lora), tmp_path)}
+    assert specs == {FeatureSpec(pool=(8, 4)), FeatureSpec(1)}
     upper = sweeps.features(
         model={"trainable": UPPER, "encoder": {"path": str(sweeps.models / "whisper"), "layers": [0, 2]}}
     )

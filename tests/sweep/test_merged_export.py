@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder trained, MLP": ("hubert-layer", {"adapter": {"kind": "stack", "window": 4, "stride": 3, "hidden": 16}}),
     "upper layers trained": ("whisper", {"trainable": "encoder.*.layers.1.*+new", "priors": "balanced"}),
     "clip context": ("whisper-clip", {"adapter": {"kind": "conv", "window": 5, "stride": 3}, "trainable": "new"}),
+    "LoRA of the encoder": ("whisper", {"trainable": "new", "encoder": {"lora": {"rank": 2, "layers": 1}}}),
     "conformer": ("conformer-relative", PLAIN),
     "w2v-BERT": ("w2v-bert", {"trainable": "new", "prompt": {"order": "sound-text", "instruction": "task"}}),
     "layers": ("hubert-layer", {**PLAIN, "encoder": {"layers": [0, 2]}, "adapter": {"kind": "merge"}}),
