@@ -300,7 +300,8 @@ class ModelConfig(Section):
                 f"model.precision=bfloat16, or {fix}"
             )
         # A pattern that begins with a wildcard may match the encoder; that is known when the model has been built.
-        may_train_encoder = adapts or any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in self.patterns)
+        others = [pattern for pattern in self.patterns if pattern != "encoder_lora"]
+        may_train_encoder = adapts or any(pattern.startswith(("encoder", "*", "?", "[")) for pattern in others)
         for name in ("spec_augment", "dropout"):
             value = getattr(self.encoder, name)
             if value and not may_train_encoder:

@@ -109,7 +109,7 @@ def test_convolutions_of_an_encoder_never_train(kind: str, models: Path) -> None
 
 @pytest.mark.parametrize("pattern", ["encodr", "encoder.layers.9.*", "llm.*.layers.7.*", "*.feature_extractor.*"])
 def test_unknown_pattern_is_refused(pattern: str, models: Path) -> None:
-    expected = f"model.trainable: {pattern!r} matches no parameter that can train; use encoder, adapter,"
+    expected = f"model.trainable: {pattern!r} matches no parameter that can train; use encoder, encoder_lora,"
     assert refusal(models, trainable=f"{NEW}+{pattern}").startswith(expected)
 
 

@@ -37,7 +37,7 @@ data.reader: 'rya': input should be 'ray', 'local' or 'auto'
 tasks.clasify: unknown key; did you mean 'classify'?
 tasks.forecast: -1: input should be greater than or equal to 0
 tasks.response: inf: input should be a finite number
-model.adapter.pool: unknown key; known here: kind, window, stride, hidden, init_from, init_partial
+model.adapter.pool: unknown key; known here: kind, window, stride, rate, queries, query_layers, hidden
 model.modality: 'sound': input should be 'text', 'speech' or 'text+speech'
 model.lora.rank: 0: input should be greater than or equal to 1
 model.lora.targets: 3: input should be a valid list
