@@ -361,7 +361,7 @@ METRICS = test_invariance.test_metrics_do_not_depend_on_the_batch_size
 MICRO_BATCHES = test_invariance.test_step_does_not_depend_on_the_micro_batches
 VARIANTS = test_invariance.test_variants_do_not_depend_on_the_batch
 STATES = test_encoder_layers.test_layers_are_the_hidden_states_of_transformers
-TWO_STEPS = test_encoder_layers.test_two_steps_yield_the_heard_layers_of_one
+HEARD_STEPS = test_encoder_layers.test_two_steps_yield_the_heard_layers_of_one
 ADAPTED = test_encoder_lora.test_upper_layers_alone_are_adapted_and_counted
 KEYS = test_feature_cache.test_feature_key_covers_exactly_what_features_depend_on
 VOTES = test_votes.test_vote_loss_equals_single_labels_in_float64
@@ -418,7 +418,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, 
         VARIANTS,
         {"variant": "encoder: weighted layers"},
     ),
-    "frames of the clip read as a layer's input": (clip_frames_read_as_a_layer_input, TWO_STEPS, {"kind": "whisper"}),
+    "frames of the clip read as a layer's input": (clip_frames_read_as_a_layer_input, HEARD_STEPS, {"kind": "whisper"}),
     "cache key without the layer": (key_without_the_layer, KEYS, {}),
     "LoRA of the encoder below the cached layers": (lora_below_the_cached_layers, ADAPTED, {}),
     "queries that attend to padding": (queries_that_attend_to_padding, VARIANTS, {"variant": "queries over a clip"}),
