@@ -25,10 +25,12 @@ from model.checkpoints.base_files import check_model
 from model.checkpoints.fingerprint import identify
 from model.config import ModelConfig
 from model.evaluation.scoring import generate, label_scores
+from model.parts import part_of
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.prompt import CLIP, END
 from model.speech_llm.speech_llm import SpeechLLM
 from tests.model.common import ANSWERS, build, close, replies, settings
+from tests.model.test_invariance import check_stages
 from tests.tiny_models import AUDIO_LLMS
 
 PLAIN = {"end_of_audio": "none", "cls": "none"}
@@ -199,6 +201,22 @@ def test_encoder_of_an_audio_llm_serves_another_llm(models: Path, examples: list
     with torch.no_grad():
         alone = torch.cat([label_scores(model, [example]) for example in examples[:3]])
         assert close(label_scores(model, examples[:3]), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("qwen2-audio", ["q_proj", "fc1"]), ("granite-speech", ["to_q", "to_out"])]
+)
+def test_lora_adapts_the_encoder_of_an_audio_llm(
+    kind: str, targets: list[str], models: Path, examples: list[Example]
+) -> None:
+    lora = {"rank": 2, "targets": targets, "layers": 1}
+    model = build(models, kind, encoder={"path": None, "lora": lora}, trainable="new")
+    assert (model.frozen_layers, model.encoder_is_frozen) == (1, False)
+    adapted = {name for name, parameter in model.named_parameters() if part_of(name) == "encoder_lora"}
+    assert all(".layers.1." in name for name in adapted)
+    check_stages(["clips", "scores"], model, examples)
+    plain = build(models, kind, trainable="new")
+    assert not close(model.clips(examples[:1])[0], plain.clips(examples[:1])[0], 1e-4)
 
 
 REFUSED = [

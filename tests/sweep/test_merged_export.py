@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "weighted, upper layers": ("whisper", {"encoder": {"layers": "weighted"}, "trainable": "encoder.*.layers.1.*+new"}),
     "Qwen2-Audio": ("qwen2-audio", {"trainable": "new", "cls": "before"}),
     "Qwen2-Audio, upper layers": ("qwen2-audio", {**PLAIN, "trainable": "encoder.*.layers.1.*+new"}),
+    "Qwen2-Audio, encoder LoRA": ("qwen2-audio", {**PLAIN, "encoder": {"path": None, "lora": {"rank": 2}}}),
     "Granite Speech": ("granite-speech", PLAIN),
     "Granite Speech, upper layers": ("granite-speech", {**PLAIN, "trainable": "encoder.*.layers.1.*+new"}),
     "Granite Speech, encoder": ("granite-speech", {**PLAIN, "trainable": "encoder+new"}),
