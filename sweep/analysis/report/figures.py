@@ -16,6 +16,7 @@ from sweep.analysis.leaderboard import EQUAL
 from sweep.analysis.predictions import trial_interval
 from sweep.analysis.report.ablation import Choice, choice_name
 from sweep.analysis.report.fonts import font_families
+from sweep.analysis.report.search_quality import SearchQuality, search_quality
 from sweep.analysis.results import short_names
 from sweep.config.schema import Config
 from sweep.search.sampling.history import history
@@ -66,6 +67,7 @@ def draw_figures(
     done = best_first(config, trials)
     figures = [_ablation(config, choices)] if choices else []
     figures += [_intervals(config, folder, done)] if done else []
+    figures += [_search(config, quality)] if (quality := search_quality(config, trials)) is not None else []
     figures += [_front(config, done)] if len(config.search.objectives) > 1 and done else []
     controls = _controls(config, folder, done)
     figures += [controls] if controls else []
@@ -156,6 +158,15 @@ def _intervals(config: Config, folder: Path, done: Sequence[TrialRecord]) -> Fig
     content = _bars(labels, [(trial.value or 0.0, trial_interval(folder, trial, metric)) for trial in done])
     content.update_layout(yaxis_title=metric, **LAYOUT)
     return Figure("objective", "How sure the order is", "95 % intervals, bootstrapped by session", content)
+
+
+def _search(config: Config, quality: SearchQuality) -> Figure:
+    """Draw the best value so far by cost, of the search and of random search."""
+    content = go.Figure()
+    content.add_scatter(x=quality.cost, y=quality.best, mode="lines+markers", line_shape="hv", name="this search")
+    content.add_scatter(x=quality.cost, y=quality.random, mode="lines", line_dash="dot", name="random search (model)")
+    content.update_layout(xaxis_title="trainings at full length", yaxis_title=config.search.metric, **LAYOUT)
+    return Figure("search", "How good was this search", quality.describe(config.search.metric), content)
 
 
 def _front(config: Config, done: Sequence[TrialRecord]) -> Figure:

@@ -1,7 +1,7 @@
 """What earlier sweeps advise: of several draws of the sampler, a search takes the one that they expect most of.
 
-Trials of earlier sweeps are the observations of a Gaussian process (Rasmussen and Williams, 2006, chapter 2) whose
-kernel compares the axes of this search; values are standardised within each sweep. An earlier sweep counts less the
+Trials of earlier sweeps are the observations of a Gaussian process over the axes of this search
+(`sweep.search.sampling.surrogate`); values are standardised within each sweep. An earlier sweep counts less the
 more it differs: its observations have the noise of this sweep's trials, divided by its weight. Own trials are
 observations, too, so they outvote the earlier ones where they contradict them; and the more there are, the fewer draws
 are compared, until the sampler draws alone. As with priors of experts (Hvarfner et al., 2022), the advice fades. One
@@ -9,12 +9,10 @@ in three trials is drawn without advice, so that a search sees what earlier swee
 
 What was taken from which sweep is kept in `earlier.json` in the sweep's folder from its start on, so that a resumed
 search draws the same trials, whatever has become of the other sweeps.
-
-Shapes: T observed trials, C candidates, A axes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +22,13 @@ from pydantic import BaseModel, ValidationError
 from data.atomic import write_file
 from data.errors import UserError
 from sweep.config.schema import Config
-from sweep.config.space import Axis, Value, Values
+from sweep.config.space import Value
 from sweep.search.sampling.history import params
+from sweep.search.sampling.surrogate import NOISE, Surrogate
 
 FILE = "earlier.json"
 DRAWS, FADES = 32, 4  # draws that are compared for the first trial, and own trials after which they are half as many
 ALONE = 3  # one in so many trials is drawn without advice
-WIDTH, OTHER = 0.25, 0.4  # kernel: of a range, as a share of it; and the similarity of different choices
-NOISE = 0.3  # variance of an observation, of values with variance 1
 
 
 class EarlierTrial(BaseModel):
@@ -109,58 +106,19 @@ class Advice:
         self.known = [trial.values for sweep in sweeps for trial in sweep.trials]
         values = [trial.value for sweep in sweeps for trial in sweep.trials]
         noise = [NOISE / sweep.weight for sweep in sweeps for _ in sweep.trials]
-        self._fit(self.known, values, noise)
+        surrogate = Surrogate(config, self.known, values, noise)
         own = [(params(config, trial), value) for trial in trials if (value := self._value(trial)) is not None]
         if own:
             sign = 1 if config.search.direction == "maximize" else -1
             reached = np.array([sign * value for _, value in own])
-            expected = self.expected([drawn for drawn, _ in own])
+            expected = surrogate.expected([drawn for drawn, _ in own])
             spread = next((sweep.spread for sweep in sweeps if sweep.spread), None) or float(reached.std()) or 1.0
             # Another seed or corpus shifts all values, so only their differences are compared with what was expected.
             standard = np.clip((reached - np.median(reached)) / spread, -3, 3) + np.median(expected)
             known = [*self.known, *(drawn for drawn, _ in own)]
-            self._fit(known, [*values, *standard], [*noise, *[NOISE] * len(own)])
+            surrogate = Surrogate(config, known, [*values, *standard], [*noise, *[NOISE] * len(own)])
+        self.surrogate = surrogate
 
     def _value(self, trial: FrozenTrial) -> float | None:
         value = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
         return value if value is not None and math.isfinite(value) else None
-
-    def _fit(self, known: Sequence[Values], values: Sequence[float], noise: Sequence[float]) -> None:
-        self._observed, values_T = known, np.array(values)
-        kernel_TT = self._kernel(known, known) + np.diag(noise)
-        self._weights_T = np.linalg.solve(kernel_TT, values_T)
-
-    def expected(self, candidates: Sequence[Values]) -> np.ndarray:
-        """Return the expected value of trials, standardised; more is better, [C]."""
-        expected_C: np.ndarray = self._kernel(candidates, self._observed) @ self._weights_T
-        return expected_C
-
-    def _kernel(self, first: Sequence[Values], second: Sequence[Values]) -> np.ndarray:
-        """Return how similar trials are, [len(first), len(second)]."""
-        similar = np.ones((len(first), len(second)))
-        for key, axis in self.config.search.space.items():
-            left, right = ([position(axis, values, key) for values in side] for side in (first, second))
-            if axis.is_numeric:
-                distance = np.subtract.outer(np.array(left, dtype=float), np.array(right, dtype=float))
-                gauss = np.exp(-0.5 * (distance / WIDTH) ** 2)
-                both, neither = ~np.isnan(distance), np.logical_and.outer(np.isnan(left), np.isnan(right))
-                similar *= np.where(both, gauss, np.where(neither, 1.0, OTHER))
-            else:
-                similar *= np.where(np.equal.outer(np.array(left), np.array(right)), 1.0, OTHER)
-        return similar
-
-
-def position(axis: Axis, values: Mapping[str, Value], key: str) -> float | str:
-    """Return where a trial is on an axis: from 0 to 1 on numbers, NaN where it has none, and else its choice."""
-    value = values.get(key)
-    if not axis.is_numeric:
-        return repr(value) if key in values else ""
-    if not isinstance(value, int | float):
-        return math.nan
-    numbers = sorted(number for number in axis.extremes() if isinstance(number, int | float))
-    if axis.choices is not None:  # steps of equal size, since choices are often 2, 4, 8
-        return float(np.interp(value, numbers, np.linspace(0, 1, len(numbers)))) if len(numbers) > 1 else 0.0
-    low, high = numbers[0], numbers[-1]
-    if axis.log:
-        return math.log(max(value, 1e-300) / low) / math.log(high / low) if high > low else 0.0
-    return (value - low) / (high - low) if high > low else 0.0

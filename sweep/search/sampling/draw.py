@@ -149,7 +149,7 @@ class _Drawing:
             for values in advice.known
             if self.config.search.covers(values, base) and self.is_new(values) and self.fits(values)
         ]
-        return Draw(None, candidates[int(np.argmax(advice.expected(candidates)))]) if candidates else None
+        return Draw(None, candidates[int(np.argmax(advice.surrogate.expected(candidates)))]) if candidates else None
 
     def of_sampler(self, left: Sequence[Values] | None) -> Draw | None:
         """Return new values that the sampler draws; None where it finds none.
