@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, UnavailableError, UserError, reason
-from model.checkpoints.audio_llms import FAMILIES, audio_family, refuse_unsupported
+from model.checkpoints.audio_llms import FAMILIES, refuse_unsupported
 from model.config import LLMConfig, LoraSettings
 from model.encoders.audio_llms import build_language_model, language_config
 from model.runtime.memory import cached
@@ -36,14 +37,16 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
     """
     missing: set[str] = set()
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            refuse_unsupported(path)
+        has_encoder = config.model_type in FAMILIES
         if device == "meta":
             with torch.device("meta"):
-                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-                config = language_config(config) if config.model_type in FAMILIES else config
-                model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        elif audio_family(path) is not None:
+                text = language_config(config) if has_encoder else config
+                model = AutoModelForCausalLM.from_config(text, dtype=getattr(torch, dtype))
+        elif has_encoder:
             with torch.random.fork_rng(devices=[]):
-                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
                 model, missing = build_language_model(path, config, getattr(torch, dtype))
         else:
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -59,6 +59,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LM head": ("whisper", {**PLAIN, "lora": {"rank": 2, "dropout": 0.0, "targets": ["lm_head", "q_proj"]}}),
 }
 
+USUAL = (
+    "learned vectors",
+    "upper layers trained",
+    "clip context",
+    "text",
+    "LM head",
+    "layers",
+    "weighted",
+    "Granite Speech",
+)
+LONG = pytest.mark.long
+
 
 def case_model(models: Path, kind: str, changed: dict[str, Any]) -> SpeechLLM:
     if kind in AUDIO_LLMS:
@@ -92,7 +104,7 @@ def check_scores(model: SpeechLLM, folder: Path, monkeypatch: pytest.MonkeyPatch
     assert max(expected) - min(expected) > 0.01
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case in USUAL else pytest.param(case, marks=LONG) for case in CASES])
 def test_lines_score_as_the_model_does(
     case: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,9 +23,10 @@ from tests.sweep.common import complaint, refused, sweep, tree
 HEADER = ["conversation", "id", "speaker", "text", "code", "clip"]
 MAPPING = {"columns": {"id": "id", "label": "code", "clip": "clip"}}
 MODELS = {  # by modality, what else is special about it
-    "text+speech": "cls=before",
-    "speech": "trainable=new+encoder.*.layers.1.*",
-    "text": "priors=balanced",
+    "text+speech": ("cls=before",),
+    "speech": ("trainable=new+encoder.*.layers.1.*",),
+    "text": ("priors=balanced",),
+    "audio LLM": ("modality=text+speech", "encoder.path=null", "llm.path={models}/qwen2-audio"),
 }
 Rows = list[dict[str, str]]
 
@@ -54,16 +55,18 @@ def write_corpus(folder: Path) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def made(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(place: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus as a table, its shards, a trial of each modality, and these exported."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder)
     source = ("table", folder / "corpus.csv", "--audio", folder / "clips", "--config", folder / "mapping.yaml")
     assert sweep("prepare", *source, "--out", folder / "shards").code == 0
     changed = [f"--set=data.shards={folder / 'shards'}", "--set=train.epochs=1", "--set=model.end_of_audio=learned"]
-    for modality, setting in MODELS.items():
+    for modality, settings in MODELS.items():
         trial = folder / f"trial-{modality}"
-        options = (*changed, f"--set=model.modality={modality}", f"--set=model.{setting}", "--out", trial)
+        special = [f"--set=model.{setting.format(models=models)}" for setting in settings]
+        modalities = [] if "LLM" in modality else [f"--set=model.modality={modality}"]
+        options = (*changed, *modalities, *special, "--out", trial)
         assert sweep("train", place / "good.yaml", *options).code == 0
         assert sweep("export", trial, "--out", folder / modality).code == 0
     return folder
