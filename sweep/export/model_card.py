@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from data.formats import format_count, format_list
 from data.loading.tasks import TASKS
 from model.checkpoints.audio_llms import audio_family
+from model.checkpoints.base_files import has_bundled_adapter, local_folder
 from model.checkpoints.fingerprint import Bases
 from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
@@ -243,7 +244,14 @@ def _commands(model: SpeechLLM, config: Config) -> list[str]:
     named = format_list(["the corpus", "the base models", *(f"the weights of {key}" for key in earlier)])
     lines += [f"To train it again from {named} that `config.yaml` names:", ""]
     lines += ["```bash", "sweep train config.yaml --out again", "```", ""]
-    if "lora" in model.trained_parts or any("lora_" in name for name in model.loaded):
+    base = local_folder(model.config.llm.path)
+    if base is not None and has_bundled_adapter(base):
+        lines += [
+            "PEFT cannot load the LoRA weights alone on this base model: they would take the place of the adapter that "
+            "is published with it. `sweep export --merged` writes both in one model.",
+            "",
+        ]
+    elif "lora" in model.trained_parts or any("lora_" in name for name in model.loaded):
         rest = ", without the weights of the LLM itself that differ from it (`speech.safetensors`)"
         lines += [f"To load the LoRA weights alone in Python{rest if _state(model, 'llm') != 'frozen' else ''}:", ""]
         lines += ["```python"]

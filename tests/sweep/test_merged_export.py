@@ -21,6 +21,7 @@ from model.speech_llm.tokenizer import load_tokenizer
 from sweep.export.merged import write_merged
 from sweep.export.merged_lines import TURNS, merged_lines
 from tests.model.common import build, close
+from tests.model.test_audio_llms import add_lora
 from tests.sweep.common import sweep
 from tests.tiny_models import AUDIO_LLMS
 
@@ -116,6 +117,14 @@ def test_base_models_are_not_written_to(models: Path, tmp_path: Path) -> None:
     expected = label_scores(first, [example()])
     write_merged(case_model(models, *CASES["LM head"]), tmp_path)
     assert torch.equal(label_scores(first, [example()]), expected)
+
+
+def test_published_adapter_is_merged_as_well(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = add_lora(models / "granite-speech", tmp_path / "granite")
+    llm = {"llm": {"path": str(folder)}}
+    (tmp_path / "m").mkdir()
+    check_scores(case_model(models, "granite-speech", PLAIN | llm), tmp_path / "m", monkeypatch)
+    assert not (tmp_path / "m/adapter_config.json").exists()
 
 
 def test_added_tokens_are_kept(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

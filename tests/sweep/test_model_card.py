@@ -14,6 +14,7 @@ from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.schema import Config, parse
 from sweep.export.model_card import CardFacts, model_card
 from tests.conftest import LABELS
+from tests.model.test_audio_llms import add_lora
 
 RECORD = Record("c/1", "classify", "c", "client", None, "change", "change", (0.0, -1.0, -2.0), 0.5, 2, True)
 TEXT, TASKS = {"modality": "text"}, ("classify", "forecast", "response", "quality")
@@ -126,6 +127,13 @@ def test_card_has_the_human_ceiling_where_there_is_one(models: Path) -> None:
     assert f"Beside annotators:\n\n- {first}\n- {second}" in text
     assert "accuracy 1.000" in second
     assert "annotators" not in card(models, {})
+
+
+def test_card_of_a_base_with_an_adapter_of_its_own_names_no_peft(models: Path, tmp_path: Path) -> None:
+    folder = add_lora(models / "granite-speech", tmp_path / "granite")
+    text = card(models, {"model": {"encoder": {"path": None}, "llm": {"path": str(folder)}}})
+    assert "PeftModel" not in text
+    assert "`sweep export --merged` writes both in one model." in text
 
 
 def test_figures_say_where_they_come_from(models: Path) -> None:
