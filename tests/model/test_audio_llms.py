@@ -131,7 +131,11 @@ def test_adapter_beside_another_audio_llm_is_refused(models: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", AUDIO_LLMS)
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head", "up_proj"]], ids=["attention", "LM head"])
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], pytest.param(["lm_head", "up_proj"], marks=pytest.mark.long)],
+    ids=["q, v", "head"],
+)
 def test_exported_lora_is_for_the_whole_model(
     kind: str, targets: list[str], models: Path, examples: list[Example], tmp_path: Path
 ) -> None:
@@ -204,7 +208,8 @@ def test_encoder_of_an_audio_llm_serves_another_llm(models: Path, examples: list
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets"), [("qwen2-audio", ["q_proj", "fc1"]), ("granite-speech", ["to_q", "to_out"])]
+    ("kind", "targets"),
+    [("qwen2-audio", ["q_proj", "fc1"]), pytest.param("granite-speech", ["to_q", "to_out"], marks=pytest.mark.long)],
 )
 def test_lora_adapts_the_encoder_of_an_audio_llm(
     kind: str, targets: list[str], models: Path, examples: list[Example]
