@@ -204,7 +204,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
         check_uri(server)
         resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name, listener.warn)
-        learn(config, folder, open_shards(resolved).fingerprint)  # raises an error where nothing can be learnt
+        learn(config, folder, open_shards(resolved).fingerprint)  # raises an error where nothing can be learned
     with hold(folder, say=listener.say) as lease, _mirror(config, folder, listener, stop) as mirror:
 
         def check() -> None:

@@ -27,7 +27,7 @@ MODELS = ("model.llm.path", "model.encoder.path")
 
 
 class UnusableError(Exception):
-    """Nothing can be learnt from a sweep; the message says why."""
+    """Nothing can be learned from a sweep; the message says why."""
 
 
 def learn(config: Config, folder: Path, fingerprint: str | None) -> Earlier | None:

@@ -76,7 +76,7 @@ def test_first_trials_are_what_an_earlier_sweep_found_good(runs: Path, tmp_path:
     assert earlier.lines() == [f"learns from {runs / 'old'}: 16 trials (weight 1)"]
 
 
-def test_new_trials_outvote_what_was_learnt(runs: Path, tmp_path: Path) -> None:
+def test_new_trials_outvote_what_was_learned(runs: Path, tmp_path: Path) -> None:
     """Here text is best, where the earlier sweep says speech."""
     asked = run(tmp_path / "new", learning(runs, "old"), 16, best="text")
     modalities = [values[MODALITY] for _, values in asked]
