@@ -5,7 +5,7 @@ folder when it starts (`sweep.search.sampling.advice`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,21 @@ def _taken(config: Config, folder: Path, fingerprint: str | None) -> EarlierSwee
     trials = best_first(theirs, study.trials())
     if len(trials) < LEAST:
         raise UnusableError(f"{format_count(len(trials), 'complete trial')}, fewer than {LEAST}")
-    differs = list(_differences(config, study, fingerprint))
+    return standardised(config, theirs, trials, str(folder), list(_differences(config, study, fingerprint)))
+
+
+def standardised(
+    config: Config, theirs: Config, trials: Sequence[TrialRecord], source: str, differs: Sequence[str]
+) -> EarlierSweep:
+    """Return the trials of an earlier sweep as this one learns from them.
+
+    Args:
+        config: of this sweep.
+        theirs: configuration of the earlier sweep.
+        trials: its complete trials, best first.
+        source: its name for people.
+        differs: in what it differs from this sweep.
+    """
     sign = 1 if theirs.search.direction == "maximize" else -1
     values = np.array([sign * float(trial.value or 0.0) for trial in trials])
     low, high = np.percentile(values, [25, 75])
@@ -103,8 +117,8 @@ def _taken(config: Config, folder: Path, fingerprint: str | None) -> EarlierSwee
     ]
     same_objective = theirs.search.metric == config.search.metric
     return EarlierSweep(
-        source=str(folder),
-        differs=differs,
+        source=source,
+        differs=list(differs),
         weight=HALF ** len(differs),
         spread=spread if same_objective and math.isfinite(spread) else None,
         trials=taken,
