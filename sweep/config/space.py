@@ -24,7 +24,13 @@ LEAST_EPOCHS = 4  # of a trial that the noise between two trainings is estimated
 EPOCHS, FOLD = "train.epochs", "data.fold"
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
-PROMOTE = {"keep": 0.34, "after_trials": 3, "noise": 1.0, "audit": 0.0}  # defaults of `search.pruning.kind: promote`
+PROMOTE = {
+    "keep": 0.34,
+    "after_trials": 6,
+    "noise": 1.0,
+    "agreement": 0.8,
+    "audit": 0.0,
+}  # defaults of `search.pruning.kind: promote`
 
 
 class Sampler(Protocol):
@@ -238,12 +244,18 @@ class PruningConfig(Section):
     after_trials: Count = Field(
         4,
         description="Trials that must have reached an epoch before one is pruned, or continues from there. With "
-        "promote, the default is 3.",
+        "promote, the default is 6.",
     )
     noise: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="A trial also continues if it is behind by no more than this many standard errors of its objective "
         "on the validation split (resampling sessions). With promote, the default is 1.",
+    )
+    agreement: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="No trial is pruned at an epoch before after_trials trials have trained to their end and this "
+        "share of their pairs has the same order at the epoch as at the end. 0: it does not matter. With promote, the "
+        "default is 0.8.",
     )
     finish: Count = Field(
         3, description="With promote: trials that are trained to their end at least; the best paused ones are chosen."

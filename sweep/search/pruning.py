@@ -7,6 +7,7 @@ follows from what the study stores about each: the epoch at which it paused last
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -78,6 +79,7 @@ class Rung(NamedTuple):
 
     values: Mapping[int, float]  # objectives
     errors: Mapping[int, float]  # their standard errors; 0 where they are unknown
+    ends: Mapping[int, float]  # objectives of those that have trained to their end
 
     @classmethod
     def of(cls, runs: Sequence[FrozenTrial], epoch: int) -> "Rung":
@@ -93,7 +95,24 @@ class Rung(NamedTuple):
         return cls(
             {number: trial.intermediate_values[epoch] for number, trial in reached.items()},
             {number: trial.user_attrs.get(ERRORS, {}).get(str(epoch), 0.0) for number, trial in reached.items()},
+            {number: trial.value for number, trial in reached.items() if trial.value is not None},
         )
+
+    def is_predictive(self, rule: PruningConfig) -> bool:
+        """Return whether the order at the rung is that at the end in enough pairs of trials, see `rule.agreement`.
+
+        Pairs whose ends differ by no more than `rule.noise` standard errors say nothing. Equal values at the rung count
+        half.
+        """
+        if not rule.agreement:
+            return True
+        agree, pairs = 0.0, 0
+        for first, second in itertools.combinations(self.ends, 2):
+            difference = self.ends[first] - self.ends[second]
+            if abs(difference) > rule.noise * max(self.errors[first], self.errors[second]):
+                early = self.values[first] - self.values[second]
+                agree, pairs = agree + (0.5 if early == 0 else float((early > 0) == (difference > 0))), pairs + 1
+        return min(len(self.ends), pairs) >= rule.after_trials and agree >= rule.agreement * pairs
 
 
 def continues(number: int, rung: Rung, direction: str, rule: PruningConfig) -> bool:
@@ -105,6 +124,8 @@ def continues(number: int, rung: Rung, direction: str, rule: PruningConfig) -> b
         direction: maximize or minimize.
         rule: settings of the halving.
     """
+    if not rung.is_predictive(rule):
+        return True
     if rule.kind == "promote":
         return number in best_at(rung, direction, rule)
     margin = rule.noise * rung.errors[number] * (1 if direction == "maximize" else -1)
@@ -115,11 +136,13 @@ def best_at(rung: Rung, direction: str, rule: PruningConfig) -> list[int]:
     """Return the numbers of the trials that are promoted from a rung, best first; on a tie the earlier one.
 
     These are the share `rule.keep`, and those that are behind its last one by no more than `rule.noise` of their
-    standard errors.
+    standard errors; all of them where the rung does not predict the end.
     """
-    if len(rung.values) < rule.after_trials:
-        return []
     ranked = by_value(rung.values, direction)
+    if not rung.is_predictive(rule):
+        return ranked
+    if len(ranked) < rule.after_trials:
+        return []
     count = max(1, math.floor(len(ranked) * rule.keep))
     last = rung.values[ranked[count - 1]]
     within = [n for n in ranked[count:] if abs(rung.values[n] - last) <= rule.noise * rung.errors[n]]

@@ -71,7 +71,9 @@ def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit
     top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
     for epoch in config.search.rungs(config.train.epochs):
         peers = {trial.number: trial.curve[epoch] for trial in trials if epoch in trial.curve}
-        rung = Rung(peers, {trial.number: trial.errors.get(epoch, 0.0) for trial in trials if epoch in trial.curve})
+        errors = {trial.number: trial.errors.get(epoch, 0.0) for trial in trials if epoch in trial.curve}
+        ends = {trial.number: trial.value for trial in complete if epoch in trial.curve and trial.value is not None}
+        rung = Rung(peers, errors, ends)
         judged = [trial for trial in top if epoch in trial.curve and epoch < horizon(config, trial.params)]
         lost = [
             trial.number

@@ -20,7 +20,7 @@ VALUES = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8]  # of each trial, at every epo
 
 def promote(**changed: Any) -> Config:
     """Rungs are at epochs 1 and 2 of 4; half of the trials continue, and two are finished."""
-    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 2, "noise": 0}
+    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 2, "noise": 0, "agreement": 0}
     return settings(pruning=rule | changed, startup_trials=99, points=[])
 
 
@@ -63,6 +63,17 @@ def test_trial_pauses_and_continues_when_it_is_among_the_best(tmp_path: Path) ->
     assert again.ask([1], 9) == (0, again.trials()[0].params), "half of four"
     assert (states(again)[0], again.running()) == (("RUNNING", 1), [0, 1])
     assert report(again, 0, 0.3, 0.4) == [False, True], "the first rung is passed, and the second one has no peer"
+
+
+def test_no_trial_pauses_before_a_rung_is_known_to_predict_the_end(tmp_path: Path) -> None:
+    study = StudyStore.open(tmp_path, promote(agreement=0.8, after_trials=3))
+    ask(study, 5)
+    for number, early in enumerate((0.1, 0.2, 0.3)):
+        assert report(study, number, early, 0.1, 0.1, early) == [False] * 4
+        study.complete(number)
+    assert report(study, 3, 0.1) == [True], "the order of three trials was the same at epoch 1 and at the end"
+    again = StudyStore.open(tmp_path, promote(agreement=0.8, after_trials=3))
+    assert report(again, 4, 0.4, 0.0) == [False, False], "at epoch 2 all of them were equal"
 
 
 def test_difference_within_noise_pauses_no_trial(tmp_path: Path) -> None:
