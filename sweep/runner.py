@@ -213,7 +213,8 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
                 mirror.check()
 
         if (kept := continued(config, folder)) != config:  # the mirror may have brought the folder
-            listener.say(f"model.prompt.bos: {kept.model.prompt.bos}, as the existing trials were trained")
+            for key in sorted(key for key, value in flat(kept).items() if flat(config).get(key) != value):
+                listener.say(f"{key}: {flat(kept)[key]}, as the existing trials were trained")
             config, resolved = kept, None
         claim_folder(config, folder)
         if orphans := end_orphans(folder):

@@ -13,7 +13,7 @@ from data.errors import ConfigError
 from sweep.config.files import load, write
 from sweep.config.loader import flat
 from sweep.config.schema import Config
-from sweep.config.space import Axis
+from sweep.config.space import Axis, SearchConfig
 
 Verdict = Literal["accepted", "refused"]
 # Settings that may change, with what the user should know.
@@ -171,12 +171,19 @@ def continued(config: Config, folder: Path) -> Config:
     """Return the configuration with which the sweep in a folder continues.
 
     `model.prompt.bos: auto` leaves the choice to the sweep, and one that has started keeps what its trials read: before
-    the setting existed, that was always BOS.
+    the setting existed, that was always BOS. So does the default of `search.pruning`: before `kind` existed, it was
+    always `stop`, and a mapping without a kind means that.
     """
     path = folder / "config.yaml"
-    if config.model.prompt.bos != "auto" or not path.exists():
+    if not path.exists():
         return config
-    return config.with_values({"model.prompt.bos": load(str(path)).model.prompt.bos})
+    started, kept = load(str(path)), dict[str, object]()
+    if config.model.prompt.bos == "auto":
+        kept["model.prompt.bos"] = started.model.prompt.bos
+    is_default = config.search.pruning == SearchConfig().pruning
+    if is_default and started.search.pruning is not None and started.search.pruning.kind == "stop":
+        kept["search.pruning"] = started.search.pruning.model_dump()
+    return config.with_values(kept) if kept else config
 
 
 def claim_folder(config: Config, folder: Path) -> None:

@@ -323,7 +323,10 @@ class SearchConfig(Section):
         description="noise: end the sweep once twice as many trials are expected to gain less than the noise between "
         "two trainings. null: never.",
     )
-    pruning: PruningConfig | None = Field(PruningConfig(), description="null: no trial is pruned.")
+    pruning: PruningConfig | None = Field(
+        PruningConfig(kind="promote"),
+        description="null: no trial is pruned. Where it is given without a kind, that is stop.",
+    )
     sampler: Literal["auto", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = Field(
         "auto",
         description="Optuna's sampler. auto: chosen by the size and the kind of the space, as the plan says.",
@@ -396,7 +399,8 @@ class SearchConfig(Section):
             assert rule is not None
             done, before = done + going * (rung - before), rung
             # That many are never pruned.
-            first = min(going, rule.finish if rule.kind == "promote" else rule.after_trials - 1)
+            never = rule.after_trials if rule.agreement else rule.after_trials - 1
+            first = min(going, max(never, rule.finish) if rule.kind == "promote" else never)
             going = first + (going - first) * (rule.audit + (1 - rule.audit) * rule.keep)
         return (done + going * (last - before)) / (trials * last)
 

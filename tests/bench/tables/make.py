@@ -68,7 +68,7 @@ def small() -> Config:
     parts = CorpusConfig(split=SplitConfig(fractions=(0.55, 0.36, 0.09)))  # twelve sessions train, eight validate
     corpus = made("search-corpus", lambda folder: prepare(synthetic.corpus(sessions=22, turns=40), folder, parts))
     space = {
-        MODALITY: ["speech", "text"],
+        MODALITY: ["speech"],
         "model.adapter.kind": {"choices": ["pool", "conv"], "when": {MODALITY: ["speech"]}},
         "model.lora.rank": [2, 16],
         "train.batch_size": [4, 8],
@@ -100,7 +100,9 @@ def six() -> Config:
 
 SMALL_RATES, SIX_RATES = rates(5e-4, 2e-2, 6), rates(3e-4, 3e-2, 7)
 RECIPES = {
-    "small": Recipe("tiny models, 440 synthetic clips, 5 epochs", small, {RATE: SMALL_RATES}, (0.25, 1.0)),
+    "small": Recipe(
+        "tiny models on the audio of 440 synthetic clips, 5 epochs", small, {RATE: SMALL_RATES}, (0.25, 1.0)
+    ),
     "six": Recipe("tiny models, 264 synthetic clips, 8 epochs", six, {RATE: SIX_RATES}, (0.25, 1.0)),
 }
 
