@@ -1,5 +1,6 @@
 """With `kind: promote`, trials pause at rungs and continue when they are among the best there; any kill is survived."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from unittest.mock import Mock
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
+from sweep.analysis.predictions import objective_error
 from sweep.config.schema import Config
 from sweep.durability.retention import prune_checkpoints
 from sweep.execution.tune import StudySearcher
 from sweep.search.study import StudyStore
-from tests.sweep.common import ask, report, settings
+from tests.conftest import LABELS
+from tests.sweep.common import CODE, ask, report, settings
 from tests.sweep.tracked import append, runs, track
 
 VALUES = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8]  # of each trial, at every epoch
@@ -89,6 +92,21 @@ def test_difference_within_noise_pauses_no_trial(tmp_path: Path) -> None:
     again = StudyStore.open(tmp_path, promote(noise=1.0))
     assert again.trials()[2].errors == {1: 0.04}, "it is stored, since predictions are written again"
     assert [again.report(2, 1, {"macro_f1": 0.57, "steps": 10}), states(again)[2]] == [False, ("RUNNING", 1)]
+
+
+def test_error_of_the_objective_is_read_from_the_predictions(tmp_path: Path) -> None:
+    folder = tmp_path / "trials/0000"
+    assert objective_error(tmp_path, 0, "accuracy") == 0, "there are none"
+    folder.mkdir(parents=True)
+    right = [(session, session != "b" or index == 0) for session in "abcd" for index in range(2)]
+    records = [
+        CODE | {"id": f"{session}/{index}", "conversation": session, "prediction": "change" if is_right else "neutral"}
+        for index, (session, is_right) in enumerate(right)
+    ]
+    (folder / "predictions.json").write_text(json.dumps({"labels": {"classify": LABELS}, "records": records}))
+    # Accuracy without session a, b, c, d: 5/6, 1, 5/6, 5/6.
+    assert objective_error(tmp_path, 0, "accuracy") == pytest.approx((3 / 4 * (3 / 24**2 + 1 / 8**2)) ** 0.5)
+    assert objective_error(tmp_path, 0, "bleu") == 0, "the task has no such metric"
 
 
 def test_best_paused_trials_are_finished_and_the_others_pruned(tmp_path: Path) -> None:
