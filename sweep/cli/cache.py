@@ -57,7 +57,9 @@ class CacheEntry:
             return f"temperature {self.about.get('temperature', '?')}"
         pool = self.about.get("pool")
         pooled = f"pooled {pool[0]} / {pool[1]}, " if isinstance(pool, list) and len(pool) == 2 else ""
-        return f"{pooled}{self.about.get('sound', '?')}"
+        layers, state = self.about.get("layers", 0), self.about.get("state", -1)
+        heard = f"up to layer {layers}, " if layers else f"layer {state}, " if state != -1 else ""
+        return f"{heard}{pooled}{self.about.get('sound', '?')}"
 
 
 @app.command("ls")

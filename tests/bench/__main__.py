@@ -18,7 +18,7 @@ from tests.bench.measure import Row
 from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
-    *("steps", "frozen", "padding", "reading", "waiting", "preparing", "memory"),
+    *("steps", "frozen", "options", "padding", "reading", "waiting", "preparing", "memory"),
     *("lean", "slots", "groups", "search", "multilora", "sweeps", "growth", "startup", "gpu"),
 )
 

@@ -118,3 +118,35 @@ def test_step_of_the_real_shapes_fits(checkpointing: bool, trains_encoder: bool,
     seconds, memory = [training_step(model, examples) for _ in range(4)][-1]
     print(f"checkpointing {checkpointing}, encoder trains {trains_encoder}: {seconds:.2f} s, {memory:.1f} GiB")
     assert memory < 40
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weighted layers": {"encoder": {"layers": "weighted"}, "trainable": "encoder+new"},
+    "LoRA on the encoder": {"encoder": {"lora": {"rank": 4, "layers": 1}}},
+    "queries over a clip": {"adapter": {"kind": "queries", "queries": 8}},
+    "queries in windows": {"adapter": {"kind": "queries", "rate": 10}},
+    "merged frames": {"adapter": {"kind": "merge", "rate": 10}},
+}
+
+
+@torch.no_grad()
+def clip_difference(models: Path, device: str, changed: dict[str, Any]) -> float:
+    """Return the largest relative difference of a clip's embeddings, in a batch against alone, in float32."""
+    path = {"path": str(models / "hubert-layer")}
+    model = build(models, device, **changed | {"encoder": path | changed.get("encoder", {})}).eval()
+    examples = clips(6, 2.0)
+    alone = [model.clips([example])[0] for example in examples]
+    pairs = zip(model.clips(examples), alone, strict=True)
+    return max(float((batched - single).abs().max() / single.abs().max()) for batched, single in pairs)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_do_not_depend_on_the_batch(option: str, models: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert clip_difference(models, "cuda", OPTIONS[option]) <= 1e-5
+
+
+def test_options_are_compared_on_tiny_models(models: Path) -> None:
+    assert clip_difference(models, "cpu", OPTIONS["merged frames"]) <= 1e-5
