@@ -127,7 +127,7 @@ class TrialDisplay:
                 f"{name} {_short(trial.params[key])}" for key, name in self.names.items() if key in trial.params
             )
             verb = f"resumes after epoch {epoch}" if epoch else "starts"
-            say(f"trial {trial.number} [cyan]{verb}[/cyan]: {escape(params)}")
+            say(f"trial {trial.number} [cyan]{verb}[/cyan]{': ' if params else ''}{escape(params)}")
         elif trial.state not in (before, "RUNNING"):
             style = STYLE[trial.state]
             value = "" if trial.value is None else f"{self.config.search.metric} {trial.value:.3f}, "

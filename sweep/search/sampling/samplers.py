@@ -34,7 +34,8 @@ def choose(config: Config) -> Choice:
         return Choice(search.sampler, "set by search.sampler")
     space = untrained(config, (), search.trials + 1)
     if space is not None and len(space) <= search.trials:
-        return Choice("grid", f"auto: search.trials is {search.trials}, so all {len(space)} combinations run")
+        runs = f"search.trials is {search.trials}, so all {len(space)} combinations run"
+        return Choice("grid", f"auto: {runs}" if len(space) > 1 else "auto: there is one configuration")
     return Choice("tpe", "auto: it learns lists, ranges and conditions alike")
 
 
