@@ -329,7 +329,7 @@ class SearchConfig(Section):
     )
     sampler: Literal["auto", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = Field(
         "auto",
-        description="Optuna's sampler. auto: chosen by the size and the kind of the space, as the plan says.",
+        description="Optuna's sampler. auto: grid where search.trials reaches all combinations, and else tpe.",
     )
     startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")
     space: dict[str, Axis] = Field({}, description="Axes, by the dotted key of the setting that they vary.")
