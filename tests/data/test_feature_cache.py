@@ -180,7 +180,7 @@ def test_examples_carry_features_of_their_clip(shards: Shards, tmp_path: Path, c
     reader = FEATURES.compute(tmp_path, shards)
     assert isinstance(reader, FeatureReader)
     batch = [*items(shards, "classify", "train"), *items(shards, "forecast", "train")]
-    [with_features] = feature_source(shards, config, reader)([batch])
+    [with_features] = feature_source(shards, config, [reader])([batch])
     [with_audio] = local_source(shards, config, True)([batch])
     rows = {shards.pcm(row).tobytes(): row for file in FEATURES.files(shards) for row in file.rows}  # type: ignore[union-attr]
     assert any(example.pcm is not None for example in with_audio)
@@ -189,7 +189,8 @@ def test_examples_carry_features_of_their_clip(shards: Shards, tmp_path: Path, c
         assert same(cached, dataclasses.replace(example, pcm=None, n_samples=length))
         assert (cached.features is None) == (example.pcm is None) == (read_item_clip(shards, item, config) is None)
         if cached.features is not None and example.pcm is not None:
-            assert np.array_equal(cached.features, features_of(shards, rows[example.pcm.tobytes()])[0])
+            [features] = cached.features
+            assert np.array_equal(features, features_of(shards, rows[example.pcm.tobytes()])[0])
 
 
 def test_training_examples_carry_teacher_logits(shards: Shards, tmp_path: Path) -> None:

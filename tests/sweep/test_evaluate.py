@@ -288,7 +288,7 @@ def test_status_and_best_json(study: StudyStore) -> None:
     assert status["trials"][2]["value"] is None
     best = strict(sweep("best", "s", "--json").out)
     config = study.trial_config(study.trials()[0]).model_dump(mode="json")
-    assert best == status["trials"][0] | {"config": config}
+    assert best == status["trials"][0] | {"recommended": 0, "config": config}
     assert (best["number"], best["value"], best["steps"]) == (0, 0.5, 20)
     out = sweep("best", "s").out.replace("\n", " ")
     assert "best: trial 0, macro_f1 0.500" in out
