@@ -15,9 +15,9 @@ install: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
-# Three processes share the tests by file: on two cores, one of them usually waits for Ray or a server.
+# Two processes share the tests by file: one waits for Ray or a server while the other computes.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def check_secrets(root: Path, outputs: dict[str, str], planted: dict[str, str], 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Type the README's commands as a newcomer would, from the demo to a sweep over a corpus with audio."""
     write(tmp_path, sessions=12).rename(tmp_path / "AnnoMI-simple.csv")
