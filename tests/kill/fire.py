@@ -18,7 +18,7 @@ from tests.kill.steps import Progress, Step, Steps, lives, redone
 from tests.kill.studies import trials
 from tests.sweep.mlflow_server import Server
 
-STUCK = 180.0  # seconds without a recovery after which there will be none
+STUCK = 300.0  # seconds without a recovery after which there will be none
 ORDERLY_SECONDS = 90.0
 SETTLE = 8.0  # seconds after a kill in which affected processes may still run
 SETTLES = {"gcs": 90.0, "raylet": 20.0}  # the same for what Ray looks for in vain before it gives up
