@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from data.config import Section, Weight
 
@@ -20,6 +20,15 @@ LayerIndex = Annotated[int, Field(ge=0)]
 Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)]
 
 
+def _list_of_one(value: object) -> object:
+    return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+Targets = Annotated[
+    Annotated[list[str], Field(min_length=1)] | Literal["all-linear"], BeforeValidator(_list_of_one)
+]  # linear layers that LoRA adapts
+
+
 class EncoderLora(Section):
     """Low-rank adaptation of the encoder (Hu et al., 2021, arXiv 2106.09685)."""
 
@@ -28,7 +37,7 @@ class EncoderLora(Section):
     alpha_ratio: Positive | None = Field(
         None, description="alpha / rank, which replaces alpha: the same scale at any rank."
     )
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+    targets: Targets = Field(
         ["q_proj", "v_proj"],
         description="Names of the linear layers that are adapted, or all-linear. Conformers name theirs linear_q and "
         "linear_v.",
@@ -38,11 +47,6 @@ class EncoderLora(Section):
         description="Number of upper layers that are adapted, counted down from the highest one that is heard; null: "
         "all. The layers below are frozen, and computed once for all trials.",
     )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _list_of_one(cls, value: object) -> object:
-        return [value] if isinstance(value, str) and value != "all-linear" else value
 
 
 class EncoderConfig(Section):
@@ -143,7 +147,7 @@ class LoraSettings(Section):
         None, description="alpha / rank, which replaces alpha: the same scale at any rank."
     )
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+    targets: Targets = Field(
         ["q_proj", "v_proj"],
         description="Names of the linear layers that are adapted, or all-linear. Fused experts of a mixture of experts "
         "are no linear layers: name them by their last two names, e.g. experts.down_proj, without dropout and DoRA.",
@@ -153,11 +157,6 @@ class LoraSettings(Section):
         description="Folder of a PEFT adapter (adapter_config.json and weights) that LoRA starts from; rank, scale and "
         "targets must be those of the adapter.",
     )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _list_of_one(cls, value: object) -> object:
-        return [value] if isinstance(value, str) and value != "all-linear" else value
 
     rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(rank) instead (arXiv 2312.03732).")
     dora: bool = Field(False, description="Learn the magnitude and the direction separately (arXiv 2402.09353).")

@@ -29,7 +29,7 @@ from model.checkpoints.base_files import (
     read_json,
 )
 from model.config import Layers
-from model.encoders.base import SpeechEncoder, Transformer, hidden_states, set_dropout
+from model.encoders.base import SpeechEncoder, hidden_states, set_dropout
 from model.encoders.masked_layers import pad_rows
 from model.encoders.whisper import WhisperEncoder
 from model.runtime.memory import cached
@@ -98,11 +98,6 @@ class GraniteSpeechEncoder(AudioLLMEncoder):
         self.hop: int = settings["hop_length"]
         # The spectrogram reflects half a window at both ends, and two steps make a frame.
         self.min_samples = max(settings["n_fft"] // 2 + 1, self.hop)
-
-    @property
-    def transformer(self) -> Transformer:
-        transformer: Transformer = self.model
-        return transformer
 
     @property
     def final_norm(self) -> nn.Module:

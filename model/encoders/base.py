@@ -189,8 +189,9 @@ class SpeechEncoder(nn.Module):
 
     @property
     def transformer(self) -> Transformer:
-        """The module whose `layers` are the transformer's."""
-        raise NotImplementedError
+        """The module whose `layers` are the transformer's; by default the model itself."""
+        transformer: Transformer = self.model
+        return transformer
 
     @property
     def final_norm(self) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 
-from model.encoders.base import SpeechEncoder, Transformer
+from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import pad_rows, valid_mask
 
 Pieces = TypeVar("Pieces", np.ndarray, range)
@@ -58,11 +58,6 @@ class WhisperEncoder(SpeechEncoder):
         if self.context == "clip":
             return self._transformer_frames(n_samples)
         return -(-n_samples // self.window) * self._transformer_frames(self.window)
-
-    @property
-    def transformer(self) -> Transformer:
-        transformer: Transformer = self.model
-        return transformer
 
     @property
     def final_norm(self) -> nn.Module:

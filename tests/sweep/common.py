@@ -75,6 +75,18 @@ def play(study: StudyStore, target: int) -> Iterator[Asked]:
         yield asked
 
 
+def whole_and_resumed(folder: Path, config: Config) -> tuple[list[Asked], list[Asked]]:
+    """Return nine trials of a search in `one`, and of one in `many` that is killed after each ask and each trial."""
+    for name in ("one", "many"):
+        (folder / name).mkdir()
+    whole, resumed = list(play(StudyStore.open(folder / "one", config), 9)), list[Asked]()
+    for target in range(1, 10):
+        cut = StudyStore.open(folder / "many", config).ask([], target)
+        resumed += play(StudyStore.open(folder / "many", config), target)
+        assert resumed[-1] == cut
+    return whole, resumed
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""

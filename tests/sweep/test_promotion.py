@@ -68,7 +68,7 @@ def test_trial_pauses_and_continues_when_it_is_among_the_best(tmp_path: Path) ->
     assert report(again, 0, 0.3, 0.4) == [False, True], "the first rung is passed, and the second one has no peer"
 
 
-def test_no_trial_pauses_before_a_rung_is_known_to_predict_the_end(tmp_path: Path) -> None:
+def test_no_trial_pauses_before_a_rung_predicts_the_end(tmp_path: Path) -> None:
     study = StudyStore.open(tmp_path, promote(agreement=0.8, after_trials=3))
     ask(study, 5)
     for number, early in enumerate((0.1, 0.2, 0.3)):

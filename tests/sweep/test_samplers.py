@@ -1,6 +1,5 @@
 """Every sampler keeps the promises of a search: conditions, no repeats, the same draws after a kill."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from sweep.search.sampling.samplers import choose
 from sweep.search.space_checks import check_requests, notes
 from sweep.search.stopping import total_trials
 from sweep.search.study import StudyStore
-from tests.sweep.common import POINTS, SPACE, Asked, play, settings
+from tests.sweep.common import POINTS, SPACE, play, settings, whole_and_resumed
 
 RANK, RATE, MODALITY = "model.lora.rank", "train.learning_rate", "model.modality"
 RANGES: dict[str, Any] = SPACE | {"train.warmup": {"low": 0.0, "high": 0.3}}
 FINITE: dict[str, Any] = SPACE | {RATE: {"low": 0.001, "high": 0.003, "step": 0.001}}
 SIZE = 3 * 3 * (2 + 1)
-CMAES = pytest.mark.skipif(find_spec("cmaes") is None, reason="needs the extra cmaes")
-SAMPLERS = ["tpe", "gp", pytest.param("cmaes", marks=CMAES), "qmc", "random", "grid"]
+SAMPLERS = ["tpe", "gp", "cmaes", "qmc", "random", "grid"]
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
@@ -32,15 +30,7 @@ def searching(sampler: str, **search: Any) -> Config:
 
 @every_sampler
 def test_killed_search_draws_the_same_trials(sampler: str, tmp_path: Path) -> None:
-    for name in ("one", "many"):
-        (tmp_path / name).mkdir()
-    config = searching(sampler)
-    whole = list(play(StudyStore.open(tmp_path / "one", config), 9))
-    resumed: list[Asked] = []
-    for target in range(1, 10):
-        cut = StudyStore.open(tmp_path / "many", config).ask([], target)
-        resumed += play(StudyStore.open(tmp_path / "many", config), target)
-        assert resumed[-1] == cut
+    whole, resumed = whole_and_resumed(tmp_path, config := searching(sampler))
     assert resumed == whole
     assert POINTS[0].items() <= whole[0][1].items()
     for _, values in whole:
@@ -57,7 +47,7 @@ def test_finite_space_is_exhausted_without_repeats(sampler: str, tmp_path: Path)
     assert len(asked) == len({repr(values) for _, values in asked}) == total_trials(config, []) == 6
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", pytest.param("cmaes", marks=CMAES)])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
 def test_sampler_learns_and_avoids_infeasible_values(sampler: str, tmp_path: Path) -> None:
     """The objective rises with the warm-up; trials with a rank above 8 run out of memory."""
     config = searching(sampler, points=[], startup_trials=5)

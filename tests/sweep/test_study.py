@@ -15,7 +15,7 @@ from sweep.config.files import dump, load
 from sweep.config.schema import Config
 from sweep.execution.tune import common_fault
 from sweep.search.study import Reason, State, StudyStore, TrialRecord
-from tests.sweep.common import POINTS, Asked, ask, play, report
+from tests.sweep.common import POINTS, Asked, ask, play, report, whole_and_resumed
 from tests.sweep.stores import every_storage, postgres, pruned, settings, shared_sqlite, storage  # noqa: F401
 
 RANK, RATE = "model.lora.rank", "train.learning_rate"
@@ -108,15 +108,9 @@ def test_resume_starts_with_unfinished_trials(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pruning", ["none", "all", "audited"])
 def test_resumed_search_draws_the_same_trials(pruning: str, tmp_path: Path) -> None:
     config = settings() if pruning == "none" else pruned(audit=0.4 if pruning == "audited" else 0.0)
-    for name in ("one", "many"):
-        (tmp_path / name).mkdir()
-    whole = list(play(one := StudyStore.open(tmp_path / "one", config), 9))
-    resumed: list[Asked] = []
-    for target in range(1, 10):
-        cut = StudyStore.open(tmp_path / "many", config).ask([], target)
-        resumed += play(StudyStore.open(tmp_path / "many", config), target)
-        assert resumed[-1] == cut
+    whole, resumed = whole_and_resumed(tmp_path, config)
     assert resumed == whole
+    one = StudyStore.open(tmp_path / "one", config)
     assert StudyStore.open(tmp_path / "many", config).trials() == one.trials()
     assert {trial.state for trial in one.trials()} == {"COMPLETE", *(["PRUNED"] if config.search.pruning else [])}
     assert any(trial.exempted_at for trial in one.trials()) == (pruning == "audited")
