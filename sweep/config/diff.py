@@ -13,7 +13,8 @@ from data.errors import ConfigError
 from sweep.config.files import load, write
 from sweep.config.loader import flat
 from sweep.config.schema import Config
-from sweep.config.space import Axis, SearchConfig
+from sweep.config.search import SearchConfig
+from sweep.config.space import Axis
 
 Verdict = Literal["accepted", "refused"]
 # Settings that may change, with what the user should know.

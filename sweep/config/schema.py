@@ -10,7 +10,8 @@ from data.loading.tasks import TASKS
 from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.config.loader import flat, problems_error, validate, with_value
-from sweep.config.space import LEAST_EPOCHS, Axis, SearchConfig
+from sweep.config.search import LEAST_EPOCHS, SearchConfig
+from sweep.config.space import Axis
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 COST_OBJECTIVES = ("gpu_seconds", "seconds", "steps")  # objectives beside the metrics of the tasks

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sweep.config.space import PruningConfig
+from sweep.config.search import PruningConfig
 
 GOLDEN = Fraction(618_033_988_749_895, 10**15)  # its multiples spread evenly over [0, 1)
 

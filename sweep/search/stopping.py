@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from sweep.config.schema import Config
-from sweep.config.space import LEAST_EPOCHS
+from sweep.config.search import LEAST_EPOCHS
 from sweep.search.candidates import untrained
 from sweep.search.cost import Spending, spent_budget
 

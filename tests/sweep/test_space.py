@@ -11,7 +11,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from data.errors import ConfigError
 from sweep.config.schema import parse
-from sweep.config.space import Axis, PruningConfig, SearchConfig
+from sweep.config.search import PruningConfig, SearchConfig
+from sweep.config.space import Axis
 from sweep.search import candidates
 from sweep.search.pruning import better, is_audited, prune
 from tests.sweep.common import FROZEN, TUNED
