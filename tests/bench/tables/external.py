@@ -26,7 +26,7 @@ AXES = {
     "learning_rate_init": ("train.learning_rate", slice(None)),
     "width": ("model.lora.rank", slice(1, None, 2)),
 }
-DATA, SEEDS = "phoneme", 2
+DATA, SEEDS = "phoneme", 5
 
 
 def main(folder: Path) -> None:

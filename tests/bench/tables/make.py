@@ -2,7 +2,7 @@
 
     python -m tests.bench.tables.make small six
 
-A number after the name, six:0, trains only with that seed.
+A number after the name, six:0, trains only with that seed, and a second one, six:0:1.0, on that share of the data.
 
 Trainings run one after another in this process, with cached features and warm models. What is done is kept in the
 benchmark's cache, so the command may be ended and rerun. A share of the data is nested: the first sessions of an order
@@ -40,7 +40,7 @@ from tests.bench.materials import CACHE, compute, made
 from tests.bench.tables.table import Table, write
 
 RATE, MODALITY = "train.learning_rate", "model.modality"
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 MEMORY = "/dev/shm"  # so that checkpoints wait for no disk
 
 
@@ -133,7 +133,7 @@ def keep_share(data: TrialData, share: float, seed: int) -> None:
 
 def trained(config: Config, share: float) -> list[dict[str, Any]]:
     """Train a configuration, and return for each epoch its metrics, and the objective's sums by session."""
-    features = compute(ENCODER_FEATURES.request(config, CACHE)).folder if config.model.uses_audio else None
+    features = compute(requests) if (requests := ENCODER_FEATURES.requests(config, CACHE)) else ()
     model, data = build(config, "local", ("train", "val"), "cpu", CacheFolders(features))
     if share < 1:
         keep_share(data, share, config.seed)
@@ -158,7 +158,7 @@ def trained(config: Config, share: float) -> list[dict[str, Any]]:
     return curve
 
 
-def make(name: str, only: str = "") -> None:
+def make(name: str, seed_only: str = "", share_only: str = "") -> None:
     """Train what is missing of a table; write it once nothing is."""
     recipe = RECIPES[name]
     config, path = recipe.settings(), CACHE / f"table-{name}.jsonl"
@@ -168,7 +168,7 @@ def make(name: str, only: str = "") -> None:
     jobs = [(seed, share, point) for share in reversed(recipe.shares) for seed in SEEDS for point in grid]
     for number, (seed, share, point) in enumerate(jobs):
         key = json.dumps([point, share, seed], sort_keys=True)
-        if key in known or (only and int(only) != seed):
+        if key in known or int(seed_only or seed) != seed or float(share_only or share) != share:
             continue
         known[key] = trained(config.for_trial(point).model_copy(update={"seed": seed}), share)
         with path.open("a") as file:
