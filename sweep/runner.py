@@ -56,9 +56,11 @@ from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
 from sweep.search.cost import budget_lines
 from sweep.search.sampling.samplers import choose
+from sweep.search.sampling.ties import reserved
 from sweep.search.space_checks import check_requests, notes
 from sweep.search.stopping import ended_early, total_trials
-from sweep.search.study import StudyBases, StudyStore, TrialRecord, best_first
+from sweep.search.study import StudyStore, TrialRecord, best_first
+from sweep.search.study_storage import StudyBases
 from sweep.tracking.access import check_access, tracking_uri
 from sweep.tracking.dataset import Corpus
 from sweep.tracking.tracker import Tracker, is_sent, server_has_all
@@ -383,8 +385,10 @@ class SweepRunner:
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
             estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
             say(f"sampler: {choose(self.config)}")
+            if kept := reserved(self.config):
+                say(f"further seeds: up to {kept} of {self.config.search.trials} trials, of tied configurations")
             for line in budget_lines(self.config, self.study.trials()):
-                say(f"budget: {line} spent; the sweep may end before the plan")
+                say(f"budget: {line} spent")
             say(format_estimate(self.config, estimate, slots))
             save_estimate(self.folder, estimate)
             started = time.monotonic()

@@ -29,7 +29,8 @@ from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.paths import shell_command, trial_folder
 from sweep.config.schema import Config
-from sweep.config.space import FOLD, Value, whole
+from sweep.config.space import FOLD, SEED, Value, whole
+from sweep.search.sampling.ties import fresh_seeds
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 FILE = "confirmed.json"  # in the folder of the sweep that confirms
 TEST = "test.json"  # in a trial's folder: its predictions of the test split
 BY_SEEDS, BY_FOLDS = "-confirm", "-folds"  # what the name of such a folder ends with
-SEED = "seed"
-FIRST_SEED = 1000  # fresh seeds start here
 WARM_START_KEYS = ("model.init_from", "model.adapter.init_from", "model.lora.init_from")
 Params = dict[str, Value]
 
@@ -149,7 +148,8 @@ def without_seed(params: Mapping[str, Value]) -> Params:
 def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | None = None) -> Config:
     """Return the sweep that trains each of the best configurations under each fresh seed, on each fold if asked.
 
-    A plan with larger numbers contains the former plan.
+    A plan with larger numbers contains the former plan. What the search has trained as further seeds is not in it, so
+    there may be no points.
 
     Args:
         study: of the search.
@@ -174,7 +174,9 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
         _check_folds(config, best, folds)
     fresh = fresh_seeds(config, seeds)
     parts: list[Params] = [{FOLD: fold} for fold in range(folds or 0)] or [{}]
+    done = [] if folds else [training.params for _, training in _repeats(study.trials(), folder)]
     wanted = [{**values, SEED: seed, **part} for seed in fresh for values in best for part in parts]
+    wanted = [point for point in wanted if point not in done]
     path = confirm_folder(folder, folds) / "config.yaml"
     before = load(str(path)).search.points if path.exists() else []
     points = [*before, *(point for point in wanted if point not in before)]
@@ -186,8 +188,9 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
             "name": config.name + suffix,
             "search.space": space | {SEED: sorted(planned_seeds)},
             "search.points": points,
-            "search.trials": len(points),
+            "search.trials": max(1, len(points)),
             "search.pruning": None,
+            "search.tie_share": 0.0,
             "search.learn_from": None,
             "search.metrics": None,
             "search.budget": None,
@@ -219,23 +222,6 @@ def _check_folds(config: Config, best: Sequence[Mapping[str, Value]], folds: int
             )
 
 
-def fresh_seeds(config: Config, count: int) -> list[int]:
-    """Return seeds that no trial of the search had.
-
-    Raises:
-        UserError: the search draws from the seeds that are reserved for this.
-    """
-    axis = config.search.space.get(SEED)
-    candidates = range(FIRST_SEED, FIRST_SEED + count + len((axis and axis.choices) or []) + 1)
-    used = {seed for seed in candidates if seed == config.seed or (axis is not None and axis.contains(seed))}
-    fresh = [seed for seed in candidates if seed not in used][:count]
-    if len(fresh) < count:
-        raise UserError(
-            f"search.space.{SEED}: seeds from {FIRST_SEED} on are reserved for `sweep confirm`; use lower seeds"
-        )
-    return fresh
-
-
 def confirm(
     study: StudyStore,
     folder: Path,
@@ -258,21 +244,22 @@ def confirm(
         UserError: no training is complete, or a base model has changed since.
     """
     config, retrained = study.config, confirm_folder(folder, folds)
-    groups = _groups(best_first(config, study.trials()), StudyStore.of(retrained).trials(), folds or 1)
+    trials = study.trials()
+    trainings = [] if folds else _repeats(trials, folder)
+    if (retrained / "config.yaml").exists():
+        again = StudyStore.of(retrained).trials()
+        trainings = [*((trial_folder(retrained, trial.number), trial) for trial in again), *trainings]
+    groups = _groups(best_first(config, trials), trainings, folds or 1)
     if not groups:
         on_folds = " on every fold" if folds else ""
         command = shell_command("sweep", "status", retrained)
         raise UserError(f"{retrained}: no training is complete{on_folds} yet; `{command}` shows them")
-    sums, task = objective(config, trial_folder(retrained, next(iter(groups[0][1].values()))[0].number))
+    sums, task = objective(config, next(iter(groups[0][1].values()))[0])
 
     def predicted(read: Callable[[Path], list[Record]]) -> list[list[list[Record]]]:
         """Return the records of each configuration by seed, those of all folds together."""
         return [
-            [
-                [record for trial in trials for record in read(trial_folder(retrained, trial.number))]
-                for trials in by_seed.values()
-            ]
-            for _, by_seed in groups
+            [[record for path in paths for record in read(path)] for paths in by_seed.values()] for _, by_seed in groups
         ]
 
     val = predicted(lambda path: read_predictions(path)[task][1])
@@ -300,23 +287,39 @@ def confirm(
         for index in order[1:]
     ]
     confirmation = Confirmation(config.search.metric, folds, [confirmed[index] for index in order], pairs)
+    retrained.mkdir(exist_ok=True)
     write_file(retrained / FILE, json.dumps(confirmation.to_json()))
     return confirmation
 
 
+def _repeats(trials: Sequence[TrialRecord], folder: Path) -> list[tuple[Path, TrialRecord]]:
+    """Return the further seeds that the search has trained, with their folders; those whose checkpoint was deleted
+    cannot predict the test split any more."""
+    paths = [(trial_folder(folder, trial.number), trial) for trial in trials if trial.repeats is not None]
+    if not paths:
+        return []
+    from model.checkpoints.checkpoint import FILE as CHECKPOINT  # imports torch, which readers of results need not
+
+    return [
+        (path, trial)
+        for path, trial in paths
+        if trial.state == "COMPLETE" and ((path / CHECKPOINT).exists() or (path / TEST).exists())
+    ]
+
+
 def _groups(
-    searched: Sequence[TrialRecord], retrained: Sequence[TrialRecord], parts: int
-) -> list[tuple[TrialRecord, dict[int, list[TrialRecord]]]]:
-    """Return the confirmed trials of the search, each with its trainings by seed: those that are complete on all parts
-    of the data."""
-    groups: list[tuple[TrialRecord, dict[int, list[TrialRecord]]]] = []
+    searched: Sequence[TrialRecord], retrained: Sequence[tuple[Path, TrialRecord]], parts: int
+) -> list[tuple[TrialRecord, dict[int, list[Path]]]]:
+    """Return the confirmed trials of the search, each with the folders of its trainings by seed: those that are
+    complete on all parts of the data."""
+    groups: list[tuple[TrialRecord, dict[int, list[Path]]]] = []
     for trial in searched:
         params = without_seed(trial.params)
-        by_seed: dict[int, list[TrialRecord]] = {}
-        for training in retrained:
+        by_seed: dict[int, list[Path]] = {}
+        for path, training in retrained:
             if training.state == "COMPLETE" and without_seed(training.params) == params:
-                by_seed.setdefault(whole(training.params[SEED]), []).append(training)
-        by_seed = {seed: trainings for seed, trainings in by_seed.items() if len(trainings) == parts}
+                by_seed.setdefault(whole(training.params[SEED]), []).append(path)
+        by_seed = {seed: by_seed[seed][:parts] for seed in sorted(by_seed) if len(by_seed[seed]) >= parts}
         if by_seed and params not in [without_seed(first.params) for first, _ in groups]:
             groups.append((trial, by_seed))
     return groups

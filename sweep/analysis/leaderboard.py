@@ -13,10 +13,12 @@ from sweep.analysis.predictions import interval_around
 from sweep.analysis.results import progress, ranked, short_names
 from sweep.analysis.view import Column, TableView
 from sweep.config.schema import Config
+from sweep.config.space import SEED
 from sweep.search import pruning_audit
 from sweep.search.corpus_notes import read_ceilings, read_corpus_notes
 from sweep.search.cost import format_device_hours
 from sweep.search.sampling.objectives import front_line, objective_values, pareto_front
+from sweep.search.sampling.ties import Trained, by_mean
 from sweep.search.study import TrialRecord, best_first, keeps_best
 
 METRICS = ("macro_f1", "accuracy", "bleu", "rouge_l", "perplexity")  # beside the objective, where a task has them
@@ -60,6 +62,9 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
 
     columns = [Column("#", group="trial"), Column("state", is_text=True, group="trial")]
     columns += [Column(objective, group="trial")]
+    trained = {configuration.number: configuration for configuration in by_mean(config, trials)}
+    has_seeds = any(trial.repeats is not None for trial in trials)
+    columns += [Column(name, group="trial") for name in (("seed", "mean of seeds") if has_seeds else ())]
     others = config.search.objectives[1:]
     front = {trial.number for trial in pareto_front(config, trials)}
     metrics = [name for name in metrics if name not in others]
@@ -82,6 +87,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
                 format_state(config, trial),
                 _with_interval(folder, trial, objective, trial.value, 3),
                 *([str(trial.epoch)] if "best" in kept else []),
+                *(_seeds(config, trial, trained.get(trial.number)) if has_seeds else ()),
                 *(
                     "" if math.isnan(value) else f"{value:.4g}"
                     for value in objective_values(config, 0.0, trial.metrics)[1:]
@@ -116,6 +122,15 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
             if _is_remarkable(trial)
         ],
     )
+
+
+def _seeds(config: Config, trial: TrialRecord, trained: Trained | None) -> tuple[str, str]:
+    """Return the seed of a trial, and the mean of all seeds of its configuration, or which trial has that."""
+    seed = str(trial.params.get(SEED, config.seed))
+    if trial.repeats is not None:
+        return seed, f"of #{trial.repeats}"
+    several = trained is not None and len(trained.values) > 1
+    return seed, f"{format_number(trained.mean)} ({len(trained.values)})" if trained and several else ""
 
 
 def store_intervals(config: Config, folder: Path, trial: TrialRecord) -> None:

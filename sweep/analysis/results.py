@@ -28,6 +28,7 @@ class TrialJson(TypedDict):
     steps: int
     epochs: int  # that it has trained for
     epoch: int  # whose value, metrics and weights are its result
+    repeats: int | None  # number of the trial whose configuration it trains with a fresh seed
     audited: bool
     spared: int | None
     attempts: int | None
@@ -37,12 +38,18 @@ class TrialJson(TypedDict):
 
 
 def ranked(config: Config, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the complete trials, best first, and behind them the others by the epochs that they reached."""
-    sign = -1 if config.search.direction == "maximize" else 1
+    """Return the complete trials, best first, and behind them the others by the epochs that they reached.
 
-    def key(trial: TrialRecord) -> tuple[int, int, float, int]:
-        reached = 0 if trial.state == "COMPLETE" else -len(trial.curve)
-        return ORDER.index(trial.state), reached, sign * (trial.value if trial.value is not None else 0), trial.number
+    The further seeds of a configuration follow its first trial.
+    """
+    sign = -1 if config.search.direction == "maximize" else 1
+    places = {trial.number: place for place, trial in enumerate(best_first(config, trials))}
+
+    def key(trial: TrialRecord) -> tuple[int, float, float, int]:
+        if trial.state == "COMPLETE":
+            return 0, places.get(trial.number if trial.repeats is None else trial.repeats, 0), 0, trial.number
+        value = sign * (trial.value if trial.value is not None else 0)
+        return ORDER.index(trial.state), -len(trial.curve), value, trial.number
 
     return sorted(trials, key=key)
 
@@ -129,6 +136,7 @@ def trial_json(trial: TrialRecord, run_id: str | None, attempts: int | None = No
         "steps": trial.steps,
         "epochs": len(trial.curve),
         "epoch": trial.epoch,
+        "repeats": trial.repeats,
         "audited": trial.audited,
         "spared": trial.exempted_at,
         "attempts": attempts,

@@ -156,7 +156,7 @@ def confirm(
         raise UserError(study.other_bases_message(changes))
     conditions = f"{seeds} fresh seed{'s' if seeds > 1 else ''}" + (f" on {folds} folds" if folds else "")
     console.print(f"{len(planned.search.points)} trainings of the best {top} with {conditions}, in {target.name}")
-    code = run_and_show(planned, target, allow_other_base)
+    code = run_and_show(planned, target, allow_other_base) if planned.search.points else ExitCode.DONE
     if code != ExitCode.DONE:
         sys.exit(code)
     confirmation = analysis.confirm(study, folder, folds, console.print, allow_other_base)

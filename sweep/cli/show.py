@@ -72,7 +72,7 @@ def show_table(view: "TableView") -> list[str]:
 
 def print_best(config: Config, folder: Path, best: "TrialRecord", trials: "Sequence[TrialRecord]") -> None:
     """Show the best trial, a cheaper one that is as good, and the commands that reproduce, evaluate and report it."""
-    from sweep.analysis.recommendation import recommend
+    from sweep.analysis.recommendation import recommend, tie_line
     from sweep.analysis.status import train_command
     from sweep.config.paths import shell_command
     from sweep.search.sampling.objectives import front_line
@@ -82,6 +82,8 @@ def print_best(config: Config, folder: Path, best: "TrialRecord", trials: "Seque
         print_line(f"  {key}: {value}")
     name = program("sweep")
     print_line(f"reproduce:  {train_command(folder, best.params, name)}")
+    if line := tie_line(config, trials):
+        print_line(line)
     if line := front_line(config, trials):
         print_line(line)
     elif (cheaper := recommend(config, folder, trials)) is not None:
@@ -131,6 +133,7 @@ def preview_table(preview: "Preview") -> RenderableType:
 
 def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
     from sweep.search.sampling.samplers import choose
+    from sweep.search.sampling.ties import reserved
 
     changes = [
         f"{change} ({'refused: ' if change.verdict == 'refused' else ''}{change.why})" if change.why else str(change)
@@ -147,6 +150,11 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
         yield "sampler", [str(choose(preview.config))]
     if budget := preview.config.search.budget:
         yield "budget", [f"{name}: {limit:g}" for name, limit in budget.limits().items()]
+    if kept := reserved(preview.config):
+        yield (
+            "seeds",
+            [f"up to {kept} of {preview.config.search.trials} trials are further seeds of tied configurations"],
+        )
     if preview.learns:
         yield "learns", [line.removeprefix("learns ") for line in preview.learns]
     yield "note", preview.search

@@ -21,6 +21,7 @@ Verdict = Literal["accepted", "refused"]
 ACCEPTED = {
     "search.trials": "",
     "search.stop_when": "",
+    "search.tie_share": "",
     "search.sampler": "it draws the trials from now on",
     "resources.slots": "",
     "resources.workers": "results are the same without dropout, whose random numbers depend on the workers",

@@ -11,7 +11,7 @@ from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.config.loader import flat, problems_error, validate, with_value
 from sweep.config.search import LEAST_EPOCHS, SearchConfig
-from sweep.config.space import Axis
+from sweep.config.space import SEED, Axis
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 COST_OBJECTIVES = ("gpu_seconds", "seconds", "steps")  # objectives beside the metrics of the tasks
@@ -144,6 +144,11 @@ class Config(Section):
                 f"search.stop_when: noise is read from {LEAST_EPOCHS} epochs or more, and train.epochs is "
                 f"{self.train.epochs}; set stop_when to null, or a budget"
             )
+        if self.search.tie_share and SEED in self.search.space:
+            problems.append(
+                f"search.tie_share: {self.search.tie_share:g} is for further seeds, and seed is an axis of "
+                "search.space; leave one out"
+            )
         metrics = metric_names(tasks)
         problems += self._objective_problems(metrics)
         if self.search.metric not in metrics:
@@ -176,6 +181,11 @@ class Config(Section):
         if search.rule is not None:
             problems.append(
                 "search.pruning: several objectives are not pruned; set it to null, or leave search.metrics out"
+            )
+        if search.tie_share:
+            problems.append(
+                f"search.tie_share: {search.tie_share:g}, and ties are those of one objective; set it to 0, or leave "
+                "search.metrics out"
             )
         if search.sampler in ("gp", "cmaes"):
             problems.append(

@@ -124,6 +124,11 @@ class SearchConfig(Section):
         description="noise: end the sweep once twice as many trials are expected to gain less than the noise between "
         "two trainings. null: never.",
     )
+    tie_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of the trials and of the budget that is kept for further seeds of the best configurations, "
+        "as far as they are tied within noise. 0: none.",
+    )
     pruning: PruningConfig | None = Field(
         PruningConfig(kind="promote"),
         description="null: no trial is pruned. Where it is given without a kind, that is stop.",

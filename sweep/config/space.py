@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Value = JsonValue  # of a setting; lists and mappings are values, too
 Stored = bool | int | float | str | None  # a value as Optuna stores it
 Values = dict[str, Value]  # of axes, by dotted key
-EPOCHS, FOLD = "train.epochs", "data.fold"
+EPOCHS, FOLD, SEED = "train.epochs", "data.fold", "seed"
 
 
 class Sampler(Protocol):

@@ -10,6 +10,7 @@ from model.checkpoints.checkpoint import DAMAGED, FILE, PREVIOUS
 from model.checkpoints.fencing import TrialLock
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
+from sweep.search.sampling.ties import reserved
 from sweep.search.study import StudyStore, best_first
 
 BYTES_PER_PARAMETER = 3 * 4  # of a parameter that trains: itself in fp32, and the two moments of AdamW
@@ -25,7 +26,7 @@ class DiskNeed(NamedTuple):
 
 
 def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
-    """Delete the checkpoints of ended trials, except those of the best `storage.keep` complete ones.
+    """Delete the checkpoints of ended trials, except those of the best `storage.keep` complete ones and their seeds.
 
     Nothing of running trials is deleted. Of a paused trial the last checkpoint is kept, from which it continues.
     Repeating it, also after a kill, deletes the rest or nothing.
@@ -40,7 +41,7 @@ def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
         return []
     trials = study.trials()
     kept = {trial.number for trial in best_first(study.config, trials)[: study.config.storage.keep]}
-    kept |= {trial.number for trial in trials if trial.state == "PAUSED"}
+    kept |= {trial.number for trial in trials if trial.state == "PAUSED" or trial.repeats in kept}
     idle = [trial.number for trial in trials if trial.state != "RUNNING"]
     return [number for number in idle if _delete(trial_folder(folder, number), keep_last=number in kept)]
 
@@ -69,7 +70,7 @@ def disk_need(config: Config, trained_parameters: int, concurrent: int) -> DiskN
     each = BYTES_PER_PARAMETER * trained_parameters + OVERHEAD
     trials, running = config.search.trials, min(concurrent, config.search.trials)
     keeps_all = config.storage.keep is None or (config.search.rule is not None and config.search.rule.kind == "promote")
-    ended = trials - running if keeps_all else min(config.storage.keep or 0, trials)
+    ended = trials - running if keeps_all else min((config.storage.keep or 0) + reserved(config), trials)
     return DiskNeed(each, each * (COPIES * running + ended))
 
 

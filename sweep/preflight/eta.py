@@ -1,13 +1,14 @@
 """The estimated time that the remaining trials of a sweep take."""
 
 import heapq
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.config.space import Value
-from sweep.search.cost import horizon
+from sweep.search.cost import device_hours, horizon, spent
 from sweep.search.stopping import total_trials
 from sweep.search.study import TrialRecord
 
@@ -21,7 +22,10 @@ def remaining_work(
     new_epochs: float,
     epoch_seconds: Callable[[Values | None], float],
 ) -> list[float]:
-    """Return the seconds of training that each running trial and each trial to come still needs.
+    """Return the seconds of training that each running trial and each trial to come within the budget still needs.
+
+    How many steps an epoch has is known from the trials that have reported one; until then, `search.budget.steps` is no
+    limit. What `search.budget.hours` leaves out depends on when trials start, see `eta`.
 
     Args:
         config: of the sweep.
@@ -37,10 +41,41 @@ def remaining_work(
     ]
     new = max(0, total_trials(config, trials) - len(trials))
     values = [*points[:new], *[None] * (new - len(points[:new]))]
-    return running + [epoch_seconds(value) * new_epochs for value in values]
+    work = [epoch_seconds(value) * new_epochs for value in values]
+    return [*running, *_within_budget(config, trials, running, work, new_epochs)]
 
 
-def eta(work: Sequence[float], slots: int, startup: float = 0.0, trial_startup: float = 0.0) -> float:
+def _within_budget(
+    config: Config, trials: Sequence[TrialRecord], running: Sequence[float], new: Sequence[float], new_epochs: float
+) -> Sequence[float]:
+    """Return the first of some new trials, those that start before the budget is spent; see `remaining_work`."""
+    if config.search.budget is None:
+        return new
+    limits, used = config.search.budget.limits(), spent(config, trials)
+    paces = [trial.steps / len(trial.curve) for trial in trials if trial.curve]
+    steps = statistics.median(paces) if paces else 0.0
+    epochs = [horizon(config, trial.params) - len(trial.curve) for trial in trials if trial.state == "RUNNING"]
+    used["gpu_hours"] += device_hours(config, sum(running))
+    used["trials"] += sum(epochs) / config.train.epochs
+    used["steps"] += steps * sum(epochs)
+    each = {"trials": new_epochs / config.search.mean_epochs(config.train.epochs), "steps": steps * new_epochs}
+    for count, seconds in enumerate(new):
+        if any(used[name] >= limit for name, limit in limits.items() if name != "hours"):
+            return new[:count]
+        for name, amount in {**each, "gpu_hours": device_hours(config, seconds)}.items():
+            used[name] += amount
+    return new
+
+
+def seconds_left(config: Config, trials: Sequence[TrialRecord]) -> float:
+    """Return the seconds until `search.budget.hours` is spent; infinite without such a limit."""
+    limit = config.search.budget.hours if config.search.budget else None
+    return math.inf if limit is None else 3600 * max(0.0, limit - spent(config, trials)["hours"])
+
+
+def eta(
+    work: Sequence[float], slots: int, startup: float = 0.0, trial_startup: float = 0.0, last_start: float = math.inf
+) -> float:
     """Return the seconds until the last trial ends, if each worker group takes the next trial as soon as it is free.
 
     Args:
@@ -48,9 +83,12 @@ def eta(work: Sequence[float], slots: int, startup: float = 0.0, trial_startup: 
         slots: trials at a time.
         startup: seconds until a worker group can start its first trial.
         trial_startup: seconds from the start of a trial to its first step.
+        last_start: seconds after which no trial starts.
     """
     ends = [startup] * max(1, min(slots, len(work)))
     for seconds in work:
+        if ends[0] - startup >= last_start:
+            break
         heapq.heapreplace(ends, ends[0] + trial_startup + seconds)
     return max(ends)
 
@@ -71,7 +109,7 @@ def observed_eta(config: Config, trials: Sequence[TrialRecord], slots: int) -> f
     ended = [len(trial.curve) for trial in trials if trial.state not in ("RUNNING", "FAIL")]
     new_epochs = statistics.mean(ended) if ended else config.train.epochs
     work = remaining_work(config, trials, [], new_epochs, lambda _: pace)
-    return eta(work, slots) if work else None
+    return eta(work, slots, last_start=seconds_left(config, trials)) if work else None
 
 
 def format_time_left(seconds: float) -> str:

@@ -26,12 +26,12 @@ from data.loading.ray_source import ray_jobs
 from data.shards.store import LOCK, Store
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
-from sweep.config.space import Axis, Value
+from sweep.config.space import Axis, Value, Values
 from sweep.execution.cluster import ClusterError
 from sweep.preflight.cache_kind import AnyRequest
 from sweep.preflight.encoder_features import EncoderFeatures
 from sweep.preflight.teacher_logits import TeacherLogitsKind
-from sweep.search.candidates import candidates, resolve_candidate
+from sweep.search.candidates import Options, candidates, resolve_candidate
 from sweep.search.stopping import total_trials
 
 ENCODER_FEATURES, TEACHER_LOGITS = EncoderFeatures(), TeacherLogitsKind()
@@ -72,7 +72,11 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
     space = config.search.space
     for kind in (ENCODER_FEATURES, TEACHER_LOGITS):
         options = {key: _options(key, axis) for key, axis in space.items() if key.startswith(kind.axes)}
-        combinations = candidates(config, options, MAX_COMBINATIONS)
+        combinations = [
+            combination
+            for point in _only_points(config)
+            for combination in candidates(config, _with_point(options, point), MAX_COMBINATIONS)
+        ]
         for combination in combinations:
             trial = resolve_candidate(config, combination.values)
             found: list[AnyRequest] = [] if trial is None else [*kind.requests(trial, cache, config)]
@@ -84,6 +88,17 @@ def cache_requests(config: ResolvedConfig, cache: Path) -> list[WeightedRequest]
                 share += (request is deepest) / len(combinations)
                 shares[name] = WeightedRequest(kind.merged(first, request), share)
     return list(shares.values())
+
+
+def _only_points(config: Config) -> Sequence[Values]:
+    """Return the points of a search that draws nothing else; otherwise one that leaves all axes open."""
+    search = config.search
+    return search.points[: search.trials] if search.trials <= len(search.points) else [{}]
+
+
+def _with_point(options: Options, point: Values) -> Options:
+    """Return the options of the trials that take a point."""
+    return {key: [point[key]] if key in point else values for key, values in options.items()}
 
 
 def _options(key: str, axis: Axis) -> Sequence[Value]:

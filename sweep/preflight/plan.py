@@ -24,7 +24,7 @@ from sweep.execution.resources import Nodes, count_slots, memory_share
 from sweep.execution.trial import open_shards
 from sweep.preflight.checks import skeleton
 from sweep.preflight.dry_run import DryRun, DryRunResult, dry_runs_here, dry_runs_on_ray
-from sweep.preflight.eta import Values, eta, remaining_work
+from sweep.preflight.eta import Values, eta, remaining_work, seconds_left
 from sweep.preflight.feature_cache import cache_requests, cached_folders
 from sweep.preflight.plan_file import Estimate, PlanFile
 from sweep.preflight.trial_profiles import TrialProfile, matching_profiles, trial_profiles
@@ -126,7 +126,7 @@ class Plan:
         new_epochs = search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
         work = remaining_work(self.config, trials, points, new_epochs, self.epoch_seconds)
         startup = statistics.median([result.result.startup for result in self.results]) if self.results else 0.0
-        seconds = eta(work, slots, WORKER_STARTUP, startup)
+        seconds = eta(work, slots, WORKER_STARTUP, startup, seconds_left(self.config, trials))
         return Estimate(trials=search.trials, used=device_seconds(trials), work=sum(work), seconds=seconds)
 
 

@@ -17,8 +17,8 @@ from sweep.preflight.earlier_sweeps import learn
 from sweep.search.space_checks import check_requests
 from sweep.search.space_checks import notes as search_notes
 from sweep.search.stopping import total_trials
-from sweep.search.study import StudyBases, StudyStore
-from sweep.search.study_storage import has_study
+from sweep.search.study import StudyStore
+from sweep.search.study_storage import StudyBases, has_study
 
 
 @dataclass(frozen=True)

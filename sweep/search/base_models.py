@@ -13,7 +13,7 @@ from sweep.config.loader import flat
 from sweep.config.resolve import PREFIX, resolve
 from sweep.config.schema import Config
 from sweep.search.candidates import structures
-from sweep.search.study import StudyBases
+from sweep.search.study_storage import StudyBases
 
 STARTS = ("model.init_from", "model.adapter.init_from", "model.lora.init_from")  # settings that name trained weights
 

@@ -85,3 +85,11 @@ def spent_budget(config: Config, trials: Sequence[Spending]) -> str | None:
         if used[name] >= config.search.budget.limits()[name]:
             return f"search.budget is spent ({line})"
     return None
+
+
+def spent_share(config: Config, trials: Sequence[Spending]) -> float:
+    """Return the share of the budget that is spent, of the limit that comes first; 0 without a budget."""
+    if config.search.budget is None:
+        return 0.0
+    used = spent(config, trials)
+    return max(used[name] / limit for name, limit in config.search.budget.limits().items())

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from optuna.trial import FrozenTrial, TrialState
 
 from sweep.config.search import PruningConfig
+from sweep.search.sampling.ties import is_repeat
 
 GOLDEN = Fraction(618_033_988_749_895, 10**15)  # its multiples spread evenly over [0, 1)
 
@@ -85,12 +86,15 @@ class Rung(NamedTuple):
     def of(cls, runs: Sequence[FrozenTrial], epoch: int) -> "Rung":
         """Return the rung at an epoch.
 
-        Without the audit an exempted trial would not have trained beyond its rung, so it is no peer any more.
+        Without the audit an exempted trial would not have trained beyond its rung, so it is no peer any more. Neither
+        is one that trains the configuration of another one again.
         """
         reached = {
             number: trial
             for number, trial in enumerate(runs)
-            if epoch in trial.intermediate_values and epoch <= trial.user_attrs.get(EXEMPTED, epoch)
+            if epoch in trial.intermediate_values
+            and epoch <= trial.user_attrs.get(EXEMPTED, epoch)
+            and not is_repeat(trial)
         }
         return cls(
             {number: trial.intermediate_values[epoch] for number, trial in reached.items()},
@@ -173,6 +177,7 @@ def to_finish(runs: Sequence[FrozenTrial], direction: str, rule: PruningConfig) 
         trial.state == TrialState.COMPLETE
         or (trial.state == TrialState.RUNNING and trial.user_attrs.get(PASSED) == TO_THE_END)
         for trial in runs
+        if not is_repeat(trial)
     )
     paused = {number: trial.user_attrs[PAUSED] for number, trial in enumerate(runs) if is_paused(trial)}
     if finished >= rule.finish or not paused:

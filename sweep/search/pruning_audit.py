@@ -68,6 +68,7 @@ def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit
     rule, complete = config.search.rule, best_first(config, trials)
     if rule is None:
         return []
+    trials = [trial for trial in trials if trial.repeats is None]  # further seeds are never pruned
     top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
     for epoch in config.search.rungs(config.train.epochs):
         peers = {trial.number: trial.curve[epoch] for trial in trials if epoch in trial.curve}

@@ -19,21 +19,18 @@ from typing import Protocol
 from sweep.config.schema import Config
 from sweep.config.search import LEAST_EPOCHS
 from sweep.search.candidates import untrained
-from sweep.search.cost import Spending, spent_budget
+from sweep.search.cost import spent_budget
+from sweep.search.sampling.ties import Training, next_repeat
 
 MOST_COUNTED = 10_000  # trials of a finite space that are counted
 LEAST = 16  # trials that must have ended
 
 
-class Ending(Spending, Protocol):
+class Ending(Training, Protocol):
     """What the rule reads of a trial."""
 
     @property
-    def state(self) -> str: ...
-    @property
     def stopped(self) -> str: ...
-    @property
-    def value(self) -> float | None: ...
 
 
 def ended_early(config: Config, trials: Sequence[Ending]) -> str | None:
@@ -45,13 +42,20 @@ def ended_early(config: Config, trials: Sequence[Ending]) -> str | None:
     """
     if (why := spent_budget(config, trials)) is not None:
         return why
-    return (trials[-1].stopped or None) if trials and config.search.stop_when else None
+    return stopped_by_noise(config, trials)
+
+
+def stopped_by_noise(config: Config, trials: Sequence[Ending]) -> str | None:
+    """Return why the search stopped by itself, in words; None where it did not."""
+    drawn = [trial for trial in trials if trial.repeats is None]
+    return (drawn[-1].stopped or None) if drawn and config.search.stop_when else None
 
 
 def total_trials(config: Config, trials: Sequence[Ending]) -> int:
     """Return the number of trials of a sweep: `search.trials`, or fewer where the search ends before.
 
-    It does where a finite space has no more different trials, and see `ended_early`.
+    It does where a finite space has no more different trials, and see `ended_early`. Further seeds of tied
+    configurations may come after that; how many is not known before they have ended.
 
     Args:
         config: of the sweep.
@@ -60,11 +64,16 @@ def total_trials(config: Config, trials: Sequence[Ending]) -> int:
     missing = config.search.trials - len(trials)
     if missing <= 0:
         return config.search.trials
-    if ended_early(config, trials) is not None:
+    if spent_budget(config, trials) is not None:
         return len(trials)
-    most = min(missing, MOST_COUNTED)
-    left = untrained(config, {config.search.same(trial.params) for trial in trials}, most)
-    return config.search.trials if left is None or len(left) == most else len(trials) + len(left)
+    if stopped_by_noise(config, trials) is None:
+        most = min(missing, MOST_COUNTED)
+        left = untrained(config, {config.search.same(trial.params) for trial in trials}, most)
+        if left is None or len(left) == most:
+            return config.search.trials
+        if left:
+            return len(trials) + len(left)
+    return len(trials) + (next_repeat(config, trials, is_over=True) is not None)
 
 
 def gain_below_noise(config: Config, trials: Sequence[Ending]) -> str | None:
@@ -74,7 +83,7 @@ def gain_below_noise(config: Config, trials: Sequence[Ending]) -> str | None:
         config: of the sweep.
         trials: of its study, by number.
     """
-    ended = [trial for trial in trials if trial.state not in ("RUNNING", "PAUSED")]
+    ended = [trial for trial in trials if trial.state not in ("RUNNING", "PAUSED") and trial.repeats is None]
     if len(ended) < LEAST:
         return None
     gain, noise = doubling_gain(config, ended), noise_between_trainings(ended)

@@ -23,18 +23,25 @@ from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Value
 from sweep.search import pruning, retries
-from sweep.search.cost import COSTS, horizon
+from sweep.search.cost import COSTS, horizon, spent_budget
 from sweep.search.sampling import draw as sampler
+from sweep.search.sampling import ties
 from sweep.search.sampling.advice import read_earlier
 from sweep.search.sampling.history import params
-from sweep.search.stopping import ended_early, gain_below_noise
-from sweep.search.study_storage import open_study, read_study
+from sweep.search.stopping import gain_below_noise, stopped_by_noise
+from sweep.search.study_storage import (
+    StudyBases,
+    changed_bases,
+    identities,
+    open_study,
+    read_study,
+    store_bases,
+    stored_bases,
+)
 
 State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
 STOPPED = "stopped"  # user attribute of a study: after which trial the search stopped by itself, and why
-# What identifies the models that trials start from, by setting and by its value in the configuration.
-StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class TrialRecord:
     stopped: str = ""  # why no trial was drawn after this one, if the search stopped by itself
     epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
     errors: Mapping[int, float] = field(default_factory=dict)  # standard errors of the objective by rung
+    repeats: int | None = None  # number of the trial whose configuration this one trains with a fresh seed
+    error: float = 0.0  # standard error of its value, by session; only with search.tie_share
 
     @property
     def has_ended(self) -> bool:
@@ -89,6 +98,7 @@ class StudyStore:
         earlier = read_earlier(folder) if config.search.learn_from else None
         self.earlier = earlier.sweeps if earlier else []
         self._clock: tuple[float, float] | None = None  # when this run asked first, and seconds of the runs before it
+        self._exhausted = False  # whether every combination of a finite space has a trial
         self._ended: dict[int, TrialRecord] = {}  # records that do not change any more, by Optuna's number
 
     @classmethod
@@ -118,9 +128,10 @@ class StudyStore:
         """Return the next trial to run: an unfinished one that nothing runs, a paused one that continues, or a new one.
 
         The first one in this order. A new trial is written with all its values in one operation: after a kill it exists
-        completely or not at all; so is the decision that a paused trial continues. What is left of a finite space and
-        does not fit into memory is written as failed trials, which nothing runs. When nothing is left to start and
-        nothing runs, trials that are still paused are pruned.
+        completely or not at all; so is the decision that a paused trial continues. Once further seeds are due, it
+        trains a tied configuration again, see `sweep.search.sampling.ties`. What is left of a finite space and does not
+        fit into memory is written as failed trials, which nothing runs. When nothing is left to start and nothing runs,
+        trials that are still paused are pruned.
 
         Args:
             busy: numbers of the trials that run now.
@@ -139,14 +150,25 @@ class StudyStore:
             if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
                 return NextTrial(number, params(self.config, trial))
         rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
-        ended, rungs = self._ended_early(), search.rungs(self.config.train.epochs)
-        promoted = pruning.promotable(trials, rungs, search.direction, rule) if rule and ended is None else None
+        spent, rungs = spent_budget(self.config, self.trials()), search.rungs(self.config.train.epochs)
+        has_ended = spent is not None or self._stops()
+        promoted = pruning.promotable(trials, rungs, search.direction, rule) if rule and not has_ended else None
         if promoted is not None:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
-        while ended is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
-            drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits, self.earlier)
-            if drawn is None:
+        is_over = has_ended or self._exhausted
+        while spent is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
+            again = ties.next_repeat(self.config, self.trials(), is_over)
+            if again is not None and rule and pruning.to_finish(trials, search.direction, rule) is not None:
                 break
+            if again is not None:
+                drawn: FrozenTrial | None = ties.repeat(trials[again[0]], *again)
+            elif not is_over:
+                drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits, self.earlier)
+            else:
+                break
+            if drawn is None:
+                is_over = self._exhausted = True
+                continue
             self.study.add_trial(drawn)
             if drawn.state == TrialState.RUNNING:
                 return NextTrial(len(trials), params(self.config, self._frozen(len(trials))))
@@ -157,13 +179,16 @@ class StudyStore:
             self._prune_paused()
         return None
 
-    def _ended_early(self) -> str | None:
-        """Return why the search ends before its number of trials, in words, and store what the noise decides."""
+    def _stops(self) -> bool:
+        """Return whether the search stops by itself because of the noise, and store the decision."""
         search, trials = self.config.search, self.trials()
-        why = ended_early(self.config, trials)
-        if why is None and search.stop_when and trials and (why := gain_below_noise(self.config, trials)) is not None:
-            self.study.set_user_attr(STOPPED, {"after": trials[-1].number, "why": why})
-        return why
+        if stopped_by_noise(self.config, trials) is not None:
+            return True
+        if not search.stop_when or (why := gain_below_noise(self.config, trials)) is None:
+            return False
+        after = max(trial.number for trial in trials if trial.repeats is None)
+        self.study.set_user_attr(STOPPED, {"after": after, "why": why})
+        return True
 
     def waits(self, busy: Sequence[int]) -> bool:
         """Return whether a paused trial may continue once one of those that run has reported."""
@@ -255,7 +280,7 @@ class StudyStore:
         rule, last, attributes = search.rule, horizon(self.config, self._params(frozen)), frozen.user_attrs
         # A decision is stored in one operation and never taken again, neither for a repeated report nor for a trial
         # that was exempted at an earlier rung.
-        decided = epoch <= attributes.get(pruning.PASSED, 0) or pruning.EXEMPTED in attributes
+        decided = epoch <= attributes.get(pruning.PASSED, 0) or pruning.EXEMPTED in attributes or ties.is_repeat(frozen)
         if rule is None or decided or epoch >= last or epoch not in search.rungs(self.config.train.epochs):
             return False
         errors = attributes.get(pruning.ERRORS, {})
@@ -316,7 +341,7 @@ class StudyStore:
                 raise UserError(self.other_bases_message(changes))
             notes.append(f"base models: {changes}; results differ from those of earlier trials")
         if bases:
-            self._store_bases(bases)
+            store_bases(self.study, bases)
         codes = self.codes()
         if code is not None and codes[-1:] != [code]:
             self.study.set_user_attr("codes", [*codes, code])
@@ -326,19 +351,11 @@ class StudyStore:
 
     def bases(self) -> dict[str, dict[str, BaseIdentity]]:
         """Return the models that trials start from, by setting and value; none in sweeps of earlier versions."""
-        stored = self.study.user_attrs.get("bases", {})
-        return {setting: _identities(by_value) for setting, by_value in stored.items()}
+        return stored_bases(self.study)
 
     def other_bases(self, bases: StudyBases) -> str:
         """Return which models are not those that the sweep was started with, in words; empty if all are."""
-        former = self.bases()
-        changed = [
-            f"{setting} {value} was {former[setting][value]} and is now {base}"
-            for setting, by_value in bases.items()
-            for value, base in by_value.items()
-            if value in former.get(setting, {}) and former[setting][value].digest != base.digest
-        ]
-        return "; ".join(changed)
+        return changed_bases(self.study, bases)
 
     def other_bases_message(self, changes: str) -> str:
         """Return the error for `changes`, as `other_bases` returns them."""
@@ -346,20 +363,6 @@ class StudyStore:
             f"{self.folder}: started with another base model ({changes}); restore its files, use --out for a new "
             f"folder, or accept other results with {ALLOW}"
         )
-
-    def _store_bases(self, bases: StudyBases) -> None:
-        """Store the models, beside those of other values of an axis; earlier identities of a model are kept, too."""
-        stored = dict(self.study.user_attrs.get("bases", {}))
-        dumped = {
-            setting: {value: base.model_dump() for value, base in by_value.items()}
-            for setting, by_value in bases.items()
-        }
-        merged = stored | {setting: stored.get(setting, {}) | by_value for setting, by_value in dumped.items()}
-        if merged == stored:
-            return
-        if stored and self.other_bases(bases):
-            self.study.set_user_attr("former_bases", [*self.study.user_attrs.get("former_bases", []), stored])
-        self.study.set_user_attr("bases", merged)
 
     def start(self, number: int, bases: Mapping[str, BaseIdentity]) -> None:
         """Store the base models with which a trial starts or resumes, by setting."""
@@ -383,6 +386,8 @@ class StudyStore:
         maximize = self.config.search.direction == "maximize"
         value = reported[best_epoch(reported, maximize) if is_best else max(reported)]
         if math.isfinite(value):
+            if self.config.search.tie_share:
+                writable_trial(self.study, frozen).set_user_attr(ties.ERROR, self.error(number))
             self.study.tell(frozen.number, value)
         else:
             epochs = "every epoch" if is_best else "the last epoch"
@@ -416,8 +421,9 @@ class StudyStore:
             if trial.state.is_finished():
                 self._ended[trial.number] = record
             records.append(record)
-        if (stopped := self.study.user_attrs.get(STOPPED)) and records and records[-1].number == stopped["after"]:
-            records[-1] = replace(records[-1], stopped=stopped["why"])
+        drawn = [record.number for record in records if record.repeats is None]
+        if (stopped := self.study.user_attrs.get(STOPPED)) and drawn and drawn[-1] == stopped["after"]:
+            records[drawn[-1]] = replace(records[drawn[-1]], stopped=stopped["why"])
         return records
 
     def best(self) -> TrialRecord | None:
@@ -464,20 +470,21 @@ class StudyStore:
             outside=retries.failed_outside(trial, common_faults),
             audited=rule is not None and pruning.is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
-            bases=_identities(trial.user_attrs.get("bases", {})),
+            bases=identities(trial.user_attrs.get("bases", {})),
+            repeats=trial.user_attrs.get(ties.REPEATS, [None])[0],
+            error=float(trial.user_attrs.get(ties.ERROR, 0.0)),
             errors={int(at): error for at, error in trial.user_attrs.get(pruning.ERRORS, {}).items()},
         )
 
 
-def _identities(stored: Mapping[str, object]) -> dict[str, BaseIdentity]:
-    return {name: BaseIdentity.model_validate(base) for name, base in stored.items()}
-
-
 def best_first(config: Config, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the complete trials, best first; on a tie the earlier one."""
-    complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]
-    sign = -1 if config.search.direction == "maximize" else 1
-    return sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    """Return the complete trials, best first; on a tie the earlier one.
+
+    Of a configuration that was trained with several seeds, only the first trial is in the list; it is ranked by the
+    mean of all of them.
+    """
+    first = {trial.number: trial for trial in trials if trial.repeats is None and trial.state == "COMPLETE"}
+    return [first[trained.number] for trained in ties.by_mean(config, trials) if trained.number in first]
 
 
 def keeps_best(config: Config, params: Mapping[str, Value]) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from data.atomic import UNFINISHED, create_file
 from data.errors import UserError, reason
+from model.checkpoints.fingerprint import BaseIdentity
 from sweep.compat import CREATE_STUDY, VERSION_TABLE
 from sweep.config.schema import Config
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
 
+# What identifies the models that trials start from, by setting and by its value in the configuration.
+StudyBases = Mapping[str, Mapping[str, BaseIdentity]]
 FILE = "study.journal"
 CONNECT_SECONDS = 10  # timeout of one attempt to connect
 PATIENCE = 60.0  # seconds that a running sweep waits for a database that went away
@@ -226,3 +230,39 @@ def _retry_connections(engine: "Engine") -> None:
                 time.sleep(1.0)
 
     event.listen(engine, "do_connect", connect)
+
+
+def stored_bases(study: optuna.Study) -> dict[str, dict[str, BaseIdentity]]:
+    """Return the models that the trials of a study start from; none in studies of earlier versions."""
+    return {setting: identities(by_value) for setting, by_value in study.user_attrs.get("bases", {}).items()}
+
+
+def changed_bases(study: optuna.Study, bases: StudyBases) -> str:
+    """Return which models are not those that the study was started with, in words; empty if all are."""
+    former = stored_bases(study)
+    changed = [
+        f"{setting} {value} was {former[setting][value]} and is now {base}"
+        for setting, by_value in bases.items()
+        for value, base in by_value.items()
+        if value in former.get(setting, {}) and former[setting][value].digest != base.digest
+    ]
+    return "; ".join(changed)
+
+
+def store_bases(study: optuna.Study, bases: StudyBases) -> None:
+    """Store the models, beside those of other values of an axis; earlier identities of a model are kept, too."""
+    stored = dict(study.user_attrs.get("bases", {}))
+    dumped = {
+        setting: {value: base.model_dump() for value, base in by_value.items()} for setting, by_value in bases.items()
+    }
+    merged = stored | {setting: stored.get(setting, {}) | by_value for setting, by_value in dumped.items()}
+    if merged == stored:
+        return
+    if stored and changed_bases(study, bases):
+        study.set_user_attr("former_bases", [*study.user_attrs.get("former_bases", []), stored])
+    study.set_user_attr("bases", merged)
+
+
+def identities(stored: Mapping[str, object]) -> dict[str, BaseIdentity]:
+    """Return models as they were stored, by name."""
+    return {name: BaseIdentity.model_validate(base) for name, base in stored.items()}

@@ -58,6 +58,8 @@ def start_tags(config: Config, trial: TrialRecord, codes: Sequence[str]) -> dict
     """
     seed = trial.params.get("seed", config.seed)
     tags = {"sweep.trial": str(trial.number), "sweep.seed": str(seed), "sweep.code": ", ".join(codes)}
+    if trial.repeats is not None:
+        tags["sweep.repeats"] = str(trial.repeats)
     fixed = unvaried(config, trial)
     tags |= base_tags(trial)
     return tags | ({"sweep.unvaried": ", ".join(fixed)} if fixed else {})

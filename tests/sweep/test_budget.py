@@ -11,6 +11,7 @@ from sweep.analysis.results import progress
 from sweep.analysis.status import progress_json
 from sweep.config.diff import compare
 from sweep.config.schema import Config, parse
+from sweep.preflight.eta import eta, remaining_work
 from sweep.search.cost import budget_lines, spent
 from sweep.search.stopping import (
     LEAST,
@@ -78,6 +79,26 @@ def test_hours_are_those_in_which_the_sweep_ran(tmp_path: Path, monkeypatch: pyt
     used = spent(config, StudyStore.read(tmp_path, config).trials())
     assert (used["hours"], used["gpu_hours"]) == (2.0, 60 / 3600)
     assert StudyStore.open(tmp_path, config).ask([0], 9) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "trials"),
+    [
+        ({"trials": 2.5}, 3),
+        ({"steps": 150}, 4),  # a trial makes 40
+        ({"gpu_hours": 700 / 3600}, 2),  # and takes 400 s
+        ({"hours": 1}, 9),
+    ],
+)
+def test_estimate_ends_with_the_budget(limits: dict[str, float], trials: int, tmp_path: Path) -> None:
+    config = settings(points=[]).with_values({"resources.gpus_per_worker": 1, "search.budget": limits})
+    ask(study := StudyStore.open(tmp_path, config), 1)
+    for epoch in range(1, 5):
+        study.report(0, epoch, {"macro_f1": 0.5, "steps": 10 * epoch, "seconds": 100 * epoch})
+    study.complete(0)
+    work = remaining_work(config, study.trials(), [], 4, lambda _: 100.0)
+    assert work == [400.0] * (trials - 1)
+    assert eta(work, 1, last_start=900) == min(1200.0, sum(work)), "the third one starts before that"
 
 
 @pytest.mark.parametrize(

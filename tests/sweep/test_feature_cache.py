@@ -357,6 +357,15 @@ def test_trial_reads_cached_teacher_logits(sweeps: Sweeps, tmp_path: Path) -> No
     data.close()
 
 
+def test_points_alone_request_what_they_read(sweeps: Sweeps, tmp_path: Path) -> None:
+    stride, modality = "model.adapter.stride", "model.modality"
+    space = {stride: [2, 4, 8], modality: ["speech", "text"]}
+    points = [{stride: 2, modality: "text"}, {stride: 4, modality: "speech"}, {modality: "text"}]
+    for trials, pools in ((3, [4]), (4, [2, 4, 8])):
+        found = requests(sweeps.features(space, search={"points": points, "trials": trials}), tmp_path)
+        assert [request.key.pool[1] for request in found] == pools
+
+
 def test_full_disk_is_reported_before_computing(
     sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

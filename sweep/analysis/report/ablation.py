@@ -15,7 +15,7 @@ from data.atomic import write_file
 from data.errors import UserError
 from data.formats import format_number, format_value
 from model.evaluation.bootstrap import Comparison, compare
-from sweep.analysis.confirm import SEED, WARM_START_KEYS, objective
+from sweep.analysis.confirm import WARM_START_KEYS, objective
 from sweep.analysis.predictions import read_predictions
 from sweep.analysis.results import short_names
 from sweep.analysis.view import Column, TableView
@@ -23,7 +23,7 @@ from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.search_checks import SEARCHABLE
-from sweep.config.space import FOLD
+from sweep.config.space import FOLD, SEED
 from sweep.search.study import StudyStore, TrialRecord, best_first
 
 VERDICTS = {True: "better", False: "worse", None: "tied within noise"}

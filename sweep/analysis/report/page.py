@@ -11,7 +11,7 @@ from model.evaluation.bootstrap import compare
 from sweep.analysis import confirm
 from sweep.analysis.leaderboard import GENERATION, Leaderboard, equal_value, find_doubts, leaderboard
 from sweep.analysis.predictions import read_predictions, trial_interval
-from sweep.analysis.recommendation import recommend
+from sweep.analysis.recommendation import recommend, tie_line
 from sweep.analysis.report import ablation
 from sweep.analysis.report.figures import Figure
 from sweep.analysis.results import progress
@@ -144,6 +144,8 @@ def find_verdict(config: Config, folder: Path, trials: Sequence[TrialRecord]) ->
         for trial, rival in zip(done[1:], predictions[1:], strict=False):
             comparison = compare(best, [rival[task][1]], sums, maximize)
             lines.append(comparison.describe(f"#{first.number}", f"#{trial.number}"))
+    if line := tie_line(config, trials):
+        lines.append(line)
     if (cheaper := recommend(config, folder, trials)) is not None:
         lines.append(cheaper.line)
     lines.append(

@@ -50,7 +50,8 @@ def search_quality(config: Config, trials: Sequence[TrialRecord]) -> SearchQuali
         trials: of its study, by number.
     """
     sign = 1 if config.search.direction == "maximize" else -1
-    done = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]
+    drawn = [trial for trial in trials if trial.repeats is None]
+    done = [trial for trial in drawn if trial.state == "COMPLETE" and trial.value is not None]
     values = np.array([sign * float(trial.value or 0.0) for trial in done])
     if len(done) < ENOUGH or not config.search.space or values.std() == 0:
         return None

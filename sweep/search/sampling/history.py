@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweep.config.loader import flat
 from sweep.config.schema import Config
-from sweep.config.space import Stored, Value, encode
+from sweep.config.space import SEED, Stored, Value, encode
 from sweep.search.cost import COSTS
 from sweep.search.sampling.objectives import objective_values
+from sweep.search.sampling.ties import REPEATS, is_repeat
 
 INFEASIBLE = ("out of memory",)  # reasons of a failure that depend on the parameters, which a sampler should avoid
 VERY_BAD = 1e30  # value of an objective that is not finite, which Optuna refuses
@@ -23,11 +24,13 @@ ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def params(config: Config, trial: FrozenTrial) -> dict[str, Value]:
-    """Return the values of a trial by dotted key, those of axes that were added later included."""
+    """Return the values of a trial by dotted key, those of axes that were added later included, and its fresh seed."""
     space, drawn = config.search.space, dict[str, Value]()
     for name, value in trial.params.items():
         key = name.partition("#")[0]
         drawn[key] = space[key].decode(value) if key in space else value
+    if is_repeat(trial):
+        drawn[SEED] = trial.user_attrs[REPEATS][1]
     return config.search.complete(drawn, flat(config))
 
 

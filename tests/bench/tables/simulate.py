@@ -7,7 +7,7 @@
 `Product` is the study of the product with its sampler and its pruning, in memory and without Ray. Whatever `search`
 configures is used, so a variant is a changed configuration. `tests.bench.tables.rivals` has what it is compared with.
 A search is asked for a trial whenever one of SLOTS worker groups is free; a trial that paused costs nothing until it is
-asked for again, and then continues after its last epoch.
+asked for again, and then continues after its last epoch. Fresh seeds of a configuration are the table's next ones.
 """
 
 import tempfile
@@ -20,6 +20,8 @@ import numpy as np
 import optuna
 
 from sweep.config.schema import Config
+from sweep.config.space import SEED
+from sweep.search.sampling.ties import FIRST_SEED
 from sweep.search.study import StudyStore
 from tests.bench.tables.table import Table
 
@@ -47,6 +49,7 @@ class Trace:
     table: Table
     seed: int  # of the table
     trials: dict[int, int] = field(default_factory=dict)  # number → point
+    seeds: dict[int, int] = field(default_factory=dict)  # number → seed of the table
     ended: list[tuple[int, int]] = field(default_factory=list)  # steps spent so far, and number
     spent: int = 0
 
@@ -88,21 +91,23 @@ def simulate(table: Table, search: Search, budget: float, seed: int = 0, share: 
     while trace.spent < budget and len(trace.trials) < MOST:
         while len(running) < SLOTS and (asked := search.ask(running)) is not None:
             number, values = asked
-            trace.trials.setdefault(number, table.index(values))
+            fresh = values.get(SEED, FIRST_SEED - 1) - FIRST_SEED + 1
+            trace.seeds[number] = (seed + fresh) % len(table.seeds)
+            trace.trials.setdefault(number, table.index({key: values[key] for key in values if key != SEED}))
             epochs.setdefault(number, 0)
             running.append(number)
         if not running:
             break
         for number in list(running):
-            point, epoch = trace.trials[number], epochs[number]
+            point, epoch, own = trace.trials[number], epochs[number], trace.seeds[number]
             steps = table.steps_FPE[share, point]
             trace.spent += int(steps[epoch] - (steps[epoch - 1] if epoch else 0))
             epochs[number] = epoch = epoch + 1
             metrics = {
-                table.metric: float(table.values_SFPE[seed, share, point, epoch - 1]),
+                table.metric: float(table.values_SFPE[own, share, point, epoch - 1]),
                 "steps": float(steps[epoch - 1]),
                 "seconds": float(steps[epoch - 1]),
-                ERROR: float(np.nan_to_num(table.errors_SFPE[seed, share, point, epoch - 1])),
+                ERROR: float(np.nan_to_num(table.errors_SFPE[own, share, point, epoch - 1])),
             }
             if search.report(number, epoch, metrics):
                 running.remove(number)
