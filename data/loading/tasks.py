@@ -1,6 +1,7 @@
 """The tasks: what is predicted from which part of a dialogue, and which turns of a corpus are items of a task."""
 
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,39 @@ def items(shards: Shards, name: str, split: str) -> list[Item]:
             f"tasks.{name} to 0, or choose another split or corpus"
         )
     return [(name, row) for row in rows]
+
+
+def training_groups(shards: Shards) -> list[str]:
+    """Return the groups of sessions in the training split, in an order that their names alone decide."""
+    columns = shards.columns
+    rows = zip(columns["group"], columns["split"], strict=True)
+    return sorted({group for group, split in rows if split == "train"}, key=_digest)
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def items_of_share(share: float, shards: Shards, name: str, split: str) -> list[Item]:
+    """Return the items of a task in a split; in the training split, those of a share of its groups of sessions.
+
+    Shares are nested: a larger one has all groups of a smaller one. See `items`.
+
+    Raises:
+        MisfitError: there are no items.
+    """
+    found = items(shards, name, split)
+    if share == 1 or split != "train":
+        return found
+    groups, group_of = training_groups(shards), shards.columns["group"]
+    kept = set(groups[: max(1, round(share * len(groups)))])
+    found = [item for item in found if group_of[item[1]] in kept]
+    if not found:
+        raise MisfitError(
+            f"{shards.folder}: {share:.0%} of the training groups have no items for the task {name}; set "
+            "search.fidelity to epochs"
+        )
+    return found
 
 
 def _needs(task: Task) -> str:

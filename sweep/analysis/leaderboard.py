@@ -65,6 +65,8 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
     trained = {configuration.number: configuration for configuration in by_mean(config, trials)}
     has_seeds = any(trial.repeats is not None for trial in trials)
     columns += [Column(name, group="trial") for name in (("seed", "mean of seeds") if has_seeds else ())]
+    has_shares = config.search.fidelity == "data"
+    columns += [Column("data", group="trial")] if has_shares else []
     others = config.search.objectives[1:]
     front = {trial.number for trial in pareto_front(config, trials)}
     metrics = [name for name in metrics if name not in others]
@@ -88,6 +90,7 @@ def leaderboard(config: Config, folder: Path, trials: Sequence[TrialRecord]) -> 
                 _with_interval(folder, trial, objective, trial.value, 3),
                 *([str(trial.epoch)] if "best" in kept else []),
                 *(_seeds(config, trial, trained.get(trial.number)) if has_seeds else ()),
+                *([f"{trial.share:.0%}"] if has_shares else []),
                 *(
                     "" if math.isnan(value) else f"{value:.4g}"
                     for value in objective_values(config, 0.0, trial.metrics)[1:]
@@ -176,7 +179,8 @@ def equal_value(config: Config, trials: Sequence[TrialRecord]) -> float | None:
 
 def format_state(config: Config, trial: TrialRecord) -> str:
     """Return a trial's state, with the epochs that it reached where it is not complete: "PRUNED 3/4"."""
-    return trial.state if trial.state == "COMPLETE" else f"{trial.state} {len(trial.curve)}/{config.train.epochs}"
+    last = config.train.epochs * len(config.search.shares)
+    return trial.state if trial.state == "COMPLETE" else f"{trial.state} {len(trial.curve)}/{last}"
 
 
 def _is_subset(name: str, reported: set[str]) -> bool:

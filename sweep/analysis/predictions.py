@@ -13,7 +13,8 @@ from data.atomic import write_file
 from data.errors import UserError, reason
 from model.evaluation.bootstrap import Interval, SummedMetric, interval, standard_error, summed_metric
 from model.evaluation.metrics import Record
-from sweep.config.paths import trial_folder
+from sweep.config.paths import share_folder, trial_folder
+from sweep.config.search import SHARES
 from sweep.config.version import code_version
 from sweep.search.study import TrialRecord
 
@@ -57,7 +58,7 @@ def trial_interval(folder: Path, trial: TrialRecord, name: str) -> Interval | No
     Intervals are cached beside the predictions where that is writable, since bootstrapping hundreds of trials takes
     minutes.
     """
-    path = trial_folder(folder.absolute(), trial.number) / "predictions.json"
+    path = _newest(trial_folder(folder.absolute(), trial.number)) / "predictions.json"
     # The predictions of a running trial may come from a later epoch than its last report.
     if trial.state == "RUNNING" or not path.exists():
         return None
@@ -99,10 +100,16 @@ def interval_of(predictions: Predictions, name: str, roles: Mapping[str, Sequenc
     return interval([records], metric) if metric and records else None
 
 
+def _newest(folder: Path) -> Path:
+    """Return the folder with the newest predictions of a trial: its own, or that of a share of the data."""
+    parts = [share_folder(folder, share) for share in reversed(SHARES)]
+    return next((part for part in parts if (part / "predictions.json").exists()), folder)
+
+
 def objective_error(folder: Path, number: int, name: str) -> float:
     """Return the standard error of a metric in a trial's last evaluation; 0 where its predictions give none."""
     try:
-        metric, records = _of_metric(read_predictions(trial_folder(folder, number)), name, {})
+        metric, records = _of_metric(read_predictions(_newest(trial_folder(folder, number))), name, {})
     except (UserError, OSError):
         return 0.0
     error = standard_error(records, metric) if metric and records else 0.0

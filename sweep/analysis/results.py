@@ -28,6 +28,7 @@ class TrialJson(TypedDict):
     steps: int
     epochs: int  # that it has trained for
     epoch: int  # whose value, metrics and weights are its result
+    share: float | None  # of the training groups, with search.fidelity: data
     repeats: int | None  # number of the trial whose configuration it trains with a fresh seed
     audited: bool
     spared: int | None
@@ -136,6 +137,7 @@ def trial_json(trial: TrialRecord, run_id: str | None, attempts: int | None = No
         "steps": trial.steps,
         "epochs": len(trial.curve),
         "epoch": trial.epoch,
+        "share": trial.share,
         "repeats": trial.repeats,
         "audited": trial.audited,
         "spared": trial.exempted_at,

@@ -46,6 +46,7 @@ REASONS = {
     "train.": "trials would not be comparable",
     "search.metric": "existing trials were ranked by the previous metrics",
     "search.pruning": "existing trials were pruned by the previous rule",
+    "search.fidelity": "existing trials were compared by the previous one",
     "search.learn_from": "existing trials were drawn with what was taken from other sweeps at the start",
     "search.startup_trials": "existing trials were sampled under the previous value",
     "storage.ledger": "existing trials would be left in the previous study",

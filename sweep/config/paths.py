@@ -10,6 +10,11 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"{number:04d}"
 
 
+def share_folder(trial: Path, share: float) -> Path:
+    """Return the folder of a trial's training on a share of the training groups; the whole is the trial's folder."""
+    return trial if share == 1 else trial / f"share-{share:g}"
+
+
 def near(path: Path) -> Path:
     """Return a path relative to the working directory; an absolute one if that is the root, as in a Ray job."""
     here = Path.cwd()

@@ -11,7 +11,7 @@ from data.shards.store import credentials_message
 from model.config import Count, ModelConfig, TrainConfig
 from sweep.config.loader import flat, problems_error, validate, with_value
 from sweep.config.search import LEAST_EPOCHS, SearchConfig
-from sweep.config.space import SEED, Axis
+from sweep.config.space import EPOCHS, SEED, Axis
 
 LABEL_METRICS = ("macro_f1", "accuracy", "weighted_f1", "loss", "ece")
 COST_OBJECTIVES = ("gpu_seconds", "seconds", "steps")  # objectives beside the metrics of the tasks
@@ -149,6 +149,8 @@ class Config(Section):
                 f"search.tie_share: {self.search.tie_share:g} is for further seeds, and seed is an axis of "
                 "search.space; leave one out"
             )
+        if self.search.fidelity == "data":
+            problems += self._share_problems()
         metrics = metric_names(tasks)
         problems += self._objective_problems(metrics)
         if self.search.metric not in metrics:
@@ -157,6 +159,20 @@ class Config(Section):
                 f"{', '.join(tasks)}; choose from {', '.join(metrics)}"
             )
         return problems
+
+    def _share_problems(self) -> list[str]:
+        """Return what does not go with trials that are compared on shares of the data."""
+        search, train, space = self.search, self.train, self.search.space
+        broken = {
+            "search.pruning": search.rule is None and "null, so that nothing is compared; set kind: promote",
+            "search.pruning.first_epoch": bool(search.rule and search.rule.first_epoch) and "set; leave it out",
+            "search.stop_when": search.stop_when is not None and "set; set a budget instead",
+            "train.patience": (train.patience is not None or "train.patience" in space) and "set; set it to null",
+            "train.keep": (train.keep == "best" or "train.keep" in space) and "best; set it to last",
+            EPOCHS: EPOCHS in space and "an axis; set a number",
+        }
+        rule = "search.fidelity: data compares trials after the last epoch on each share, and"
+        return [f"{rule} {key} is {problem}" for key, problem in broken.items() if problem]
 
     def _objective_problems(self, metrics: Sequence[str]) -> list[str]:
         """Return what is wrong with several objectives; `metrics` are those of the tasks."""

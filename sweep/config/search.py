@@ -25,6 +25,10 @@ PROMOTE = {
 }  # defaults of `search.pruning.kind: promote`
 
 
+# With `search.fidelity: data`, trials are compared on these shares of the training groups, one after another.
+SHARES, LEAST_GROUPS = (0.25, 0.5, 1.0), 16  # so that the first share has four groups
+
+
 class PruningConfig(Section):
     """Asynchronous successive halving (Li et al., 2020, arXiv 1810.05934) over the epochs."""
 
@@ -129,6 +133,12 @@ class SearchConfig(Section):
         description="Share of the trials and of the budget that is kept for further seeds of the best configurations, "
         "as far as they are tied within noise. 0: none.",
     )
+    fidelity: Literal["epochs", "data"] = Field(
+        "epochs",
+        description="What pruning compares trials by. epochs: rungs are epochs of a training. data: a trial trains on "
+        "a quarter of the training groups, then on half of them, then on all, each time from the start and for all "
+        "epochs; the last training is that of a trial without pruning.",
+    )
     pruning: PruningConfig | None = Field(
         PruningConfig(kind="promote"),
         description="null: no trial is pruned. Where it is given without a kind, that is stop.",
@@ -178,15 +188,21 @@ class SearchConfig(Section):
         """
         if self.rule is None:
             return None
+        if self.fidelity == "data":
+            return epochs
         default = 1 if self.rule.kind == "promote" else math.ceil(self._longest(epochs) * LATE)
         return self.rule.first_epoch or default
 
     def rungs(self, epochs: int) -> list[int]:
         """Return the epochs after which trials are compared: they double, and end before the last epoch.
 
+        With `fidelity: data`, they are the last ones of all shares but the whole, counted over all trainings.
+
         Args:
             epochs: see `first_rung`.
         """
+        if self.fidelity == "data":
+            return [epochs * number for number in range(1, len(self.shares))] if self.rule else []
         first, rungs = self.first_rung(epochs), list[int]()
         while first is not None and first < self._longest(epochs):
             rungs.append(first)
@@ -194,21 +210,36 @@ class SearchConfig(Section):
         return rungs
 
     def expected_share(self, epochs: int, trials: int) -> float:
-        """Return the mean share of its epochs that a trial trains for, if the rule prunes as many trials as it may.
+        """Return the mean share of a full training that a trial costs, if the rule prunes as many trials as it may.
 
         Args:
             epochs: see `first_rung`.
             trials: total number of trials.
         """
         rule, last, going, done, before = self.rule, self._longest(epochs), float(trials), 0.0, 0
+        ends = last * len(self.shares)
         for rung in self.rungs(epochs):
             assert rule is not None
-            done, before = done + going * (rung - before), rung
+            done, before = done + going * (rung - before) * self.share_at(rung, last), rung
             # That many are never pruned.
             never = rule.after_trials if rule.agreement else rule.after_trials - 1
             first = min(going, max(never, rule.finish) if rule.kind == "promote" else never)
             going = first + (going - first) * (rule.audit + (1 - rule.audit) * rule.keep)
-        return (done + going * (last - before)) / (trials * last)
+        return (done + going * (ends - before)) / (trials * last)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of the training groups that a trial trains on, one after another."""
+        return SHARES if self.fidelity == "data" else (1.0,)
+
+    def share_at(self, epoch: int, epochs: int) -> float:
+        """Return the share that a trial trains on in an epoch.
+
+        Args:
+            epoch: counted over all trainings of the trial, from 1.
+            epochs: of each training.
+        """
+        return self.shares[min((epoch - 1) // epochs, len(self.shares) - 1)]
 
     def mean_epochs(self, epochs: int) -> float:
         """Return the mean number of epochs of a trial without pruning."""

@@ -8,8 +8,9 @@ from data.errors import StorageError
 from data.formats import format_bytes
 from model.checkpoints.checkpoint import DAMAGED, FILE, PREVIOUS
 from model.checkpoints.fencing import TrialLock
-from sweep.config.paths import trial_folder
+from sweep.config.paths import share_folder, trial_folder
 from sweep.config.schema import Config
+from sweep.config.search import SHARES
 from sweep.search.sampling.ties import reserved
 from sweep.search.study import StudyStore, best_first
 
@@ -48,15 +49,17 @@ def prune_checkpoints(study: StudyStore, folder: Path) -> list[int]:
 
 def _delete(folder: Path, keep_last: bool) -> bool:
     """Delete a trial's checkpoints, or all except the last one; return whether the last one was deleted."""
-    outdated = [folder / PREVIOUS, *folder.glob(DAMAGED.format("*"))]
-    doomed = [path for path in (*outdated, *(() if keep_last else (folder / FILE,))) if path.exists()]
+    parts = [part for share in SHARES if (part := share_folder(folder, share)) == folder or part.exists()]
+    outdated = [path for part in parts for path in (part / PREVIOUS, *part.glob(DAMAGED.format("*")))]
+    last = [part / FILE for part in parts]
+    doomed = [path for path in (*outdated, *(() if keep_last else last)) if path.exists()]
     if not doomed:
         return False
     # A worker that was given up for lost may still be training: the lock keeps it from writing anything.
     with TrialLock.claim(folder).writing():
         for path in doomed:  # the last checkpoint goes last: while it exists, the work is not done
             path.unlink(missing_ok=True)
-    return folder / FILE in doomed
+    return any(path in doomed for path in last)
 
 
 def disk_need(config: Config, trained_parameters: int, concurrent: int) -> DiskNeed:

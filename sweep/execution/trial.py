@@ -1,29 +1,36 @@
 """One trial: from its configuration to a trained, evaluated model, in a worker of a group or in a plain process."""
 
 import functools
+import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from data.atomic import write_file
 from data.errors import StorageError, UnavailableError
 from data.loading.cached_arrays import CacheFolders
-from data.loading.tasks import answer_sets
+from data.loading.tasks import answer_sets, items_of_share
 from data.shards.dataset import Shards
+from model.checkpoints.checkpoint import FILE, PREVIOUS
 from model.checkpoints.fingerprint import Bases, OtherBaseError, other_bases, read_bases
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
+from model.runtime.distributed import on_first_worker, world
 from model.speech_llm.speech_llm import SpeechLLM
-from model.training.progress import Objective
+from model.training.progress import Metrics, Objective
 from model.training.random_state import seed_everything
 from model.training.trainer import Report, TrialInterrupted, fit, never
+from sweep.config.paths import share_folder
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.job import TrialJob
+from sweep.search.cost import COSTS
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+DONE = "done.json"  # in the folder of a share: what its training has reported, by epoch
 LIVE = CacheFolders()  # nothing is cached: the trial computes features and teacher logits itself
 
 
@@ -65,6 +72,7 @@ def build(
     cached: CacheFolders = LIVE,
     expected: Bases | None = None,
     allow_other_base: bool = False,
+    share: float = 1.0,
 ) -> tuple[SpeechLLM, TrialData]:
     """Return the model of a trial before training, and its data.
 
@@ -76,6 +84,7 @@ def build(
         cached: folders of precomputed numbers.
         expected: the base models that the driver of a sweep found, by setting; None: outside a sweep.
         allow_other_base: accept a checkpoint that was trained on other base models.
+        share: of the training groups, see `items_of_share`.
 
     Raises:
         OtherBaseError: this machine has other base models than the driver's.
@@ -105,6 +114,7 @@ def build(
         features=cached.features,
         teacher_logits=cached.teacher_logits,
         votes=config.train.labels == "votes",
+        select=functools.partial(items_of_share, share),
     )
 
 
@@ -123,15 +133,67 @@ def run_trial(
     cached: CacheFolders = LIVE,
     expected: Bases | None = None,
     allow_other_base: bool = False,
+    share: float = 1.0,
 ) -> None:
     """Train a trial to its end, resuming from its checkpoint in `folder`; see `build` and `fit`.
 
     Raises:
         TrialInterrupted: `interrupted` returned True; the checkpoint is written.
     """
-    model, data = build(config, reader, ("train", "val"), device, cached, expected, allow_other_base)
+    model, data = build(config, reader, ("train", "val"), device, cached, expected, allow_other_base, share)
     objective = Objective(config.search.metric, maximize=config.search.direction == "maximize")
     fit(model, data, config.train, config.tasks, config.seed, folder, report, interrupted, objective)
+
+
+def run_shares(
+    config: ResolvedConfig, folder: Path, report: Report, train: Callable[[float, Path, Report], None]
+) -> None:
+    """Train on each share of the training groups, one after another, and report the epochs of all of them in one count.
+
+    What the training on a share has reported is kept in its folder once it is over, and reported again after a resume.
+
+    Args:
+        config: of the trial.
+        folder: of the trial.
+        report: called with the epochs of all shares.
+        train: trains on a share to the end, from what is in the folder on, and calls its report.
+    """
+    costs: Mapping[str, float] = {}  # of the shares before
+    for number, share in enumerate(config.search.shares):
+        part, history = share_folder(folder, share), list[tuple[int, Metrics]]()
+
+        def report_part(
+            epoch: int,
+            metrics: Metrics,
+            first: int = number * config.train.epochs,
+            before: Mapping[str, float] = costs,
+            history: list[tuple[int, Metrics]] = history,
+        ) -> None:
+            total = metrics | {name: metrics[name] + before.get(name, 0) for name in COSTS if name in metrics}
+            history.append((first + epoch, total))
+            report(first + epoch, total)
+
+        if number == len(config.search.shares) - 1:
+            train(share, part, report_part)
+            return
+        path = part / DONE
+        known = on_first_worker(functools.partial(_history, path))
+        for epoch, metrics in known or ():
+            report(epoch, metrics)
+        if known is None:
+            part.mkdir(parents=True, exist_ok=True)
+            train(share, part, report_part)
+            known = history
+            if world()[0] == 0:
+                write_file(path, json.dumps(history))
+                for name in (FILE, PREVIOUS):
+                    (part / name).unlink(missing_ok=True)
+        costs = {name: value for name, value in known[-1][1].items() if name in COSTS}
+
+
+def _history(path: Path) -> list[tuple[int, Metrics]] | None:
+    """Return what the training on a share has reported; None if it is not over."""
+    return [(epoch, metrics) for epoch, metrics in json.loads(path.read_bytes())] if path.exists() else None
 
 
 def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> bool:
@@ -152,10 +214,13 @@ def fit_job(job: TrialJob, report: Report, interrupted: Callable[[], bool]) -> b
         )
     logits = Path(job.teacher_logits) if job.teacher_logits else None
     cached = CacheFolders(tuple(map(Path, job.features)), logits)
+    bases = read_bases(job.bases)
+
+    def train(share: float, part: Path, report: Report) -> None:
+        run_trial(config, part, report, job.reader, device, interrupted, cached, bases, job.allow_other_base, share)
+
     try:
-        run_trial(
-            config, folder, report, job.reader, device, interrupted, cached, read_bases(job.bases), job.allow_other_base
-        )
+        run_shares(config, folder, report, train)
     except TrialInterrupted:
         return False
     return True

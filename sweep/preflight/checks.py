@@ -3,8 +3,8 @@
 The structures are built without weights. A mistake is then one line at the start, and not a failed trial hours later.
 """
 
-from data.errors import UserError
-from data.loading.tasks import answer_sets, check_votes, has_audio
+from data.errors import MisfitError, UserError
+from data.loading.tasks import answer_sets, check_votes, has_audio, training_groups
 from model.checkpoints.fingerprint import Bases, identify_bases
 from model.evaluation.llm_check import check_llm
 from model.evaluation.split_data import TrialData
@@ -12,6 +12,7 @@ from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
+from sweep.config.search import LEAST_GROUPS
 from sweep.config.space import Value
 from sweep.execution.trial import open_shards
 from sweep.search.base_models import check_bases
@@ -36,6 +37,11 @@ def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool =
     shards = open_shards(resolved)
     shards.verify()
     check_audio(resolved, has_audio(shards))
+    if resolved.search.fidelity == "data" and (count := len(training_groups(shards))) < LEAST_GROUPS:
+        raise MisfitError(
+            f"search.fidelity: data needs {LEAST_GROUPS} groups of sessions in the training split, since the first "
+            f"share is {resolved.search.shares[0]:.0%}, and {resolved.data.shards} has {count}; set it to epochs"
+        )
     if "votes" in _values(resolved, "train.labels", resolved.train.labels):
         check_votes(shards, resolved.tasks.active())
     measured = set()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from data.formats import format_duration
 from sweep.config.schema import Config
 from sweep.config.space import Value
-from sweep.search.cost import device_hours, horizon, spent
+from sweep.search.cost import device_hours, full_epochs, horizon, spent
 from sweep.search.stopping import total_trials
 from sweep.search.study import TrialRecord
 
@@ -35,7 +35,7 @@ def remaining_work(
         epoch_seconds: the seconds of an epoch by the values of a trial; None: of a trial with unknown values.
     """
     running = [
-        epoch_seconds(trial.params) * (horizon(config, trial.params) - len(trial.curve))
+        epoch_seconds(trial.params) * _epochs_left(config, trial)
         for trial in trials
         if trial.state == "RUNNING"  # how far a paused one will continue is unknown
     ]
@@ -45,6 +45,11 @@ def remaining_work(
     return [*running, *_within_budget(config, trials, running, work, new_epochs)]
 
 
+def _epochs_left(config: Config, trial: TrialRecord) -> float:
+    """Return the epochs that a running trial still trains for, as epochs on the whole training split."""
+    return full_epochs(config, range(len(trial.curve) + 1, horizon(config, trial.params) + 1))
+
+
 def _within_budget(
     config: Config, trials: Sequence[TrialRecord], running: Sequence[float], new: Sequence[float], new_epochs: float
 ) -> Sequence[float]:
@@ -52,9 +57,9 @@ def _within_budget(
     if config.search.budget is None:
         return new
     limits, used = config.search.budget.limits(), spent(config, trials)
-    paces = [trial.steps / len(trial.curve) for trial in trials if trial.curve]
+    paces = [trial.steps / full_epochs(config, trial.curve) for trial in trials if trial.curve]
     steps = statistics.median(paces) if paces else 0.0
-    epochs = [horizon(config, trial.params) - len(trial.curve) for trial in trials if trial.state == "RUNNING"]
+    epochs = [_epochs_left(config, trial) for trial in trials if trial.state == "RUNNING"]
     used["gpu_hours"] += device_hours(config, sum(running))
     used["trials"] += sum(epochs) / config.train.epochs
     used["steps"] += steps * sum(epochs)
@@ -100,13 +105,15 @@ def observed_eta(config: Config, trials: Sequence[TrialRecord], slots: int) -> f
         None before the first epoch, and if no trial is left.
     """
     paces = [
-        trial.metrics["seconds"] / len(trial.curve) for trial in trials if trial.curve and "seconds" in trial.metrics
+        trial.metrics["seconds"] / full_epochs(config, trial.curve)
+        for trial in trials
+        if trial.curve and "seconds" in trial.metrics
     ]
     if not paces:
         return None
     pace = float(statistics.median(paces))
     # New trials are expected to end as early as those before them, because pruning ends many of them.
-    ended = [len(trial.curve) for trial in trials if trial.state not in ("RUNNING", "FAIL")]
+    ended = [full_epochs(config, trial.curve) for trial in trials if trial.state not in ("RUNNING", "FAIL")]
     new_epochs = statistics.mean(ended) if ended else config.train.epochs
     work = remaining_work(config, trials, [], new_epochs, lambda _: pace)
     return eta(work, slots, last_start=seconds_left(config, trials)) if work else None

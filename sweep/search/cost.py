@@ -1,6 +1,6 @@
 """What trials cost, and the budget of a sweep: device hours, hours by the clock, steps and full trainings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from data.formats import format_hours
@@ -49,8 +49,13 @@ def format_device_hours(config: Config, seconds: float) -> str:
 
 
 def horizon(config: Config, params: Mapping[str, Value]) -> int:
-    """Return the epochs that a trial with these values trains for, unless something ends it."""
-    return whole(params.get(EPOCHS)) or config.train.epochs
+    """Return the epochs that a trial with these values trains for, unless something ends it; on all shares together."""
+    return (whole(params.get(EPOCHS)) or config.train.epochs) * len(config.search.shares)
+
+
+def full_epochs(config: Config, epochs: Iterable[int]) -> float:
+    """Return how many epochs on the whole training split cost as much as some epochs of a trial."""
+    return sum(config.search.share_at(epoch, config.train.epochs) for epoch in epochs)
 
 
 def spent(config: Config, trials: Sequence[Spending]) -> dict[str, float]:
@@ -59,7 +64,10 @@ def spent(config: Config, trials: Sequence[Spending]) -> dict[str, float]:
         "gpu_hours": device_hours(config, device_seconds(trials)),
         "hours": max((trial.clock for trial in trials), default=0.0) / 3600,
         "steps": sum(trial.steps for trial in trials),
-        "trials": sum(len(trial.curve) / horizon(config, trial.params) for trial in trials),
+        "trials": sum(
+            full_epochs(config, trial.curve) * len(config.search.shares) / horizon(config, trial.params)
+            for trial in trials
+        ),
     }
 
 

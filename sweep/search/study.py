@@ -67,6 +67,7 @@ class TrialRecord:
     errors: Mapping[int, float] = field(default_factory=dict)  # standard errors of the objective by rung
     repeats: int | None = None  # number of the trial whose configuration this one trains with a fresh seed
     error: float = 0.0  # standard error of its value, by session; only with search.tie_share
+    share: float | None = None  # of the training groups, that its last epoch was on; only with search.fidelity: data
 
     @property
     def has_ended(self) -> bool:
@@ -448,7 +449,8 @@ class StudyStore:
             metrics = metrics | {name: value for name, value in kept["metrics"].items() if name not in COSTS}
         epoch = kept.get("epoch", max(curve, default=0))
         value = trial.value if trial.state == TrialState.COMPLETE else curve.get(epoch)
-        exempted_at, rule = trial.user_attrs.get(pruning.EXEMPTED), self.config.search.rule
+        search, epochs = self.config.search, self.config.train.epochs
+        exempted_at, rule = trial.user_attrs.get(pruning.EXEMPTED), search.rule
         exempt = f" (exempt from pruning; would have been pruned at epoch {exempted_at})" if exempted_at else ""
         default = {"COMPLETE": f"trained to the end{exempt}", "RUNNING": "running"}.get(trial.state.name, "")
         is_paused = pruning.is_paused(trial)
@@ -472,6 +474,7 @@ class StudyStore:
             exempted_at=exempted_at,
             bases=identities(trial.user_attrs.get("bases", {})),
             repeats=trial.user_attrs.get(ties.REPEATS, [None])[0],
+            share=None if search.fidelity == "epochs" else search.share_at(max(curve, default=1), epochs),
             error=float(trial.user_attrs.get(ties.ERROR, 0.0)),
             errors={int(at): error for at, error in trial.user_attrs.get(pruning.ERRORS, {}).items()},
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BEST, OBJECTIVE = "best_", "objective"
 LOWER, UPPER = f"{OBJECTIVE}_lower", f"{OBJECTIVE}_upper"  # 95 % limits of the objective
 # Tags of `end_tags`.
-ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "epoch", "attempts"))
+ENDING = tuple(f"sweep.{name}" for name in ("state", "why", "reason", "rung", "share", "epoch", "attempts"))
 PAUSING = ("sweep.state", "sweep.rung")  # tags of `pause_tags`
 # Metrics of the validation split by direction; the task is a prefix, a role or subset is a suffix.
 MORE = re.compile(r"([a-z_]+/)?((accuracy|macro_f1|weighted_f1)(_.+)?|bleu|rouge_l)")
@@ -66,12 +66,17 @@ def start_tags(config: Config, trial: TrialRecord, codes: Sequence[str]) -> dict
 
 
 def end_tags(trial: TrialRecord, attempts: int | None) -> dict[str, str]:
-    """Return the tags of a trial that has ended; `sweep.rung` is its last epoch, `sweep.epoch` that of its result."""
+    """Return the tags of a trial that has ended.
+
+    `sweep.rung` is its last epoch, `sweep.share` the share of the training groups then, `sweep.epoch` the epoch of its
+    result.
+    """
     tags = {
         "state": trial.state,
         "why": trial.why,
         "reason": trial.reason,
         "rung": max(trial.curve, default=0),
+        "share": trial.share and f"{trial.share:g}",
         "epoch": trial.epoch or None,
         "attempts": attempts,
     }
@@ -93,7 +98,8 @@ def trial_metrics(
 ) -> dict[str, float]:
     """Return `best_<metric>` over the epochs of an ended trial, each in its direction, and its `objective` with limits.
 
-    A failed trial has no objective, so that it is never first in a ranking.
+    The objective on shares of the data before the last one is another metric, `best_<metric>_share_<share>`. A failed
+    trial has no objective, so that it is never first in a ranking.
 
     Args:
         config: of the sweep.
@@ -101,9 +107,13 @@ def trial_metrics(
         points: of its metrics log.
         interval: of its objective, if it has one.
     """
-    metric, objective = config.search.metric, config.search.direction
+    metric, objective, share_at = config.search.metric, config.search.direction, config.search.share_at
     best: dict[str, float] = {}
-    study = [(metric, value, objective) for value in trial.curve.values()]
+    study = list[tuple[str, float, str]]()
+    for epoch, value in trial.curve.items():
+        share = share_at(epoch, config.train.epochs)
+        name = metric if trial.share in (None, share) else f"{metric}_share_{share:g}"
+        study.append((name, value, objective))
     logged = [(point.name, point.value, _direction(point.name)) for point in points if point.name != metric]
     for name, value, direction in [*study, *logged]:
         key = f"{BEST}{name}"
