@@ -20,7 +20,7 @@ PROMOTE = {
     "keep": 0.34,
     "after_trials": 6,
     "noise": 1.0,
-    "agreement": 0.8,
+    "agreement": 0.9,  # on the table `six`, 0.8 lost the best trial in 27 % of the searches, and 0.9 in 6 %
     "audit": 0.0,
 }  # defaults of `search.pruning.kind: promote`
 
@@ -60,7 +60,7 @@ class PruningConfig(Section):
         0.0,
         description="No trial is pruned at an epoch before after_trials trials have trained to their end and this "
         "share of their pairs has the same order at the epoch as at the end. 0: it does not matter. With promote, the "
-        "default is 0.8.",
+        "default is 0.9.",
     )
     finish: Count = Field(
         3, description="With promote: trials that are trained to their end at least; the best paused ones are chosen."

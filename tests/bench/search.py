@@ -15,11 +15,12 @@ import numpy as np
 import optuna
 
 from tests.bench.measure import Row
-from tests.bench.tables.rivals import RIVALS, Make
+from tests.bench.tables.rivals import RIVALS, Known, Make
 from tests.bench.tables.simulate import MOST, Product, Trace, simulate, with_search
 from tests.bench.tables.table import Table, names, read
 
 SEARCHES, ROUNDS, BUDGET = 100, 5, 24
+LOST = 0.02  # share of the searches that may lose their best trial
 TOPS = (0.05, 0.025)  # targets: what this share of a table's points reaches
 BUDGETS = (12, 24)  # full trainings, after which the regret is reported
 RANDOM = "random, full length"
@@ -30,11 +31,11 @@ def product(**search: Any) -> Make:
     return lambda config, seed: Product(with_search(config, trials=MOST, **search), seed)
 
 
+DEFAULTS, ASHA, KNOWN = "the defaults", "Ray ASHA + OptunaSearch", "a search that knows all other results"
 OURS: dict[str, Make] = {
-    "the defaults": product(),
-    "random draws, no pruning": product(sampler="random", pruning={"kind": "none"}),
+    DEFAULTS: product(),
+    "no pruning": product(pruning={"kind": "none"}),
     "random draws, promote": product(sampler="random", pruning={"kind": "promote"}),
-    "random draws, stop": product(sampler="random", pruning={"kind": "stop"}),
 }
 
 
@@ -44,6 +45,15 @@ def play(table: Table, make: Make) -> list[Trace]:
         simulate(table, make(table.config, seed), BUDGET * table.full, seed % len(table.seeds))
         for seed in range(SEARCHES)
     ]
+
+
+def bound(table: Table) -> list[Trace]:
+    """Run the search that knows the table on the trainings of each of its seeds, as often as the others."""
+    known = [
+        simulate(table, Known(table, seed), BUDGET * table.full, seed)
+        for seed in range(min(SEARCHES, len(table.seeds)))
+    ]
+    return [known[seed % len(known)] for seed in range(SEARCHES)]
 
 
 def steps(traces: list[Trace], top: float) -> np.ndarray:
@@ -96,9 +106,9 @@ def run(show: Callable[[str], object] = lambda line: print(line, file=sys.stderr
     rows = list[Row]()
     for name in names():
         table = read(name)
-        random = play(table, RIVALS[RANDOM])
-        for search, make in {**OURS, **RIVALS}.items():
-            traces = random if search == RANDOM else play(table, make)
+        random, ours = play(table, RIVALS[RANDOM]), list[Trace]()
+        for search, make in {**OURS, **RIVALS, KNOWN: None}.items():
+            traces = random if search == RANDOM else bound(table) if make is None else play(table, make)
             taken, reference = steps(traces, TOPS[0]), steps(random, TOPS[0])
             lost = np.mean([trace.lost() > 0 for trace in traces])
             note = (
@@ -106,8 +116,18 @@ def run(show: Callable[[str], object] = lambda line: print(line, file=sys.stderr
                 f"to the best {TOPS[1]:.1%}; regret {regrets(traces)}; best trial lost in {lost:.0%}"
                 f"{repeated(table, traces)}"
             )
-            goal = 1.5 if search in OURS else None
+            goal = 1.5 if search == DEFAULTS else None
             what = f"{name}, {search}: steps to the best {TOPS[0]:.0%}"
             rows.append(Row(what, RANDOM, ratios(taken, reference), goal, note=note))
             show(f"{what}: {note}")
+            if search == DEFAULTS:
+                ours = traces
+                rows.append(
+                    Row(f"{name}, {DEFAULTS}: best trial lost", "searches", [float(lost)], LOST, most=True, note=note)
+                )
+            elif search == ASHA:
+                what = f"{name}, {DEFAULTS}: steps to the best {TOPS[0]:.0%}"
+                rows.append(
+                    Row(what, ASHA, ratios(steps(ours, TOPS[0]), taken), 1.3, note=overall(steps(ours, TOPS[0]), taken))
+                )
     return rows
