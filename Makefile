@@ -15,9 +15,9 @@ install: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
-# Two processes share the tests by file: one waits for Ray or a server while the other computes.
+# Three processes share the tests by file: while one waits for Ray or a server, two compute.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -98,7 +98,13 @@ def examples() -> list[Example]:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, and often wait: no process is left alone with one at the end."""
+    """Begin with the files that take longest, and often wait: no process is left alone with one at the end.
+
+    The tests of a file share its fixtures, so one process runs them, unless they name a group of their own."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

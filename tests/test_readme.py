@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[list[str]]:
-    """The `sweep …` lines of the README's shell blocks, in order, but those that need a cluster."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+def commands(section: str) -> list[list[str]]:
+    """The `sweep …` lines of the shell blocks of a section, in order, but those that need a cluster."""
+    [text] = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", README, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "# needs a cluster" not in line]
     lines = [line.split("  #")[0].strip() for line in lines]
     return [shlex.split(line) for line in lines if line.startswith("sweep ")]
@@ -64,10 +65,9 @@ def check_secrets(root: Path, outputs: dict[str, str], planted: dict[str, str], 
             shutil.rmtree(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Type the README's commands as a newcomer would, from the demo to a sweep over a corpus with audio."""
+@pytest.fixture
+def outputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the commands of a section print when a newcomer types them in an empty folder; no secret is left anywhere."""
     write(tmp_path, sessions=12).rename(tmp_path / "AnnoMI-simple.csv")
     record(tmp_path / "recordings", sessions=12)
     monkeypatch.chdir(tmp_path)
@@ -76,11 +76,26 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "inputs"))
     planted, ray = plant(), set()
-    outputs = {shlex.join(words): run(words, planted, ray) for words in commands()}
-    assert {words[1] for words in commands()} == {
-        *("prepare", "run", "status", "best", "confirm", "report", "export", "train", "evaluate", "inspect"),
-    }
+    outputs = {shlex.join(words): run(words, planted, ray) for words in commands(request.param)}
     check_secrets(tmp_path, outputs, planted, ray)
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.xdist_group("corpus")  # beside the demo, which takes longest of all tests
+@pytest.mark.parametrize("outputs", ["Your own corpus"], indirect=True)
+def test_commands_over_a_corpus_run(outputs: dict[str, str]) -> None:
+    assert [command.split()[1] for command in outputs] == ["prepare", "inspect", "run"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("outputs", ["The demo"], indirect=True)
+def test_commands_of_the_demo_run(outputs: dict[str, str], tmp_path: Path) -> None:
+    assert {command.split()[1] for command in outputs} == {
+        *("run", "status", "best", "confirm", "report", "export", "train", "evaluate", "inspect"),
+    }
     status = json.loads(outputs["sweep status runs/demo --json"])
     assert len(status["trials"]) == status["target_trials"] >= 8
 

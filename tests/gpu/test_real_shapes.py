@@ -72,8 +72,8 @@ def label_agreement(model: SpeechLLM, examples: list[Example], size: int) -> tup
 
 
 def test_tiny_models_choose_the_same_labels_in_bf16(models: Path) -> None:
-    agreement, commonest = label_agreement(build(models, "cpu"), clips(100, 0.8), 8)
-    assert agreement >= 0.99
+    agreement, commonest = label_agreement(build(models, "cpu"), clips(40, 0.8), 8)
+    assert agreement == 1
     assert commonest < 0.8
 
 

@@ -169,6 +169,7 @@ def shown(client: MlflowClient, name: str) -> dict[str, Any]:
     return runs
 
 
+@pytest.mark.long
 def test_restored_backup_is_completed_by_the_sweep(site: Site, anna: User, tmp_path: Path) -> None:
     """The sweep is a study and the files of its trials: nothing trains here. At the end, `gc.sh` removes for good what
     was deleted, and nothing else; of a deleted sweep everything is sent again."""

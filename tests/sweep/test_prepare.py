@@ -50,7 +50,7 @@ def example(name: str) -> list[str]:
     return shlex.split(command)
 
 
-SHORT = ("annomi", "whisperx")  # of text, and with audio; `tests/data` reads every format
+SHORT = ("whisperx",)  # with audio; `tests/data` reads every format
 
 
 @pytest.mark.parametrize("name", BY_FORMAT)
