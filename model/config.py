@@ -148,7 +148,7 @@ class LoraSettings(Section):
     )
     dropout: Fraction = Field(0.1, description="Dropout on the input of the update.")
     targets: Targets = Field(
-        ["q_proj", "v_proj"],
+        "all-linear",  # a lower validation loss than attention alone at equal parameters: docs/results.md
         description="Names of the linear layers that are adapted, or all-linear. Fused experts of a mixture of experts "
         "are no linear layers: name them by their last two names, e.g. experts.down_proj, without dropout and DoRA.",
     )

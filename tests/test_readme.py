@@ -67,7 +67,7 @@ def check_secrets(root: Path, outputs: dict[str, str], planted: dict[str, str], 
 
 @pytest.fixture
 def outputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What the commands of a section print when a newcomer types them in an empty folder; no secret is left anywhere."""
+    """What the commands of a section print when they are typed in an empty folder; no secret is left anywhere."""
     write(tmp_path, sessions=12).rename(tmp_path / "AnnoMI-simple.csv")
     record(tmp_path / "recordings", sessions=12)
     monkeypatch.chdir(tmp_path)

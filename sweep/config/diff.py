@@ -175,7 +175,8 @@ def continued(config: Config, folder: Path) -> Config:
 
     `model.prompt.bos: auto` leaves the choice to the sweep, and one that has started keeps what its trials read: before
     the setting existed, that was always BOS. So does the default of `search.pruning`: before `kind` existed, it was
-    always `stop`, and a mapping without a kind means that.
+    always `stop`, and a mapping without a kind means that. And so does the default of `model.lora.targets`, which was
+    another one.
     """
     path = folder / "config.yaml"
     if not path.exists():
@@ -183,6 +184,8 @@ def continued(config: Config, folder: Path) -> Config:
     started, kept = load(str(path)), dict[str, object]()
     if config.model.prompt.bos == "auto":
         kept["model.prompt.bos"] = started.model.prompt.bos
+    if "targets" not in config.model.lora.model_fields_set:
+        kept["model.lora.targets"] = started.model.lora.targets
     is_default = config.search.pruning == SearchConfig().pruning
     if is_default and started.search.pruning is not None and started.search.pruning.kind == "stop":
         kept["search.pruning"] = started.search.pruning.model_dump()

@@ -174,7 +174,7 @@ def _llm_state(model: SpeechLLM) -> str:
     lora = model.config.lora
     if not lora.enabled:
         return _state(model, "llm")
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    targets = "all linear layers" if lora.targets == "all-linear" else ", ".join(lora.targets)
     return f"{_state(model, 'llm')}, with LoRA of rank {lora.rank} on {targets}"
 
 

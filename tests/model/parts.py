@@ -12,7 +12,7 @@ from model.training.trainer import fit
 from tests.model.common import ANSWERS
 
 NEW = "adapter+lora+tokens"
-LORA = {"rank": 4, "dropout": 0.0}
+LORA = {"rank": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
 
 
 def selected(model: SpeechLLM) -> set[str]:

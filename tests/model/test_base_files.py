@@ -232,7 +232,7 @@ def test_adapter_that_does_not_fit_is_one_line(name: str, tmp_path: Path) -> Non
     changed, message = MISFITS[name]
     path = write_adapter(tmp_path / "a", **changed)
     with pytest.raises(ConfigError, match=f"^model.lora.init_from: {path}: .*{message}") as error:
-        check_adapter(LoraSettings(), path)
+        check_adapter(LoraSettings(targets=["q_proj", "v_proj"]), path)
     assert "\n" not in str(error.value)
 
 

@@ -103,10 +103,11 @@ def test_lora_that_was_loaded_may_stay_frozen(models: Path, tmp_path: Path) -> N
 
 def test_structure_is_checked_without_weights(models: Path, tmp_path: Path) -> None:
     """So that a sweep that cannot start from an adapter ends before it begins."""
-    folder = write(trained(models, "whisper", **TEXT), tmp_path / "m") / "lora"
-    assert start(models, folder, "meta").trained_parts == {"lora"}
+    adapted = {"rank": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+    folder = write(trained(models, "whisper", **TEXT, lora=adapted), tmp_path / "m") / "lora"
+    assert start(models, folder, "meta", lora=adapted).trained_parts == {"lora"}
     with pytest.raises(ConfigError, match=r"has rank 4, and the configuration rank 16; use --set model.lora.rank=4$"):
-        start(models, folder, "meta", lora={"rank": 16, "alpha": 128})
+        start(models, folder, "meta", lora=adapted | {"rank": 16, "alpha": 128})
     message = r"adapts q_proj, v_proj, and model.lora.targets adapts .*; use --set 'model.lora.targets=\[q_proj, v_proj"
     with pytest.raises(ConfigError, match=message):
         start(models, folder, "meta", lora={"targets": "all-linear"})
@@ -115,9 +116,9 @@ def test_structure_is_checked_without_weights(models: Path, tmp_path: Path) -> N
     for changed in ({"num_hidden_layers": 3}, {"hidden_size": 64}):
         (other / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ConfigError, match=r"was trained on another LLM: .* differs; set model\.llm"):
-            start(models, folder, "meta", llm={"path": str(other)})
+            start(models, folder, "meta", llm={"path": str(other)}, lora=adapted)
     with pytest.raises(ConfigError, match=r"and model\.init_from \(.*\) would start LoRA, too; remove one of them"):
-        start(models, folder, init_from=str(folder.parent))
+        start(models, folder, init_from=str(folder.parent), lora=adapted)
     without = {"lora": {"enabled": False, "init_from": "a"}}
     [problem] = ModelConfig.model_validate(without).problems()
     assert problem == "model.lora.init_from: a has no effect with model.lora.enabled=false; remove one"

@@ -33,7 +33,7 @@ LLM_WIDTH, ENCODER_WIDTH = 32, 32
 
 
 def make(models: Path, kind: str = "hubert-layer", device: str = "meta", **changed: Any) -> SpeechLLM:
-    return SpeechLLM(settings(models, kind, **changed), ANSWERS, device)
+    return SpeechLLM(settings(models, kind, **{"lora": LORA} | changed), ANSWERS, device)
 
 
 def all_names(model: nn.Module, start: str = "") -> set[str]:

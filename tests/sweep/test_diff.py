@@ -276,3 +276,12 @@ def test_own_file_with_part_of_a_prompt_follows_the_tokenizer(tmp_path: Path) ->
     (tmp_path / "own.yaml").write_text("name: own\nmodel: {prompt: {format: plain, instruction: task}}\n")
     assert load(str(tmp_path / "own.yaml")).model.prompt.bos == "auto"
     assert continued(settings(), tmp_path / "new") == settings()
+
+
+def test_sweep_that_has_started_keeps_the_layers_of_lora(tmp_path: Path) -> None:
+    """The default was another one; naming the layers is a change like any other."""
+    (own := tmp_path / "own.yaml").write_text("name: own\n")
+    claim_folder(load(str(own), ["model.lora.targets=[q_proj, v_proj]"]), folder := tmp_path / "sweep")
+    assert continued(load(str(own)), folder).model.lora.targets == ["q_proj", "v_proj"]
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: \['q_proj', 'v_proj'\] → 'all-linear'"):
+        claim_folder(continued(load(str(own), ["model.lora.targets=all-linear"]), folder), folder)

@@ -59,7 +59,7 @@ def test_inspect_says_how_prompts_start(here: Path) -> None:
 
 
 def test_inspect_says_what_lora_reaches(here: Path) -> None:
-    out = inspect(here)
+    out = inspect(here, "model.lora.targets=[q_proj, v_proj]")
     line = next(line for line in out.splitlines() if line.startswith("LoRA reaches"))
     start = r"LoRA reaches \d+% of the LLM's weights \(embeddings aside\): q_proj, v_proj; not gate_proj \d+%"
     assert re.match(start, line)

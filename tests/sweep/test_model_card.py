@@ -25,7 +25,7 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = [
             "A speech LLM for counselling dialogues. It predicts the code of a turn. It reads the turn as audio, and "
             "up to 10 turns before it as text.",
             "whisper`, frozen |",
-            "llm`, frozen, with LoRA of rank 8 on q_proj, v_proj |",
+            "llm`, frozen, with LoRA of rank 8 on all linear layers |",
             "as a first coding that a trained coder checks",
             "predict . --csv sessions.csv --audio recordings",
             "from the corpus and the base models that `config.yaml` names",
