@@ -9,12 +9,14 @@ from data.errors import UserError
 from data.formats import format_number
 from model.checkpoints import checkpoint
 from model.checkpoints.fingerprint import Bases, identify_bases, refuse_other_bases
+from model.evaluation.bootstrap import Interval
 from model.evaluation.ceiling import Ceiling, ceilings
 from model.evaluation.evaluator import evaluate
 from model.evaluation.metrics import Record, per_label, summarise
 from model.evaluation.split_data import TrialData
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training import metrics_log
+from sweep.analysis.predictions import interval_of
 from sweep.analysis.view import Column, TableView
 from sweep.config.files import load
 from sweep.config.paths import shell_command, trial_folder
@@ -42,6 +44,7 @@ class Evaluation:
     predictions: SplitPredictions
     metrics: dict[str, float]  # by name as in `summarise`
     per_label: dict[str, dict[str, dict[str, float]]]  # by task and label: precision, recall, f1, support
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # 95 % by session, of the metrics that have one
 
     @property
     def per_code(self) -> dict[str, dict[str, dict[str, int]]]:
@@ -54,7 +57,7 @@ class Evaluation:
         return {task: dict(sorted(rows.items())) for task, rows in counts.items()}
 
     def to_json(self) -> dict[str, object]:
-        """Return `n`, the metrics, `per_label`, and `predictions` with the log-probability of every label.
+        """Return `n`, metrics and their `intervals`, `per_label`, and `predictions` with every label's log-probability.
 
         With `data.codes` also `per_code`, and the `code` of every prediction as the corpus stores it. With several
         annotators also `human_ceiling` by task: their figures, and the model's on the same turns.
@@ -75,7 +78,8 @@ class Evaluation:
         ceilings = {one.task: one.to_json(self.predictions.records) for one in self.predictions.ceilings}
         human = {"human_ceiling": ceilings} if ceilings else {}
         tables = {"per_label": self.per_label, **per_code, **human, "predictions": predictions}
-        return {"n": len(predictions), **self.metrics, **tables}
+        intervals = {name: [interval.low, interval.high] for name, interval in self.intervals.items()}
+        return {"n": len(predictions), **self.metrics, "intervals": intervals, **tables}
 
     def tables(self) -> list[TableView]:
         """Return the figures of each label, a table for every task that has labels."""
@@ -115,8 +119,9 @@ class Evaluation:
         ]
 
     def line(self) -> str:
-        """Return all metrics in a line."""
-        return "  ".join(f"{name} {format_number(value)}" for name, value in self.metrics.items())
+        """Return all metrics in a line, with their intervals."""
+        shown = (f"{name} {self.intervals.get(name) or format_number(value)}" for name, value in self.metrics.items())
+        return "  ".join(shown) + (" (in brackets 95 % by session)" if self.intervals else "")
 
     def ceiling_lines(self) -> list[str]:
         """Return how well annotators predict each other, and the model's figures on the same turns."""
@@ -188,13 +193,15 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Predict a split and compute its metrics; see `predict` for arguments and errors."""
     predictions = predict(source, split, batch_size, overrides, allow_other_base)
-    tables = {
-        task: per_label([record for record in predictions.records if record.task == task], labels)
+    by_task = {
+        task: (list(labels), [record for record in predictions.records if record.task == task])
         for task, labels in predictions.labels.items()
-        if labels
     }
+    tables = {task: per_label(records, labels) for task, (labels, records) in by_task.items() if labels}
     metrics = summarise(predictions.records, predictions.labels, predictions.roles)
-    return Evaluation(split, predictions, metrics, tables)
+    found = {name: interval_of(by_task, name, predictions.roles) for name in metrics}
+    intervals = {name: interval for name, interval in found.items() if interval and interval.low is not None}
+    return Evaluation(split, predictions, metrics, tables, intervals)
 
 
 def load_trained(

@@ -11,6 +11,7 @@ import torch
 from data.corpus import synthetic
 from data.corpus.config import CorpusConfig
 from data.corpus.schema import SPLITS
+from data.formats import format_interval
 from data.loading.tasks import answer_sets, items
 from data.preparation.build import prepare
 from data.shards.dataset import Shards
@@ -18,7 +19,7 @@ from model.checkpoints import checkpoint
 from model.evaluation.bootstrap import Interval
 from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
-from sweep.analysis.evaluate import Evaluation, SplitPredictions
+from sweep.analysis.evaluate import Evaluation, SplitPredictions, evaluate_checkpoint
 from sweep.analysis.predictions import read_predictions
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
@@ -54,7 +55,7 @@ def result(trained: Path) -> dict[str, Any]:
 
 
 def test_evaluate_json(result: dict[str, Any]) -> None:
-    assert result.keys() >= {"n", "accuracy", "macro_f1", "weighted_f1", "per_label", "predictions"}
+    assert result.keys() >= {"n", "accuracy", "macro_f1", "weighted_f1", "intervals", "per_label", "predictions"}
     table = result["per_label"]["classify"]
     assert result["n"] == len(result["predictions"]) == sum(row["support"] for row in table.values())
     assert (list(result["per_label"]), tuple(table)) == (["classify"], LABELS)
@@ -152,6 +153,18 @@ def test_evaluate_changes_data_settings_only(trial: Path, result: dict[str, Any]
         message = refused(trial, "evaluate", "trial", "--set", "data.sound=zeroed", "--set", override)
         assert message.startswith(f"--set {override}: only data.* can be changed")
     assert "data.sound: 'loud': input should be" in refused(trial, "evaluate", "trial", "--set", "data.sound=loud")
+
+
+def test_intervals_are_those_of_sessions(trained: Path) -> None:
+    """The validation split has one session, so its metrics have none."""
+    evaluation = evaluate_checkpoint(trained, "train", None)
+    assert {"loss", "accuracy", "macro_f1"} <= evaluation.intervals.keys()
+    for name, limits in evaluation.intervals.items():
+        low, high = strict(json.dumps(evaluation.to_json()))["intervals"][name]
+        assert evaluation.metrics[name] == pytest.approx(limits.value)
+        assert low < limits.value < high
+        assert f"{name} {format_interval(limits.value, low, high)}" in evaluation.line()
+    assert evaluation.line().endswith("(in brackets 95 % by session)")
 
 
 def test_evaluate_reads_every_split(trained: Path) -> None:
@@ -283,7 +296,7 @@ def test_status_and_best_json(study: StudyStore) -> None:
     }
     assert [trial["state"] for trial in status["trials"]] == ["COMPLETE", "FAIL", "RUNNING"]
     keys = {"number", "state", "params", "value", "metrics", "steps", "epochs", "epoch", "mlflow_run_id"}
-    keys |= {"attempts", "reason", "why", "audited", "spared"}
+    keys |= {"attempts", "reason", "why", "audited", "spared", "share", "repeats"}
     assert all(trial.keys() == keys for trial in status["trials"])
     assert status["trials"][2]["value"] is None
     best = strict(sweep("best", "s", "--json").out)
