@@ -191,6 +191,7 @@ def plan(study: StudyStore, folder: Path, top: int, seeds: int, folds: int | Non
             "search.trials": max(1, len(points)),
             "search.pruning": None,
             "search.tie_share": 0.0,
+            "search.fidelity": "epochs",
             "search.learn_from": None,
             "search.metrics": None,
             "search.budget": None,

@@ -167,6 +167,8 @@ class Config(Section):
             "search.pruning": search.rule is None and "null, so that nothing is compared; set kind: promote",
             "search.pruning.first_epoch": bool(search.rule and search.rule.first_epoch) and "set; leave it out",
             "search.stop_when": search.stop_when is not None and "set; set a budget instead",
+            "search.tie_share": search.tie_share > 0
+            and "above 0; set it to 0, and confirm the best with `sweep confirm`",
             "train.patience": (train.patience is not None or "train.patience" in space) and "set; set it to null",
             "train.keep": (train.keep == "best" or "train.keep" in space) and "best; set it to last",
             EPOCHS: EPOCHS in space and "an axis; set a number",

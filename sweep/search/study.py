@@ -422,8 +422,8 @@ class StudyStore:
             if trial.state.is_finished():
                 self._ended[trial.number] = record
             records.append(record)
-        drawn = [record.number for record in records if record.repeats is None]
-        if (stopped := self.study.user_attrs.get(STOPPED)) and drawn and drawn[-1] == stopped["after"]:
+        drawn = [index for index, record in enumerate(records) if record.repeats is None]
+        if (stopped := self.study.user_attrs.get(STOPPED)) and drawn and records[drawn[-1]].number == stopped["after"]:
             records[drawn[-1]] = replace(records[drawn[-1]], stopped=stopped["why"])
         return records
 

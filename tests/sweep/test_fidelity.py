@@ -15,6 +15,7 @@ from data.preparation.build import prepare
 from data.shards.dataset import Shards
 from model.training.progress import Metrics
 from model.training.trainer import Report
+from sweep.analysis import confirm
 from sweep.analysis.leaderboard import leaderboard
 from sweep.config.files import load
 from sweep.config.paths import trial_folder
@@ -93,6 +94,7 @@ def test_trials_are_compared_on_shares(tmp_path: Path) -> None:
     rows = [row[1:4] for row in leaderboard(sweep, tmp_path, trials).table.rows]
     assert rows[:2] == [["COMPLETE", "0.900", "100%"], ["PRUNED 8/12", "0.500", "50%"]]
     assert (end_tags(trials[0], 1)["sweep.share"], end_tags(trials[0], 1)["sweep.rung"]) == ("0.5", "8")
+    assert confirm.plan(StudyStore.read(tmp_path, sweep), tmp_path, 1, 1).search.fidelity == "epochs"
     assert trial_metrics(sweep, trials[0], []).keys() == {"best_macro_f1", "best_macro_f1_share_0.25", "objective"}
 
 
@@ -143,6 +145,7 @@ def test_finished_share_is_reported_again_and_not_trained(tmp_path: Path) -> Non
     ("changed", "message"),
     [
         ({"search": {"pruning": None}}, "search.pruning is null, so that nothing is compared; set kind: promote"),
+        ({"search": {"tie_share": 0.2}}, "search.tie_share is above 0; set it to 0, and confirm the best with"),
         ({"train": {"patience": 2}}, "train.patience is set; set it to null"),
         ({"train": {"keep": "best"}}, "train.keep is best; set it to last"),
         ({"search": {"space": {"train.epochs": [2, 3]}}}, "train.epochs is an axis; set a number"),
