@@ -131,7 +131,7 @@ class SearchConfig(Section):
     tie_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the trials and of the budget that is kept for further seeds of the best configurations, "
-        "as far as they are tied within noise. 0: none.",
+        "as far as they are tied within noise; 0.15 is a good choice from 20 trials on. 0: none.",
     )
     fidelity: Literal["epochs", "data"] = Field(
         "epochs",
