@@ -1,7 +1,7 @@
 """`sweep run` from top to bottom: start, resume or extend a sweep, and return how it ended.
 
-    lease, mirror ─► claim the folder ─► resolve and check ─► Ray ─► feature cache ─► plan ─► trials ─► Outcome
-                                                              └──────────── MLflow tracks ────────────┘
+    lease, mirror ─► claim the folder ─► resolve and check ─► Ray ─► plan, feature cache, trials ─► Outcome
+                                                              └──────── MLflow tracks ────────┘
 
 `run` is the whole story; `SweepRunner` is the part that needs the lease. The study (`sweep.search`) decides what is
 left to do, `sweep.execution` runs it, and a `Listener` receives the progress.
@@ -10,7 +10,6 @@ left to do, `sweep.execution` runs it, and a `Listener` receives the progress.
 import contextlib
 import html
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,11 +45,10 @@ from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
 from sweep.execution.waiting import cleaning_up
-from sweep.preflight.checks import resolve_inputs, skeleton
+from sweep.preflight.checks import building, resolve_inputs, skeleton
 from sweep.preflight.earlier_sweeps import learn
-from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used, precompute
-from sweep.preflight.plan import format_estimate, make_plan
-from sweep.preflight.plan_file import save_actual_time, save_estimate
+from sweep.preflight.feature_cache import cache_folder, cached_folders, mark_used
+from sweep.preflight.preparation import Preparation
 from sweep.search.base_models import check_bases, study_bases
 from sweep.search.candidates import first_trial
 from sweep.search.corpus_notes import save_corpus_notes
@@ -373,30 +371,25 @@ class SweepRunner:
             nodes = [node["Resources"] for node in alive if node["Alive"]]
             left = self.trials_to_run()
             slots = count_slots(resolved, nodes, left)
-            # A signal ends either of these two at once; what they have computed is kept.
-            BackgroundWork(lambda: precompute(resolved, self.cache, say, left), "feature cache", check_cluster).result()
-            plan = BackgroundWork(
-                lambda: make_plan(resolved, self.cache, self.folder, nodes, slots, say), "plan", check_cluster
-            ).result()
-            self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
-            # Only now: what would keep them from training, such as a model that is still missing, has raised an error.
-            self.study.retry()
-            say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
             say(check_disk(self.folder, disk_need(resolved, count_trained(resolved), slots)))
-            estimate = plan.estimate(self.study.trials(), self.study.points_left(), slots)
-            say(f"sampler: {choose(self.config)}")
-            if kept := reserved(self.config):
-                say(f"further seeds: up to {kept} of {self.config.search.trials} trials, of tied configurations")
-            for line in budget_lines(self.config, self.study.trials()):
-                say(f"budget: {line} spent")
-            say(format_estimate(self.config, estimate, slots))
-            save_estimate(self.folder, estimate)
-            started = time.monotonic()
+
+            def ready() -> None:
+                # Only now: what would keep trials from training, as a model that is missing, has raised an error.
+                self.study.retry()
+                say(f"{slots} trial{'s' if slots > 1 else ''} at a time; the first starts once its workers are up")
+                say(f"sampler: {choose(self.config)}")
+                if kept := reserved(self.config):
+                    say(f"further seeds: up to {kept} of {self.config.search.trials} trials, of tied configurations")
+                for line in budget_lines(self.config, self.study.trials()):
+                    say(f"budget: {line} spent")
+
+            preparation = Preparation(self.study, resolved, self.cache, nodes, slots, left, say, ready)
             run_trials(
                 self.study,
                 resolved,
                 slots,
                 storage,
+                prepare=preparation.run,
                 make_job=lambda number, values: self.make_job(resolved, number, values),
                 check=self.check,
                 ended=lambda: prune_checkpoints(self.study, self.folder),
@@ -405,7 +398,7 @@ class SweepRunner:
                 say=say,
             )
             if not trials_left(self.config, self.study.trials()):
-                save_actual_time(self.folder, estimate, time.monotonic() - started)
+                preparation.save_actual_time()
         shutil.rmtree(storage, ignore_errors=True)
 
     def trials_to_run(self) -> int:
@@ -433,7 +426,8 @@ class SweepRunner:
         shards = open_shards(trial)  # the trial may be on another fold than the sweep
         write(with_class_weights(config, shards), folder / "config.yaml")
         trial = with_class_weights(trial, shards)
-        cached = cached_folders(trial, self.cache)
+        with building:
+            cached = cached_folders(trial, self.cache)
         mark_used(cached)
         features, logits = tuple(map(str, cached.features)), cached.teacher_logits
         return TrialJob(

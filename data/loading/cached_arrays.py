@@ -111,15 +111,15 @@ class CacheJob(ABC, Generic[Row, Key]):
     def compute(self, rows: Sequence[Row]) -> list[list[Arrays]]:
         """Return for each key the arrays of some rows, and write nothing."""
 
-    def __call__(self) -> pa.Table:
-        """Compute and write the file for all keys; return a table with the bytes written and the input size."""
+    def __call__(self) -> str:
+        """Compute and write the file for all keys; return the file's name."""
         computed = self.compute(self.file.rows)
-        # `pop` frees the arrays of a key once they are written.
-        written = [write_file(folder, self.file, self.layout, computed.pop(0)) for folder in self.keys]
-        return pa.table({"bytes": [sum(written)], "size": [self.file.size]})
+        for folder in self.keys:
+            write_file(folder, self.file, self.layout, computed.pop(0))  # `pop` frees the arrays once they are written
+        return self.file.name
 
 
-def write_file(folder: Path, file: CacheFile[Row], layout: Layout, rows: Iterable[Arrays]) -> int:
+def write_file(folder: Path, file: CacheFile[Row], layout: Layout, rows: Iterable[Arrays]) -> None:
     """Write a cache file atomically.
 
     Args:
@@ -127,9 +127,6 @@ def write_file(folder: Path, file: CacheFile[Row], layout: Layout, rows: Iterabl
         file: the file and its rows.
         layout: the arrays of a row.
         rows: the arrays of each row.
-
-    Returns:
-        The bytes of the arrays.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -149,7 +146,6 @@ def write_file(folder: Path, file: CacheFile[Row], layout: Layout, rows: Iterabl
         Store(folder).write(file.name, sink.getvalue())
     except DataError as error:
         raise StorageError(f"{error}; free some space, or set storage.cache to another folder") from None
-    return sum(values.nbytes for column in columns for values in column)
 
 
 def _to_binary(column: Arrays) -> pa.Array:

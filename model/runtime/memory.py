@@ -7,7 +7,7 @@ import gc
 import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -116,10 +116,20 @@ Models = OrderedDict[tuple[object, ...], nn.Module]
 CACHES: list[Models] = []  # of all functions that are `cached`
 
 
-def forget_models() -> None:
-    """Drop all cached models of this process, and release their memory."""
+def cached_models() -> set[int]:
+    """Return the ids of the cached models of this process."""
+    return {id(model) for models in CACHES for model in models.values()}
+
+
+def forget_models(kept: Collection[int] = ()) -> None:
+    """Drop the cached models of this process, and release their memory.
+
+    Args:
+        kept: the ids of models that stay, see `cached_models`.
+    """
     for models in CACHES:
-        models.clear()
+        for key in [key for key, model in models.items() if id(model) not in kept]:
+            del models[key]
     free()
 
 

@@ -12,8 +12,7 @@ from sweep.cli.console import complain, console, print_line
 from sweep.cli.options import ConfigArgument, OtherBaseOption, OutOption, SetOption, TrialsOption
 from sweep.cli.show import preview_table, print_best, print_mlflow, show_trials
 from sweep.config.schema import Config
-from sweep.execution.exit_line import exit_line
-from sweep.execution.signals import ExitCode, StopRequest
+from sweep.execution.signals import ExitCode, StopRequest, exit_line
 
 if TYPE_CHECKING:
     from sweep.runner import Outcome

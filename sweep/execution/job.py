@@ -1,7 +1,12 @@
-"""What the driver and the workers of a trial exchange; this module imports nothing heavy, since all of them load it."""
+"""What the driver and the workers of a group exchange; this module imports nothing heavy, since all of them load it."""
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, Self, TypedDict
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+RETRIES = 3  # restarts of a job inside its worker group without a new epoch in between
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,12 +22,36 @@ class TrialJob:
     allow_other_base: bool = False  # whether a checkpoint of another base model may be continued
 
 
+@dataclass(frozen=True, repr=False)
+class Task:
+    """Work besides trials: a dry run, or some files of the feature cache. See `sweep.execution.tasks`."""
+
+    calls: "ObjectRef"  # a list of functions; each worker of the group calls a share of them
+    restarts: int  # how often new workers repeat the task after they have died
+    temporary: bool  # whether no trial needs the models that it loads
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Return the same task: Tune copies what it gets, and a reference of Ray's must not be copied."""
+        return self
+
+
+@dataclass(frozen=True)
+class Standby:
+    """The workers wait: there is nothing to do before the driver has more news."""
+
+    news: int  # that the driver had, see `DriverEvents`
+
+
+Job = TrialJob | Task | Standby
+
+
 class FitReport(TypedDict, total=False):
-    """A result of Ray Tune: an epoch, or how a trial ended in its workers."""
+    """A result of Ray Tune: an epoch, or how a trial or a task ended in its workers."""
 
     epoch: int
     metrics: str  # JSON, by name
     finished: bool
+    results: list[str]  # of the functions of a task, in order
     interrupted: bool
     failed: str  # message for people
     reason: str  # kind of failure

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import ray
 
-from sweep.execution.job import FitReport, TrialJob
+from sweep.execution.job import RETRIES, FitReport, Task, TrialJob
 
-RETRIES = 3  # restarts of a trial inside its worker group without a new epoch in between
 END = float("inf")  # the step of the last report of a trial
 
 
@@ -32,33 +31,48 @@ def end_on_term() -> None:
 
 
 @ray.remote(num_cpus=0)
-class StopEvent:
-    """Tells every worker group when the sweep is asked to stop."""
+class DriverEvents:
+    """Tells every worker group when the sweep is asked to stop, and when there may be something to do again."""
 
     def __init__(self) -> None:
         end_on_term()
-        self.event = asyncio.Event()
+        self.stopping, self.news = False, 0
+        self.changed = asyncio.Condition()
 
-    async def set(self) -> None:
+    async def stop(self) -> None:
         """Ask the sweep to stop."""
-        self.event.set()
+        async with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
 
-    async def wait(self) -> None:
+    async def stopped(self) -> None:
         """Return when the sweep is asked to stop."""
-        await self.event.wait()
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.stopping)
+
+    async def announce(self, news: int) -> None:
+        """Tell worker groups on standby that there may be something to do; the number of news increases."""
+        async with self.changed:
+            self.news = max(self.news, news)
+            self.changed.notify_all()
+
+    async def awaited(self, news: int) -> None:
+        """Return when there are more news than these, or when the sweep is asked to stop."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.news > news or self.stopping)
 
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Passes the current trial down to the workers, and each report up; a report returns once Tune has decided.
+    """Passes the current trial or task down to the workers, and each report up, which returns once Tune has decided.
 
     Steps increase strictly within a trial, so a restarted worker may repeat its reports.
     """
 
     def __init__(self) -> None:
         end_on_term()
-        self.version = self.over = 0  # the current trial; the last one that ended in the workers
-        self.job: TrialJob | None = None
+        self.version = self.over = 0  # the current job; the last one that ended in the workers
+        self.job: TrialJob | Task | None = None
         self.closed = self.stopping = False
         self.changed = asyncio.Condition()
         self._reset()
@@ -67,9 +81,10 @@ class Mailbox:
         self.starts, self.note = 0, ""
         self.out: collections.deque[QueuedReport] = collections.deque()
         self.queued = self.handed = self.approved = -1.0  # steps
+        self.shares: dict[int, list[str]] = {}  # results of a task by rank
 
-    async def assign(self, job: TrialJob) -> int:
-        """Start a trial and stop what still runs of the previous one; return its version."""
+    async def assign(self, job: TrialJob | Task) -> int:
+        """Start a job and stop what still runs of the previous one; return its version."""
         async with self.changed:
             self.version, self.job = self.version + 1, job
             self._reset()
@@ -83,15 +98,15 @@ class Mailbox:
             self.version, self.closed = self.version + 1, True
             self.changed.notify_all()
 
-    async def next(self, seen: int, rank: int) -> tuple[int, TrialJob] | None:
-        """Return the trial after version `seen` (0: the current one), or None when the worker group closes."""
+    async def next(self, seen: int, rank: int) -> tuple[int, TrialJob | Task] | None:
+        """Return the job after version `seen` (0: the current one), or None when the worker group closes."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.closed or self.version > max(seen, self.over))
             if self.closed:
                 return None
             if rank == 0:
                 self.starts += 1
-                if self.starts > 1 + RETRIES:
+                if self.starts > 1 + (self.job.restarts if isinstance(self.job, Task) else RETRIES):
                     self._give_up(self.note or "its workers died too often", "workers lost")
                     raise RuntimeError(self.note or "its workers died too often")
             assert self.job is not None
@@ -112,6 +127,16 @@ class Mailbox:
         async with self.changed:
             if version == self.version:
                 self._push(END, {"finished": True, "done": True})
+
+    async def deliver(self, version: int, rank: int, workers: int, results: list[str]) -> None:
+        """Report a worker's share of a task: every `workers`-th result, from that at `rank` on."""
+        async with self.changed:
+            self.shares[rank] = results
+            if version == self.version > self.over and len(self.shares) == workers:
+                merged = [""] * sum(map(len, self.shares.values()))
+                for first, share in self.shares.items():
+                    merged[first::workers] = share
+                self._push(END, {"finished": True, "results": merged, "done": True})
 
     async def fail(
         self,
@@ -139,7 +164,7 @@ class Mailbox:
                     self._give_up(why, reason, common, outside)
 
     async def stop(self) -> None:
-        """Ask the running trial to write a checkpoint and end."""
+        """Ask the running trial to write a checkpoint and end; a task has nothing to write."""
         async with self.changed:
             self.stopping = True
             self._interrupt_if_idle()
@@ -175,7 +200,7 @@ class Mailbox:
             return content
 
     def _interrupt_if_idle(self) -> None:
-        if self.stopping and self.starts == 0:
+        if self.stopping and (self.starts == 0 or isinstance(self.job, Task)):
             self._interrupt(self.version)
 
     def _interrupt(self, version: int) -> None:

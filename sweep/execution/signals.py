@@ -1,9 +1,11 @@
-"""Exit codes, and an orderly end on SIGTERM, SIGUSR1 (batch systems, `ray job stop`) and Ctrl-C."""
+"""How a command ends: its exit codes, an orderly end on signals (SIGTERM, SIGUSR1, Ctrl-C), and its last line."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from types import FrameType
 from typing import Self
@@ -11,7 +13,10 @@ from typing import Self
 from sweep.execution import orphans
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # batch systems and `ray job stop` send the first two
+# The shell reads one line. It gets none if the process ends without writing it.
+SCRIPT = 'trap "" HUP INT TERM USR1; read -r ended; [ -n "$ended" ] || printf "%s\\n" "$1" >&2'
+END_SECONDS = 5.0  # until the shell has ended
 
 
 class ExitCode(IntEnum):
@@ -66,3 +71,22 @@ class StopRequest:
                 raise KeyboardInterrupt
             orphans.kill(orphans.cluster_processes())
             os._exit(ExitCode.UNFINISHED)
+
+
+@contextlib.contextmanager
+def exit_line(line: str) -> Iterator[None]:
+    """Write a line to stderr if the process is ended at once inside the block: by the kernel, or by Ray's core.
+
+    Such a process can write nothing any more. A small shell waits for its end and writes the line for it.
+    """
+    try:
+        command, pipe = ["/bin/sh", "-c", SCRIPT, "sh", line], subprocess.PIPE
+        shell = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, start_new_session=True)
+    except OSError:  # an image without a shell
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            shell.communicate(b"ended\n", timeout=END_SECONDS)

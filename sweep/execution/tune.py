@@ -36,13 +36,15 @@ from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.space import Value
 from sweep.execution.cluster import ClusterCheck, ClusterError
-from sweep.execution.job import FitReport, TrialJob
-from sweep.execution.mailbox import StopEvent
+from sweep.execution.job import FitReport, Job, Standby, TrialJob
+from sweep.execution.mailbox import DriverEvents
 from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
+from sweep.execution.tasks import QueueClosedError, TaskQueue
 from sweep.execution.waiting import MOMENT, Work
 from sweep.execution.worker_group import Scaling, worker_group_class
-from sweep.search.study import Reason, StudyStore, TrialRecord
+from sweep.search.sampling.draw import TOO_LARGE
+from sweep.search.study import NextTrial, Reason, StudyStore, TrialRecord
 
 MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
@@ -51,6 +53,8 @@ TRIAL_RETRIES = 5  # times Tune restarts a trial in a new worker group after its
 QUIET_SECONDS = 1800.0  # without a report until a line says what may be wrong
 STUCK = "the cluster has no free place for the workers, or a worker hangs; `ray status` and `ray stack` show it"
 GRACE = 60.0  # seconds that trials have for their last checkpoint when the sweep is asked to stop
+IDLE_GRACE = 5.0  # the same for worker groups if no trial runs
+MOST_HELD = 16  # trials that are drawn and wait for the feature cache
 COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
 COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
 BY_PARAMETERS = ("non-finite", "out of memory")
@@ -104,6 +108,7 @@ class StudySearcher(Searcher):
         check: raises LeaseLostError when another process has taken the sweep over.
         stop: asks all worker groups to end.
         ended: called after a trial has ended.
+        queue: tasks besides trials, and which trials must wait.
     """
 
     def __init__(
@@ -113,11 +118,13 @@ class StudySearcher(Searcher):
         check: Callable[[], object],
         stop: Callable[[], object],
         ended: Callable[[], object],
+        queue: TaskQueue,
     ) -> None:
         super().__init__(metric=study.config.search.metric, mode="max")
-        self.study, self.make_job = study, make_job
+        self.study, self.make_job, self.queue = study, make_job, queue
         self.check, self.stop, self.ended = check, stop, ended
         self.numbers: dict[str, int] = {}  # Tune's trial id → number in the study, of the running trials
+        self.held: dict[int, dict[str, Value]] = {}  # the values of trials that are drawn and wait
         self.active = time.monotonic()  # when a trial has started, reported or ended last
         self.stopping = False
         self.fault: tuple[str, str] | None = None  # message and kind of a failure that hits every trial
@@ -130,18 +137,27 @@ class StudySearcher(Searcher):
         """Accept Tune's settings; the study has its own."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, TrialJob] | str | None:
-        """Return the configuration of the next Tune trial; None while a paused one may continue later; or FINISHED."""
+    def suggest(self, trial_id: str) -> dict[str, Job] | str:
+        """Return the next job of a free worker group, or FINISHED.
+
+        Tasks come first: trials may wait for them, and nothing waits for a trial. But while no trial runs, a trial
+        that need not wait starts before them, so that results come from the beginning on.
+        """
         self.check()
         while not self.stopping:
+            news = self.queue.news
+            if self.numbers and (task := self.queue.take(trial_id)) is not None:
+                return {"job": task}
             try:
-                asked = self.study.ask(list(self.numbers.values()), self.study.config.search.trials)
+                asked = self._next_trial()
             except UserError as error:  # nothing that the sampler draws fits into memory
                 self._abort(str(error), "out of memory")
                 break
             if asked is None:
-                if self.study.waits(list(self.numbers.values())):
-                    return None
+                if (task := self.queue.take(trial_id)) is not None:
+                    return {"job": task}
+                if self.queue.waits is None or self.held or self.study.waits(list(self.numbers.values())):
+                    return {"job": Standby(news)}
                 break
             self.active = time.monotonic()
             number, values = asked
@@ -157,19 +173,44 @@ class StudySearcher(Searcher):
             return {"job": job}
         return str(Searcher.FINISHED)
 
+    def _next_trial(self) -> NextTrial | None:
+        """Return a trial that may start; None if there is none now.
+
+        Trials that must wait are drawn and held, as long as the values of the next one do not depend on results.
+        """
+        if (waits := self.queue.waits) is None:
+            return None
+        for number in sorted(self.held):
+            if not waits(self.held[number]):
+                values = self.held.pop(number)
+                if self.study.fits(values):
+                    return NextTrial(number, values)
+                self.study.fail(number, TOO_LARGE, reason="out of memory")  # as the plan has found meanwhile
+        while len(self.held) < MOST_HELD:
+            busy, target = [*self.numbers.values(), *self.held], self.study.config.search.trials
+            asked = self.study.ask(busy, target, ahead=bool(self.held))
+            if asked is None or not waits(asked.params):
+                return asked
+            self.held[asked.number] = asked.params
+        return None
+
     def report(self, trial_id: str, result: FitReport) -> bool:
         """Report an epoch to the study, and return whether the trial ends here."""
         self.check()
         self.active = time.monotonic()
-        return self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
+        ends = self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
+        self.queue.announce_news()  # another trial may be promoted now
+        return ends
 
     def on_trial_complete(self, trial_id: str, result: FitReport | None = None, error: bool = False) -> None:
-        """Record how a trial ended."""
+        """Record how a trial or a task ended."""
+        result = result or FitReport()
+        if self.queue.ended(trial_id, result, error):
+            self.active = time.monotonic()
         number = self.numbers.pop(trial_id, None)
         if number is None:
             return
         self.check()
-        result = result or FitReport()
         if result.get("finished"):
             self.study.complete(number)
         elif result.get("interrupted"):
@@ -184,6 +225,7 @@ class StudySearcher(Searcher):
             self.ended()
         except UserError as fault:  # a checkpoint that cannot be deleted
             self._abort(str(fault), fault.reason)
+        self.queue.announce_news()
 
     def _fail(self, number: int, why: str, reason: Reason, outside: bool | None = None) -> None:
         self.study.fail(number, why, reason=reason, outside=outside)
@@ -264,6 +306,7 @@ def run_trials(
     resolved: ResolvedConfig,
     slots: int,
     storage: Path,
+    prepare: Callable[[TaskQueue], None],
     make_job: MakeJob,
     check: Callable[[], object],
     ended: Callable[[], object],
@@ -276,8 +319,9 @@ def run_trials(
     Args:
         study: of the sweep.
         resolved: configuration of the sweep.
-        slots: trials at a time.
+        slots: worker groups.
         storage: folder for the state of Tune and Train, which is never read again.
+        prepare: prepares the trials in a thread, with tasks for the worker groups, and lets trials start.
         make_job: returns what a trial's workers receive.
         check: raises LeaseLostError when another process has taken the sweep over.
         ended: called after a trial has ended.
@@ -288,18 +332,20 @@ def run_trials(
     Raises:
         SweepAbortedError: the same failure would hit every trial.
         ClusterError: the cluster is gone, or Ray has failed.
+        UserError: the preparation has failed.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
     hide_environment(AWS_SECRETS)
-    stop_event = StopEvent.remote()  # type: ignore[attr-defined]
-    searcher = StudySearcher(study, make_job, check, stop_event.set.remote, ended)
+    events, queue = DriverEvents.remote(), TaskQueue()  # type: ignore[attr-defined]
+    queue.announce = events.announce.remote
+    searcher = StudySearcher(study, make_job, check, events.stop.remote, ended, queue)
     scaling: Scaling = {
         "num_workers": resolved.resources.workers,
         "use_gpu": resolved.resources.gpus_per_worker > 0,
         "resources_per_worker": worker_resources(resolved),
     }
-    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), stop_event)
+    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), events)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
         tune_config=ray.tune.TuneConfig(
@@ -321,19 +367,29 @@ def run_trials(
     stop.graceful = True
     try:
         tune, stopped_at = BackgroundWork(tuner.fit, "tune", check_cluster), None
-        while tune.is_alive() and (stopped_at is None or time.monotonic() - stopped_at < GRACE):
+        preparation = BackgroundWork(lambda: prepare(queue), "preparation", check_cluster)
+        while tune.is_alive() and not (stopped_at and _is_over(searcher, stopped_at)):
             tune.wait()
             if time.monotonic() - searcher.active > QUIET_SECONDS:
                 say(f"no trial has started or reported for {QUIET_SECONDS / 60:.0f} min: long epochs, or {STUCK}")
                 searcher.active = time.monotonic()
-            if stopped_at is None and (stop.requested.is_set() or searcher.stopping):
+            if stopped_at is None and (stop.requested.is_set() or searcher.stopping or preparation.error):
                 stopped_at = time.monotonic()
-                say("stopping: the running trials write their checkpoints")
+                if searcher.numbers:
+                    say("stopping: the running trials write their checkpoints")
                 searcher.end()
     finally:
         stop.graceful = False
+        queue.close()
     check()
     if searcher.fault:
         raise SweepAbortedError(*searcher.fault)
+    if preparation.error and not isinstance(preparation.error, QueueClosedError):
+        preparation.result()  # raises the error
     if not tune.is_alive():
         tune.result()
+
+
+def _is_over(searcher: StudySearcher, stopped_at: float) -> bool:
+    """Return whether a sweep that was asked to stop need not wait any longer for its worker groups."""
+    return time.monotonic() - stopped_at >= (GRACE if searcher.numbers else IDLE_GRACE)

@@ -3,6 +3,8 @@
     Tune ── reset_config ──► WorkerGroup ── assign ──► Mailbox ── next ──► workers: fit(job, report, interrupted)
     Tune ◄── step ────────── WorkerGroup ◄── take ──── Mailbox ◄─ report ─ (waits until Tune has decided)
 
+Besides trials, a group does tasks (`sweep.execution.tasks`), and it stands by while there is nothing to do.
+
 A new group for every trial would cost some 20 s and 24 CPU-seconds; the second and later trials of a group cost about
 half a second. Reports go in lockstep, so a pruned trial stops in every worker at the same epoch.
 """
@@ -21,7 +23,7 @@ import ray.tune
 from data.errors import UserError, reason
 from model.checkpoints.fencing import StaleAttemptError
 from sweep.compat import draining_nodes, lean_trainer
-from sweep.execution.job import FitReport, TrialJob
+from sweep.execution.job import FitReport, Job, Standby, Task
 from sweep.execution.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -57,24 +59,36 @@ class ServeConfig(TypedDict):
 
 
 def serve(group: ServeConfig) -> None:
-    """Run in every worker of a group: train one trial after another in this process, over the same base weights."""
+    """Run in every worker of a group: do trials and tasks in this process, one after another, on the same weights."""
     mailbox, context, seen = group["mailbox"], ray.train.get_context(), 0
     # Imported here and not by the processes around the workers, which need no torch.
     module, name = group["fit"].split(":")
     fit = getattr(importlib.import_module(module), name)
-    rank, alone = context.get_world_rank(), context.get_world_size() == 1
-    interrupted = watch(mailbox)
+    from model.runtime import memory
+
+    memory.baseline()  # which a dry run reads, perhaps after a trial
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    alone, interrupted = workers == 1, watch(mailbox)
+    kept: set[int] | None = None  # models from before tasks whose models no trial needs
     while (current := ray.get(mailbox.next.remote(seen, rank))) is not None:
         seen, job = current
+        if isinstance(job, Task) and job.temporary:
+            kept = memory.cached_models() if kept is None else kept
+        elif kept is not None:
+            memory.forget_models(kept)
+            kept = None
 
         def report(step: int, metrics: dict[str, float], version: int = seen) -> None:
             if not ray.get(mailbox.report.remote(version, step, metrics if rank == 0 else None)):
                 raise TrialStopped
 
         try:
-            finished = fit(job, report, interrupted)
-            if finished and rank == 0:
-                ray.get(mailbox.done.remote(seen))
+            if isinstance(job, Task):
+                finished = do_task(mailbox, seen, job, rank, workers, interrupted)
+            else:
+                finished = fit(job, report, interrupted)
+                if finished and rank == 0:
+                    ray.get(mailbox.done.remote(seen))
             if not finished and not ray.get(mailbox.interrupted.remote(seen)):
                 raise NodeDrainingError("this node will leave the cluster")
         except TrialStopped:
@@ -86,6 +100,19 @@ def serve(group: ServeConfig) -> None:
         except Exception as error:
             if not report_failure(mailbox, seen, error, alone):
                 raise
+
+
+def do_task(
+    mailbox: "ActorHandle", version: int, task: Task, rank: int, workers: int, interrupted: Callable[[], bool]
+) -> bool:
+    """Do this worker's share of a task, and return whether it was done to its end."""
+    results = []
+    for call in ray.get(task.calls, timeout=MAILBOX_SECONDS)[rank::workers]:
+        if interrupted():
+            return False
+        results.append(call())
+    ray.get(mailbox.deliver.remote(version, rank, workers, results))
+    return True
 
 
 def report_failure(mailbox: "ActorHandle", version: int, error: Exception, alone: bool) -> bool:
@@ -142,13 +169,13 @@ class WorkerGroup(ray.tune.Trainable):
     fit: str
     scaling: Scaling
     storage: str
-    stop_event: "ActorHandle"
+    events: "ActorHandle"
 
-    def setup(self, config: dict[str, TrialJob]) -> None:
-        """Start the workers and the first trial."""
+    def setup(self, config: dict[str, Job]) -> None:
+        """Start the workers and the first job."""
         self.error: BaseException | None = None
         self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        self.stop_requested = self.stop_event.wait.remote()
+        self.stop_requested = self.events.stopped.remote()
         self.thread = threading.Thread(target=self.run_workers, daemon=True)
         self.thread.start()
         self.reset_config(config)
@@ -173,14 +200,19 @@ class WorkerGroup(ray.tune.Trainable):
         """Return the class that runs the workers."""
         return lean_trainer(self.scaling["num_workers"])
 
-    def reset_config(self, new_config: dict[str, TrialJob]) -> bool:
-        """Start the next trial."""
-        self.version = ray.get(self.mailbox.assign.remote(new_config["job"]), timeout=MAILBOX_SECONDS)
+    def reset_config(self, new_config: dict[str, Job]) -> bool:
+        """Start the next job."""
+        self.job = new_config["job"]
+        if not isinstance(self.job, Standby):
+            self.version = ray.get(self.mailbox.assign.remote(self.job), timeout=MAILBOX_SECONDS)
         return True
 
     def step(self) -> FitReport:
-        """Return the next report of the trial."""
-        reference = self.mailbox.take.remote(self.version)
+        """Return the next report of the job."""
+        if isinstance(self.job, Standby):
+            reference = self.events.awaited.remote(self.job.news)
+        else:
+            reference = self.mailbox.take.remote(self.version)
         awaited = [reference, self.stop_requested] if self.stop_requested else [reference]
         while reference not in ray.wait(awaited, timeout=1)[0]:
             if self.stop_requested and ray.wait([self.stop_requested], timeout=0)[0]:
@@ -188,8 +220,8 @@ class WorkerGroup(ray.tune.Trainable):
                 self.stop_requested, awaited = None, [reference]
             if not self.thread.is_alive():
                 raise RuntimeError(f"the workers of the group are gone: {self.error}") from self.error
-        result: FitReport = ray.get(reference)
-        return result
+        result: FitReport | None = ray.get(reference)
+        return result or FitReport(finished=True, done=True)  # there may be something else to do than to stand by
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Save nothing: the trial's folder holds its state."""
@@ -207,7 +239,7 @@ class WorkerGroup(ray.tune.Trainable):
         self.thread.join(JOIN_SECONDS)
 
 
-def worker_group_class(fit: str, scaling: Scaling, storage: str, stop_event: "ActorHandle") -> type[WorkerGroup]:
+def worker_group_class(fit: str, scaling: Scaling, storage: str, events: "ActorHandle") -> type[WorkerGroup]:
     """Return a class of worker groups that run a function.
 
     Args:
@@ -215,7 +247,7 @@ def worker_group_class(fit: str, scaling: Scaling, storage: str, stop_event: "Ac
             trial trained to its end.
         scaling: of each group.
         storage: folder for Ray Train's own state.
-        stop_event: the sweep's `StopEvent`.
+        events: the sweep's `DriverEvents`.
     """
-    attributes = {"fit": fit, "scaling": scaling, "storage": storage, "stop_event": stop_event}
+    attributes = {"fit": fit, "scaling": scaling, "storage": storage, "events": events}
     return type("WorkerGroup", (WorkerGroup,), attributes)

@@ -3,6 +3,8 @@
 The structures are built without weights. A mistake is then one line at the start, and not a failed trial hours later.
 """
 
+import threading
+
 from data.errors import MisfitError, UserError
 from data.loading.tasks import answer_sets, check_votes, has_audio, training_groups
 from model.checkpoints.fingerprint import Bases, identify_bases
@@ -17,6 +19,9 @@ from sweep.config.space import Value
 from sweep.execution.trial import open_shards
 from sweep.search.base_models import check_bases
 from sweep.search.candidates import resolve_candidate, structures
+
+# While transformers builds a model, it changes settings of torch for the whole process.
+building = threading.RLock()
 
 
 def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool = True) -> ResolvedConfig:

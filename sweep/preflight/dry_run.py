@@ -1,8 +1,9 @@
 """Dry runs of trials: what a trial takes of time and memory, measured before the sweep starts, as the trial will run.
 
-Small models run in this process. Others run on the cluster, in processes that may die of a lack of memory.
+Small models run in this process. Others run in the workers of the sweep, which may die of a lack of memory.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +16,11 @@ from data.loading.cached_arrays import CacheFolders
 from model.runtime import memory
 from model.training.dry_run import TrialCost, measure
 from sweep.config.resolve import ResolvedConfig
-from sweep.execution.cluster import ClusterError
-from sweep.execution.resources import worker_resources
+from sweep.execution.tasks import TaskQueue
 from sweep.execution.trial import build
+from sweep.preflight.checks import building
 
 Seconds = Callable[[], float]
-DRY_RUN_SECONDS = 1800.0  # until one of the dry runs ends, which may have to wait for a free place
 
 
 class DryRunResult(BaseModel):
@@ -40,19 +40,10 @@ class DryRun(NamedTuple):
     config: ResolvedConfig  # of the trial
     cached: CacheFolders  # that the trial reads
     seconds: float = math.inf  # that its steps may take
-    last: bool = False  # its process remains for other tasks, such as reading clips, and needs the models no more
 
 
 def dry_run(run: DryRun) -> DryRunResult:
     """Do a dry run in this process."""
-    try:
-        return _dry_run(run)
-    finally:
-        if run.last:
-            memory.forget_models()
-
-
-def _dry_run(run: DryRun) -> DryRunResult:
     config, device, started = run.config, run.config.resources.device, time.monotonic()
     peak, capacity = memory.Peak(device), memory.capacity(device)
     try:
@@ -72,6 +63,9 @@ def _dry_run(run: DryRun) -> DryRunResult:
     return DryRunResult(cost=cost, startup=startup, capacity=capacity)
 
 
+DryRuns = Callable[[Mapping[str, DryRun], Seconds, int], Iterator[tuple[str, DryRunResult]]]
+
+
 def dry_runs_here(runs: Mapping[str, DryRun], seconds: Seconds, slots: int = 1) -> Iterator[tuple[str, DryRunResult]]:
     """Do the dry runs in this process, one after another; yield each result by its key.
 
@@ -81,64 +75,50 @@ def dry_runs_here(runs: Mapping[str, DryRun], seconds: Seconds, slots: int = 1) 
         slots: is not used.
     """
     for index, (key, run) in enumerate(runs.items()):
-        yield key, dry_run(run._replace(seconds=seconds() / (len(runs) - index)))
+        with building:
+            result = dry_run(run._replace(seconds=seconds() / (len(runs) - index)))
+        yield key, result
 
 
-def dry_runs_on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterator[tuple[str, DryRunResult]]:
-    """Do the dry runs on nodes with the resources of a worker; yield each result by its key.
+def dry_runs_on_workers(queue: TaskQueue) -> DryRuns:
+    """Return a function that does dry runs in the workers of a sweep; they leave their models there for trials.
 
     Args:
-        runs: by key.
-        seconds: that the steps of all runs that are left may take.
-        slots: runs at a time.
-
-    Raises:
-        ClusterError: the cluster is lost.
+        queue: of the sweep.
     """
-    import ray
 
-    died = []
-    try:
-        for key, result in _on_ray(runs, seconds, slots):
+    def run(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterator[tuple[str, DryRunResult]]:
+        died = []
+        for key, result in _on_workers(queue, runs, seconds, slots):
             if result is None:
                 died.append(key)
             else:
                 yield key, result
         for key in died:  # repeat it alone: another dry run may have taken its memory
-            for _, result in _on_ray({key: runs[key]}, seconds, 1):
+            for _, result in _on_workers(queue, {key: runs[key]}, seconds, 1):
                 yield key, result or DryRunResult(too_large="its dry run killed the process, also when run alone")
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"the dry runs failed ({reason(error)}); rerun the same command to resume") from None
+
+    return run
 
 
-def _on_ray(runs: Mapping[str, DryRun], seconds: Seconds, slots: int) -> Iterator[tuple[str, DryRunResult | None]]:
+def _on_workers(
+    queue: TaskQueue, runs: Mapping[str, DryRun], seconds: Seconds, slots: int
+) -> Iterator[tuple[str, DryRunResult | None]]:
     """Yield the results in the order in which they are ready; None for a process that died."""
-    import ray
+    keys, left = list(runs), list(runs)
 
-    waiting, left = {}, dict(runs)
-
-    def start() -> None:
-        """Start the next run; its share of the time is known only now."""
+    def started(key: str) -> list[Callable[[], str]]:
+        """Return the run as a task; its share of the time is known only when it starts."""
         rounds = math.ceil(len(left) / slots)
-        key = next(iter(left))
-        run = left.pop(key)._replace(seconds=seconds() / rounds, last=len(left) < slots)
-        resources = worker_resources(run.config)
-        # A GPU that trials share runs one dry run at a time: another one must not be the reason that memory is short.
-        options = {"num_cpus": resources["CPU"], "num_gpus": math.ceil(resources.get("GPU", 0))}
-        waiting[ray.remote(dry_run).options(max_retries=0, **options).remote(run)] = key
+        left.remove(key)
+        return [functools.partial(_dry_run_text, runs[key]._replace(seconds=seconds() / rounds))]
 
-    while waiting or left:
-        while left and len(waiting) < slots:
-            start()
-        finished, _ = ray.wait(list(waiting), timeout=DRY_RUN_SECONDS)
-        if not finished:
-            raise ClusterError(
-                f"no dry run of a trial has ended within {DRY_RUN_SECONDS / 60:.0f} min: there is no free place, "
-                "or a node hangs (`ray status` shows both); rerun the same command to resume"
-            )
-        [ready] = finished
-        key = waiting.pop(ready)
-        try:
-            yield key, ray.get(ready)
-        except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
-            yield key, None
+    # A GPU that trials share makes one dry run at a time: another one must not be the reason that memory is short.
+    shared = any(0 < run.config.resources.gpus_per_worker < 1 for run in runs.values())
+    offers = [functools.partial(started, key) for key in keys]
+    for index, results in queue.run(offers, at_once=1 if shared else slots):
+        yield keys[index], None if results is None else DryRunResult.model_validate_json(results[0])
+
+
+def _dry_run_text(run: DryRun) -> str:
+    return dry_run(run).model_dump_json()

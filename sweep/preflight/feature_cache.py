@@ -1,6 +1,6 @@
 """The feature cache of a sweep: what frozen models compute from a corpus, computed once before the trials start.
 
-search space ─► requests of the trials that may be drawn ─► missing files ─► Ray Data: jobs ─► <cache>/<kind>/<key>/
+search space ─► requests of the trials that may be drawn ─► missing files ─► jobs of workers ─► <cache>/<kind>/<key>/
 
 There are two kinds, encoder features and teacher logits (see `CacheKind`). A trial whose files all exist reads them;
 every other trial computes the numbers itself, with the same bits.
@@ -8,29 +8,29 @@ every other trial computes the numbers itself, with the same bits.
 
 import contextlib
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from data.errors import StorageError, reason
+from data.errors import StorageError
 from data.formats import format_bytes, format_duration
 from data.loading.cached_arrays import ABOUT, CacheFolders, CacheJob
-from data.loading.ray_source import ray_jobs
 from data.shards.store import LOCK, Store
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import Axis, Value, Values
-from sweep.execution.cluster import ClusterError
-from sweep.preflight.cache_kind import AnyRequest
-from sweep.preflight.encoder_features import EncoderFeatures
-from sweep.preflight.teacher_logits import TeacherLogitsKind
+from sweep.execution.job import RETRIES
+from sweep.execution.joined_cluster import ClusterError
+from sweep.execution.tasks import TaskQueue
+from sweep.preflight.cache_kinds.base import AnyRequest
+from sweep.preflight.cache_kinds.encoder_features import EncoderFeatures
+from sweep.preflight.cache_kinds.teacher_logits import TeacherLogitsKind
+from sweep.preflight.checks import building
 from sweep.search.candidates import Options, candidates, resolve_candidate
 from sweep.search.stopping import total_trials
 
@@ -38,8 +38,7 @@ ENCODER_FEATURES, TEACHER_LOGITS = EncoderFeatures(), TeacherLogitsKind()
 MAX_COMBINATIONS = 64  # of the values of a kind's axes
 MAX_INTEGERS = 8  # of a range
 SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
-SAMPLE_ROWS, SAMPLE_SECONDS = 8, 2.0  # limits of what is computed to estimate the time of all
-PROCESS_STARTUP = 8.0  # seconds of CPU until a process of Ray Data can compute
+TASKS = 4  # of a worker group for one forward pass: fewer would leave groups without work at its end
 LOCK_SECONDS = 6 * 3600.0  # that another sweep may compute the same files
 PROGRESS_SECONDS = 10.0  # between two progress lines
 # Settings of which only the sign matters: whether they are 0.
@@ -52,6 +51,8 @@ SIGN_ONLY = (
     "model.encoder.lora.rank",
 )
 Log = Callable[[str], None]
+AnyJob = CacheJob[Any, Any]
+Compute = Callable[[Sequence[AnyJob]], Iterator[int]]
 
 
 class WeightedRequest(NamedTuple):
@@ -143,7 +144,7 @@ def describe(requests: Sequence[AnyRequest]) -> Iterator[str]:
 
 
 def preview(config: ResolvedConfig, cache: Path, trials: int) -> Iterator[str]:
-    """Yield lines about what `precompute` would do, without computing anything; see there for the arguments."""
+    """Yield lines about what `Precomputation` would do, without computing anything; see there for the arguments."""
     for group in _forward_passes(config, cache):
         yield from describe([request for request, _ in group])
         lacking = [weighted for weighted in group if weighted.request.missing]
@@ -151,8 +152,8 @@ def preview(config: ResolvedConfig, cache: Path, trials: int) -> Iterator[str]:
             yield reason_not
 
 
-def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None = None) -> None:
-    """Compute the missing files of a sweep on all nodes, unless that takes longer than the trials save by it.
+class Precomputation:
+    """The missing files of a sweep's feature cache, computed unless that takes longer than the trials save by it.
 
     A kill loses the files that were in progress.
 
@@ -161,37 +162,105 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None
         cache: folder of the cache.
         log: shows a line to the user.
         trials: the number of trials that are left; None: all.
+        compute: computes files and yields the input size of each; None: in this process.
 
-    Raises:
-        StorageError: the disk has no room for them.
-        ClusterError: the cluster is lost.
+    Attributes:
+        pending: the folders that still lack files; whoever uses the steps removes those that are complete.
     """
-    import ray
 
-    total_epochs = _epochs(config, trials)
-    for group in _forward_passes(config, cache):
-        missing = [weighted for weighted in group if weighted.request.missing]
-        if missing and (reason_not := _why_skipped(missing, total_epochs)):
-            log(reason_not)
-            continue
-        with contextlib.ExitStack() as locks:
-            lacking = []
-            # The order of the locks is the same in all sweeps: another one may compute the same requests.
-            for request, share in sorted(group, key=lambda weighted: weighted.request.folder):
-                request.folder.mkdir(parents=True, exist_ok=True)
-                with contextlib.ExitStack() as lock:
-                    lock.enter_context(_locked(request, log))
-                    Store(request.folder).write(ABOUT, json.dumps(asdict(request.key), indent=1).encode())
-                    if request.missing:
-                        lacking.append(WeightedRequest(request, share))
-                        locks.enter_context(lock.pop_all())  # a complete request is unlocked at once
-            try:
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        cache: Path,
+        log: Log,
+        trials: int | None = None,
+        compute: Compute | None = None,
+    ) -> None:
+        self.config, self.cache, self.log = config, cache, log
+        self.compute = compute or compute_here
+        self.epochs = _epochs(config, trials)
+        self.groups: list[list[WeightedRequest]] = []
+        for group in _forward_passes(config, cache):
+            missing = [weighted for weighted in group if weighted.request.missing]
+            if missing and (reason_not := _why_skipped(missing, self.epochs)):
+                log(reason_not)
+            else:
+                self.groups.append(group)
+        # The pass that saves most for its cost comes first; it is 0 for one that lacks nothing.
+        self.groups.sort(key=lambda group: -_repeats(group, self.epochs))
+        self.pending = {request.folder for group in self.groups for request, _ in group if request.missing}
+
+    def awaits(self, config: ResolvedConfig, pending: Collection[Path]) -> bool:
+        """Return whether a trial reads from one of some folders."""
+        kinds = (ENCODER_FEATURES, TEACHER_LOGITS) if pending else ()
+        return any(self.cache / kind.name / key.key in pending for kind in kinds for key in kind.keys(config))
+
+    def steps(self) -> Iterator[set[Path]]:
+        """Compute the files, those of one forward pass in each step; yield the folders that are complete after it.
+
+        Raises:
+            StorageError: the disk has no room for them.
+            UserError: a file cannot be computed.
+        """
+        for group in self.groups:
+            with contextlib.ExitStack() as locks:
+                lacking = []
+                # The order of the locks is the same in all sweeps: another one may compute the same requests.
+                for request, share in sorted(group, key=lambda weighted: weighted.request.folder):
+                    request.folder.mkdir(parents=True, exist_ok=True)
+                    with contextlib.ExitStack() as lock:
+                        lock.enter_context(_locked(request, self.log))
+                        Store(request.folder).write(ABOUT, json.dumps(asdict(request.key), indent=1).encode())
+                        if request.missing:
+                            lacking.append(WeightedRequest(request, share))
+                            locks.enter_context(lock.pop_all())  # a complete request is unlocked at once
                 if lacking:
-                    _compute(lacking, total_epochs, log)
-            except ray.exceptions.RayError as error:
+                    _compute(lacking, self.epochs, self.log, self.compute)
+            if folders := self.pending & {request.folder for request, _ in group}:
+                yield folders
+
+
+def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None = None) -> None:
+    """Compute the missing files of a sweep in this process; see `Precomputation`."""
+    for _ in Precomputation(config, cache, log, trials).steps():
+        pass
+
+
+def compute_here(jobs: Sequence[AnyJob]) -> Iterator[int]:
+    """Compute files in this process; yield the input size of each."""
+    for job in jobs:
+        with building:
+            job()
+        yield job.file.size
+
+
+def compute_on_workers(queue: TaskQueue, groups: int, workers: int) -> Compute:
+    """Return a function that computes files in the workers of a sweep, several files in each task.
+
+    Args:
+        queue: of the sweep.
+        groups: the number of worker groups.
+        workers: of each group.
+    """
+
+    def compute(jobs: Sequence[AnyJob]) -> Iterator[int]:
+        share = sum(job.file.size for job in jobs) / (TASKS * groups)
+        tasks, size = list[list[AnyJob]](), share
+        for job in jobs:
+            if size >= share:
+                tasks.append([])
+                size = 0
+            tasks[-1].append(job)
+            size += job.file.size
+        offers = [lambda task=task: task for task in tasks]
+        for index, results in queue.run(offers, at_once=groups, restarts=RETRIES, temporary=True):
+            if results is None:
                 raise ClusterError(
-                    f"computing the feature cache failed ({reason(error)}); rerun the same command to resume"
-                ) from None
+                    "computing the feature cache failed (its workers died too often); rerun the same command to resume"
+                )
+            yield sum(job.file.size for job in tasks[index])
+
+    return compute
 
 
 def _forward_passes(config: ResolvedConfig, cache: Path) -> list[list[WeightedRequest]]:
@@ -203,7 +272,7 @@ def _forward_passes(config: ResolvedConfig, cache: Path) -> list[list[WeightedRe
 
 
 def _epochs(config: Config, trials: int | None) -> float:
-    """Return the epochs that the trials of a sweep train for together; see `precompute`."""
+    """Return the epochs that the trials of a sweep train for together; see `Precomputation`."""
     search, epochs = config.search, config.train.epochs
     left = total_trials(config, []) if trials is None else trials
     return left * search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
@@ -263,7 +332,7 @@ def _locked(request: AnyRequest, log: Log) -> Iterator[None]:
         lock.release()
 
 
-def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) -> None:
+def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log, compute: Compute) -> None:
     """Compute requests of one forward pass, and log what it costs and saves."""
     aligned = group[0].request.kind.aligned([weighted.request for weighted in group])
     group = [WeightedRequest(request, weighted.share) for request, weighted in zip(aligned, group, strict=True)]
@@ -279,49 +348,22 @@ def _compute(group: Sequence[WeightedRequest], total_epochs: float, log: Log) ->
     files = list({file.name: file for request in requests for file in request.missing}.values())
     jobs = kind.jobs(requests, files)
     # A pass over a file costs as much as the deepest request that lacks it.
-    costs = [max(kind.work(request, file.size) for request in requests if request.lacks(file)) for file in files]
-    cost, size, done = sum(costs), sum(job.file.size for job in jobs), 0
-    repeats = _repeats(group, total_epochs)
-    small = cost <= SMALL_WORK and not resources.gpus_per_worker
-
-    def saves(seconds: float) -> str:
-        return f"saves about {format_duration(max(0.0, seconds * repeats - seconds))} of training"
-
-    if cost > SMALL_WORK and not resources.gpus_per_worker:  # this process may have no GPU to measure
-        seconds = _seconds_per_size(jobs[0]) * files[0].size * cost / costs[0]
-        log(f"feature cache: about {format_duration(seconds)} to compute, {saves(seconds)}")
-        if seconds * (repeats - 1) < PROCESS_STARTUP:
-            log("feature cache: not computed, since that would take longer; the trials compute it themselves")
-            return
+    cost = sum(max(kind.work(request, file.size) for request in requests if request.lacks(file)) for file in files)
+    size, done, repeats = sum(job.file.size for job in jobs), 0, _repeats(group, total_epochs)
+    if cost <= SMALL_WORK and not resources.gpus_per_worker:  # the workers may still be starting
+        compute = compute_here
     started = logged = time.monotonic()
-    tables: Iterator[pa.Table]
-    if small:  # Ray Data's processes would take longer to start
-        tables = (job() for job in jobs)
-    else:
-        tables = ray_jobs(jobs, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
-    for table in tables:
-        done += table["size"][0].as_py()
+    for computed in compute(jobs):
+        done += computed
         now = time.monotonic()
         if now - logged >= PROGRESS_SECONDS and done < size:
             logged = now
             left = (now - started) * (size / done - 1)
             log(f"feature cache: {100 * done / size:.0f} %, about {format_duration(left)} left")
     taken = time.monotonic() - started
-    computed = kind.format_size(sum(file.size for file in files))
-    log(f"feature cache: {computed} computed in {taken:.1f} s, {saves(taken)}")
-
-
-def _seconds_per_size(job: CacheJob[Any, Any]) -> float:
-    """Return the seconds for an input of size 1, measured on a few rows whose result is discarded."""
-    file, size = job.file, 0
-    job.compute(file.rows[:1])  # load the model
-    started = time.monotonic()
-    for index in range(0, len(file.rows), math.ceil(len(file.rows) / SAMPLE_ROWS)):
-        job.compute(file.rows[index : index + 1])
-        size += file.sizes[index]
-        if time.monotonic() - started > SAMPLE_SECONDS:
-            break
-    return (time.monotonic() - started) / size
+    saved = format_duration(max(0.0, taken * repeats - taken))
+    computed_size = kind.format_size(sum(file.size for file in files))
+    log(f"feature cache: {computed_size} computed in {taken:.1f} s, saves about {saved} of training")
 
 
 def _check_free_space(requests: Sequence[AnyRequest]) -> None:

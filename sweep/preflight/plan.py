@@ -23,7 +23,7 @@ from sweep.config.version import code_version
 from sweep.execution.resources import Nodes, count_slots, memory_share
 from sweep.execution.trial import open_shards
 from sweep.preflight.checks import skeleton
-from sweep.preflight.dry_run import DryRun, DryRunResult, dry_runs_here, dry_runs_on_ray
+from sweep.preflight.dry_run import DryRun, DryRunResult, DryRuns, dry_runs_here
 from sweep.preflight.eta import Values, eta, remaining_work, seconds_left
 from sweep.preflight.feature_cache import cache_requests, cached_folders
 from sweep.preflight.plan_file import Estimate, PlanFile
@@ -81,6 +81,7 @@ class Plan:
     config: Config
     results: list[ProfileResult]
     untested: int  # the number of profiles without a dry run
+    waiting: int = 0  # the number of profiles whose dry run waits for the feature cache
 
     def fits(self, values: Values) -> bool:
         """Return whether a trial with these values may start: not if all its profiles are too large."""
@@ -105,6 +106,9 @@ class Plan:
         if self.untested:
             profiles = format_count(self.untested, "more trial profile")
             yield f"{profiles} not measured: none is excluded, and the mean time is assumed"
+        if self.waiting:
+            verb = "waits" if self.waiting == 1 else "wait"
+            yield f"{format_count(self.waiting, 'trial profile')} {verb} for the feature cache"
 
     def epoch_seconds(self, values: Values | None = None) -> float:
         """Return the seconds of an epoch of a trial with these values, or of the mean trial."""
@@ -137,38 +141,53 @@ def format_estimate(config: Config, estimate: Estimate, slots: int) -> str:
     return f"plan: about {format_duration(estimate.seconds)} ({at_once}), {hours}"
 
 
-def make_plan(config: ResolvedConfig, cache: Path, folder: Path | None, nodes: Nodes, slots: int, log: Log) -> Plan:
+def make_plan(
+    config: ResolvedConfig,
+    cache: Path,
+    folder: Path | None,
+    nodes: Nodes,
+    slots: int,
+    log: Log,
+    dry_runs: DryRuns = dry_runs_here,
+    waits: Callable[[ResolvedConfig], bool] = lambda trial: False,
+) -> Plan:
     """Do the dry runs of all trial profiles, except for those with a saved result.
 
     Args:
         config: of the sweep.
         cache: the feature cache.
-        folder: of the sweep, where the results are saved; None: write nothing and do not use Ray.
+        folder: of the sweep, where the results are saved; None: write nothing.
         nodes: on which trials run.
         slots: trials at a time.
         log: shows a line to the user.
+        dry_runs: does the dry runs of models that are too large for this process.
+        waits: returns whether the dry run of a trial must wait, because its part of the feature cache is not complete.
 
     Raises:
         UserError: no profile fits into memory.
-        ClusterError: the cluster is lost.
     """
     started = time.monotonic()
-    profiles, untested = trial_profiles(config)
-    results = _profile_results(config, profiles, cache, folder, nodes, slots)
-    if not all(result.fits for result in results):  # values between the smallest and the largest one may fit
-        profiles, untested = trial_profiles(config, all_values=True)
-        results = _profile_results(config, profiles, cache, folder, nodes, slots)
-    plan = Plan(config, results, untested)
+
+    def measured(all_values: bool) -> Plan:
+        profiles, untested = trial_profiles(config, all_values)
+        ready = [profile for profile in profiles if not waits(profile.config)]
+        results = _profile_results(config, ready, cache, folder, nodes, slots, dry_runs)
+        return Plan(config, results, untested, len(profiles) - len(ready))
+
+    plan = measured(all_values=False)
+    if not all(result.fits for result in plan.results):  # values between the smallest and the largest one may fit
+        plan = measured(all_values=True)
     excluded = plan.excluded()
     if folder is not None:
         file = PlanFile.read(folder)
         file.excluded = excluded
         file.write(folder)
-    seconds = time.monotonic() - started
-    log(f"plan: measured {format_count(len(results), 'trial profile')} in {seconds:.1f} s")
+    seconds, results = time.monotonic() - started, plan.results
+    if results:
+        log(f"plan: measured {format_count(len(results), 'trial profile')} in {seconds:.1f} s")
     for line in [*excluded, *plan.notes()]:
         log(f"plan: {line}")
-    if results and len(excluded) == len(results) and not untested:
+    if results and len(excluded) == len(results) and not plan.untested and not plan.waiting:
         raise UserError(f"no trial of the search space fits into memory ({results[0].too_large}); {memory.ADVICE}")
     return plan
 
@@ -212,6 +231,7 @@ def _profile_results(
     folder: Path | None,
     nodes: Nodes,
     slots: int,
+    dry_runs: DryRuns,
 ) -> list[ProfileResult]:
     """Return the results of all profiles; each new one is saved as soon as it is known."""
     runs = [DryRun(profile.config, cached_folders(profile.config, cache)) for profile in profiles]
@@ -224,7 +244,8 @@ def _profile_results(
         except ValidationError:
             continue  # damaged: measure again
     new = {key: run for key, run in zip(keys, runs, strict=True) if key not in results}
-    dry_runs = dry_runs_here if folder is None or is_small(profiles) else dry_runs_on_ray
+    if is_small(profiles):
+        dry_runs = dry_runs_here
     started = time.monotonic()
 
     def seconds() -> float:

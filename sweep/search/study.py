@@ -125,7 +125,7 @@ class StudyStore:
         """Open the study of the sweep in a folder for reading, see `read`."""
         return cls.read(folder, load(str(folder / "config.yaml")))
 
-    def ask(self, busy: Sequence[int], target: int) -> NextTrial | None:
+    def ask(self, busy: Sequence[int], target: int, ahead: bool = False) -> NextTrial | None:
         """Return the next trial to run: an unfinished one that nothing runs, a paused one that continues, or a new one.
 
         The first one in this order. A new trial is written with all its values in one operation: after a kill it exists
@@ -137,6 +137,7 @@ class StudyStore:
         Args:
             busy: numbers of the trials that run now.
             target: total number of trials.
+            ahead: whether trials drawn before it wait, so that no values may be drawn that depend on results.
 
         Returns:
             The trial; None when there is nothing left to start. While trials are paused and others run, there may be
@@ -158,6 +159,9 @@ class StudyStore:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         is_over = has_ended or self._exhausted
         while spent is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
+            due = ties.are_due(self.config, self.trials(), is_over)
+            if ahead and (due or sampler.depends_on_results(self.config, trials, self.earlier)):
+                return None
             again = ties.next_repeat(self.config, self.trials(), is_over)
             if again is not None and rule and pruning.to_finish(trials, search.direction, rule) is not None:
                 break

@@ -25,7 +25,7 @@ from sweep.config.files import load
 from sweep.config.resolve import resolve
 from sweep.config.schema import Config
 from sweep.execution.trial import build
-from sweep.preflight.cache_kind import AnyRequest
+from sweep.preflight.cache_kinds.base import AnyRequest
 
 CACHE = Path(tempfile.gettempdir()) / "speech-llm-sweep-bench"
 

@@ -1,5 +1,7 @@
 """The study as Tune sees it: which trials start, what each end of a trial means, and when a sweep is aborted."""
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +12,27 @@ from ray.tune.search import Searcher
 
 from data.errors import ConfigError
 from sweep.durability.lease import LeaseLostError
+from sweep.execution.job import Standby, Task
+from sweep.execution.tasks import QueueClosedError, TaskQueue
 from sweep.execution.tune import StudySearcher
+from sweep.execution.waiting import Work
 from sweep.search.study import StudyStore
 from tests.sweep.common import settings
 
 
-def make(folder: Path, **changed: Callable[..., object]) -> StudySearcher:
+def make(folder: Path, **changed: Any) -> StudySearcher:
     """Return a searcher whose jobs are trial numbers."""
+    queue = TaskQueue()
+    queue.waits = lambda values: False
     callbacks: dict[str, Any] = {
+        "queue": queue,
         "make_job": lambda number, values: {"number": number},
         "check": Mock(),
         "stop": Mock(),
         "ended": Mock(),
     }
-    return StudySearcher(StudyStore.open(folder, settings(trials=5)), **callbacks | changed)
+    study = changed.pop("study", None) or StudyStore.open(folder, settings(trials=5))
+    return StudySearcher(study, **callbacks | changed)
 
 
 def states(searcher: StudySearcher) -> list[tuple[str, str | None]]:
@@ -92,3 +101,62 @@ def test_searcher_writes_nothing_once_the_lease_is_lost(tmp_path: Path) -> None:
         with pytest.raises(LeaseLostError):
             call()
     assert (tmp_path / "study.journal").read_bytes() == before
+
+
+def test_trials_that_wait_change_no_result(tmp_path: Path) -> None:
+    """One worker group: trials without speech start at once, nothing is drawn too early, and a kill changes nothing."""
+    config = settings(sampler="tpe")
+
+    def play(name: str, waiting: bool, killed_after: int = 99) -> list[int]:
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        searcher = make(folder, study=StudyStore.open(folder, config), make_job=lambda number, _: number)
+        searcher.queue.waits = lambda values: waiting and values["model.modality"] == "speech"
+        started: list[int] = []
+        while (suggested := searcher.suggest(name)) != Searcher.FINISHED and len(started) < killed_after:
+            assert isinstance(suggested, dict)
+            if isinstance(suggested["job"], Standby):
+                searcher.queue.waits = lambda values: False
+                continue
+            started.append(number := suggested["job"])
+            values = searcher.study.trials()[number].params
+            score = values["train.learning_rate"] * values["model.lora.rank"]
+            searcher.report(name, {"epoch": 1, "metrics": json.dumps({"macro_f1": score, "steps": 1})})
+            searcher.on_trial_complete(name, {"finished": True})
+        return started
+
+    assert play("foreground", waiting=False) == list(range(9))
+    order = play("background", waiting=True)
+    assert sorted(order) == list(range(9)) != order
+    first = play("killed", waiting=True, killed_after=2)
+    assert first == order[:2]
+    assert [*first, *play("killed", waiting=True)] == order
+    foreground, *others = (StudyStore.read(tmp_path / name, config) for name in ("foreground", "background", "killed"))
+    assert [study.trials() for study in others] == [foreground.trials()] * 2
+
+
+def test_tasks_come_first_while_a_trial_runs(tmp_path: Path) -> None:
+    """A free worker group starts a trial if none runs; else it does tasks, and stands by if trials wait for them."""
+    searcher, ended = make(tmp_path, make_job=lambda number, _: number), list[tuple[int, list[str] | None]]()
+    queue = searcher.queue
+    queue.waits = None
+    assert searcher.suggest("before the plan") == {"job": Standby(0)}
+    queue.waits = lambda values: values["model.modality"] == "speech"
+    queue.announce = Mock()
+    thread = Work(lambda: ended.extend(queue.run([lambda: [str]] * 3, at_once=2)), "tasks")
+    while not queue.announce.called:
+        time.sleep(0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.put", lambda calls: calls)
+        jobs = [searcher.suggest(name)["job"] for name in "abc"]
+        assert jobs[0] == 0
+        assert [job.calls for job in jobs[1:]] == [[str], [str]]
+        assert searcher.suggest("d") == {"job": 3}, "no more than two tasks at a time; trials 1 and 2 wait"
+        searcher.on_trial_complete("b", {"finished": True, "results": [""]})
+        assert isinstance(searcher.suggest("e")["job"], Task)
+        searcher.on_trial_complete("c", None, error=True)
+        searcher.on_trial_complete("e", {"failed": "died", "reason": "workers lost"})
+    thread.join(5)
+    assert ended == [(0, [""]), (1, None), (2, None)]
+    queue.close()
+    with pytest.raises(QueueClosedError):
+        next(queue.run([list], at_once=1))

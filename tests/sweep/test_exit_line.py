@@ -24,7 +24,7 @@ from tests.sweep.common import sweep
 
 KILLED = """
 import os, signal, sys
-from sweep.execution.exit_line import exit_line
+from sweep.execution.signals import exit_line
 with exit_line("unfinished: 'killed' $HOME"):
     if sys.argv[1] != "end":
         os.kill(os.getpid(), int(sys.argv[1]))

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from filelock import FileLock, Timeout
 
@@ -26,16 +25,22 @@ from data.shards.store import LOCK
 from model.encoders.base import OUTPUT, SpeechEncoder
 from model.encoders.frozen_features import FeatureJob, FeatureSpec
 from sweep.config.resolve import ResolvedConfig, resolve
+from sweep.execution.job import RETRIES
+from sweep.execution.joined_cluster import ClusterError
+from sweep.execution.tasks import EndedTask
 from sweep.execution.trial import build
-from sweep.preflight import encoder_features, feature_cache, teacher_logits
-from sweep.preflight.cache_kind import AnyRequest
+from sweep.preflight import feature_cache
+from sweep.preflight.cache_kinds import encoder_features, teacher_logits
+from sweep.preflight.cache_kinds.base import AnyRequest
 from sweep.preflight.feature_cache import (
     ENCODER_FEATURES,
     TEACHER_LOGITS,
     CacheFolders,
+    Precomputation,
     cache_folder,
     cache_requests,
     cached_folders,
+    compute_on_workers,
     describe,
     mark_used,
     precompute,
@@ -74,18 +79,16 @@ def sweeps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Compute jobs for Ray in this process; a list that grows with the files that they write."""
+    """Return a list that grows with the files that are computed."""
     files: list[str] = []
+    compute_here = feature_cache.compute_here
 
-    def run_here(jobs: Sequence[Any], **resources: float) -> Iterator[pa.Table]:
-        assert resources == {"cpus": 1, "gpus": 0}
+    def recorded(jobs: Sequence[Any]) -> Iterator[int]:
         for job in jobs:
             files.extend(f"{folder.name}/{job.file.name}" for folder in job.keys)
-            yield job()
+            yield from compute_here([job])
 
-    monkeypatch.setattr(feature_cache, "ray_jobs", run_here)
-    monkeypatch.setattr(feature_cache, "SMALL_WORK", 0)
-    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 0)
+    monkeypatch.setattr(feature_cache, "compute_here", recorded)
     return files
 
 
@@ -232,7 +235,6 @@ def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_p
     named, count = "features" if kind == "features" else "teacher logits", len(computed)
     patterns = (
         rf"feature cache: {named} of .* shared by all trials; {count} of {count} files to compute",
-        r"feature cache: about \d+ s to compute, saves about \d+ \w+ of training",
         r"feature cache: .* computed in [\d.]+ s, saves about \d+ \w+ of training",
     )
     assert all(map(re.fullmatch, patterns, lines)), lines
@@ -240,7 +242,7 @@ def test_files_are_computed_once_for_all_sweeps(kind: str, sweeps: Sweeps, tmp_p
     assert list(cached_folders(make(), tmp_path)) == cached
     precompute(searched, tmp_path, lines.append)
     precompute(make(), tmp_path, lines.append)
-    assert (len(computed), len(lines)) == (len(request.files), 3)
+    assert (len(computed), len(lines)) == (len(request.files), 2)
     assert next(describe([request])).endswith("; already computed")
     written = sum((request.folder / file.name).stat().st_size for file in request.files)
     about = 60 * sum(len(file.inputs or file.rows) for file in request.files)  # hashes and offsets
@@ -251,15 +253,14 @@ def test_one_forward_pass_computes_all_its_keys(
     sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, jobs = [], list[Any]()
-    states, run_here = SpeechEncoder.layer_inputs, feature_cache.ray_jobs
+    states, compute = SpeechEncoder.layer_inputs, feature_cache.compute_here
     monkeypatch.setattr(SpeechEncoder, "layer_inputs", lambda *args: encoded.append(1) or states(*args))
-    monkeypatch.setattr(feature_cache, "ray_jobs", lambda work, **_: jobs.extend(work) or run_here(work, **_))
-    monkeypatch.setattr(feature_cache, "SAMPLE_ROWS", 1)
+    monkeypatch.setattr(feature_cache, "compute_here", lambda work: jobs.extend(work) or compute(work))
     space = {"model.trainable": [FROZEN, UPPER], "model.adapter.window": [4, 8], "model.lora.rank": [2, 4]}
     lines: list[str] = []
     precompute(sweeps.features(space), tmp_path / "together", lines.append)
     clips = len(heard_rows(sweeps.shards, ("classify",), "recorded"))
-    assert (len(encoded), len(computed)) == (2 + clips, 3)  # two clips for the estimate
+    assert (len(encoded), len(computed)) == (clips, 3)
     assert [len(job.keys) for job in jobs] == [3]
     assert sum("shared by all trials" in line for line in lines) == 3
     # With too little memory for all keys at once, each has a pass of its own.
@@ -310,13 +311,48 @@ def test_complete_request_blocks_no_other_sweep(
     assert unlocked == [True]
 
 
-def test_little_work_starts_no_processes(
+class Workers:
+    """A queue whose tasks are done in this process, as the workers of two groups do them."""
+
+    def __init__(self, *ends: bool) -> None:
+        self.ends, self.tasks = iter(ends), list[list[Any]]()
+
+    def run(self, tasks: Sequence[Any], **limits: object) -> Iterator[EndedTask]:
+        assert limits == {"at_once": 2, "restarts": RETRIES, "temporary": True}
+        for index, calls in enumerate(tasks):
+            self.tasks.append(calls())
+            died = next(self.ends, False)
+            yield EndedTask(index, None if died else [call() for call in self.tasks[-1]])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_workers_compute_several_files_in_a_task(
     sweeps: Sweeps, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "SMALL_WORK", 1e11)
-    precompute(sweeps.features(), tmp_path, ignore)
+    """But little work is done by the driver, whose workers may not run yet."""
+    one = sweeps.features()
+    [request] = requests(one, tmp_path)
+
+    def steps(queue: Any, cache: Path) -> list[set[Path]]:
+        work = Precomputation(one, cache, ignore, compute=compute_on_workers(queue, 2, 1))
+        assert work.awaits(one, work.pending)
+        return list(work.steps())
+
+    steps(queue := Workers(), tmp_path / "driver")
+    assert (queue.tasks, len(computed)) == ([], len(request.files))
+    monkeypatch.setattr(feature_cache, "SMALL_WORK", 0)
+    monkeypatch.setattr(feature_cache, "TASKS", 1)
+    computed.clear()
+    queue = Workers()
+    assert steps(queue, tmp_path) == [{request.folder}]
+    files = [job.file.name for task in queue.tasks for job in task]
+    assert sorted(files) == sorted(file.name for file in request.files)
+    assert len(files) > len(queue.tasks) > 1
     assert computed == []
-    assert cached_folders(sweeps.features(), tmp_path) != CacheFolders()
+    assert cached_folders(one, tmp_path).features == (request.folder,)
+    with pytest.raises(ClusterError, match=r"its workers died too often.*rerun the same command"):
+        steps(Workers(False, True), tmp_path / "lost")
+    assert cached_folders(one, tmp_path / "lost") == CacheFolders()
 
 
 @pytest.mark.parametrize("kind", ["features", "logits"])
@@ -425,7 +461,6 @@ def test_only_heard_clips_are_encoded_and_extended(
     encoded: list[int] = []
     features = FeatureJob.compute
     monkeypatch.setattr(FeatureJob, "compute", lambda job, rows: encoded.extend(rows) or features(job, rows))
-    monkeypatch.setattr(feature_cache, "_seconds_per_size", lambda job: 1.0)
     client = sweeps.features(tasks={"classify": 0, "client_talk": 1})
     both = sweeps.features({"tasks.classify": [0.0, 1.0]}, tasks={"client_talk": 1})
     precompute(client, tmp_path, ignore)
@@ -488,10 +523,5 @@ def test_cache_that_costs_more_than_it_saves_is_skipped(
     assert re.fullmatch(r"feature cache: not computed: .* need \d+ % of it; they compute it themselves", lines[0])
     assert list(feature_cache.preview(few, tmp_path, 1))[-1] == lines[0]
     assert "not computed" not in " ".join(feature_cache.preview(few, tmp_path, 20))
-    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 1e9)
-    precompute(few, tmp_path, lines.append, trials=20)
-    assert computed == []
-    assert lines[-1] == "feature cache: not computed, since that would take longer; the trials compute it themselves"
-    monkeypatch.setattr(feature_cache, "PROCESS_STARTUP", 0)
     precompute(few, tmp_path, lines.append, trials=20)
     assert computed != []

@@ -14,6 +14,7 @@ from data.shards.dataset import Shards
 from model.runtime import memory
 from model.training.dry_run import TrialCost
 from sweep.config.resolve import ResolvedConfig
+from sweep.execution.tasks import TaskQueue
 from sweep.execution.tune import StudySearcher
 from sweep.preflight import dry_run as dry_run_module
 from sweep.preflight import plan as plan_module
@@ -163,7 +164,9 @@ def test_excluded_values_take_no_trial(models: Path, corpus: Shards, tmp_path: P
 def test_search_without_fitting_values_stops(models: Path, corpus: Shards, tmp_path: Path) -> None:
     study = StudyStore.open(tmp_path, searched(models, corpus))
     study.fits = lambda values: False
-    searcher = StudySearcher(study, lambda *_: {}, lambda: None, lambda: None, lambda: None)
+    queue = TaskQueue()
+    queue.waits = lambda values: False
+    searcher = StudySearcher(study, lambda *_: {}, lambda: None, lambda: None, lambda: None, queue)
     assert searcher.suggest("0") == Searcher.FINISHED
     assert searcher.fault is not None
     assert searcher.fault[0].startswith("search.space: none of 100 draws fits into memory")

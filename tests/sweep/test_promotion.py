@@ -12,6 +12,8 @@ from optuna.storages.journal import JournalFileBackend
 from sweep.analysis.predictions import objective_error
 from sweep.config.schema import Config
 from sweep.durability.retention import prune_checkpoints
+from sweep.execution.job import Standby
+from sweep.execution.tasks import TaskQueue
 from sweep.execution.tune import StudySearcher
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
@@ -152,14 +154,16 @@ def test_kills_at_any_write_change_nothing(every: int, tmp_path: Path, monkeypat
 
 def test_worker_waits_while_a_paused_trial_may_continue(tmp_path: Path) -> None:
     study = StudyStore.open(tmp_path, promote(finish=1).with_values({"search.trials": 2}))
-    searcher = StudySearcher(study, lambda number, _: number, Mock(), Mock(), Mock())  # type: ignore[arg-type,return-value]
+    queue = TaskQueue()
+    queue.waits = lambda values: False
+    searcher = StudySearcher(study, lambda number, _: number, Mock(), Mock(), Mock(), queue)  # type: ignore[arg-type,return-value]
     assert [searcher.suggest(name) for name in ("a", "b")] == [{"job": 0}, {"job": 1}]
     assert searcher.report("a", {"epoch": 1, "metrics": '{"macro_f1": 0.5, "steps": 3}'})
     searcher.on_trial_complete("a", {})
     assert searcher.suggest("c") == {"job": 0}, "it is the only one to be finished"
     assert searcher.report("b", {"epoch": 1, "metrics": '{"macro_f1": 0.1, "steps": 3}'})
     searcher.on_trial_complete("b", {})
-    assert searcher.suggest("d") is None
+    assert searcher.suggest("d") == {"job": Standby(queue.news)}
     searcher.on_trial_complete("c", {"finished": True})
     assert (searcher.suggest("e"), states(study)) == ("FINISHED", [("COMPLETE", 1), ("PRUNED", 1)])
 

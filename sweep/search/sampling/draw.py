@@ -76,6 +76,14 @@ def draw(
     )
 
 
+def depends_on_results(config: Config, trials: Sequence[FrozenTrial], earlier: Sequence[EarlierSweep]) -> bool:
+    """Return whether the values of the next trial depend on the results of those before it."""
+    if choose(config).name in ("random", "qmc", "grid") or len(trials) < config.search.startup_trials:
+        return bool(earlier)
+    point = next(iter(points_left(config, trials)), None)
+    return point is None or len(untrained(config, (), 2, point) or ()) != 1
+
+
 def _draw(config: Config, trials: Sequence[FrozenTrial], fits: Fits, earlier: Sequence[EarlierSweep]) -> Draw | None:
     """Return the values of the next trial, and the point that it takes, if one is left."""
     trained = _trained(config, trials)

@@ -16,7 +16,7 @@ from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import FOLD
 from sweep.execution.trial import open_shards
-from sweep.preflight.cache_kind import CacheKind, CacheRequest, model_name
+from sweep.preflight.cache_kinds.base import CacheKind, CacheRequest, model_name
 from sweep.preflight.checks import skeleton
 
 FRAME_RATE = 50  # frames of an encoder for a second of audio

@@ -16,7 +16,7 @@ from model.speech_llm.tokenizer import load_tokenizer
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards
-from sweep.preflight.cache_kind import CacheKind, CacheRequest, model_name
+from sweep.preflight.cache_kinds.base import CacheKind, CacheRequest, model_name
 
 BYTES_PER_TOKEN = 4 * (2 * TOP + 1)  # for a predicted token
 MAX_INPUTS = 8  # in memory at once: each holds the tokens of a whole training split

@@ -1,0 +1,1 @@
+"""The kinds of numbers that frozen models compute once for all trials: encoder features and teacher logits."""
