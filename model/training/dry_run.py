@@ -35,6 +35,7 @@ class TimeLimit:
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.rate = 0.0  # seconds for a position, by the last step
+        self.reached = False  # whether something was left out
 
     def left(self) -> float:
         """Return the seconds that are left, which may be negative."""
@@ -51,6 +52,7 @@ class TimeLimit:
         for part in parts[1:]:
             seconds += self.rate * positions(part)
             if seconds > self.left():
+                self.reached = True
                 break
             items += part
         return items
@@ -68,6 +70,9 @@ class TrialCost(BaseModel):
     min_bytes: int = Field(alias="least", description="Peak memory with one example at a time.")
     full_bytes: int = Field(alias="full", description="Peak memory with as many examples as train.token_budget allows.")
     token_budget: int = Field(alias="budget", description="Tokens and frames at once that fit.")
+    extrapolated: bool = Field(
+        False, description="Whether time was short, so that the seconds are those of fewer steps."
+    )
 
 
 def measure(
@@ -112,6 +117,7 @@ def measure(
                 min_bytes=min_bytes,
                 full_bytes=peak.read(),
                 token_budget=trainer.token_budget,
+                extrapolated=limit.reached,
             )
         finally:
             data.close()
@@ -139,6 +145,7 @@ def _measure_epoch(trainer: Trainer, workers: int, limit: TimeLimit) -> float:
         return taken, positions(step) if whole else sum(_positions(train.costs, part) for part in parts(items))
 
     if limit.left() <= 0:  # the longest example took all the time
+        limit.reached = True
         return limit.rate * sum(map(positions, steps))
     return _project(steps, positions, measured, (1.0, 0.5), limit)
 
@@ -185,6 +192,7 @@ def _project(
     seconds, count = 0.0, 0
     for index in dict.fromkeys(round(at * (len(ordered) - 1)) for at in quantiles):
         if count and limit.left() <= 0:
+            limit.reached = True
             break
         taken, computed = measured(ordered[index])
         limit.rate = taken / computed

@@ -29,6 +29,7 @@ class DryRunResult(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
     cost: TrialCost | None = Field(None, alias="measured", description="What a worker of the trial takes.")
     startup: float = Field(0.0, alias="build", description="Seconds until the trial makes its first step.")
+    seconds: float = Field(0.0, description="Seconds that the dry run took.")
     capacity: int = Field(0, description="Memory of the device, in bytes.")
     too_large: str = Field("", alias="full", description="Why the trial does not fit into memory.")
     failure: str = Field("", alias="trouble", description="Why the trial could not run for another reason.")
@@ -39,7 +40,7 @@ class DryRun(NamedTuple):
 
     config: ResolvedConfig  # of the trial
     cached: CacheFolders  # that the trial reads
-    seconds: float = math.inf  # that its steps may take
+    seconds: float = math.inf  # that it may take
 
 
 def dry_run(run: DryRun) -> DryRunResult:
@@ -50,7 +51,7 @@ def dry_run(run: DryRun) -> DryRunResult:
         model, data = build(config, "local", ("train", "val"), device, run.cached)
         startup = time.monotonic() - started
         cost = measure(
-            model, data, config.train, config.tasks, config.seed, config.resources.workers, peak, run.seconds
+            model, data, config.train, config.tasks, config.seed, config.resources.workers, peak, run.seconds - startup
         )
     except memory.OutOfMemoryError as error:
         return DryRunResult(too_large=reason(error))
@@ -60,23 +61,26 @@ def dry_run(run: DryRun) -> DryRunResult:
         if isinstance(error, RuntimeError) and not memory.is_out_of_memory(error):
             raise
         return DryRunResult(too_large="out of memory before the first step")
-    return DryRunResult(cost=cost, startup=startup, capacity=capacity)
+    return DryRunResult(cost=cost, startup=startup, seconds=time.monotonic() - started, capacity=capacity)
 
 
 DryRuns = Callable[[Mapping[str, DryRun], Seconds, int], Iterator[tuple[str, DryRunResult]]]
 
 
 def dry_runs_here(runs: Mapping[str, DryRun], seconds: Seconds, slots: int = 1) -> Iterator[tuple[str, DryRunResult]]:
-    """Do the dry runs in this process, one after another; yield each result by its key.
+    """Do the dry runs in this process, one after another, as long as there is time; yield each result by its key.
 
     Args:
         runs: by key.
-        seconds: that the steps of all runs that are left may take.
+        seconds: that all runs that are left may take; the first one starts in any case.
         slots: is not used.
     """
     for index, (key, run) in enumerate(runs.items()):
+        left = seconds()
+        if index and not left:
+            return
         with building:
-            result = dry_run(run._replace(seconds=seconds() / (len(runs) - index)))
+            result = dry_run(run._replace(seconds=left / (len(runs) - index)))
         yield key, result
 
 
@@ -105,19 +109,20 @@ def _on_workers(
     queue: TaskQueue, runs: Mapping[str, DryRun], seconds: Seconds, slots: int
 ) -> Iterator[tuple[str, DryRunResult | None]]:
     """Yield the results in the order in which they are ready; None for a process that died."""
-    keys, left = list(runs), list(runs)
+    keys, waiting = list(runs), list(runs)
 
     def started(key: str) -> list[Callable[[], str]]:
-        """Return the run as a task; its share of the time is known only when it starts."""
-        rounds = math.ceil(len(left) / slots)
-        left.remove(key)
-        return [functools.partial(_dry_run_text, runs[key]._replace(seconds=seconds() / rounds))]
+        """Return the run as a task; its share of the time is known only when it starts. Without time it is empty."""
+        left, rounds, is_first = seconds(), math.ceil(len(waiting) / slots), len(waiting) == len(keys)
+        waiting.remove(key)
+        return [functools.partial(_dry_run_text, runs[key]._replace(seconds=left / rounds))] if left or is_first else []
 
     # A GPU that trials share makes one dry run at a time: another one must not be the reason that memory is short.
     shared = any(0 < run.config.resources.gpus_per_worker < 1 for run in runs.values())
     offers = [functools.partial(started, key) for key in keys]
     for index, results in queue.run(offers, at_once=1 if shared else slots):
-        yield keys[index], None if results is None else DryRunResult.model_validate_json(results[0])
+        if results != []:
+            yield keys[index], None if results is None else DryRunResult.model_validate_json(results[0])
 
 
 def _dry_run_text(run: DryRun) -> str:

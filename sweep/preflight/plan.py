@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from sweep.config.schema import Config
 from sweep.config.version import code_version
 from sweep.execution.resources import Nodes, count_slots, memory_share
 from sweep.execution.trial import open_shards
-from sweep.preflight.checks import skeleton
+from sweep.preflight.checks import building, skeleton
 from sweep.preflight.dry_run import DryRun, DryRunResult, DryRuns, dry_runs_here
 from sweep.preflight.eta import Values, eta, remaining_work, seconds_left
 from sweep.preflight.feature_cache import cache_requests, cached_folders
@@ -34,7 +33,7 @@ from sweep.search.study import StudyStore, TrialRecord
 from sweep.search.study_storage import has_study
 
 SMALL_MODEL = 20 * 10**6  # parameters: a separate process would take longer to start than its dry run takes
-SHARE, LEAST_SECONDS = 0.05, 10.0  # of the sweep's estimated time that dry runs may take, and at least so many seconds
+SHARE, LEAST_SECONDS = 0.05, 10.0  # of the sweep's estimated time that dry runs may take, and seconds in any case
 WORKER_STARTUP = 20.0  # seconds until the workers of a worker group are up
 Log = Callable[[str], None]
 
@@ -82,6 +81,7 @@ class Plan:
     results: list[ProfileResult]
     untested: int  # the number of profiles without a dry run
     waiting: int = 0  # the number of profiles whose dry run waits for the feature cache
+    seconds: float = 0.0  # that the dry runs have taken
 
     def fits(self, values: Values) -> bool:
         """Return whether a trial with these values may start: not if all its profiles are too large."""
@@ -103,6 +103,11 @@ class Plan:
     def notes(self) -> Iterator[str]:
         """Yield a line for everything else that a user should know."""
         yield from filter(None, (result.note() for result in self.results))
+        if extrapolated := sum(
+            result.result.cost is not None and result.result.cost.extrapolated for result in self.results
+        ):
+            profiles = format_count(extrapolated, "trial profile")
+            yield f"{profiles} measured in part: the time of an epoch is extrapolated"
         if self.untested:
             profiles = format_count(self.untested, "more trial profile")
             yield f"{profiles} not measured: none is excluded, and the mean time is assumed"
@@ -118,19 +123,26 @@ class Plan:
         weight = sum(result.profile.weight for result in results) or 1
         return sum(result.epoch_seconds * result.profile.weight for result in results) / weight
 
-    def estimate(self, trials: Sequence[TrialRecord], points: Sequence[Values], slots: int) -> Estimate:
+    def estimate(
+        self,
+        trials: Sequence[TrialRecord],
+        points: Sequence[Values],
+        slots: int,
+        worker_startup: float = WORKER_STARTUP,
+    ) -> Estimate:
         """Return what the remaining trials will take.
 
         Args:
             trials: of the study.
             points: that no trial has used yet.
             slots: trials at a time.
+            worker_startup: seconds until the first trials can start.
         """
         search, epochs = self.config.search, self.config.train.epochs
         new_epochs = search.mean_epochs(epochs) * search.expected_share(epochs, search.trials)
         work = remaining_work(self.config, trials, points, new_epochs, self.epoch_seconds)
         startup = statistics.median([result.result.startup for result in self.results]) if self.results else 0.0
-        seconds = eta(work, slots, WORKER_STARTUP, startup, seconds_left(self.config, trials))
+        seconds = eta(work, slots, worker_startup, startup, seconds_left(self.config, trials))
         return Estimate(trials=search.trials, used=device_seconds(trials), work=sum(work), seconds=seconds)
 
 
@@ -150,8 +162,9 @@ def make_plan(
     log: Log,
     dry_runs: DryRuns = dry_runs_here,
     waits: Callable[[ResolvedConfig], bool] = lambda trial: False,
+    spent: float = 0.0,
 ) -> Plan:
-    """Do the dry runs of all trial profiles, except for those with a saved result.
+    """Do the dry runs of the trial profiles, except for those with a saved result, as long as there is time.
 
     Args:
         config: of the sweep.
@@ -162,17 +175,19 @@ def make_plan(
         log: shows a line to the user.
         dry_runs: does the dry runs of models that are too large for this process.
         waits: returns whether the dry run of a trial must wait, because its part of the feature cache is not complete.
+        spent: seconds that dry runs of this run of the sweep have taken before.
 
     Raises:
         UserError: no profile fits into memory.
     """
-    started = time.monotonic()
+    new = list[float]()  # seconds of the dry runs
 
     def measured(all_values: bool) -> Plan:
         profiles, untested = trial_profiles(config, all_values)
         ready = [profile for profile in profiles if not waits(profile.config)]
-        results = _profile_results(config, ready, cache, folder, nodes, slots, dry_runs)
-        return Plan(config, results, untested, len(profiles) - len(ready))
+        results = _profile_results(config, ready, cache, folder, nodes, slots, dry_runs, spent, new)
+        untested += len(ready) - len(results)
+        return Plan(config, results, untested, len(profiles) - len(ready), spent + sum(new))
 
     plan = measured(all_values=False)
     if not all(result.fits for result in plan.results):  # values between the smallest and the largest one may fit
@@ -182,9 +197,11 @@ def make_plan(
         file = PlanFile.read(folder)
         file.excluded = excluded
         file.write(folder)
-    seconds, results = time.monotonic() - started, plan.results
-    if results:
-        log(f"plan: measured {format_count(len(results), 'trial profile')} in {seconds:.1f} s")
+    results = plan.results
+    if new:
+        log(f"plan: measured {format_count(len(new), 'trial profile')} in {sum(new):.1f} s")
+    if len(results) > len(new):
+        log(f"plan: {format_count(len(results) - len(new), 'trial profile')} measured before")
     for line in [*excluded, *plan.notes()]:
         log(f"plan: {line}")
     if results and len(excluded) == len(results) and not plan.untested and not plan.waiting:
@@ -232,8 +249,15 @@ def _profile_results(
     nodes: Nodes,
     slots: int,
     dry_runs: DryRuns,
+    spent: float,
+    taken: list[float],
 ) -> list[ProfileResult]:
-    """Return the results of all profiles; each new one is saved as soon as it is known."""
+    """Return the results of the profiles that there is time for; each new one is saved as soon as it is known.
+
+    Args:
+        spent: see `make_plan`.
+        taken: gets the seconds of each new dry run, divided by the number of those that ran at the same time.
+    """
     runs = [DryRun(profile.config, cached_folders(profile.config, cache)) for profile in profiles]
     keys = [_key(run, nodes) for run in runs]
     file = PlanFile() if folder is None else PlanFile.read(folder)
@@ -244,23 +268,35 @@ def _profile_results(
         except ValidationError:
             continue  # damaged: measure again
     new = {key: run for key, run in zip(keys, runs, strict=True) if key not in results}
-    if is_small(profiles):
-        dry_runs = dry_runs_here
-    started = time.monotonic()
+    if len(new) > 1:  # what needs most memory comes first, in case that there is no time for all
+        new = dict(sorted(new.items(), key=lambda item: _demand(item[1].config), reverse=True))
+    at_once = slots
+    if dry_runs is dry_runs_here or (new and is_small(profiles)):
+        dry_runs, at_once = dry_runs_here, 1
 
     def seconds() -> float:
         """Return the seconds that dry runs may still take: a share of the sweep, as far as its time is known."""
         known = [(profile, results[key]) for profile, key in zip(profiles, keys, strict=True) if key in results]
         plan = Plan(config, [_profile_result(profile, result, nodes, slots) for profile, result in known], 0)
         allowed = max(LEAST_SECONDS, SHARE * plan.estimate([], config.search.points, slots).seconds)
-        return max(0.0, started + allowed - time.monotonic())
+        return max(0.0, allowed - spent - sum(taken))
 
     for key, result in dry_runs(new, seconds, slots):
         results[key] = result
+        taken.append(result.seconds / at_once)
         if folder is not None:
             file.steps = file.steps | {key: result.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
             file.write(folder)
-    return [_profile_result(profile, results[key], nodes, slots) for profile, key in zip(profiles, keys, strict=True)]
+    known = [(profile, results[key]) for profile, key in zip(profiles, keys, strict=True) if key in results]
+    return [_profile_result(profile, result, nodes, slots) for profile, result in known]
+
+
+def _demand(config: ResolvedConfig) -> tuple[int, ...]:
+    """Return what the memory of a trial grows with: parameters that train, and the length of examples."""
+    with building:
+        parameters = skeleton(config).parameters()
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return trained, config.data.history, config.model.llm.max_text_tokens, config.model.uses_audio
 
 
 def _profile_result(profile: TrialProfile, result: DryRunResult, nodes: Nodes, slots: int) -> ProfileResult:

@@ -14,7 +14,7 @@ from sweep.execution.tasks import TaskQueue
 from sweep.preflight.checks import building
 from sweep.preflight.dry_run import dry_runs_on_workers
 from sweep.preflight.feature_cache import Log, Precomputation, compute_on_workers
-from sweep.preflight.plan import Plan, format_estimate, make_plan
+from sweep.preflight.plan import WORKER_STARTUP, Plan, format_estimate, make_plan
 from sweep.preflight.plan_file import Estimate, save_actual_time, save_estimate
 from sweep.search.candidates import resolve_candidate
 from sweep.search.study import StudyStore
@@ -50,6 +50,7 @@ class Preparation:
         self.say, self.ready = say, ready
         self.estimate: Estimate | None = None
         self.estimated = 0.0  # when it was estimated
+        self.spent = 0.0  # seconds of dry runs
 
     def run(self, queue: TaskQueue) -> None:
         """Prepare all trials.
@@ -101,10 +102,13 @@ class Preparation:
             self.say,
             dry_runs_on_workers(queue),
             lambda trial: self._awaits(work, trial, pending),
+            self.spent,
         )
+        self.spent = plan.seconds
         self.study.fits = plan.fits  # the sampler does not draw what cannot fit into memory
         if not pending:
-            self.estimate = plan.estimate(self.study.trials(), self.study.points_left(), self.slots)
+            startup = WORKER_STARTUP if queue.waits is None else 0.0
+            self.estimate = plan.estimate(self.study.trials(), self.study.points_left(), self.slots, startup)
             self.estimated = time.monotonic()
             self.say(format_estimate(self.config, self.estimate, self.slots))
             save_estimate(self.study.folder, self.estimate)

@@ -1,24 +1,22 @@
 """The plan: what is measured and saved, which trials are excluded, and how the estimate compares with reality."""
 
 import json
-import os
-import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.tune.search import Searcher
 
 from data.errors import UserError
 from data.shards.dataset import Shards
-from model.runtime import memory
 from model.training.dry_run import TrialCost
 from sweep.config.resolve import ResolvedConfig
-from sweep.execution.tasks import TaskQueue
+from sweep.execution.tasks import EndedTask, TaskQueue
 from sweep.execution.tune import StudySearcher
 from sweep.preflight import dry_run as dry_run_module
 from sweep.preflight import plan as plan_module
-from sweep.preflight.dry_run import DryRun, DryRunResult, dry_run
+from sweep.preflight.dry_run import DryRun, DryRunResult, dry_runs_on_workers
 from sweep.preflight.plan import Plan, make_plan
 from sweep.preflight.plan_file import FILE, Estimate, PlanFile, plan_lines, save_actual_time, save_estimate
 from sweep.search.study import StudyStore
@@ -74,7 +72,8 @@ def test_dry_runs_are_done_once_for_a_sweep(
         plan_of(one, tmp_path)
     lines: list[str] = []
     plan = plan_of(one, tmp_path, lines)
-    assert lines[0].startswith("plan: measured 6 trial profiles in ")
+    assert lines[0].startswith("plan: measured 5 trial profiles in ")
+    assert lines[1] == "plan: 1 trial profile measured before"
     assert sorted(measured) == [(rank, modality) for rank in (2, 4, 8) for modality in ("speech", "text")]
     assert plan.epoch_seconds({MODALITY: "speech"}) == 2 * plan.epoch_seconds({MODALITY: "text"}) == 3.0
     assert [plan.fits({RANK: rank, MODALITY: "text"}) for rank in (2, 4, 8, 16)] == [True, True, False, False]
@@ -109,6 +108,32 @@ def test_dry_runs_share_a_part_of_the_sweep(
     assert others
     assert others[-1] == pytest.approx(0.05 * sweep, abs=2)
     assert others[-1] > 2 * plan_module.LEAST_SECONDS
+
+
+def test_dry_runs_end_with_their_time(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading the models counts; the profile that trains most comes first, and the plan says what it does not know."""
+    runs: list[DryRun] = []
+    cost = TrialCost(train=3.0, val=1.0, least=10, full=20, budget=16_384, extrapolated=True)
+
+    def slow(run: DryRun) -> DryRunResult:
+        runs.append(run)
+        return DryRunResult(cost=cost, capacity=10**9, seconds=11.0)
+
+    monkeypatch.setattr(dry_run_module, "dry_run", slow)
+    one, lines = searched(models, corpus, trials=1), list[str]()
+    plan = plan_of(one, tmp_path, lines)
+    assert [run.config.model.modality for run in runs] == ["speech"]
+    assert lines == [
+        "plan: measured 1 trial profile in 11.0 s",
+        "plan: 1 trial profile measured in part: the time of an epoch is extrapolated",
+        "plan: 1 more trial profile not measured: none is excluded, and the mean time is assumed",
+    ]
+    assert plan.fits({RANK: 8, MODALITY: "text"})
+    plan_of(one, tmp_path, lines)
+    assert len(runs) == 2, "another run of the sweep has time again"
+    assert "plan: 1 trial profile measured before" in lines
 
 
 def resolved(config: ResolvedConfig, changed: dict[str, Any]) -> ResolvedConfig:
@@ -249,29 +274,42 @@ def test_preview_shows_cache_and_plan_and_writes_nothing(models: Path, corpus: S
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def dying(run: DryRun) -> DryRunResult:
-    """A dry run that the system kills if the rank is large; its startup stands for the process."""
-    if run.config.model.lora.rank > 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    assert 0.5 < memory.baseline() / memory.WORKER < 2, "the memory of a worker's process before it has a model"
-    return dry_run(run).model_copy(update={"startup": os.getpid()})
+class Workers:
+    """A queue whose dry runs are done in this process; those of a large rank kill their workers."""
+
+    def run(self, tasks: Sequence[Callable[[], list[Any]]], at_once: int) -> Iterator[EndedTask]:
+        for place, task in enumerate(tasks):
+            calls = task()
+            rank = calls[0].args[0].config.model.lora.rank if calls else 0
+            yield EndedTask(place, None if rank > 4 else [call() for call in calls])
 
 
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_profile_that_kills_its_process_is_excluded(
+@pytest.mark.usefixtures("measured")
+def test_profile_that_kills_its_worker_is_excluded(
     models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweep.execution.cluster import local_or_remote_ray
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(plan_module, "SMALL_MODEL", 0)
-    monkeypatch.setattr(dry_run_module, "dry_run", dying)
-    with local_or_remote_ray():
-        plan = plan_of(searched(models, corpus, space={RANK: [2, 8], RATE: SPACE[RATE]}), tmp_path)
+    one, queue = searched(models, corpus, space={RANK: [2, 8], RATE: SPACE[RATE]}), cast(TaskQueue, Workers())
+    plan = make_plan(one, tmp_path / "cache", tmp_path, NODES, 2, [].append, dry_runs_on_workers(queue))
     assert {known.profile.values[RANK]: (known.fits, known.too_large) for known in plan.results} == {
         2: (True, ""),
         8: (False, "its dry run killed the process, also when run alone"),
     }
-    assert {known.result.startup for known in plan.results} & {os.getpid()} == set()
+
+
+def test_profiles_wait_for_their_part_of_the_cache(
+    models: Path, corpus: Shards, tmp_path: Path, measured: list[tuple[int, str]]
+) -> None:
+    """Then they may not fit, which is known only when all are measured."""
+    lines: list[str] = []
+
+    def plan(waiting: bool) -> Plan:
+        one, waits = searched(models, corpus), lambda trial: waiting and trial.model.modality == "speech"
+        return make_plan(one, tmp_path / "cache", tmp_path, NODES, 2, lines.append, waits=waits)
+
+    first = plan(waiting=True)
+    assert {modality for _, modality in measured} == {"text"}
+    assert lines[-1] == "plan: 3 trial profiles wait for the feature cache"
+    assert first.fits({RANK: 8, MODALITY: "speech"})
+    assert not plan(waiting=False).fits({RANK: 8, MODALITY: "speech"})
+    assert len(measured) == len(set(measured)) == 6
