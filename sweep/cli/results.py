@@ -46,10 +46,11 @@ def status(folder: SweepArgument, as_json: JsonOption = False) -> None:
     """Show every trial and its state, also while the sweep runs."""
     from sweep.analysis.status import progress_json, status_lines
     from sweep.search.corpus_notes import read_ceilings
+    from sweep.search.study import has_started
     from sweep.tracking.tracker import parent_run_id
 
     study = open_study_store(folder)
-    config, trials = study.config, study.trials()
+    config, trials = study.config, [trial for trial in study.trials() if has_started(folder, trial)]
     if not as_json:
         for line in status_lines(config, folder, trials):
             print_line(line)

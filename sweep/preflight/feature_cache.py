@@ -234,13 +234,12 @@ def compute_here(jobs: Sequence[AnyJob]) -> Iterator[int]:
         yield job.file.size
 
 
-def compute_on_workers(queue: TaskQueue, groups: int, workers: int) -> Compute:
+def compute_on_workers(queue: TaskQueue, groups: int) -> Compute:
     """Return a function that computes files in the workers of a sweep, several files in each task.
 
     Args:
         queue: of the sweep.
         groups: the number of worker groups.
-        workers: of each group.
     """
 
     def compute(jobs: Sequence[AnyJob]) -> Iterator[int]:

@@ -63,7 +63,7 @@ class Preparation:
             ClusterError: the workers of a task died too often.
             QueueClosedError: the sweep ends.
         """
-        compute = compute_on_workers(queue, self.slots, self.config.resources.workers)
+        compute = compute_on_workers(queue, self.slots)
         work = Precomputation(self.config, self.cache, self.say, self.left, compute)
         self._plan(queue, work, work.pending)
         self.ready()

@@ -22,22 +22,14 @@ from sweep.config.files import load
 from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.config.space import Value
-from sweep.search import pruning, retries
+from sweep.search import pruning, retries, study_storage
 from sweep.search.cost import COSTS, horizon, spent_budget
 from sweep.search.sampling import draw as sampler
 from sweep.search.sampling import ties
 from sweep.search.sampling.advice import read_earlier
 from sweep.search.sampling.history import params
 from sweep.search.stopping import gain_below_noise, stopped_by_noise
-from sweep.search.study_storage import (
-    StudyBases,
-    changed_bases,
-    identities,
-    open_study,
-    read_study,
-    store_bases,
-    stored_bases,
-)
+from sweep.search.study_storage import StudyBases, open_study, read_study
 
 State = Literal["RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"]
 Reason = Literal["non-finite", "out of memory", "bad data", "workers lost", "error"]
@@ -159,18 +151,18 @@ class StudyStore:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         is_over = has_ended or self._exhausted
         while spent is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
+            again = ties.next_repeat(self.config, self.trials(), is_over)
             due = ties.are_due(self.config, self.trials(), is_over)
             if ahead and (due or sampler.depends_on_results(self.config, trials, self.earlier)):
                 return None
-            again = ties.next_repeat(self.config, self.trials(), is_over)
-            if again is not None and rule and pruning.to_finish(trials, search.direction, rule) is not None:
+            finishes = rule is not None and pruning.to_finish(trials, search.direction, rule) is not None
+            if finishes if again else is_over:
                 break
+            drawn: FrozenTrial | None
             if again is not None:
-                drawn: FrozenTrial | None = ties.repeat(trials[again[0]], *again)
-            elif not is_over:
-                drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits, self.earlier)
+                drawn = ties.repeat(trials[again[0]], *again)
             else:
-                break
+                drawn = sampler.draw(self.config, list(map(pruning.as_history, trials)), self.fits, self.earlier)
             if drawn is None:
                 is_over = self._exhausted = True
                 continue
@@ -346,7 +338,7 @@ class StudyStore:
                 raise UserError(self.other_bases_message(changes))
             notes.append(f"base models: {changes}; results differ from those of earlier trials")
         if bases:
-            store_bases(self.study, bases)
+            study_storage.store_bases(self.study, bases)
         codes = self.codes()
         if code is not None and codes[-1:] != [code]:
             self.study.set_user_attr("codes", [*codes, code])
@@ -356,11 +348,11 @@ class StudyStore:
 
     def bases(self) -> dict[str, dict[str, BaseIdentity]]:
         """Return the models that trials start from, by setting and value; none in sweeps of earlier versions."""
-        return stored_bases(self.study)
+        return study_storage.stored_bases(self.study)
 
     def other_bases(self, bases: StudyBases) -> str:
         """Return which models are not those that the sweep was started with, in words; empty if all are."""
-        return changed_bases(self.study, bases)
+        return study_storage.changed_bases(self.study, bases)
 
     def other_bases_message(self, changes: str) -> str:
         """Return the error for `changes`, as `other_bases` returns them."""
@@ -476,7 +468,7 @@ class StudyStore:
             outside=retries.failed_outside(trial, common_faults),
             audited=rule is not None and pruning.is_audited(number, self.config.seed, rule.audit),
             exempted_at=exempted_at,
-            bases=identities(trial.user_attrs.get("bases", {})),
+            bases=study_storage.identities(trial.user_attrs.get("bases", {})),
             repeats=trial.user_attrs.get(ties.REPEATS, [None])[0],
             share=None if search.fidelity == "epochs" else search.share_at(max(curve, default=1), epochs),
             error=float(trial.user_attrs.get(ties.ERROR, 0.0)),

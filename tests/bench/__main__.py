@@ -19,7 +19,20 @@ from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "frozen", "options", "padding", "reading", "waiting", "preparing", "memory"),
-    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "startup", "gpu"),
+    *(
+        "lean",
+        "slots",
+        "groups",
+        "search",
+        "learning",
+        "ties",
+        "multilora",
+        "sweeps",
+        "growth",
+        "startup",
+        "timeline",
+        "gpu",
+    ),
 )
 
 

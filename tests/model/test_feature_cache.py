@@ -73,24 +73,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def precompute(trial: Trial, config: ModelConfig, shards: Shards, root: Path) -> CacheFolders:
-    """Compute all that a trial may read from the cache; a predicted token takes half a kilobyte."""
+    """Compute all that a trial may read from the cache."""
     model, features, logits = SpeechLLM(config, answer_sets(shards, trial.tasks.active()), "meta"), (), None
     if config.uses_audio:
         keys = [feature_key(config, trial.data, "cpu", spec) for spec in model.feature_specs]
         folders = {root / key.key: key for key in keys}
         features = tuple(folders)
         for file in feature_files(shards, trial.data):
-            [table] = FeatureJob(file, folders, 1, shards, trial.data)().to_pylist()
-            assert table["size"] == file.size
-            assert table["bytes"] > 0
+            FeatureJob(file, folders, 1, shards, trial.data)()
     if trial.train.losses.distillation:
         key, tasks = teacher_key(config, trial.train.losses.temperature, "cpu"), list(model.tasks)
         logits = root / key.key
         inputs = teacher.teacher_inputs(model.prompt_builder, model.max_positions, shards, trial.data, tasks)
         for part in teacher_files(shards, inputs):
-            [table] = TeacherJob(part, {logits: key}, 1, inputs)().to_pylist()
-            predicted = sum(inputs[item].predicted for item in part.rows)
-            assert table == {"size": part.size, "bytes": 4 * (64 + 65) * predicted}
+            TeacherJob(part, {logits: key}, 1, inputs)()
     return CacheFolders(features, logits)
 
 

@@ -334,7 +334,7 @@ def test_workers_compute_several_files_in_a_task(
     [request] = requests(one, tmp_path)
 
     def steps(queue: Any, cache: Path) -> list[set[Path]]:
-        work = Precomputation(one, cache, ignore, compute=compute_on_workers(queue, 2, 1))
+        work = Precomputation(one, cache, ignore, compute=compute_on_workers(queue, 2))
         assert work.awaits(one, work.pending)
         return list(work.steps())
 
