@@ -19,20 +19,7 @@ from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "frozen", "options", "padding", "reading", "waiting", "preparing", "memory"),
-    *(
-        "lean",
-        "slots",
-        "groups",
-        "search",
-        "learning",
-        "ties",
-        "multilora",
-        "sweeps",
-        "growth",
-        "startup",
-        "timeline",
-        "gpu",
-    ),
+    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "startup", "gpu"),
 )
 
 
