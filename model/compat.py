@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 Marked = TypeVar("Marked", bound=Callable[..., object])
 ADAPTER = "default"  # PEFT's name of a model's only adapter, which its files leave out
@@ -52,6 +53,15 @@ def lora_parameter_names(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     full = {f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: x for name, x in tensors.items()}
     named: dict[str, Tensor] = _insert_adapter_name_into_state_dict(full, ADAPTER, "lora_")
     return named
+
+
+def attention_of(llm: "PreTrainedModel") -> str:
+    """Return the implementation of attention that an LLM uses, by its name in transformers' registry (5.23).
+
+    `set_attn_implementation` is public, and nothing public reads what it sets.
+    """
+    name: str = llm.config._attn_implementation
+    return name
 
 
 def skip_steps_if(flag: "Tensor", optimizer: "torch.optim.Optimizer") -> None:

@@ -16,6 +16,7 @@ NEW_PARTS = ("adapter", "lora", "tokens", "encoder_lora")  # parts that no pretr
 # raise it when a saved model changes.
 TINY_VERSION = "2"
 Dtype = Literal["float32", "bfloat16"]
+Packing = Literal["auto", "on", "off"]
 LayerIndex = Annotated[int, Field(ge=0)]
 Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)]
 
@@ -399,6 +400,12 @@ class TrainConfig(Section):
         16_384,
         description="Tokens and encoder frames computed at once (longest x count). Memory depends on it; the result "
         "does not, in float32 and without dropout, whose draws depend on how a step is cut.",
+    )
+    packing: Packing = Field(
+        "auto",
+        description="Whether the examples of a micro-batch are laid end to end, without padding. auto: on a GPU in "
+        "half precision, if the LLM's family can. on: also elsewhere, or an error. off: they are padded. The result is "
+        "the same in float32 and without dropout.",
     )
     checkpoint_steps: Count = Field(
         500, description="Largest number of optimizer steps between checkpoints within an epoch."

@@ -1,8 +1,9 @@
 """The batch plan: the utterances of every optimizer step, as a pure function, so that a run can resume at any step.
 
 The utterances of a step do not depend on the number of workers or their memory. A step is distributed over the workers
-(`share`), each worker cuts its part into micro-batches that fit into memory (`micro_batches`), and the encoder encodes
-the clips of a micro-batch in groups of similar length (`groups`). This keeps padding small and changes no result.
+(`share`), each worker cuts its part into micro-batches that fit into memory (`micro_batches`, or `packs` where examples
+are packed), and the encoder encodes the clips of a micro-batch in groups of similar length (`groups`). This keeps
+padding small and changes no result.
 """
 
 import hashlib
@@ -90,6 +91,25 @@ def micro_batches(costs: Sequence[Cost], budget: int, pad_tolerance: int = PAD_T
         return longest * len(part) <= budget
 
     return _cut([cost.tokens for cost in costs], fits, pad_tolerance)
+
+
+def packs(costs: Sequence[Cost], budget: int) -> list[list[int]]:
+    """Cut a batch into parts that are packed without padding, in order of tokens.
+
+    Args:
+        costs: cost of each item of the batch.
+        budget: maximum number of tokens and frames of a part; a single item may exceed it.
+    """
+    parts: list[list[int]] = []
+    computed = 0  # in the last part
+    for item in sorted(range(len(costs)), key=lambda item: costs[item].tokens):
+        computed += sum(costs[item])
+        if parts and computed <= budget:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+            computed = sum(costs[item])
+    return parts
 
 
 def groups(lengths: Sequence[int], pad_tolerance: int = PAD_TOLERANCE) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.loading.batching import micro_batches, plan, share
+from data.loading.batching import plan, share
 from data.loading.examples import Example
 from data.loading.prefetch import Prefetcher
 from model.config import LossConfig
@@ -37,7 +37,7 @@ def request_batches(
     rank, workers = world()
     items = data.splits[split]
     batches: list[list[int]] = []
-    for task in model.tasks:
+    for task, answers in model.tasks.items():
         of_task = [position for position, item in enumerate(items.items) if item[0] == task]
         positions = share(of_task, rank, workers)
         if batch_size is not None:
@@ -45,7 +45,8 @@ def request_batches(
             continue
         costs = [items.costs[position] for position in positions]
         for pool in plan(costs, batch_size=POOL, seed=0, epoch=0):
-            for part in micro_batches([costs[index] for index in pool], token_budget, model.pad_tolerance):
+            pads = not answers.labels  # replies are generated in padded batches
+            for part in model.micro_batches([costs[index] for index in pool], token_budget, pads=pads):
                 batches += _limit_logits(model, task, items, [positions[pool[index]] for index in part])
     return PendingBatches(batches, data.read(split, batches))
 

@@ -1,15 +1,16 @@
 """Check that an LLM's family can be used, before anything is trained.
 
-Clips are embeddings among tokens, batches are padded, and all labels are scored in one pass over a cached prompt. Some
-families do this in another way than they read plain text, most of them without an error: a recurrent state does not
-follow the attention mask of a trie, for example. So a random model of the family computes everything in both ways. It
-has the settings of the LLM, whose flags decide (positions, causality, kinds of layers), with small sizes.
+Clips are embeddings among tokens, batches are padded or packed, and all labels are scored in one pass over a cached
+prompt. Some families do this in another way than they read plain text, most of them without an error: a recurrent state
+does not follow the attention mask of a trie, for example. So a random model of the family computes everything in both
+ways. It has the settings of the LLM, whose flags decide (positions, causality, kinds of layers), with small sizes.
 """
 
 import copy
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from data.errors import ConfigError, reason
 from model.checkpoints.fingerprint import IGNORED
-from model.config import LLMConfig
+from model.config import LLMConfig, ModelConfig, Packing
 from model.evaluation.scoring import trie_logits
 from model.objectives.losses import student_outputs
 from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.language_model import load_llm
+from model.speech_llm.packing import has_flash_attention, set_packing
 from model.speech_llm.prompt import Answer
 
 TOLERANCE = 1e-4  # relative; rounding makes about 1e-6 of difference, and a fault 1e-3 or more
@@ -52,7 +54,17 @@ AT_MOST = {
 EMBEDDINGS = "does not compute from embeddings, which clips are, what it computes from tokens"
 CAUSALITY = "lets a token see padding or what follows it"
 SCORING = "cannot score labels that share a cached prompt: some of its layers do not follow the attention mask"
-_results: dict[str, str | None] = {}  # by the LLM's settings: what is wrong; None: it could not be checked
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a family can do."""
+
+    problem: str | None  # empty: there is none; None: it could not be checked
+    packs: bool = False  # whether packed examples are computed as each one alone
+
+
+_results: dict[str, Findings] = {}  # by the LLM's settings
 
 
 def check_llm(config: LLMConfig) -> bool:
@@ -64,21 +76,53 @@ def check_llm(config: LLMConfig) -> bool:
     Raises:
         ConfigError: names the family and what it does not do.
     """
+    findings, family = _findings(config)
+    if findings.problem:
+        raise ConfigError(
+            f"model.llm.path: {config.path} is a {family} model, which {findings.problem}; use a model such as Llama, "
+            "Qwen, Gemma or Mistral"
+        )
+    return findings.problem is not None
+
+
+def resolve_packing(config: ModelConfig, packing: Packing, device: str) -> bool:
+    """Return whether examples are packed. Loads no weights.
+
+    With `auto` they are where attention over a row is one kernel, which needs a GPU and half precision. On a CPU
+    little is left to gain: `micro_batches` pads less than `PADDING` there.
+
+    Args:
+        config: of the model.
+        packing: the setting.
+        device: "cpu", "cuda" or "meta".
+
+    Raises:
+        ConfigError: they have to be, and the LLM's family cannot, as a random model of it shows.
+    """
+    in_one_kernel = device == "cuda" and "bfloat16" in (config.precision, config.llm.dtype) and has_flash_attention()
+    if packing == "off" or (packing == "auto" and not in_one_kernel):
+        return False
+    findings, family = _findings(config.llm)
+    if packing == "on" and not findings.packs:
+        raise ConfigError(
+            f"train.packing: on needs an LLM that computes packed examples as it computes each alone, and the {family} "
+            f"model {config.llm.path} does not; set train.packing=auto"
+        )
+    return findings.packs
+
+
+def _findings(config: LLMConfig) -> tuple[Findings, str]:
+    """Return what an LLM's family can do, and its name."""
     llm = load_llm(config.path, config.dtype, "meta")
     settings = {name: value for name, value in llm.config.to_dict().items() if name not in IGNORED}
     key = json.dumps([type(llm).__name__, settings], sort_keys=True, default=str)
     if key not in _results:
-        _results[key] = problem_of(type(llm), llm.config)
-    if problem := _results[key]:
-        raise ConfigError(
-            f"model.llm.path: {config.path} is a {llm.config.model_type} model, which {problem}; use a model such as "
-            "Llama, Qwen, Gemma or Mistral"
-        )
-    return _results[key] is not None
+        _results[key] = examine(type(llm), llm.config)
+    return _results[key], llm.config.model_type
 
 
-def problem_of(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
-    """Return what a family does not do, an empty string if it does everything, or None if it cannot be checked.
+def examine(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Findings:
+    """Return what a family can do.
 
     Args:
         kind: the class of the model.
@@ -92,25 +136,30 @@ def problem_of(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | N
         tokens = [_alone(llm, ids=torch.tensor(prompt)) for prompt in PROMPTS]
     except Exception as error:  # whatever a family raises for sizes that do not go together
         logging.getLogger(__name__).debug("no small %s: %s", kind.__name__, reason(error))
-        return None
-    return _first_difference(llm, tokens, clip_E) if all(logits.isfinite().all() for logits in tokens) else None
+        return Findings(None)
+    return _compare(llm, tokens, clip_E) if all(logits.isfinite().all() for logits in tokens) else Findings(None)
 
 
-def _first_difference(llm: PreTrainedModel, tokens: Sequence[Tensor], clip_E: Tensor) -> str:
-    """Return what a model computes in another way from embeddings, in a batch or over a cache; empty if nothing."""
+def _compare(llm: PreTrainedModel, tokens: Sequence[Tensor], clip_E: Tensor) -> Findings:
+    """Return what a model computes in another way from embeddings, in a batch, over a cache, or packed."""
     prompts = [_embed(llm, prompt) for prompt in PROMPTS]
     mixed = [torch.cat([prompt_TE, clip_E[None], prompt_TE[-2:]]) for prompt_TE in prompts]
     problem = EMBEDDINGS
     try:
         if not _same(tokens, [_alone(llm, embeddings_TE=prompt_TE) for prompt_TE in prompts]):
-            return problem
+            return Findings(problem)
         expected = [_alone(llm, embeddings_TE=prompt_TE) for prompt_TE in mixed]
         for problem, compute in ((CAUSALITY, _train), (SCORING, _score)):
             if not _same(expected, compute(llm, mixed)):
-                return problem
+                return Findings(problem)
     except Exception as error:  # the error that a trial would raise
-        return f"{problem} ({reason(error)})"
-    return ""
+        return Findings(f"{problem} ({reason(error)})")
+    try:
+        set_packing(llm, packs=True)
+        return Findings("", packs=all(_same(expected, compute(llm, mixed)) for compute in (_train, _score)))
+    except Exception as error:  # whatever a family raises for a keyword that it does not know
+        logging.getLogger(__name__).debug("%s does not pack: %s", type(llm).__name__, reason(error))
+        return Findings("")
 
 
 def _random_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

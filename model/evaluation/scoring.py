@@ -12,6 +12,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from data.loading.examples import Example
 from model.speech_llm.label_trie import LabelTrie
+from model.speech_llm.language_model import head_at_positions
+from model.speech_llm.packing import is_packing, pack
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 
 
@@ -19,7 +21,8 @@ from model.speech_llm.speech_llm import SpeechLLM, pad_left
 def label_scores(model: SpeechLLM, examples: Sequence[Example]) -> Tensor:
     """Score every label: the log-probability (nats) of its text followed by EOS.
 
-    One forward pass reads the prompts, and a second one the trie of all labels, which scores them together.
+    One forward pass reads the prompts, and a second one the trie of all labels, which scores them together. Prompts
+    that are packed are read together with the trie.
 
     Args:
         model: in evaluation mode.
@@ -48,6 +51,8 @@ def trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_NE: Tenso
     Returns:
         logits [B, 1 + N, V].
     """
+    if is_packing(llm):
+        return _packed_trie_logits(llm, prompts, nodes_NE, trie)
     embeddings_BTE, mask_BT, positions_BT = pad_left(prompts)
     cache = DynamicCache(config=llm.config)
     first_B1V = llm(
@@ -75,6 +80,18 @@ def trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_NE: Tenso
         use_cache=True,
     ).logits
     return torch.cat([first_B1V, rest_BNV], dim=1)
+
+
+def _packed_trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_NE: Tensor, trie: LabelTrie) -> Tensor:
+    """Return the same in one pass over a row of prompts, each of which is followed by the trie; nothing is cached."""
+    count = len(trie.nodes)
+    packed = pack([torch.cat([prompt_TE, nodes_NE]) for prompt_TE in prompts], [trie] * len(prompts))
+    lengths_B = torch.tensor([len(prompt_TE) for prompt_TE in prompts])
+    first_B = torch.tensor(packed.starts) + lengths_B - 1
+    columns_P = (first_B[:, None] + torch.arange(count + 1)).flatten().to(nodes_NE.device)
+    with head_at_positions(llm.get_output_embeddings(), torch.zeros_like(columns_P), columns_P):
+        logits_PV: Tensor = llm(**packed.inputs(), use_cache=False).logits
+    return logits_PV.reshape(len(prompts), count + 1, -1)
 
 
 def decide(model: SpeechLLM, task: str, scores_BK: Tensor) -> Tensor:

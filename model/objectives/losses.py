@@ -7,14 +7,13 @@ Legend: B examples, T positions, P predicted tokens of all examples, V vocabular
 E width of the LLM.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -23,7 +22,8 @@ from model.config import LossConfig
 from model.objectives import teacher
 from model.runtime.device import on_device
 from model.speech_llm.label_trie import LabelTrie
-from model.speech_llm.language_model import load_llm
+from model.speech_llm.language_model import head_at_positions, load_llm
+from model.speech_llm.packing import is_packing, pack
 from model.speech_llm.prompt import IGNORE, Answer
 from model.speech_llm.speech_llm import SpeechLLM
 
@@ -168,31 +168,19 @@ def student_outputs(
 ) -> StudentOutputs:
     """Run the LLM over sequences of embeddings and return its outputs where it predicts tokens of the answers.
 
-    The batch is padded on the right, which no position of a causal LLM sees: it needs no mask, so attention can skip
-    what is masked anyway, and default positions are correct.
-
     Args:
         llm: the causal language model.
         sequences: prompt and inputs of the answer for each example, [T_i, E].
         answers: for each example.
         hidden: whether to return hidden states.
     """
-    embeddings_BTE = pad_sequence(list(sequences), batch_first=True)
     predicted = [
         (row, len(sequence) - len(answer.targets) + step, target)
         for row, (sequence, answer) in enumerate(zip(sequences, answers, strict=True))
         for step, target in enumerate(answer.targets)
         if target != IGNORE
     ]
-    rows_P, columns_P, targets_P = on_device(predicted, embeddings_BTE.device).unbind(-1)
-    with head_at_positions(llm.get_output_embeddings(), rows_P, columns_P):
-        output = llm(inputs_embeds=embeddings_BTE, use_cache=False, output_hidden_states=hidden)
-    return StudentOutputs(
-        rows_P=rows_P,
-        targets_P=targets_P,
-        logits_PV=output.logits.float(),
-        hidden_PE=output.hidden_states[-1][rows_P, columns_P] if hidden else None,
-    )
+    return _outputs_at(llm, sequences, None, predicted, hidden)
 
 
 def trie_outputs(
@@ -208,35 +196,65 @@ def trie_outputs(
         tries: for each example; the predicted tokens are in the order of `first_paths`.
         hidden: whether to return hidden states.
     """
+    predicted = [
+        (row, len(sequence) - len(trie.nodes) + node, target)
+        for row, (sequence, trie) in enumerate(zip(sequences, tries, strict=True))
+        for node, target in first_paths(trie)
+    ]
+    return _outputs_at(llm, sequences, tries, predicted, hidden)
+
+
+def _outputs_at(
+    llm: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    tries: Sequence[LabelTrie] | None,
+    predicted: Sequence[tuple[int, int, int]],
+    hidden: bool,
+) -> StudentOutputs:
+    """Run the LLM over sequences, and return its outputs at predicted tokens, given as (sequence, position, target)."""
+    device = sequences[0].device
+    if is_packing(llm):
+        packed = pack(sequences, tries)
+        places, inputs = [(0, packed.starts[row] + column) for row, column, _ in predicted], packed.inputs()
+    else:
+        places = [(row, column) for row, column, _ in predicted]
+        inputs = _padded_inputs(sequences, tries)
+    indices = [(*place, row, target) for place, (row, _, target) in zip(places, predicted, strict=True)]
+    batch_P, columns_P, rows_P, targets_P = on_device(indices, device).unbind(-1)
+    with head_at_positions(llm.get_output_embeddings(), batch_P, columns_P):
+        output = llm(**inputs, use_cache=False, output_hidden_states=hidden)
+    return StudentOutputs(
+        rows_P=rows_P,
+        targets_P=targets_P,
+        logits_PV=output.logits.float(),
+        hidden_PE=output.hidden_states[-1][batch_P, columns_P] if hidden else None,
+    )
+
+
+def _padded_inputs(sequences: Sequence[Tensor], tries: Sequence[LabelTrie] | None) -> dict[str, object]:
+    """Return the keywords of a forward pass over sequences that are padded on the right.
+
+    No position of a causal LLM sees what is on its right: without tries the batch needs no mask, so attention can skip
+    what is masked anyway, and default positions are correct.
+    """
     embeddings_BTE = pad_sequence(list(sequences), batch_first=True)
-    width = embeddings_BTE.shape[1]
+    if tries is None:
+        return {"inputs_embeds": embeddings_BTE}
+    width, device = embeddings_BTE.shape[1], embeddings_BTE.device
     visible_BTT = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(sequences), 1, 1)
     positions_BT = torch.arange(width).repeat(len(sequences), 1)
-    predicted = []
     for row, (sequence, trie) in enumerate(zip(sequences, tries, strict=True)):
         first, end = len(sequence) - len(trie.nodes), len(sequence)
         ancestors_NN = torch.tensor(trie.ancestors, dtype=torch.bool).reshape(end - first, end - first)
         visible_BTT[row, first:end, first:end] = ancestors_NN
         positions_BT[row, first:end] = first - 1 + ancestors_NN.sum(-1)
-        predicted += [(row, first + node, target) for node, target in first_paths(trie)]
-    device = embeddings_BTE.device
-    rows_P, columns_P, targets_P = on_device(predicted, device).unbind(-1)
     bias_BTT = torch.zeros(visible_BTT.shape, dtype=embeddings_BTE.dtype, device=device)
     bias_BTT.masked_fill_(~visible_BTT.to(device), torch.finfo(bias_BTT.dtype).min)
-    with head_at_positions(llm.get_output_embeddings(), rows_P, columns_P):
-        output = llm(
-            inputs_embeds=embeddings_BTE,
-            attention_mask=bias_BTT[:, None],
-            position_ids=positions_BT.to(device),
-            use_cache=False,
-            output_hidden_states=hidden,
-        )
-    return StudentOutputs(
-        rows_P=rows_P,
-        targets_P=targets_P,
-        logits_PV=output.logits.float(),
-        hidden_PE=output.hidden_states[-1][rows_P, columns_P] if hidden else None,
-    )
+    return {
+        "inputs_embeds": embeddings_BTE,
+        "attention_mask": bias_BTT[:, None],
+        "position_ids": positions_BT.to(device),
+    }
 
 
 def first_paths(trie: LabelTrie) -> dict[tuple[int, int], int]:
@@ -262,16 +280,6 @@ def token_shares(
                 sums[prediction] = [sum(pair) for pair in zip(sums[prediction], given[label], strict=True)]
         shares += sums.values()
     return shares
-
-
-@contextlib.contextmanager
-def head_at_positions(head: nn.Module, rows_P: Tensor, columns_P: Tensor) -> Iterator[None]:
-    """Let the LM head compute logits_PV of these positions alone instead of logits_BTV, which may not fit in memory."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows_P, columns_P],))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def teacher_outputs(model: SpeechLLM, examples: Sequence[Example], config: LossConfig) -> TeacherOutputs:

@@ -1,7 +1,9 @@
 """The language model: loaded once per process, viewed by every trial, and changed by LoRA only."""
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -200,6 +202,16 @@ def max_positions(llm: PreTrainedModel) -> int | None:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         limits.append(getattr(config, "sliding_window", None))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+@contextlib.contextmanager
+def head_at_positions(head: nn.Module, rows_P: Tensor, columns_P: Tensor) -> Iterator[None]:
+    """Let the LM head compute logits_PV of these positions alone instead of logits_BTV, which may not fit in memory."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows_P, columns_P],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

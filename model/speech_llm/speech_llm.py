@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data.corpus.audio import waveform
 from data.corpus.schema import SAMPLE_RATE
 from data.errors import ConfigError, MisfitError, UnavailableError
-from data.loading.batching import Cost, groups
+from data.loading.batching import Cost, groups, micro_batches, packs
 from data.loading.examples import Example
 from data.loading.tasks import AnswerSet
 from model.checkpoints import checkpoint
@@ -55,6 +55,7 @@ from model.speech_llm.language_model import (
     max_positions,
     shared_view,
 )
+from model.speech_llm.packing import is_packing
 from model.speech_llm.prompt import CLIP, CLS, END, Answer, PromptBuilder, answer_text
 from model.speech_llm.tokenizer import load_tokenizer
 
@@ -272,6 +273,24 @@ class SpeechLLM(nn.Module):
     def pad_tolerance(self) -> int:
         """The number of padding positions that cost less than a second pass over the model."""
         return pad_tolerance(self.device)
+
+    def micro_batches(self, costs: Sequence[Cost], token_budget: int, *, pads: bool = False) -> list[list[int]]:
+        """Cut a batch into what is computed at once: packed rows, if the LLM packs, or padded batches.
+
+        Args:
+            costs: of each example of the batch.
+            token_budget: limit on the positions and frames of a part.
+            pads: whether the parts are padded in any case.
+        """
+        if pads or not is_packing(self.llm):
+            return micro_batches(costs, token_budget, self.pad_tolerance)
+        return packs(costs, token_budget)
+
+    def count_computed(self, costs: Sequence[Cost]) -> int:
+        """Return the positions and frames of examples that are computed at once, padding included."""
+        if is_packing(self.llm):
+            return sum(map(sum, costs))
+        return len(costs) * (max(cost.tokens for cost in costs) + max(cost.frames for cost in costs))
 
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Switch to training, except frozen parts: their dropout stays off."""

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import TaskWeights
-from data.loading.batching import Cost, micro_batches, plan, share
+from data.loading.batching import plan, share
 from model.config import TrainConfig
 from model.evaluation.evaluator import PendingBatches, request_batches
 from model.evaluation.split_data import TrialData
@@ -107,7 +107,7 @@ def measure(
             costs = trainer.train.costs
             longest = max(range(len(costs)), key=lambda position: sum(costs[position]))
             model.train()
-            limit.rate = _step(trainer, [longest], 1) / _positions(costs, [longest])
+            limit.rate = _step(trainer, [longest], 1) / _positions(trainer, "train", [longest])
             min_bytes = peak.read()
             train_seconds = _measure_epoch(trainer, workers, limit)
             val_seconds = _measure_evaluation(trainer, limit) / workers
@@ -130,19 +130,19 @@ def _measure_epoch(trainer: Trainer, workers: int, limit: TimeLimit) -> float:
 
     def parts(items: Sequence[int]) -> list[list[int]]:
         costs = [train.costs[item] for item in items]
-        found = micro_batches(costs, trainer.token_budget, trainer.model.pad_tolerance)
+        found = trainer.model.micro_batches(costs, trainer.token_budget)
         return [[items[index] for index in part] for part in found]
 
     def positions(step: Sequence[int]) -> int:
-        return sum(_positions(train.costs, part) for part in parts(share(step, 0, workers)))
+        return sum(_positions(trainer, "train", part) for part in parts(share(step, 0, workers)))
 
     def measured(step: Sequence[int]) -> tuple[float, int]:
         """Make the step, or as much of it as time allows; return its seconds and its positions."""
         own = share(step, 0, workers)
-        items = limit.shortened(parts(own), lambda part: _positions(train.costs, part))
+        items = limit.shortened(parts(own), lambda part: _positions(trainer, "train", part))
         whole = len(items) == len(own)
         taken = _step(trainer, step, workers) if whole else _step(trainer, items, 1)
-        return taken, positions(step) if whole else sum(_positions(train.costs, part) for part in parts(items))
+        return taken, positions(step) if whole else sum(_positions(trainer, "train", part) for part in parts(items))
 
     if limit.left() <= 0:  # the longest example took all the time
         limit.reached = True
@@ -160,14 +160,14 @@ def _measure_evaluation(trainer: Trainer, limit: TimeLimit) -> float:
         by_task.setdefault(val.items[batch[0]][0], []).append(batch)
 
     def predict(batch: Sequence[int]) -> tuple[float, int]:
-        batch = limit.shortened([[item] for item in batch], lambda part: _positions(val.costs, part))
+        batch = limit.shortened([[item] for item in batch], lambda part: _positions(trainer, "val", part))
         trainer.validation = PendingBatches([list(batch)], data.read("val", [batch]))
         started = time.monotonic()
         trainer.validate()
-        return time.monotonic() - started, _positions(val.costs, batch)
+        return time.monotonic() - started, _positions(trainer, "val", batch)
 
     return sum(
-        _project(batches, lambda batch: _positions(val.costs, batch), predict, (0.5,), limit)
+        _project(batches, lambda batch: _positions(trainer, "val", batch), predict, (0.5,), limit)
         for batches in by_task.values()
     )
 
@@ -200,9 +200,10 @@ def _project(
     return seconds * sum(map(positions, batches)) / count
 
 
-def _positions(costs: Sequence[Cost], batch: Sequence[int]) -> int:
-    """Return the padded positions of the batch."""
-    return len(batch) * (max(costs[item].tokens for item in batch) + max(costs[item].frames for item in batch))
+def _positions(trainer: Trainer, split: str, batch: Sequence[int]) -> int:
+    """Return the positions of the batch, padding included."""
+    costs = trainer.data.splits[split].costs
+    return trainer.model.count_computed([costs[item] for item in batch])
 
 
 def _step(trainer: Trainer, step: Sequence[int], workers: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.config import TaskWeights
 from data.loading.augment import AugmentSeed
-from data.loading.batching import Cost, micro_batches, plan, plan_hash, share
+from data.loading.batching import Cost, plan, plan_hash, share
 from data.loading.examples import Example
 from data.loading.ray_source import FIRST_STEPS
 from model.checkpoints.checkpoint import CheckpointError, CheckpointState, KeptWeights, restore, trained_tensors
@@ -274,9 +274,7 @@ class Trainer:
             except RuntimeError as error:
                 if not memory.is_out_of_memory(error):
                     raise
-                self._halve_token_budget(
-                    [self.train.costs[position] for position in self.computing], len(self.computing)
-                )
+                self._halve_token_budget([[self.train.costs[position] for position in self.computing]])
                 if self.workers > 1:  # the others wait for this one: the group starts again with the new budget
                     raise
             self.optimizer.zero_grad(set_to_none=True)
@@ -293,9 +291,8 @@ class Trainer:
         much as with train.labels=majority.
         """
         tokens, (total, sums_N) = self._tokens(step), self.losses.zeros()
-        for indices in micro_batches(
-            [self.train.costs[position] for position in part], self.token_budget, self.model.pad_tolerance
-        ):
+        costs = [self.train.costs[position] for position in part]
+        for indices in self.model.micro_batches(costs, self.token_budget):
             self.computing = [part[index] for index in indices]
             targets = [self.targets[position] for position in self.computing]
             losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses, targets)
@@ -317,16 +314,17 @@ class Trainer:
             tokens[self.train.items[position][0]] += self.train.predicted[position]
         return tokens
 
-    def _halve_token_budget(self, costs: Sequence[Cost], count: int) -> None:
-        """Halve the token budget, to less than `count` examples with these costs need, which did not fit.
+    def _halve_token_budget(self, batches: Sequence[Sequence[Cost]]) -> None:
+        """Halve the token budget, to less than the largest of these batches needs, one of which did not fit.
 
         Raises:
-            OutOfMemoryError: it was one example.
+            OutOfMemoryError: they are single examples.
         """
-        longest = max(map(sum, costs))
+        count = max(map(len, batches))
         if count == 1:
-            raise memory.single_example_error(longest)
-        self.token_budget = max(1, min(self.token_budget, longest * count) // 2)
+            raise memory.single_example_error(max(sum(cost) for batch in batches for cost in batch))
+        needed = max(map(self.model.count_computed, batches))
+        self.token_budget = max(1, min(self.token_budget, needed) // 2)
         cause = f"out of memory with {count} examples at a time"
         self.folder.lower_token_budget(self.token_budget, cause, self.progress.examples)
 
@@ -397,7 +395,8 @@ class Trainer:
                 if not memory.is_out_of_memory(error):
                     raise
                 pending.reader.close()
-                self._halve_token_budget(self.data.splits["val"].costs, max(map(len, pending.batches)))
+                costs = self.data.splits["val"].costs
+                self._halve_token_budget([[costs[position] for position in batch] for batch in pending.batches])
                 if self.workers > 1:
                     raise
             memory.free()

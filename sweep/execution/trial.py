@@ -16,9 +16,11 @@ from data.loading.tasks import answer_sets, items_of_share
 from data.shards.dataset import Shards
 from model.checkpoints.checkpoint import FILE, PREVIOUS
 from model.checkpoints.fingerprint import Bases, OtherBaseError, other_bases, read_bases
+from model.evaluation.llm_check import resolve_packing
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.runtime.distributed import on_first_worker, world
+from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.progress import Metrics, Objective
 from model.training.random_state import seed_everything
@@ -87,6 +89,7 @@ def build(
         share: of the training groups, see `items_of_share`.
 
     Raises:
+        ConfigError: `train.packing` is on, and the LLM cannot.
         OtherBaseError: this machine has other base models than the driver's.
     """
     configure_process(config)
@@ -100,6 +103,7 @@ def build(
         bases=expected,
         allow_other_base=allow_other_base,
     )
+    set_packing(model.llm, resolve_packing(config.model, config.train.packing, device))
     if changes := other_bases(expected or {}, model.bases):
         raise OtherBaseError(
             f"{socket.gethostname()}: {changes}, while the sweep runs; restore the files, on all nodes"

@@ -23,8 +23,10 @@ from model.checkpoints import peft_export
 from model.checkpoints.checkpoint import CheckpointError
 from model.checkpoints.fingerprint import identify_bases, refuse_other_bases
 from model.evaluation.evaluator import evaluate
+from model.evaluation.llm_check import resolve_packing
 from model.evaluation.metrics import Record
 from model.evaluation.split_data import Select, TrialData
+from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.files import load
 from sweep.config.resolve import ResolvedConfig, resolve
@@ -116,6 +118,7 @@ def _code(
         model = SpeechLLM(config.model, exported.answer_sets(), available_device(), allow_other_base=allow_other_base)
     except CheckpointError as error:
         raise UserError(str(error).removeprefix("model.init_from: ")) from None
+    set_packing(model.llm, resolve_packing(config.model, config.train.packing, available_device()))
     data = TrialData.open(shards, model, config.data, (SPLIT,), select=_fitting(model, config.data, reasons))
     if not data.splits[SPLIT].items:
         raise _nothing_to_code(shards, reasons)

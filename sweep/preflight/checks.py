@@ -8,7 +8,7 @@ import threading
 from data.errors import MisfitError, UserError
 from data.loading.tasks import answer_sets, check_votes, has_audio, training_groups
 from model.checkpoints.fingerprint import Bases, identify_bases
-from model.evaluation.llm_check import check_llm
+from model.evaluation.llm_check import check_llm, resolve_packing
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.speech_llm.speech_llm import SpeechLLM
@@ -75,11 +75,12 @@ def skeleton(config: ResolvedConfig, bases: Bases | None = None, allow_other_bas
     """Return the model of a configuration without its weights.
 
     Raises:
-        UserError: see `SpeechLLM` and `check_llm`.
+        UserError: see `SpeechLLM`, `check_llm` and `resolve_packing`.
     """
     answers = answer_sets(open_shards(config), config.tasks.active())
     model = SpeechLLM(config.model, answers, "meta", bases=bases, allow_other_base=allow_other_base)
     check_llm(config.model.llm)
+    resolve_packing(config.model, config.train.packing, "meta")
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data.loading.batching import PAD_TOLERANCE, PADDING, Cost, groups, micro_batches, plan, plan_hash, share
+from data.loading.batching import PAD_TOLERANCE, PADDING, Cost, groups, micro_batches, packs, plan, plan_hash, share
 
 
 def costs(count: int, seed: int = 0) -> list[Cost]:
@@ -89,6 +89,16 @@ def test_micro_batches_fit_the_budget(budget: int) -> None:
         longest = max(batch[item].tokens for item in part) + max(batch[item].frames for item in part)
         assert len(part) == 1 or longest * len(part) <= budget
     assert micro_batches([], budget) == []
+
+
+@pytest.mark.parametrize("budget", [1, 1000, 10**9])
+def test_packs_fit_the_budget(budget: int) -> None:
+    batch = COSTS[:40]
+    parts = packs(batch, budget)
+    assert sorted(item for part in parts for item in part) == list(range(40))
+    assert all(len(part) == 1 or sum(sum(batch[item]) for item in part) <= budget for part in parts)
+    assert len(parts) == {1: 40, 10**9: 1}.get(budget, len(parts))
+    assert packs([], budget) == []
 
 
 def test_groups_are_as_large_as_padding_allows() -> None:

@@ -16,7 +16,7 @@ from transformers import (
     WavLMModel,
 )
 
-from model.compat import freeze_feature_encoder, lora_parameter_names, skip_steps_if
+from model.compat import attention_of, freeze_feature_encoder, lora_parameter_names, skip_steps_if
 from tests.tiny_models import SMALL
 
 # Names are listed once; the compiler is deferred, loaded whole by its first use, and knows what was marked before.
@@ -48,6 +48,12 @@ compiled = torch.compile(lambda x: left_alone(x * 2) * 3, backend=lambda graph, 
 assert compiled(torch.ones(1)).item() == 9 and len(graphs) == 2, graphs  # a graph ends where a function is left alone
 """
 TINY = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+
+
+def test_attention_is_what_was_set() -> None:
+    llm = LlamaForCausalLM(TINY)
+    llm.set_attn_implementation("eager")
+    assert attention_of(llm) == "eager"
 
 
 def test_freeze_feature_encoder_leaves_the_autograd_graph() -> None:

@@ -3,6 +3,7 @@
 The reference of a score is one pass for each label over one unpadded example, without a cache.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from data.errors import ConfigError
 from data.loading.examples import Example
 from model.checkpoints import peft_export
 from model.config import LLMConfig, LossConfig
-from model.evaluation.llm_check import check_llm, problem_of
+from model.evaluation.llm_check import check_llm, examine, resolve_packing
 from model.evaluation.scoring import label_scores
 from model.objectives.losses import Share, answer_losses
 from model.speech_llm.language_model import expert_weights, lora_reach
+from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from tests.model.common import ANSWERS, close, perturb_lora, settings, soft_targets
-from tests.model.families import REFUSED, SUPPORTED, make
+from tests.model.families import REFUSED, SUPPORTED, UNPACKED, make
 from tests.model.test_scoring import naive_score
 
 SOURCE = peft_export.ExportSource("s", 3, "synthetic", "abc", {"client": ("change",)})
@@ -48,12 +50,17 @@ def sixteen(examples: list[Example]) -> list[Example]:
 
 def check_family(folder: Path, examples: list[Example], exported: Path, **changed: Any) -> None:
     model, batch = perturb_lora(build(folder, **changed)), sixteen(examples)
+    packs = model.llm.config.model_type not in UNPACKED
+    with contextlib.nullcontext() if packs else pytest.raises(ConfigError, match="packing"):
+        assert resolve_packing(model.config, "on", "cpu")
     with torch.no_grad():
         alone_BK = torch.cat([label_scores(model, [example]) for example in batch])
         assert close(label_scores(model, batch), alone_BK)
         assert close(
             alone_BK[3], torch.stack([naive_score(model, batch[3], a) for a in model.answers["classify"].values()])
         )
+        set_packing(model.llm, packs)
+        assert close(label_scores(model, batch), alone_BK)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2)
     model.train()
@@ -154,5 +161,5 @@ def test_published_sizes_of_a_family_can_be_checked(family: str) -> None:
         pytest.skip("its defaults in transformers make no model that runs")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family))
-    assert problem_of(type(model), model.config) == ""
+    assert examine(type(model), model.config).problem == ""
     assert family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

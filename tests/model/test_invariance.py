@@ -1,11 +1,11 @@
 """The same number at any batch size, order and padding: every stage of the model, in fp32, to a relative 1e-5.
 
-The reference is each example computed alone. `test_mutations.py` puts known faults back, one at a time, and checks that
-these tests fail.
+The reference is each example computed alone, without packing. `test_mutations.py` puts known faults back, one at a
+time, and checks that these tests fail.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain, combinations, product
+from itertools import chain, combinations, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from model.evaluation.metrics import summarise
 from model.evaluation.scoring import generate, label_scores
 from model.evaluation.split_data import TrialData
 from model.objectives.losses import answer_losses
+from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
 from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings, soft_targets
+from tests.model.families import make
 from tests.tiny_models import AUDIO_LLMS, ENCODERS
 
 Batching = list[list[int]]
@@ -39,6 +41,8 @@ BATCHINGS: list[Batching] = [  # sizes 2, 3 and 8 in a shuffled, the given and t
     [[0, 1, 2], [3, 4, 5], [6, 7]],
     [[7, 6, 5, 4, 3, 2, 1, 0]],
 ]
+# Whether batches are packed, in turns.
+PACKED: dict[str, tuple[bool, ...]] = {"packed": (True,), "mixed": (True, False)}
 LOSSES = LossConfig(distillation=0.5, temperature=2.0, hidden=0.5)
 TASKS = TaskWeights(classify=1.0, forecast=0.5, response=0.3)
 
@@ -72,9 +76,15 @@ def by_example(compute: Compute, examples: list[Example], batching: Batching) ->
 
 
 @torch.no_grad()
-def check_stages(stages: Sequence[str], model: SpeechLLM, examples: list[Example], tolerance: float = 1e-5) -> None:
+def check_stages(
+    stages: Sequence[str],
+    model: SpeechLLM,
+    examples: list[Example],
+    tolerance: float = 1e-5,
+    packed: Sequence[bool] = (False,),
+) -> None:
     """Compare stages in every batching with each example alone. Stages of one batch share the clips' embeddings."""
-    encode, cache = model.clips, {}
+    encode, cache, turns = model.clips, {}, cycle(packed)
 
     def clips(part: Sequence[Example]) -> list[Tensor]:
         key = tuple(example.id for example in part)
@@ -85,9 +95,15 @@ def check_stages(stages: Sequence[str], model: SpeechLLM, examples: list[Example
     model.clips = clips
     for stage in stages:
         compute = STAGES[stage](model)
+        set_packing(model.llm, packs=False)
         alone = by_example(compute, examples, ALONE)
+
+        def batch(part: list[Example], compute: Compute = compute) -> Sequence[Any]:
+            set_packing(model.llm, packs=next(turns))
+            return compute(part)
+
         for batching in BATCHINGS:
-            for batched, reference in zip(by_example(compute, examples, batching), alone, strict=True):
+            for batched, reference in zip(by_example(batch, examples, batching), alone, strict=True):
                 assert batched.shape == reference.shape, stage
                 assert close(batched, reference, tolerance), stage
 
@@ -97,6 +113,23 @@ def test_stages_do_not_depend_on_the_batch(
     kind: str, models: Path, examples: list[Example], stages: Sequence[str] = tuple(STAGES)
 ) -> None:
     check_stages(stages, build(models, kind), examples)
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "stages"),
+    [
+        ("llama", "packed", ["scores", "losses", "losses of votes", "losses of replies"]),
+        ("llama", "mixed", ["losses"]),
+        ("gpt2", "packed", ["losses"]),
+    ],
+)
+def test_packed_stages_equal_unpacked_ones(
+    family: str, packed: str, stages: Sequence[str], models: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    """GPT-2 has absolute positions: rotary ones give the same if all are shifted."""
+    llm = models / "llm" if family == "llama" else make(family, tmp_path / "llm")
+    model = build(models, llm={"path": str(llm)}, lora={"rank": 2, "dropout": 0.0, "targets": "all-linear"})
+    check_stages(stages, model, examples, packed=PACKED[packed])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -140,18 +173,20 @@ def test_generated_texts_do_not_depend_on_the_batch(models: Path, examples: list
     model = build(models)
     alone = by_example(lambda part: generate(model, part), replies(examples), ALONE)
     assert len({reply.text for reply in alone}) > 1
-    for batching in BATCHINGS:
+    for packs, batching in zip((False, True, False), BATCHINGS, strict=True):
+        set_packing(model.llm, packs=packs)
         assert by_example(lambda part: generate(model, part), replies(examples), batching) == alone
 
 
-@pytest.mark.parametrize("batch_size", [3, 16])
-def test_metrics_do_not_depend_on_the_batch_size(batch_size: int, models: Path, corpus: Shards) -> None:
+@pytest.mark.parametrize("batch_size", [3, 16, None])
+def test_metrics_do_not_depend_on_the_batch_size(batch_size: int | None, models: Path, corpus: Shards) -> None:
+    """None: as many as the token budget allows, and packed."""
     model = trial_model(models, corpus)
     data = TrialData.open(corpus, model, DataConfig(history=2), ("val",))
     labels = {task: answer_set.labels for task, answer_set in model.tasks.items()}
-    alone, together = (
-        summarise(evaluate(model, data, "val", 10**6, size), labels, corpus.manifest.roles) for size in (1, batch_size)
-    )
+    alone = summarise(evaluate(model, data, "val", 10**6, 1), labels, corpus.manifest.roles)
+    set_packing(model.llm, packs=batch_size is None)
+    together = summarise(evaluate(model, data, "val", 300, batch_size), labels, corpus.manifest.roles)
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -177,6 +212,7 @@ def one_step(
     world: int = 1,
     kind: str = "hubert-layer",
     votes: bool = False,
+    packed: Sequence[bool] = (False,),
 ) -> dict[str, Tensor]:
     """Return clipped gradients and weights after one optimizer step over items of three tasks.
 
@@ -188,6 +224,7 @@ def one_step(
         world: number of workers.
         kind: of the encoder.
         votes: whether the votes of annotators are the targets.
+        packed: whether micro-batches are packed, in turns.
     """
     model = trial_model(models, corpus, kind)
     data = TrialData.open(corpus, model, DataConfig(history=2), ("train",), votes=votes)
@@ -207,9 +244,16 @@ def one_step(
         result.update({f"gradient of {name}": p.grad.clone() for name, p in named if p.grad is not None})
 
     trainer.optimizer.register_step_pre_hook(keep_gradients)
+    turns = cycle(packed)
+
+    def in_turns(*arguments: Any) -> Any:
+        set_packing(model.llm, packs=next(turns))
+        return answer_losses(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.training.trainer.answer_losses", in_turns)
         if cut is not None:
-            patch.setattr("model.training.trainer.micro_batches", lambda *_: cut)
+            patch.setattr(model, "micro_batches", lambda *_: cut)
         trainer.optimizer_step(step, own, examples)
     trainer.losses.read(trainer.progress.sums)
     result |= {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -240,6 +284,13 @@ def test_step_does_not_depend_on_the_micro_batches(kind: str, models: Path, corp
     alone = one_step(models, corpus, ALONE, kind=kind)
     for batching in BATCHINGS:
         check_equal(one_step(models, corpus, batching, kind=kind), alone)
+
+
+@pytest.mark.parametrize(("packed", "votes"), [("mixed", False), ("packed", True)])
+def test_packed_step_equals_unpacked_one(packed: str, votes: bool, models: Path, disputed: Shards) -> None:
+    alone = one_step(models, disputed, ALONE, votes=votes)
+    for batching in BATCHINGS[1:]:
+        check_equal(one_step(models, disputed, batching, votes=votes, packed=PACKED[packed]), alone)
 
 
 def test_step_on_votes_does_not_depend_on_the_micro_batches(models: Path, disputed: Shards) -> None:

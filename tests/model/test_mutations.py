@@ -32,9 +32,10 @@ from model.encoders.whisper import WhisperEncoder
 from model.evaluation import evaluator, metrics, scoring
 from model.evaluation.metrics import Record
 from model.objectives import losses
-from model.speech_llm import adapter, speech_llm
+from model.speech_llm import adapter, packing, speech_llm
 from model.speech_llm.adapter import Adapter, cut_into_windows, merge_frames
 from model.speech_llm.label_trie import LabelTrie
+from model.speech_llm.packing import Packed, Row
 from model.speech_llm.queries import Attention
 from model.speech_llm.speech_llm import SpeechLLM, pad_left
 from model.training import trainer
@@ -188,8 +189,24 @@ def left_padding_without_a_mask(patch: Patch) -> None:
     patch.setattr(losses, "pad_sequence", pad)
 
 
-def packing(patch: Patch, use_cache: bool = True) -> None:
-    """Put all sequences into one row, with positions from 0 each; without a cache transformers masks them apart."""
+def attention_across_examples(patch: Patch) -> None:
+    patch.setattr(packing, "Row", lambda lengths, nodes, bounds: Row([sum(lengths)], nodes, bounds))
+
+
+def positions_that_do_not_restart(patch: Patch) -> None:
+    def packed(embeddings: Tensor, positions: Tensor, row: Row, starts: list[int]) -> Packed:
+        return Packed(embeddings, torch.arange(positions.shape[1])[None], row, starts)
+
+    patch.setattr(packing, "Packed", packed)
+
+
+def nodes_of_a_trie_in_a_row(patch: Patch) -> None:
+    """The labels of a packed example see each other."""
+    patch.setattr(packing, "Row", lambda lengths, nodes, bounds: Row(lengths, None, bounds))
+
+
+def cache_that_disables_packing(patch: Patch, use_cache: bool = True) -> None:
+    """As transformers packs: it masks the sequences of a row apart by their positions, unless there is a cache."""
 
     def student_outputs(llm: Any, sequences: Sequence[Tensor], answers: Sequence[Any], hidden: bool) -> Any:
         positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
@@ -359,6 +376,8 @@ RANDOM = test_parts.test_parts_that_would_stay_random_are_refused
 GENERATE = test_invariance.test_generated_texts_do_not_depend_on_the_batch
 METRICS = test_invariance.test_metrics_do_not_depend_on_the_batch_size
 MICRO_BATCHES = test_invariance.test_step_does_not_depend_on_the_micro_batches
+PACKED = test_invariance.test_packed_stages_equal_unpacked_ones
+LLAMA, GPT2 = ({"family": family, "packed": "packed"} for family in ("llama", "gpt2"))
 VARIANTS = test_invariance.test_variants_do_not_depend_on_the_batch
 STATES = test_encoder_layers.test_layers_are_the_hidden_states_of_transformers
 HEARD_STEPS = test_encoder_layers.test_two_steps_yield_the_heard_layers_of_one
@@ -405,7 +424,14 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[..., None], dict[str, 
     ),
     "no mask in the LLM": (no_mask_in_the_llm, STAGES, HUBERT | {"stages": ["scores"]}),
     "left padding without a mask": (left_padding_without_a_mask, STAGES, HUBERT | {"stages": ["losses"]}),
-    "packing with a cache": (packing, STAGES, HUBERT | {"stages": ["losses"]}),
+    "attention across examples": (attention_across_examples, PACKED, LLAMA | {"stages": ["losses"]}),
+    "positions that do not restart": (positions_that_do_not_restart, PACKED, GPT2 | {"stages": ["losses"]}),
+    "labels of a packed example that see each other": (
+        nodes_of_a_trie_in_a_row,
+        PACKED,
+        LLAMA | {"stages": ["losses of votes"]},
+    ),
+    "a cache that disables packing": (cache_that_disables_packing, PACKED, LLAMA | {"stages": ["losses"]}),
     "right padding in generate": (right_padding_in_generate, GENERATE, {}),
     "mean of batch means": (mean_of_batch_means, METRICS, {"batch_size": 5}),
     "mean per micro-batch": (mean_per_micro_batch, MICRO_BATCHES, HUBERT),
@@ -457,8 +483,8 @@ def test_fault_is_noticed(fault: str, monkeypatch: Patch, request: pytest.Fixtur
 
 
 def test_packing_without_a_cache_is_no_fault(models: Path, examples: list[Example], monkeypatch: Patch) -> None:
-    """The cache is therefore what `packing with a cache` is caught for."""
-    packing(monkeypatch, use_cache=False)
+    """The cache is therefore what `a cache that disables packing` is caught for."""
+    cache_that_disables_packing(monkeypatch, use_cache=False)
     test_invariance.check_stages(["losses"], build(models), examples)
 
 
