@@ -85,9 +85,10 @@ def evaluate(
     batches, reader = pending or request_batches(model, data, split, token_budget, batch_size)
     model.eval()
     records: list[tuple[int, Record]] = []
-    for batch, examples in zip(batches, reader, strict=True):
-        before_batch()
-        records += zip(batch, predict(model, examples), strict=True)
+    with model.keep_pace():
+        for batch, examples in zip(batches, reader, strict=True):
+            before_batch()
+            records += zip(batch, predict(model, examples), strict=True)
     all_records = [pair for part in gather(records) for pair in part]
     return [record for _, record in sorted(all_records, key=lambda pair: pair[0])]
 

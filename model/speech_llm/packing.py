@@ -159,46 +159,28 @@ def packed_attention(
     Returns:
         The outputs [B, T, Q, D].
     """
+    states, options = [query_BQTD, key_BQTD, value_BQTD], options | {"dropout": dropout, "scaling": scaling}
     if packed is None:
-        return _attend(module, query_BQTD, key_BQTD, value_BQTD, attention_mask, dropout, scaling, options), None
-    states = (query_BQTD, key_BQTD, value_BQTD)
+        return _attend(module, states, attention_mask, options), None
     if packed.bounds is not None and not dropout and (dtype := flash_dtype(query_BQTD)) is not None:
-        states = tuple(heads.to(dtype) for heads in states)
-        outputs_BTQD = _flash_attention(*states, packed, scaling)
+        states = [heads.to(dtype) for heads in states]
+        outputs_BTQD = _flash_attention(states, packed.bounds, max(packed.lengths), scaling)
     else:
         sequences = zip(*(heads.split(packed.lengths, dim=2) for heads in states), strict=True)
-        outputs = [_attend(module, *sequence, None, dropout, scaling, options) for sequence in sequences]
-        outputs_BTQD = torch.cat(outputs, dim=1)
+        outputs_BTQD = torch.cat([_attend(module, sequence, None, options) for sequence in sequences], dim=1)
     if (nodes := packed.nodes) is None:
         return outputs_BTQD, None
     # Attention that is causal lets the labels of a trie see each other: the nodes are computed again.
     indices = (nodes.queries_SN, nodes.keys_ST, nodes.keys_ST)
-    batches = (heads[0][:, index].transpose(0, 1) for heads, index in zip(states, indices, strict=True))
-    outputs_SNQD = _attend(module, *batches, nodes.visible_S1NT, dropout, scaling, options)
+    batches = [heads[0][:, index].transpose(0, 1) for heads, index in zip(states, indices, strict=True)]
+    outputs_SNQD = _attend(module, batches, nodes.visible_S1NT, options)
     outputs_PQD = outputs_SNQD.flatten(0, 1)[nodes.places_P]
     return outputs_BTQD.index_copy(1, nodes.positions_P, outputs_PQD[None]), None
 
 
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    options: dict[str, object],
-) -> Tensor:
-    output: Tensor = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        dropout=dropout,
-        scaling=scaling,
-        **options,  # type: ignore[arg-type]
-    )[0]
+def _attend(module: nn.Module, states: Sequence[Tensor], mask: Tensor | None, options: dict[str, object]) -> Tensor:
+    query, key, value = states
+    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     return output
 
 
@@ -215,16 +197,16 @@ def flash_dtype(query_BQTD: Tensor) -> torch.dtype | None:
     return dtype if fits and has_flash_attention() else None
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float | None) -> Tensor:
+def _flash_attention(states: Sequence[Tensor], bounds: Tensor, longest: int, scale: float | None) -> Tensor:
     """Compute the attention of all sequences in one kernel, which waits for nothing from the host."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [R, Q, D]
-    longest, grouped = max(row.lengths), query.shape[1] != key.shape[1]
-    causal = (-1, 0)
-    output_RQD: Tensor = varlen_attn(
-        query, key, value, row.bounds, row.bounds, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
+    query, key, value = (heads[0].transpose(0, 1) for heads in states)  # [R, Q, D]
+    grouped, causal = query.shape[1] != key.shape[1], (-1, 0)
+    output_RQD = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
     )
+    assert isinstance(output_RQD, Tensor)
     return output_RQD[None]
 
 

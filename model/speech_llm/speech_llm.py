@@ -57,6 +57,7 @@ from model.speech_llm.language_model import (
 )
 from model.speech_llm.packing import is_packing
 from model.speech_llm.prompt import CLIP, CLS, END, Answer, PromptBuilder, answer_text
+from model.speech_llm.sharding import Sharding
 from model.speech_llm.tokenizer import load_tokenizer
 
 
@@ -80,6 +81,8 @@ class SpeechLLM(nn.Module):
         ConfigError: a part cannot be loaded, does not fit the other parts, or is frozen without having been loaded.
         OtherBaseError: `model.init_from` was trained on another base model.
     """
+
+    sharding: Sharding | None = None
 
     def __init__(
         self,
@@ -273,6 +276,19 @@ class SpeechLLM(nn.Module):
     def pad_tolerance(self) -> int:
         """The number of padding positions that cost less than a second pass over the model."""
         return pad_tolerance(self.device)
+
+    def shard(self, device: str) -> None:
+        """Divide the frozen layers of the LLM among the workers of the trial, and move everything else to the device.
+
+        Raises:
+            ConfigError: the LLM cannot be divided.
+        """
+        self.sharding = Sharding(self.llm, device)
+        self.to(device)
+
+    def keep_pace(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which workers run the LLM different numbers of times; without sharding it is empty."""
+        return contextlib.nullcontext() if self.sharding is None else self.sharding.keep_pace(self.embed)
 
     def micro_batches(self, costs: Sequence[Cost], token_budget: int, *, pads: bool = False) -> list[list[int]]:
         """Cut a batch into what is computed at once: packed rows, if the LLM packs, or padded batches.

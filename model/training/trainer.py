@@ -292,19 +292,20 @@ class Trainer:
         """
         tokens, (total, sums_N) = self._tokens(step), self.losses.zeros()
         costs = [self.train.costs[position] for position in part]
-        for indices in self.model.micro_batches(costs, self.token_budget):
-            self.computing = [part[index] for index in indices]
-            targets = [self.targets[position] for position in self.computing]
-            losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses, targets)
-            factors = []
-            for position in self.computing:
-                task = self.train.items[position][0]
-                factors.append(self.task_weights[task] * self.item_weights[position] / tokens[task])
-            factor_B = on_device(factors, self.model.device)
-            loss = (losses.weighted_sum(self.config.losses) * factor_B).sum()
-            loss.backward()
-            total += loss.detach()
-            sums_N += self.losses.by_task(losses, [examples[index].task for index in indices])
+        with self.model.keep_pace():
+            for indices in self.model.micro_batches(costs, self.token_budget):
+                self.computing = [part[index] for index in indices]
+                targets = [self.targets[position] for position in self.computing]
+                losses = answer_losses(self.model, [examples[index] for index in indices], self.config.losses, targets)
+                factors = []
+                for position in self.computing:
+                    task = self.train.items[position][0]
+                    factors.append(self.task_weights[task] * self.item_weights[position] / tokens[task])
+                factor_B = on_device(factors, self.model.device)
+                loss = (losses.weighted_sum(self.config.losses) * factor_B).sum()
+                loss.backward()
+                total += loss.detach()
+                sums_N += self.losses.by_task(losses, [examples[index].task for index in indices])
         return total, sums_N
 
     def _tokens(self, step: Sequence[int]) -> dict[str, int]:

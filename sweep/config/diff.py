@@ -25,6 +25,7 @@ ACCEPTED = {
     "search.sampler": "it draws the trials from now on",
     "resources.slots": "",
     "resources.workers": "results are the same without dropout, whose random numbers depend on the workers",
+    "resources.shard": "",
     "resources.cpus_per_worker": "",
     "resources.gpus_per_worker": "results of CPUs and GPUs differ in the last digits",
     "storage.keep": "",

@@ -26,6 +26,11 @@ class ResourceConfig(Section):
         1, description="CPUs per worker; a worker uses as many threads, rounded down."
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs per worker; may be a fraction.")
+    shard: bool = Field(
+        False,
+        description="Whether the workers of a trial divide the frozen weights of the LLM's layers among them (FSDP2), "
+        "for an LLM that does not fit on one device.",
+    )
     slots: Count | None = Field(None, description="Trials at a time; null: as many as the cluster has room for.")
 
     @property
@@ -134,6 +139,7 @@ class Config(Section):
                 f"train.labels: votes is for tasks that predict codes, and {', '.join(tasks)} "
                 f"{'do' if len(tasks) > 1 else 'does'} not; set majority, or give such a task a weight"
             )
+        problems += self._sharding_problems()
         if self.search.budget and self.search.budget.gpu_hours and not self.resources.gpus_per_worker:
             problems.append(
                 f"search.budget.gpu_hours: {self.search.budget.gpu_hours}, and trials use no GPU "
@@ -175,6 +181,22 @@ class Config(Section):
         }
         rule = "search.fidelity: data compares trials after the last epoch on each share, and"
         return [f"{rule} {key} is {problem}" for key, problem in broken.items() if problem]
+
+    def _sharding_problems(self) -> list[str]:
+        if not self.resources.shard:
+            return []
+        problems = []
+        if self.resources.workers == 1:
+            problems.append(
+                "resources.shard: true divides weights among the workers of a trial, and resources.workers is 1; raise "
+                "it, or set resources.shard=false"
+            )
+        if self.train.has_teacher:
+            problems.append(
+                "resources.shard: true divides the LLM, and the teacher of train.losses.distillation and "
+                "train.losses.hidden is a whole one; set both to 0, or resources.shard=false"
+            )
+        return problems
 
     def _objective_problems(self, metrics: Sequence[str]) -> list[str]:
         """Return what is wrong with several objectives; `metrics` are those of the tasks."""

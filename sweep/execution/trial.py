@@ -19,6 +19,7 @@ from model.checkpoints.fingerprint import Bases, OtherBaseError, other_bases, re
 from model.evaluation.llm_check import resolve_packing
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
+from model.runtime import memory
 from model.runtime.distributed import on_first_worker, world
 from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
@@ -89,20 +90,24 @@ def build(
         share: of the training groups, see `items_of_share`.
 
     Raises:
-        ConfigError: `train.packing` is on, and the LLM cannot.
+        ConfigError: `train.packing` is on, or the LLM is to be sharded, and it cannot.
         OtherBaseError: this machine has other base models than the driver's.
     """
     configure_process(config)
     shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
+    shards_llm = config.resources.shard and world()[1] > 1
     model = SpeechLLM(
         config.model,
         answers,
-        device,
+        "cpu" if shards_llm else device,
         encodes=not cached.features,
         bases=expected,
         allow_other_base=allow_other_base,
     )
+    if shards_llm:
+        model.shard(device)
+        memory.forget_models()  # a base model is whole, and another trial reads its files again
     set_packing(model.llm, resolve_packing(config.model, config.train.packing, device))
     if changes := other_bases(expected or {}, model.bases):
         raise OtherBaseError(

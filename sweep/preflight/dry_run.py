@@ -46,6 +46,8 @@ class DryRun(NamedTuple):
 def dry_run(run: DryRun) -> DryRunResult:
     """Do a dry run in this process."""
     config, device, started = run.config, run.config.resources.device, time.monotonic()
+    if config.resources.shard:
+        return DryRunResult(failure="resources.shard divides the LLM among workers, and a dry run has one")
     peak, capacity = memory.Peak(device), memory.capacity(device)
     try:
         model, data = build(config, "local", ("train", "val"), device, run.cached)

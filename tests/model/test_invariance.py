@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.config import DataConfig, TaskWeights
 from data.loading.batching import share
@@ -21,7 +22,7 @@ from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
 from model.config import LossConfig, TrainConfig
 from model.evaluation.evaluator import evaluate
-from model.evaluation.metrics import summarise
+from model.evaluation.metrics import Record, summarise
 from model.evaluation.scoring import generate, label_scores
 from model.evaluation.split_data import TrialData
 from model.objectives.losses import answer_losses
@@ -213,6 +214,8 @@ def one_step(
     kind: str = "hubert-layer",
     votes: bool = False,
     packed: Sequence[bool] = (False,),
+    minimised: LossConfig = LOSSES,
+    shards: bool = False,
 ) -> dict[str, Tensor]:
     """Return clipped gradients and weights after one optimizer step over items of three tasks.
 
@@ -225,10 +228,20 @@ def one_step(
         kind: of the encoder.
         votes: whether the votes of annotators are the targets.
         packed: whether micro-batches are packed, in turns.
+        minimised: the losses.
+        shards: whether the workers divide the LLM; then they compute little at once.
     """
     model = trial_model(models, corpus, kind)
+    if shards:
+        model.shard("cpu")
     data = TrialData.open(corpus, model, DataConfig(history=2), ("train",), votes=votes)
-    config = TrainConfig(learning_rate=1e-3, warmup=0, losses=LOSSES, class_weights="balanced")
+    config = TrainConfig(
+        learning_rate=1e-3,
+        warmup=0,
+        losses=minimised,
+        class_weights="balanced",
+        token_budget=400 if shards else 16_384,
+    )
     trainer = Trainer(model, data, config, TASKS, 0, corpus.folder)
     model.train()
     items = data.splits["train"].items
@@ -314,6 +327,41 @@ def worker(rank: int, models: Path, folder: Path, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     torch.save(one_step(models, Shards(folder), None, rank, 2), out / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def evaluated(models: Path, corpus: Shards, shards: bool = False) -> tuple[list[Record], float]:
+    """Return the records of a split, and the share of the weights of the LLM's layers that this worker has."""
+    model = trial_model(models, corpus)
+    layers = [tensor for name, tensor in model.llm.named_parameters() if ".layers." in name]
+    size = sum(tensor.numel() for tensor in layers)
+    if shards:
+        model.shard("cpu")
+    layers = [tensor for name, tensor in model.llm.named_parameters() if ".layers." in name]
+    own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in layers)
+    data = TrialData.open(corpus, model, DataConfig(history=2), ("val",))
+    return evaluate(model, data, "val", 300), own / size
+
+
+def sharding_worker(rank: int, models: Path, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+    corpus = Shards(folder)
+    step = one_step(models, corpus, None, rank, 2, minimised=LossConfig(), shards=True)
+    torch.save((step, *evaluated(models, corpus, shards=True)), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_llm_computes_the_same(models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """A step over micro-batches of which workers have different numbers, label scores, and replies."""
+    step, (records, whole) = one_step(models, corpus, None, minimised=LossConfig()), evaluated(models, corpus)
+    as_two_workers(sharding_worker, models, corpus.folder, tmp_path)
+    for rank in range(2):
+        found_step, found_records, share = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        check_equal(found_step, step)
+        assert [record.prediction for record in found_records] == [record.prediction for record in records]
+        losses_of = [torch.tensor([record.loss for record in part]) for part in (found_records, records)]
+        assert close(*losses_of)
+        assert share < 0.6 * whole
 
 
 def test_step_does_not_depend_on_the_number_of_workers(models: Path, corpus: Shards, tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_all_problems_come_in_one_error(yaml: Yaml) -> None:
     assert (missing, len(lines)) == ([], len(PROBLEMS))
 
 
+def test_sharding_needs_workers_and_no_teacher(yaml: Yaml) -> None:
+    _, alone, teacher = problems(yaml("name: a\nresources: {shard: true}\ntrain: {losses: {hidden: 1}}"))
+    assert alone.startswith("resources.shard: true divides weights among the workers of a trial, and resources.workers")
+    assert teacher.startswith("resources.shard: true divides the LLM, and the teacher of train.losses.distillation")
+    load(yaml("name: a\nresources: {shard: true, workers: 2}"))
+
+
 UNKNOWN = ": no setting that a search may vary has this name"
 
 

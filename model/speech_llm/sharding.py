@@ -1,0 +1,83 @@
+"""Sharding: the workers of a trial divide the frozen weights of the LLM's layers among them (FSDP2, `fully_shard`).
+
+Before a layer computes, forward or backward, its weights are gathered from all workers, and afterwards they are freed.
+What trains is whole on each worker, as without sharding. So gradients are summed, and checkpoints written and read, in
+the same way by any number of workers. Embeddings, LM head, encoder and adapter are whole, too.
+
+Workers have different micro-batches, batches of an evaluation and lengths of replies, and all must gather a layer at
+the same time. So each tells the others before it runs the LLM, and one that has nothing left to compute runs it on a
+single token until all are done (`Sharding.keep_pace`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from data.errors import ConfigError
+from model.runtime.distributed import any_worker, world
+
+Inputs = dict[str, Tensor]
+
+
+class Sharding:
+    """The division of an LLM among the workers; see the module.
+
+    Args:
+        llm: whose frozen layers are divided. Its weights may be on the CPU: each worker moves its part to the device.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: the LLM has no layers that can be divided.
+    """
+
+    def __init__(self, llm: PreTrainedModel, device: str) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self.llm = llm
+        self.idle = False
+        layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(
+                f"resources.shard: true needs an LLM with layers that transformers can recompute, and a "
+                f"{llm.config.model_type} model has none; set resources.shard=false"
+            )
+        trained = {parameter for parameter in llm.parameters() if parameter.requires_grad}
+        mesh = init_device_mesh(device, (world()[1],))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained & {*layer.parameters()})
+        # Both `forward` and `generate` of LoRA's wrapper call the model inside.
+        inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+        inner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(
+        self, module: nn.Module, positional: tuple[Tensor, ...], inputs: Inputs
+    ) -> tuple[tuple[Tensor, ...], Inputs]:
+        if not self.idle:
+            any_worker(True)
+        embeddings = inputs.get("inputs_embeds")
+        # Layers below the lowest one that trains have no backward pass if their input needs none, as without audio.
+        if torch.is_grad_enabled() and embeddings is not None and not embeddings.requires_grad:
+            inputs = inputs | {"inputs_embeds": embeddings.detach().requires_grad_()}
+        return positional, inputs
+
+    @contextmanager
+    def keep_pace(self, embed: Callable[[list[int]], Tensor]) -> Iterator[None]:
+        """Run the LLM for the other workers after the block, until all have left it.
+
+        With gradients enabled, each of its passes must be followed by its backward pass, as in training.
+
+        Args:
+            embed: returns the embeddings [T, E] of tokens.
+        """
+        yield
+        while any_worker(False)[0]:
+            self.idle = True
+            logits = self.llm(inputs_embeds=embed([0])[None], use_cache=False).logits
+            if logits.requires_grad:
+                (0 * logits.sum()).backward()
+            self.idle = False
