@@ -10,7 +10,7 @@ import statistics
 from tests.bench.materials import epoch_starts, settings, trainer
 from tests.bench.measure import Cost, Row, in_turns, ratios
 
-STEPS, ROUNDS = 1, 4
+STEPS, ROUNDS = 1, 3
 INPUTS = {"dialogues": {"data.history": 10}, "single turns": {"data.history": 0}}
 
 

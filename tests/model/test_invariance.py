@@ -26,6 +26,7 @@ from model.evaluation.metrics import Record, summarise
 from model.evaluation.scoring import generate, label_scores
 from model.evaluation.split_data import TrialData
 from model.objectives.losses import answer_losses
+from model.speech_llm import sharding
 from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
@@ -120,8 +121,8 @@ def test_stages_do_not_depend_on_the_batch(
     ("family", "packed", "stages"),
     [
         ("llama", "packed", ["scores", "losses", "losses of votes", "losses of replies"]),
-        ("llama", "mixed", ["losses"]),
-        ("gpt2", "packed", ["losses"]),
+        pytest.param("llama", "mixed", ["losses"], marks=pytest.mark.long),
+        pytest.param("gpt2", "packed", ["losses"], marks=pytest.mark.long),  # test_mutations.py runs it, too
     ],
 )
 def test_packed_stages_equal_unpacked_ones(
@@ -215,6 +216,7 @@ def one_step(
     votes: bool = False,
     packed: Sequence[bool] = (False,),
     minimised: LossConfig = LOSSES,
+    size: int = 8,
     shards: bool = False,
 ) -> dict[str, Tensor]:
     """Return clipped gradients and weights after one optimizer step over items of three tasks.
@@ -229,7 +231,8 @@ def one_step(
         votes: whether the votes of annotators are the targets.
         packed: whether micro-batches are packed, in turns.
         minimised: the losses.
-        shards: whether the workers divide the LLM; then they compute little at once.
+        size: items of the step, if it is not cut.
+        shards: whether the workers divide the LLM; then they compute one item at a time.
     """
     model = trial_model(models, corpus, kind)
     if shards:
@@ -240,13 +243,13 @@ def one_step(
         warmup=0,
         losses=minimised,
         class_weights="balanced",
-        token_budget=400 if shards else 16_384,
+        token_budget=1 if shards else 16_384,
     )
     trainer = Trainer(model, data, config, TASKS, 0, corpus.folder)
     model.train()
     items = data.splits["train"].items
     first = {task: [name for name, _ in items].index(task) for task in model.tasks}
-    size = 8 if cut is None else sum(map(len, cut))
+    size = size if cut is None else sum(map(len, cut))
     step = [first[task] + index for index in range(size) for task in model.tasks][:size]
     own = share(step, rank, world)
     (examples,) = data.read("train", [own])
@@ -299,7 +302,7 @@ def test_step_does_not_depend_on_the_micro_batches(kind: str, models: Path, corp
         check_equal(one_step(models, corpus, batching, kind=kind), alone)
 
 
-@pytest.mark.parametrize(("packed", "votes"), [("mixed", False), ("packed", True)])
+@pytest.mark.parametrize(("packed", "votes"), [("mixed", False), pytest.param("packed", True, marks=pytest.mark.long)])
 def test_packed_step_equals_unpacked_one(packed: str, votes: bool, models: Path, disputed: Shards) -> None:
     alone = one_step(models, disputed, ALONE, votes=votes)
     for batching in BATCHINGS[1:]:
@@ -339,29 +342,40 @@ def evaluated(models: Path, corpus: Shards, shards: bool = False) -> tuple[list[
     layers = [tensor for name, tensor in model.llm.named_parameters() if ".layers." in name]
     own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in layers)
     data = TrialData.open(corpus, model, DataConfig(history=2), ("val",))
-    return evaluate(model, data, "val", 300), own / size
+    return evaluate(model, data, "val", 1 if shards else 300), own / size
 
 
 def sharding_worker(rank: int, models: Path, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
-    corpus = Shards(folder)
-    step = one_step(models, corpus, None, rank, 2, minimised=LossConfig(), shards=True)
-    torch.save((step, *evaluated(models, corpus, shards=True)), out / f"{rank}.pt")
+    corpus, ask, idle = Shards(folder), sharding.any_worker, list[bool]()
+
+    def any_worker(busy: bool) -> list[bool]:
+        [others] = ask(busy)
+        idle.append(others and not busy)
+        return [others]
+
+    sharding.any_worker = any_worker  # of this process
+    step = one_step(models, corpus, None, rank, 2, minimised=LossConfig(), size=7, shards=True)
+    idle_in_step = sum(idle)
+    torch.save((step, *evaluated(models, corpus, shards=True), idle_in_step, sum(idle)), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_sharded_llm_computes_the_same(models: Path, corpus: Shards, tmp_path: Path) -> None:
     """A step over micro-batches of which workers have different numbers, label scores, and replies."""
-    step, (records, whole) = one_step(models, corpus, None, minimised=LossConfig()), evaluated(models, corpus)
+    step = one_step(models, corpus, None, minimised=LossConfig(), size=7)
+    (records, whole), waited = evaluated(models, corpus), list[tuple[int, int]]()
     as_two_workers(sharding_worker, models, corpus.folder, tmp_path)
     for rank in range(2):
-        found_step, found_records, share = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        found_step, found_records, share, *idle = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        waited.append((idle[0], idle[1] - idle[0]))
         check_equal(found_step, step)
         assert [record.prediction for record in found_records] == [record.prediction for record in records]
         losses_of = [torch.tensor([record.loss for record in part]) for part in (found_records, records)]
         assert close(*losses_of)
         assert share < 0.6 * whole
+    assert all(map(any, zip(*waited, strict=True))), "no worker had less to compute than the other"
 
 
 def test_step_does_not_depend_on_the_number_of_workers(models: Path, corpus: Shards, tmp_path: Path) -> None:
