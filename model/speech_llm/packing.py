@@ -16,6 +16,7 @@ of a head; R = sum of all T_i, the positions of the row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from model.runtime.device import on_device
 from model.speech_llm.label_trie import LabelTrie
 
 PACKED = "packed"  # in transformers' registry of attention
+_as_loaded = WeakKeyDictionary[PreTrainedModel, str]()  # the implementation of attention of LLMs that pack
 MOST_HEAD_WIDTH = 256  # of flash attention
 
 
@@ -75,8 +77,11 @@ class Packed:
 
 def set_packing(llm: PreTrainedModel, packs: bool) -> None:
     """Let an LLM compute packed rows, beside padded batches, or let it compute these alone, as it was loaded."""
-    if packs != is_packing(llm):
-        llm.set_attn_implementation(PACKED if packs else "sdpa")
+    if packs and not is_packing(llm):
+        _as_loaded[llm] = attention_of(llm)
+        llm.set_attn_implementation(PACKED)
+    elif is_packing(llm) and not packs:
+        llm.set_attn_implementation(_as_loaded[llm])
 
 
 def is_packing(llm: PreTrainedModel) -> bool:

@@ -78,7 +78,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": EXPERTS},
     "phimoe": {"num_local_experts": EXPERTS, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
 }
-UNPACKED = {"gpt_oss"}  # refused for train.packing=on, and padded with auto
+UNPACKED = {"gemma2", "gpt_oss", "nemotron", "stablelm"}  # refused for train.packing=on, and padded with auto
 NO_POSITIONS = "takes no positions or no embeddings"
 NO_EMBEDDINGS = "does not compute from embeddings, which clips are"
 NOT_CAUSAL = "lets a token see padding or what follows it"
