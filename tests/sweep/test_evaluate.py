@@ -23,6 +23,7 @@ from sweep.analysis.evaluate import Evaluation, SplitPredictions, evaluate_check
 from sweep.analysis.predictions import read_predictions
 from sweep.config.diff import claim_folder
 from sweep.config.files import load
+from sweep.config.paths import trial_folder
 from sweep.config.schema import Config
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.preflight.checks import resolve_inputs
@@ -287,9 +288,12 @@ def study(here: Path) -> StudyStore:
     return study
 
 
-def test_status_and_best_json(study: StudyStore) -> None:
-    """A value that is not finite is null."""
+def test_status_and_best_json(study: StudyStore, here: Path) -> None:
+    """A value that is not finite is null; a trial that waits for its features has no folder, and is not shown."""
     report(study, 2, float("nan"))
+    assert len(strict(sweep("status", "s", "--json").out)["trials"]) == 2
+    (folder := trial_folder(here / "s", 2)).mkdir(parents=True)
+    (folder / "config.yaml").touch()
     status = strict(sweep("status", "s", "--json").out)
     assert status.keys() == {
         *("sweep", "objective", "direction", "target_trials", "progress", "human_ceiling", "trials")
