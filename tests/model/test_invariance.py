@@ -29,6 +29,7 @@ from model.objectives.losses import answer_losses
 from model.speech_llm import sharding
 from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
+from model.training import trainer as training
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
 from tests.model.common import as_two_workers, build, close, perturb_lora, replies, settings, soft_targets
@@ -260,14 +261,14 @@ def one_step(
         result.update({f"gradient of {name}": p.grad.clone() for name, p in named if p.grad is not None})
 
     trainer.optimizer.register_step_pre_hook(keep_gradients)
-    turns = cycle(packed)
+    turns, losses_of = cycle(packed), training.answer_losses  # with the fault that is being tested
 
     def in_turns(*arguments: Any) -> Any:
         set_packing(model.llm, packs=next(turns))
-        return answer_losses(*arguments)
+        return losses_of(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.training.trainer.answer_losses", in_turns)
+        patch.setattr(training, "answer_losses", in_turns)
         if cut is not None:
             patch.setattr(model, "micro_batches", lambda *_: cut)
         trainer.optimizer_step(step, own, examples)

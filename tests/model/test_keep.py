@@ -19,7 +19,7 @@ from model.training.run_folder import RunFolder
 from model.training.trainer import fit
 from tests.model.trials import CONFIG, KilledError, Trial, kill_after, same_end
 
-UNSTABLE = {"epochs": 3, "learning_rate": 0.3, "schedule": "constant", "warmup": 0.0, "keep": "best"}
+UNSTABLE = {"epochs": 3, "learning_rate": 1.0, "schedule": "constant", "warmup": 0.0, "keep": "best"}
 TRIAL = Trial(train=CONFIG.model_copy(update=UNSTABLE))
 HIGHEST_LOSS = Objective("loss", maximize=True)  # best after the first epoch of a model that learns
 
