@@ -95,7 +95,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
             "trials": variant.trials,
             "startup_trials": 3,
             "pruning": {"kind": variant.pruning, "first_epoch": 1, "after_trials": 3, "audit": 0.1}
-            | ({"agreement": 0.0} if variant.pruning == "promote" else {}),  # so that trials pause
+            | ({"agreement": 0.0, "noise": 0.0} if variant.pruning == "promote" else {}),  # so that trials pause
             "space": {
                 "model.lora.rank": [2, 4, 8],
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
