@@ -86,7 +86,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
         "model": {
             "encoder": {"path": str(stuff.models / "whisper")},
             "llm": {"path": str(stuff.models / "llm")},
-            "lora": {"dropout": 0.1 if variant.workers == 1 else 0.0},
+            "lora": {"dropout": 0.1 if variant.workers == 1 else 0.0, "targets": ["q_proj", "v_proj"]},
         },
         "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_steps": CHECKPOINT_STEPS, "keep": "best"},
         "resources": {"workers": variant.workers, "slots": variant.processes // variant.workers},
@@ -95,7 +95,7 @@ def settings(variant: Variant, stuff: Stuff) -> dict[str, Any]:
             "trials": variant.trials,
             "startup_trials": 3,
             "pruning": {"kind": variant.pruning, "first_epoch": 1, "after_trials": 3, "audit": 0.1}
-            | ({"agreement": 0.0, "noise": 0.0} if variant.pruning == "promote" else {}),  # so that trials pause
+            | ({"agreement": 0.0} if variant.pruning == "promote" else {}),  # so that trials pause
             "space": {
                 "model.lora.rank": [2, 4, 8],
                 "train.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},

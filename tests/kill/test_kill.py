@@ -47,6 +47,7 @@ def test_sweep_under_fire_loses_and_doubles_nothing(tmp_path: Path) -> None:
         say,
     )
     check([result], len(SHORT))
+    assert "PRUNED" in result.states.values()
 
 
 @pytest.mark.long
