@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.shards.dataset import Shards
 from sweep.runner import SweepRunner
+from tests.sweep.cached import Sweeps, small_corpus
 from tests.sweep.common import sweep
 from tests.sweep.mlflow_server import Server
 from tests.sweep.tracked import make_sweep
@@ -93,3 +94,8 @@ def server(database: Path, tmp_path: Path) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def sweeps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    return Sweeps(models, small_corpus(tmp_path_factory.mktemp("corpus") / "shards"))
