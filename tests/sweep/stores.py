@@ -11,12 +11,13 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from sweep.config.schema import Config
 from tests.sweep import common
@@ -122,3 +123,30 @@ def pruned(**search: Any) -> Config:
 def at(url: str | None, config: Config) -> Config:
     """Return the sweep with its study in another storage."""
     return config.with_values({"storage.ledger": url})
+
+
+def kill_at_writes(every: int, work: Callable[[], object]) -> int:
+    """Do some work again and again until it ends; return how often it was killed.
+
+    Args:
+        every: writes to a study's journal until the next kill, right after the last of them.
+        work: runs or resumes a study.
+    """
+    written, kills, write = 0, 0, JournalFileBackend.append_logs
+
+    def killing(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        nonlocal written
+        written += 1
+        write(backend, logs)
+        if written % every == 0:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", killing)
+        while True:
+            try:
+                work()
+            except KeyboardInterrupt:
+                kills += 1
+            else:
+                return kills

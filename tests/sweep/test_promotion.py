@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from optuna.storages.journal import JournalFileBackend
 
 from sweep.analysis.predictions import objective_error
 from sweep.config.schema import Config
@@ -18,6 +17,7 @@ from sweep.execution.tune import StudySearcher
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.sweep.common import CODE, ask, report, settings
+from tests.sweep.stores import kill_at_writes
 from tests.sweep.tracked import append, runs, track
 
 VALUES = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8]  # of each trial, at every epoch
@@ -123,30 +123,13 @@ def test_best_paused_trials_are_finished_and_the_others_pruned(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("every", [2, 3, 5])
-def test_kills_at_any_write_change_nothing(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_at_any_write_change_nothing(every: int, tmp_path: Path) -> None:
     """A process dies after every few writes of the study; the same command resumes to the same trials."""
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
     finish(folders[0])
-    written, write = 0, JournalFileBackend.append_logs
-
-    def killing(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
-        nonlocal written
-        written += 1
-        write(backend, logs)
-        if written % every == 0:
-            raise KeyboardInterrupt
-
-    kills = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(JournalFileBackend, "append_logs", killing)
-        while True:
-            try:
-                finish(folders[1])
-                break
-            except KeyboardInterrupt:
-                kills += 1
+    kills = kill_at_writes(every, lambda: finish(folders[1]))
     whole, killed = (StudyStore.read(folder, promote()).trials() for folder in folders)
     assert kills >= 30 // every
     assert killed == whole

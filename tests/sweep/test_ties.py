@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.storages.journal import JournalFileBackend
 
 from data.errors import ConfigError
 from sweep.analysis import confirm
@@ -18,6 +17,7 @@ from sweep.search.study import StudyStore, best_first
 from sweep.tracking.summary import start_tags
 from tests.sweep import searched
 from tests.sweep.common import settings
+from tests.sweep.stores import kill_at_writes
 
 VALUES = [0.3, 0.9, 0.1, 0.88, 0.5, 0.89, 0.2, 0.4, 0.6]  # of each configuration with the seed of the sweep
 LUCK = {1: -0.2, 3: 0.01, 5: 0.0}  # what the fresh seeds of a configuration add
@@ -61,26 +61,13 @@ def test_tied_configurations_get_further_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [2, 5])
-def test_kills_change_no_further_seed(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders, written, write = [tmp_path / "whole", tmp_path / "killed"], 0, JournalFileBackend.append_logs
+def test_kills_change_no_further_seed(every: int, tmp_path: Path) -> None:
+    folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
     whole = finish(folders[0], tied()).trials()
-
-    def killing(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
-        nonlocal written
-        written += 1
-        write(backend, logs)
-        if written % every == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(JournalFileBackend, "append_logs", killing)
-    while True:
-        try:
-            assert finish(folders[1], tied()).trials() == whole
-            break
-        except KeyboardInterrupt:
-            pass
+    assert kill_at_writes(every, lambda: finish(folders[1], tied())) > 3
+    assert StudyStore.read(folders[1], tied()).trials() == whole
 
 
 @pytest.mark.parametrize(
