@@ -37,9 +37,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Standby:
-    """The workers wait: there is nothing to do before the driver has more news."""
+    """The workers wait: there is nothing to do until the queue of tasks and trials changes."""
 
-    news: int  # that the driver had, see `DriverEvents`
+    version: int  # of the queue when there was nothing to do, see `DriverEvents`
 
 
 Job = TrialJob | Task | Standby

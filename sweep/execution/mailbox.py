@@ -36,7 +36,7 @@ class DriverEvents:
 
     def __init__(self) -> None:
         end_on_term()
-        self.stopping, self.news = False, 0
+        self.stopping, self.version = False, 0
         self.changed = asyncio.Condition()
 
     async def stop(self) -> None:
@@ -50,16 +50,16 @@ class DriverEvents:
         async with self.changed:
             await self.changed.wait_for(lambda: self.stopping)
 
-    async def announce(self, news: int) -> None:
-        """Tell worker groups on standby that there may be something to do; the number of news increases."""
+    async def announce(self, version: int) -> None:
+        """Tell worker groups on standby that the queue of tasks and trials has changed; versions increase."""
         async with self.changed:
-            self.news = max(self.news, news)
+            self.version = max(self.version, version)
             self.changed.notify_all()
 
-    async def awaited(self, news: int) -> None:
-        """Return when there are more news than these, or when the sweep is asked to stop."""
+    async def awaited(self, version: int) -> None:
+        """Return when there is a later version than this one, or when the sweep is asked to stop."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.news > news or self.stopping)
+            await self.changed.wait_for(lambda: self.version > version or self.stopping)
 
 
 @ray.remote(num_cpus=0)

@@ -43,14 +43,14 @@ class TaskQueue:
 
     Attributes:
         waits: returns whether a trial with some values must not start yet; None before any trial may start.
-        news: grows when there may be something to do for a worker group on standby.
-        announce: tells all worker groups how many news there are.
+        version: increases when there may be something to do for a worker group on standby.
+        announce: tells all worker groups the version.
     """
 
     def __init__(self) -> None:
         self.waits: Callable[[Values], bool] | None = None
-        self.news = 0
-        self.announce: Callable[[int], object] = lambda news: None
+        self.version = 0
+        self.announce: Callable[[int], object] = lambda version: None
         self._offers: deque[Offer] = deque()
         self._running: dict[str, int] = {}  # Tune's trial id → place
         self._at_once = 0
@@ -82,7 +82,7 @@ class TaskQueue:
         with self._changed:
             self._at_once = at_once
             self._offers.extend(Offer(place, calls, restarts, temporary) for place, calls in enumerate(tasks))
-        self.announce_news()
+        self.announce_change()
         for _ in tasks:
             with self._changed:
                 while not (self._ended or self._failure or self._closed):
@@ -120,14 +120,14 @@ class TaskQueue:
             elif "failed" in result:
                 self._failure = result["failed"]
             self._changed.notify_all()
-        self.announce_news()  # another task may start now
+        self.announce_change()  # another task may start now
         return True
 
-    def announce_news(self) -> None:
+    def announce_change(self) -> None:
         """Let worker groups on standby ask again."""
         with self._changed:
-            self.news += 1
-            self.announce(self.news)
+            self.version += 1
+            self.announce(self.version)
 
     def close(self) -> None:
         """Do no more tasks; `run` raises a QueueClosedError."""

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 # Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
 # result, while Tune would write all trials to disk again and again.
@@ -45,6 +45,9 @@ from sweep.execution.waiting import MOMENT, Work
 from sweep.execution.worker_group import Scaling, worker_group_class
 from sweep.search.sampling.draw import TOO_LARGE
 from sweep.search.study import NextTrial, Reason, StudyStore, TrialRecord
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 MakeJob = Callable[[int, dict[str, Value]], TrialJob]
 T = TypeVar("T")
@@ -145,7 +148,7 @@ class StudySearcher(Searcher):
         """
         self.check()
         while not self.stopping:
-            news = self.queue.news
+            version = self.queue.version
             if self.numbers and (task := self.queue.take(trial_id)) is not None:
                 return {"job": task}
             try:
@@ -157,7 +160,7 @@ class StudySearcher(Searcher):
                 if (task := self.queue.take(trial_id)) is not None:
                     return {"job": task}
                 if self.queue.waits is None or self.held or self.study.waits(list(self.numbers.values())):
-                    return {"job": Standby(news)}
+                    return {"job": Standby(version)}
                 break
             self.active = time.monotonic()
             number, values = asked
@@ -199,7 +202,7 @@ class StudySearcher(Searcher):
         self.check()
         self.active = time.monotonic()
         ends = self.study.report(self.numbers[trial_id], result["epoch"], json.loads(result["metrics"]))
-        self.queue.announce_news()  # another trial may be promoted now
+        self.queue.announce_change()  # another trial may be promoted now
         return ends
 
     def on_trial_complete(self, trial_id: str, result: FitReport | None = None, error: bool = False) -> None:
@@ -225,7 +228,7 @@ class StudySearcher(Searcher):
             self.ended()
         except UserError as fault:  # a checkpoint that cannot be deleted
             self._abort(str(fault), fault.reason)
-        self.queue.announce_news()
+        self.queue.announce_change()
 
     def _fail(self, number: int, why: str, reason: Reason, outside: bool | None = None) -> None:
         self.study.fail(number, why, reason=reason, outside=outside)
@@ -340,30 +343,7 @@ def run_trials(
     events, queue = DriverEvents.remote(), TaskQueue()  # type: ignore[attr-defined]
     queue.announce = events.announce.remote
     searcher = StudySearcher(study, make_job, check, events.stop.remote, ended, queue)
-    scaling: Scaling = {
-        "num_workers": resolved.resources.workers,
-        "use_gpu": resolved.resources.gpus_per_worker > 0,
-        "resources_per_worker": worker_resources(resolved),
-    }
-    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), events)
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
-        tune_config=ray.tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=StudyScheduler(searcher),
-            num_samples=-1,
-            max_concurrent_trials=slots,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=f"attempt-{int(time.time())}",
-            storage_path=str(storage),
-            verbose=0,
-            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
-        ),
-    )
+    tuner = _tuner(resolved, slots, storage, searcher, events)
     stop.graceful = True
     try:
         tune, stopped_at = BackgroundWork(tuner.fit, "tune", check_cluster), None
@@ -393,3 +373,33 @@ def run_trials(
 def _is_over(searcher: StudySearcher, stopped_at: float) -> bool:
     """Return whether a sweep that was asked to stop need not wait any longer for its worker groups."""
     return time.monotonic() - stopped_at >= (GRACE if searcher.numbers else IDLE_GRACE)
+
+
+def _tuner(
+    resolved: ResolvedConfig, slots: int, storage: Path, searcher: StudySearcher, events: "ActorHandle"
+) -> ray.tune.Tuner:
+    """Return what runs the trials of a searcher in worker groups; see `run_trials`."""
+    scaling: Scaling = {
+        "num_workers": resolved.resources.workers,
+        "use_gpu": resolved.resources.gpus_per_worker > 0,
+        "resources_per_worker": worker_resources(resolved),
+    }
+    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), events)
+    return ray.tune.Tuner(
+        ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=StudyScheduler(searcher),
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"attempt-{int(time.time())}",
+            storage_path=str(storage),
+            verbose=0,
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
+        ),
+    )

@@ -210,7 +210,7 @@ class WorkerGroup(ray.tune.Trainable):
     def step(self) -> FitReport:
         """Return the next report of the job."""
         if isinstance(self.job, Standby):
-            reference = self.events.awaited.remote(self.job.news)
+            reference = self.events.awaited.remote(self.job.version)
         else:
             reference = self.mailbox.take.remote(self.version)
         awaited = [reference, self.stop_requested] if self.stop_requested else [reference]

@@ -165,7 +165,7 @@ class Precomputation:
         compute: computes files and yields the input size of each; None: in this process.
 
     Attributes:
-        pending: the folders that still lack files; whoever uses the steps removes those that are complete.
+        pending: the folders that still lack files. The caller of `steps` removes those that are complete.
     """
 
     def __init__(

@@ -74,11 +74,11 @@ class Preparation:
                 return trial is not None and self._awaits(work, trial, work.pending)
 
         queue.waits = waits
-        queue.announce_news()
+        queue.announce_change()
         for folders in work.steps():
             self._plan(queue, work, work.pending - folders)
             work.pending -= folders
-            queue.announce_news()
+            queue.announce_change()
 
     def save_actual_time(self) -> None:
         """Save what the trials took, which have all ended."""

@@ -152,8 +152,10 @@ class StudyStore:
         is_over = has_ended or self._exhausted
         while spent is None and sum(trial.state != TrialState.WAITING for trial in trials) < target:
             again = ties.next_repeat(self.config, self.trials(), is_over)
-            due = ties.are_due(self.config, self.trials(), is_over)
-            if ahead and (due or sampler.depends_on_results(self.config, trials, self.earlier)):
+            if ahead and (
+                ties.are_due(self.config, self.trials(), is_over)
+                or sampler.depends_on_results(self.config, trials, self.earlier)
+            ):
                 return None
             finishes = rule is not None and pruning.to_finish(trials, search.direction, rule) is not None
             if finishes if again else is_over:

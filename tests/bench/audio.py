@@ -8,8 +8,6 @@ Qwen2-Audio has 25 a second, and Granite Speech 10, behind a Q-Former that train
 own for its memory; the steps are timed in turns.
 """
 
-import itertools
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +31,9 @@ from transformers import (
 from model.encoders.audio_llms import language_config
 from model.tiny import fixed_seed
 from sweep.preflight.feature_cache import ENCODER_FEATURES
-from tests.bench.materials import CACHE, compute, epoch_starts, made, settings, trainer
-from tests.bench.measure import Row, in_turns, ratios
-from tests.bench.options import ROUNDS, features, peak
-from tests.forked import Forked
+from tests.bench.materials import CACHE, compute, made, settings
+from tests.bench.measure import Row
+from tests.bench.options import compare
 from tests.tiny_models import audio_tokenizer, special_ids
 
 DEFAULT = "default: Whisper base and Qwen2, from the cache"
@@ -72,15 +69,7 @@ def run() -> list[Row]:
     for config in configs.values():
         for request in ENCODER_FEATURES.requests(config, CACHE):
             compute([request])
-    peaks = {name: Forked(lambda config=config: peak(config)).result() for name, config in configs.items()}
-    steps = {name: epoch_starts(trainer(config, features(config)), 1) for name, config in configs.items()}
-    taken = in_turns(steps, ROUNDS)
-    rows = []
-    for name, costs in itertools.islice(taken.items(), 1, None):
-        milliseconds = 1000 * statistics.median(cost.cpu for cost in costs)
-        memory = f"peak {peaks[name] / 1e6:,.0f} MB, {peaks[name] / peaks[DEFAULT]:.2f} times the default's"
-        rows.append(Row(name, "the default", ratios(costs, taken[DEFAULT]), note=f"{milliseconds:,.0f} ms; {memory}"))
-    return rows
+    return compare(configs)
 
 
 def qwen2_audio(folder: Path) -> None:

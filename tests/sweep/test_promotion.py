@@ -146,7 +146,7 @@ def test_worker_waits_while_a_paused_trial_may_continue(tmp_path: Path) -> None:
     assert searcher.suggest("c") == {"job": 0}, "it is the only one to be finished"
     assert searcher.report("b", {"epoch": 1, "metrics": '{"macro_f1": 0.1, "steps": 3}'})
     searcher.on_trial_complete("b", {})
-    assert searcher.suggest("d") == {"job": Standby(queue.news)}
+    assert searcher.suggest("d") == {"job": Standby(queue.version)}
     searcher.on_trial_complete("c", {"finished": True})
     assert (searcher.suggest("e"), states(study)) == ("FINISHED", [("COMPLETE", 1), ("PRUNED", 1)])
 

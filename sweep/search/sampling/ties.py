@@ -13,7 +13,7 @@ Such a training is a trial of the study, with the values of another one and a se
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -179,12 +179,3 @@ def repeat(trial: FrozenTrial, number: int, seed: int) -> FrozenTrial:
         distributions=trial.distributions,
         user_attrs={REPEATS: [number, seed]},
     )
-
-
-def seeds_of(config: Config, trials: Sequence[T], number: int) -> Mapping[int, T]:
-    """Return the complete trainings of a configuration, by seed."""
-    return {
-        int(str(trial.params.get(SEED, config.seed))): trial
-        for trial in trials
-        if number in (trial.number, trial.repeats) and trial.state == "COMPLETE"
-    }
