@@ -64,6 +64,12 @@ def attention_of(llm: "PreTrainedModel") -> str:
     return name
 
 
+def supports_flash_attention(llm: "PreTrainedModel") -> bool:
+    """Return whether the family of an LLM can use the kernels of `flash_attn` (transformers 5.23)."""
+    supported: bool = llm._supports_flash_attn
+    return supported
+
+
 def skip_steps_if(flag: "Tensor", optimizer: "torch.optim.Optimizer") -> None:
     """Let a fused optimizer skip its step on the device while `flag` (float, a scalar on the device) is not 0.
 

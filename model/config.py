@@ -17,6 +17,8 @@ NEW_PARTS = ("adapter", "lora", "tokens", "encoder_lora")  # parts that no pretr
 TINY_VERSION = "2"
 Dtype = Literal["float32", "bfloat16"]
 Packing = Literal["auto", "on", "off"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+LoadIn = Literal["none", "8bit", "4bit"]
 LayerIndex = Annotated[int, Field(ge=0)]
 Layers = Literal["last", "weighted"] | LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)]
 
@@ -174,13 +176,26 @@ class LLMConfig(Section):
 
     path: str = Field("builtin:tiny-llama", description="Hugging Face id, local folder, or builtin:tiny-llama.")
     dtype: Dtype = Field("float32", description="Type of the frozen weights; weights that train need float32.")
+    load_in: LoadIn = Field(
+        "none",
+        description="How the frozen weights of linear layers are stored (bitsandbytes). 4bit: NF4 with double "
+        "quantization (QLoRA, arXiv 2305.14314). 8bit: integers with a scale for each row. none: in dtype. Products "
+        "are computed in dtype in any case.",
+    )
+    attention: Attention = Field(
+        "auto",
+        description="Implementation of attention: that of torch (sdpa), plain matrix products (eager), or the package "
+        "flash_attn, on a GPU in bfloat16. auto: what transformers chooses for the family. Results are the same.",
+    )
     max_text_tokens: Count = Field(
         512,
         description="Largest number of text tokens in a prompt. The oldest turns of a longer one are dropped, and the "
         "dropped turns are counted.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass instead of storing them."
+    gradient_checkpointing: bool | Count = Field(
+        False,
+        description="Compute activations of layers again in the backward pass instead of storing them. true: of all "
+        "layers; a number: of as many, the first ones.",
     )
 
 
@@ -289,6 +304,11 @@ class ModelConfig(Section):
         if self.lora.init_from is not None and not self.lora.enabled:
             problems.append(
                 f"model.lora.init_from: {self.lora.init_from} has no effect with model.lora.enabled=false; remove one"
+            )
+        if self.llm.load_in != "none" and "llm" in self.patterns:
+            problems.append(
+                f"model.llm.load_in: {self.llm.load_in} is for an LLM that stays frozen, and model.trainable "
+                f"({self.trainable}) trains it; set none, or take llm out"
             )
         if not self.patterns:
             problems.append(f"model.trainable: {self.trainable!r} names no part; name one, e.g. adapter+lora")

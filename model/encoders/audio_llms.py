@@ -6,7 +6,7 @@ Legend: B clips, F frames, D width of the encoder, T embeddings, E width of the 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -220,16 +220,29 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
     return text
 
 
-def build_language_model(path: str, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
-    """Return the language model of an audio LLM on the CPU, and the names of missing tensors."""
+def build_language_model(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, options: Mapping[str, object]
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return the language model of an audio LLM, and the names of missing tensors.
+
+    Args:
+        path: Hugging Face id or local folder.
+        config: of the audio LLM.
+        dtype: of the weights.
+        options: of transformers, for weights that are quantized; without any, the model is on the CPU.
+    """
     text = language_config(config)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(text))
-    return _from_tensors(kind, text, read_part(path, config, "llm"), dtype)
+    return _from_tensors(kind, text, read_part(path, config, "llm"), dtype, options)
 
 
 def _from_tensors(
-    kind: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    options: Mapping[str, object] | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Return a model with given tensors, and the names of those that are missing."""
     model, report = kind.from_pretrained(
@@ -240,6 +253,7 @@ def _from_tensors(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
+        **(options or {}),
     )
     return model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 

@@ -22,7 +22,7 @@ from model.config import LLMConfig, ModelConfig, Packing
 from model.evaluation.scoring import trie_logits
 from model.objectives.losses import student_outputs
 from model.speech_llm.label_trie import LabelTrie
-from model.speech_llm.language_model import load_llm
+from model.speech_llm.language_model import load_base
 from model.speech_llm.packing import has_flash_attention, set_packing
 from model.speech_llm.prompt import Answer
 
@@ -99,6 +99,13 @@ def resolve_packing(config: ModelConfig, packing: Packing, device: str) -> bool:
     Raises:
         ConfigError: they have to be, and the LLM's family cannot, as a random model of it shows.
     """
+    if config.llm.attention not in ("auto", "sdpa"):
+        if packing == "on":
+            raise ConfigError(
+                "train.packing: on computes attention by itself, and model.llm.attention is "
+                f"{config.llm.attention}; set it to auto, or train.packing=auto"
+            )
+        return False
     in_one_kernel = device == "cuda" and "bfloat16" in (config.precision, config.llm.dtype) and has_flash_attention()
     if packing == "off" or (packing == "auto" and not in_one_kernel):
         return False
@@ -113,7 +120,7 @@ def resolve_packing(config: ModelConfig, packing: Packing, device: str) -> bool:
 
 def _findings(config: LLMConfig) -> tuple[Findings, str]:
     """Return what an LLM's family can do, and its name."""
-    llm = load_llm(config.path, config.dtype, "meta")
+    llm = load_base(config, "meta")
     settings = {name: value for name, value in llm.config.to_dict().items() if name not in IGNORED}
     key = json.dumps([type(llm).__name__, settings], sort_keys=True, default=str)
     if key not in _results:

@@ -22,7 +22,7 @@ from model.config import LossConfig
 from model.objectives import teacher
 from model.runtime.device import on_device
 from model.speech_llm.label_trie import LabelTrie
-from model.speech_llm.language_model import head_at_positions, load_llm
+from model.speech_llm.language_model import head_at_positions, load_base
 from model.speech_llm.packing import is_packing, pack
 from model.speech_llm.prompt import IGNORE, Answer
 from model.speech_llm.speech_llm import SpeechLLM
@@ -292,7 +292,7 @@ def teacher_outputs(model: SpeechLLM, examples: Sequence[Example], config: LossC
         if example.teacher_logits is not None and not config.hidden:
             ids_PK, log_probs_PK = (on_device(values, model.device) for values in example.teacher_logits)
         else:
-            llm = load_llm(model.config.llm.path, model.config.llm.dtype, model.base_device)
+            llm = load_base(model.config.llm, model.base_device)
             with model.autocast():
                 read = teacher.teacher_input(model.prompt_builder, example)
                 logits_PV, hidden_PE = teacher.run_teacher(llm, read, hidden=config.hidden > 0)

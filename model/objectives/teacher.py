@@ -30,7 +30,7 @@ from data.loading.tasks import Item, items
 from data.loading.teacher_files import TeacherInput, TeacherLogits
 from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import derived_digest, identify, model_digest
-from model.config import ModelConfig
+from model.config import LoadIn, ModelConfig
 from model.runtime.numerics import trial_numerics
 from model.speech_llm.language_model import load_llm
 from model.speech_llm.prompt import PromptBuilder, answer_text
@@ -52,12 +52,15 @@ class TeacherKey(CacheKey):
     temperature: float
     top: int = TOP
     version: int = VERSION
+    load_in: LoadIn = "none"
+    later_fields: ClassVar[dict[str, object]] = {"load_in": "none"}
 
 
 def teacher_key(model: ModelConfig, temperature: float, device: str) -> TeacherKey:
     """Return the cache key of the teacher's logits in a trial."""
     llm = model.llm
-    return TeacherKey(llm.path, llm_digest(llm.path, llm.dtype), llm.dtype, model.precision, device, temperature)
+    digest = llm_digest(llm.path, llm.dtype)
+    return TeacherKey(llm.path, digest, llm.dtype, model.precision, device, temperature, load_in=llm.load_in)
 
 
 def llm_digest(path: str, dtype: str) -> str:
@@ -160,7 +163,7 @@ class TeacherJob(CacheJob[Item, TeacherKey]):
     def compute(self, rows: Sequence[Item]) -> list[list[Arrays]]:
         """Return the teacher's logits for some items."""
         [key] = self.keys.values()
-        llm = load_llm(key.llm, key.dtype, key.device)
+        llm = load_llm(key.llm, key.dtype, key.device, key.load_in)
         with trial_numerics(self.threads, key.device, key.precision):
             computed = [top_log_probs(run_teacher(llm, self.inputs[row])[0], key.temperature) for row in rows]
         return [[TeacherLogits(ids.cpu().numpy(), log_probs.cpu().numpy()) for ids, log_probs in computed]]

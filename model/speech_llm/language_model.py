@@ -11,20 +11,23 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import ConfigError, UnavailableError, UserError, reason
 from model.checkpoints.audio_llms import FAMILIES, refuse_unsupported
-from model.config import LLMConfig, LoraSettings
+from model.config import LLMConfig, LoadIn, ModelConfig
 from model.encoders.audio_llms import build_language_model, language_config
 from model.runtime.memory import cached
+from model.speech_llm.attention import set_attention
+from model.speech_llm.quantization import dequantize, quantization_config, shared_weights, use_own_products
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @cached
-def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
+def load_llm(path: str, dtype: str, device: str, load_in: LoadIn = "none") -> PreTrainedModel:
     """Load a causal language model, frozen and in evaluation mode. The trials of a process share it, see `cached`.
 
     Of an audio LLM this is the language model alone.
@@ -32,12 +35,20 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
     Args:
         path: Hugging Face id or local folder.
         dtype: of the weights.
-        device: "cpu", "cuda", or "meta" for a model without values, made from the configuration alone.
+        device: "cpu", "cuda", or "meta" for a model without values, made from the configuration alone; its weights have
+            the shapes of those that are not quantized.
+        load_in: how the weights of linear layers are stored.
 
     Raises:
         ConfigError: the model cannot be loaded, or weights are missing, which transformers would draw at random.
+        UnavailableError: weights are to be quantized, and bitsandbytes is not installed.
     """
     missing: set[str] = set()
+    kind: torch.dtype = getattr(torch, dtype)
+    quantized = load_in != "none"
+    options = (
+        {"quantization_config": quantization_config(load_in, kind), "device_map": {"": device}} if quantized else {}
+    )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -46,13 +57,13 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
         if device == "meta":
             with torch.device("meta"):
                 text = language_config(config) if has_encoder else config
-                model = AutoModelForCausalLM.from_config(text, dtype=getattr(torch, dtype))
+                model = AutoModelForCausalLM.from_config(text, dtype=kind)
         elif has_encoder:
             with torch.random.fork_rng(devices=[]):
-                model, missing = build_language_model(path, config, getattr(torch, dtype))
+                model, missing = build_language_model(path, config, kind, options)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
+                path, dtype=kind, output_loading_info=True, trust_remote_code=False, **options
             )
             missing = set(report["missing_keys"])
     except UserError:
@@ -67,23 +78,35 @@ def load_llm(path: str, dtype: str, device: str) -> PreTrainedModel:
         )
     # The model's generation_config.json (sampling, penalties, suppressed tokens) would change greedy decoding.
     model.generation_config = GenerationConfig()
-    return model.to(device).requires_grad_(False).eval()
+    if quantized and device != "meta":
+        use_own_products(model)
+    else:
+        model.to(device)
+    return model.requires_grad_(False).eval()
 
 
-def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> PreTrainedModel:
+def load_base(config: LLMConfig, device: str) -> PreTrainedModel:
+    """Return the language model that all trials with these settings share, see `load_llm`."""
+    return load_llm(config.path, config.dtype, device, config.load_in)
+
+
+def load_llm_with_lora(model: ModelConfig, device: str) -> PreTrainedModel:
     """Return a view of the language model for one trial, with LoRA layers (Hu et al., 2021, arXiv 2106.09685).
 
     Raises:
-        ConfigError: see `load_llm`, or a LoRA target matches no layer.
+        ConfigError: see `load_llm` and `set_attention`; a LoRA target matches no layer, or there are fewer layers than
+            are to be recomputed.
     """
-    llm = shared_view(load_llm(config.path, config.dtype, device))
+    config, lora = model.llm, model.lora
+    llm = shared_view(load_base(config, device))
     if not {"inputs_embeds", "position_ids", "logits_to_keep"} <= inspect.signature(llm.forward).parameters.keys():
         raise ConfigError(
             f"model.llm.path: {config.path} is a {llm.config.model_type} model, which takes no positions or no "
             "embeddings, so padding could not be masked; use a model such as Llama, Qwen, Gemma or Mistral"
         )
+    set_attention(llm, model, device)
     if config.gradient_checkpointing:
-        llm.activation_checkpointing_enable({"use_reentrant": False})
+        _recompute_layers(llm, config)
     if not lora.enabled:
         return llm
     linear, experts = _linear_layers(llm), expert_weights(llm)
@@ -121,6 +144,43 @@ def load_llm_with_lora(config: LLMConfig, lora: LoraSettings, device: str) -> Pr
             f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); {fix}choose among "
             f"{', '.join(sorted(linear))}"
         ) from None
+
+
+def merge_lora(llm: PreTrainedModel) -> PreTrainedModel:
+    """Return an LLM with LoRA added to its weights, computed in copies: other models share the tensors.
+
+    Quantized weights become plain ones of the same value, so the scores stay those of the trained model.
+    """
+    dequantize(llm)
+    if not hasattr(llm, "peft_config"):
+        return llm
+    head = llm.get_output_embeddings()
+    if hasattr(head, "base_layer") and llm.config.tie_word_embeddings:
+        # The update changes the head alone, and the embeddings, which are the same tensor, stay as they are.
+        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+        llm.config.tie_word_embeddings = False
+    merged: PreTrainedModel = llm.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _recompute_layers(llm: PreTrainedModel, config: LLMConfig) -> None:
+    """Let the first layers of an LLM compute their activations again in the backward pass."""
+    llm.activation_checkpointing_enable({"use_reentrant": False})
+    count, layers = config.gradient_checkpointing, llm_layers(llm)
+    if count is True:
+        return
+    if count > len(layers):
+        raise ConfigError(
+            f"model.llm.gradient_checkpointing: {count} layers, and {config.path} has {len(layers)}; lower it, or set "
+            "true for all"
+        )
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
+
+
+def llm_layers(llm: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers of an LLM, one above the other."""
+    return [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _linear_layers(llm: nn.Module) -> set[str]:
@@ -234,8 +294,10 @@ def shared_view(base: Module) -> Module:
     Modules, hooks and flags are copied, so whatever is done to the copy (LoRA layers, `requires_grad`) leaves no trace
     on `base`.
     """
-    memo = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in base.parameters()}
-    return copy.deepcopy(base, memo)
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in base.parameters()
+    }
+    return copy.deepcopy(base, memo | shared_weights(base))
 
 
 def copy_parameters(model: nn.Module, names: set[str]) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.corpus.audio import waveform
 from data.corpus.schema import SAMPLE_RATE
@@ -51,12 +50,14 @@ from model.speech_llm.label_trie import LabelTrie, label_trie, shared_prefixes
 from model.speech_llm.language_model import (
     copy_parameters,
     embedding_scale,
+    llm_layers,
     load_llm_with_lora,
     max_positions,
     shared_view,
 )
 from model.speech_llm.packing import is_packing
 from model.speech_llm.prompt import CLIP, CLS, END, Answer, PromptBuilder, answer_text
+from model.speech_llm.quantization import check_frozen
 from model.speech_llm.sharding import Sharding
 from model.speech_llm.tokenizer import load_tokenizer
 
@@ -112,7 +113,7 @@ class SpeechLLM(nn.Module):
                 )
 
         self.base_device = device  # as the base models were loaded: torch may name it otherwise ("cuda:0")
-        self.llm = load_llm_with_lora(config.llm, config.lora, device)
+        self.llm = load_llm_with_lora(config, device)
         self.max_positions = max_positions(self.llm)
         check_audio_llm(config)
         own_encoder = config.encoder.path is None
@@ -206,6 +207,7 @@ class SpeechLLM(nn.Module):
                     f"model.lora.init_from: {config.lora.init_from}, and model.init_from ({config.init_from}) would "
                     "start LoRA, too; remove one of them"
                 )
+        check_frozen(config.llm.load_in, trained | tensors.keys())
         copy_parameters(self, {name for name in trained | tensors.keys() if part_of(name) in ("encoder", "llm")})
         if config.init_from is not None:
             names, report = load_parent_tensors(self, tensors, config.init_from, config.init_partial)
@@ -315,9 +317,8 @@ class SpeechLLM(nn.Module):
             self.encoder.eval()  # layers above frozen ones have no dropout either
         if not self.trained_parts & {"lora", "llm"}:
             self.llm.eval()
-            for module in self.llm.modules():  # this flag decides whether a layer recomputes its activations
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = mode and self.config.llm.gradient_checkpointing
+            for layer in llm_layers(self.llm):  # this flag decides whether a layer recomputes its activations
+                layer.training = mode and bool(self.config.llm.gradient_checkpointing)
         return self
 
     def autocast(self) -> torch.autocast:

@@ -140,6 +140,11 @@ class Config(Section):
                 f"{'do' if len(tasks) > 1 else 'does'} not; set majority, or give such a task a weight"
             )
         problems += self._sharding_problems()
+        if self.model.llm.attention == "flash_attention_2" and self.resources.device == "cpu":
+            problems.append(
+                "model.llm.attention: flash_attention_2 needs a GPU, and resources.gpus_per_worker is 0; set auto, or "
+                "give workers a GPU"
+            )
         if self.search.budget and self.search.budget.gpu_hours and not self.resources.gpus_per_worker:
             problems.append(
                 f"search.budget.gpu_hours: {self.search.budget.gpu_hours}, and trials use no GPU "
@@ -190,6 +195,11 @@ class Config(Section):
             problems.append(
                 "resources.shard: true divides weights among the workers of a trial, and resources.workers is 1; raise "
                 "it, or set resources.shard=false"
+            )
+        if self.model.llm.load_in != "none":
+            problems.append(
+                "resources.shard: true divides weights that are not quantized, and model.llm.load_in is "
+                f"{self.model.llm.load_in}; set it to none, or resources.shard=false, with the whole LLM on each worker"
             )
         if self.train.has_teacher:
             problems.append(

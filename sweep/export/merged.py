@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from model.checkpoints.audio_llms import FAMILIES
@@ -25,6 +25,7 @@ from model.encoders.whisper import WhisperEncoder
 from model.parts import part_of
 from model.speech_llm import queries
 from model.speech_llm.adapter import Adapter
+from model.speech_llm.language_model import merge_lora
 from model.speech_llm.speech_llm import SpeechLLM
 
 ENCODER = "encoder"
@@ -50,7 +51,7 @@ def write_merged(model: SpeechLLM, folder: Path) -> None:
         model: a trained model on the CPU or a GPU; the base models that it shares stay as they are.
         folder: exists.
     """
-    llm, own = merged_llm(model.llm), isinstance(model.adapter, Projector)
+    llm, own = merge_lora(model.llm), isinstance(model.adapter, Projector)
     if own:
         _write_audio_llm(model, llm, folder)
     else:
@@ -64,19 +65,6 @@ def write_merged(model: SpeechLLM, folder: Path) -> None:
     speech = {name: tensor.detach() for name, tensor in model.named_parameters() if part_of(name) in names}
     if speech:
         _save(speech, folder / SPEECH)
-
-
-def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
-    """Return an LLM with LoRA added to its weights, computed in copies: other models share the tensors."""
-    if not hasattr(llm, "peft_config"):
-        return llm
-    head = llm.get_output_embeddings()
-    if hasattr(head, "base_layer") and llm.config.tie_word_embeddings:
-        # The update changes the head alone, and the embeddings, which are the same tensor, stay as they are.
-        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
-        llm.config.tie_word_embeddings = False
-    merged: PreTrainedModel = llm.merge_and_unload(safe_merge=True)
-    return merged
 
 
 def _write_audio_llm(model: SpeechLLM, llm: PreTrainedModel, folder: Path) -> None:

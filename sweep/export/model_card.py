@@ -27,6 +27,11 @@ PREDICTS = {
     "response": "the therapist's next turn",
     "quality": "the quality of a session",
 }
+STORED = {  # how the weights of the LLM's linear layers were stored in training
+    "none": "",
+    "8bit": ", quantized to 8 bits (bitsandbytes, one scale for each row)",
+    "4bit": ", quantized to 4 bits (bitsandbytes, NF4 with double quantization)",
+}
 CONTROLS = {
     "zeroed": "all clips were silenced",
     "shuffled": "every clip was replaced by that of another utterance",
@@ -171,11 +176,11 @@ def _state(model: SpeechLLM, part: str) -> str:
 
 
 def _llm_state(model: SpeechLLM) -> str:
-    lora = model.config.lora
+    lora, stored = model.config.lora, STORED[model.config.llm.load_in]
     if not lora.enabled:
-        return _state(model, "llm")
+        return f"{_state(model, 'llm')}{stored}"
     targets = "all linear layers" if lora.targets == "all-linear" else ", ".join(lora.targets)
-    return f"{_state(model, 'llm')}, with LoRA of rank {lora.rank} on {targets}"
+    return f"{_state(model, 'llm')}{stored}, with LoRA of rank {lora.rank} on {targets}"
 
 
 def _digest(facts: CardFacts, setting: str) -> str:
@@ -217,6 +222,8 @@ def _size(records: Sequence[Record]) -> str:
 def _loading(model: SpeechLLM, config: Config) -> list[str]:
     """Return how a merged model is loaded and scored."""
     lora = "LoRA is merged into the weights of the LLM. " if model.config.lora.enabled else ""
+    if model.config.llm.load_in != "none":
+        lora += f"Its linear layers hold the quantized weights that it was trained on, as {model.config.llm.dtype}. "
     exact = model.config.precision == "float32" and config.model.llm.dtype == "float32"
     equal = (
         "equal those of the sweep to a relative 1e-4"
@@ -257,11 +264,18 @@ def _commands(model: SpeechLLM, config: Config) -> list[str]:
         lines += ["```python"]
         own = audio_family(model.config.llm.path) is not None
         kind = "AutoModelForMultimodalLM" if own else "AutoModelForCausalLM"
+        llm = model.config.llm
+        quantized, options = llm.load_in != "none", list[str]()
+        if quantized:
+            bits, kinds = llm.load_in[0], 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+            settings = f"load_in_{bits}bit=True{f', {kinds}' if bits == '4' else ''}"
+            options = [f"stored = BitsAndBytesConfig({settings})"]
         lines += [
             "from peft import PeftModel",
-            f"from transformers import {kind}",
+            f"from transformers import {kind}{', BitsAndBytesConfig' if quantized else ''}",
             "",
-            f"base = {kind}.from_pretrained({model.config.llm.path!r})",
+            *options,
+            f"base = {kind}.from_pretrained({llm.path!r}{', quantization_config=stored' if quantized else ''})",
             'llm = PeftModel.from_pretrained(base, "lora")',
             "```",
             "",

@@ -45,8 +45,8 @@ def settings(models: Path, kind: str = "hubert-layer", **changed: Any) -> ModelC
         "cls": "before",
         "max_new_tokens": 6,
     }
-    encoder = tree["encoder"] | changed.get("encoder", {})
-    return ModelConfig.model_validate(tree | changed | {"encoder": encoder})
+    parts = {name: tree[name] | changed.get(name, {}) for name in ("encoder", "llm")}
+    return ModelConfig.model_validate(tree | changed | parts)
 
 
 def build(models: Path, kind: str = "hubert-layer", seed: int = 0, **changed: Any) -> SpeechLLM:

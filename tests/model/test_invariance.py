@@ -146,6 +146,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merged frames": {"adapter": {"kind": "merge", "rate": 13.0}},
     "merged frames, frozen": {"adapter": {"kind": "merge"}, "trainable": "adapter+lora+tokens"},
     "DoRA": {"lora": {"rank": 2, "dora": True, "dropout": 0.0}},
+    "eager attention": {"llm": {"attention": "eager"}},
     "encoder frozen": {"trainable": "adapter+lora+tokens"},
     "LoRA off": {"lora": {"enabled": False}},
     "encoder: LoRA": {"encoder": {"lora": {"rank": 2}}, "trainable": "new"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from data.config import DataConfig, TaskWeights
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.loading.examples import Example
 from data.loading.tasks import answer_sets
 from data.shards.dataset import Shards
@@ -47,18 +47,24 @@ def test_gradient_checkpointing_changes_memory_only(
     llm = {"path": str(models / "llm")}
     calls = counted(monkeypatch, LlamaAttention)
     results = []
-    for checkpointing in (False, True):
+    for checkpointing, recomputed in ((False, 0), (True, 2), (1, 1)):
         model = build(models, "whisper", llm=llm | {"gradient_checkpointing": checkpointing}, **changed).train()
         calls.clear()
         losses = answer_losses(model, mixed(examples), LossConfig())
         assert len(calls) == 2
         results.append((losses.next_token_B.detach(), gradients(model, losses, LossConfig())))
-        assert len(calls) == (4 if checkpointing else 2)
-    (first_B, gradient), (second_B, again) = results
-    assert close(first_B, second_B, 1e-6)
-    assert gradient.keys() == again.keys()
+        assert len(calls) == 2 + recomputed
+    (first_B, gradient), *others = results
     scale = max(tensor.abs().max() for tensor in gradient.values())
-    assert all((tensor - again[name]).abs().max() <= 1e-6 * scale for name, tensor in gradient.items())
+    for second_B, again in others:
+        assert close(first_B, second_B, 1e-6)
+        assert gradient.keys() == again.keys()
+        assert all((tensor - again[name]).abs().max() <= 1e-6 * scale for name, tensor in gradient.items())
+
+
+def test_more_layers_than_the_llm_has_are_refused(models: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.llm\.gradient_checkpointing: 3 layers, and .* has 2; lower it, or"):
+        build(models, llm={"gradient_checkpointing": 3})
 
 
 Setup = tuple[Trainer, list[int], list[Example]]

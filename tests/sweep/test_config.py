@@ -88,6 +88,20 @@ def test_sharding_needs_workers_and_no_teacher(yaml: Yaml) -> None:
     load(yaml("name: a\nresources: {shard: true, workers: 2}"))
 
 
+def test_settings_that_cannot_go_together_with_a_base_are_refused(yaml: Yaml) -> None:
+    model = "trainable: adapter+llm, llm: {load_in: 4bit, attention: flash_attention_2}"
+    _, *lines = problems(yaml(f"name: a\nresources: {{shard: true, workers: 2}}\nmodel: {{{model}}}"))
+    starts = (
+        "model.llm.load_in: 4bit is for an LLM that stays frozen, and model.trainable (adapter+llm) trains it",
+        "resources.shard: true divides weights that are not quantized, and model.llm.load_in is 4bit; set it to none",
+        "model.llm.attention: flash_attention_2 needs a GPU, and resources.gpus_per_worker is 0; set auto, or give",
+    )
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 3
+    axes = {"load_in": "[none, 4bit]", "attention": "[auto, eager]", "gradient_checkpointing": "[false, true, 2]"}
+    space = ", ".join(f"model.llm.{name}: {values}" for name, values in axes.items())
+    assert len(load(yaml(f"name: a\nsearch: {{space: {{{space}}}}}")).search.space) == 3
+
+
 UNKNOWN = ": no setting that a search may vary has this name"
 
 

@@ -10,6 +10,7 @@ from model.checkpoints import peft_export
 from model.evaluation.bootstrap import Interval
 from model.evaluation.ceiling import Ceiling
 from model.evaluation.metrics import Record
+from model.speech_llm import quantization
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.schema import Config, parse
 from sweep.export.model_card import CardFacts, model_card
@@ -134,6 +135,28 @@ def test_card_of_a_base_with_an_adapter_of_its_own_names_no_peft(models: Path, t
     text = card(models, {"model": {"encoder": {"path": None}, "llm": {"path": str(folder)}}})
     assert "PeftModel" not in text
     assert "`sweep export --merged` writes both in one model." in text
+
+
+@pytest.mark.parametrize(
+    ("load_in", "stored", "settings"),
+    [
+        ("8bit", "quantized to 8 bits (bitsandbytes, one scale for each row)", "load_in_8bit=True"),
+        (
+            "4bit",
+            "quantized to 4 bits (bitsandbytes, NF4 with double quantization)",
+            'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+        ),
+    ],
+)
+def test_card_says_how_the_base_was_stored(
+    load_in: str, stored: str, settings: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: True)
+    text = card(models, {"model": {"llm": {"path": str(models / "llm"), "load_in": load_in}}})
+    assert f"llm`, frozen, {stored}, with LoRA of rank 8" in text
+    assert f"stored = BitsAndBytesConfig({settings})\nbase = " in text
+    assert "', quantization_config=stored)" in text
+    assert "quantized" not in card(models, {})
 
 
 def test_figures_say_where_they_come_from(models: Path) -> None:

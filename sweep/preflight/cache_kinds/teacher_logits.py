@@ -10,7 +10,7 @@ from data.loading.tasks import Item
 from data.loading.teacher_files import TeacherInput, teacher_files
 from model.objectives.teacher import TOP, TeacherJob, TeacherKey, teacher_inputs, teacher_key
 from model.runtime.memory import folder_stamp
-from model.speech_llm.language_model import load_llm, max_positions
+from model.speech_llm.language_model import load_base, load_llm, max_positions
 from model.speech_llm.prompt import PromptBuilder
 from model.speech_llm.tokenizer import load_tokenizer
 from sweep.config.resolve import ResolvedConfig
@@ -40,6 +40,7 @@ class TeacherLogitsKind(CacheKind[Item, TeacherKey]):
     axes = (
         "model.llm.path",
         "model.llm.dtype",
+        "model.llm.load_in",
         "model.llm.max_text_tokens",
         "model.precision",
         "model.modality",
@@ -124,7 +125,7 @@ def _teacher_inputs(config: ResolvedConfig) -> TeacherInputs:
             del _inputs[next(iter(_inputs))]
         llm, shards = config.model.llm, open_shards(config)
         builder = PromptBuilder(load_tokenizer(llm.path), config.model)
-        limit = max_positions(load_llm(llm.path, llm.dtype, "meta"))
+        limit = max_positions(load_base(llm, "meta"))
         inputs = teacher_inputs(builder, limit, shards, config.data, tasks)
         _inputs[name] = TeacherInputs(inputs, teacher_files(shards, inputs))
     return _inputs[name]
