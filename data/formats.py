@@ -21,9 +21,11 @@ def format_narrow_interval(value: float, low: float | None, high: float | None, 
 
 
 def format_value(value: object) -> str:
-    """Return the value of a setting: floats with three significant digits, booleans as yes and no."""
+    """Return the value of a setting: floats with three significant digits, booleans as yes or no, lists with commas."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(format_value, value)) or "none"
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"

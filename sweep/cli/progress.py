@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data.formats import format_value
 from sweep.analysis.results import progress, short_names
 from sweep.cli.console import console as terminal
 from sweep.cli.show import show_model
@@ -124,7 +125,7 @@ class TrialDisplay:
         self.states[trial.number] = trial.state
         if trial.state == "RUNNING" and before in (None, "FAIL", "PAUSED"):
             params = ", ".join(
-                f"{name} {_short(trial.params[key])}" for key, name in self.names.items() if key in trial.params
+                f"{name} {format_value(trial.params[key])}" for key, name in self.names.items() if key in trial.params
             )
             verb = f"resumes after epoch {epoch}" if epoch else "starts"
             say(f"trial {trial.number} [cyan]{verb}[/cyan]{': ' if params else ''}{escape(params)}")
@@ -132,8 +133,3 @@ class TrialDisplay:
             style = STYLE[trial.state]
             value = "" if trial.value is None else f"{self.config.search.metric} {trial.value:.3f}, "
             say(f"trial {trial.number} [{style}]{trial.state}[/{style}]: {value}{escape(trial.why)}")
-
-
-def _short(value: object) -> str:
-    """Return a parameter with as many digits as a reader needs."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

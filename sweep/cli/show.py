@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from data.formats import format_value
 from sweep.cli.console import console, print_line
 from sweep.config.schema import Config
 
@@ -161,4 +162,4 @@ def _preview_rows(preview: "Preview") -> Iterator[tuple[str, list[str]]]:
 
 
 def _format_point(point: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in point.items())
+    return ", ".join(f"{key} {format_value(value)}" for key, value in point.items())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from data.formats import format_value
 from model.evaluation.metrics import Record, label_metrics
 from sweep.analysis import predictions
 from sweep.analysis.leaderboard import leaderboard
@@ -181,6 +182,20 @@ def test_hours_are_of_what_trials_occupy(gpus: float, text: str, tmp_path: Path)
     config = of_four(workers=2, cpus_per_worker=3, gpus_per_worker=gpus)
     assert progress(config, trials).format_hours() == text
     assert leaderboard(config, tmp_path, trials).note.endswith(f"; {text} used")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["q_proj", "v_proj"], "q_proj, v_proj"),
+        ([], "none"),
+        ("all-linear", "all-linear"),
+        (True, "yes"),
+        (0.003, "3.00e-03"),
+    ],
+)
+def test_value_of_a_setting(value: object, text: str) -> None:
+    assert format_value(value) == text
 
 
 def test_trial_json() -> None:

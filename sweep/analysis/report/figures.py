@@ -11,6 +11,7 @@ import optuna
 import plotly.graph_objects as go
 
 from data.atomic import write_file
+from data.formats import format_value
 from model.evaluation.bootstrap import Interval
 from sweep.analysis.leaderboard import EQUAL
 from sweep.analysis.predictions import trial_interval
@@ -204,7 +205,7 @@ def _controls(config: Config, folder: Path, done: Sequence[TrialRecord]) -> Figu
     axes = [key for key in CONTROLS if key in config.search.space]
     best: dict[str, TrialRecord] = {}
     for trial in done:
-        best.setdefault(", ".join(str(trial.params[key]) for key in axes if key in trial.params), trial)
+        best.setdefault(", ".join(format_value(trial.params[key]) for key in axes if key in trial.params), trial)
     if not axes or len(best) < 2:
         return None
     bars = [(trial.value or 0.0, trial_interval(folder, trial, config.search.metric)) for trial in best.values()]
