@@ -70,6 +70,46 @@ def supports_flash_attention(llm: "PreTrainedModel") -> bool:
     return supported
 
 
+@contextmanager
+def no_search_for_packed_rows() -> Iterator[None]:
+    """Let a model not look for packed rows in its positions: it would wait for the device (transformers 5.23).
+
+    Rows that are packed here come with what makes them so; other batches have none.
+    """
+    from transformers import masking_utils
+
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+def compile_for_any_size(function: Marked, backend: str) -> Marked:
+    """Return a compiled function in which sizes are constants, except those that `mark_dynamic` names.
+
+    torch 2.14.1: `torch._dynamo.config`. Sizes of parameters would be constants in any case; and after eight variants
+    of a function a ninth one would not be compiled. Dropout draws what it draws without the compiler.
+    """
+    import torch
+
+    config = importlib.import_module("torch._dynamo.config")
+    config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
+    config.recompile_limit = 64
+    options = {"fallback_random": True} if backend == "inductor" else None
+    compiled: Marked = torch.compile(function, backend=backend, options=options)
+    return compiled
+
+
+def mark_dynamic(tensor: "Tensor", *dimensions: int) -> None:
+    """Let compiled code serve all sizes of some dimensions of a tensor, but for 1, which stays a constant."""
+    mark = importlib.import_module("torch._dynamo").maybe_mark_dynamic
+    for dimension in dimensions:
+        if tensor.shape[dimension] != 1:
+            mark(tensor, dimension)
+
+
 def skip_steps_if(flag: "Tensor", optimizer: "torch.optim.Optimizer") -> None:
     """Let a fused optimizer skip its step on the device while `flag` (float, a scalar on the device) is not 0.
 

@@ -15,6 +15,7 @@ NEW_PARTS = ("adapter", "lora", "tokens", "encoder_lora")  # parts that no pretr
 # Version of the models that `model.tiny` makes, here because naming them needs no torch. It is part of every cache key:
 # raise it when a saved model changes.
 TINY_VERSION = "2"
+TOKEN_BUDGET = 16_384  # of `train.token_budget: auto` where nothing was measured
 Dtype = Literal["float32", "bfloat16"]
 Packing = Literal["auto", "on", "off"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -416,10 +417,11 @@ class TrainConfig(Section):
         "as there are, and the labels of a task equally often. Or numbers, {task: {label: weight}}: with replacement, "
         "in proportion to the weight.",
     )
-    token_budget: Count = Field(
-        16_384,
-        description="Tokens and encoder frames computed at once (longest x count). Memory depends on it; the result "
-        "does not, in float32 and without dropout, whose draws depend on how a step is cut.",
+    token_budget: Count | Literal["auto"] = Field(
+        "auto",
+        description="Tokens and encoder frames computed at once (longest x count). auto: on a GPU as many as the dry "
+        "run of a sweep finds room for, elsewhere 16384. Memory depends on it; the result does not, in float32 and "
+        "without dropout, whose draws depend on how a step is cut.",
     )
     packing: Packing = Field(
         "auto",
@@ -427,12 +429,28 @@ class TrainConfig(Section):
         "half precision, if the LLM's family can. on: also elsewhere, or an error. off: they are padded. The result is "
         "the same in float32 and without dropout.",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether training runs the LLM's layers compiled (torch.compile), which takes a minute or more in "
+        "each worker once. auto: in a sweep on a GPU, if a trial is estimated to train for a quarter of an hour. The "
+        "result is the same up to rounding.",
+    )
+    kernels: Literal["torch", "liger"] = Field(
+        "torch",
+        description="What computes the LLM's norms and gated feed-forward layers. liger: the kernels of liger-kernel "
+        "(an extra), on a GPU.",
+    )
     checkpoint_steps: Count = Field(
         500, description="Largest number of optimizer steps between checkpoints within an epoch."
     )
     checkpoint_seconds: Positive = Field(
         300, description="Longest time in seconds between checkpoints within an epoch, up to the end of a step."
     )
+
+    @property
+    def initial_token_budget(self) -> int:
+        """The token budget of a training or an evaluation for which no dry run has found one."""
+        return TOKEN_BUDGET if self.token_budget == "auto" else self.token_budget
 
     @property
     def has_teacher(self) -> bool:

@@ -32,7 +32,7 @@ from sweep.config.loader import flat
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig, missing, resolve
 from sweep.config.schema import Config
-from sweep.config.space import Value
+from sweep.config.space import Value, Values
 from sweep.config.version import code_version
 from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
 from sweep.durability.mirror import Mirror, mirrored
@@ -390,7 +390,7 @@ class SweepRunner:
                 slots,
                 storage,
                 prepare=preparation.run,
-                make_job=lambda number, values: self.make_job(resolved, number, values),
+                make_job=lambda number, values: self.make_job(resolved, number, values, preparation.decide),
                 check=self.check,
                 ended=lambda: prune_checkpoints(self.study, self.folder),
                 stop=self.stop,
@@ -405,20 +405,27 @@ class SweepRunner:
         """Return the number of trials that have not ended, or have failed for a cause outside their configuration."""
         return trials_left(self.config, self.study.trials()) + len(self.study.failed_outside())
 
-    def make_job(self, resolved: ResolvedConfig, number: int, values: dict[str, Value]) -> TrialJob:
+    def make_job(
+        self,
+        resolved: ResolvedConfig,
+        number: int,
+        values: dict[str, Value],
+        planned: Callable[[Config, Values], Config] = lambda config, values: config,
+    ) -> TrialJob:
         """Write the configuration of a trial into its folder, and return what its workers receive.
 
         Args:
             resolved: configuration of the sweep.
             number: of the trial.
             values: of the trial, by dotted key.
+            planned: returns the configuration with what its dry run decides.
 
         Raises:
             UserError: the values do not go together.
         """
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.for_trial(values)
+        config = planned(self.config.for_trial(values), values)
         bases = self._bases(config)
         if bases:
             self.study.start(number, bases)

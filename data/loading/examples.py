@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,9 @@ from data.loading.augment import AugmentSeed, add_noise, augment_clip
 from data.loading.tasks import TASKS, Item, answer, audio_row, last_row
 from data.loading.teacher_files import TeacherLogits
 from data.shards.dataset import Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Example:
     turns: tuple[tuple[str, str], ...]  # (role, text), oldest first
     audio_turn: int | None  # index in `turns` of the turn with the clip
     pcm: np.ndarray | None  # the clip, int16 mono at 16 kHz; None: text only, or features
-    features: tuple[np.ndarray, ...] | None = None  # cached features instead of the clip, float16 [T, D] each
+    features: "tuple[np.ndarray | Tensor, ...] | None" = None  # cached features, not the clip; float16 [T, D] each
     n_samples: int = 0  # of the clip, if `features` are given
     teacher_logits: TeacherLogits | None = None  # cached logits of the teacher
 

@@ -8,13 +8,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from data.loading.cached_arrays import CacheFile, CacheReader, cache_file, split_into_files
 from data.loading.tasks import Item
 from data.shards.dataset import Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE_TOKENS = 2**18  # largest input of a file, which is what a kill may lose: minutes of a small LLM on a CPU
 LAYOUT = {"ids": "<i4", "log_probs": "<f4"}  # the fields of `TeacherLogits`
@@ -23,8 +26,8 @@ LAYOUT = {"ids": "<i4", "log_probs": "<f4"}  # the fields of `TeacherLogits`
 class TeacherLogits(NamedTuple):
     """The largest logits of a teacher at P predicted tokens, normalised."""
 
-    ids: np.ndarray  # int32 [P, K]: the most probable tokens
-    log_probs: np.ndarray  # float32 [P, K + 1]: their log-probabilities, and that of all other tokens together
+    ids: "np.ndarray | Tensor"  # int32 [P, K]: the most probable tokens
+    log_probs: "np.ndarray | Tensor"  # float32 [P, K + 1]: their log-probabilities, then that of all others
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,6 +32,7 @@ from model.config import Layers
 from model.encoders.base import SpeechEncoder, hidden_states, set_dropout
 from model.encoders.masked_layers import pad_rows
 from model.encoders.whisper import WhisperEncoder
+from model.runtime.device import on_device
 from model.runtime.memory import cached
 
 SETTING = "model.llm.path"
@@ -109,9 +110,9 @@ class GraniteSpeechEncoder(AudioLLMEncoder):
     def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Sequence[int]]:
         rows = []
         for number, clip in enumerate(clips):
-            features_FD = torch.as_tensor(self._extract(clip)).to(self.device, self.model.dtype)
+            features_FD = on_device(self._extract(clip), self.device, self.model.dtype)
             if time_masks is not None:
-                features_FD = features_FD.masked_fill(torch.as_tensor(time_masks[number])[:, None].to(self.device), 0.0)
+                features_FD = features_FD.masked_fill(on_device(time_masks[number][:, None], self.device), 0.0)
             rows.append(self.model.input_linear(features_FD))
         lengths = [len(row) for row in rows]
         return self._upper_layers(pad_rows(rows), lengths, 0), lengths
@@ -156,16 +157,15 @@ class Projector(nn.Module):
         """Return the number of embeddings of a clip of `n_frames` frames."""
         return -(-n_frames // self.window) * self.per_window
 
-    def forward(self, frames_BFD: Tensor, lengths_B: Tensor) -> list[Tensor]:
-        """Return the embeddings of each clip, [T_i, E], from frames_BFD that are zero beyond lengths_B."""
+    def forward(self, frames_BFD: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Return the embeddings of each clip, [T_i, E], from frames_BFD that are zero beyond its length."""
         embeddings_BTE: Tensor = self.module(frames_BFD)
-        lengths = map(self.num_embeddings, lengths_B.tolist())
-        return [row_TE[:length] for row_TE, length in zip(embeddings_BTE, lengths, strict=True)]
+        counts = map(self.num_embeddings, lengths)
+        return [row_TE[:count] for row_TE, count in zip(embeddings_BTE, counts, strict=True)]
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the embeddings of each clip, [T_i, E], from cached frames of a frozen encoder, [F_i, D]."""
-        padded_BFD = pad_rows(features)
-        return self.forward(padded_BFD, torch.tensor(list(map(len, features)), device=padded_BFD.device))
+        return self.forward(pad_rows(features), list(map(len, features)))
 
 
 def load_projector(path: str, device: str) -> Projector:

@@ -21,6 +21,7 @@ from data.corpus.schema import SAMPLE_RATE
 from data.errors import ConfigError
 from model.config import Layers
 from model.encoders.masked_layers import pad_rows
+from model.runtime.device import on_device
 
 OUTPUT = -1  # the last hidden state as the model returns it: behind its final norm
 LayerOutput = Tensor | tuple[Tensor, ...]  # hidden states, alone or followed by attention weights
@@ -118,7 +119,7 @@ class SpeechEncoder(nn.Module):
 
     def forward(
         self, clips: Sequence[np.ndarray], time_masks: Sequence[np.ndarray] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[int]]:
         """Encode clips.
 
         Args:
@@ -128,8 +129,8 @@ class SpeechEncoder(nn.Module):
                 would depend on the batch.
 
         Returns:
-            frames_BFD in the dtype of the weights, zero beyond each clip's end, and lengths_B in frames. The hidden
-            states that `set_layers` chose are side by side in D.
+            frames_BFD in the dtype of the weights, zero beyond each clip's end, and their lengths in frames. The
+            hidden states that `set_layers` chose are side by side in D.
         """
         padded = [self._pad(clip) for clip in clips]
         if time_masks is not None:
@@ -168,7 +169,7 @@ class SpeechEncoder(nn.Module):
         n_samples: Sequence[int],
         start: int,
         lower: Mapping[int, Sequence[Tensor]] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[int]]:
         """Compute the layers from `start` on and what follows them.
 
         Args:
@@ -178,10 +179,10 @@ class SpeechEncoder(nn.Module):
             lower: for each of `states` below `start`, its frames_FD of each clip.
 
         Returns:
-            frames_BFD and lengths_B, as `forward` does for the clips.
+            frames_BFD and lengths, as `forward` does for the clips.
         """
         rows = self._rows(hidden)
-        hidden_WFD, lengths = pad_rows(rows).to(self.device, self.model.dtype), [len(row) for row in rows]
+        hidden_WFD, lengths = on_device(pad_rows(rows), self.device, self.model.dtype), [len(row) for row in rows]
         with self._kept({index for index in self.states if index > start} - {self.top}) as kept:
             kept[self.top] = self._upper_layers(hidden_WFD, lengths, start)
         below = {index: pad_rows(frames).to(hidden_WFD) for index, frames in (lower or {}).items()}
@@ -256,7 +257,7 @@ class SpeechEncoder(nn.Module):
         below: Mapping[int, Tensor],
         lengths: Sequence[int],
         n_samples: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[int]]:
         """Return what `forward` does.
 
         Args:
@@ -269,8 +270,8 @@ class SpeechEncoder(nn.Module):
             below[index] if index in below else self._clip_frames(computed[index], lengths, n_samples)
             for index in self.states
         ]
-        lengths_B = torch.tensor([self.num_frames(count) for count in n_samples], device=self.device)
-        return frames[0] if len(frames) == 1 else torch.cat(frames, dim=-1), lengths_B
+        joined = frames[0] if len(frames) == 1 else torch.cat(frames, dim=-1)
+        return joined, [self.num_frames(count) for count in n_samples]
 
     def _drop_final_norm(self) -> None:
         """Remove what follows the last layer."""

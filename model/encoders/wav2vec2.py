@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from model.compat import freeze_feature_encoder
 from model.encoders.base import SpeechEncoder, Transformer, hidden_states
 from model.encoders.masked_layers import MaskedConv1d, MaskedGroupNorm, pad_rows, valid_mask
+from model.runtime.device import on_device
 
 
 class PaddedBatchEncoder(SpeechEncoder):
@@ -46,17 +47,17 @@ class PaddedBatchEncoder(SpeechEncoder):
 
     def _encode(self, clips: list[np.ndarray], time_masks: Sequence[np.ndarray] | None) -> tuple[Tensor, Sequence[int]]:
         lengths = [self._count_frames(len(clip)) for clip in clips]
-        inputs, valid = self._model_inputs(clips, torch.tensor(lengths, device=self.device))
+        inputs, valid = self._model_inputs(clips, on_device(lengths, self.device))
         hide = {}
         if time_masks is not None:
-            hide["mask_time_indices"] = pad_rows([torch.as_tensor(mask) for mask in time_masks]).to(self.device)
+            hide["mask_time_indices"] = on_device(pad_rows(list(map(torch.as_tensor, time_masks))), self.device)
         self._reset_position_cache()
-        inputs = inputs.to(self.device, self.model.dtype)
+        inputs = on_device(inputs, self.device, self.model.dtype)
         hidden_BFD: Tensor = self.model(inputs, attention_mask=valid.long(), **hide).last_hidden_state
         return hidden_BFD, lengths
 
     def _upper_layers(self, hidden_WFD: Tensor, lengths: Sequence[int], start: int) -> Tensor:
-        lengths_W = torch.tensor(lengths, device=self.device)
+        lengths_W = on_device(lengths, self.device)
         valid_WF = valid_mask(lengths_W, hidden_WFD.shape[1])
         self._reset_position_cache()
         arguments = self._layer_arguments(hidden_WFD, valid_WF, lengths_W)
@@ -66,7 +67,7 @@ class PaddedBatchEncoder(SpeechEncoder):
         return normed_WFD
 
     def _clip_frames(self, hidden_WFD: Tensor, lengths: Sequence[int], n_samples: Sequence[int]) -> Tensor:
-        lengths_W = torch.tensor(lengths, device=self.device)
+        lengths_W = on_device(lengths, self.device)
         return hidden_WFD * valid_mask(lengths_W, hidden_WFD.shape[1])[:, :, None]
 
     @property
@@ -137,7 +138,7 @@ class WaveformEncoder(PaddedBatchEncoder):
         return n_samples
 
     def _model_inputs(self, clips: list[np.ndarray], lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        counts_B = torch.tensor([len(clip) for clip in clips], device=self.device)
+        counts_B = on_device([len(clip) for clip in clips], self.device)
         kernel, stride = self.strides[0]
         for norm in self.norms:
             norm.lengths_B = (counts_B - kernel) // stride + 1

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from model.encoders.base import SpeechEncoder
 from model.encoders.masked_layers import pad_rows, valid_mask
+from model.runtime.device import on_device
 
 Pieces = TypeVar("Pieces", np.ndarray, range)
 
@@ -71,7 +72,7 @@ class WhisperEncoder(SpeechEncoder):
         return [window_FD for clip_FD in hidden for window_FD in clip_FD.split(self._transformer_frames(self.window))]
 
     def _upper_layers(self, hidden_WFD: Tensor, lengths: Sequence[int], start: int) -> Tensor:
-        lengths_W = torch.tensor(lengths, device=self.device)
+        lengths_W = on_device(lengths, self.device)
         mask = None  # where no window is shorter than the others
         if min(lengths) < hidden_WFD.shape[1]:
             valid_WF = valid_mask(lengths_W, hidden_WFD.shape[1])
@@ -97,7 +98,7 @@ class WhisperEncoder(SpeechEncoder):
                 mel_MT[:, : steps * len(mask)][:, np.repeat(mask, steps)] = 0.0
         if self.context == "clip":
             return self._encode_clips(mels, [len(clip) for clip in clips])
-        mels_WMT = torch.as_tensor(np.stack(mels)).to(self.device, self.model.dtype)
+        mels_WMT = on_device(np.stack(mels), self.device, self.model.dtype)
         hidden_WFD: Tensor = self.model(mels_WMT).last_hidden_state
         return hidden_WFD, [hidden_WFD.shape[1]] * len(mels)
 
@@ -108,7 +109,7 @@ class WhisperEncoder(SpeechEncoder):
         ]
         # The frames of a clip read one mel step beyond its own: silence, or the end of the window.
         steps = [torch.as_tensor(mel_MT[:, : 2 * n + 1]).T for mel_MT, n in zip(mels, lengths, strict=True)]
-        encoder, mels_WMT = self.model, pad_rows(steps).transpose(1, 2).to(self.device, self.model.dtype)
+        encoder, mels_WMT = self.model, on_device(pad_rows(steps), self.device, self.model.dtype).transpose(1, 2)
         size = max(lengths)
         hidden_WDT = F.gelu(encoder.conv1(mels_WMT))[:, :, : 2 * size]
         hidden_WFD = F.gelu(encoder.conv2(hidden_WDT)).transpose(1, 2) + encoder.embed_positions.weight[:size]

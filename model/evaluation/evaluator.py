@@ -16,6 +16,7 @@ from model.evaluation.metrics import Record
 from model.evaluation.scoring import decide, generate, label_scores
 from model.evaluation.split_data import SplitData, TrialData
 from model.objectives.losses import answer_losses
+from model.runtime.device import uploaded
 from model.runtime.distributed import gather, world
 from model.speech_llm.speech_llm import SpeechLLM
 
@@ -85,41 +86,66 @@ def evaluate(
     batches, reader = pending or request_batches(model, data, split, token_budget, batch_size)
     model.eval()
     records: list[tuple[int, Record]] = []
+    started: tuple[list[int], Callable[[], list[Record]]] | None = None
     with model.keep_pace():
-        for batch, examples in zip(batches, reader, strict=True):
+        for batch, examples in zip(batches, uploaded(reader, model.device), strict=True):
             before_batch()
-            records += zip(batch, predict(model, examples), strict=True)
+            following = batch, predict(model, examples)
+            if started is not None:
+                records += zip(started[0], started[1](), strict=True)
+            started = following
+    if started is not None:
+        records += zip(started[0], started[1](), strict=True)
     all_records = [pair for part in gather(records) for pair in part]
     return [record for _, record in sorted(all_records, key=lambda pair: pair[0])]
 
 
-def predict(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
-    """Return the records of examples of one task."""
+def predict(model: SpeechLLM, examples: Sequence[Example]) -> Callable[[], list[Record]]:
+    """Start to predict examples of one task.
+
+    Returns:
+        A function that waits for the device and returns the records. While the next batch is computed, it reads this
+        one.
+    """
     return (_label_records if model.tasks[examples[0].task].labels else _text_records)(model, examples)
 
 
-def _label_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
+def _label_records(model: SpeechLLM, examples: Sequence[Example]) -> Callable[[], list[Record]]:
     task = examples[0].task
     labels = model.tasks[task].labels
     scores_BK = label_scores(model, examples)
     decided_BK = decide(model, task, scores_BK)
-    records = []
-    for example, scores_K, decided_K in zip(examples, scores_BK, decided_BK, strict=True):
-        if example.answer in labels:
-            loss = -float(scores_K[labels.index(example.answer)])
-        else:  # a set of labels that training lacks: it cannot be predicted, but its text has a probability
-            loss = float(answer_losses(model, [example], LossConfig()).next_token_B)
-        prediction = labels[int(decided_K.argmax())]
-        records.append(_record(model, example, prediction, loss, tuple(decided_K.tolist())))
-    return records
+    best_B1 = decided_BK.argmax(-1, keepdim=True)
+    # A set of labels that training lacks cannot be predicted, but its text has a probability.
+    unseen = {
+        index: answer_losses(model, [example], LossConfig()).next_token_B
+        for index, example in enumerate(examples)
+        if example.answer not in labels
+    }
+
+    def read() -> list[Record]:
+        records, count = [], len(labels)
+        rows = torch.cat([scores_BK, decided_BK, best_B1.to(scores_BK.dtype)], dim=-1).tolist()
+        for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
+            loss = float(unseen[index]) if index in unseen else -row[labels.index(example.answer)]
+            decided = tuple(row[count : 2 * count])
+            records.append(_record(model, example, labels[int(row[-1])], loss, decided))
+        return records
+
+    return read
 
 
-def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> list[Record]:
-    losses = answer_losses(model, examples, LossConfig()).next_token_B.tolist()
-    return [
-        _record(model, example, reply.text, loss, ended=reply.ended)
-        for example, reply, loss in zip(examples, generate(model, examples), losses, strict=True)
-    ]
+def _text_records(model: SpeechLLM, examples: Sequence[Example]) -> Callable[[], list[Record]]:
+    losses_B = answer_losses(model, examples, LossConfig()).next_token_B
+    replies = generate(model, examples)  # waits for every token
+
+    def read() -> list[Record]:
+        return [
+            _record(model, example, reply.text, loss, ended=reply.ended)
+            for example, reply, loss in zip(examples, replies, losses_B.tolist(), strict=True)
+        ]
+
+    return read
 
 
 def _record(

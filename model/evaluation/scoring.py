@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from data.loading.examples import Example
+from model.runtime.device import on_device
 from model.speech_llm.label_trie import LabelTrie
 from model.speech_llm.language_model import head_at_positions
 from model.speech_llm.packing import is_packing, pack
@@ -64,7 +65,7 @@ def trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_NE: Tenso
         logits_to_keep=1,
     ).logits
     batch, nodes = len(prompts), len(trie.nodes)
-    ancestors_NN = torch.tensor(trie.ancestors, device=mask_BT.device)
+    ancestors_NN = on_device(trie.ancestors, mask_BT.device)
     visible_BNX = torch.cat(
         [mask_BT.bool()[:, None].expand(-1, nodes, -1), ancestors_NN.expand(batch, -1, -1)], dim=-1
     )  # X = T + N
@@ -88,7 +89,7 @@ def _packed_trie_logits(llm: PreTrainedModel, prompts: Sequence[Tensor], nodes_N
     packed = pack([torch.cat([prompt_TE, nodes_NE]) for prompt_TE in prompts], [trie] * len(prompts))
     lengths_B = torch.tensor([len(prompt_TE) for prompt_TE in prompts])
     first_B = torch.tensor(packed.starts) + lengths_B - 1
-    columns_P = (first_B[:, None] + torch.arange(count + 1)).flatten().to(nodes_NE.device)
+    columns_P = on_device((first_B[:, None] + torch.arange(count + 1)).flatten(), nodes_NE.device)
     with head_at_positions(llm.get_output_embeddings(), torch.zeros_like(columns_P), columns_P):
         logits_PV: Tensor = llm(**packed.inputs(), use_cache=False).logits
     return logits_PV.reshape(len(prompts), count + 1, -1)
@@ -104,7 +105,7 @@ def decide(model: SpeechLLM, task: str, scores_BK: Tensor) -> Tensor:
     counts_K = (
         torch.tensor(model.tasks[task].counts, dtype=torch.float64) + 1
     )  # so that a label that never occurs has a share
-    return scores_BK - (counts_K / counts_K.sum()).log().to(scores_BK)
+    return scores_BK - on_device((counts_K / counts_K.sum()).log(), scores_BK.device, scores_BK.dtype)
 
 
 @dataclass(frozen=True)

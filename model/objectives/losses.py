@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from data.loading.examples import Example
+from model.compat import no_search_for_packed_rows
 from model.config import LossConfig
 from model.objectives import teacher
 from model.runtime.device import on_device
@@ -221,7 +222,7 @@ def _outputs_at(
         inputs = _padded_inputs(sequences, tries)
     indices = [(*place, row, target) for place, (row, _, target) in zip(places, predicted, strict=True)]
     batch_P, columns_P, rows_P, targets_P = on_device(indices, device).unbind(-1)
-    with head_at_positions(llm.get_output_embeddings(), batch_P, columns_P):
+    with head_at_positions(llm.get_output_embeddings(), batch_P, columns_P), no_search_for_packed_rows():
         output = llm(**inputs, use_cache=False, output_hidden_states=hidden)
     return StudentOutputs(
         rows_P=rows_P,
@@ -249,11 +250,11 @@ def _padded_inputs(sequences: Sequence[Tensor], tries: Sequence[LabelTrie] | Non
         visible_BTT[row, first:end, first:end] = ancestors_NN
         positions_BT[row, first:end] = first - 1 + ancestors_NN.sum(-1)
     bias_BTT = torch.zeros(visible_BTT.shape, dtype=embeddings_BTE.dtype, device=device)
-    bias_BTT.masked_fill_(~visible_BTT.to(device), torch.finfo(bias_BTT.dtype).min)
+    bias_BTT.masked_fill_(~on_device(visible_BTT, device), torch.finfo(bias_BTT.dtype).min)
     return {
         "inputs_embeds": embeddings_BTE,
         "attention_mask": bias_BTT[:, None],
-        "position_ids": positions_BT.to(device),
+        "position_ids": on_device(positions_BT, device),
     }
 
 

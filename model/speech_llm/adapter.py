@@ -22,6 +22,7 @@ from data.errors import ConfigError, UnavailableError, listed
 from model.checkpoints.checkpoint import CheckpointState, with_result
 from model.config import AdapterConfig
 from model.encoders.masked_layers import pad_rows, valid_mask
+from model.runtime.device import on_device
 from model.speech_llm.queries import Queries
 
 
@@ -74,18 +75,17 @@ class Adapter(nn.Module):
             return self.config.queries or 0
         return max(0, n_frames - self.config.window) // self.config.stride + 1
 
-    def forward(self, frames_BFD: Tensor, lengths_B: Tensor) -> list[Tensor]:
-        """Return the embeddings of each clip, [T_i, E], from frames_BFD that are zero beyond lengths_B."""
+    def forward(self, frames_BFD: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Return the embeddings of each clip, [T_i, E], from frames_BFD that are zero beyond its length."""
         frames_BFD = self._sum_layers(frames_BFD)
         if not self.config.has_windows:
-            rows = zip(frames_BFD, lengths_B.tolist(), strict=True)
-            return self._embed([row_FD[:length] for row_FD, length in rows])
+            return self._embed([row_FD[:length] for row_FD, length in zip(frames_BFD, lengths, strict=True)])
         missing = self.config.window - frames_BFD.shape[1]
         if missing > 0:
             frames_BFD = F.pad(frames_BFD, (0, 0, 0, missing))
         embeddings_BTE = self._project(self._reduce(frames_BFD))
-        lengths = map(self.num_embeddings, lengths_B.tolist())
-        return [row_TE[:length] for row_TE, length in zip(embeddings_BTE, lengths, strict=True)]
+        counts = map(self.num_embeddings, lengths)
+        return [row_TE[:count] for row_TE, count in zip(embeddings_BTE, counts, strict=True)]
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the embeddings of each clip, [T_i, E], from cached features of a frozen encoder, [T_i, D].
@@ -96,8 +96,7 @@ class Adapter(nn.Module):
         if not self.config.has_windows:
             return self._embed([self._sum_layers(clip_FD) for clip_FD in features])
         if self.config.kind != "pool":
-            padded_BFD = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
-            return self.forward(padded_BFD, torch.tensor(lengths, device=padded_BFD.device))
+            return self.forward(nn.utils.rnn.pad_sequence(list(features), batch_first=True), lengths)
         return list(self._project(self._sum_layers(torch.cat(list(features)))).split(lengths))
 
     def _embed(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +105,7 @@ class Adapter(nn.Module):
         if self.queries is None:
             reduced = [merge_frames(clip_FD, count) for clip_FD, count in zip(clips, counts, strict=True)]
         elif self.config.queries is not None:
-            lengths_B = torch.tensor(list(map(len, clips)), device=clips[0].device)
+            lengths_B = on_device(list(map(len, clips)), clips[0].device)
             frames_BFD = pad_rows(clips)
             reduced = list(self.queries(frames_BFD, valid_mask(lengths_B, frames_BFD.shape[1])))
         else:
@@ -152,7 +151,8 @@ def merge_frames(frames_FD: Tensor, count: int) -> Tensor:
         similarity = (units_FD[1:] * units_FD[:-1]).sum(-1)
         ends = similarity.argsort(stable=True)[: count - 1].sort().values + 1
         borders = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(frames_FD))])
-    return torch.segment_reduce(frames_FD, "mean", lengths=borders.diff(), axis=0)
+    # Unchecked: a check of the lengths would wait for the device.
+    return torch.segment_reduce(frames_FD, "mean", lengths=borders.diff(), axis=0, unsafe=True)
 
 
 def cut_into_windows(clips: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:

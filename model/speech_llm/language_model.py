@@ -21,6 +21,7 @@ from model.config import LLMConfig, LoadIn, ModelConfig
 from model.encoders.audio_llms import build_language_model, language_config
 from model.runtime.memory import cached
 from model.speech_llm.attention import set_attention
+from model.speech_llm.kernels import fuse_lora
 from model.speech_llm.quantization import dequantize, quantization_config, shared_weights, use_own_products
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -136,7 +137,7 @@ def load_llm_with_lora(model: ModelConfig, device: str) -> PreTrainedModel:
         use_dora=lora.dora,
     )
     try:
-        return get_peft_model(llm, peft_config).requires_grad_(False)
+        adapted = get_peft_model(llm, peft_config).requires_grad_(False)
     except ValueError as error:
         # "all-linear" includes the fused experts of some families, see `lora_reach`.
         fix = "set model.lora.dropout=0, or " if "lora_dropout" in str(error) else ""
@@ -144,6 +145,8 @@ def load_llm_with_lora(model: ModelConfig, device: str) -> PreTrainedModel:
             f"model.lora.targets: {lora.targets} cannot be adapted in this LLM ({reason(error)}); {fix}choose among "
             f"{', '.join(sorted(linear))}"
         ) from None
+    fuse_lora(adapted)
+    return adapted
 
 
 def merge_lora(llm: PreTrainedModel) -> PreTrainedModel:

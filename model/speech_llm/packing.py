@@ -14,6 +14,7 @@ Shapes: S sequences of T_i positions, of which the last N_i may be nodes of a tr
 of a head; R = sum of all T_i, the positions of the row.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -98,19 +99,18 @@ def pack(sequences: Sequence[Tensor], tries: Sequence[LabelTrie] | None = None) 
             ancestors; its position is that of a sequence which consists of these.
     """
     lengths, device = list(map(len, sequences)), sequences[0].device
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
+    *starts, end = itertools.accumulate(lengths, initial=0)
     positions = list(map(torch.arange, lengths))
     for length, positions_T, trie in zip(lengths, positions, tries or (), strict=tries is not None):
         first = length - len(trie.nodes)
         positions_T[first:] = torch.tensor([first - 1 + sum(row) for row in trie.ancestors], dtype=torch.long)
     return Packed(
         embeddings=torch.cat(list(sequences))[None],
-        positions=on_device(torch.cat(positions)[None].numpy(), device),
+        positions=on_device(torch.cat(positions)[None], device),
         row=Row(
             lengths=lengths,
             nodes=_nodes(starts, lengths, tries, device) if tries and any(trie.nodes for trie in tries) else None,
-            bounds=on_device([0, *ends], device, torch.int32) if device.type == "cuda" else None,
+            bounds=on_device([*starts, end], device, torch.int32) if device.type == "cuda" else None,
         ),
         starts=starts,
     )
@@ -133,7 +133,7 @@ def _nodes(starts: Sequence[int], lengths: Sequence[int], tries: Sequence[LabelT
         visible_SNT[index, :count, :first] = True
         if count:
             visible_SNT[index, :count, first:length] = torch.tensor(trie.ancestors)
-    values = (positions, places, queries_SN.numpy(), keys_ST.numpy(), visible_SNT[:, None].numpy())
+    values = (positions, places, queries_SN, keys_ST, visible_SNT[:, None])
     return Nodes(*(on_device(value, device) for value in values))
 
 

@@ -421,13 +421,13 @@ class SpeechLLM(nn.Module):
             hidden, *states = zip(*map(self._frozen_features, examples), strict=True)
             lower = {spec.state: frames for spec, frames in zip(heard, states, strict=True)}
             n_samples = list(map(_n_samples, examples))
-            frames_BFD, lengths_B = self.encoder.forward_from_layer(hidden, n_samples, start, lower)
+            frames_BFD, lengths = self.encoder.forward_from_layer(hidden, n_samples, start, lower)
         else:
             waves = [waveform(example.pcm) for example in examples if example.pcm is not None]
             assert len(waves) == len(examples)
             augments = self.encoder.training and self.config.encoder.spec_augment
-            frames_BFD, lengths_B = self.encoder(waves, self._time_masks(examples, waves) if augments else None)
-        embeddings: list[Tensor] = self.adapter(frames_BFD.float(), lengths_B)
+            frames_BFD, lengths = self.encoder(waves, self._time_masks(examples, waves) if augments else None)
+        embeddings: list[Tensor] = self.adapter(frames_BFD.float(), lengths)
         return embeddings
 
     def _time_masks(self, examples: Sequence[Example], waves: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -473,7 +473,7 @@ def pad_left(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     The positions must be passed to the LLM: a forward pass does not derive them from the mask.
     """
-    lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=sequences[0].device)
+    lengths_B = on_device([len(sequence) for sequence in sequences], sequences[0].device)
     embeddings_BTE = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_side="left")
     width = embeddings_BTE.shape[1]
     mask_BT = (torch.arange(width, device=lengths_B.device) >= width - lengths_B[:, None]).long()

@@ -4,6 +4,9 @@ A `Trainer` in a temporary folder trains on the longest example alone, which no 
 makes two steps of its first epoch, the largest one and the median one. It also predicts a median validation batch of
 each task. The time of an epoch is projected from the number of positions in these batches. Where time is short, the
 steps are cut to as many of their micro-batches as it allows, and then left out; the longest example is always computed.
+
+With `train.token_budget: auto` on a GPU, the largest step is repeated with twice the token budget until it is computed
+at once or takes too much memory.
 """
 
 import math
@@ -84,6 +87,7 @@ def measure(
     workers: int,
     peak: Peak,
     seconds: float = math.inf,
+    max_bytes: int | None = None,
 ) -> TrialCost:
     """Measure a trial in a dry run. The model must not be used afterwards.
 
@@ -96,6 +100,7 @@ def measure(
         workers: that share a step; this process computes the first one's share.
         peak: of this process, created before the model was built.
         seconds: that the steps may take.
+        max_bytes: memory up to which the token budget grows; None: it is that of the configuration.
 
     Raises:
         OutOfMemoryError: one example alone does not fit.
@@ -109,6 +114,8 @@ def measure(
             model.train()
             limit.rate = _step(trainer, [longest], 1) / _positions(trainer, "train", [longest])
             min_bytes = peak.read()
+            if max_bytes is not None:
+                peak = _find_token_budget(trainer, workers, peak.device, limit, max_bytes)
             train_seconds = _measure_epoch(trainer, workers, limit)
             val_seconds = _measure_evaluation(trainer, limit) / workers
             return TrialCost(
@@ -123,26 +130,70 @@ def measure(
             data.close()
 
 
+def _find_token_budget(trainer: Trainer, workers: int, device: str, limit: TimeLimit, max_bytes: int) -> Peak:
+    """Set the largest token budget with which the largest step of the first epoch stays below `max_bytes`.
+
+    The budget is doubled as long as that changes how the step is cut, and the time allows; it is halved as long as the
+    step does not fit, down to one example at a time.
+
+    Returns:
+        The peak memory from the step with this budget on.
+    """
+
+    def parts(budget: int) -> list[list[int]]:
+        return _micro_batches(trainer, own, budget)
+
+    own = max((share(step, 0, workers) for step in _first_epoch(trainer)), key=lambda own: _computed(trainer, own))
+    fitting, budget, failing, peak = 0, trainer.token_budget, math.inf, Peak(device)
+    while limit.left() > 0:
+        trainer.token_budget, peak = budget, Peak(device)
+        _step(trainer, own, 1)
+        if trainer.token_budget == budget and peak.read() <= max_bytes:
+            fitting, budget = budget, 2 * budget
+            if budget >= failing or parts(budget) == parts(fitting):
+                break
+        elif fitting or len(parts(budget)) == len(own):
+            break
+        else:
+            failing, budget = budget, min(trainer.token_budget, budget // 2)
+    else:
+        limit.reached = True
+    if fitting and trainer.token_budget != fitting:
+        trainer.token_budget, peak = fitting, Peak(device)
+    return peak
+
+
+def _first_epoch(trainer: Trainer) -> list[list[int]]:
+    size, weights = trainer.config.batch_size, trainer.sampling_weights
+    return plan(trainer.train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=weights)
+
+
+def _micro_batches(trainer: Trainer, items: Sequence[int], budget: int) -> list[list[int]]:
+    """Return the items of each micro-batch of a worker's part of a step."""
+    found = trainer.model.micro_batches([trainer.train.costs[item] for item in items], budget)
+    return [[items[index] for index in part] for part in found]
+
+
+def _computed(trainer: Trainer, items: Sequence[int]) -> int:
+    """Return the positions of a worker's part of a step, padding included."""
+    return sum(_positions(trainer, "train", part) for part in _micro_batches(trainer, items, trainer.token_budget))
+
+
 def _measure_epoch(trainer: Trainer, workers: int, limit: TimeLimit) -> float:
     """Return the projected seconds of the optimizer steps of an epoch."""
-    size, train = trainer.config.batch_size, trainer.train
-    steps = plan(train.costs, batch_size=size, seed=trainer.seed, epoch=0, weights=trainer.sampling_weights)
-
-    def parts(items: Sequence[int]) -> list[list[int]]:
-        costs = [train.costs[item] for item in items]
-        found = trainer.model.micro_batches(costs, trainer.token_budget)
-        return [[items[index] for index in part] for part in found]
+    steps = _first_epoch(trainer)
 
     def positions(step: Sequence[int]) -> int:
-        return sum(_positions(trainer, "train", part) for part in parts(share(step, 0, workers)))
+        return _computed(trainer, share(step, 0, workers))
 
     def measured(step: Sequence[int]) -> tuple[float, int]:
         """Make the step, or as much of it as time allows; return its seconds and its positions."""
         own = share(step, 0, workers)
-        items = limit.shortened(parts(own), lambda part: _positions(trainer, "train", part))
+        parts = _micro_batches(trainer, own, trainer.token_budget)
+        items = limit.shortened(parts, lambda part: _positions(trainer, "train", part))
         whole = len(items) == len(own)
         taken = _step(trainer, step, workers) if whole else _step(trainer, items, 1)
-        return taken, positions(step) if whole else sum(_positions(trainer, "train", part) for part in parts(items))
+        return taken, _computed(trainer, items)
 
     if limit.left() <= 0:  # the longest example took all the time
         limit.reached = True
@@ -207,9 +258,11 @@ def _positions(trainer: Trainer, split: str, batch: Sequence[int]) -> int:
 
 
 def _step(trainer: Trainer, step: Sequence[int], workers: int) -> float:
-    """Make an optimizer step and return its seconds, without those of tries that ran out of memory."""
+    """Make an optimizer step and return its seconds, without those of compiling and of tries that ran out of memory."""
     positions = share(step, 0, workers)
     [examples] = trainer.data.read("train", [positions])
+    if trainer.config.compile == "on":
+        trainer.optimizer_step(step, positions, examples)
     while True:
         budget, started = trainer.token_budget, time.monotonic()
         trainer.optimizer_step(step, positions, examples)

@@ -30,10 +30,11 @@ from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced, weigh_targets, weights_by_item
 from model.objectives.losses import answer_losses
 from model.runtime import memory
-from model.runtime.device import on_device
+from model.runtime.device import on_device, uploaded
 from model.runtime.distributed import any_worker, barrier, gather, sum_gradients, world
 from model.runtime.system_metrics import SystemMetrics
 from model.speech_llm.speech_llm import SpeechLLM
+from model.training.checkpoint_writer import CheckpointWriter
 from model.training.loss_accumulator import LossAccumulator, Step, means
 from model.training.optimizer import make_optimizer, make_schedule
 from model.training.progress import LOWEST_LOSS, Metrics, Objective, Progress, best_epoch
@@ -102,6 +103,7 @@ def fit(
             report(trainer.progress.epoch, metrics)
     finally:
         data.close()  # stops reading ahead for an epoch that is not trained
+        trainer.writer.close()
     trainer.folder.finish()
 
 
@@ -123,10 +125,11 @@ class Trainer:
         self.seed, self.interrupted, self.objective = seed, interrupted, objective
         self.rank, self.workers = world()
         self.folder = RunFolder(folder)
+        self.writer = CheckpointWriter(self.folder)
         self.progress = Progress()
         self.kept: KeptWeights | None = None  # of the best epoch; rank 0 has those of this attempt
         self.saved_steps = 0  # that the checkpoint contains
-        self.token_budget = config.token_budget  # halved when memory runs out
+        self.token_budget = config.initial_token_budget  # halved when memory runs out
         self.labels = {task: answers.labels for task, answers in model.tasks.items()}
         self.task_weights: dict[str, float] = {task: getattr(tasks, task) for task in model.tasks}
 
@@ -217,7 +220,7 @@ class Trainer:
         self.model.train()
         self.checkpoint_time = time.monotonic()
         for steps, reader in parts:
-            for step, examples in zip(steps, reader, strict=True):
+            for step, examples in zip(steps, uploaded(reader, self.model.device), strict=True):
                 progress.examples += len(step)
                 self.optimizer_step(step, share(step, self.rank, self.workers), examples)
                 if self.must_stop or self.checkpoint_due or progress.total_steps % self.config.checkpoint_steps == 0:
@@ -245,6 +248,7 @@ class Trainer:
             part: those of this worker.
             examples: of `part`.
         """
+        self.writer.check()
         total, sums_N = self._gradients(step, part, examples)
         # If one worker is asked to end, all end after the same step. The clock of rank 0 counts for all.
         is_due = self.rank == 0 and time.monotonic() - self.checkpoint_time >= self.config.checkpoint_seconds
@@ -375,6 +379,7 @@ class Trainer:
             self.folder.write_predictions(records, self.labels)
             self._keep_weights()
         self.save()
+        self._finish_checkpoint()  # what is reported is in a complete checkpoint
         self._log_epoch(-1)
         self._log_system_metrics(at_least_once=True)
         return metrics
@@ -430,26 +435,25 @@ class Trainer:
             self.kept = KeptWeights(epoch=self.progress.epoch, tensors=tensors, digest=digest(tensors))
 
     def save(self) -> None:
-        """Write the checkpoint, after all losses and gradients up to it proved finite.
+        """Start to write the checkpoint, after all losses and gradients up to it proved finite.
 
         Raises:
             NonFiniteError: one was not finite; its step was not made.
-            StaleAttemptError, StorageError: as `checkpoint.save`.
+            StaleAttemptError, StorageError: as `checkpoint.save`, of this checkpoint or of the one before.
         """
         self.losses.read(self.progress.sums)
         self._count_time()
         random_states = gather(get_random_state())
         if self.rank == 0:
-            tensors = trained_tensors(self.model)
             state: CheckpointState = {
-                "tensors": tensors,
+                "tensors": trained_tensors(self.model),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "generators": random_states,
                 "progress": {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__},
                 "plan_hash": self.plan_hash,
                 "fingerprint": self.data.shards.fingerprint,
-                "digest": digest(tensors),
+                "digest": "",  # of the copy that is written
                 "parents": self.model.parents,
                 "files": self.model.files,
                 "bases": {setting: base.model_dump() for setting, base in self.model.bases.items()},
@@ -457,8 +461,16 @@ class Trainer:
                 "attempt": self.folder.lock.number,
                 "kept": self.kept,
             }
-            self.folder.save(state)
+            self.writer.write(state)
         self.saved_steps = self.progress.total_steps
+
+    def _finish_checkpoint(self) -> None:
+        """Wait until the checkpoint is complete.
+
+        Raises:
+            StaleAttemptError, StorageError: as `checkpoint.save`.
+        """
+        self.writer.wait()
         barrier()
 
     def _count_time(self) -> None:
@@ -479,4 +491,5 @@ class Trainer:
             self._end()
 
     def _end(self) -> NoReturn:
+        self._finish_checkpoint()
         raise TrialInterrupted(f"ended after step {self.progress.total_steps}, which is in the checkpoint")

@@ -176,7 +176,7 @@ def predict(
             raise UserError(f"--set {override}: only data.* can be changed for a trained model")
     config = resolve(load(str(path.with_name("config.yaml")), overrides))
     trained = load_trained(path, config, (split,), allow_other_base)
-    records = evaluate(trained.model, trained.data, split, config.train.token_budget, batch_size)
+    records = evaluate(trained.model, trained.data, split, config.train.initial_token_budget, batch_size)
     labels = {task: tuple(answers.labels) for task, answers in trained.model.tasks.items()}
     shards = trained.data.shards
     codes = {} if shards.merge is None else shards.stored_codes

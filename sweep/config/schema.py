@@ -201,6 +201,11 @@ class Config(Section):
                 "resources.shard: true divides weights that are not quantized, and model.llm.load_in is "
                 f"{self.model.llm.load_in}; set it to none, or resources.shard=false, with the whole LLM on each worker"
             )
+        if self.train.compile == "on":
+            problems.append(
+                "resources.shard: true gathers a layer's weights before it computes, and train.compile=on compiles it "
+                "with them; set train.compile=off, or resources.shard=false"
+            )
         if self.train.has_teacher:
             problems.append(
                 "resources.shard: true divides the LLM, and the teacher of train.losses.distillation and "

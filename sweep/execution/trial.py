@@ -21,6 +21,7 @@ from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.runtime import memory
 from model.runtime.distributed import on_first_worker, world
+from model.speech_llm.kernels import compile_layers, set_kernels
 from model.speech_llm.packing import set_packing
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.progress import Metrics, Objective
@@ -90,7 +91,7 @@ def build(
         share: of the training groups, see `items_of_share`.
 
     Raises:
-        ConfigError: `train.packing` is on, or the LLM is to be sharded, and it cannot.
+        ConfigError: `train.packing` is on, `train.kernels` is liger, or the LLM is to be sharded, and it cannot.
         OtherBaseError: this machine has other base models than the driver's.
     """
     configure_process(config)
@@ -109,6 +110,9 @@ def build(
         model.shard(device)
         memory.forget_models()  # a base model is whole, and another trial reads its files again
     set_packing(model.llm, resolve_packing(config.model, config.train.packing, device))
+    set_kernels(model.llm, config.train.kernels)
+    if config.train.compile == "on":
+        compile_layers(model.llm)
     if changes := other_bases(expected or {}, model.bases):
         raise OtherBaseError(
             f"{socket.gethostname()}: {changes}, while the sweep runs; restore the files, on all nodes"

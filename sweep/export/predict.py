@@ -122,7 +122,7 @@ def _code(
     data = TrialData.open(shards, model, config.data, (SPLIT,), select=_fitting(model, config.data, reasons))
     if not data.splits[SPLIT].items:
         raise _nothing_to_code(shards, reasons)
-    records = evaluate(model, data, SPLIT, config.train.token_budget)
+    records = evaluate(model, data, SPLIT, config.train.initial_token_budget)
     return codings(shards, records, {name: answers.labels for name, answers in exported.tasks.items()}, reasons)
 
 

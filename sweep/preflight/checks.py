@@ -5,12 +5,13 @@ The structures are built without weights. A mistake is then one line at the star
 
 import threading
 
-from data.errors import MisfitError, UserError
+from data.errors import ConfigError, MisfitError, UserError
 from data.loading.tasks import answer_sets, check_votes, has_audio, training_groups
 from model.checkpoints.fingerprint import Bases, identify_bases
 from model.evaluation.llm_check import check_llm, resolve_packing
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
+from model.speech_llm.kernels import check_kernels
 from model.speech_llm.speech_llm import SpeechLLM
 from sweep.config.resolve import ResolvedConfig, resolve
 from sweep.config.schema import Config
@@ -59,8 +60,30 @@ def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool =
         resolve_balanced(trial.train, model.tasks)
         if (lengths := _lengths(trial)) not in measured:
             measured.add(lengths)
-            TrialData.open(open_shards(trial), model, trial.data, ("train", "val"), teacher=trial.train.has_teacher)
+            data = TrialData.open(
+                open_shards(trial), model, trial.data, ("train", "val"), teacher=trial.train.has_teacher
+            )
+            _check_token_budget(resolved, data)
     return resolved
+
+
+def _check_token_budget(config: Config, data: TrialData) -> None:
+    """Check that the longest example fits into the smallest token budget of the trials.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    values = _values(config, "train.token_budget", config.train.token_budget)
+    budget = min((value for value in values if isinstance(value, int)), default=None)
+    splits = data.splits.values()
+    longest, (_, row) = max(
+        (sum(cost), item) for split in splits for cost, item in zip(split.costs, split.items, strict=True)
+    )
+    if budget is not None and longest > budget:
+        raise ConfigError(
+            f"train.token_budget: {budget} is smaller than the longest example, {data.shards.columns['id'][row]}, "
+            f"which takes {longest} tokens and frames; set at least {longest}, or auto"
+        )
 
 
 def _lengths(config: Config) -> str:
@@ -75,12 +98,13 @@ def skeleton(config: ResolvedConfig, bases: Bases | None = None, allow_other_bas
     """Return the model of a configuration without its weights.
 
     Raises:
-        UserError: see `SpeechLLM`, `check_llm` and `resolve_packing`.
+        UserError: see `SpeechLLM`, `check_llm`, `resolve_packing` and `check_kernels`.
     """
     answers = answer_sets(open_shards(config), config.tasks.active())
     model = SpeechLLM(config.model, answers, "meta", bases=bases, allow_other_base=allow_other_base)
     check_llm(config.model.llm)
     resolve_packing(config.model, config.train.packing, "meta")
+    check_kernels(model.llm, config.train.kernels, config.resources.device)
     return model
 
 

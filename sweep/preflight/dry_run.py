@@ -20,6 +20,7 @@ from sweep.execution.tasks import TaskQueue
 from sweep.execution.trial import build
 from sweep.preflight.checks import building
 
+MEMORY_MARGIN = 0.1  # of a GPU's memory, that train.token_budget: auto leaves to longer steps and to fragments
 Seconds = Callable[[], float]
 
 
@@ -52,8 +53,18 @@ def dry_run(run: DryRun) -> DryRunResult:
     try:
         model, data = build(config, "local", ("train", "val"), device, run.cached)
         startup = time.monotonic() - started
+        grows = config.train.token_budget == "auto" and device == "cuda"
+        share = (1 - MEMORY_MARGIN) * min(1.0, config.resources.gpus_per_worker)
         cost = measure(
-            model, data, config.train, config.tasks, config.seed, config.resources.workers, peak, run.seconds - startup
+            model,
+            data,
+            config.train,
+            config.tasks,
+            config.seed,
+            config.resources.workers,
+            peak,
+            run.seconds - startup,
+            int(share * capacity) if grows else None,
         )
     except memory.OutOfMemoryError as error:
         return DryRunResult(too_large=reason(error))

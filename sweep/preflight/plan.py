@@ -63,8 +63,12 @@ class ProfileResult:
         cost, failure = self.result.cost, self.result.failure
         if failure:
             return f"{self.profile}: could not be measured ({failure})"
-        if cost and cost.token_budget < self.profile.config.train.token_budget:
-            return f"{self.profile}: {cost.token_budget} tokens fit into memory at once, fewer than train.token_budget"
+        if cost and cost.token_budget != (budget := self.profile.config.train.initial_token_budget):
+            if self.profile.config.train.token_budget == "auto":
+                return f"{self.profile}: train.token_budget auto is {cost.token_budget}"
+            if cost.token_budget < budget:
+                fit = f"{cost.token_budget} tokens fit into memory at once"
+                return f"{self.profile}: {fit}, fewer than train.token_budget"
         if cost and cost.full_bytes > self.available:
             return (
                 f"{self.profile}: needs {format_bytes(cost.full_bytes)} for train.token_budget at once, and has "
@@ -87,6 +91,11 @@ class Plan:
         """Return whether a trial with these values may start: not if all its profiles are too large."""
         matching = self._matching(values)
         return not matching or any(result.fits for result in matching)
+
+    def token_budget(self, values: Values) -> int | None:
+        """Return the token budget that the dry runs found for a trial with these values; None: it was not measured."""
+        costs = [result.result.cost for result in self._matching(values)]
+        return min((cost.token_budget for cost in costs if cost is not None), default=None)
 
     def _matching(self, values: Values) -> list[ProfileResult]:
         indices = matching_profiles(values, [result.profile.values for result in self.results])

@@ -57,10 +57,12 @@ def noise(n_samples: int, seed: int) -> np.ndarray:
 CLIPS = [noise(n_samples, seed) for seed, n_samples in enumerate((MIN_SAMPLES, 5637, 20801, LONG))]
 
 
-def split(encoder: SpeechEncoder, frames_BFD: Tensor, lengths_B: Tensor, clips: Sequence[np.ndarray]) -> list[Tensor]:
+def split(
+    encoder: SpeechEncoder, frames_BFD: Tensor, given: Sequence[int], clips: Sequence[np.ndarray]
+) -> list[Tensor]:
     """Return the frames of each clip, whose number must follow from the formula, and check that the rest is zero."""
     lengths = [encoder.num_frames(len(clip)) for clip in clips]
-    assert lengths_B.tolist() == lengths
+    assert given == lengths
     assert frames_BFD.shape == (len(clips), max(lengths), encoder.width)
     assert not any(row[length:].any() for row, length in zip(frames_BFD, lengths, strict=True))
     return [row[:length] for row, length in zip(frames_BFD, lengths, strict=True)]

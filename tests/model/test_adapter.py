@@ -35,13 +35,13 @@ def make(kind: str = "pool", hidden: int = 0, window: int = 4, stride: int = 3, 
     return Adapter(WIDTH_IN, WIDTH_OUT, AdapterConfig(kind=kind, hidden=hidden, window=window, stride=stride))
 
 
-def batch(lengths: list[int], fill: float = 0.0) -> tuple[Tensor, Tensor]:
+def batch(lengths: list[int], fill: float = 0.0) -> tuple[Tensor, list[int]]:
     """Return the frames of clips, with `fill` in the padding."""
     frames_BFD = torch.full((len(lengths), max(lengths), WIDTH_IN), fill)
     for row, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(row)
         frames_BFD[row, :length] = torch.randn(length, WIDTH_IN, generator=generator)
-    return frames_BFD, torch.tensor(lengths)
+    return frames_BFD, lengths
 
 
 def naive(adapter: Adapter, frames_FD: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def naive(adapter: Adapter, frames_FD: Tensor) -> Tensor:
 def test_embeddings_equal_explicit_windows(kind: str, hidden: int, window: int, stride: int) -> None:
     """A clip below one window included, which is padded with zeros."""
     adapter, lengths = make(kind, hidden, window, stride), [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 25]
-    frames_BFD, lengths_B = batch(lengths)
-    for row, (embedded, length) in enumerate(zip(adapter(frames_BFD, lengths_B), lengths, strict=True)):
+    frames_BFD, _ = batch(lengths)
+    for row, (embedded, length) in enumerate(zip(adapter(frames_BFD, lengths), lengths, strict=True)):
         assert embedded.shape == (adapter.num_embeddings(length), WIDTH_OUT)
         assert close(embedded, naive(adapter, frames_BFD[row, :length]))
 
@@ -83,11 +83,11 @@ def test_embeddings_depend_on_the_clip_and_all_its_windows(kind: str, hidden: in
     clean, filled = adapter(*batch(lengths)), adapter(*batch(lengths, fill=1e6))
     assert all(map(torch.equal, clean, filled))
     for row, length in enumerate(lengths):
-        (alone,) = adapter(batch(lengths)[0][row : row + 1, :length], torch.tensor([length]))
+        (alone,) = adapter(batch(lengths)[0][row : row + 1, :length], [length])
         assert close(alone, clean[row])
-    frames_BFD, lengths_B = batch([9, 12])
+    frames_BFD, lengths = batch([9, 12])
     frames_BFD.requires_grad_()
-    sum(embedded.square().sum() for embedded in adapter(frames_BFD, lengths_B)).backward()
+    sum(embedded.square().sum() for embedded in adapter(frames_BFD, lengths)).backward()
     used_BF = frames_BFD.grad.abs().sum(-1) > 0
     assert used_BF.tolist() == [[frame < 7 for frame in range(12)], [frame < 10 for frame in range(12)]]
 

@@ -52,9 +52,9 @@ def test_embeddings_depend_on_the_clip_alone(changed: dict[str, Any]) -> None:
 @every_kind
 def test_every_frame_and_every_parameter_takes_part(changed: dict[str, Any]) -> None:
     adapter = make(changed)
-    frames_BFD, lengths_B = batch(LENGTHS)
+    frames_BFD, lengths = batch(LENGTHS)
     frames_BFD.requires_grad_()
-    sum(embedded.square().sum() for embedded in adapter(frames_BFD, lengths_B)).backward()
+    sum(embedded.square().sum() for embedded in adapter(frames_BFD, lengths)).backward()
     used_BF = frames_BFD.grad.abs().sum(-1) > 0
     assert used_BF.tolist() == [[frame < length for frame in range(30)] for length in LENGTHS]
     biases = "key.bias"  # which the softmax takes out again

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.loading.batching import plan
 from data.shards.dataset import Shards
 from model.config import TrainConfig
 from model.runtime import memory
@@ -21,10 +22,17 @@ from tests.model.trials import TWO, Trial
 MB = 10**6
 
 
-def measured(trial: Trial, models: Path, corpus: Shards, workers: int = 1, seconds: float = math.inf) -> TrialCost:
+def measured(
+    trial: Trial,
+    models: Path,
+    corpus: Shards,
+    workers: int = 1,
+    seconds: float = math.inf,
+    max_bytes: int | None = None,
+) -> TrialCost:
     peak = Peak("cpu")
     model, data = trial.start(models, corpus)
-    return measure(model, data, trial.train, trial.tasks, trial.seed, workers, peak, seconds)
+    return measure(model, data, trial.train, trial.tasks, trial.seed, workers, peak, seconds, max_bytes)
 
 
 def test_peak_covers_memory_that_was_freed() -> None:
@@ -98,6 +106,35 @@ def test_smaller_budget_is_found_or_refused(models: Path, corpus: Shards, monkey
     full_above(monkeypatch, 0)
     with pytest.raises(OutOfMemoryError, match="one example at a time"):
         measured(Trial(train=WHOLE), models, corpus)
+
+
+@pytest.mark.parametrize(("most", "max_bytes", "held"), [(99, 10**15, 9), (4, 10**15, 4), (99, 4, 4)])
+def test_budget_grows_and_shrinks_to_what_fits(
+    most: int, max_bytes: int, held: int, models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device runs out of memory beyond `most` examples, and an example at once takes a byte; then all is one part."""
+    sizes = full_above(monkeypatch, most)
+
+    class ExamplesAtOnce:
+        device = "cpu"
+
+        def __init__(self, device: str) -> None:
+            sizes.clear()
+
+        def read(self) -> int:
+            return max(sizes)
+
+    monkeypatch.setattr(dry_run, "Peak", ExamplesAtOnce)
+    trial = Trial(train=WHOLE.model_copy(update={"token_budget": 120}))
+    cost = measured(trial, models, corpus, max_bytes=max_bytes)
+    assert cost.full_bytes <= held
+    model, data = trial.start(models, corpus)
+    costs = data.splits["train"].costs
+    steps = plan(costs, batch_size=9, seed=trial.seed, epoch=0)
+    step = max(([costs[item] for item in step] for step in steps), key=lambda step: sum(map(sum, step)))
+    found, doubled = ([*map(len, model.micro_batches(step, times * cost.token_budget))] for times in (1, 2))
+    assert max(found) <= held
+    assert max(doubled) > held or doubled == found
 
 
 def test_allocator_failure_is_out_of_memory(models: Path, corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,12 +72,12 @@ def test_balanced_priors_divide_scores_by_training_shares(models: Path, examples
     assert decide(plain, "classify", scores_BK) is scores_BK
     shares = torch.tensor([6, 4, 3]) / 13  # of the counts 5, 3, 2 and one of each
     assert close(decide(balanced, "classify", scores_BK), scores_BK - shares.log())
-    for first, second in zip(predict(plain, examples), predict(balanced, examples), strict=True):
+    for first, second in zip(predict(plain, examples)(), predict(balanced, examples)(), strict=True):
         assert first.loss == second.loss
         assert second.scores == pytest.approx([a - b for a, b in zip(first.scores, shares.log().tolist(), strict=True)])
         assert second.prediction == LABELS[max(range(3), key=second.scores.__getitem__)]
     balanced.tasks["classify"] = AnswerSet(LABELS, (0, 10**9, 10**9))
-    records = predict(balanced, examples)
+    records = predict(balanced, examples)()
     assert {record.prediction for record in records} == {"change"}
     assert torch.tensor([record.scores for record in records]).isfinite().all()
 
@@ -86,11 +86,11 @@ def test_balanced_priors_divide_scores_by_training_shares(models: Path, examples
 def test_label_set_that_training_lacks_is_wrong_but_has_a_loss(models: Path, examples: list[Example]) -> None:
     model = build(models)
     odd = replace(examples[0], answer="sustain+neutral")
-    first, second = predict(model, [odd, examples[1]])
+    first, second = predict(model, [odd, examples[1]])()
     assert first.prediction in LABELS
     assert first.loss == pytest.approx(-naive_score(model, odd, model.answer(odd)).item(), rel=1e-5)
     assert first.tokens == model.answer(odd).predicted
-    assert second.loss == pytest.approx(predict(model, [examples[1]])[0].loss, rel=1e-5)
+    assert second.loss == pytest.approx(predict(model, [examples[1]])()[0].loss, rel=1e-5)
 
 
 def naive_reply(model: SpeechLLM, example: Example, limit: int, eos: int) -> tuple[list[int], bool]:
@@ -139,7 +139,7 @@ def test_replies_are_greedy_and_stop_at_eos(
     assert generated == expected_replies(model, asked)
     assert len({reply.text for reply in generated}) > 1
     assert modality == "text" or {reply.ended for reply in generated} == {True, False}
-    records = predict(model, asked)
+    records = predict(model, asked)()
     assert [(record.prediction, record.ended) for record in records] == [
         (reply.text, reply.ended) for reply in generated
     ]

@@ -31,6 +31,7 @@ WRONG = [
     ("model.adapter.init_from", "/nowhere.pt", "model.adapter.init_from: /nowhere.pt: no such file"),
     ("model.init_from", "/nowhere", "model.init_from: /nowhere: no such checkpoint"),
     ("model.prompt.format", "chat", "model.prompt.format: the tokenizer of "),
+    ("train.token_budget", 3, "train.token_budget: 3 is smaller than the longest example, "),
     ("tasks.therapist_behaviour", 1, "{shards}: the train split has no items for the task therapist_behaviour"),
 ]
 Check = Callable[..., ResolvedConfig]

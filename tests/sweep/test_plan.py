@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from ray.tune.search import Searcher
@@ -19,6 +20,7 @@ from sweep.preflight import plan as plan_module
 from sweep.preflight.dry_run import DryRun, DryRunResult, dry_runs_on_workers
 from sweep.preflight.plan import Plan, make_plan
 from sweep.preflight.plan_file import FILE, Estimate, PlanFile, plan_lines, save_actual_time, save_estimate
+from sweep.preflight.preparation import Preparation
 from sweep.search.study import StudyStore
 from tests.sweep.common import FROZEN, Asked, ask, play, report, sweep
 from tests.sweep.tiny import config
@@ -88,6 +90,34 @@ def test_dry_runs_are_done_once_for_a_sweep(
     monkeypatch.setattr(plan_module, "code_version", lambda: "other")
     plan_of(one, tmp_path)
     assert len(measured) == 12
+
+
+def test_dry_runs_decide_what_a_trial_leaves_open(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it asks for one, also after a resume, which measures nothing."""
+
+    def instant(run: DryRun) -> DryRunResult:
+        budget = 65_536 if run.config.model.modality == "text" else 16_384
+        return DryRunResult(cost=TrialCost(train=1.0, val=0.5, least=10, full=20, budget=budget), capacity=10**9)
+
+    lines, space = list[str](), searched(models, corpus)
+    preparation = Preparation(Mock(), space, tmp_path / "cache", NODES, 2, 8, lines.append, Mock())
+    with monkeypatch.context() as patch:
+        patch.setattr(dry_run_module, "dry_run", instant)
+        plan_of(space, tmp_path, lines)
+    assert lines[1] == "plan: model.lora.rank 8, model.modality text: train.token_budget auto is 65536"
+    values = {RANK: 4, MODALITY: "text", RATE: 0.005}
+    trial = space.for_trial(values)
+    assert preparation.decide(trial, values) == trial
+    preparation.plan = plan_of(space, tmp_path)
+    decided = preparation.decide(trial, values).train
+    assert (decided.token_budget, decided.compile) == (65_536, "off")
+    fixed = trial.with_values({"train.token_budget": 99, "train.compile": "on"})
+    assert preparation.decide(fixed, values) == fixed
+    on_gpu = {"resources.gpus_per_worker": 1, "train.epochs": 600}
+    assert preparation.decide(trial.with_values(on_gpu), values).train.compile == "on", "1.5 s for each epoch"
+    assert preparation.decide(trial.with_values(on_gpu | {"train.epochs": 599}), values).train.compile == "off"
 
 
 def test_dry_runs_share_a_part_of_the_sweep(
