@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # Ray starts many Python processes: without compiled bytecode each one would compile torch and ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install sweep test lint lock audit clean
+.PHONY: install sweep test gpu lint lock audit clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ sweep: $(STAMP)
 # Three processes share the tests by file: while one waits for Ray or a server, two compute.
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not long" --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+
+# What only a GPU can show: figures, tests and a small sweep, in some minutes.
+gpu: $(STAMP)
+	$(BIN)/python -m tests.bench.on_gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

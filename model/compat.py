@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -86,20 +86,28 @@ def no_search_for_packed_rows() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = search
 
 
+# Settings of `torch._dynamo.config`.
+COMPILER = {
+    "force_parameter_static_shapes": False,
+    "force_nn_module_property_static_shapes": False,
+    "recompile_limit": 64,
+}
+
+
 def compile_for_any_size(function: Marked, backend: str) -> Marked:
     """Return a compiled function in which sizes are constants, except those that `mark_dynamic` names.
 
-    torch 2.14.1: `torch._dynamo.config`. Sizes of parameters would be constants in any case; and after eight variants
-    of a function a ninth one would not be compiled. Dropout draws what it draws without the compiler.
+    torch 2.14.1: by default, sizes of parameters are constants in any case, and after eight variants of a function a
+    ninth one is not compiled. Dropout draws what it draws without the compiler.
     """
     import torch
 
     config = importlib.import_module("torch._dynamo.config")
-    config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
-    config.recompile_limit = 64
-    options = {"fallback_random": True} if backend == "inductor" else None
-    compiled: Marked = torch.compile(function, backend=backend, options=options)
-    return compiled
+    for name, value in COMPILER.items():
+        setattr(config, name, value)
+    if backend == "inductor":
+        return cast(Marked, torch.compile(function, backend=backend, options={"fallback_random": True}))
+    return cast(Marked, torch.compile(function, backend=backend))
 
 
 def mark_dynamic(tensor: "Tensor", *dimensions: int) -> None:

@@ -27,7 +27,7 @@ from data.loading import teacher_files
 from data.loading.cached_arrays import Arrays, CacheJob, CacheKey, Layout
 from data.loading.examples import Example, read_example
 from data.loading.tasks import Item, items
-from data.loading.teacher_files import TeacherInput, TeacherLogits
+from data.loading.teacher_files import TeacherInput
 from data.shards.dataset import Shards
 from model.checkpoints.fingerprint import derived_digest, identify, model_digest
 from model.config import LoadIn, ModelConfig
@@ -166,4 +166,4 @@ class TeacherJob(CacheJob[Item, TeacherKey]):
         llm = load_llm(key.llm, key.dtype, key.device, key.load_in)
         with trial_numerics(self.threads, key.device, key.precision):
             computed = [top_log_probs(run_teacher(llm, self.inputs[row])[0], key.temperature) for row in rows]
-        return [[TeacherLogits(ids.cpu().numpy(), log_probs.cpu().numpy()) for ids, log_probs in computed]]
+        return [[(ids.cpu().numpy(), log_probs.cpu().numpy()) for ids, log_probs in computed]]  # as `TeacherLogits`

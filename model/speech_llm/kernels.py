@@ -53,10 +53,10 @@ def _fused_forward(self: LoraLinear, x: Tensor, *args: object, **options: object
         output: Tensor = LoraLinear.forward(self, x, *args, **options)
         return output
     rows_PE = x.flatten(0, -2)
-    sum_PO = self.base_layer(rows_PE)
+    sum_PO: Tensor = self.base_layer(rows_PE)
     update_PR = nn.functional.linear(self.lora_dropout[ADAPTER](rows_PE), weight_RE) * self.scale
     sum_PO.addmm_(update_PR, weight_OR.T.to(sum_PO.dtype))
-    return sum_PO.unflatten(0, x.shape[:-1])
+    return sum_PO.view(*x.shape[:-1], -1)
 
 
 def set_kernels(llm: PreTrainedModel, kernels: Literal["torch", "liger"]) -> None:
@@ -106,7 +106,8 @@ def _liger_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
 def _liger_gated(self: nn.Module, x: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    output: Tensor = self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up, down = map(self.get_submodule, ("gate_proj", "up_proj", "down_proj"))
+    output: Tensor = down(LigerSiLUMulFunction.apply(gate(x), up(x)))
     return output
 
 

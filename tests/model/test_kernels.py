@@ -14,16 +14,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from data.errors import ConfigError
-from model.config import LLMConfig, LoraSettings
 from model.speech_llm.kernels import check_kernels, compile_layers, set_kernels
 from model.speech_llm.language_model import load_llm_with_lora
-from tests.model.common import close
+from tests.model.common import close, settings
 
 
 def adapted(models: Path, **lora: Any) -> Any:
     """Return an LLM whose LoRA layers are no longer zero."""
-    settings = LoraSettings.model_validate({"rank": 4, "dropout": 0.0} | lora)
-    llm = load_llm_with_lora(LLMConfig(path=str(models / "llm")), settings, "cpu")
+    llm = load_llm_with_lora(settings(models, lora={"rank": 4, "dropout": 0.0} | lora), "cpu")
     torch.manual_seed(0)
     for name, parameter in llm.named_parameters():
         if "lora_" in name:
