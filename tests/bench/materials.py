@@ -92,15 +92,18 @@ def conversations(sessions: int, clips: int, longest: float) -> Iterator[Convers
 
 def settings(**changed: Any) -> Config:
     """Return a frozen encoder and LoRA, 16 clips a step, on twelve minutes of clips."""
+    inputs: dict[str, Callable[[], Path]] = {
+        "data.shards": lambda: noise("frozen-corpus", 6, 24),
+        "model.encoder.path": hubert,
+        "model.llm.path": llama,
+    }
     values: dict[str, Any] = {
-        "data.shards": str(noise("frozen-corpus", 6, 24)),
         "data.history": 10,
         "model.modality": "speech",
-        "model.encoder.path": str(hubert()),
-        "model.llm.path": str(llama()),
         "train.batch_size": 16,
         "search.space": {},
         "search.points": [],
+        **{key: str(make()) for key, make in inputs.items() if key not in changed},
     }
     return resolve(load("annomi").with_values(values | changed))
 
