@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.samplers import QMCSampler
     from optuna.trial import FrozenTrial, Trial
+    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.callback import RayTrainCallback
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 FIXED_PARAMS = "fixed_params"  # system attribute in which optuna 5.0.0 stores the values of an enqueued trial
 CREATE_STUDY = 0  # `JournalOperation.CREATE_STUDY` of optuna 5.0.0: the `op_code` of a journal's first line
@@ -124,24 +124,12 @@ def find_ray_cluster() -> str | None:
         return None
 
 
-def lean_trainer(workers: int) -> "type[DataParallelTrainer]":
-    """Return Ray Train's trainer with fewer processes and imports around the workers (ray 2.60.0).
-
-    One worker joins no process group, so `DataParallelTrainer` can run it, and neither the Tune actor nor the train
-    controller imports torch, as `TorchTrainer` makes them do. The manager of datasets is left out: a trial opens its
-    own. A worker group takes 23.5 CPU-seconds, and 28.1 with the public `TorchTrainer` (medians of three starts in
-    turns, `tests/bench/results/groups.json`), so the private classes stay.
-    """
+def lean_trainer() -> "type[TorchTrainer]":
+    """Return Ray Train's trainer without its manager of datasets, as a trial opens its own (ray 2.60.0)."""
+    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    base = DataParallelTrainer
-    if workers > 1:
-        from ray.train.torch import TorchTrainer
-
-        base = TorchTrainer
-
-    class LeanTrainer(base):  # type: ignore[misc, valid-type]
+    class LeanTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> "list[RayTrainCallback]":
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
@@ -154,6 +142,28 @@ def draining_nodes() -> set[str]:
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def store_value(key: str, value: bytes) -> None:
+    """Store a value in the control plane of the cluster, in memory; ray 2.60.0 has no public call for it."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(key, value)
+
+
+def read_value(key: str) -> bytes | None:
+    """Return a value from the control plane; see `store_value`."""
+    from ray.experimental import internal_kv
+
+    value: bytes | None = internal_kv._internal_kv_get(key)
+    return value
+
+
+def forget_value(key: str) -> None:
+    """Remove a value from the control plane; see `store_value`."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key)
 
 
 def hide_environment(names: Iterable[str]) -> None:

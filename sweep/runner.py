@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 from optuna.exceptions import StorageInternalError
 
 from data.corpus.schema import SPLITS
-from data.errors import UserError, reason
+from data.errors import reason
 from data.loading.tasks import answer_problems
 from model.checkpoints.base_files import base_models
 from model.checkpoints.fingerprint import Bases, write_bases
@@ -37,10 +37,9 @@ from sweep.config.version import code_version
 from sweep.durability.lease import LeaseHeldError, LeaseLostError, hold
 from sweep.durability.mirror import Mirror, mirrored
 from sweep.durability.retention import check_disk, disk_need, prune_checkpoints
-from sweep.execution.cluster import ClusterError, ClusterLostError, local_or_remote_ray
+from sweep.execution.cluster import ClusterError, ClusterLostError, RayStart, count_slots
 from sweep.execution.job import TrialJob
 from sweep.execution.orphans import end_orphans
-from sweep.execution.resources import count_slots
 from sweep.execution.signals import ExitCode, StopRequest
 from sweep.execution.trial import open_shards, with_class_weights
 from sweep.execution.tune import BackgroundWork, SweepAbortedError, run_trials
@@ -159,6 +158,7 @@ def run(
     stop: StopRequest | None = None,
     *,
     allow_other_base: bool = False,
+    ray_start: RayStart | None = None,
 ) -> Outcome:
     """Start, resume or extend a sweep.
 
@@ -168,6 +168,7 @@ def run(
         listener: receives the progress; None: nothing is shown.
         stop: whether the sweep was asked to stop; None: signals ask it while this function runs.
         allow_other_base: resume or extend a sweep whose base models have changed since it was started.
+        ray_start: of the cluster, which may have begun; the caller ends it. None: this function starts it.
 
     Raises:
         UserError: the settings, the corpus or a model cannot be used; a new sweep leaves nothing behind.
@@ -175,7 +176,9 @@ def run(
     with contextlib.ExitStack() as stack:
         try:
             stop = stop or stack.enter_context(StopRequest())
-            return _run(config, folder, listener or Silent(), stop, allow_other_base)
+            listener = listener or Silent()
+            ray_start = ray_start or stack.enter_context(RayStart(listener.warn))
+            return _run(config, folder, listener, stop, allow_other_base, ray_start)
         except SweepAbortedError as error:
             code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE
             message = f"{error}; the sweep was stopped, rerun the same command to resume ({folder})"
@@ -194,7 +197,14 @@ def run(
     return Outcome("unfinished" if code == ExitCode.UNFINISHED else "failed", code, message, config, folder)
 
 
-def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, allow_other_base: bool) -> Outcome:
+def _run(
+    config: Config,
+    folder: Path,
+    listener: Listener,
+    stop: StopRequest,
+    allow_other_base: bool,
+    ray_start: RayStart,
+) -> Outcome:
     """Do the work of `run`, which handles what is raised."""
     server, resolved = tracking_uri(folder), None
     # A new sweep leaves nothing behind if its inputs are bad. The inputs of an existing one are only checked if
@@ -202,6 +212,7 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
     check_requests(config, folder)
     if not (folder / "config.yaml").exists():
         check_uri(server)
+        ray_start.begin(config)
         resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name, listener.warn)
         learn(config, folder, open_shards(resolved).fingerprint)  # raises an error where nothing can be learned
@@ -219,7 +230,9 @@ def _run(config: Config, folder: Path, listener: Listener, stop: StopRequest, al
         claim_folder(config, folder)
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
-        runner, sent = SweepRunner(config, folder, listener, check, stop, allow_other_base), True
+        runner, sent = SweepRunner(config, folder, listener, check, stop, ray_start, allow_other_base), True
+        if runner.trials_to_run():
+            ray_start.begin(config)
         if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
             check_uri(server)
             resolved = resolved or check_inputs(config, listener, allow_other_base)
@@ -294,6 +307,7 @@ class SweepRunner:
         listener: receives the progress.
         check: raises LeaseLostError when another process has taken the sweep over.
         stop: whether the sweep was asked to stop.
+        ray_start: of the cluster that runs the trials.
         allow_other_base: see `run`.
     """
 
@@ -304,10 +318,11 @@ class SweepRunner:
         listener: Listener,
         check: Callable[[], object],
         stop: StopRequest,
+        ray_start: RayStart,
         allow_other_base: bool = False,
     ) -> None:
         self.config, self.folder = config, folder.absolute()
-        self.listener, self.check, self.stop = listener, check, stop
+        self.listener, self.check, self.stop, self.ray_start = listener, check, stop, ray_start
         self.study = StudyStore.open(self.folder, config)
         self.study.error = lambda number: objective_error(self.folder, number, config.search.metric)
         self.cache = cache_folder(config, self.folder)
@@ -359,13 +374,11 @@ class SweepRunner:
             ClusterError: there is no cluster to run on, or it is gone.
             UserError: no node can hold a trial, no trial fits into memory, or the disk cannot hold the checkpoints.
         """
-        import ray  # after `sweep.execution.tune`, which sets what Ray reads when it is imported
+        import ray
 
-        if ray.is_initialized():  # in a notebook; its nodes and settings are not those that a sweep needs
-            raise UserError("Ray is connected already in this process; call ray.shutdown() first")
         say, storage = self.listener.say, self.folder / "ray"
         shutil.rmtree(storage, ignore_errors=True)
-        with local_or_remote_ray(self.folder, self.listener.warn) as check_cluster:
+        with self.ray_start.connected(self.folder) as check_cluster:
             self.stop.install()
             alive = BackgroundWork(ray.nodes, "nodes", check_cluster).result()
             nodes = [node["Resources"] for node in alive if node["Alive"]]
@@ -389,6 +402,7 @@ class SweepRunner:
                 resolved,
                 slots,
                 storage,
+                self.ray_start.workers,
                 prepare=preparation.run,
                 make_job=lambda number, values: self.make_job(resolved, number, values, preparation.decide),
                 check=self.check,

@@ -54,12 +54,18 @@ def load_config(config: str, set_: list[str], trials: int | None) -> Config:
 def run_and_show(config: Config, folder: Path, allow_other_base: bool = False) -> int:
     """Run a sweep, show how it ended, and return the exit code."""
     from sweep.cli.progress import ConsoleListener
-    from sweep.runner import run as run_sweep
+    from sweep.execution.cluster import RayStart
 
     killed = "unfinished: the run was ended at once (killed, out of memory, or by a second Ctrl-C)"
     with exit_line(f"{killed}; rerun the same command to resume ({folder})"):
         (stop := StopRequest(exits=True)).install()  # to the end of the process
-        outcome = run_sweep(config, folder, ConsoleListener(), stop, allow_other_base=allow_other_base)
+        listener = ConsoleListener()
+        with RayStart(listener.warn) as ray_start:
+            if not (folder / "config.yaml").exists():  # Ray starts while torch is imported and the inputs are checked
+                ray_start.begin(config)
+            from sweep.runner import run as run_sweep
+
+            outcome = run_sweep(config, folder, listener, stop, allow_other_base=allow_other_base, ray_start=ray_start)
         try:
             if outcome.trials:
                 _show_trials(outcome)

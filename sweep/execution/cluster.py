@@ -1,4 +1,4 @@
-"""The Ray cluster: the one that RAY_ADDRESS names, or a local one that this process starts."""
+"""The Ray cluster: the one that RAY_ADDRESS names, or a local one that this process starts; what trials get of it."""
 
 import atexit
 import contextlib
@@ -7,24 +7,41 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from data.atomic import create_file
-from data.errors import reason
+from data.errors import UserError, reason
 from sweep.compat import HIDDEN_RAYLET, forget_ray_token, hide_raylet, init_local_ray, never_connect_again
+from sweep.config.schema import Config
 from sweep.execution import orphans
 from sweep.execution.joined_cluster import RECONNECT, ClusterCheck, ClusterError, ClusterLostError, join_cluster
-from sweep.execution.waiting import LimitExceededError, Warn, cleaning_up, within
+from sweep.execution.waiting import MOMENT, LimitExceededError, Warn, Work, cleaning_up, within
 
-__all__ = ["ClusterCheck", "ClusterError", "ClusterLostError", "free_port", "local_or_remote_ray"]
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+__all__ = ["ClusterCheck", "ClusterError", "ClusterLostError", "RayStart", "free_port", "local_or_remote_ray"]
+
+# Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
+# result, while Tune would write all trials to disk again and again.
+os.environ.update(
+    RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR",
+    RAY_AIR_NEW_OUTPUT="0",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_GLOBAL_CHECKPOINT_S="1e9",
+)
 
 STARTS = 3  # attempts to start a cluster
 START_SECONDS = 180.0  # limit of one attempt: on an overloaded machine a start can hang
+ABORT_SECONDS = 5.0  # for a start to end whose processes are killed
 SHUTDOWN_SECONDS = 30.0  # for Ray to disconnect; it waits without end for a control plane that is gone
 VITAL = ("raylet", HIDDEN_RAYLET, "gcs_server")  # processes without which a local cluster is dead
 OWN = ("", "local")  # values of RAY_ADDRESS that name no cluster
 RAY = "r"  # Ray's own folder in the scratch folder; the paths of its sockets must be short
+TRIAL = "sweep.execution.trial:fit_job"  # what workers do
 TOKEN = "token"  # file in the scratch folder
 VARIABLES = {  # environment of every Ray process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
@@ -33,43 +50,159 @@ VARIABLES = {  # environment of every Ray process
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+Nodes = Sequence[Mapping[str, float]]  # Ray resources of each node, by name
+
+
+class RayStart:
+    """Starts a local cluster in a thread, while this process does something else; or joins the one of RAY_ADDRESS.
+
+    A local cluster belongs to this process alone: no other program finds it by the address `auto`, and it requires a
+    token that only its own processes have. It has no dashboard; Ray opens its ports on all interfaces. At the end of
+    the context it is gone, also if its start was not over.
+
+    Args:
+        warn: shows a line to the user when something cannot be cleaned up.
+    """
+
+    def __init__(self, warn: Warn = lambda line: None) -> None:
+        self.warn = warn
+        self.address = os.environ.get("RAY_ADDRESS", "")
+        self.workers: list[ActorHandle] = []  # that were started with the local cluster
+        self.scratch: Path | None = None  # of the local cluster, once it was begun
+        self._config: Config | None = None
+        self._attempt: Work[None] | None = None
+        self._ended = threading.Event()
+        self._settings, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._abort()
+
+    def begin(self, config: Config | None = None) -> None:
+        """Begin to start a local cluster before it is needed; see `connected` for what is raised.
+
+        Args:
+            config: of a sweep, whose workers are started, too.
+        """
+        self._begin(config)
+
+    def _begin(self, config: Config | None) -> None:
+        """Begin to start a local cluster, and return at once; do nothing where another one is named or it was begun."""
+        import ray
+
+        from sweep.execution import worker  # noqa: F401 — see `_start`
+
+        if self.scratch is not None:
+            return
+        if ray.is_initialized():  # its nodes and settings are not those that a sweep needs
+            raise UserError("Ray is connected already in this process; call ray.shutdown() first")
+        if self.address not in OWN:
+            return
+        scratch, self._config = _scratch_folder(), config
+        self.scratch = scratch
+        self._stack.enter_context(private_token(scratch))
+        self._stack.enter_context(orphans.killed_at_end(scratch, self.warn))
+        self._settings.enter_context(_private_settings(scratch))
+        self._try(scratch)
+
+    @contextlib.contextmanager
+    def connected(self, folder: Path | None = None) -> Iterator[ClusterCheck]:
+        """Wait until the cluster is there; disconnect at the end of the block, which ends a local cluster.
+
+        Args:
+            folder: of a sweep, where the processes of a local cluster are recorded.
+
+        Raises:
+            ClusterError: the cluster cannot be reached, or does not start.
+            UserError: Ray is connected already in this process, as it may be in a notebook.
+        """
+        self._begin(None)
+        if self.address not in OWN:
+            with contextlib.ExitStack() as stack:
+                stack.callback(_disconnect, self.warn)
+                yield stack.enter_context(join_cluster(self.address, VARIABLES))
+            return
+        assert self.scratch is not None
+        scratch = self.scratch
+        if folder is not None:
+            self._stack.enter_context(orphans.recorded(folder, scratch, self.warn))
+        self._finish(scratch)
+        self._stack.callback(self._ended.set)
+        self._stack.callback(_disconnect, self.warn)
+        self._attempt = None
+        with self._stack:
+            vital = [process for process in orphans.cluster_processes(scratch).items() if _is_vital(*process)]
+
+            def check(after_error: bool = False) -> None:
+                if not all(_is_vital(*process) for process in vital):
+                    never_connect_again()
+                    raise ClusterLostError("Ray's node on this machine has died; rerun the same command to resume")
+
+            yield check
+
+    def _try(self, scratch: Path) -> None:
+        # Ray lets Linux kill its processes when the thread that has started them ends.
+        self._attempt = Work(lambda: self._start(scratch), "ray-start", self._ended)
+
+    def _start(self, scratch: Path) -> None:
+        """Start Ray, and the workers; the caller has imported what this needs, as it may import something else now."""
+        import ray
+
+        from sweep.execution.worker import start_worker
+
+        _start_once(scratch)
+        if self._config is not None and self._config.resources.workers == 1:
+            with contextlib.suppress(UserError):  # the sweep raises it once its inputs are checked
+                slots = count_slots(self._config, [ray.cluster_resources()], self._config.search.trials)
+                self.workers = [start_worker(TRIAL, worker_resources(self._config)) for _ in range(slots)]
+
+    def _finish(self, scratch: Path) -> None:
+        """Wait for the start, and repeat one that fails or hangs."""
+        import ray
+
+        for retries_left in reversed(range(STARTS)):
+            assert self._attempt is not None
+            try:
+                self._attempt.within(START_SECONDS)
+                self._settings.close()
+                return
+            except Exception as error:
+                orphans.kill(orphans.cluster_processes(scratch))  # also ends a start that hangs
+                with contextlib.suppress(Exception):
+                    within(SHUTDOWN_SECONDS, ray.shutdown, "ray-shutdown")
+                if not retries_left:
+                    raise ClusterError(
+                        f"Ray does not start on this machine ({reason(error)}); free some memory"
+                    ) from None
+                self._try(scratch)
+
+    def _abort(self) -> None:
+        """End a cluster that was begun, and that nothing has waited for to the end."""
+        with self._stack, self._settings:
+            if (attempt := self._attempt) is None:
+                return
+            import ray
+
+            looks = round(ABORT_SECONDS / MOMENT)
+            while not attempt.done.wait(MOMENT) and looks:  # it may start more before it notices
+                orphans.kill(orphans.cluster_processes(self.scratch))
+                looks -= 1
+            if attempt.done.is_set() and attempt.error is None:
+                _disconnect(self.warn)
+            else:
+                atexit.unregister(ray.shutdown)  # at the end of the process it would wait for the start
+            self._ended.set()
 
 
 @contextlib.contextmanager
 def local_or_remote_ray(folder: Path | None = None, warn: Warn = lambda line: None) -> Iterator[ClusterCheck]:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or else start a local one.
 
-    A local cluster belongs to this process alone: no other program finds it by the address `auto`, and it requires a
-    token that only its own processes have. It has no dashboard; Ray opens its ports on all interfaces.
-
-    Args:
-        folder: of a sweep, where the processes of a local cluster are recorded.
-        warn: shows a line to the user when something cannot be cleaned up.
-
-    Raises:
-        ClusterError: the cluster cannot be reached, or does not start.
+    See `RayStart` for the arguments, and for what is raised.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    with contextlib.ExitStack() as stack:
-        if address not in OWN:
-            stack.callback(_disconnect, warn)
-            yield stack.enter_context(join_cluster(address, VARIABLES))
-            return
-        scratch = _scratch_folder()
-        stack.enter_context(private_token(scratch))
-        stack.enter_context(orphans.recorded(folder, scratch, warn))
-        ended = threading.Event()
-        stack.callback(ended.set)
-        stack.callback(_disconnect, warn)
-        with _private_settings(scratch):
-            _start(scratch, ended)
-        vital = [process for process in orphans.cluster_processes(scratch).items() if _is_vital(*process)]
-
-        def check(after_error: bool = False) -> None:
-            if not all(_is_vital(*process) for process in vital):
-                never_connect_again()
-                raise ClusterLostError("Ray's node on this machine has died; rerun the same command to resume")
-
+    with RayStart(warn) as start, start.connected(folder) as check:
         yield check
 
 
@@ -99,27 +232,6 @@ def _scratch_folder() -> Path:
             f"{root}: Ray needs a folder there ({reason(error)}); free some space, or set TMPDIR to a short path that "
             "can be written"
         ) from None
-
-
-def _start(scratch: Path, ended: threading.Event) -> None:
-    """Start a local cluster, which lives until `ended` is set; retry a start that fails or hangs."""
-    import ray
-
-    for retries_left in reversed(range(STARTS)):
-        try:
-            # Ray lets Linux kill its processes when the thread that has started them ends.
-            within(START_SECONDS, lambda: _start_once(scratch), "ray-start", ended)
-            return
-        except KeyboardInterrupt:
-            atexit.unregister(ray.shutdown)  # it would wait for the start
-            orphans.kill(orphans.cluster_processes(scratch))
-            raise
-        except Exception as error:
-            orphans.kill(orphans.cluster_processes(scratch))  # also ends a start that hangs
-            with contextlib.suppress(Exception):
-                within(SHUTDOWN_SECONDS, ray.shutdown, "ray-shutdown")
-            if not retries_left:
-                raise ClusterError(f"Ray does not start on this machine ({reason(error)}); free some memory") from None
 
 
 def _start_once(scratch: Path) -> None:
@@ -198,3 +310,54 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def count_slots(config: Config, nodes: Nodes, left: int) -> int:
+    """Return the number of trials that run at the same time: as many as the nodes hold, at most as many as are left.
+
+    Ray Data's read tasks request no CPU, so nothing is reserved for them.
+
+    Args:
+        config: of the sweep.
+        nodes: of the cluster.
+        left: trials that have not ended.
+
+    Raises:
+        UserError: the nodes cannot hold one trial, and `resources.slots` does not say that the cluster grows.
+    """
+    need, workers, wanted = worker_resources(config), config.resources.workers, config.resources.slots
+    fit = sum(_capacity(config, node) for node in nodes) // workers
+    if fit < 1 and wanted is None:
+        have = [{name: node.get(name, 0) for name in need} for node in nodes]
+        raise UserError(
+            f"resources: a trial needs {workers} x {need}, the nodes have {have}; lower resources.workers or a "
+            "worker's share, or set resources.slots if the cluster grows on demand"
+        )
+    slots = min(fit, wanted or fit) if fit else wanted or 1
+    return min(slots, max(1, left))
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """Return the resources that Ray reserves for one worker."""
+    resources = {"CPU": config.resources.cpus_per_worker}
+    return resources | ({"GPU": config.resources.gpus_per_worker} if config.resources.gpus_per_worker else {})
+
+
+def memory_share(config: Config, nodes: Nodes, slots: int) -> float:
+    """Return the share of a GPU's memory, or without GPUs of a node's, that a worker may use.
+
+    Args:
+        config: of the sweep.
+        nodes: of the cluster.
+        slots: trials that run at the same time.
+    """
+    resources = config.resources
+    if resources.gpus_per_worker:
+        return min(1.0, resources.gpus_per_worker)
+    workers = max((_capacity(config, node) for node in nodes), default=1)
+    return 1 / max(1, min(workers, slots * resources.workers))
+
+
+def _capacity(config: Config, node: Mapping[str, float]) -> int:
+    """Return the number of workers that a node has room for."""
+    return min(int(node.get(name, 0) / share + 1e-9) for name, share in worker_resources(config).items())

@@ -39,7 +39,7 @@ class Task:
 class Standby:
     """The workers wait: there is nothing to do until the queue of tasks and trials changes."""
 
-    version: int  # of the queue when there was nothing to do, see `DriverEvents`
+    version: int  # of the queue when there was nothing to do, see `Events`
 
 
 Job = TrialJob | Task | Standby

@@ -1,15 +1,24 @@
-"""The mailbox of a worker group: trials go to its workers, reports come back, in lockstep with Tune's decisions."""
+"""What processes of a sweep tell each other: the mailbox of a worker group, and what the driver tells all groups.
+
+Trials go through the mailbox to the workers, and reports come back, in lockstep with Tune's decisions. What the driver
+says is kept by Ray's control plane, which needs no process for it.
+"""
 
 import asyncio
 import collections
+import contextlib
 import ctypes
 import json
 import signal
+import threading
+import uuid
 from typing import NamedTuple
 
 import ray
 
+from sweep.compat import forget_value, read_value, store_value
 from sweep.execution.job import RETRIES, FitReport, Task, TrialJob
+from sweep.execution.waiting import Work
 
 END = float("inf")  # the step of the last report of a trial
 
@@ -30,36 +39,54 @@ def end_on_term() -> None:
         ctypes.CDLL(None).signal(int(signal.SIGTERM), None)
 
 
-@ray.remote(num_cpus=0)
+class Events(NamedTuple):
+    """What the driver has said."""
+
+    stopping: bool = False  # the sweep is asked to stop
+    version: int = 0  # of the queue of tasks and trials; it increases
+
+
 class DriverEvents:
-    """Tells every worker group when the sweep is asked to stop, and when there may be something to do again."""
+    """Tells every worker group when the sweep is asked to stop, and when there may be something to do again.
+
+    Calls return at once, also where the control plane does not answer.
+
+    Attributes:
+        key: of the store, which worker groups need.
+    """
 
     def __init__(self) -> None:
-        end_on_term()
-        self.stopping, self.version = False, 0
-        self.changed = asyncio.Condition()
+        self.key = f"sweep-events-{uuid.uuid4().hex}"
+        self._events = Events()
+        self._changing, self._writing = threading.Lock(), threading.Lock()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Ask the sweep to stop."""
-        async with self.changed:
-            self.stopping = True
-            self.changed.notify_all()
+        with self._changing:
+            self._events = self._events._replace(stopping=True)
+        Work(self._write, "events")
 
-    async def stopped(self) -> None:
-        """Return when the sweep is asked to stop."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.stopping)
+    def announce(self, version: int) -> None:
+        """Tell worker groups on standby that the queue of tasks and trials has changed."""
+        with self._changing:
+            self._events = self._events._replace(version=max(version, self._events.version))
+        Work(self._write, "events")
 
-    async def announce(self, version: int) -> None:
-        """Tell worker groups on standby that the queue of tasks and trials has changed; versions increase."""
-        async with self.changed:
-            self.version = max(self.version, version)
-            self.changed.notify_all()
+    def close(self) -> None:
+        """Remove what was said from the store."""
+        Work(lambda: forget_value(self.key), "events")
 
-    async def awaited(self, version: int) -> None:
-        """Return when there is a later version than this one, or when the sweep is asked to stop."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.version > version or self.stopping)
+    def _write(self) -> None:
+        with self._writing:
+            store_value(self.key, json.dumps(self._events).encode())
+
+
+def read_events(key: str) -> Events:
+    """Return what the driver has said; nothing where the control plane is away for a moment."""
+    with contextlib.suppress(Exception):
+        if (content := read_value(key)) is not None:
+            return Events(*json.loads(content))
+    return Events()
 
 
 @ray.remote(num_cpus=0)

@@ -31,29 +31,41 @@ Processes = dict[int, float]  # pid → start time
 
 
 @contextlib.contextmanager
-def recorded(folder: Path | None, scratch: Path, warn: Warn = lambda line: None) -> Iterator[None]:
+def killed_at_end(scratch: Path, warn: Warn = lambda line: None) -> Iterator[None]:
+    """Kill the processes of a local cluster at the end of the block, and remove its scratch folder.
+
+    Args:
+        scratch: of the cluster.
+        warn: shows a line to the user.
+    """
+    try:
+        yield
+    finally:
+        with cleaning_up("end the processes of the local Ray", warn):
+            kill(cluster_processes(scratch))
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, scratch: Path, warn: Warn = lambda line: None) -> Iterator[None]:
     """Record in the sweep's folder what this process starts, so that the next run can end it after a kill.
 
     Args:
-        folder: of the sweep; None records nothing.
+        folder: of the sweep.
         scratch: Ray's folder, which is removed at the end.
         warn: shows a line to the user.
     """
     ended = threading.Event()
+    _write(folder, scratch, {})
     thread = threading.Thread(target=_follow, args=(folder, scratch, ended), daemon=True, name="orphans")
-    if folder is not None:
-        _write(folder, scratch, {})
-        thread.start()
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        with cleaning_up("end the processes of the local Ray", warn):
-            if folder is not None:
-                thread.join(JOIN_SECONDS)
-                end_orphans(folder)
-            kill(cluster_processes(scratch))
-        shutil.rmtree(scratch, ignore_errors=True)
+        with cleaning_up("end the recorded processes of Ray", warn):
+            thread.join(JOIN_SECONDS)
+            end_orphans(folder)
 
 
 def _follow(folder: Path, scratch: Path, ended: threading.Event) -> None:

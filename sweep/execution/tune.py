@@ -8,22 +8,11 @@ The study decides and keeps every result; Tune only executes, so nothing of its 
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
-
-# Ray reads these when it is imported. The runner reports progress and failures itself, and the study keeps every
-# result, while Tune would write all trials to disk again and again.
-os.environ.update(
-    RAY_LOG_TO_DRIVER_EVENT_LEVEL="ERROR",
-    RAY_AIR_NEW_OUTPUT="0",
-    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
-    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-    TUNE_GLOBAL_CHECKPOINT_S="1e9",
-)
 
 import ray
 import ray.tune
@@ -35,10 +24,9 @@ from data.errors import UserError, reason
 from sweep.compat import hide_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.space import Value
-from sweep.execution.cluster import ClusterCheck, ClusterError
+from sweep.execution.cluster import TRIAL, ClusterCheck, ClusterError, worker_resources
 from sweep.execution.job import FitReport, Job, Standby, TrialJob
 from sweep.execution.mailbox import DriverEvents
-from sweep.execution.resources import worker_resources
 from sweep.execution.signals import StopRequest
 from sweep.execution.tasks import QueueClosedError, TaskQueue
 from sweep.execution.waiting import MOMENT, Work
@@ -309,6 +297,7 @@ def run_trials(
     resolved: ResolvedConfig,
     slots: int,
     storage: Path,
+    started: Sequence["ActorHandle"],
     prepare: Callable[[TaskQueue], None],
     make_job: MakeJob,
     check: Callable[[], object],
@@ -324,6 +313,7 @@ def run_trials(
         resolved: configuration of the sweep.
         slots: worker groups.
         storage: folder for the state of Tune and Train, which is never read again.
+        started: workers that run already.
         prepare: prepares the trials in a thread, with tasks for the worker groups, and lets trials start.
         make_job: returns what a trial's workers receive.
         check: raises LeaseLostError when another process has taken the sweep over.
@@ -340,10 +330,10 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
     hide_environment(AWS_SECRETS)
-    events, queue = DriverEvents.remote(), TaskQueue()  # type: ignore[attr-defined]
-    queue.announce = events.announce.remote
-    searcher = StudySearcher(study, make_job, check, events.stop.remote, ended, queue)
-    tuner = _tuner(resolved, slots, storage, searcher, events)
+    events, queue = DriverEvents(), TaskQueue()
+    queue.announce = events.announce
+    searcher = StudySearcher(study, make_job, check, events.stop, ended, queue)
+    tuner = _tuner(resolved, slots, storage, searcher, events.key, started)
     stop.graceful = True
     try:
         tune, stopped_at = BackgroundWork(tuner.fit, "tune", check_cluster), None
@@ -361,6 +351,7 @@ def run_trials(
     finally:
         stop.graceful = False
         queue.close()
+        events.close()
     check()
     if searcher.fault:
         raise SweepAbortedError(*searcher.fault)
@@ -376,7 +367,12 @@ def _is_over(searcher: StudySearcher, stopped_at: float) -> bool:
 
 
 def _tuner(
-    resolved: ResolvedConfig, slots: int, storage: Path, searcher: StudySearcher, events: "ActorHandle"
+    resolved: ResolvedConfig,
+    slots: int,
+    storage: Path,
+    searcher: StudySearcher,
+    events: str,
+    started: Sequence["ActorHandle"],
 ) -> ray.tune.Tuner:
     """Return what runs the trials of a searcher in worker groups; see `run_trials`."""
     scaling: Scaling = {
@@ -384,7 +380,7 @@ def _tuner(
         "use_gpu": resolved.resources.gpus_per_worker > 0,
         "resources_per_worker": worker_resources(resolved),
     }
-    group = worker_group_class("sweep.execution.trial:fit_job", scaling, str(storage), events)
+    group = worker_group_class(TRIAL, scaling, str(storage), events, started)
     return ray.tune.Tuner(
         ray.tune.with_resources(group, {"CPU": 0, "memory": 1}),
         tune_config=ray.tune.TuneConfig(

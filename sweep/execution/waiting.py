@@ -43,6 +43,22 @@ class Work(threading.Thread, Generic[T]):
         if self.stay is not None and self.error is None:
             self.stay.wait()
 
+    def within(self, seconds: float) -> T:
+        """Return what the function returns, or raise what it raises.
+
+        Args:
+            seconds: limit from now on; the function continues after it.
+
+        Raises:
+            LimitExceededError: it takes longer.
+        """
+        moments = max(1, round(seconds / MOMENT))
+        while not self.done.wait(MOMENT):
+            moments -= 1
+            if moments <= 0:
+                raise LimitExceededError(f"no answer within {seconds:.0f} s")
+        return self.outcome()
+
     def outcome(self) -> T:
         """Return or raise what the function did; it has ended."""
         if self.error is not None:
@@ -62,12 +78,7 @@ def within(seconds: float, work: Callable[[], T], name: str, stay: threading.Eve
     Raises:
         LimitExceededError: it takes longer.
     """
-    thread, moments = Work(work, name, stay), max(1, round(seconds / MOMENT))
-    while not thread.done.wait(MOMENT):
-        moments -= 1
-        if moments <= 0:
-            raise LimitExceededError(f"no answer within {seconds:.0f} s")
-    return thread.outcome()
+    return Work(work, name, stay).within(seconds)
 
 
 def leave_hanging_calls(code: object) -> None:

@@ -1,7 +1,11 @@
-"""Worker groups: a Tune actor keeps one group of Ray Train workers running and feeds it trial after trial.
+"""Worker groups: a Tune actor keeps one group of workers running and feeds it trial after trial.
 
     Tune ── reset_config ──► WorkerGroup ── assign ──► Mailbox ── next ──► workers: fit(job, report, interrupted)
     Tune ◄── step ────────── WorkerGroup ◄── take ──── Mailbox ◄─ report ─ (waits until Tune has decided)
+
+Workers that share a trial are those of Ray Train, which connects them. The only worker of a group is an actor
+(`run_alone`), without the four processes that Ray Train starts around its workers. On a local cluster the driver
+starts it, before there is a group.
 
 Besides trials, a group does tasks (`sweep.execution.tasks`), and it stands by while there is nothing to do.
 
@@ -9,22 +13,19 @@ A new group for every trial would cost some 20 s and 24 CPU-seconds; the second 
 half a second. Reports go in lockstep, so a pruned trial stops in every worker at the same epoch.
 """
 
-import contextlib
-import importlib
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
-import ray.train
 import ray.tune
 
-from data.errors import UserError, reason
-from model.checkpoints.fencing import StaleAttemptError
-from sweep.compat import draining_nodes, lean_trainer
-from sweep.execution.job import FitReport, Job, Standby, Task
-from sweep.execution.mailbox import Mailbox
+from sweep.compat import lean_trainer
+from sweep.execution.job import FitReport, Job, Standby
+from sweep.execution.mailbox import Events, Mailbox, read_events
+from sweep.execution.worker import ServeConfig, serve, start_worker
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -32,15 +33,7 @@ if TYPE_CHECKING:
 MAILBOX_SECONDS = 300.0  # for a mailbox to start and to answer
 CLOSE_SECONDS = 5.0  # for a mailbox to close
 JOIN_SECONDS = 10.0  # for the workers of a closed mailbox to end; Ray ends the rest
-DRAIN_CHECK = 3.0  # seconds between two looks at whether this node will leave the cluster
-
-
-class TrialStopped(BaseException):
-    """Tune ended the trial: `fit` unwinds, and the worker takes the next one. Not an error, so no handler takes it."""
-
-
-class NodeDrainingError(Exception):
-    """This node will leave the cluster: the trial has its checkpoint and resumes elsewhere."""
+LOOK, STANDBY_LOOK = 0.5, 0.2  # seconds between two looks at what the driver says, while there is a job and without
 
 
 class Scaling(TypedDict):
@@ -51,117 +44,34 @@ class Scaling(TypedDict):
     resources_per_worker: dict[str, float]
 
 
-class ServeConfig(TypedDict):
-    """What `serve` receives through Ray Train."""
+def serve_together(group: ServeConfig) -> None:
+    """Run in every worker of a group that Ray Train has connected."""
+    import ray.train
 
-    mailbox: "ActorHandle"
-    fit: str  # "module:function"
-
-
-def serve(group: ServeConfig) -> None:
-    """Run in every worker of a group: do trials and tasks in this process, one after another, on the same weights."""
-    mailbox, context, seen = group["mailbox"], ray.train.get_context(), 0
-    # Imported here and not by the processes around the workers, which need no torch.
-    module, name = group["fit"].split(":")
-    fit = getattr(importlib.import_module(module), name)
-    from model.runtime import memory
-
-    memory.baseline()  # which a dry run reads, perhaps after a trial
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    alone, interrupted = workers == 1, watch(mailbox)
-    kept: set[int] | None = None  # models from before tasks whose models no trial needs
-    while (current := ray.get(mailbox.next.remote(seen, rank))) is not None:
-        seen, job = current
-        if isinstance(job, Task) and job.temporary:
-            kept = memory.cached_models() if kept is None else kept
-        elif kept is not None:
-            memory.forget_models(kept)
-            kept = None
-
-        def report(step: int, metrics: dict[str, float], version: int = seen) -> None:
-            if not ray.get(mailbox.report.remote(version, step, metrics if rank == 0 else None)):
-                raise TrialStopped
-
-        try:
-            if isinstance(job, Task):
-                finished = do_task(mailbox, seen, job, rank, workers, interrupted)
-            else:
-                finished = fit(job, report, interrupted)
-                if finished and rank == 0:
-                    ray.get(mailbox.done.remote(seen))
-            if not finished and not ray.get(mailbox.interrupted.remote(seen)):
-                raise NodeDrainingError("this node will leave the cluster")
-        except TrialStopped:
-            pass
-        except StaleAttemptError:
-            return  # this process was given up for lost, and the trial continues elsewhere
-        except NodeDrainingError:
-            raise  # Train restarts the group on nodes that stay
-        except Exception as error:
-            if not report_failure(mailbox, seen, error, alone):
-                raise
+    context = ray.train.get_context()
+    serve(group, context.get_world_rank(), context.get_world_size())
 
 
-def do_task(
-    mailbox: "ActorHandle", version: int, task: Task, rank: int, workers: int, interrupted: Callable[[], bool]
-) -> bool:
-    """Do this worker's share of a task, and return whether it was done to its end."""
-    results = []
-    for call in ray.get(task.calls, timeout=MAILBOX_SECONDS)[rank::workers]:
-        if interrupted():
-            return False
-        results.append(call())
-    ray.get(mailbox.deliver.remote(version, rank, workers, results))
-    return True
+def run_alone(group: ServeConfig, resources: Mapping[str, float], started: Sequence["ActorHandle"]) -> None:
+    """Run the only worker of a group until the mailbox closes; start another one when it dies.
 
-
-def report_failure(mailbox: "ActorHandle", version: int, error: Exception, alone: bool) -> bool:
-    """Report why a trial failed; return whether this worker can continue with the next one."""
-    cause = getattr(error, "cause", None) or error  # Ray wraps what a read task raised
-    if isinstance(cause, UserError):
-        ray.get(
-            mailbox.fail.remote(
-                version, str(cause), final=True, reason=cause.reason, common=cause.common, outside=cause.outside
-            )
-        )
-        # If only this worker raised, the others still wait for it: only a new group gets them out.
-        return alone or cause.in_every_worker
-    infrastructure = isinstance(error, ray.exceptions.RayError)  # which another start may find repaired
-    why = f"{type(cause).__name__}: {reason(cause)}"
-    # Files, connections and drivers may be repaired; any other exception belongs to the configuration, or to the code.
-    outside = isinstance(cause, OSError) or "CUDA error" in str(cause)
-    ray.get(mailbox.fail.remote(version, why, final=alone and not infrastructure, outside=outside))
-    return False
-
-
-def watch(mailbox: "ActorHandle") -> Callable[[], bool]:
-    """Watch, in threads, for the end of the sweep and of this node.
-
-    Returns:
-        A function that returns whether a trial should write a checkpoint and end; it costs nothing to call.
+    Args:
+        group: what the worker receives.
+        resources: of the worker.
+        started: workers that the driver has started, one of which may be free.
     """
-    flag, node = threading.Event(), ray.get_runtime_context().get_node_id()
-
-    def stop() -> None:
+    left = [*started]
+    while True:
+        worker = left.pop(0) if left else start_worker(group["fit"], resources)
         try:
-            ray.get(mailbox.stopped.remote())
-            flag.set()
-        except ray.exceptions.RayError:
-            return  # the worker group is gone, and this worker with it
-
-    def drain() -> None:
-        while not flag.wait(DRAIN_CHECK):
-            with contextlib.suppress(Exception):  # the control plane is away for a moment
-                if node in draining_nodes():
-                    flag.set()
-
-    for work in (stop, drain):
-        threading.Thread(target=work, daemon=True, name=f"watch-{work.__name__}").start()
-    return flag.is_set
+            if ray.get(worker.serve.remote(group)):
+                return
+        except ray.exceptions.RayError:  # the mailbox counts the starts of a job, and gives up
+            ray.kill(worker)
 
 
 class WorkerGroup(ray.tune.Trainable):
-    """A Tune trainable whose actor owns a mailbox and, in a thread, one long run of Ray Train.
+    """A Tune trainable whose actor owns a mailbox and runs its workers in a thread.
 
     It needs `reuse_actors=True` and the resources {"CPU": 0, "memory": 1}: the workers hold the real ones.
     """
@@ -169,23 +79,30 @@ class WorkerGroup(ray.tune.Trainable):
     fit: str
     scaling: Scaling
     storage: str
-    events: "ActorHandle"
+    events: str
+    started: "Sequence[ActorHandle]"
 
     def setup(self, config: dict[str, Job]) -> None:
         """Start the workers and the first job."""
         self.error: BaseException | None = None
         self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        self.stop_requested = self.events.stopped.remote()
+        self.stopping, self.looked = False, time.monotonic()
         self.thread = threading.Thread(target=self.run_workers, daemon=True)
         self.thread.start()
         self.reset_config(config)
 
     def run_workers(self) -> None:
         """Run the workers until the mailbox closes."""
+        group: ServeConfig = {"mailbox": self.mailbox, "fit": self.fit}
         try:
+            if self.scaling["num_workers"] == 1:
+                run_alone(group, self.scaling["resources_per_worker"], self.started)
+                return
+            import ray.train
+
             self.trainer()(
-                serve,
-                train_loop_config={"mailbox": self.mailbox, "fit": self.fit},
+                serve_together,
+                train_loop_config=dict(group),
                 scaling_config=ray.train.ScalingConfig(**self.scaling),
                 run_config=ray.train.RunConfig(
                     name=f"group-{uuid.uuid4().hex[:8]}",
@@ -198,7 +115,7 @@ class WorkerGroup(ray.tune.Trainable):
 
     def trainer(self) -> type:
         """Return the class that runs the workers."""
-        return lean_trainer(self.scaling["num_workers"])
+        return lean_trainer()
 
     def reset_config(self, new_config: dict[str, Job]) -> bool:
         """Start the next job."""
@@ -210,18 +127,30 @@ class WorkerGroup(ray.tune.Trainable):
     def step(self) -> FitReport:
         """Return the next report of the job."""
         if isinstance(self.job, Standby):
-            reference = self.events.awaited.remote(self.job.version)
-        else:
-            reference = self.mailbox.take.remote(self.version)
-        awaited = [reference, self.stop_requested] if self.stop_requested else [reference]
-        while reference not in ray.wait(awaited, timeout=1)[0]:
-            if self.stop_requested and ray.wait([self.stop_requested], timeout=0)[0]:
-                ray.get(self.mailbox.stop.remote(), timeout=MAILBOX_SECONDS)
-                self.stop_requested, awaited = None, [reference]
-            if not self.thread.is_alive():
-                raise RuntimeError(f"the workers of the group are gone: {self.error}") from self.error
-        result: FitReport | None = ray.get(reference)
-        return result or FitReport(finished=True, done=True)  # there may be something else to do than to stand by
+            while (events := self.look()).version <= self.job.version and not events.stopping:
+                time.sleep(STANDBY_LOOK)
+            return FitReport(finished=True, done=True)  # there may be something else to do than to stand by
+        reference = self.mailbox.take.remote(self.version)
+        while not ray.wait([reference], timeout=LOOK)[0]:
+            self.look()
+        if time.monotonic() - self.looked > LOOK:
+            self.look()
+        result: FitReport = ray.get(reference)
+        return result
+
+    def look(self) -> Events:
+        """Return what the driver has said; let the trial write a checkpoint once the sweep is asked to stop.
+
+        Raises:
+            RuntimeError: the workers are gone.
+        """
+        if not self.thread.is_alive():
+            raise RuntimeError(f"the workers of the group are gone: {self.error}") from self.error
+        events, self.looked = read_events(self.events), time.monotonic()
+        if events.stopping and not self.stopping:
+            ray.get(self.mailbox.stop.remote(), timeout=MAILBOX_SECONDS)
+            self.stopping = True
+        return events
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Save nothing: the trial's folder holds its state."""
@@ -239,7 +168,9 @@ class WorkerGroup(ray.tune.Trainable):
         self.thread.join(JOIN_SECONDS)
 
 
-def worker_group_class(fit: str, scaling: Scaling, storage: str, events: "ActorHandle") -> type[WorkerGroup]:
+def worker_group_class(
+    fit: str, scaling: Scaling, storage: str, events: str, started: "Sequence[ActorHandle]" = ()
+) -> type[WorkerGroup]:
     """Return a class of worker groups that run a function.
 
     Args:
@@ -247,7 +178,8 @@ def worker_group_class(fit: str, scaling: Scaling, storage: str, events: "ActorH
             trial trained to its end.
         scaling: of each group.
         storage: folder for Ray Train's own state.
-        events: the sweep's `DriverEvents`.
+        events: key of the sweep's `DriverEvents`.
+        started: workers that the driver has started already.
     """
-    attributes = {"fit": fit, "scaling": scaling, "storage": storage, "events": events}
+    attributes = {"fit": fit, "scaling": scaling, "storage": storage, "events": events, "started": started}
     return type("WorkerGroup", (WorkerGroup,), attributes)

@@ -19,7 +19,7 @@ from model.runtime import memory
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.version import code_version
-from sweep.execution.resources import Nodes, count_slots, memory_share
+from sweep.execution.cluster import Nodes, count_slots, memory_share
 from sweep.execution.trial import open_shards
 from sweep.preflight.checks import building, skeleton
 from sweep.preflight.dry_run import DryRun, DryRunResult, DryRuns, dry_runs_here

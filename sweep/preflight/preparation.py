@@ -10,7 +10,7 @@ from pathlib import Path
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import Config
 from sweep.config.space import Values
-from sweep.execution.resources import Nodes
+from sweep.execution.cluster import Nodes
 from sweep.execution.tasks import TaskQueue
 from sweep.preflight.checks import building
 from sweep.preflight.dry_run import dry_runs_on_workers

@@ -19,7 +19,8 @@ from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "packing", "frozen", "options", "audio", "padding", "reading", "waiting", "preparing", "memory"),
-    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "startup", "gpu"),
+    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "nodes", "startup"),
+    *("timeline", "gpu"),
 )
 
 

@@ -38,19 +38,16 @@ def start(kind: str, storage: str) -> None:
     """Start a worker group, run an empty trial in it, and end it."""
     import ray
 
-    from sweep.execution.mailbox import DriverEvents
     from sweep.execution.worker_group import worker_group_class
 
     scaling = {"num_workers": 1, "use_gpu": False, "resources_per_worker": {"CPU": 1}}
-    events = DriverEvents.remote()
-    group = worker_group_class("tests.bench.groups:fit", scaling, storage, events)
+    group = worker_group_class("tests.bench.groups:fit", scaling, storage, "events")
     if kind == "public":
         group.trainer = torch_trainer
     actor = ray.remote(num_cpus=0)(group).remote(config={"job": TrialJob("", "", "local", (), None)})
     assert ray.get(actor.train.remote())["finished"]
     ray.get(actor.stop.remote())
     ray.kill(actor)
-    ray.kill(events)
 
 
 def torch_trainer(group: Any) -> type:

@@ -86,7 +86,7 @@ def worker(loop: dict[str, Any]) -> None:
 
     config = configuration.parse(loop["config"], "stock").with_values(loop["values"])
     with tempfile.TemporaryDirectory() as name:
-        folder, kept = Path(name) / "trial", Path(name) / "kept"
+        folder, kept = Path(name) / "0", Path(name) / "kept"
         folder.mkdir()
 
         def report(epoch: int, metrics: dict[str, Any]) -> None:

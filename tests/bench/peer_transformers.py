@@ -11,7 +11,9 @@ nothing is logged.
 import itertools
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from sweep.config.files import load
 from sweep.config.loader import flat
 from sweep.config.schema import Config
 from sweep.execution.trial import build, open_shards
+from tests.kill.steps import FILE, Step
 
 TASK = "classify"
 
@@ -59,6 +62,14 @@ class Model(nn.Module):
         """Of what trains: a checkpoint needs no more."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **options).items() if name in trained}
+
+
+class FirstStep(transformers.TrainerCallback):
+    """Records the first optimizer step for `tests.bench.timeline`."""
+
+    def on_step_end(self, args: transformers.TrainingArguments, state: object, control: object, **_: object) -> None:
+        if (folder := os.environ.get("KILL_FOLDER")) and not (path := Path(folder) / FILE).exists():
+            path.write_text(json.dumps(Step(time.time(), os.getpid(), 0, 1)._asdict()) + "\n")
 
 
 class Planned(transformers.Trainer):
@@ -97,6 +108,7 @@ def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
         model_init=lambda trial: Model(config.with_values(chosen(trial) if trial else {})),
         train_dataset=train,
         eval_dataset=rows(config, "val"),
+        callbacks=[FirstStep],
     )
     kept: dict[str, Any] = {"storage": optuna.storages.InMemoryStorage(), "study_name": config.name}
     study = optuna.create_study(direction=search.direction, **kept)

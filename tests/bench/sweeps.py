@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,10 @@ def sweep(size: Size, chosen: list[dict[str, Any]], peer: str | None = None) -> 
     return makespan(config, MODULES[peer] if peer else None)
 
 
-def makespan(config: Config, peer: str | None = None) -> Outcome:
+def makespan(config: Config, peer: str | None = None, variables: Mapping[str, str] | None = None) -> Outcome:
     """Run a sweep, or the module of a peer, in a new process and folder, without anything computed earlier."""
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    inherited = os.environ if variables is None else variables
+    environment = {key: value for key, value in inherited.items() if key != "MLFLOW_TRACKING_URI"}
     with tempfile.TemporaryDirectory() as name:
         path, folder = Path(name) / "config.yaml", Path(name) / "sweep"
         write(config, path)

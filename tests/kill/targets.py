@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 TITLES = {  # of Ray's processes; the driver, the MLflow server and the whole cluster are found otherwise
-    "worker": ("ray::RayTrainWorker",),
+    "worker": ("ray::RayTrainWorker", "ray::TrialWorker"),
     "group": ("ray::WorkerGroup", "ray::ResourceTrainable"),
     "mailbox": ("ray::Mailbox",),
     "controller": ("ray::TrainController",),

@@ -14,6 +14,7 @@ import pytest
 
 from sweep.cli.app import main
 from sweep.config.schema import Config, parse
+from sweep.execution.cluster import RayStart
 from sweep.execution.signals import StopRequest
 from sweep.runner import Silent, SweepRunner
 from sweep.search.study import StudyStore
@@ -137,4 +138,4 @@ def complaint(outcome: Outcome) -> str:
 
 def sweep_runner(config: Config, folder: Path) -> SweepRunner:
     """Return the runner of a sweep that no other process holds."""
-    return SweepRunner(config, folder, Silent(), lambda: None, StopRequest())
+    return SweepRunner(config, folder, Silent(), lambda: None, StopRequest(), RayStart())

@@ -21,10 +21,11 @@ from typing import Any
 import psutil
 import pytest
 
+from sweep.execution import cluster as cluster_module
 from sweep.execution import joined_cluster
-from sweep.execution.cluster import ClusterError, ClusterLostError, local_or_remote_ray
+from sweep.execution.cluster import ClusterError, ClusterLostError, RayStart, local_or_remote_ray
 from sweep.execution.joined_cluster import ClusterWatch, parse_address
-from sweep.execution.orphans import FILE, cluster_processes, end_orphans
+from sweep.execution.orphans import FILE, MARK, cluster_processes, end_orphans
 from tests.sweep.cluster import cluster, kill, until
 
 DRIVER = """
@@ -210,6 +211,41 @@ def server() -> Iterator[socket.socket]:
 
 def name_of(server: socket.socket) -> str:
     return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_start_that_is_not_awaited_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error in the configuration: Ray is still starting, and its processes do not end by themselves."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(scratch: Path) -> None:
+        started.append(subprocess.Popen(["sleep", "600"]))
+        assert started[0].wait() == 0
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster_module, "_start_once", start)
+    before, began = set(os.environ), time.monotonic()
+    with pytest.raises(ValueError, match="inputs"), RayStart() as ray_start:
+        ray_start._begin(None)
+        until(lambda: started, 5, lambda: "the start")
+        assert ray_start.scratch is not None
+        assert psutil.Process(started[0].pid).environ()[MARK] == str(ray_start.scratch)
+        raise ValueError("inputs")
+    assert (started[0].poll(), ray_start.scratch.exists()) == (-signal.SIGKILL, False)
+    assert not (set(os.environ) - before) & {MARK, "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"}
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_bad_corpus_ends_a_new_sweep_at_once(tmp_path: Path) -> None:
+    """Ray and its workers start while the corpus is checked; none of them is left."""
+    words = ["sweep", "run", "demo", "--set", "data.shards=nowhere", "--out", str(tmp_path / "sweep")]
+    env = environment(tmp_path) | {"STARTED_BY": str(tmp_path)}
+    command = [sys.executable, "-m", *words]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr.count("\n"), (tmp_path / "sweep").exists()) == (2, 1, False), ran.stderr
+    environments = (process.info["environ"] or {} for process in psutil.process_iter(["environ"]))
+    assert [found for found in environments if found.get("STARTED_BY") == str(tmp_path)] == []
 
 
 def test_watch_finds_that_a_cluster_is_gone(server: socket.socket) -> None:

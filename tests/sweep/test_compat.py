@@ -93,15 +93,14 @@ def test_run_knows_the_newest_steps() -> None:
     assert compat.newest_steps(Run(info, RunData([Metric("loss", 0.5, 0, 7)]))) == {"loss": 7}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_lean_trainer_starts_no_dataset_manager(workers: int) -> None:
-    lean = compat.lean_trainer(workers)
+def test_lean_trainer_starts_no_dataset_manager() -> None:
+    lean = compat.lean_trainer()
 
     def kinds(trainer: type) -> set[type]:
         return {type(callback) for callback in trainer(lambda: None)._create_default_callbacks()}
 
     assert kinds(lean.__mro__[1]) - kinds(lean) == {DatasetsCallback}
-    assert issubclass(lean, TorchTrainer) == (workers > 1)
+    assert issubclass(lean, TorchTrainer)
 
 
 def test_ray_takes_a_folder_for_its_files() -> None:

@@ -139,7 +139,7 @@ def test_other_commands_end_with_a_line(
 def test_ray_that_cannot_be_cleaned_up_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of the block is what the caller sees, and not that of the clean-up."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_start", lambda scratch, ended: None)
+    monkeypatch.setattr(cluster, "_start_once", lambda scratch: None)
     monkeypatch.setattr(ray, "shutdown", broken)
     monkeypatch.setattr(orphans, "end_orphans", broken)
     lines: list[str] = []

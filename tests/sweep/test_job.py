@@ -61,7 +61,7 @@ def drain(cluster: Cluster) -> None:
     node = alive[0]["node_id"]
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     cluster.state("drain-node", "--address", cluster.address, "--node-id", node, *reason)
-    words = ["--filter", "state=ALIVE", "--filter", f"node_id={node}", "--filter", "class_name=RayTrainWorker"]
+    words = ["--filter", "state=ALIVE", "--filter", f"node_id={node}", "--filter", "class_name=TrialWorker"]
     until(lambda: not cluster.listed("actors", *words), 90, lambda: node)
 
 

@@ -3,14 +3,18 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import ray
 
+from sweep.execution import mailbox, worker, worker_group
 from sweep.execution.cluster import local_or_remote_ray
 from sweep.execution.job import TrialJob
-from sweep.execution.mailbox import RETRIES, Mailbox
+from sweep.execution.mailbox import RETRIES, DriverEvents, Events, Mailbox, read_events
+from sweep.execution.worker import TrialWorker
+from sweep.execution.worker_group import run_alone
 
 JOB = TrialJob("f", "{}", "local", (), None)
 make: Callable[[], Any] = Mailbox.__ray_metadata__.modified_class  # type: ignore[attr-defined]
@@ -135,6 +139,44 @@ def test_closing_ends_workers_and_waiting_calls() -> None:
         assert await box.interrupted(version) is True  # not a draining node
 
     play(scene)
+
+
+def test_driver_tells_all_groups_the_newest_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: dict[str, bytes] = {}
+    monkeypatch.setattr(mailbox, "store_value", store.__setitem__)
+    monkeypatch.setattr(mailbox, "read_value", store.get)
+    monkeypatch.setattr(mailbox, "forget_value", store.pop)
+    monkeypatch.setattr(mailbox, "Work", lambda work, name: work())
+    events = DriverEvents()
+    assert read_events(events.key) == Events()
+    for version in (2, 1):
+        events.announce(version)
+        assert read_events(events.key) == Events(version=2)
+    events.stop()
+    assert read_events(events.key) == Events(stopping=True, version=2)
+    events.close()
+    assert store == {}
+
+
+def test_only_worker_of_a_group_is_free_once_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group takes a worker that the driver has started, if another group has not; one that dies gets a successor."""
+    served: list[str] = []
+    monkeypatch.setattr(worker, "serve", lambda group: served.append(group["fit"]))
+    started, group = TrialWorker("json:loads"), {"fit": "json:loads", "mailbox": None}
+    assert [started.serve(group) for _ in range(2)] == [True, False]  # type: ignore[arg-type]
+    answers: list[Any] = [False, ray.exceptions.ActorDiedError(), True]
+    fresh = Mock()
+
+    def get(_: object) -> bool:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return bool(answer)
+
+    monkeypatch.setattr(worker_group.ray, "get", get)
+    monkeypatch.setattr(worker_group.ray, "kill", killed := Mock())
+    monkeypatch.setattr(worker_group, "start_worker", fresh)
+    run_alone(group, {"CPU": 1}, [Mock()])  # type: ignore[arg-type]
+    assert (served, fresh.call_count, killed.call_count, answers) == (["json:loads"], 2, 1, [])
 
 
 @pytest.mark.long  # `python -m tests.kill` ends mailboxes under a sweep, too

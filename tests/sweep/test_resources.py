@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from sweep.execution.resources import count_slots
+from sweep.execution.cluster import count_slots
 from sweep.runner import count_trained
 from tests.sweep.common import settings
 

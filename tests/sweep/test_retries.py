@@ -17,7 +17,7 @@ from model.runtime.memory import OutOfMemoryError
 from model.training.loss_accumulator import NonFiniteError
 from sweep.config.paths import trial_folder
 from sweep.config.resolve import ResolvedConfig
-from sweep.execution import worker_group
+from sweep.execution import worker
 from sweep.preflight.preview import preview
 from sweep.runner import SweepRunner
 from sweep.search.study import StudyStore
@@ -160,16 +160,16 @@ def test_error_says_whether_its_cause_is_outside(
     error: Exception, outside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mailbox = Mock()
-    monkeypatch.setattr(worker_group.ray, "get", lambda reference: reference)
-    worker_group.report_failure(mailbox, 1, error, alone=True)
+    monkeypatch.setattr(worker.ray, "get", lambda reference: reference)
+    worker.report_failure(mailbox, 1, error, alone=True)
     assert mailbox.fail.remote.call_args.kwargs["final"]
     assert mailbox.fail.remote.call_args.kwargs["outside"] == outside
 
 
 def test_lost_actor_is_not_final(monkeypatch: pytest.MonkeyPatch) -> None:
     mailbox = Mock()
-    monkeypatch.setattr(worker_group.ray, "get", lambda reference: reference)
-    worker_group.report_failure(mailbox, 1, ActorDiedError(), alone=True)
+    monkeypatch.setattr(worker.ray, "get", lambda reference: reference)
+    worker.report_failure(mailbox, 1, ActorDiedError(), alone=True)
     assert not mailbox.fail.remote.call_args.kwargs["final"]
 
 

@@ -43,7 +43,7 @@ print(*sorted(set(sys.argv[3:]) & sys.modules.keys()))
 """
 COMPILER = ("torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor", "networkx", "triton")
 HELPERS = """
-import sys, sweep.execution.worker_group, sweep.execution.mailbox
+import sys, sweep.execution.worker_group, sweep.execution.mailbox, sweep.execution.cluster, sweep.execution.worker
 print(*sorted(set(sys.argv[1:]) & sys.modules.keys()))
 """
 
