@@ -94,7 +94,7 @@ class TrialWorker:
 
     def serve(self, group: ServeConfig) -> bool:
         """Serve a group until its mailbox closes; return at once whether this worker is free."""
-        if not self.free.acquire(blocking=False):
+        if not self.free.acquire(timeout=0):
             return False
         serve(group)
         return True

@@ -240,7 +240,7 @@ def test_start_that_is_not_awaited_leaves_nothing(monkeypatch: pytest.MonkeyPatc
 def test_bad_corpus_ends_a_new_sweep_at_once(tmp_path: Path) -> None:
     """Ray and its workers start while the corpus is checked; none of them is left."""
     words = ["sweep", "run", "demo", "--set", "data.shards=nowhere", "--out", str(tmp_path / "sweep")]
-    env = environment(tmp_path) | {"STARTED_BY": str(tmp_path)}
+    env = environment(Path.home()) | {"STARTED_BY": str(tmp_path)}
     command = [sys.executable, "-m", *words]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr.count("\n"), (tmp_path / "sweep").exists()) == (2, 1, False), ran.stderr

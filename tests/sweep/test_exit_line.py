@@ -145,7 +145,7 @@ def test_ray_that_cannot_be_cleaned_up_is_a_warning(tmp_path: Path, monkeypatch:
     lines: list[str] = []
     with pytest.raises(ValueError, match="of the block"), local_or_remote_ray(tmp_path, lines.append):
         raise ValueError("of the block")
-    assert lines == ["could not disconnect from Ray (out of)", "could not end the processes of the local Ray (out of)"]
+    assert lines == ["could not disconnect from Ray (out of)", "could not end the recorded processes of Ray (out of)"]
     assert not {"RAY_AUTH_TOKEN_PATH", orphans.MARK} & os.environ.keys()
 
 

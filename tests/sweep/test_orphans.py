@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from sweep.execution import orphans
-from sweep.execution.orphans import FILE, MARK, PREFIX, end_orphans, recorded
+from sweep.execution.orphans import FILE, MARK, PREFIX, end_orphans, killed_at_end, recorded
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_child_of_a_dead_child_is_recorded_and_ended(tmp_path: Path, monkeypatch
     (scratch := tmp_path / f"{PREFIX}1").mkdir()
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
-    with recorded(tmp_path, scratch):
+    with killed_at_end(scratch), recorded(tmp_path, scratch):
         parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, MARK: str(scratch)})
         children = until(lambda: psutil.Process(parent.pid).children())
         until(lambda: str(children[0].pid) in json.loads((tmp_path / FILE).read_text())["processes"])
