@@ -5,7 +5,7 @@ look for a public replacement first. Imports are inside the functions, so that a
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,11 +166,16 @@ def forget_value(key: str) -> None:
     internal_kv._internal_kv_del(key)
 
 
-def hide_environment(names: Iterable[str]) -> None:
-    """Keep variables out of the descriptions of Tune's actors, which any user of the cluster can read (ray 2.60.0)."""
-    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+def share_environment() -> None:
+    """Keep Tune from giving its actors environment variables of their own (ray 2.60.0).
 
-    ENV_VARS_TO_PROPAGATE.difference_update(names)
+    They inherit what they need. Any user of the cluster can read the description of an actor, and Tune's list contains
+    AWS's secrets; and an actor with its own environment cannot use a process that Ray has started in advance.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.clear()
+    class_cache.DEFAULT_ENV_VARS.clear()
 
 
 def set_default_artifact_root(folder: Path) -> None:

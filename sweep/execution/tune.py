@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from data.errors import UserError, reason
-from sweep.compat import hide_environment
+from sweep.compat import share_environment
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.space import Value
 from sweep.execution.cluster import TRIAL, ClusterCheck, ClusterError, worker_resources
@@ -49,7 +49,6 @@ MOST_HELD = 16  # trials that are drawn and wait for the feature cache
 COMMON_FAULT = 3  # equal failures, with no other end before them, after which the sweep itself is at fault
 COMMON_FAULT_BY_PARAMETERS = 6  # the same for failures that other parameters may avoid
 BY_PARAMETERS = ("non-finite", "out of memory")
-AWS_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 
 def common_fault(trials: Sequence[TrialRecord]) -> str | None:
@@ -328,8 +327,7 @@ def run_trials(
         UserError: the preparation has failed.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
-    # Tune would put them into the description of its actors, which is logged and shown to every user of the cluster.
-    hide_environment(AWS_SECRETS)
+    share_environment()
     events, queue = DriverEvents(), TaskQueue()
     queue.announce = events.announce
     searcher = StudySearcher(study, make_job, check, events.stop, ended, queue)
