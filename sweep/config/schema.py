@@ -21,7 +21,7 @@ TEXT_METRICS = ("loss", "perplexity", "bleu", "rouge_l")
 class ResourceConfig(Section):
     """The resources of a trial, and how many trials run at a time."""
 
-    workers: Count = Field(1, description="Ray Train workers per trial; without dropout, results do not depend on it.")
+    workers: Count = Field(1, description="Workers per trial; without dropout, results do not depend on it.")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
         1, description="CPUs per worker; a worker uses as many threads, rounded down."
     )

@@ -28,6 +28,7 @@ from tests.bench.measure import Cost, Row, cpu_times, spent
 from tests.tiny_models import random_llm
 
 WARM, TRIALS = 20, 200  # trials in one slot; the first ones fill caches
+GROWTH = 5.0  # MB of the driver
 ALONE = 3  # trials with a TorchTrainer each
 Memory = tuple[float, float]  # MB after WARM trials, and after all
 
@@ -45,11 +46,14 @@ def run(warm: int = WARM, trials: int = TRIALS) -> list[Row]:
     ):
         note = f"{seconds:.2f} against {sum(others) / ALONE:.1f} s"
         ratios = [seconds / other for other in others]
-        rows.append(Row(name, "a TorchTrainer for it", ratios, 0.03, most=True, note=note))
+        rows.append(Row(name, "a TorchTrainer for it", ratios, 0.02, most=True, note=note))
         rows.append(Row(name, "seconds", [seconds], 0.5, most=True))
     for whose, (before, after) in memory.items():
         note = f"{before:.0f} MB, then {after:.0f} after {trials} trials"
         rows.append(Row(f"memory, {whose}", f"after {warm} trials", [after / before], 1.05, most=True, note=note))
+    before, after = memory["driver"]
+    grown = f"MB, from {warm} to {trials} trials"
+    rows.append(Row("memory of the driver, growth", grown, [after - before], GROWTH, most=True))
     return rows
 
 
@@ -93,7 +97,7 @@ def memory(driver: int) -> dict[str, float]:
     for process in processes["driver"].children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = process.cmdline()[0]
-            names = [name for name in ("RayTrainWorker", "WorkerGroup", "Mailbox") if title.startswith(f"ray::{name}")]
+            names = [name for name in ("TrialWorker", "WorkerGroup", "Mailbox") if title.startswith(f"ray::{name}")]
             processes |= dict.fromkeys(names, process)
     return {name: process.memory_full_info().uss / 1e6 for name, process in processes.items()}
 

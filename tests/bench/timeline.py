@@ -1,7 +1,7 @@
 """The start of a sweep: the demo with one slot and a cold feature cache, until a trial makes its first optimizer step.
 
     python -m tests.bench timeline --record              # against a bare script, the stock stack and transformers
-    python -m tests.bench.timeline docs/timeline.png     # the processes of a sweep over time
+    python -m tests.bench.timeline docs/timeline.png [ROOT …]   # processes over time, of older checkouts, too
 
 The script imports the same libraries, loads the same model and data, and makes the first step of the first trial.
 Times and CPU-seconds are those until the first step of a trial; dry runs do not count.
@@ -22,14 +22,14 @@ import psutil
 
 from sweep.config.files import load, write
 from tests.bench.measure import Row
-from tests.bench.records import machine
+from tests.bench.records import ROOT, commit, machine
 from tests.bench.sweeps import MODULES, STOCK, TRAINER
 from tests.kill.steps import FILE, parsed
 
 TRIALS, ROUNDS, EVERY = 2, 3, 0.2
 TIME_GOAL, CPU_GOAL = 2.0, 3.0
 SWEEP, SCRIPT = "sweep run", "a bare script"
-FAULTS = Path(__file__).parents[1] / "kill/faults"  # whose `sitecustomize` records each optimizer step
+FAULTS = "tests/kill/faults"  # whose `sitecustomize` records each optimizer step
 CODE = """
 import sys
 from pathlib import Path
@@ -117,10 +117,10 @@ def cpu(run: Run) -> float:
     return sum(life.used(run.first_step) for life in run.lives)
 
 
-def start(name: str) -> Run:
-    """Run the demo, by `sweep run` to the end of its trials, and by others until the first step."""
+def start(name: str, root: Path = ROOT) -> Run:
+    """Run the demo with the code of a checkout: by `sweep run` to its end, by others to the first step."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"KILL_FOLDER": folder, "PYTHONPATH": os.pathsep.join((str(FAULTS), *sys.path[:1]))}
+        environment = {"KILL_FOLDER": folder, "PYTHONPATH": os.pathsep.join((str(root / FAULTS), str(root)))}
         out = f"{folder}/out"
         command = {
             SWEEP: ["-m", "sweep", "run", "demo", "--trials", str(TRIALS), "--set", "resources.slots=1", "--out", out],
@@ -180,30 +180,49 @@ def title(process: psutil.Process, root: int) -> str:
     return {"sweep-node": "raylet"}.get(first, first)
 
 
-def draw(shown: Run, path: Path) -> None:
-    """Draw each process as a line from its start to its end, darker where it uses more CPU."""
+def draw(shown: Mapping[str, Run], path: Path) -> None:
+    """Draw each process as a line from its start to its end, darker where it uses more CPU; one picture above another.
+
+    Args:
+        shown: runs by title.
+        path: of the picture.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    lives = sorted(shown.lives, key=lambda life: life.first)
-    lives = [life for life in lives if life.last - life.first > 1]
-    figure, axis = pyplot.subplots(figsize=(9, 0.22 * len(lives) + 1), layout="constrained")
-    for row, life in enumerate(lives):
-        axis.plot([life.first, life.last], [row, row], color="lightgray", linewidth=6, solid_capstyle="butt")
-        for (before, used), (after, more) in zip(life.cpu[:-1], life.cpu[1:], strict=True):
-            share = min(1.0, (more - used) / max(after - before, 1e-9))
-            axis.plot([before, after], [row, row], color="tab:blue", alpha=share, linewidth=6, solid_capstyle="butt")
-        axis.text(life.last, row, f" {life.cpu[-1][1]:.1f}", fontsize=7, va="center")
-    for moment in shown.trials:
-        axis.axvline(moment, color="tab:red", linewidth=0.8)
-    axis.set_yticks(range(len(lives)), [life.name for life in lives], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds since the command; red: first step of a trial; numbers: CPU-seconds")
-    axis.set_title(f"Processes of the demo with one slot; {machine()['name']}", fontsize=9)
+    lives = {name: sorted(run.lives, key=lambda life: life.first) for name, run in shown.items()}
+    lives = {name: [life for life in all_lives if life.last - life.first > 1] for name, all_lives in lives.items()}
+    heights = [len(all_lives) for all_lives in lives.values()]
+    figure, axes = pyplot.subplots(
+        len(shown),
+        1,
+        figsize=(9, 0.2 * sum(heights) + len(shown)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for axis, (name, run) in zip(axes[:, 0], shown.items(), strict=True):
+        for row, life in enumerate(lives[name]):
+            axis.plot([life.first, life.last], [row, row], color="lightgray", linewidth=6, solid_capstyle="butt")
+            for (before, used), (after, more) in zip(life.cpu[:-1], life.cpu[1:], strict=True):
+                share = min(1.0, (more - used) / max(after - before, 1e-9))
+                axis.plot(
+                    [before, after], [row, row], color="tab:blue", alpha=share, linewidth=6, solid_capstyle="butt"
+                )
+            axis.text(life.last, row, f" {life.cpu[-1][1]:.1f}", fontsize=7, va="center")
+        for moment in run.trials:
+            axis.axvline(moment, color="tab:red", linewidth=0.8)
+        axis.set_yticks(range(len(lives[name])), [life.name for life in lives[name]], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(f"{name}: {len(run.lives)} processes, {cpu(run):.0f} CPU-seconds to the first step", fontsize=9)
+    axes[-1, 0].set_xlabel("seconds since the command; red: first step of a trial; numbers: CPU-seconds")
+    figure.suptitle(f"The demo with two trials and one slot; {machine()['name']}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    draw(start(SWEEP), Path(sys.argv[1]))
+    older = {f"before ({Path(root).name})": start(SWEEP, Path(root)) for root in sys.argv[2:]}
+    draw({**older, f"now ({commit()})": start(SWEEP)}, Path(sys.argv[1]))
