@@ -18,7 +18,7 @@ from tests.bench.measure import Row
 from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
-    *("steps", "packing", "frozen", "options", "audio", "padding", "reading", "waiting", "preparing", "memory"),
+    *("steps", "rate", "packing", "frozen", "options", "audio", "padding", "reading", "waiting", "preparing", "memory"),
     *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "nodes", "startup"),
     *("timeline", "gpu"),
 )

@@ -135,7 +135,7 @@ def test_steps_continue_while_a_checkpoint_is_written(
     assert same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("copied", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_reported_epoch_is_in_a_complete_checkpoint(
     copied: bool, models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
