@@ -1,6 +1,7 @@
 """Llama-3.2-3B and HuBERT-large with random weights that are drawn on the device: files would take minutes."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,16 @@ def random_weights(llm: Path, encoder: Path, device: str = "cuda") -> Iterator[N
     """Load the real shapes instead of the models in these two folders, with their tokenizer and feature extractor."""
 
     def random(kind: Any, config: Any) -> Any:
+        read = kind.from_pretrained
+
         def load(path: str, dtype: torch.dtype, **rest: Any) -> Any:
             with torch.random.fork_rng(), torch.device(device):  # reading files would keep the random state
                 torch.manual_seed(1)
                 model = kind.from_config(config, dtype=dtype)
+            if rest.get("quantization_config") is not None:  # weights are quantized while files are read
+                with tempfile.TemporaryDirectory() as folder:
+                    model.cpu().save_pretrained(folder)
+                    return read(folder, dtype=dtype, **rest)
             return (model, {"missing_keys": [], "mismatched_keys": []}) if rest.get("output_loading_info") else model
 
         return load

@@ -18,6 +18,7 @@ from data.corpus.schema import SAMPLE_RATE, Conversation, Corpus, Turn
 from data.loading.batching import plan
 from data.loading.cached_arrays import CacheFolders
 from data.preparation.build import prepare
+from model.runtime.device import uploaded
 from model.tiny import fixed_seed, tiny_llama, tiny_tokenizer
 from model.training.random_state import seed_everything
 from model.training.trainer import Trainer
@@ -133,7 +134,8 @@ def train_steps(trained: Trainer, epoch: int, count: int) -> None:
     """Take the first steps of an epoch, reading included."""
     trained.model.train()
     steps = plan(trained.train.costs, batch_size=trained.config.batch_size, seed=0, epoch=epoch)[:count]
-    for step, examples in zip(steps, trained.data.read("train", steps), strict=True):
+    reader = uploaded(trained.data.read("train", steps), trained.model.device)
+    for step, examples in zip(steps, reader, strict=True):
         trained.optimizer_step(step, step, examples)
 
 

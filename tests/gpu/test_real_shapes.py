@@ -12,11 +12,14 @@ import torch
 
 from data.corpus.schema import SAMPLE_RATE
 from data.loading.examples import Example
+from data.shards.dataset import Shards
 from model.config import LossConfig, ModelConfig
 from model.evaluation.scoring import label_scores
 from model.objectives.losses import answer_losses
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.random_state import seed_everything
+from sweep.preflight.feature_cache import ENCODER_FEATURES
+from tests.bench.materials import compute, settings, train_steps, trainer
 from tests.conftest import LABELS
 from tests.model.common import ANSWERS
 from tests.real_shapes import random_weights
@@ -118,6 +121,24 @@ def test_step_of_the_real_shapes_fits(checkpointing: bool, trains_encoder: bool,
     seconds, memory = [training_step(model, examples) for _ in range(4)][-1]
     print(f"checkpointing {checkpointing}, encoder trains {trains_encoder}: {seconds:.2f} s, {memory:.1f} GiB")
     assert memory < 40
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_step_waits_for_nothing(packing: str, models: Path, corpus: Shards, tmp_path: Path) -> None:
+    """torch raises an error where the host would wait for the device; features come from the cache."""
+    paths = {"data.shards": str(corpus.folder), "model.llm.path": str(models / "llm")}
+    encoder = {"model.encoder.path": str(models / "hubert-layer"), "train.batch_size": 4, "train.packing": packing}
+    config = settings(**paths, **encoder, **{"model.llm.dtype": "bfloat16", "model.precision": "bfloat16"})
+    features = compute(ENCODER_FEATURES.requests(config, tmp_path))
+    trained = trainer(config, features, device="cuda")
+    train_steps(trained, 0, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_steps(trained, 0, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
