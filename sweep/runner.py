@@ -212,7 +212,7 @@ def _run(
     check_requests(config, folder)
     if not (folder / "config.yaml").exists():
         check_uri(server)
-        ray_start.begin(config)
+        ray_start.begin(config, config.search.trials)
         resolved = check_inputs(config, listener, allow_other_base)
         check_access(server, config.name, listener.warn)
         learn(config, folder, open_shards(resolved).fingerprint)  # raises an error where nothing can be learned
@@ -231,9 +231,9 @@ def _run(
         if orphans := end_orphans(folder):
             listener.say(f"ended {len(orphans)} processes that a killed run had left behind")
         runner, sent = SweepRunner(config, folder, listener, check, stop, ray_start, allow_other_base), True
-        if runner.trials_to_run():
-            ray_start.begin(config)
-        if runner.trials_to_run() or not is_sent(folder) or not server_has_all(config, folder):
+        if left := runner.trials_to_run():
+            ray_start.begin(config, left)
+        if left or not is_sent(folder) or not server_has_all(config, folder):
             check_uri(server)
             resolved = resolved or check_inputs(config, listener, allow_other_base)
             for note in notes(config):

@@ -62,7 +62,7 @@ def run_and_show(config: Config, folder: Path, allow_other_base: bool = False) -
         listener = ConsoleListener()
         with RayStart(listener.warn) as ray_start:
             if not (folder / "config.yaml").exists():  # Ray starts while torch is imported and the inputs are checked
-                ray_start.begin(config)
+                ray_start.begin(config, config.search.trials)
             from sweep.runner import run as run_sweep
 
             outcome = run_sweep(config, folder, listener, stop, allow_other_base=allow_other_base, ray_start=ray_start)

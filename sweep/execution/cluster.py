@@ -70,6 +70,7 @@ class RayStart:
         self.workers: list[ActorHandle] = []  # that were started with the local cluster
         self.scratch: Path | None = None  # of the local cluster, once it was begun
         self._config: Config | None = None
+        self._trials = 0
         self._attempt: Work[None] | None = None
         self._ended = threading.Event()
         self._settings, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
@@ -80,15 +81,16 @@ class RayStart:
     def __exit__(self, *_: object) -> None:
         self._abort()
 
-    def begin(self, config: Config | None = None) -> None:
+    def begin(self, config: Config, trials: int) -> None:
         """Begin to start a local cluster before it is needed; see `connected` for what is raised.
 
         Args:
             config: of a sweep, whose workers are started, too.
+            trials: that are left.
         """
-        self._begin(config)
+        self._begin(config, trials)
 
-    def _begin(self, config: Config | None) -> None:
+    def _begin(self, config: Config | None = None, trials: int = 0) -> None:
         """Begin to start a local cluster, and return at once; do nothing where another one is named or it was begun."""
         import ray
 
@@ -100,8 +102,8 @@ class RayStart:
             raise UserError("Ray is connected already in this process; call ray.shutdown() first")
         if self.address not in OWN:
             return
-        scratch, self._config = _scratch_folder(), config
-        self.scratch = scratch
+        scratch = self.scratch = _scratch_folder()
+        self._config, self._trials = config, trials
         self._stack.enter_context(private_token(scratch))
         self._stack.enter_context(orphans.killed_at_end(scratch, self.warn))
         self._settings.enter_context(_private_settings(scratch))
@@ -118,7 +120,7 @@ class RayStart:
             ClusterError: the cluster cannot be reached, or does not start.
             UserError: Ray is connected already in this process, as it may be in a notebook.
         """
-        self._begin(None)
+        self._begin()
         if self.address not in OWN:
             with contextlib.ExitStack() as stack:
                 stack.callback(_disconnect, self.warn)
@@ -155,7 +157,7 @@ class RayStart:
         _start_once(scratch)
         if self._config is not None and self._config.resources.workers == 1:
             with contextlib.suppress(UserError):  # the sweep raises it once its inputs are checked
-                slots = count_slots(self._config, [ray.cluster_resources()], self._config.search.trials)
+                slots = count_slots(self._config, [ray.cluster_resources()], self._trials)
                 self.workers = [start_worker(TRIAL, worker_resources(self._config)) for _ in range(slots)]
 
     def _finish(self, scratch: Path) -> None:

@@ -226,7 +226,7 @@ def test_start_that_is_not_awaited_leaves_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster_module, "_start_once", start)
     before, began = set(os.environ), time.monotonic()
     with pytest.raises(ValueError, match="inputs"), RayStart() as ray_start:
-        ray_start._begin(None)
+        ray_start._begin()
         until(lambda: started, 5, lambda: "the start")
         assert ray_start.scratch is not None
         assert psutil.Process(started[0].pid).environ()[MARK] == str(ray_start.scratch)
