@@ -100,7 +100,7 @@ class WorkerGroup(ray.tune.Trainable):
                 return
             import ray.train
 
-            self.trainer()(
+            lean_trainer()(
                 serve_together,
                 train_loop_config=dict(group),
                 scaling_config=ray.train.ScalingConfig(**self.scaling),
@@ -112,10 +112,6 @@ class WorkerGroup(ray.tune.Trainable):
             ).fit()
         except BaseException as error:  # `step` raises it: nothing waits for this thread
             self.error = error
-
-    def trainer(self) -> type:
-        """Return the class that runs the workers."""
-        return lean_trainer()
 
     def reset_config(self, new_config: dict[str, Job]) -> bool:
         """Start the next job."""

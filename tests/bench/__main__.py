@@ -19,7 +19,7 @@ from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "rate", "packing", "frozen", "options", "audio", "padding", "reading", "waiting", "preparing", "memory"),
-    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "nodes", "startup"),
+    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "startup"),
     *("timeline", "gpu"),
 )
 

@@ -1,6 +1,6 @@
-"""What a worker group costs to start: with `compat.lean_trainer`, and with Ray Train's public TorchTrainer.
+"""What a worker group of one worker costs to start: with a plain actor, and with Ray Train's public TorchTrainer.
 
-A start covers the Tune actor, the mailbox, the train controller and the worker with the imports of a trial.
+A start covers the Tune actor, the mailbox, what Ray Train adds, and the worker with the imports of a trial.
 """
 
 import tempfile
@@ -43,17 +43,26 @@ def start(kind: str, storage: str) -> None:
     scaling = {"num_workers": 1, "use_gpu": False, "resources_per_worker": {"CPU": 1}}
     group = worker_group_class("tests.bench.groups:fit", scaling, storage, "events")
     if kind == "public":
-        group.trainer = torch_trainer
+        group.run_workers = run_with_ray_train
     actor = ray.remote(num_cpus=0)(group).remote(config={"job": TrialJob("", "", "local", (), None)})
     assert ray.get(actor.train.remote())["finished"]
     ray.get(actor.stop.remote())
     ray.kill(actor)
 
 
-def torch_trainer(group: Any) -> type:
+def run_with_ray_train(group: Any) -> None:
+    """Run the workers of a group with the public trainer."""
+    import ray.train
     from ray.train.torch import TorchTrainer
 
-    return TorchTrainer
+    from sweep.execution.worker_group import serve_together
+
+    TorchTrainer(
+        serve_together,
+        train_loop_config={"mailbox": group.mailbox, "fit": group.fit},
+        scaling_config=ray.train.ScalingConfig(**group.scaling),
+        run_config=ray.train.RunConfig(storage_path=group.storage),
+    ).fit()
 
 
 def fit(job: TrialJob, report: Callable[..., None], interrupted: Callable[[], bool]) -> bool:

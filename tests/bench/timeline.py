@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from sweep.config.files import load, write
+from sweep.config.resolve import resolve
 from tests.bench.measure import Row
 from tests.bench.records import ROOT, commit, machine
 from tests.bench.sweeps import MODULES, STOCK, TRAINER
@@ -127,22 +128,26 @@ def start(name: str, root: Path = ROOT) -> Run:
             SCRIPT: ["-c", CODE, out],
         }.get(name)
         if command is None:
-            write(load("demo"), Path(folder) / "demo.yaml")
+            config = load("demo")
+            first = {"search.trials": 1, "search.points": config.search.points[:1]}  # the others leave axes out
+            write(resolve(config.with_values(first)), Path(folder) / "demo.yaml")
             command = ["-m", MODULES[name], f"{folder}/demo.yaml", out]
         steps, began = Path(folder) / FILE, time.time()
-        lives = watch([sys.executable, *command], environment, steps.exists if name in MODULES else lambda: False)
+        ended = steps.exists if name in MODULES else lambda: False
+        lives = watch([sys.executable, *command], environment, root, ended)
         if name == SCRIPT:
             return Run(time.time() - began, lives)
         trials = {step.trial: step.time - began for step in reversed(list(parsed(steps.read_bytes())))}
         return Run(min(trials.values()), lives, sorted(trials.values()))
 
 
-def watch(command: list[str], environment: Mapping[str, str], ended: Callable[[], bool]) -> list[Life]:
-    """Run a command until its end, or until `ended`; return all processes that were seen below it."""
+def watch(command: list[str], environment: Mapping[str, str], root: Path, ended: Callable[[], bool]) -> list[Life]:
+    """Run a command in a folder until its end, or until `ended`; return all processes that were seen below it."""
     lives: dict[int, Life] = {}
     began = time.time()
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
-    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=variables, cwd=root, **silent) as process:
         while process.poll() is None and not ended():
             now = time.time() - began
             for member in members(process.pid):
