@@ -118,6 +118,12 @@ def mark_dynamic(tensor: "Tensor", *dimensions: int) -> None:
             mark(tensor, dimension)
 
 
+def fake_tensors() -> AbstractContextManager[object]:
+    """Return a context in which tensors have shapes and no values (torch 2.14.1: `FakeTensorMode`)."""
+    mode: AbstractContextManager[object] = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode()
+    return mode
+
+
 def skip_steps_if(flag: "Tensor", optimizer: "torch.optim.Optimizer") -> None:
     """Let a fused optimizer skip its step on the device while `flag` (float, a scalar on the device) is not 0.
 

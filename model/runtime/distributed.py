@@ -1,6 +1,7 @@
 """Communication between the workers of a trial: each computes a part of every step, and all must decide alike."""
 
 import functools
+import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -56,6 +57,27 @@ def barrier() -> None:
     """Wait until all workers are here."""
     if world()[1] > 1:
         dist.barrier()
+
+
+def in_turns(function: Callable[[], T]) -> T:
+    """Call a function on every worker, on those of one machine one after another, and return its result.
+
+    Raises:
+        Exception: what the function raised on this worker, after the others had their turns.
+    """
+    rank = world()[0]
+    hosts = gather(socket.gethostname())
+    result, failure = list[T](), None
+    for turn in range(max(map(hosts.count, hosts))):
+        if turn == hosts[:rank].count(hosts[rank]):
+            try:
+                result.append(function())
+            except Exception as error:
+                failure = error
+        barrier()
+    if failure is not None:
+        raise failure
+    return result[0]
 
 
 def any_worker(*flags: bool) -> list[bool]:

@@ -9,18 +9,36 @@ the same time. So each tells the others before it runs the LLM, and one that has
 single token until all are done (`Sharding.keep_pace`).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import ConfigError
-from model.runtime.distributed import any_worker, world
+from model.runtime.distributed import any_worker
+from model.speech_llm.language_model import llm_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Inputs = dict[str, Tensor]
+
+
+def device_mesh(device: str) -> "DeviceMesh":
+    """Return all workers of the trial; the first call for a device is one that all of them must make together."""
+    return _device_mesh(device, dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _device_mesh(device: str, workers: dist.ProcessGroup) -> "DeviceMesh":
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (workers.size(),))
 
 
 class Sharding:
@@ -35,21 +53,23 @@ class Sharding:
     """
 
     def __init__(self, llm: PreTrainedModel, device: str) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         self.llm = llm
         self.idle = False
-        layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = llm_layers(llm)
         if not layers:
             raise ConfigError(
                 f"resources.shard: true needs an LLM with layers that transformers can recompute, and a "
                 f"{llm.config.model_type} model has none; set resources.shard=false"
             )
         trained = {parameter for parameter in llm.parameters() if parameter.requires_grad}
-        mesh = init_device_mesh(device, (world()[1],))
+        mesh = device_mesh(device)
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained & {*layer.parameters()})
+        for parameter in llm.parameters():  # what stays whole would keep the LLM's file in memory, which is mapped
+            if not hasattr(parameter, "to_local"):
+                parameter.data = parameter.data.clone()
         # Both `forward` and `generate` of LoRA's wrapper call the model inside.
         inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
         inner.register_forward_pre_hook(self._before_forward, with_kwargs=True)

@@ -20,9 +20,10 @@ from model.evaluation.llm_check import resolve_packing
 from model.evaluation.split_data import TrialData
 from model.objectives.class_weights import resolve_balanced
 from model.runtime import memory
-from model.runtime.distributed import on_first_worker, world
+from model.runtime.distributed import in_turns, on_first_worker, world
 from model.speech_llm.kernels import compile_layers, set_kernels
 from model.speech_llm.packing import set_packing
+from model.speech_llm.sharding import device_mesh
 from model.speech_llm.speech_llm import SpeechLLM
 from model.training.progress import Metrics, Objective
 from model.training.random_state import seed_everything
@@ -97,18 +98,19 @@ def build(
     configure_process(config)
     shards = open_shards(config)
     answers = answer_sets(shards, config.tasks.active())
-    shards_llm = config.resources.shard and world()[1] > 1
-    model = SpeechLLM(
+    make = functools.partial(
+        SpeechLLM,
         config.model,
         answers,
-        "cpu" if shards_llm else device,
         encodes=not cached.features,
         bases=expected,
         allow_other_base=allow_other_base,
     )
-    if shards_llm:
-        model.shard(device)
-        memory.forget_models()  # a base model is whole, and another trial reads its files again
+    if config.resources.shard and world()[1] > 1:
+        device_mesh(device)
+        model = in_turns(functools.partial(_sharded, make, device))
+    else:
+        model = make(device=device)
     set_packing(model.llm, resolve_packing(config.model, config.train.packing, device))
     set_kernels(model.llm, config.train.kernels)
     if config.train.compile == "on":
@@ -129,6 +131,18 @@ def build(
         votes=config.train.labels == "votes",
         select=functools.partial(items_of_share, share),
     )
+
+
+def _sharded(make: Callable[..., SpeechLLM], device: str) -> SpeechLLM:
+    """Return a model of whose LLM this worker has a part.
+
+    It is read as a whole, into the memory of the host. So the workers of a machine take turns, and it is forgotten:
+    another trial reads its files again.
+    """
+    model = make(device="cpu")
+    model.shard(device)
+    memory.forget_models()
+    return model
 
 
 def available_device() -> str:

@@ -15,6 +15,7 @@ from data.errors import UserError, reason
 from data.loading.cached_arrays import CacheFolders
 from model.runtime import memory
 from model.training.dry_run import TrialCost, measure
+from model.training.memory_estimate import estimate_memory
 from sweep.config.resolve import ResolvedConfig
 from sweep.execution.tasks import TaskQueue
 from sweep.execution.trial import build
@@ -31,6 +32,7 @@ class DryRunResult(BaseModel):
     cost: TrialCost | None = Field(None, alias="measured", description="What a worker of the trial takes.")
     startup: float = Field(0.0, alias="build", description="Seconds until the trial makes its first step.")
     seconds: float = Field(0.0, description="Seconds that the dry run took.")
+    estimate: int = Field(0, description="Estimated bytes with one example at a time, of a trial without a dry run.")
     capacity: int = Field(0, description="Memory of the device, in bytes.")
     too_large: str = Field("", alias="full", description="Why the trial does not fit into memory.")
     failure: str = Field("", alias="trouble", description="Why the trial could not run for another reason.")
@@ -48,7 +50,7 @@ def dry_run(run: DryRun) -> DryRunResult:
     """Do a dry run in this process."""
     config, device, started = run.config, run.config.resources.device, time.monotonic()
     if config.resources.shard:
-        return DryRunResult(failure="resources.shard divides the LLM among workers, and a dry run has one")
+        return _estimated(run)
     peak, capacity = memory.Peak(device), memory.capacity(device)
     try:
         model, data = build(config, "local", ("train", "val"), device, run.cached)
@@ -75,6 +77,24 @@ def dry_run(run: DryRun) -> DryRunResult:
             raise
         return DryRunResult(too_large="out of memory before the first step")
     return DryRunResult(cost=cost, startup=startup, seconds=time.monotonic() - started, capacity=capacity)
+
+
+def _estimated(run: DryRun) -> DryRunResult:
+    """Return the estimated memory of a trial whose workers divide the LLM, while it computes its longest example."""
+    config, device = run.config, run.config.resources.device
+    try:
+        plain = config.train.model_copy(update={"compile": "off"})
+        model, data = build(config.model_copy(update={"train": plain}), "local", ("train",), "meta", run.cached)
+        longest = max(cost.tokens for cost in data.splits["train"].costs)
+        data.close()
+        estimate = estimate_memory(model, model.llm, config.model, [longest], config.resources.workers).total
+    except UserError as error:
+        return DryRunResult(failure=reason(error))
+    return DryRunResult(
+        failure="resources.shard divides the LLM among workers, and a dry run has one; its memory is estimated",
+        capacity=memory.capacity(device),
+        estimate=estimate + (memory.WORKER if device == "cpu" else 0),
+    )
 
 
 DryRuns = Callable[[Mapping[str, DryRun], Seconds, int], Iterator[tuple[str, DryRunResult]]]

@@ -312,9 +312,9 @@ def _profile_result(profile: TrialProfile, result: DryRunResult, nodes: Nodes, s
     """Compare what a dry run needed with what a worker may use, now that the number of worker groups is known."""
     available = int(result.capacity * memory_share(profile.config, nodes, slots))
     too_large = result.too_large
-    if result.cost and result.cost.min_bytes > available:
-        needed = format_bytes(result.cost.min_bytes)
-        too_large = f"needs {needed} with one example at a time, and has {format_bytes(available)}"
+    needed = result.cost.min_bytes if result.cost else result.estimate
+    if needed > available:
+        too_large = f"needs {format_bytes(needed)} with one example at a time, and has {format_bytes(available)}"
     return ProfileResult(profile, result, available, too_large)
 
 

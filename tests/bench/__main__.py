@@ -19,8 +19,8 @@ from tests.bench.records import PAGE, page, read, record
 
 NAMES = (
     *("steps", "rate", "packing", "frozen", "options", "audio", "padding", "reading", "waiting", "preparing", "memory"),
-    *("lean", "slots", "groups", "search", "learning", "ties", "multilora", "sweeps", "growth", "startup"),
-    *("timeline", "gpu"),
+    *("lean", "slots", "groups", "sharding", "search", "learning", "ties", "multilora", "sweeps", "growth"),
+    *("startup", "timeline", "gpu"),
 )
 
 

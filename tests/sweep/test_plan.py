@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from data.errors import UserError
 from data.shards.dataset import Shards
+from model.runtime import memory
 from model.training.dry_run import TrialCost
 from sweep.config.resolve import ResolvedConfig
 from sweep.execution.tasks import EndedTask, TaskQueue
@@ -22,6 +23,7 @@ from sweep.preflight.plan import Plan, make_plan
 from sweep.preflight.plan_file import FILE, Estimate, PlanFile, plan_lines, save_actual_time, save_estimate
 from sweep.preflight.preparation import Preparation
 from sweep.search.study import StudyStore
+from tests.forked import Forked
 from tests.sweep.common import FROZEN, Asked, ask, play, report, sweep
 from tests.sweep.tiny import config
 
@@ -343,3 +345,22 @@ def test_profiles_wait_for_their_part_of_the_cache(
     assert first.fits({RANK: 8, MODALITY: "speech"})
     assert not plan(waiting=False).fits({RANK: 8, MODALITY: "speech"})
     assert len(measured) == len(set(measured)) == 6
+
+
+def test_divided_trial_that_cannot_fit_is_excluded(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers divide the LLM, which no dry run can do: its memory is estimated, and its time is unknown."""
+    estimate = dry_run_module.estimate_memory  # see tests/model/test_memory_estimate.py
+    monkeypatch.setattr(dry_run_module, "estimate_memory", lambda *given: Forked(lambda: estimate(*given)).result())
+    resources = {"shard": True, "workers": 2}
+    one = config(models, corpus, resources=resources, model={"modality": "text"}, storage={"features": "live"})
+    lines: list[str] = []
+    [result] = plan_of(one, tmp_path, lines).results
+    assert memory.WORKER < result.result.estimate < memory.WORKER + 10**8
+    assert result.fits
+    assert any("could not be measured (resources.shard divides the LLM among workers" in line for line in lines)
+    monkeypatch.setattr(memory, "capacity", lambda device: 10**9)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(UserError, match=r"no trial of the search space fits into memory \(needs .* with one example"):
+        plan_of(one, tmp_path / "small")
