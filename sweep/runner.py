@@ -324,7 +324,7 @@ class SweepRunner:
         self.config, self.folder = config, folder.absolute()
         self.listener, self.check, self.stop, self.ray_start = listener, check, stop, ray_start
         self.study = StudyStore.open(self.folder, config)
-        self.study.error = lambda number: objective_error(self.folder, number, config.search.metric)
+        self.study.error = lambda number, metric: objective_error(self.folder, number, metric)
         self.cache = cache_folder(config, self.folder)
         self.allow_other_base = allow_other_base
         self.bases: StudyBases = {}  # of this run

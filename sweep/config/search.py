@@ -16,13 +16,8 @@ SMALL = ("loss", "perplexity", "ece", "seconds", "steps")  # endings of metrics 
 LEAST_EPOCHS = 4  # of a trial that the noise between two trainings is estimated from
 # Share of the epochs before trials are compared: earlier, trials that start fast lead those that will win.
 LATE = Fraction(3, 5)
-PROMOTE = {
-    "keep": 0.34,
-    "after_trials": 6,
-    "noise": 1.0,
-    "agreement": 0.9,  # on the table `six`, 0.8 lost the best trial in 27 % of the searches, and 0.9 in 6 %
-    "audit": 0.0,
-}  # defaults of `search.pruning.kind: promote`
+PROMOTE = {"keep": 0.34, "after_trials": 3, "compare": "loss", "rungs": 1, "audit": 0.0}  # defaults of `kind: promote`
+EARLY = Fraction(1, 8)  # share of the epochs before the first rung of `kind: promote`
 
 
 # With `search.fidelity: data`, trials are compared on these shares of the training groups, one after another.
@@ -39,9 +34,19 @@ class PruningConfig(Section):
     )
     first_epoch: Count | None = Field(
         None,
-        description="First epoch after which trials are compared; the next ones double it. null: with promote, the "
-        "first one; with stop, three fifths of train.epochs (of its largest value if it is an axis), because learning "
-        "curves cross earlier and a trial that was stopped is lost.",
+        description="First epoch after which trials are compared; the next ones double it. null: with promote, an "
+        "eighth of train.epochs (of its largest value if it is an axis), rounded up; with stop, three fifths, "
+        "because learning curves cross earlier and a trial that was stopped is lost.",
+    )
+    rungs: Count | None = Field(
+        None,
+        description="Number of epochs after which trials are compared, at most; null: all that fit. With promote, the "
+        "default is 1. With search.fidelity: data, trials are compared after each share.",
+    )
+    compare: Literal["objective", "loss"] = Field(
+        "objective",
+        description="What is compared: the objective, or the loss of its task on the validation split, which says more "
+        "after few epochs than F1 or accuracy does. With promote, the default is loss.",
     )
     keep: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="Share of the trials that continues at each. With promote, the default is 0.34."
@@ -49,18 +54,17 @@ class PruningConfig(Section):
     after_trials: Count = Field(
         4,
         description="Trials that must have reached an epoch before one is pruned, or continues from there. With "
-        "promote, the default is 6.",
+        "promote, the default is 3, of each branch.",
     )
     noise: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="A trial also continues if it is behind by no more than this many standard errors of its objective "
-        "on the validation split (resampling sessions). With promote, the default is 1.",
+        description="A trial also continues if it is behind by no more than this many standard errors of what is "
+        "compared (resampling the sessions of the validation split).",
     )
     agreement: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
         description="No trial is pruned at an epoch before after_trials trials have trained to their end and this "
-        "share of their pairs has the same order at the epoch as at the end. 0: it does not matter. With promote, the "
-        "default is 0.9.",
+        "share of their pairs has the same order at the epoch as at the end. 0: it does not matter.",
     )
     finish: Count = Field(
         3, description="With promote: trials that are trained to their end at least; the best paused ones are chosen."
@@ -179,6 +183,19 @@ class SearchConfig(Section):
         """Whether each objective is to be maximized or minimized."""
         return ["minimize" if name.endswith(SMALL) else "maximize" for name in [self.metric, *self.objectives[1:]]]
 
+    @property
+    def compared(self) -> str:
+        """The metric by which trials are compared at rungs: the objective, or the loss of its task."""
+        if self.rule is None or self.rule.compare == "objective" or self.metric.endswith(SMALL):
+            return self.metric
+        task, slash, _ = self.metric.rpartition("/")
+        return f"{task}{slash}loss"
+
+    @property
+    def deciding(self) -> set[str]:
+        """The axes on which others depend. Models that differ in them have other parts, and learn at another speed."""
+        return {name for axis in self.space.values() for name in axis.when if name in self.space}
+
     def first_rung(self, epochs: int) -> int | None:
         """Return the first epoch after which trials are compared; None without pruning.
 
@@ -190,13 +207,14 @@ class SearchConfig(Section):
             return None
         if self.fidelity == "data":
             return epochs
-        default = 1 if self.rule.kind == "promote" else math.ceil(self._longest(epochs) * LATE)
-        return self.rule.first_epoch or default
+        share = EARLY if self.rule.kind == "promote" else LATE
+        return self.rule.first_epoch or math.ceil(self._longest(epochs) * share)
 
     def rungs(self, epochs: int) -> list[int]:
         """Return the epochs after which trials are compared: they double, and end before the last epoch.
 
-        With `fidelity: data`, they are the last ones of all shares but the whole, counted over all trainings.
+        There are `rule.rungs` at most. With `fidelity: data`, they are the last ones of all shares but the whole,
+        counted over all trainings.
 
         Args:
             epochs: see `first_rung`.
@@ -207,7 +225,7 @@ class SearchConfig(Section):
         while first is not None and first < self._longest(epochs):
             rungs.append(first)
             first *= 2
-        return rungs
+        return rungs[: self.rule.rungs] if self.rule else []
 
     def expected_share(self, epochs: int, trials: int) -> float:
         """Return the mean share of a full training that a trial costs, if the rule prunes as many trials as it may.

@@ -1,9 +1,11 @@
 """The rules of asynchronous successive halving, and the trials that are exempt from them.
 
 With `kind: stop`, a trial that is not among the best at a rung ends there. With `kind: promote` it pauses, and is
-promoted when it is among the best at its rung later, as in the paper (Li et al., 2020, algorithm 2). A difference that
-is within the noise of the validation split decides nothing: such a trial continues, too. Which trials are paused
-follows from what the study stores about each: the epoch at which it paused last, and the rung that it has passed.
+promoted when it is among the best at its rung later, as in the paper (Li et al., 2020, algorithm 2). Which trials are
+paused follows from what the study stores about each: the epoch at which it paused last, and the rung it has passed.
+
+Trials are compared with those of their branch only: trials with the same values on the axes that others depend on, such
+as the modality. Learning curves cross between branches more than within one.
 """
 
 import copy
@@ -15,7 +17,10 @@ from typing import NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
+from data.formats import format_rank
+from sweep.config.schema import Config
 from sweep.config.search import PruningConfig
+from sweep.search.sampling.history import params
 from sweep.search.sampling.ties import is_repeat
 
 GOLDEN = Fraction(618_033_988_749_895, 10**15)  # its multiples spread evenly over [0, 1)
@@ -55,8 +60,9 @@ def is_audited(number: int, seed: int, share: float) -> bool:
 
 
 # User attributes of a trial: the epoch at which it paused last, the last rung that it has passed, the epoch at which it
-# was exempted from pruning, and the standard errors of its objective by rung, as text.
-PAUSED, PASSED, EXEMPTED, ERRORS = "paused", "passed", "spared", "errors"
+# was exempted from pruning, and, by rung as text, what is compared there (where that is not the objective) and its
+# standard error.
+PAUSED, PASSED, EXEMPTED, COMPARED, ERRORS = "paused", "passed", "spared", "compared", "errors"
 TO_THE_END = 10**9  # value of PASSED: of a trial that does not pause any more
 
 
@@ -76,31 +82,63 @@ def as_history(trial: FrozenTrial) -> FrozenTrial:
 
 
 class Rung(NamedTuple):
-    """What is known of the trials that reached a rung, by number."""
+    """What is known of the trials of a branch that reached a rung, by number; more is better."""
 
-    values: Mapping[int, float]  # objectives
+    values: Mapping[int, float]  # of what is compared
     errors: Mapping[int, float]  # their standard errors; 0 where they are unknown
     ends: Mapping[int, float]  # objectives of those that have trained to their end
 
     @classmethod
-    def of(cls, runs: Sequence[FrozenTrial], epoch: int) -> "Rung":
-        """Return the rung at an epoch.
+    def all_at(cls, runs: Sequence[FrozenTrial], epoch: int, config: Config) -> "list[Rung]":
+        """Return the rung of each branch at an epoch.
 
         Without the audit an exempted trial would not have trained beyond its rung, so it is no peer any more. Neither
         is one that trains the configuration of another one again.
         """
-        reached = {
-            number: trial
-            for number, trial in enumerate(runs)
-            if epoch in trial.intermediate_values
-            and epoch <= trial.user_attrs.get(EXEMPTED, epoch)
-            and not is_repeat(trial)
-        }
-        return cls(
-            {number: trial.intermediate_values[epoch] for number, trial in reached.items()},
-            {number: trial.user_attrs.get(ERRORS, {}).get(str(epoch), 0.0) for number, trial in reached.items()},
-            {number: trial.value for number, trial in reached.items() if trial.value is not None},
-        )
+        search, branches = config.search, dict[str, dict[int, tuple[float, float, float | None]]]()
+        deciding, by_objective = sorted(search.deciding), search.compared == search.metric
+        sign = 1 if search.direction == "maximize" else -1
+        for number, trial in enumerate(runs):
+            attributes = trial.user_attrs
+            values = trial.intermediate_values if by_objective else attributes.get(COMPARED, {})
+            value = values.get(epoch if by_objective else str(epoch))
+            if value is None or epoch > attributes.get(EXEMPTED, epoch) or is_repeat(trial):
+                continue
+            # An axis that was added later is not among the parameters that are stored.
+            drawn = trial.params if all(key in trial.params for key in deciding) else params(config, trial)
+            branches.setdefault(repr([drawn.get(key) for key in deciding]), {})[number] = (
+                (sign if by_objective else -1) * value,
+                attributes.get(ERRORS, {}).get(str(epoch), 0.0),
+                None if trial.value is None else sign * trial.value,
+            )
+        return [
+            cls(
+                {number: value for number, (value, _, _) in branch.items()},
+                {number: error for number, (_, error, _) in branch.items()},
+                {number: end for number, (_, _, end) in branch.items() if end is not None},
+            )
+            for branch in branches.values()
+        ]
+
+    @classmethod
+    def of(cls, number: int, runs: Sequence[FrozenTrial], epoch: int, config: Config) -> "Rung":
+        """Return the rung of the branch of a trial that has reached it."""
+        return next(rung for rung in cls.all_at(runs, epoch, config) if number in rung.values)
+
+    @classmethod
+    def of_paused(cls, runs: Sequence[FrozenTrial], config: Config) -> "dict[int, Rung]":
+        """Return the rung at which each paused trial waits, by number."""
+        paused = {number: trial.user_attrs[PAUSED] for number, trial in enumerate(runs) if is_paused(trial)}
+        rungs = [(epoch, rung) for epoch in set(paused.values()) for rung in cls.all_at(runs, epoch, config)]
+        return {number: rung for epoch, rung in rungs for number in rung.values if paused.get(number) == epoch}
+
+    def describe(self, number: int, metric: str) -> str:
+        """Return the rank of a trial by a metric, in words."""
+        return f"ranked {format_rank(self.rank(number))} of {len(self.values)} by {metric}"
+
+    def rank(self, number: int) -> int:
+        """Return the rank of a trial, from 1."""
+        return 1 + sum(better(value, self.values[number], "maximize") for value in self.values.values())
 
     def is_predictive(self, rule: PruningConfig) -> bool:
         """Return whether the order at the rung is that at the end in enough pairs of trials, see `rule.agreement`.
@@ -119,30 +157,29 @@ class Rung(NamedTuple):
         return min(len(self.ends), pairs) >= rule.after_trials and agree >= rule.agreement * pairs
 
 
-def continues(number: int, rung: Rung, direction: str, rule: PruningConfig) -> bool:
+def continues(number: int, rung: Rung, rule: PruningConfig) -> bool:
     """Return whether a trial trains on after a rung.
 
     Args:
         number: of the trial.
-        rung: all trials that reached it, this one included.
-        direction: maximize or minimize.
+        rung: all trials of its branch that reached it, this one included.
         rule: settings of the halving.
     """
     if not rung.is_predictive(rule):
         return True
     if rule.kind == "promote":
-        return number in best_at(rung, direction, rule)
-    margin = rule.noise * rung.errors[number] * (1 if direction == "maximize" else -1)
-    return not prune(rung.values[number] + margin, list(rung.values.values()), direction, rule)
+        return number in best_at(rung, rule)
+    margin = rule.noise * rung.errors[number]
+    return not prune(rung.values[number] + margin, list(rung.values.values()), "maximize", rule)
 
 
-def best_at(rung: Rung, direction: str, rule: PruningConfig) -> list[int]:
+def best_at(rung: Rung, rule: PruningConfig) -> list[int]:
     """Return the numbers of the trials that are promoted from a rung, best first; on a tie the earlier one.
 
     These are the share `rule.keep`, and those that are behind its last one by no more than `rule.noise` of their
     standard errors; all of them where the rung does not predict the end.
     """
-    ranked = by_value(rung.values, direction)
+    ranked = sorted(rung.values, key=lambda number: (math.isnan(rung.values[number]), -rung.values[number], number))
     if not rung.is_predictive(rule):
         return ranked
     if len(ranked) < rule.after_trials:
@@ -153,23 +190,19 @@ def best_at(rung: Rung, direction: str, rule: PruningConfig) -> list[int]:
     return ranked[:count] + within
 
 
-def by_value(values: Mapping[int, float], direction: str) -> list[int]:
-    """Return numbers by their values, best first; NaN is last, and on a tie the earlier number comes first."""
-    sign = -1 if direction == "maximize" else 1
-    return sorted(values, key=lambda number: (math.isnan(values[number]), sign * values[number], number))
-
-
-def promotable(runs: Sequence[FrozenTrial], rungs: Sequence[int], direction: str, rule: PruningConfig) -> int | None:
-    """Return the paused trial that continues next: the best one at the highest rung where one is among the best."""
-    for epoch in reversed(rungs):
-        for number in best_at(Rung.of(runs, epoch), direction, rule):
-            if is_paused(runs[number]) and runs[number].user_attrs[PAUSED] == epoch:
-                return number
+def promotable(runs: Sequence[FrozenTrial], config: Config, rule: PruningConfig) -> int | None:
+    """Return the paused trial that continues next: a trial that is among the best of its branch at the highest rung."""
+    for epoch in reversed(config.search.rungs(config.train.epochs)):
+        for rung in Rung.all_at(runs, epoch, config):
+            for number in best_at(rung, rule):
+                if is_paused(runs[number]) and runs[number].user_attrs[PAUSED] == epoch:
+                    return number
     return None
 
 
-def to_finish(runs: Sequence[FrozenTrial], direction: str, rule: PruningConfig) -> int | None:
-    """Return the paused trial that trains to its end when nothing else is left: the best one at the highest rung.
+def to_finish(runs: Sequence[FrozenTrial], config: Config, rule: PruningConfig) -> int | None:
+    """Return the paused trial that trains to its end when nothing else is left: of those at the highest rung, the first
+    one in its branch.
 
     There is none once `rule.finish` trials have trained to their end, or will.
     """
@@ -179,9 +212,10 @@ def to_finish(runs: Sequence[FrozenTrial], direction: str, rule: PruningConfig) 
         for trial in runs
         if not is_repeat(trial)
     )
-    paused = {number: trial.user_attrs[PAUSED] for number, trial in enumerate(runs) if is_paused(trial)}
-    if finished >= rule.finish or not paused:
+    if finished >= rule.finish:
         return None
-    highest = max(paused.values())
-    values = {number: runs[number].intermediate_values[highest] for number, at in paused.items() if at == highest}
-    return by_value(values, direction)[0]
+    order = {
+        number: (-runs[number].user_attrs[PAUSED], rung.rank(number) / len(rung.values), number)
+        for number, rung in Rung.of_paused(runs, config).items()
+    }
+    return min(order, key=order.__getitem__, default=None)

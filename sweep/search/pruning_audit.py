@@ -71,19 +71,36 @@ def audit_rungs(config: Config, trials: Sequence[TrialRecord]) -> list[RungAudit
     trials = [trial for trial in trials if trial.repeats is None]  # further seeds are never pruned
     top, audits = complete[: max(1, len(complete) // TOP)], list[RungAudit]()
     for epoch in config.search.rungs(config.train.epochs):
-        peers = {trial.number: trial.curve[epoch] for trial in trials if epoch in trial.curve}
-        errors = {trial.number: trial.errors.get(epoch, 0.0) for trial in trials if epoch in trial.curve}
-        ends = {trial.number: trial.value for trial in complete if epoch in trial.curve and trial.value is not None}
-        rung = Rung(peers, errors, ends)
         judged = [trial for trial in top if epoch in trial.curve and epoch < horizon(config, trial.params)]
+        rungs = {trial.number: _rung(config, trial, trials, epoch) for trial in judged}
         lost = [
             trial.number
             for trial in judged
-            if trial.exempted_at == epoch or not continues(trial.number, rung, config.search.direction, rule)
+            if trial.exempted_at == epoch or not continues(trial.number, rungs[trial.number], rule)
         ]
-        if judged and len(peers) >= rule.after_trials:
-            audits.append(RungAudit(epoch, len(peers), tuple(trial.number for trial in judged), tuple(lost)))
+        peers = sum(epoch in trial.curve for trial in trials)
+        if judged and peers >= rule.after_trials:
+            audits.append(RungAudit(epoch, peers, tuple(trial.number for trial in judged), tuple(lost)))
     return audits
+
+
+def _rung(config: Config, judged: TrialRecord, trials: Sequence[TrialRecord], epoch: int) -> Rung:
+    """Return the rung of a trial's branch with the values of all trials that reached it."""
+    search = config.search
+    sign, by_objective = (1 if search.direction == "maximize" else -1), search.compared == search.metric
+    sign_compared = sign if by_objective else -1
+    curves = {trial.number: trial.curve if by_objective else trial.compared for trial in trials}
+    peers = [
+        trial
+        for trial in trials
+        if epoch in curves[trial.number]
+        and all(trial.params.get(key) == judged.params.get(key) for key in search.deciding)
+    ]
+    return Rung(
+        {trial.number: sign_compared * curves[trial.number][epoch] for trial in peers},
+        {trial.number: trial.errors.get(epoch, 0.0) for trial in peers},
+        {t.number: sign * t.value for t in peers if t.state == "COMPLETE" and t.value is not None},
+    )
 
 
 def format_lines(config: Config, trials: Sequence[TrialRecord]) -> list[str]:

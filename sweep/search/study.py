@@ -14,7 +14,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from data.errors import UserError
-from data.formats import format_rank
 from model.checkpoints.fingerprint import ALLOW, BaseIdentity
 from model.training.progress import Metrics, best_epoch
 from sweep.compat import writable_trial
@@ -56,7 +55,8 @@ class TrialRecord:
     clock: float = 0.0  # seconds that the sweep had run when the trial reported last; only with search.budget.hours
     stopped: str = ""  # why no trial was drawn after this one, if the search stopped by itself
     epoch: int = 0  # whose value, metrics and weights are the trial's result; 0: none was reported
-    errors: Mapping[int, float] = field(default_factory=dict)  # standard errors of the objective by rung
+    compared: Mapping[int, float] = field(default_factory=dict)  # what is compared by rung, if not the objective
+    errors: Mapping[int, float] = field(default_factory=dict)  # standard errors of what is compared by rung
     repeats: int | None = None  # number of the trial whose configuration this one trains with a fresh seed
     error: float = 0.0  # standard error of its value, by session; only with search.tie_share
     share: float | None = None  # of the training groups, that its last epoch was on; only with search.fidelity: data
@@ -79,7 +79,7 @@ class StudyStore:
 
     Attributes:
         fits: returns whether a new trial with some values may start; the plan of `sweep.preflight.dry_run` sets it.
-        error: returns the standard error of the objective in a trial's last evaluation, 0 where it is unknown.
+        error: returns the standard error of a metric in a trial's last evaluation, 0 where it is unknown.
     """
 
     def __init__(self, folder: Path, config: Config, study: optuna.Study) -> None:
@@ -87,7 +87,7 @@ class StudyStore:
         self.config = config
         self.study = study
         self.fits: sampler.Fits = lambda values: True
-        self.error: Callable[[int], float] = lambda number: 0.0
+        self.error: Callable[[int, str], float] = lambda number, metric: 0.0
         earlier = read_earlier(folder) if config.search.learn_from else None
         self.earlier = earlier.sweeps if earlier else []
         self._clock: tuple[float, float] | None = None  # when this run asked first, and seconds of the runs before it
@@ -144,9 +144,9 @@ class StudyStore:
             if trial.state == TrialState.RUNNING and number not in busy and not pruning.is_paused(trial):
                 return NextTrial(number, params(self.config, trial))
         rule = search.rule if search.rule is not None and search.rule.kind == "promote" else None
-        spent, rungs = spent_budget(self.config, self.trials()), search.rungs(self.config.train.epochs)
+        spent = spent_budget(self.config, self.trials())
         has_ended = spent is not None or self._stops()
-        promoted = pruning.promotable(trials, rungs, search.direction, rule) if rule and not has_ended else None
+        promoted = pruning.promotable(trials, self.config, rule) if rule and not has_ended else None
         if promoted is not None:
             return self._promote(promoted, trials[promoted].user_attrs[pruning.PAUSED])
         is_over = has_ended or self._exhausted
@@ -157,7 +157,7 @@ class StudyStore:
                 or sampler.depends_on_results(self.config, trials, self.earlier)
             ):
                 return None
-            finishes = rule is not None and pruning.to_finish(trials, search.direction, rule) is not None
+            finishes = rule is not None and pruning.to_finish(trials, self.config, rule) is not None
             if finishes if again else is_over:
                 break
             drawn: FrozenTrial | None
@@ -172,7 +172,7 @@ class StudyStore:
             if drawn.state == TrialState.RUNNING:
                 return NextTrial(len(trials), params(self.config, self._frozen(len(trials))))
             trials = self.runs()
-        if rule and (best := pruning.to_finish(trials, search.direction, rule)) is not None:
+        if rule and (best := pruning.to_finish(trials, self.config, rule)) is not None:
             return self._promote(best, pruning.TO_THE_END)
         if not busy:
             self._prune_paused()
@@ -264,6 +264,10 @@ class StudyStore:
             return True
         search, reported = self.config.search, frozen.intermediate_values
         trial, value = writable_trial(self.study, frozen), float(metrics[search.metric])
+        is_rung = epoch in search.rungs(self.config.train.epochs)
+        compared = frozen.user_attrs.get(pruning.COMPARED, {})
+        if is_rung and search.compared != search.metric and str(epoch) not in compared:
+            trial.set_user_attr(pruning.COMPARED, compared | {str(epoch): float(metrics[search.compared])})
         if epoch in reported:
             value = reported[epoch]
         else:
@@ -280,13 +284,13 @@ class StudyStore:
         # A decision is stored in one operation and never taken again, neither for a repeated report nor for a trial
         # that was exempted at an earlier rung.
         decided = epoch <= attributes.get(pruning.PASSED, 0) or pruning.EXEMPTED in attributes or ties.is_repeat(frozen)
-        if rule is None or decided or epoch >= last or epoch not in search.rungs(self.config.train.epochs):
+        if rule is None or decided or epoch >= last or not is_rung:
             return False
         errors = attributes.get(pruning.ERRORS, {})
         if rule.noise and str(epoch) not in errors:
-            trial.set_user_attr(pruning.ERRORS, errors | {str(epoch): self.error(number)})
-        rung = pruning.Rung.of(self.runs(), epoch)
-        if pruning.continues(number, rung, search.direction, rule):
+            trial.set_user_attr(pruning.ERRORS, errors | {str(epoch): self.error(number, search.compared)})
+        rung = pruning.Rung.of(number, self.runs(), epoch, self.config)
+        if pruning.continues(number, rung, rule):
             trial.set_user_attr(pruning.PASSED, epoch)
             return False
         if pruning.is_audited(number, self.config.seed, rule.audit):
@@ -295,15 +299,9 @@ class StudyStore:
         if rule.kind == "promote":
             trial.set_user_attr(pruning.PAUSED, epoch)
             return True
-        trial.set_user_attr("why", f"pruned at epoch {epoch}: {self._rank(number, rung.values)}")
+        trial.set_user_attr("why", f"pruned at epoch {epoch}: {rung.describe(number, search.compared)}")
         self.study.tell(frozen.number, state=TrialState.PRUNED)
         return True
-
-    def _rank(self, number: int, values: Mapping[int, float]) -> str:
-        """Return the rank of a trial at a rung, in words."""
-        search = self.config.search
-        rank = 1 + sum(pruning.better(value, values[number], search.direction) for value in values.values())
-        return f"ranked {format_rank(rank)} of {len(values)} by {search.metric}"
 
     def bind(
         self,
@@ -386,7 +384,9 @@ class StudyStore:
         value = reported[best_epoch(reported, maximize) if is_best else max(reported)]
         if math.isfinite(value):
             if self.config.search.tie_share:
-                writable_trial(self.study, frozen).set_user_attr(ties.ERROR, self.error(number))
+                writable_trial(self.study, frozen).set_user_attr(
+                    ties.ERROR, self.error(number, self.config.search.metric)
+                )
             self.study.tell(frozen.number, value)
         else:
             epochs = "every epoch" if is_best else "the last epoch"
@@ -412,11 +412,12 @@ class StudyStore:
 
     def trials(self) -> list[TrialRecord]:
         """Return every trial that was started, by number."""
-        records, common_faults = [], self._common_faults()
-        for number, trial in enumerate(self.runs()):
+        records, common_faults, runs = [], self._common_faults(), self.runs()
+        rungs = pruning.Rung.of_paused(runs, self.config)
+        for number, trial in enumerate(runs):
             if trial.state == TrialState.WAITING:
                 continue
-            record = self._ended.get(trial.number) or self._record(number, trial, common_faults)
+            record = self._ended.get(trial.number) or self._record(number, trial, common_faults, rungs.get(number))
             if trial.state.is_finished():
                 self._ended[trial.number] = record
             records.append(record)
@@ -439,8 +440,10 @@ class StudyStore:
     def _params(self, trial: FrozenTrial) -> dict[str, Value]:
         return params(self.config, trial)
 
-    def _record(self, number: int, trial: FrozenTrial, common_faults: Sequence[int]) -> TrialRecord:
-        """Return a trial as a record; its user attributes are the format on disk."""
+    def _record(
+        self, number: int, trial: FrozenTrial, common_faults: Sequence[int], rung: pruning.Rung | None
+    ) -> TrialRecord:
+        """Return a trial, which may wait at a rung, as a record; its user attributes are the format on disk."""
         metrics: Metrics = trial.user_attrs.get("metrics", {})
         curve, kept = dict(sorted(trial.intermediate_values.items())), trial.user_attrs.get("kept", {})
         if kept:
@@ -451,13 +454,11 @@ class StudyStore:
         exempted_at, rule = trial.user_attrs.get(pruning.EXEMPTED), search.rule
         exempt = f" (exempt from pruning; would have been pruned at epoch {exempted_at})" if exempted_at else ""
         default = {"COMPLETE": f"trained to the end{exempt}", "RUNNING": "running"}.get(trial.state.name, "")
-        is_paused = pruning.is_paused(trial)
-        if is_paused:
-            paused = trial.user_attrs[pruning.PAUSED]
-            default = f"paused at epoch {paused}: {self._rank(number, pruning.Rung.of(self.runs(), paused).values)}"
+        if rung is not None:
+            default = f"paused at epoch {trial.user_attrs[pruning.PAUSED]}: {rung.describe(number, search.compared)}"
         return TrialRecord(
             number=number,
-            state="PAUSED" if is_paused else trial.state.name,
+            state="PAUSED" if rung is not None else trial.state.name,
             params=self._params(trial),
             value=value,
             metrics=metrics,
@@ -474,6 +475,7 @@ class StudyStore:
             repeats=trial.user_attrs.get(ties.REPEATS, [None])[0],
             share=None if search.fidelity == "epochs" else search.share_at(max(curve, default=1), epochs),
             error=float(trial.user_attrs.get(ties.ERROR, 0.0)),
+            compared={int(at): value for at, value in trial.user_attrs.get(pruning.COMPARED, {}).items()},
             errors={int(at): error for at, error in trial.user_attrs.get(pruning.ERRORS, {}).items()},
         )
 

@@ -23,7 +23,18 @@ def curves() -> Table:
     values_SFPE, steps_FPE = values_PE[None, None], np.tile([10, 20, 30, 40], (1, 6, 1))
     grid = {RATE: [1e-3, 1e-2, 1e-1]}
     return Table(
-        "t", "", "macro_f1", space, grid, points, [0], [1.0], values_SFPE, np.full((1, 1, 6, 4), np.nan), steps_FPE
+        "t",
+        "",
+        "macro_f1",
+        space,
+        grid,
+        points,
+        [0],
+        [1.0],
+        values_SFPE,
+        np.full((1, 1, 6, 4), np.nan),
+        1 - values_SFPE,
+        steps_FPE,
     )
 
 

@@ -31,7 +31,7 @@ from tests.sweep.stores import kill_at_writes
 
 VALUES = [0.5, 0.3, 0.9, 0.1]  # of each trial, in every epoch
 EPOCHS = 4
-RULE = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 1, "noise": 0, "agreement": 0}
+RULE = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 1, "compare": "objective"}
 
 
 class StoppedError(Exception):
@@ -39,7 +39,11 @@ class StoppedError(Exception):
 
 
 def config(**search: Any) -> Config:
-    return settings(**{"fidelity": "data", "pruning": RULE, "startup_trials": 99, "points": [], "trials": 4} | search)
+    space = {"train.learning_rate": {"low": 1e-4, "high": 1e-2}}
+    return settings(
+        **{"space": space, "fidelity": "data", "pruning": RULE, "startup_trials": 99, "points": [], "trials": 4}
+        | search
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,14 @@ from tests.sweep.common import CODE, ask, report, settings
 from tests.sweep.stores import kill_at_writes
 from tests.sweep.tracked import append, runs, track
 
+RATE = "train.learning_rate"
 VALUES = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8]  # of each trial, at every epoch
 
 
 def promote(**changed: Any) -> Config:
-    """Rungs are at epochs 1 and 2 of 4; half of the trials continue, and two are finished."""
-    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 2, "noise": 0, "agreement": 0}
-    return settings(pruning=rule | changed, startup_trials=99, points=[])
+    """Rungs are at epochs 1 and 2 of 4; half of the trials continue, and two are finished. There is one branch."""
+    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "finish": 2, "rungs": None, "compare": "objective"}
+    return settings(pruning=rule | changed, startup_trials=99, points=[], space={RATE: {"low": 1e-4, "high": 1e-2}})
 
 
 def states(study: StudyStore) -> list[tuple[str, int]]:
@@ -83,7 +84,7 @@ def test_no_trial_pauses_before_a_rung_predicts_the_end(tmp_path: Path) -> None:
 
 def test_difference_within_noise_pauses_no_trial(tmp_path: Path) -> None:
     study = StudyStore.open(tmp_path, promote(noise=1.0))
-    study.error = {0: 0.05, 1: 0.05, 2: 0.04, 3: 0.0}.__getitem__
+    study.error = lambda number, metric: [0.05, 0.05, 0.04, 0.0][number]
     ask(study, 4)
     report(study, 0, 0.6)
     assert [report(study, number, value) for number, value in ((1, 0.5), (2, 0.57), (3, 0.56))] == [
@@ -94,6 +95,34 @@ def test_difference_within_noise_pauses_no_trial(tmp_path: Path) -> None:
     again = StudyStore.open(tmp_path, promote(noise=1.0))
     assert again.trials()[2].errors == {1: 0.04}, "it is stored, since predictions are written again"
     assert [again.report(2, 1, {"macro_f1": 0.57, "steps": 10}), states(again)[2]] == [False, ("RUNNING", 1)]
+
+
+def test_trials_of_a_branch_are_compared_by_their_loss(tmp_path: Path) -> None:
+    """Text has a lower loss than speech; two of each are needed before one continues, and F1 does not matter."""
+    modalities = ["text", "speech", "text", "speech"]
+    rule = {"kind": "promote", "keep": 0.5, "after_trials": 2, "audit": 0}
+    config = settings(
+        pruning=rule,
+        space={
+            "model.modality": ["text", "speech"],
+            "model.trainable": {"choices": ["new", "encoder+new"], "when": {"model.modality": ["speech"]}},
+            RATE: {"low": 1e-4, "high": 1e-2, "log": True},
+        },
+        points=[{"model.modality": modality, RATE: 1e-3 * (1 + n)} for n, modality in enumerate(modalities)],
+    )
+    assert (config.search.rungs(4), config.search.rungs(20), config.search.compared) == ([1], [3], "loss")
+    ask(study := StudyStore.open(tmp_path, config), 4)
+
+    def continues(number: int, loss: float) -> bool:
+        return not study.report(number, 1, {"macro_f1": loss, "loss": loss, "steps": 10})
+
+    assert [continues(0, 0.1), continues(1, 0.9), continues(2, 0.2), continues(3, 0.8)] == [False, False, False, True]
+    records = StudyStore.read(tmp_path, config).trials()
+    assert (records[1].why, records[1].compared) == ("paused at epoch 1: ranked 2nd of 2 by loss", {1: 0.9})
+    assert records[2].why == "paused at epoch 1: ranked 2nd of 2 by loss"
+    again = study.ask([3], 4)
+    assert again is not None
+    assert again.number == 0, "the better one of two with text"
 
 
 def test_error_of_the_objective_is_read_from_the_predictions(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def main(folder: Path) -> None:
             shares=[1.0],
             values_SFPE=ends_SFPE,
             errors_SFPE=np.full_like(ends_SFPE, np.nan),
+            losses_SFPE=np.full_like(ends_SFPE, np.nan),
             steps_FPE=np.ones((1, len(points), 1), dtype=int),
         )
     )

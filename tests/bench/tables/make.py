@@ -5,13 +5,11 @@
 A number after the name, six:0, trains only with that seed, and a second one, six:0:1.0, on that share of the data.
 
 Trainings run one after another in this process, with cached features and warm models. What is done is kept in the
-benchmark's cache, so the command may be ended and rerun. A share of the data is nested: the first sessions of an order
-that the seed of the sweep decides are trained on; the validation split is always whole.
+benchmark's cache, so the command may be ended and rerun. Shares of the data are those of `search.fidelity: data`.
 """
 
 import itertools
 import json
-import random
 import sys
 import tempfile
 import time
@@ -28,7 +26,6 @@ from data.corpus.config import CorpusConfig, SplitConfig
 from data.loading.cached_arrays import CacheFolders
 from data.preparation.build import prepare
 from model.evaluation.bootstrap import jackknife, summed_metric
-from model.evaluation.split_data import TrialData
 from model.training.trainer import fit
 from sweep.analysis.predictions import read_predictions
 from sweep.config.files import load
@@ -119,24 +116,10 @@ def points(config: Config, grid: dict[str, list[Any]]) -> Iterator[dict[str, Any
             yield kept
 
 
-def keep_share(data: TrialData, share: float, seed: int) -> None:
-    """Keep the training items of a share of the sessions, at least one."""
-    split = data.splits["train"]
-    rows = data.shards.columns["conversation"]
-    sessions = sorted({rows[item[1]] for item in split.items})
-    random.Random(f"{seed}").shuffle(sessions)
-    kept = set(sessions[: max(1, round(share * len(sessions)))])
-    indices = [index for index, item in enumerate(split.items) if rows[item[1]] in kept]
-    for name in ("items", "costs", "predicted", "answers", "targets"):
-        setattr(split, name, [getattr(split, name)[index] for index in indices])
-
-
 def trained(config: Config, share: float) -> list[dict[str, Any]]:
     """Train a configuration, and return for each epoch its metrics, and the objective's sums by session."""
     features = compute(requests) if (requests := ENCODER_FEATURES.requests(config, CACHE)) else ()
-    model, data = build(config, "local", ("train", "val"), "cpu", CacheFolders(features))
-    if share < 1:
-        keep_share(data, share, config.seed)
+    model, data = build(config, "local", ("train", "val"), "cpu", CacheFolders(features), share=share)
     curve, clock = list[dict[str, Any]](), [time.process_time()]
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
 
@@ -147,7 +130,7 @@ def trained(config: Config, share: float) -> list[dict[str, Any]]:
             sums = metric.item_sums(records)
             sessions = sorted({record.conversation for record in records})
             by_session = [
-                sums[[record.conversation == session for record in records]].sum(0).astype(int).tolist()
+                sums[[record.conversation == session for record in records]].sum(0).round(3).tolist()
                 for session in sessions
             ]
             now = time.process_time()
@@ -197,8 +180,11 @@ def collect(
     metric = summed_metric(search.metric, ["label"], {})
     assert metric is not None
     errors = array(lambda curve: [jackknife(np.array(epoch["sums"]), metric) for epoch in curve])
+    losses = array(lambda curve: [epoch["loss"] for epoch in curve])
     steps = array(lambda curve: [epoch["steps"] for epoch in curve])[0]
-    return Table(name, recipe.about, search.metric, space, recipe.grid, grid, seeds, shares, values, errors, steps)
+    return Table(
+        name, recipe.about, search.metric, space, recipe.grid, grid, seeds, shares, values, errors, losses, steps
+    )
 
 
 if __name__ == "__main__":

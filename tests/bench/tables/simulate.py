@@ -76,19 +76,27 @@ class Trace:
         return float(best - (quality.min() if winner is None else quality[self.trials[winner]]))
 
 
-def simulate(table: Table, search: Search, budget: float, seed: int = 0, share: int = -1) -> Trace:
-    """Run a search until it has spent its budget of steps, or has nothing left to do.
+def simulate(
+    table: Table,
+    search: Search,
+    budget: float,
+    seed: int = 0,
+    shares: Sequence[float] = (1.0,),
+    target: float = np.inf,
+) -> Trace:
+    """Run a search until it has spent its budget of steps, has reached its target, or has nothing left to do.
 
     Args:
         table: to read from.
         search: of its space.
         budget: steps.
         seed: index of the trainings' seed.
-        share: index of the share of the data.
+        shares: of the data, that a trial trains on one after another; its epochs are counted over all of them.
+        target: quality.
     """
     trace, epochs = Trace(table, seed), dict[int, int]()
     running = list[int]()
-    while trace.spent < budget and len(trace.trials) < MOST:
+    while trace.spent < min(budget, trace.steps_to(target)) and len(trace.trials) < MOST:
         while len(running) < SLOTS and (asked := search.ask(running)) is not None:
             number, values = asked
             fresh = values.get(SEED, FIRST_SEED - 1) - FIRST_SEED + 1
@@ -100,18 +108,22 @@ def simulate(table: Table, search: Search, budget: float, seed: int = 0, share: 
             break
         for number in list(running):
             point, epoch, own = trace.trials[number], epochs[number], trace.seeds[number]
+            part, of_part = divmod(epoch, table.epochs)
+            share = table.shares.index(shares[part])
             steps = table.steps_FPE[share, point]
-            trace.spent += int(steps[epoch] - (steps[epoch - 1] if epoch else 0))
+            trace.spent += int(steps[of_part] - (steps[of_part - 1] if of_part else 0))
+            before = sum(table.steps_FPE[table.shares.index(ended), point, -1] for ended in shares[:part])
             epochs[number] = epoch = epoch + 1
             metrics = {
-                table.metric: float(table.values_SFPE[own, share, point, epoch - 1]),
-                "steps": float(steps[epoch - 1]),
-                "seconds": float(steps[epoch - 1]),
-                ERROR: float(np.nan_to_num(table.errors_SFPE[own, share, point, epoch - 1])),
+                table.metric: float(table.values_SFPE[own, share, point, of_part]),
+                "steps": float(before + steps[of_part]),
+                "seconds": float(before + steps[of_part]),
+                "loss": float(table.losses_SFPE[own, share, point, of_part]),
+                ERROR: float(np.nan_to_num(table.errors_SFPE[own, share, point, of_part])),
             }
             if search.report(number, epoch, metrics):
                 running.remove(number)
-            elif epoch == table.epochs:
+            elif epoch == table.epochs * len(shares):
                 running.remove(number)
                 search.complete(number)
                 trace.ended.append((trace.spent, number))
@@ -133,7 +145,7 @@ class Product:
 
     def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Report to the study."""
-        self.study.error = lambda _: metrics[ERROR]
+        self.study.error = lambda _, metric: metrics[ERROR] if metric == self.study.config.search.metric else 0.0
         return self.study.report(number, epoch, {name: value for name, value in metrics.items() if name != ERROR})
 
     def complete(self, number: int) -> None:

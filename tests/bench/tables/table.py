@@ -11,6 +11,7 @@ A table is a compressed JSON file beside this module, which `tests.bench.tables.
     shares    of the training sessions, nested; 1 is last
     values    objective on the validation split after each epoch, [S, F, P, E]
     errors    standard error of it: jackknife over sessions, [S, F, P, E]; null where it is unknown
+    losses    loss on the validation split after each epoch, [S, F, P, E]; null where it is unknown
     steps     optimizer steps until the end of an epoch, [F, P, E]
 
 Shapes: S seeds, F shares, P points, E epochs.
@@ -47,6 +48,7 @@ class Table:
     shares: list[float]
     values_SFPE: np.ndarray
     errors_SFPE: np.ndarray  # nan where unknown
+    losses_SFPE: np.ndarray  # nan where unknown
     steps_FPE: np.ndarray
 
     @property
@@ -93,9 +95,13 @@ def read(name: str) -> Table:
     """Return the table of a name; `names` lists them."""
     with gzip.open(FOLDER / f"{name}.json.gz", "rt", encoding="utf-8") as file:
         content = json.load(file)
-    arrays = {key: np.array(content.pop(key), dtype=float) for key in ("values", "errors", "steps")}
+    arrays = {key: np.array(content.pop(key), dtype=float) for key in ("values", "errors", "losses", "steps")}
     return Table(
-        **content, values_SFPE=arrays["values"], errors_SFPE=arrays["errors"], steps_FPE=arrays["steps"].astype(int)
+        **content,
+        values_SFPE=arrays["values"],
+        errors_SFPE=arrays["errors"],
+        losses_SFPE=arrays["losses"],
+        steps_FPE=arrays["steps"].astype(int),
     )
 
 
@@ -108,7 +114,8 @@ def write(table: Table) -> None:
     """Write a table; the same table gives the same bytes."""
     content = {key: value for key, value in vars(table).items() if not isinstance(value, np.ndarray | Config)}
     content.pop("by_values", None)
-    for key, array in (("values", table.values_SFPE), ("errors", table.errors_SFPE)):
+    arrays = {"values": table.values_SFPE, "errors": table.errors_SFPE, "losses": table.losses_SFPE}
+    for key, array in arrays.items():
         content[key] = np.where(np.isnan(array), None, np.round(array, 4)).tolist()
     content["steps"] = table.steps_FPE.tolist()
     text = json.dumps(content, separators=(",", ":"), sort_keys=True)
