@@ -192,9 +192,14 @@ class SearchConfig(Section):
         return f"{task}{slash}loss"
 
     @property
-    def deciding(self) -> set[str]:
-        """The axes on which others depend. Models that differ in them have other parts, and learn at another speed."""
-        return {name for axis in self.space.values() for name in axis.when if name in self.space}
+    def branching(self) -> list[str]:
+        """The axes in which trials that are compared do not differ: with promote, those that others depend on.
+
+        Models that differ in them have other parts, and learn at another speed.
+        """
+        if self.rule is None or self.rule.kind != "promote":
+            return []
+        return sorted({name for axis in self.space.values() for name in axis.when if name in self.space})
 
     def first_rung(self, epochs: int) -> int | None:
         """Return the first epoch after which trials are compared; None without pruning.

@@ -4,8 +4,8 @@ With `kind: stop`, a trial that is not among the best at a rung ends there. With
 promoted when it is among the best at its rung later, as in the paper (Li et al., 2020, algorithm 2). Which trials are
 paused follows from what the study stores about each: the epoch at which it paused last, and the rung it has passed.
 
-Trials are compared with those of their branch only: trials with the same values on the axes that others depend on, such
-as the modality. Learning curves cross between branches more than within one.
+With `promote`, trials are compared with those of their branch only: trials with the same values on the axes that others
+depend on, such as the modality. Learning curves cross between branches more than within one.
 """
 
 import copy
@@ -96,7 +96,7 @@ class Rung(NamedTuple):
         is one that trains the configuration of another one again.
         """
         search, branches = config.search, dict[str, dict[int, tuple[float, float, float | None]]]()
-        deciding, by_objective = sorted(search.deciding), search.compared == search.metric
+        branching, by_objective = search.branching, search.compared == search.metric
         sign = 1 if search.direction == "maximize" else -1
         for number, trial in enumerate(runs):
             attributes = trial.user_attrs
@@ -105,8 +105,8 @@ class Rung(NamedTuple):
             if value is None or epoch > attributes.get(EXEMPTED, epoch) or is_repeat(trial):
                 continue
             # An axis that was added later is not among the parameters that are stored.
-            drawn = trial.params if all(key in trial.params for key in deciding) else params(config, trial)
-            branches.setdefault(repr([drawn.get(key) for key in deciding]), {})[number] = (
+            drawn = trial.params if all(key in trial.params for key in branching) else params(config, trial)
+            branches.setdefault(repr([drawn.get(key) for key in branching]), {})[number] = (
                 (sign if by_objective else -1) * value,
                 attributes.get(ERRORS, {}).get(str(epoch), 0.0),
                 None if trial.value is None else sign * trial.value,

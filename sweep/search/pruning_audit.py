@@ -94,7 +94,7 @@ def _rung(config: Config, judged: TrialRecord, trials: Sequence[TrialRecord], ep
         trial
         for trial in trials
         if epoch in curves[trial.number]
-        and all(trial.params.get(key) == judged.params.get(key) for key in search.deciding)
+        and all(trial.params.get(key) == judged.params.get(key) for key in search.branching)
     ]
     return Rung(
         {trial.number: sign_compared * curves[trial.number][epoch] for trial in peers},
