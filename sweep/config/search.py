@@ -151,7 +151,11 @@ class SearchConfig(Section):
         "auto",
         description="Optuna's sampler. auto: grid where search.trials reaches all combinations, and else tpe.",
     )
-    startup_trials: Count = Field(6, description="Trials drawn at random before the TPE sampler uses their results.")
+    startup_trials: Count = Field(
+        6,
+        description="Trials drawn at random before the sampler uses their results. With promote, they must have "
+        "trained to their end: a trial that paused early says little.",
+    )
     space: dict[str, Axis] = Field({}, description="Axes, by the dotted key of the setting that they vary.")
     points: list[dict[str, Value]] = Field([], description="Trials that run first: values for some or all axes.")
 

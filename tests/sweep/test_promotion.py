@@ -14,6 +14,8 @@ from sweep.durability.retention import prune_checkpoints
 from sweep.execution.job import Standby
 from sweep.execution.tasks import TaskQueue
 from sweep.execution.tune import StudySearcher
+from sweep.search.pruning import as_history
+from sweep.search.sampling.draw import draw
 from sweep.search.study import StudyStore
 from tests.conftest import LABELS
 from tests.sweep.common import CODE, ask, report, settings
@@ -123,6 +125,24 @@ def test_trials_of_a_branch_are_compared_by_their_loss(tmp_path: Path) -> None:
     again = study.ask([3], 4)
     assert again is not None
     assert again.number == 0, "the better one of two with text"
+
+
+def test_sampler_waits_for_trials_that_trained_to_their_end(tmp_path: Path) -> None:
+    ask(study := StudyStore.open(tmp_path, promote()), 4)
+
+    def values(startup: int) -> dict[str, Any]:
+        config = promote().with_values({"search.startup_trials": startup})
+        drawn = draw(config, list(map(as_history, study.runs())))
+        assert drawn is not None
+        return drawn.params
+
+    for number in (0, 1):
+        report(study, number, 0.1)
+    study.complete(1)
+    assert values(2) == values(99), "one is paused"
+    report(study, 2, 0.2, 0.2)
+    study.complete(2)
+    assert values(2) != values(99)
 
 
 def test_error_of_the_objective_is_read_from_the_predictions(tmp_path: Path) -> None:

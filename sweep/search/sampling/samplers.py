@@ -57,7 +57,10 @@ def study_to_draw_from(config: Config, name: Name, trials: Sequence[FrozenTrial]
         trials: all trials of the sweep.
         seed: of this draw.
     """
-    startup, seen = config.search.startup_trials, history(config, trials)
+    startup, seen, rule = config.search.startup_trials, history(config, trials), config.search.rule
+    complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if rule is not None and rule.kind == "promote" and complete < startup:
+        startup = len(trials) + 1  # a trial that paused early says little
     if name in ("gp", "cmaes"):
         seen = flattened(config, seen)
     if name == "tpe":
