@@ -4,6 +4,7 @@ read_tree ─► apply_overrides ─► validate
 """
 
 import contextlib
+import functools
 import json
 import re
 import types
@@ -200,13 +201,35 @@ def problems_error(source: str, problems: Sequence[str]) -> ConfigError:
     return ConfigError("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in unique)]))
 
 
-def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+class _Same:
+    """A section as a key of a cache. Sections cannot be changed, so the same object has the same settings."""
+
+    def __init__(self, section: BaseModel) -> None:
+        self.section = section
+
+    def __hash__(self) -> int:
+        return id(self.section)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.section is self.section
+
+
+def flat(section: BaseModel) -> dict[str, Any]:
     """Return every setting of a section by its dotted key."""
-    settings: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {f"{prefix}{name}": value}
-    return settings
+    return dict(_flat(_Same(section)))
+
+
+@functools.lru_cache(maxsize=8)  # a search asks for the settings of its sweep with every trial
+def _flat(same: _Same) -> dict[str, Any]:
+    def settings(section: BaseModel, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            key = f"{prefix}{name}"
+            found |= settings(value, f"{key}.") if isinstance(value, BaseModel) else {key: value}
+        return found
+
+    return settings(same.section, "")
 
 
 def rule(detail: ErrorDetails) -> str:
