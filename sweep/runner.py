@@ -177,7 +177,7 @@ def run(
         try:
             stop = stop or stack.enter_context(StopRequest())
             listener = listener or Silent()
-            ray_start = ray_start or stack.enter_context(RayStart(listener.warn))
+            ray_start = ray_start or stack.enter_context(RayStart(listener.warn, early=False))
             return _run(config, folder, listener, stop, allow_other_base, ray_start)
         except SweepAbortedError as error:
             code = ExitCode.BAD_INPUT if error.reason == "bad data" else ExitCode.INFRASTRUCTURE

@@ -62,10 +62,13 @@ class RayStart:
 
     Args:
         warn: shows a line to the user when something cannot be cleaned up.
+        early: whether `begin` begins. Where Ray's start is given up, Ray may end this process: a command ends then
+            anyway, and a notebook must not.
     """
 
-    def __init__(self, warn: Warn = lambda line: None) -> None:
+    def __init__(self, warn: Warn = lambda line: None, *, early: bool = True) -> None:
         self.warn = warn
+        self.early = early
         self.address = os.environ.get("RAY_ADDRESS", "")
         self.workers: list[ActorHandle] = []  # that were started with the local cluster
         self.scratch: Path | None = None  # of the local cluster, once it was begun
@@ -88,7 +91,8 @@ class RayStart:
             config: of a sweep, whose workers are started, too.
             trials: that are left.
         """
-        self._begin(config, trials)
+        if self.early:
+            self._begin(config, trials)
 
     def _begin(self, config: Config | None = None, trials: int = 0) -> None:
         """Begin to start a local cluster, and return at once; do nothing where another one is named or it was begun."""

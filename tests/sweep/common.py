@@ -103,6 +103,7 @@ def sweep(*args: object) -> Outcome:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", ["sweep", *map(str, args)])
         patch.setattr("sweep.cli.app.leave_hanging_calls", lambda code: None)  # it would end this process
+        patch.setattr(RayStart, "begin", lambda *_: None)  # inputs are checked here without a Ray in this process
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONWARNINGS"):
             patch.setenv(name, os.environ.get(name, ""))  # which main() sets for good
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -11,7 +11,6 @@ from mlflow import MlflowClient
 from transformers.utils.logging import disable_progress_bar
 
 from data.shards.dataset import Shards
-from sweep.execution.cluster import RayStart
 from sweep.runner import SweepRunner
 from tests.sweep.cached import Sweeps, small_corpus
 from tests.sweep.common import sweep
@@ -27,12 +26,6 @@ CSV = {
     "label.csv": f"{COLUMNS}\n1,high,v,0,client,00:00:01,hi,change,\n1,high,v,1,client,00:00:02,hi,chnge,\n",
     "few.csv": f"{COLUMNS}\n1,high,v,0,client,00:00:01,hi,change,\n",
 }
-
-
-@pytest.fixture(autouse=True)
-def no_early_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start Ray in this process only where trials run, and not while inputs are checked."""
-    monkeypatch.setattr(RayStart, "begin", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

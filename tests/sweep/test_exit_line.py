@@ -68,7 +68,7 @@ def folder(here: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def execute(self: SweepRunner, resolved: ResolvedConfig) -> None:
         while (asked := self.study.ask([], self.config.search.trials)) is not None:
-            self.study.report(asked[0], 1, {"macro_f1": 0.5 + asked[0] / 10, "steps": 3})
+            self.study.report(asked[0], 1, {"macro_f1": 0.5 + asked[0] / 10, "loss": 1.0, "steps": 3})
             self.study.complete(asked[0])
 
     monkeypatch.setattr(SweepRunner, "execute", execute)

@@ -18,7 +18,7 @@ from sweep import run_sweep, runner
 from sweep.config.resolve import ResolvedConfig
 from sweep.config.schema import parse
 from sweep.durability.lease import LeaseHeldError
-from sweep.execution.cluster import ClusterError
+from sweep.execution.cluster import ClusterError, RayStart
 from sweep.execution.tune import SweepAbortedError
 from sweep.runner import Outcome, SweepRunner
 from sweep.search.study import TrialRecord
@@ -36,7 +36,7 @@ def notebook(here: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     def execute(self: SweepRunner, resolved: ResolvedConfig) -> None:
         while (asked := self.study.ask([], self.config.search.trials)) is not None:
             self.make_job(resolved, *asked)
-            self.study.report(asked[0], 1, {"macro_f1": 0.5 + asked[0] / 10, "steps": 3})
+            self.study.report(asked[0], 1, {"macro_f1": 0.5 + asked[0] / 10, "loss": 1.0, "steps": 3})
             self.study.complete(asked[0])
             if asked[0] == 1 and not self.folder.name.startswith("all"):
                 return self.stop.requested.set()  # as a signal does
@@ -45,6 +45,8 @@ def notebook(here: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     settings = json.loads((here / "good.yaml").read_text()) | {"search": {"space": {"seed": {"low": 0, "high": 99}}}}
     (here / "good.yaml").write_text(json.dumps(settings))
     monkeypatch.setattr(SweepRunner, "execute", execute)
+    # Ray may end the process in which its start is given up, as after bad inputs, so only a command starts it early.
+    monkeypatch.setattr(RayStart, "_begin", lambda *_: pytest.fail("Ray would start in this process"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (here / "runs").mkdir()
     shutil.copy(database, here / "runs")
