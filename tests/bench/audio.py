@@ -30,10 +30,10 @@ from transformers import (
 
 from model.encoders.audio_llms import language_config
 from model.tiny import fixed_seed
-from sweep.preflight.feature_cache import ENCODER_FEATURES
-from tests.bench.materials import CACHE, compute, made, settings
+from sweep.config.schema import Config
+from tests.bench.materials import made, settings
 from tests.bench.measure import Row
-from tests.bench.options import compare
+from tests.bench.options import cache, compare
 from tests.tiny_models import audio_tokenizer, special_ids
 
 DEFAULT = "default: Whisper base and Qwen2, from the cache"
@@ -51,13 +51,20 @@ TRAINS = {"model.trainable": "encoder+adapter+lora"}
 def run() -> list[Row]:
     """Return how many times the default's CPU time each variant takes, with its peak memory."""
     torch.set_num_threads(1)
+    configs = variants()
+    cache(configs)
+    return compare(configs)
+
+
+def variants(**changed: Any) -> dict[str, Config]:
+    """Return the configurations by name, the default first."""
     qwen, granite = made("qwen2-audio-20m", qwen2_audio), made("granite-speech-20m", granite_speech)
     whisper = {"model.encoder.path": str(made("whisper-base", whisper_base)), "model.encoder.context": "clip"}
     whisper["model.llm.path"] = str(made("qwen2-20m", qwen2))
     own = {
         name: {"model.encoder.path": None, "model.llm.path": str(path)} for name, path in (("q", qwen), ("g", granite))
     }
-    variants: dict[str, dict[str, Any]] = {
+    named: dict[str, dict[str, Any]] = {
         DEFAULT: whisper,
         "Qwen2-Audio, from the cache": own["q"],
         "Granite Speech, from the cache": own["g"],
@@ -65,11 +72,7 @@ def run() -> list[Row]:
         "Qwen2-Audio, encoder trains": own["q"] | TRAINS,
         "Granite Speech, encoder trains": own["g"] | TRAINS,
     }
-    configs = {name: settings(**{"data.history": 3} | changed) for name, changed in variants.items()}
-    for config in configs.values():
-        for request in ENCODER_FEATURES.requests(config, CACHE):
-            compute([request])
-    return compare(configs)
+    return {name: settings(**{"data.history": 3} | changed | own) for name, own in named.items()}
 
 
 def qwen2_audio(folder: Path) -> None:

@@ -1,18 +1,20 @@
 """`make gpu`: everything that only a GPU can show, in one run of some minutes that installs and downloads nothing.
 
 Each figure is printed as soon as it is measured, and `tests/bench/results/gpu.json` has those so far, so a run that is
-cut short still says something. In order: the rows of `tests.bench.gpu`, a profile of a step, a sweep of four trials on
-two halves of the GPU of which one is killed, and the tests that need a GPU.
+cut short still says something. In order: the rows of `tests.bench.gpu`, a profile of a step, what heard layers, LoRA on
+the encoder, adapters and audio LLMs cost beside the default, a sweep of four trials on two halves of the GPU of which
+one is killed, and the tests that need a GPU.
 """
 
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from data.atomic import write_file
 from model.tiny import fixed_seed, tiny_tokenizer
 from sweep.config.files import write
-from tests.bench import gpu
+from sweep.config.schema import Config
+from tests.bench import audio, gpu, options
 from tests.bench.gpu import Scale, figures, real_shapes
 from tests.bench.materials import made, settings, trainer
 from tests.bench.measure import Row
@@ -45,6 +48,9 @@ def main() -> int:
     with real_shapes() as (llm, encoder):
         for row in chain(figures(Scale(), llm, encoder), profile_rows(Scale(), llm, encoder)):
             keep(rows, row)
+    own = {"model.precision": "bfloat16", "resources.gpus_per_worker": 1}
+    for row in chain(*(option_rows(Scale(), configs(**own)) for configs in (options.variants, audio.variants))):
+        keep(rows, row)
     keep(rows, sweep_row(write_llama(), {"resources.gpus_per_worker": 0.5, "model.llm.dtype": "bfloat16"}))
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-s", "tests/gpu"], cwd=ROOT, check=False
@@ -70,6 +76,27 @@ def profile_rows(scale: Scale, llm: Path, encoder: Path) -> Iterator[Row]:
     write_file(PROFILE, json.dumps(found, indent=1) + "\n")
     largest = ", ".join(f"{kernel['share']:.0%} {kernel['name'][:40]}" for kernel in found["kernels"][:3])
     yield Row("time in kernels, encoder online", "a step", [found["share_of_time_in_kernels"]], note=largest)
+
+
+def option_rows(scale: Scale, configs: Mapping[str, Config]) -> Iterator[Row]:
+    """Yield what a step of each configuration takes, and its memory, against the first one.
+
+    Args:
+        scale: of the device, the steps and the rounds.
+        configs: by name.
+    """
+    options.cache(configs)
+    default, first = next(iter(configs)), None
+    for name, config in configs.items():
+        steps = gpu.time_steps(trainer(config, options.features(config), device=scale.device), scale)
+        if first is None:
+            first = steps
+            continue
+        middle = statistics.median(first.seconds)
+        note = f"{1000 * statistics.median(steps.seconds) / scale.steps:,.1f} ms a step"
+        if first.gigabytes:
+            note += f"; peak {steps.gigabytes:.2f} GB, {steps.gigabytes / first.gigabytes:.2f} times the default's"
+        yield Row(f"seconds of a step, {name}", default, [seconds / middle for seconds in steps.seconds], note=note)
 
 
 def write_llama() -> Path:

@@ -41,12 +41,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run() -> list[Row]:
     """Return how many times the default's CPU time each variant takes, with its peak memory."""
     torch.set_num_threads(1)
-    configs = {
-        name: settings(**{"data.history": 3, "train.batch_size": 4} | changed) for name, changed in VARIANTS.items()
-    }
-    requests = [request for config in configs.values() for request in ENCODER_FEATURES.requests(config, CACHE)]
-    compute(list({request.folder: request for request in requests}.values()))  # in one pass
+    configs = variants()
+    cache(configs)
     return compare(configs, lambda name: CACHED if name.endswith("from the cache") else None)
+
+
+def variants(**changed: Any) -> dict[str, Config]:
+    """Return the configurations by name, the default first."""
+    given = {"data.history": 3, "train.batch_size": 4} | changed
+    return {name: settings(**given | own) for name, own in VARIANTS.items()}
+
+
+def cache(configs: Mapping[str, Config]) -> None:
+    """Compute the encoder outputs that trials read."""
+    requests = [request for config in configs.values() for request in ENCODER_FEATURES.requests(config, CACHE)]
+    for request in {request.folder: request for request in requests}.values():
+        compute([request])
 
 
 def compare(configs: Mapping[str, Config], goal: Callable[[str], float | None] = lambda name: None) -> list[Row]:

@@ -1,6 +1,7 @@
 """What `make gpu` measures runs on tiny models without a GPU, and says in one line that there is none."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from data.shards.dataset import Shards
 from sweep.execution import trial
-from tests.bench import gpu, on_gpu
+from tests.bench import audio, gpu, on_gpu
 from tests.bench.gpu import VARIANTS, Scale, figures
 from tests.bench.measure import Row
 
@@ -51,6 +52,8 @@ def test_every_row_is_measured_on_tiny_models(
     monkeypatch.setattr(on_gpu, "PROFILE", tmp_path / "profiles" / "step.json")
     [row] = on_gpu.profile_rows(scale, models / "llm", models / "hubert-layer")
     assert 0 < row.runs[0] < 2
+    [row] = on_gpu.option_rows(scale, dict(itertools.islice(audio.variants().items(), 2)))
+    assert (row.name, len(row.runs)) == ("seconds of a step, Qwen2-Audio, from the cache", 1)
     kernels = json.loads(on_gpu.PROFILE.read_text())["kernels"]
     assert 0.5 < sum(kernel["share"] for kernel in kernels) <= 1.001
 
