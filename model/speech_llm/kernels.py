@@ -47,7 +47,8 @@ def _fused_forward(self: LoraLinear, x: Tensor, *args: object, **options: object
     PEFT writes the update, scales it and adds it, each in a pass of its own over [P, O].
     """
     weight_RE, weight_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-    mixed = torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     fits = mixed or x.dtype == weight_RE.dtype == self.base_layer.weight.dtype
     if not fits or args or options or self.disable_adapters or self.merged:
         output: Tensor = LoraLinear.forward(self, x, *args, **options)
