@@ -88,7 +88,7 @@ def test_sharding_needs_workers_and_no_teacher(yaml: Yaml) -> None:
     load(yaml("name: a\nresources: {shard: true, workers: 2}"))
 
 
-def test_settings_that_cannot_go_together_with_a_base_are_refused(yaml: Yaml) -> None:
+def test_settings_that_do_not_fit_a_base_are_refused(yaml: Yaml) -> None:
     model = "trainable: adapter+llm, llm: {load_in: 4bit, attention: flash_attention_2}"
     _, *lines = problems(yaml(f"name: a\nresources: {{shard: true, workers: 2}}\nmodel: {{{model}}}"))
     starts = (
