@@ -118,6 +118,11 @@ def mark_dynamic(tensor: "Tensor", *dimensions: int) -> None:
             mark(tensor, dimension)
 
 
+def storage_key(storage: "torch.UntypedStorage") -> int:
+    """Return what identifies a storage while it lives; fake tensors have no address (torch 2.14.1: `_cdata`)."""
+    return cast(int, storage._cdata)
+
+
 def fake_tensors() -> AbstractContextManager[object]:
     """Return a context in which tensors have shapes and no values (torch 2.14.1: `FakeTensorMode`)."""
     mode: AbstractContextManager[object] = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode()

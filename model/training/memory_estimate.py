@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from model.compat import fake_tensors
+from model.compat import fake_tensors, storage_key
 from model.config import LoadIn, ModelConfig
 from model.objectives.losses import student_outputs
 from model.speech_llm.language_model import llm_layers
@@ -171,7 +171,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, existing: Sequence[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
+        self.sizes = {storage_key(tensor.untyped_storage()): 0 for tensor in existing}
 
     def __torch_dispatch__(
         self,
@@ -188,7 +188,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if (key := storage._cdata) not in self.sizes:
+        if (key := storage_key(storage)) not in self.sizes:
             self.sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)

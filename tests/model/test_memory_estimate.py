@@ -1,9 +1,11 @@
 """The estimated memory of a step, against the tensors that a step makes, and the page that is made from it.
 
 A backward pass without values starts threads of autograd, after which a process cannot be forked any more, as other
-tests do: so each has a process of its own.
+tests do: so each has a process of its own, a new one, since a fork of a process with threads of torch may abort.
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,14 @@ def settings(path: Path, checkpointing: bool | int, precision: str = "float32", 
     return ModelConfig.model_validate({"llm": llm, "precision": precision, "lora": lora})
 
 
+def estimated(config: ModelConfig, length: int) -> int:
+    """Return the estimated bytes of the same, in a process of its own."""
+    llm = load_llm_with_lora(config, "meta")
+    for name, parameter in llm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return step_memory(llm, config, [length])
+
+
 def made(config: ModelConfig, length: int) -> int:
     """Return the bytes of the tensors that a step over a sequence makes, at the peak."""
     llm = load_llm_with_lora(config, "cpu").train()
@@ -67,10 +77,8 @@ def made(config: ModelConfig, length: int) -> int:
 def test_estimate_is_what_a_step_takes(checkpointing: bool | int, precision: str, dtype: str, llama: Path) -> None:
     """From steps over two and three layers of a kind, without values."""
     config = settings(llama, checkpointing, precision, dtype)
-    llm = load_llm_with_lora(config, "meta")
-    for name, parameter in llm.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    estimate = Forked(lambda: step_memory(llm, config, [300])).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        estimate = process.submit(estimated, config, 300).result()
     assert estimate == pytest.approx(made(config, 300), rel=0.04)
 
 
