@@ -233,6 +233,16 @@ class LoadedModule(Loader):
         module.__spec__ = self.spec
 
 
+class NothingCompiled:
+    """Stands for `torch._dynamo.eval_frame`: accelerate looks whether a model that it saves is of its class."""
+
+    class OptimizedModule:
+        """What `torch.compile` returns; nothing is of this class before the compiler is loaded."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(importlib.import_module("torch._dynamo.eval_frame"), name)
+
+
 class DeferredDynamo(ModuleType):
     """Stands for `torch._dynamo` until something needs more than its marks on functions."""
 
@@ -274,6 +284,8 @@ class DeferredDynamo(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # asked for by the import system
             raise AttributeError(name)
+        if name == "eval_frame" and self.real is None:
+            return NothingCompiled()
         return getattr(self.load(), name)
 
     def allow_in_graph(self, function: Marked) -> Marked:

@@ -5,6 +5,7 @@ They import what they need themselves: pytest-xdist reads this file also in the 
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,11 +31,23 @@ LONGEST = (
 )
 
 
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking, again and again, through all that is imported: a tenth of the time."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_in_inputs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let all processes of this session, and no other, share the demo's corpus and models."""
+    root = tmp_path_factory.getbasetemp()
+    os.environ["SWEEP_CACHE"] = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "inputs")
 
 
 @pytest.fixture(scope="session")

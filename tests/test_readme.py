@@ -74,7 +74,6 @@ def outputs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     for name in [name for name in os.environ if name.startswith(("RAY_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "inputs"))
     planted, ray = plant(), set()
     outputs = {shlex.join(words): run(words, planted, ray) for words in commands(request.param)}
     check_secrets(tmp_path, outputs, planted, ray)

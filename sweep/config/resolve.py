@@ -3,8 +3,11 @@
 The built-in inputs are the synthetic corpus and the tiny models. They are made on first use and cached by version.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data.atomic import shared_folder
 from data.corpus import synthetic
@@ -17,6 +20,7 @@ from sweep.config.loader import flat
 from sweep.config.schema import Config
 
 PREFIX = "builtin:"
+LOCK_SECONDS = 300.0  # to wait for another process that makes the same input; it takes some 15 s
 
 
 def _make_corpus(folder: Path) -> None:
@@ -102,10 +106,20 @@ def _folder(name: str) -> Path:
 def _make(name: str) -> None:
     """Make a built-in input here and not in a process of its own: that would import torch once more, and take as long.
 
-    The makers compute with one thread and a random state of their own, so no input depends on the process.
+    The makers compute with one thread and a random state of their own, so no input depends on the process. Of several
+    processes one makes it, and the others wait.
     """
+    folder = _folder(name)
     try:
-        with shared_folder(_folder(name)) as unfinished:
-            MAKERS[name](unfinished)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        with contextlib.suppress(Timeout):  # what two processes make is the same
+            lock.acquire(timeout=LOCK_SECONDS)
+        try:
+            if not folder.exists():  # another process may have made it while this one waited
+                with shared_folder(folder) as unfinished:
+                    MAKERS[name](unfinished)
+        finally:
+            lock.release()
     except OSError as error:
         raise OSError(f"{PREFIX}{name} cannot be made ({reason(error)})") from error

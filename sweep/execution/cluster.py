@@ -162,7 +162,8 @@ class RayStart:
         if self._config is not None and self._config.resources.workers == 1:
             with contextlib.suppress(UserError):  # the sweep raises it once its inputs are checked
                 slots = count_slots(self._config, [ray.cluster_resources()], self._trials)
-                self.workers = [start_worker(TRIAL, worker_resources(self._config)) for _ in range(slots)]
+                resources = worker_resources(self._config)
+                self.workers = [start_worker(TRIAL, resources, restarts=-1) for _ in range(slots)]
 
     def _finish(self, scratch: Path) -> None:
         """Wait for the start, and repeat one that fails or hangs."""

@@ -6,6 +6,7 @@ This module imports neither torch nor Ray Tune: the driver starts workers before
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import threading
@@ -46,6 +47,7 @@ def serve(group: ServeConfig, rank: int = 0, workers: int = 1) -> None:
     mailbox, seen, fit = group["mailbox"], 0, load_function(group["fit"])
     from model.runtime import memory
 
+    gc.freeze()  # what is imported is no garbage, and looking through it takes longest
     memory.baseline()  # which a dry run reads, perhaps after a trial
     alone, interrupted = workers == 1, watch(mailbox, workers == 1)
     kept: set[int] | None = None  # models from before tasks whose models no trial needs
@@ -82,7 +84,7 @@ def serve(group: ServeConfig, rank: int = 0, workers: int = 1) -> None:
 
 
 class TrialWorker:
-    """The actor of the only worker of a group. It serves one group; another worker serves the next one.
+    """The actor of the only worker of a group. It serves one group at a time.
 
     Args:
         fit: see `ServeConfig`; what it needs is imported at once.
@@ -93,20 +95,30 @@ class TrialWorker:
         load_function(fit)
 
     def serve(self, group: ServeConfig) -> bool:
-        """Serve a group until its mailbox closes; return at once whether this worker is free."""
+        """Serve a group until its mailbox closes; return at once whether this worker was free."""
         if not self.free.acquire(timeout=0):
             return False
-        serve(group)
+        try:
+            serve(group)
+        finally:
+            self.free.release()
         return True
 
 
-def start_worker(fit: str, resources: Mapping[str, float]) -> "ActorHandle":
-    """Start the only worker of a group, which ends with this process."""
+def start_worker(fit: str, resources: Mapping[str, float], restarts: int = 0) -> "ActorHandle":
+    """Start the only worker of a group, which ends with this process.
+
+    Args:
+        fit: see `ServeConfig`.
+        resources: of the worker.
+        restarts: how often Ray restarts it when it dies; -1: always.
+    """
     actor = ray.remote(TrialWorker).options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
         scheduling_strategy="DEFAULT",  # and not in the place that Tune has reserved for a process
-        max_concurrency=2,  # so that trials run in a thread, as in Ray Train, and signals are handled
+        max_concurrency=2,  # a thread that serves, as signals are handled in the main thread, and one that says so
+        max_restarts=restarts,
     )
     handle: ActorHandle = actor.remote(fit)
     return handle

@@ -5,7 +5,7 @@
 
 Workers that share a trial are those of Ray Train, which connects them. The only worker of a group is an actor
 (`run_alone`), without the four processes that Ray Train starts around its workers. On a local cluster the driver
-starts it, before there is a group.
+starts these actors, before there is a group.
 
 Besides trials, a group does tasks (`sweep.execution.tasks`), and it stands by while there is nothing to do.
 
@@ -34,6 +34,7 @@ MAILBOX_SECONDS = 300.0  # for a mailbox to start and to answer
 CLOSE_SECONDS = 5.0  # for a mailbox to close
 JOIN_SECONDS = 10.0  # for the workers of a closed mailbox to end; Ray ends the rest
 LOOK, STANDBY_LOOK = 0.5, 0.2  # seconds between two looks at what the driver says, while there is a job and without
+FREE_LOOK = 0.5  # seconds between two looks for a free worker
 
 
 class Scaling(TypedDict):
@@ -53,21 +54,36 @@ def serve_together(group: ServeConfig) -> None:
 
 
 def run_alone(group: ServeConfig, resources: Mapping[str, float], started: Sequence["ActorHandle"]) -> None:
-    """Run the only worker of a group until the mailbox closes; start another one when it dies.
+    """Run the only worker of a group until the mailbox closes.
+
+    The workers that the driver has started hold the resources of all groups. So a group waits for one that is free:
+    Tune ends groups and starts others, and a worker serves one after another. Ray restarts those that die. Where the
+    driver has started none, a group starts its own, and another one when it dies.
 
     Args:
         group: what the worker receives.
         resources: of the worker.
-        started: workers that the driver has started, one of which may be free.
+        started: workers that the driver has started.
+
+    Raises:
+        ActorDiedError: the mailbox is gone, or workers cannot start.
     """
-    left = [*started]
     while True:
-        worker = left.pop(0) if left else start_worker(group["fit"], resources)
-        try:
-            if ray.get(worker.serve.remote(group)):
-                return
-        except ray.exceptions.RayError:  # the mailbox counts the starts of a job, and gives up
-            ray.kill(worker)
+        for worker in started or [start_worker(group["fit"], resources)]:
+            try:
+                if ray.get(worker.serve.remote(group)):
+                    return
+            except ray.exceptions.ActorDiedError:
+                if started:  # Ray does not restart it, so no group can have it
+                    raise
+            except ray.exceptions.RayTaskError:  # the mailbox counts the starts of a job, and gives up
+                ray.kill(worker, no_restart=not started)
+            except ray.exceptions.RayError:
+                if not started:
+                    ray.kill(worker)
+        ray.get(group["mailbox"].__ray_ready__.remote())  # without it no worker has anything to do
+        if started:
+            time.sleep(FREE_LOOK)
 
 
 class WorkerGroup(ray.tune.Trainable):

@@ -33,6 +33,7 @@ stand_in = sys.modules["torch._dynamo"]
 called = []
 left_alone = torch.compiler.disable(lambda x: called.append(x) or x + 1)
 assert left_alone(1) == 2 and torch._dynamo.graph_break() is None
+assert not isinstance(torch.nn.Identity(), torch._dynamo.eval_frame.OptimizedModule)  # asked when a model is saved
 assert stand_in.real is None and "torch._dynamo.eval_frame" not in sys.modules
 random.seed(0); drawn = random.random(); random.seed(0)
 from torch._dynamo.eval_frame import OptimizedModule

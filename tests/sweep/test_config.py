@@ -1,7 +1,9 @@
 """Settings: every problem in one error that names key, value and rule; files, overrides and resolution."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from data.config import AugmentConfig
 from data.errors import ConfigError
 from sweep.config.files import dump, load, presets
-from sweep.config.resolve import ResolvedConfig, absolute, resolve
+from sweep.config.resolve import MAKERS, ResolvedConfig, absolute, resolve
 
 BAD = """
 name: "a b"
@@ -388,3 +390,25 @@ def test_resolved_config_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.
         ConfigError, match=r"data\.shards: builtin:nothing is not built in; use one of builtin:synthetic"
     ):
         resolve(config.with_values({"data.shards": "builtin:nothing"}))
+
+
+def test_processes_that_need_an_input_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setenv("SWEEP_CACHE", str(tmp_path))
+    monkeypatch.setitem(MAKERS, "tiny-llama", make)
+    config = load("demo").with_values({"data.shards": str(tmp_path), "model.encoder.path": str(tmp_path)})
+    barrier = threading.Barrier(4)
+
+    def resolve_at_once(_: int) -> ResolvedConfig:
+        barrier.wait()
+        return resolve(config)
+
+    with ThreadPoolExecutor(4) as threads:
+        resolved = list(threads.map(resolve_at_once, range(4)))
+    assert len(made) == 1
+    assert {Path(each.model.llm.path).parent for each in resolved} == {tmp_path}

@@ -1,7 +1,10 @@
 """The mailbox without Ray: what workers and Tune receive, and in which order; and one that is asked to end."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,7 +16,7 @@ from sweep.execution import mailbox, worker, worker_group
 from sweep.execution.cluster import local_or_remote_ray
 from sweep.execution.job import TrialJob
 from sweep.execution.mailbox import RETRIES, DriverEvents, Events, Mailbox, read_events
-from sweep.execution.worker import TrialWorker
+from sweep.execution.worker import NodeDrainingError, TrialWorker, start_worker
 from sweep.execution.worker_group import run_alone
 
 JOB = TrialJob("f", "{}", "local", (), None)
@@ -158,25 +161,54 @@ def test_driver_tells_all_groups_the_newest_events(monkeypatch: pytest.MonkeyPat
     assert store == {}
 
 
-def test_only_worker_of_a_group_is_free_once_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group takes a worker that the driver has started, if another group has not; one that dies gets a successor."""
-    served: list[str] = []
-    monkeypatch.setattr(worker, "serve", lambda group: served.append(group["fit"]))
-    started, group = TrialWorker("json:loads"), {"fit": "json:loads", "mailbox": None}
-    assert [started.serve(group) for _ in range(2)] == [True, False]  # type: ignore[arg-type]
-    answers: list[Any] = [False, ray.exceptions.ActorDiedError(), True]
-    fresh = Mock()
+def test_worker_serves_one_group_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, free = {"fit": "json:loads", "mailbox": None}, []
+    started = TrialWorker("json:loads")
+    monkeypatch.setattr(worker, "serve", lambda group: free.append(started.serve(group)))  # a second group asks then
+    assert [started.serve(group) for _ in range(2)] == [True, True]  # type: ignore[arg-type]
+    assert free == [False, False]
 
-    def get(_: object) -> bool:
+
+UNAVAILABLE = ray.exceptions.ActorUnavailableError("restarting", b"0" * 16)
+RAISED = ray.exceptions.RayTaskError("serve", "traceback", NodeDrainingError("leaves"))
+DIED = ray.exceptions.ActorDiedError()
+
+
+@pytest.mark.parametrize(
+    ("early", "answers", "rounds", "starts", "kills"),
+    [
+        (2, [False, False, UNAVAILABLE, False, RAISED, True], 2, 0, [False]),
+        (0, [DIED, UNAVAILABLE, RAISED, True], 3, 4, [True, True]),
+    ],
+)
+def test_group_gets_a_worker(
+    monkeypatch: pytest.MonkeyPatch, early: int, answers: list[Any], rounds: int, starts: int, kills: list[bool]
+) -> None:
+    """A group waits for a worker that the driver has started, also while it restarts; elsewhere it starts its own."""
+    monkeypatch.setattr(worker_group, "FREE_LOOK", 0)
+    looks, ready = [], Mock()
+    box = SimpleNamespace(__ray_ready__=ready)
+
+    def get(reference: object) -> object:
+        if reference is ready.remote.return_value:
+            return looks.append(reference)
         if isinstance(answer := answers.pop(0), Exception):
             raise answer
-        return bool(answer)
+        return answer
 
     monkeypatch.setattr(worker_group.ray, "get", get)
     monkeypatch.setattr(worker_group.ray, "kill", killed := Mock())
-    monkeypatch.setattr(worker_group, "start_worker", fresh)
-    run_alone(group, {"CPU": 1}, [Mock()])  # type: ignore[arg-type]
-    assert (served, fresh.call_count, killed.call_count, answers) == (["json:loads"], 2, 1, [])
+    monkeypatch.setattr(worker_group, "start_worker", fresh := Mock())
+    run_alone({"fit": "json:loads", "mailbox": box}, {"CPU": 1}, [Mock() for _ in range(early)])
+    assert (answers, len(looks)) == ([], rounds)
+    assert fresh.call_count == starts
+    assert [call.kwargs.get("no_restart", True) for call in killed.call_args_list] == kills
+
+
+def test_worker_that_cannot_start_ends_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_group.ray, "get", Mock(side_effect=DIED))
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        run_alone({"fit": "json:loads"}, {"CPU": 1}, [Mock()])  # type: ignore[typeddict-item]
 
 
 @pytest.mark.long  # `python -m tests.kill` ends mailboxes under a sweep, too
@@ -194,3 +226,57 @@ def test_mailbox_process_ends_on_term() -> None:
         for reference in waiting:
             with pytest.raises(ray.exceptions.RayActorError):
                 ray.get(reference, timeout=20)
+
+
+def trains(*_: object) -> bool:
+    """Stand for a trial that trains to its end."""
+    return True
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_groups_that_end_or_die_give_their_worker_back() -> None:
+    """All CPUs belong to two workers, so a worker that is lost to a group that is gone would stop the sweep."""
+    threads: list[Thread] = []
+
+    def group() -> Any:
+        box = Mailbox.remote()  # type: ignore[attr-defined]
+        arguments = {"fit": "tests.sweep.test_mailbox:trains", "mailbox": box}, {"CPU": 1.0}, workers
+        threads.append(Thread(target=run_to_the_end, args=arguments, daemon=True))
+        threads[-1].start()
+        return box
+
+    def run_to_the_end(*arguments: Any) -> None:
+        with contextlib.suppress(ray.exceptions.ActorDiedError):
+            run_alone(*arguments)
+
+    def works(box: Any) -> bool:
+        version = ray.get(box.assign.remote(JOB))
+        return bool(ray.get(box.take.remote(version), timeout=60)["finished"])
+
+    with local_or_remote_ray():
+        half = ray.cluster_resources()["CPU"] / 2
+        workers = [start_worker("tests.sweep.test_mailbox:trains", {"CPU": half}, restarts=-1) for _ in range(2)]
+        boxes = [group(), group()]
+        for end in ("close", "die", "workers killed"):
+            assert all(works(box) for box in boxes)
+            third = group()
+            version = ray.get(third.assign.remote(JOB))
+            taken = third.take.remote(version)
+            assert ray.wait([taken], timeout=2)[0] == []
+            if end == "workers killed":
+                for process in psutil.Process().children(recursive=True):
+                    if "ray::TrialWorker" in " ".join(process.cmdline()):
+                        process.kill()
+            first = boxes.pop(0)
+            if end == "die":
+                ray.kill(first)
+            else:
+                ray.get(first.close.remote())
+            assert ray.get(taken, timeout=60)["finished"]
+            boxes.append(third)
+        ray.get([box.close.remote() for box in boxes])
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
