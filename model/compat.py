@@ -147,6 +147,7 @@ def defer_imports() -> None:
       functions for it, and optimizers ask it to leave them alone. A process without `torch.compile` never needs it.
     - `torch.distributed.tensor` and scipy's solver in transformers, which takes them for absent, as it does where torch
       was built without them: they serve tensor parallelism and losses of object detection.
+    - bitsandbytes, where it is installed: PEFT would import it with its own quantized layers.
     - The list of all names in transformers, which it makes by reading 1,600 of its files, is made once, not twice.
     - The garbage collector pauses while large packages are imported: it would look through their objects again and
       again, and find nothing to collect.
@@ -162,18 +163,15 @@ class DeferringFinder(MetaPathFinder):
 
     # What is imported first once `transformers.utils` is complete.
     FIRST = ("transformers.models", "transformers.configuration_utils", "transformers.modeling_utils")
-    LARGE = ("torch", "transformers", "transformers.modeling_utils", "transformers.models", "peft")
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a large package, or a module of the compiler, after the compiler itself is loaded; or None."""
+        """Return a module that is executed within a context, or one of the compiler, once that is loaded; or None."""
         if name in self.FIRST:
             narrow_transformers()
-        if name in self.LARGE:
-            return around_execution(PathFinder.find_spec(name, path, target), paused_collector)
-        if name == "peft.tuners.tuners_utils":
-            return around_execution(PathFinder.find_spec(name, path, target), no_sharded_weights)
+        if name in AROUND:
+            return around_execution(PathFinder.find_spec(name, path, target), AROUND[name])
         deferred = sys.modules.get("torch._dynamo")
         if not name.startswith("torch._dynamo.") or not isinstance(deferred, DeferredDynamo):
             return None
@@ -216,6 +214,40 @@ def no_sharded_weights(module: ModuleType) -> Iterator[None]:
     """Let PEFT not look whether weights are sharded, for which it would need `torch.distributed.tensor` (0.21.2)."""
     yield
     module._torch_supports_distributed = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def no_quantized_layers(module: ModuleType) -> Iterator[None]:
+    """Let PEFT not import bitsandbytes for layers of its own, which are not used here (0.21.2)."""
+    yield
+    for name in ("is_bnb_available", "is_bnb_4bit_available"):
+        setattr(module, name, absent)
+
+
+@contextmanager
+def no_bitsandbytes(module: ModuleType) -> Iterator[None]:
+    """Let an import of bitsandbytes fail while a module of PEFT is executed that goes on without it (0.21.2)."""
+    loaded = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        if loaded is not None:
+            sys.modules["bitsandbytes"] = loaded
+
+
+# Within which context a module is executed.
+AROUND: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] = {
+    "torch": paused_collector,
+    "transformers": paused_collector,
+    "transformers.modeling_utils": paused_collector,
+    "transformers.models": paused_collector,
+    "peft": paused_collector,
+    "peft.helpers": no_bitsandbytes,
+    "peft.import_utils": no_quantized_layers,
+    "peft.tuners.tuners_utils": no_sharded_weights,
+}
 
 
 class LoadedModule(Loader):

@@ -47,7 +47,8 @@ def serve(group: ServeConfig, rank: int = 0, workers: int = 1) -> None:
     mailbox, seen, fit = group["mailbox"], 0, load_function(group["fit"])
     from model.runtime import memory
 
-    gc.freeze()  # what is imported is no garbage, and looking through it takes longest
+    if not gc.get_freeze_count():  # models, which come later, may become garbage
+        gc.freeze()  # what is imported does not, and looking through it takes longest
     memory.baseline()  # which a dry run reads, perhaps after a trial
     alone, interrupted = workers == 1, watch(mailbox, workers == 1)
     kept: set[int] | None = None  # models from before tasks whose models no trial needs
