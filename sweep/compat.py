@@ -125,16 +125,45 @@ def find_ray_cluster() -> str | None:
 
 
 def lean_trainer() -> "type[TorchTrainer]":
-    """Return Ray Train's trainer without its manager of datasets, as a trial opens its own (ray 2.60.0)."""
+    """Return Ray Train's trainer with two other callbacks (ray 2.60.0).
+
+    - There is no manager of datasets, as a trial opens its own.
+    - The process that frees the CPUs of a group whose controller was killed asks the control plane whether it lives.
+      Ray's asks the dashboard, which a local cluster does not have, and the next group would wait without end.
+    """
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks import DatasetsCallback, placement_group_callback
+    from ray.train.v2._internal.execution.controller import placement_group_cleaner
+
+    class Cleaner(placement_group_cleaner.PlacementGroupCleaner):
+        def start_monitoring(self) -> bool:
+            placement_group_cleaner.is_actor_alive = is_actor_alive
+            return bool(super().start_monitoring())
+
+    class CleanerCallback(placement_group_callback.PlacementGroupCleanerCallback):
+        def after_controller_start(self, train_run_context: object) -> None:
+            placement_group_callback.PlacementGroupCleaner = Cleaner
+            super().after_controller_start(train_run_context)
 
     class LeanTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> "list[RayTrainCallback]":
+            own = (DatasetsCallback, placement_group_callback.PlacementGroupCleanerCallback)
             callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+            return [*(callback for callback in callbacks if not isinstance(callback, own)), CleanerCallback()]
 
     return LeanTrainer
+
+
+def is_actor_alive(actor_id: str, timeout: float) -> bool:
+    """Return whether an actor lives, or whether that cannot be known now; ray 2.60.0 has no public call without a
+    dashboard."""
+    import ray
+
+    try:
+        found = ray._private.state.actors(actor_id)
+    except Exception:  # the control plane is away for a moment
+        return True
+    return bool(found) and found["State"] != "DEAD"
 
 
 def draining_nodes() -> set[str]:

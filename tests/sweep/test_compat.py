@@ -1,7 +1,9 @@
 """The private interfaces in `sweep/compat.py` exist and still behave as the sweep expects."""
 
 import inspect
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -12,7 +14,8 @@ from optuna.trial import TrialState, create_trial
 from ray._private import auto_init_hook, parameter, services
 from ray._private.state import GlobalState
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks import DatasetsCallback, placement_group_callback
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 from ray.tune.execution import class_cache
 
 from sweep import compat
@@ -95,14 +98,47 @@ def test_run_knows_the_newest_steps() -> None:
     assert compat.newest_steps(Run(info, RunData([Metric("loss", 0.5, 0, 7)]))) == {"loss": 7}
 
 
-def test_lean_trainer_starts_no_dataset_manager() -> None:
+def test_lean_trainer_has_no_dataset_manager_and_its_own_cleaner() -> None:
     lean = compat.lean_trainer()
 
     def kinds(trainer: type) -> set[type]:
         return {type(callback) for callback in trainer(lambda: None)._create_default_callbacks()}
 
-    assert kinds(lean.__mro__[1]) - kinds(lean) == {DatasetsCallback}
+    usual = placement_group_callback.PlacementGroupCleanerCallback
+    assert kinds(lean.__mro__[1]) - kinds(lean) == {DatasetsCallback, usual}
+    [own] = kinds(lean) - kinds(lean.__mro__[1])
+    assert issubclass(own, usual)
     assert issubclass(lean, TorchTrainer)
+
+
+def test_cleaner_asks_the_control_plane_for_its_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's asks the dashboard, which a local cluster does not have, so CPUs of a killed controller stayed taken."""
+    started: list[type] = []
+    monkeypatch.setattr(placement_group_callback.ray, "remote", lambda **_: lambda kind: started.append(kind) or Mock())
+    monkeypatch.setattr(placement_group_callback.ray.runtime_context, "get_runtime_context", Mock())
+    for module, name in (
+        (placement_group_callback, "PlacementGroupCleaner"),
+        (placement_group_cleaner, "is_actor_alive"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # which the processes of a group replace
+    callbacks = compat.lean_trainer()(lambda: None)._create_default_callbacks()
+    usual = placement_group_callback.PlacementGroupCleanerCallback
+    next(each for each in callbacks if isinstance(each, usual)).after_controller_start(Mock())
+    [kind] = started
+    states = [{"State": "ALIVE"}, ConnectionError("the control plane is away"), {"State": "DEAD"}]
+    monkeypatch.setattr(ray._private.state, "actors", Mock(side_effect=states))
+    monkeypatch.setattr(placement_group_cleaner, "remove_placement_group", removed := Mock())
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: {"state": "CREATED"})
+    monkeypatch.setattr(ray.actor, "exit_actor", exited := Mock())
+    cleaner = kind("controller", check_interval_s=0.0, get_actor_timeout_s=1.0, stop_timeout=1.0)
+    cleaner.register_placement_group(group := Mock())
+    cleaner.start_monitoring()
+    for _ in range(500):
+        if exited.called:
+            break
+        time.sleep(0.01)
+    removed.assert_called_once_with(group)
+    assert ray._private.state.actors.call_count == 3
 
 
 def test_ray_takes_a_folder_for_its_files() -> None:
