@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import model  # noqa: F401  # which lets torch and transformers load less, if it comes first
+
 if TYPE_CHECKING:
     from data.loading.examples import Example
     from data.shards.dataset import Shards

@@ -6,6 +6,7 @@
 The study decides and keeps every result; Tune only executes, so nothing of its own state is read again.
 """
 
+import gc
 import json
 import logging
 import re
@@ -328,6 +329,7 @@ def run_trials(
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     share_environment()
+    gc.freeze()  # imports are no garbage; among as many objects, figures that are would be left for a hundred trials
     events, queue = DriverEvents(), TaskQueue()
     queue.announce = events.announce
     searcher = StudySearcher(study, make_job, check, events.stop, ended, queue)

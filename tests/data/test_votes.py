@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nltk.metrics.agreement import AnnotationTask
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
 
 from data.corpus.votes import (
@@ -97,6 +96,8 @@ def test_figures_of_a_table_by_hand() -> None:
 
 def test_figures_equal_those_of_libraries() -> None:
     """scikit-learn's, and nltk's alpha, for turns with two to six annotators, and for resampled sums."""
+    from nltk.metrics.agreement import AnnotationTask
+
     rng = np.random.default_rng(0)
     turns = [
         {"abc"[label]: int(count) for label, count in enumerate(rng.multinomial(2 + turn % 5, chances)) if count}

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data.config import DataConfig, TaskWeights
 from data.loading.batching import share
@@ -342,7 +341,7 @@ def evaluated(models: Path, corpus: Shards, shards: bool = False) -> tuple[list[
     if shards:
         model.shard("cpu")
     layers = [tensor for name, tensor in model.llm.named_parameters() if ".layers." in name]
-    own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in layers)
+    own = sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel() for tensor in layers)
     data = TrialData.open(corpus, model, DataConfig(history=2), ("val",))
     return evaluate(model, data, "val", 1 if shards else 300), own / size
 
