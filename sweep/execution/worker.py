@@ -47,8 +47,6 @@ def serve(group: ServeConfig, rank: int = 0, workers: int = 1) -> None:
     mailbox, seen, fit = group["mailbox"], 0, load_function(group["fit"])
     from model.runtime import memory
 
-    if not gc.get_freeze_count():  # models, which come later, may become garbage
-        gc.freeze()  # what is imported does not, and looking through it takes longest
     memory.baseline()  # which a dry run reads, perhaps after a trial
     alone, interrupted = workers == 1, watch(mailbox, workers == 1)
     kept: set[int] | None = None  # models from before tasks whose models no trial needs
@@ -129,6 +127,8 @@ def load_function(name: str) -> Callable[..., bool]:
     """Return a function by "module:function"; the processes around the workers, which need no torch, do not call it."""
     module, function = name.split(":")
     loaded: Callable[..., bool] = getattr(importlib.import_module(module), function)
+    if not gc.get_freeze_count():  # models, which come later, may become garbage
+        gc.freeze()  # what is imported does not, and looking through it takes longest
     return loaded
 
 
