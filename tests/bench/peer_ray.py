@@ -4,13 +4,15 @@
 
 Trains the points of a configuration, with the encoder online, and leaves FOLDER/results.json:
 [{params, value, seconds}]. It is laid out as the manual of Ray 2.60 has it ("Hyperparameter Tuning with Ray Tune"), and
-gets what makes it faster here: this project's model and training loop, its settings of the cluster, the memory-mapped
-reader, checkpoints of only what trains. ASHA's first rung is the last epoch, so that all trials train to their end.
+gets what makes it faster here: this project's model and training loop, the memory-mapped reader,
+checkpoints of only what trains. ASHA's first rung is the last epoch, so that all trials train to their end.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from typing import Any
 from sweep.config import schema as configuration
 from sweep.config.files import load
 from sweep.config.schema import Config
-from sweep.execution.cluster import local_or_remote_ray
 
 
 def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
     search, epochs = config.search, config.train.epochs
     goal = {"metric": search.metric, "mode": search.direction[:3]}
     space = {key: axis.distribution() for key, axis in search.space.items()}
-    with local_or_remote_ray():
+    with usual_ray():
         arguments = {"config": config.model_dump(mode="json"), "folder": str(folder)}
         tuner = ray.tune.Tuner(
             # The workers hold the CPUs: the actor of a trial waits for them.
@@ -55,6 +56,18 @@ def sweep(config: Config, folder: Path) -> list[dict[str, Any]]:
             {"params": own.config, "value": own.metrics[search.metric], "seconds": own.metrics["seconds"]}
             for own in found
         ]
+
+
+@contextlib.contextmanager
+def usual_ray() -> Iterator[None]:
+    """Ray as it is by default: Ray Train asks the dashboard whether a controller lives, and else keeps its CPUs."""
+    import ray
+
+    ray.init(address="local", dashboard_host="127.0.0.1", log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def trial(values: dict[str, Any], config: dict[str, Any], folder: str) -> None:
