@@ -15,9 +15,9 @@ install: $(STAMP)
 sweep: $(STAMP)
 	$(BIN)/sweep run demo
 
-# Three processes share the tests by file: while one waits for Ray or a server, two compute.
+# Two processes share the tests by file: a third one would fill their waits, but slow both down by more than that.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not long" --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # What only a GPU can show: figures, tests and a small sweep, in some minutes.
 gpu: $(STAMP)
