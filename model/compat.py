@@ -226,7 +226,7 @@ def no_quantized_layers(module: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def no_bitsandbytes(module: ModuleType) -> Iterator[None]:
-    """Let an import of bitsandbytes fail while a module of PEFT is executed that goes on without it (0.21.2)."""
+    """Let an import of bitsandbytes fail while a module of PEFT is executed that continues without it (0.21.2)."""
     loaded = sys.modules.get("bitsandbytes")
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
