@@ -349,6 +349,7 @@ def run_trials(
                     say("stopping: the running trials write their checkpoints")
                 searcher.end()
     finally:
+        gc.unfreeze()  # a notebook's process has other objects, too
         stop.graceful = False
         queue.close()
         events.close()
