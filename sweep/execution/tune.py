@@ -329,13 +329,14 @@ def run_trials(
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the searcher reports worker groups that are lost
     share_environment()
-    gc.freeze()  # imports are no garbage; among as many objects, figures that are would be left for a hundred trials
     events, queue = DriverEvents(), TaskQueue()
     queue.announce = events.announce
     searcher = StudySearcher(study, make_job, check, events.stop, ended, queue)
     tuner = _tuner(resolved, slots, storage, searcher, events.key, started)
     stop.graceful = True
     try:
+        # What is imported is no garbage. Among so many objects, Python would collect what trials leave too rarely.
+        gc.freeze()
         tune, stopped_at = BackgroundWork(tuner.fit, "tune", check_cluster), None
         preparation = BackgroundWork(lambda: prepare(queue), "preparation", check_cluster)
         while tune.is_alive() and not (stopped_at and _is_over(searcher, stopped_at)):
@@ -349,7 +350,7 @@ def run_trials(
                     say("stopping: the running trials write their checkpoints")
                 searcher.end()
     finally:
-        gc.unfreeze()  # a notebook's process has other objects, too
+        gc.unfreeze()  # in a notebook, these objects may become garbage
         stop.graceful = False
         queue.close()
         events.close()

@@ -116,7 +116,7 @@ def start_worker(fit: str, resources: Mapping[str, float], restarts: int = 0) ->
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
         scheduling_strategy="DEFAULT",  # and not in the place that Tune has reserved for a process
-        max_concurrency=2,  # a thread that serves, as signals are handled in the main thread, and one that says so
+        max_concurrency=2,  # one thread serves a group, and one answers other groups meanwhile
         max_restarts=restarts,
     )
     handle: ActorHandle = actor.remote(fit)

@@ -4,8 +4,8 @@
 
 Trains the points of a configuration, with the encoder online, and leaves FOLDER/results.json:
 [{params, value, seconds}]. It is laid out as the manual of Ray 2.60 has it ("Hyperparameter Tuning with Ray Tune"), and
-gets what makes it faster here: this project's model and training loop, the memory-mapped reader,
-checkpoints of only what trains. ASHA's first rung is the last epoch, so that all trials train to their end.
+gets what makes it faster here: this project's model and training loop, the memory-mapped reader, checkpoints of only
+what trains. ASHA's first rung is the last epoch, so that all trials train to their end.
 """
 
 import contextlib

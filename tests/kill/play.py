@@ -132,5 +132,5 @@ class Play:
         unwanted = ("RAY_", "MLFLOW_", "KILL_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         added = {"KILL_FOLDER": str(self.faults), "PYTHONPATH": str(FAULTS), "TMPDIR": str(self.scratch)}
-        added["RAY_worker_niceness"] = "0"  # other tests, beside which it runs, have the same
+        added["RAY_worker_niceness"] = "0"  # as the tests that run beside it
         return kept | added | ({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {})
