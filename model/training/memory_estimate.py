@@ -218,7 +218,9 @@ class _Attention(torch.autograd.Function):
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: object
 ) -> tuple[Tensor, None]:
-    outputs: Tensor = _Attention.apply(query, key, value)
+    mixed = torch.is_autocast_enabled("cpu")  # then PyTorch casts what its kernels read, and keep
+    dtype = torch.get_autocast_dtype("cpu") if mixed else query.dtype
+    outputs: Tensor = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype))
     return outputs.transpose(1, 2).contiguous(), None
 
 
