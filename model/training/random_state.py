@@ -1,6 +1,8 @@
 """Seed all random number generators; save and restore their states."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypedDict, cast
 
 import numpy as np
@@ -45,3 +47,13 @@ def set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Let training not notice what is drawn within the context, by packages that are imported there, for example."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -38,7 +38,7 @@ from model.training.checkpoint_writer import CheckpointWriter
 from model.training.loss_accumulator import LossAccumulator, Step, means
 from model.training.optimizer import make_optimizer, make_schedule
 from model.training.progress import LOWEST_LOSS, Metrics, Objective, Progress, best_epoch
-from model.training.random_state import get_random_state, set_random_state
+from model.training.random_state import get_random_state, kept_random_state, set_random_state
 from model.training.run_folder import RunFolder
 
 Report = Callable[[int, Metrics], None]
@@ -356,11 +356,13 @@ class Trainer:
         progress, is_last = self.progress, self.progress.epoch + 1 == self.config.epochs
         # No more than the first read task reads: a read task that runs when the trial is pruned ends its process, too.
         self.next_steps = None if is_last else self._request_steps(progress.epoch + 1, last=FIRST_STEPS)
-        records = self.validate()
+        with kept_random_state():
+            records = self.validate()
+            validation_metrics = self._validation_metrics(records)
         progress.epoch, progress.step = progress.epoch + 1, 0
         self._count_time()
         metrics: Metrics = {
-            **self._validation_metrics(records),
+            **validation_metrics,
             **means(progress.sums, next(iter(self.model.tasks))),
             "epoch": progress.epoch,
             "steps": progress.total_steps,

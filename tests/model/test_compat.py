@@ -32,6 +32,10 @@ from transformers.integrations import deepgemm, finegrained_fp8
 assert len(read) < 100  # of 1,600 files
 import peft
 assert "bitsandbytes" not in sys.modules  # one that cannot be imported lies in this folder
+from rouge_score.rouge_scorer import RougeScorer
+assert RougeScorer(["rougeL"], use_stemmer=True).score("asks well", "asking well")["rougeL"].fmeasure == 1
+assert not {"scipy", "sklearn"} & set(sys.modules)
+from scipy.stats import norm  # may be imported afterwards
 stand_in = sys.modules["torch._dynamo"]
 called = []
 left_alone = torch.compiler.disable(lambda x: called.append(x) or x + 1)

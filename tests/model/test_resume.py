@@ -1,9 +1,11 @@
 """A killed run resumes bit for bit, with dropout, SpecAugment, augmented clips, several tasks and every schedule on."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from data.config import AugmentConfig, DataConfig
 from data.shards.dataset import Shards
 from model.config import LearningRates, LossConfig
+from model.evaluation.metrics import summarise
 from tests.model.trials import CONFIG, DROPOUT, NEW, TWO, KilledError, Trial, history, kill_after, same_end
 
 NO_TOKENS = {"end_of_audio": "none", "cls": "none"}
@@ -81,6 +84,23 @@ def test_a_killed_run_resumes_bit_for_bit(
     trial.run(models, corpus, tmp_path, lambda epoch, metrics: epochs.append(epoch))
     assert epochs == [1, 2]
     assert same_end(tmp_path, folder)
+
+
+def test_what_validation_draws_changes_nothing(
+    models: Path, corpus: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages draw random numbers when they are imported, which the first validation of a process does."""
+    folders, trial = (tmp_path / "draws", tmp_path / "plain"), RESUMED["lora-dropout"]
+
+    def draw(*args: object) -> dict[str, float]:
+        random.random(), np.random.rand(), torch.rand(())
+        return summarise(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.training.trainer.summarise", draw)
+        trial.run(models, corpus, folders[0])
+    trial.run(models, corpus, folders[1])
+    assert same_end(*folders)
 
 
 def test_random_states_matter_to_what_is_resumed(models: Path, corpus: Shards) -> None:
