@@ -47,6 +47,12 @@ def play(table: Table, make: Make) -> list[Trace]:
     ]
 
 
+def sweeps(table: Table, **search: Any) -> list[Trace]:
+    """Run the product's search as sweeps of BUDGET trials, which end by themselves."""
+    config = with_search(table.config, trials=BUDGET, **search)
+    return [simulate(table, Product(config, seed), np.inf, seed % len(table.seeds)) for seed in range(SEARCHES)]
+
+
 def bound(table: Table) -> list[Trace]:
     """Run the search that knows the table on the trainings of each of its seeds, as often as the others."""
     known = [
@@ -110,10 +116,9 @@ def run(show: Callable[[str], object] = lambda line: print(line, file=sys.stderr
         for search, make in {**OURS, **RIVALS, KNOWN: None}.items():
             traces = random if search == RANDOM else bound(table) if make is None else play(table, make)
             taken, reference = steps(traces, TOPS[0]), steps(random, TOPS[0])
-            lost = np.mean([trace.lost() > 0 for trace in traces])
             note = (
                 f"{overall(taken, reference)}; {taken.mean():.1f} trainings, and {steps(traces, TOPS[1]).mean():.1f} "
-                f"to the best {TOPS[1]:.1%}; regret {regrets(traces)}; best trial lost in {lost:.0%}"
+                f"to the best {TOPS[1]:.1%}; regret {regrets(traces)}"
                 f"{repeated(table, traces)}"
             )
             goal = 1.5 if search == DEFAULTS else None
@@ -122,12 +127,28 @@ def run(show: Callable[[str], object] = lambda line: print(line, file=sys.stderr
             show(f"{what}: {note}")
             if search == DEFAULTS:
                 ours = traces
-                rows.append(
-                    Row(f"{name}, {DEFAULTS}: best trial lost", "searches", [float(lost)], LOST, most=True, note=note)
-                )
             elif search == ASHA:
                 what = f"{name}, {DEFAULTS}: steps to the best {TOPS[0]:.0%}"
                 rows.append(
                     Row(what, ASHA, ratios(steps(ours, TOPS[0]), taken), 1.3, note=overall(steps(ours, TOPS[0]), taken))
                 )
+        rows.append(lost(table))
+        show(f"{rows[-1].name}: {rows[-1].ratio:.0%}; {rows[-1].note}")
     return rows
+
+
+def lost(table: Table) -> Row:
+    """Return how often a sweep of BUDGET trials ends with another winner than the best of its trials would have been.
+
+    That is what pruning costs: the best trial is one that was paused and not finished.
+    """
+    pruned, unpruned = sweeps(table), sweeps(table, pruning={"kind": "none"})
+    trainings = [interval([trace.spent / table.full for trace in traces]) for traces in (pruned, unpruned)]
+    regret = [interval([trace.regret() for trace in traces]) for traces in (pruned, unpruned)]
+    note = (
+        f"{interval([trace.lost() for trace in pruned])} lost in the mean; {trainings[0]} trainings and a regret of "
+        f"{regret[0]}, against {trainings[1]} and {regret[1]} without pruning"
+    )
+    share = float(np.mean([trace.lost() > 0 for trace in pruned]))
+    name = f"{table.name}, {DEFAULTS}, {BUDGET} trials: best trial lost"
+    return Row(name, "searches", [share], LOST, most=True, note=note)
