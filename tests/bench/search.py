@@ -140,7 +140,7 @@ def run(show: Callable[[str], object] = lambda line: print(line, file=sys.stderr
 def lost(table: Table) -> Row:
     """Return how often a sweep of BUDGET trials ends with another winner than the best of its trials would have been.
 
-    That is what pruning costs: the best trial is one that was paused and not finished.
+    That is what pruning costs: the best trial was paused, or pruned, and not finished.
     """
     pruned, unpruned = sweeps(table), sweeps(table, pruning={"kind": "none"})
     trainings = [interval([trace.spent / table.full for trace in traces]) for traces in (pruned, unpruned)]
