@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data.errors import ConfigError, reason
@@ -243,21 +244,26 @@ def _problem(detail: ErrorDetails, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "list[", "dict[")))
     if detail["type"] == "extra_forbidden":
         *path, leaf = detail["loc"]
-        names = _field_names(kind, path)
+        names = list(_settings(kind, path))
         near = get_close_matches(str(leaf), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
         return f"{key}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it"
     given = detail["input"]
+    if detail["type"] == "model_type":
+        settings = _settings(kind, detail["loc"])
+        choice = next((name for name, field in settings.items() if given in typing.get_args(field.annotation)), None)
+        hint = f"write {key}.{choice}={given}" if choice else f"set its keys: {', '.join(settings)}"
+        return f"{key}: {given!r}: this is a section of settings, not a value; {hint}"
     if detail["type"] == "list_type" and isinstance(given, dict) and all(str(name).isdigit() for name in given):
         return f"{key}: {given!r}: {rule(detail)}; write the whole list, as in {key}=[…]"
     section = isinstance(given, dict) and any(isinstance(value, dict) for value in given.values())
     return f"{key}: {rule(detail)}" if section else f"{key}: {given!r}: {rule(detail)}"
 
 
-def _field_names(kind: object, path: Sequence[int | str]) -> list[str]:
-    """Return the names of the settings at a path of the tree; none within a mapping whose keys are free."""
+def _settings(kind: object, path: Sequence[int | str]) -> dict[str, FieldInfo]:
+    """Return the settings at a path of the tree by name; none within a mapping whose keys are free."""
     for name in path:
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
@@ -266,4 +272,4 @@ def _field_names(kind: object, path: Sequence[int | str]) -> list[str]:
             kind = None if field is None else field.annotation
             if isinstance(kind, types.UnionType):  # a section that null turns off
                 kind = next((member for member in kind.__args__ if hasattr(member, "model_fields")), kind)
-    return list(getattr(kind, "model_fields", {}))
+    return dict(getattr(kind, "model_fields", {}))

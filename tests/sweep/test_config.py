@@ -23,6 +23,7 @@ model: {modality: sound, lora: {rank: 0, targets: 3}, adapter: {pool: 8}}
 train: {epochs: a, learning_rate: .nan}
 search:
   pruning: {keeps: 0.5}
+  budget: 100
   space:
     train.epochs: {low: 4, high: 2}
     train.warmup: {low: 0.0, high: 0.5, log: true}
@@ -47,6 +48,7 @@ model.lora.targets: 3: input should be 'all-linear'
 train.epochs: 'a': input should be a valid integer
 train.learning_rate: nan: input should be a finite number
 search.pruning.keeps: unknown key; did you mean 'keep'?
+search.budget: 100: this is a section of settings, not a value; set its keys: gpu_hours, hours, steps, trials
 search.space.train.epochs: {'low': 4, 'high': 2}: low (4) must be below high (2)
 search.space.train.warmup: {'low': 0.0, 'high': 0.5, 'log': True}: a logarithmic range needs low above 0
 search.space.model.cls: ['none', 'none']: choices must be a list of different values
@@ -200,6 +202,7 @@ def test_override_sets_a_dotted_key(yaml: Yaml) -> None:
         ("model.lora.targets=[]", "model.lora.targets: []"),
         ("model.lora.targets.0=q_proj", "{'0': 'q_proj'}: input should be a valid list; write the whole list, as in"),
         ("search.points.0.model.cls=none", "search.points: {'0': {'model': {'cls': 'none'}}}: input should be a valid"),
+        ("search.pruning=none", "'none': this is a section of settings, not a value; write search.pruning.kind=none"),
         ("search.space.model.cls=none", "search.space.model.cls: 'none': give a list of choices, or a mapping with"),
     ],
 )
