@@ -81,6 +81,7 @@ def jobs(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return made | {"broken": submit("broken", 0, SWEEP_FAILURES="1")}
 
 
+@pytest.mark.long  # Slurm itself takes a minute for it
 def test_job_is_requeued_until_it_is_cancelled(cluster: Slurm, jobs: Jobs) -> None:
     """Any number of times, after a time limit and a requeue: those are no failures."""
     number, folder = jobs["limited"]

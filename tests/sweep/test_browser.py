@@ -84,7 +84,7 @@ def test_report_fits_1280_pixels(page: Any, tmp_path: Path) -> None:
     axes = {"model.encoder.path": paths, "model.trainable": parts, "model.cls": ["none", "after"]}
     axes |= {"data.history": [2, 4], "train.epochs": [2, 3], "train.class_weights": ["equal", "balanced"]}
     space = searched.SPACE | axes
-    searched.played(searched.settings(space=space, trials=8), folder := tmp_path / "searched")
+    searched.played(searched.settings(space=space, trials=4), folder := tmp_path / "searched")
     study = StudyStore.of(folder)
     asked = study.ask([], 9)
     assert asked is not None

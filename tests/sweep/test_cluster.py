@@ -303,7 +303,7 @@ def test_silent_server_is_given_up_and_sigterm_ends_the_wait(server: socket.sock
             process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the long kill harness kills clusters, too
 def test_driver_outlives_the_cluster_that_it_joined() -> None:
     """Ray's core would end the process after 60 s, with a message of its own and exit code 1."""
     with cluster(dashboard=False) as made:

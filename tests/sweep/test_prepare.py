@@ -206,7 +206,7 @@ def prepare_small(folder: Path, worth_ray: int) -> Outcome:
     return sweep("prepare", "synthetic", "--out", "new", "--set", "sessions=16")
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/data kills a preparation at any moment
 @pytest.mark.timeout(300)
 def test_ray_resumes_a_killed_preparation(tmp_path: Path) -> None:
     """A process is killed with shards half made; the same command under Ray writes the others, and none twice."""
