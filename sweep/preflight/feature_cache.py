@@ -40,6 +40,7 @@ MAX_INTEGERS = 8  # of a range
 SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
 TASKS = 4  # of a worker group for one forward pass: fewer would leave groups without work at its end
 LOCK_SECONDS = 6 * 3600.0  # that another sweep may compute the same files
+TURN = 0.01  # s between two files, in which other threads may build models
 PROGRESS_SECONDS = 10.0  # between two progress lines
 # Settings of which only the sign matters: whether they are 0.
 SIGN_ONLY = (
@@ -231,6 +232,7 @@ def compute_here(jobs: Sequence[AnyJob]) -> Iterator[int]:
     for job in jobs:
         with building:
             job()
+        time.sleep(TURN)  # or this thread would take the lock again before a trial that is about to start gets it
         yield job.file.size
 
 

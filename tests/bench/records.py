@@ -105,9 +105,9 @@ def _goal(row: Row) -> str:
     return f"{'≤' if row.most else '≥'} {row.goal:g}" + (": **missed**" if row.met is False else "")
 
 
-def commit() -> str:
+def commit(root: Path = ROOT) -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 

@@ -134,7 +134,8 @@ def start(name: str, root: Path = ROOT) -> Run:
             command = ["-m", MODULES[name], f"{folder}/demo.yaml", out]
         steps, began = Path(folder) / FILE, time.time()
         ended = steps.exists if name in MODULES else lambda: False
-        lives = watch([sys.executable, *command], environment, root, ended)
+        own = root / ".venv/bin/python"  # of an older checkout, with the packages that it needs
+        lives = watch([str(own) if own.exists() else sys.executable, *command], environment, root, ended)
         if name == SCRIPT:
             return Run(time.time() - began, lives)
         trials = {step.trial: step.time - began for step in reversed(list(parsed(steps.read_bytes())))}
@@ -229,5 +230,5 @@ def draw(shown: Mapping[str, Run], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    older = {f"before ({Path(root).name})": start(SWEEP, Path(root)) for root in sys.argv[2:]}
+    older = {f"before ({commit(Path(root))})": start(SWEEP, Path(root)) for root in sys.argv[2:]}
     draw({**older, f"now ({commit()})": start(SWEEP)}, Path(sys.argv[1]))
