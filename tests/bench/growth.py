@@ -1,4 +1,4 @@
-"""How the makespan of a sweep grows with its trials, its corpus, and the workers that share it.
+"""How the makespan of a sweep grows with its trials, its corpus, the workers that share it, and the nodes they are on.
 
     python -m tests.bench.growth docs/growth.png   # the same, drawn
 
@@ -24,10 +24,12 @@ from tests.bench.materials import noise
 from tests.bench.measure import Row
 from tests.bench.records import machine
 from tests.bench.sweeps import makespan
+from tests.sweep.cluster import cluster, until
 
 TRIALS, MIDDLE = (8, 16, 32), 16
 HOURS, FEW = (1, 3, 10), 4  # of sound; the trials that read them
 WORKERS = (1, 2)
+NODES = (1, 2, 4)  # raylets on this machine, each with one CPU for a trial
 SESSIONS, CLIPS = 12, 70  # of an hour
 
 
@@ -76,7 +78,19 @@ def measured() -> list[Series]:
         Series("hours of audio", hours_of_audio, [wall(FEW, hours, both, 1) for hours in HOURS], goal=1.0),
         Series("workers, a trial each", WORKERS, [wall(MIDDLE, HOURS[0], slots, 1) for slots in WORKERS]),
         Series("workers, sharing a trial", WORKERS, [wall(MIDDLE, HOURS[0], 1, workers) for workers in WORKERS]),
+        Series("nodes, a trial each", NODES, [on_nodes(count) for count in NODES]),
     ]
+
+
+def on_nodes(count: int) -> float:
+    """Return the makespan on a cluster that runs already."""
+    with cluster() as made:
+        until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
+        for _ in range(count - 1):
+            made.add()
+        until(lambda: len(made.listed("nodes", "--filter", "state=ALIVE")) == count, 90, lambda: "the nodes")
+        config = settings(MIDDLE, HOURS[0], count, 1)
+        return makespan(config, variables=made.environment | {"RAY_ADDRESS": made.address}).wall
 
 
 def settings(trials: int, hours: int, slots: int, workers: int) -> Config:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from sweep.execution.tasks import EndedTask
 from sweep.execution.trial import build
 from sweep.preflight import feature_cache
 from sweep.preflight.cache_kinds import encoder_features, teacher_logits
+from sweep.preflight.checks import building
 from sweep.preflight.feature_cache import (
     ENCODER_FEATURES,
     TEACHER_LOGITS,
@@ -35,6 +37,7 @@ from sweep.preflight.feature_cache import (
     Precomputation,
     cache_folder,
     cached_folders,
+    compute_here,
     compute_on_workers,
     describe,
     mark_used,
@@ -384,3 +387,23 @@ def test_cache_that_costs_more_than_it_saves_is_skipped(
     assert "not computed" not in " ".join(feature_cache.preview(few, tmp_path, 20))
     precompute(few, tmp_path, lines.append, trials=20)
     assert computed != []
+
+
+def test_trial_need_not_wait_for_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of them the driver pauses, and another thread may build the model of a trial that starts."""
+    free = list[bool]()
+
+    def try_to_build(_: float) -> None:
+        def build() -> None:
+            free.append(building.acquire(blocking=False))
+            if free[-1]:
+                building.release()
+
+        (trial := threading.Thread(target=build)).start()
+        trial.join()
+
+    monkeypatch.setattr(feature_cache, "time", SimpleNamespace(sleep=try_to_build))
+    job: Any = lambda: None  # noqa: E731
+    job.file = SimpleNamespace(size=1)
+    assert sum(compute_here([job] * 3)) == 3
+    assert free == [True] * 3
