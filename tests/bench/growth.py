@@ -86,9 +86,9 @@ def on_nodes(count: int) -> float:
     """Return the makespan on a cluster that runs already."""
     with cluster() as made:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
-        for _ in range(count - 1):
+        for nodes in range(2, count + 1):
             made.add()
-        until(lambda: len(made.listed("nodes", "--filter", "state=ALIVE")) == count, 90, lambda: "the nodes")
+            until(lambda nodes=nodes: len(made.listed("nodes", "--filter", "state=ALIVE")) == nodes, 90, lambda: "it")
         config = settings(MIDDLE, HOURS[0], count, 1)
         return makespan(config, variables=made.environment | {"RAY_ADDRESS": made.address}).wall
 
