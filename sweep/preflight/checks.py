@@ -3,7 +3,10 @@
 The structures are built without weights. A mistake is then one line at the start, and not a failed trial hours later.
 """
 
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 
 from data.errors import ConfigError, MisfitError, UserError
 from data.loading.tasks import answer_sets, check_votes, has_audio, training_groups
@@ -23,6 +26,15 @@ from sweep.search.candidates import resolve_candidate, structures
 
 # While transformers builds a model, it changes settings of torch for the whole process.
 building = threading.RLock()
+TURN = 0.01  # s
+
+
+@contextlib.contextmanager
+def building_in_turns() -> Iterator[None]:
+    """Hold the lock `building`, and then pause: a loop would take it again before a trial that starts gets it."""
+    with building:
+        yield
+    time.sleep(TURN)
 
 
 def resolve_inputs(config: Config, allow_other_base: bool = False, fetch: bool = True) -> ResolvedConfig:

@@ -19,7 +19,7 @@ from model.training.memory_estimate import estimate_memory
 from sweep.config.resolve import ResolvedConfig
 from sweep.execution.tasks import TaskQueue
 from sweep.execution.trial import build
-from sweep.preflight.checks import building
+from sweep.preflight.checks import building_in_turns
 
 MEMORY_MARGIN = 0.1  # of a GPU's memory, that train.token_budget: auto leaves to longer steps and to fragments
 Seconds = Callable[[], float]
@@ -112,7 +112,7 @@ def dry_runs_here(runs: Mapping[str, DryRun], seconds: Seconds, slots: int = 1) 
         left = seconds()
         if index and not left:
             return
-        with building:
+        with building_in_turns():
             result = dry_run(run._replace(seconds=left / (len(runs) - index)))
         yield key, result
 

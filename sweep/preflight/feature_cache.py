@@ -30,7 +30,7 @@ from sweep.execution.tasks import TaskQueue
 from sweep.preflight.cache_kinds.base import AnyRequest
 from sweep.preflight.cache_kinds.encoder_features import EncoderFeatures
 from sweep.preflight.cache_kinds.teacher_logits import TeacherLogitsKind
-from sweep.preflight.checks import building
+from sweep.preflight.checks import building_in_turns
 from sweep.search.candidates import Options, candidates, resolve_candidate
 from sweep.search.stopping import total_trials
 
@@ -40,7 +40,6 @@ MAX_INTEGERS = 8  # of a range
 SMALL_WORK = 2e11  # positions times parameters: about ten seconds of one CPU
 TASKS = 4  # of a worker group for one forward pass: fewer would leave groups without work at its end
 LOCK_SECONDS = 6 * 3600.0  # that another sweep may compute the same files
-TURN = 0.01  # s between two files, in which other threads may build models
 PROGRESS_SECONDS = 10.0  # between two progress lines
 # Settings of which only the sign matters: whether they are 0.
 SIGN_ONLY = (
@@ -230,9 +229,8 @@ def precompute(config: ResolvedConfig, cache: Path, log: Log, trials: int | None
 def compute_here(jobs: Sequence[AnyJob]) -> Iterator[int]:
     """Compute files in this process; yield the input size of each."""
     for job in jobs:
-        with building:
+        with building_in_turns():
             job()
-        time.sleep(TURN)  # or this thread would take the lock again before a trial that is about to start gets it
         yield job.file.size
 
 

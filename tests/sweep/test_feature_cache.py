@@ -27,7 +27,7 @@ from sweep.execution.job import RETRIES
 from sweep.execution.joined_cluster import ClusterError
 from sweep.execution.tasks import EndedTask
 from sweep.execution.trial import build
-from sweep.preflight import feature_cache
+from sweep.preflight import checks, feature_cache
 from sweep.preflight.cache_kinds import encoder_features, teacher_logits
 from sweep.preflight.checks import building
 from sweep.preflight.feature_cache import (
@@ -402,7 +402,7 @@ def test_trial_need_not_wait_for_all_files(monkeypatch: pytest.MonkeyPatch) -> N
         (trial := threading.Thread(target=build)).start()
         trial.join()
 
-    monkeypatch.setattr(feature_cache, "time", SimpleNamespace(sleep=try_to_build))
+    monkeypatch.setattr(checks, "time", SimpleNamespace(sleep=try_to_build))
     job: Any = lambda: None  # noqa: E731
     job.file = SimpleNamespace(size=1)
     assert sum(compute_here([job] * 3)) == 3
