@@ -30,6 +30,7 @@ TRIALS, MIDDLE = (8, 16, 32), 16
 HOURS, FEW = (1, 3, 10), 4  # of sound; the trials that read them
 WORKERS = (1, 2)
 NODES = (1, 2, 4)  # raylets on this machine, each with one CPU for a trial
+ALIVE = ("nodes", "--filter", "state=ALIVE")  # of `ray list`
 SESSIONS, CLIPS = 12, 70  # of an hour
 
 
@@ -88,7 +89,7 @@ def on_nodes(count: int) -> float:
         until(lambda: made.answers("job", "list"), 90, lambda: "the cluster")
         for nodes in range(2, count + 1):
             made.add()
-            until(lambda nodes=nodes: len(made.listed("nodes", "--filter", "state=ALIVE")) == nodes, 90, lambda: "it")
+            until(lambda nodes=nodes: len(made.listed(*ALIVE)) == nodes, 90, lambda: "a node")
         config = settings(MIDDLE, HOURS[0], count, 1)
         return makespan(config, variables=made.environment | {"RAY_ADDRESS": made.address}).wall
 

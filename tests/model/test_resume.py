@@ -41,11 +41,11 @@ RESUMED = {
     "distillation": Trial(model={"lora": DROPOUT}, train=CONFIG.model_copy(update={"losses": LossConfig(hidden=0.2)})),
 }
 
-RARE = ("audio-llm", "distillation")  # left to the `long` tests
+LONG = ("audio-llm", "distillation")  # left to the `long` tests
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.long) if name in RARE else name for name in RESUMED]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RESUMED]
 )
 def whole(
     request: pytest.FixtureRequest, models: Path, corpus: Shards, tmp_path_factory: pytest.TempPathFactory
